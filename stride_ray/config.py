@@ -1,0 +1,311 @@
+"""Every setting of a run: one frozen tree of dataclasses, TOML in and out, and which stage depends on which key.
+
+Each option is declared once, with its default, its help and its allowed values; the command line, the commented
+``run.toml`` and the checks are all made from that declaration.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+import tomli_w
+
+from stride_ray.errors import StrideError
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
+    metadata = {"help": text, "choices": choices, "low": low}
+    if isinstance(default, (dict, tuple)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Documents to blocks."""
+
+    input: tuple[str, ...] = _option(
+        (), "files, folders, globs or fsspec URLs: JSON Lines (.gz, .zst), Parquet, text files, a saved HF dataset"
+    )
+    columns: dict[str, str] = _option(
+        {}, "role = column; roles: text | prompt, answer | messages | token_ids, loss_mask; id, source (empty: detect)"
+    )
+    tokenizer: str = _option("", "Hugging Face tokenizer: path or hub id (empty: the model's own)")
+    layout: str = _option(
+        "pack", "pack: documents joined by end-of-text; split: each document cut alone, tail padded", ("pack", "split")
+    )
+    block_tokens: int = _option(512, "tokens in a block", low=2)
+    shard_mb: float = _option(16.0, "input megabytes in one unit of work, one Parquet file each", low=0.001)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model whose behaviour is attributed; the pool must be data that it was trained on."""
+
+    path: str = _option("", "Hugging Face causal LM: folder, hub id, fsspec URL or .gguf file")
+    split: float = _option(0.62, "layer where the operators act: a number of layers (>= 1) or a share of the depth")
+    dtype: str = _option("float32", "dtype of the weights", ("float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True)
+class MembershipConfig:
+    """Which subsets a block belongs to (matrix M)."""
+
+    subsets: int = _option(1000, "K, number of subsets; the longer a response, the more can be recovered", low=2)
+    degree: int = _option(10, "d, number of subsets that each block belongs to", low=1)
+    form: str = _option(
+        "regular", "regular: exactly d subsets a block; bernoulli: d on average", ("regular", "bernoulli")
+    )
+
+
+@dataclass(frozen=True)
+class OperatorConfig:
+    """The steering operators."""
+
+    form: str = _option("logit", "where an operator acts (method.md, Operators)", ("logit", "matrix", "gate"))
+    rank: int = _option(64, "r, width of the activation basis (paper: 16)", low=1)
+    sketch: int = _option(512, "v, output directions kept of the vocabulary by the logit form", low=1)
+    target: str = _option(
+        "unigram",
+        "logit form: the prediction that the next token is compared with: the pool's unigrams or the model's own",
+        ("unigram", "model"),
+    )
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How operators are fitted; all but the first key belong to the paper's loop."""
+
+    method: str = _option(
+        "closed_form",
+        "closed_form: one pass over the pool; train: the paper's loop on three losses",
+        ("closed_form", "train"),
+    )
+    start: str = _option("random", "train: begin from random operators or the closed form", ("random", "closed_form"))
+    steps: int = _option(400, "train: optimiser steps", low=1)
+    learning_rate: float = _option(0.02, "train: peak rate, after warm-up and before linear decay", low=0.0)
+    optimizer: str = _option(
+        "muon", "train: Muon for the shared matrices and AdamW for the rest, or AdamW", ("muon", "adamw")
+    )
+    blocks_per_step: int = _option(16, "train: blocks in a step; each serves fidelity for two of its subsets", low=2)
+    stability: float = _option(0.1, "train: weight of the stability loss (fidelity has 1)", low=0.0)
+    stability_form: str = _option(
+        "kl", "train: top-m KL (paper) or its ablations", ("kl", "logit_penalty", "hidden_norm")
+    )
+    linearity: float = _option(0.1, "train: weight of the linearity loss", low=0.0)
+
+
+@dataclass(frozen=True)
+class RespondConfig:
+    """Query to response vector."""
+
+    mode: str = _option(
+        "auto",
+        "exact: steered forwards; linear: all K from one forward (and backward); auto: linear for closed_form",
+        ("auto", "exact", "linear"),
+    )
+
+
+@dataclass(frozen=True)
+class RecoverConfig:
+    """Response vector to sparse influence."""
+
+    penalty_ratio: float = _option(0.1, "Lasso penalty as a share of the smallest that gives no influence at all")
+    nonnegative: bool = _option(False, "only helpful influence (w >= 0)")
+    row_scaling: bool = _option(True, "divide M's rows by their subset's size: operators are means over subsets")
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Where and how wide to run; never changes a result beyond floating point, so no stage's identity."""
+
+    address: str = _option("", "Ray address; empty: RAY_ADDRESS, else a local Ray started for this command")
+    workers: int = _option(0, "parallel workers (0: one per CPU, or per GPU on cuda)", low=0)
+    device: str = _option("auto", "auto, cpu or cuda; auto takes the GPUs that the Ray cluster has or can scale to")
+    batch_tokens: int = _option(8192, "tokens in one forward pass; lower it when memory runs out", low=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run's whole configuration."""
+
+    seed: int = _option(0, "of everything random: membership, bases, sketches, the loop's order")
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    membership: MembershipConfig = field(default_factory=MembershipConfig)
+    operators: OperatorConfig = field(default_factory=OperatorConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    respond: RespondConfig = field(default_factory=RespondConfig)
+    recover: RecoverConfig = field(default_factory=RecoverConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def flat(self) -> dict[str, Any]:
+        """All options as ``{"section.key": value}``, JSON-serialisable, in order of declaration."""
+        return {name: _plain(_lookup(self, name)) for name in option_fields()}
+
+    def updated(self, changes: Mapping[str, Any], where: str = "the command line") -> "Config":
+        """A copy with ``{"section.key": value}`` applied; values may be strings, as typed on a command line.
+
+        Raises:
+            StrideError: for an unknown key (naming the nearest one) or a value outside its range.
+        """
+        known = option_fields()
+        config = self
+        for name, value in changes.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise StrideError(
+                    f"{where} has the key {name!r}, which is no option"
+                    + (f"; did you mean {near[0]!r}?" if near else "; 'stride-ray config' lists them all.")
+                )
+            config = _replaced(config, name.split("."), _checked(name, value, known[name], where))
+        return config
+
+
+# What each stage's output depends on besides its inputs. A stage's identity also holds its upstream stages' keys.
+STAGES: dict[str, tuple[str, ...]] = {
+    "blocks": ("corpus.columns", "corpus.tokenizer", "corpus.layout", "corpus.block_tokens", "corpus.shard_mb"),
+    "operators": ("seed", "model", "membership", "operators", "fit"),
+    "responses": ("respond",),
+    "influence": ("recover",),
+}
+
+
+def stage_keys(config: Config, stage: str) -> dict[str, Any]:
+    """The options that ``stage`` and everything before it depend on, as ``{"section.key": value}``."""
+    stages = list(STAGES)
+    prefixes = [key for name in stages[: stages.index(stage) + 1] for key in STAGES[name]]
+    return {k: v for k, v in config.flat().items() if any(k == p or k.startswith(p + ".") for p in prefixes)}
+
+
+def stage_hash(config: Config, stage: str) -> str:
+    """Sixteen hexadecimal digits that change whenever an option that ``stage`` depends on does."""
+    return digest(stage_keys(config, stage))
+
+
+def digest(value: Any) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def loads(text: str, where: str = "the configuration") -> Config:
+    """Read a configuration from TOML; keys that are absent keep their defaults.
+
+    Raises:
+        StrideError: for text that is no TOML, unknown keys and values out of range, naming ``where`` and the key.
+    """
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise StrideError(f"{where} is not valid TOML: {error}.") from None
+    flat: dict[str, Any] = {}
+    tree.pop("run", None)  # what Run.save adds: facts, not options
+    for name, value in tree.items():
+        if isinstance(value, dict) and is_dataclass(getattr(Config(), name, None)):
+            flat.update({f"{name}.{key}": item for key, item in value.items()})
+        else:
+            flat[name] = value
+    return Config().updated(flat, where)
+
+
+def dumps(config: Config, comments: bool = False) -> str:
+    """The configuration as canonical TOML; with ``comments``, each option under a line that explains it."""
+    lines, section, flat = [], "", config.flat()
+    for name, declared in option_fields().items():
+        parent, _, key = name.rpartition(".")
+        if parent != section:
+            lines += ["", f"[{parent}]"]
+            section = parent
+        if comments:
+            choices = declared.metadata["choices"]
+            lines.append(f"# {declared.metadata['help']}" + (f" [{' | '.join(choices)}]" if choices else ""))
+        value = flat[name]
+        if isinstance(value, dict):
+            inner = ", ".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in value.items())
+            lines.append(f"{key} = {{ {inner} }}" if inner else f"{key} = {{}}")
+        else:
+            lines.append(tomli_w.dumps({key: value}).strip())
+    return "\n".join(lines) + "\n"
+
+
+def option_fields() -> dict[str, dataclasses.Field]:
+    """Every option by its dotted name, with its declaration (default, help, choices)."""
+    found: dict[str, dataclasses.Field] = {}
+    for outer in fields(Config):
+        value = getattr(Config(), outer.name)
+        if is_dataclass(value):
+            found.update({f"{outer.name}.{inner.name}": inner for inner in fields(value)})
+        else:
+            found[outer.name] = outer
+    return found
+
+
+def _lookup(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _replaced(node: Any, path: list[str], value: Any) -> Any:
+    inner = value if len(path) == 1 else _replaced(getattr(node, path[0]), path[1:], value)
+    return replace(node, **{path[0]: inner})
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _checked(name: str, value: Any, declared: dataclasses.Field, where: str) -> Any:
+    """``value`` in the option's own type, or one sentence."""
+    default = _lookup(Config(), name)
+    metadata = declared.metadata
+    try:
+        value = _converted(value, default)
+    except (TypeError, ValueError):
+        kind = {dict: "role=column pairs", tuple: "a list of paths", bool: "true or false"}.get(
+            type(default), f"of type {type(default).__name__}"
+        )
+        raise StrideError(f"{where} sets {name} to {value!r}; it must be {kind}.") from None
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise StrideError(f"{where} sets {name} to {value!r}; it must be one of {', '.join(metadata['choices'])}.")
+    low = metadata["low"]
+    if low is not None and value < low:
+        raise StrideError(f"{where} sets {name} to {value}; it must be at least {low}.")
+    if name == "recover.penalty_ratio" and not 0 < value <= 1:
+        raise StrideError(f"{where} sets {name} to {value}; it must lie above 0 and at most 1.")
+    return value
+
+
+def _converted(value: Any, default: Any) -> Any:
+    if isinstance(default, bool):
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if isinstance(value, bool):
+            return value
+        raise TypeError
+    if isinstance(default, dict):
+        if isinstance(value, str):
+            pairs = [item.partition("=") for item in value.split(",") if item]
+            if not all(separator for _, separator, _ in pairs):
+                raise ValueError
+            return {key.strip(): item.strip() for key, _, item in pairs}
+        return {str(key): str(item) for key, item in value.items()}
+    if isinstance(default, tuple):
+        return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
+    if isinstance(default, str) and not isinstance(value, str):
+        raise TypeError
+    if isinstance(value, bool):
+        raise TypeError
+    if isinstance(default, int) and float(value) != int(float(value)):
+        raise ValueError
+    return int(float(value)) if isinstance(default, int) else type(default)(value)

@@ -1,0 +1,122 @@
+"""A run directory: run.toml, and one folder per stage whose identity guards it against another configuration.
+
+A stage's work is cut into units. A unit publishes its data files first and its done-marker last, so a marker that
+can be read means data that can be read; a rerun does the units without one.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from stride_ray import __version__
+from stride_ray.config import Config, dumps, loads, stage_hash, stage_keys
+from stride_ray.errors import StrideError
+from stride_ray.storage import Store, safe_url
+
+
+class Stage:
+    """One stage's folder in a run: its data, and a done-marker per finished unit."""
+
+    def __init__(self, store: Store, identity: str) -> None:
+        self.store = store
+        self.identity = identity
+
+    def done(self) -> dict[str, dict[str, Any]]:
+        """Markers of the finished units, by unit name, in name order."""
+        names = self.store.list("_done", ".json")
+        markers = {name.removesuffix(".json"): self.store.read_json(f"_done/{name}") for name in names}
+        return {name: marker for name, marker in markers.items() if marker["config"] == self.identity}
+
+    def mark(self, unit: str, started: float, **facts: Any) -> dict[str, Any]:
+        """Say that ``unit`` is complete; its data files must be published already.
+
+        Args:
+            unit: the unit's name.
+            started: ``time.monotonic()`` when its work began.
+            facts: counts, content hashes and whatever the summary needs.
+        """
+        marker = {"unit": unit, "config": self.identity, **facts, "seconds": round(time.monotonic() - started, 3)}
+        self.store.write_json(f"_done/{unit}.json", marker)
+        return marker
+
+
+class Run:
+    """A run directory at any fsspec URL, with its configuration.
+
+    Args:
+        url: the directory; made on first use.
+        config: the whole configuration; None takes the directory's own run.toml, or the defaults.
+        changes: options to set on top, ``{"section.key": value}``.
+
+    Raises:
+        StrideError: for options that do not exist or a run.toml that cannot be read.
+    """
+
+    def __init__(self, url: str, config: Config | None = None, changes: Mapping[str, Any] | None = None) -> None:
+        self.url = url
+        self.store = Store(url)
+        if config is None and self.store.exists("run.toml"):
+            config = loads(self.store.read("run.toml").decode(), self.store.name_of("run.toml"))
+        self.config = (config or Config()).updated(changes or {})
+
+    def stage(self, stage: str, name: str = "") -> Stage:
+        """A stage's folder, for reading; ``name`` is the query set of responses and influence."""
+        return Stage(self.store.child(f"{stage}/{name}" if name else stage), stage_hash(self.config, stage))
+
+    def begin(self, stage: str, name: str = "", **extra: Any) -> Stage:
+        """A stage's folder, for writing, after checking that it was made with this configuration or is new.
+
+        Args:
+            stage: one of config.STAGES.
+            name: the query set, where the stage has several.
+            extra: further facts that the stage's output depends on (say the content hash of its queries).
+
+        Raises:
+            StrideError: when the folder was made with other settings, naming the first key that differs.
+        """
+        opened = self.stage(stage, name)
+        wanted = {**stage_keys(self.config, stage), **extra}
+        if opened.store.exists("stage.json"):
+            record = opened.store.read_json("stage.json")
+            for key in sorted(wanted.keys() | record["keys"].keys()):
+                before, now = record["keys"].get(key), wanted.get(key)
+                if before != now:
+                    raise StrideError(
+                        f"{safe_url(opened.store.url)} was made with {key} = {before!r}, and this command has {now!r}; "
+                        "use another run directory or name, or delete that folder and those that came after it."
+                    )
+        else:
+            opened.store.write_json("stage.json", {"stage": stage, "code_version": __version__, "keys": wanted})
+        self.save()
+        return opened
+
+    def save(self) -> None:
+        """Write run.toml: the configuration, the code's version and, once known, the corpus fingerprint."""
+        text = dumps(self.config.updated({"corpus.input": [safe_url(url) for url in self.config.corpus.input]}))
+        text += f'\n[run]\ncode_version = "{__version__}"\n'
+        if self.store.exists("blocks/manifest.json"):
+            text += f'corpus_fingerprint = "{self.store.read_json("blocks/manifest.json")["fingerprint"]}"\n'
+        if not self.store.exists("run.toml") or self.store.read("run.toml").decode() != text:
+            self.store.write("run.toml", text.encode())
+
+    def require(self, stage: str, needed_file: str, command: str, name: str = "") -> Stage:
+        """A finished upstream stage, for reading.
+
+        Raises:
+            StrideError: when it is not finished, saying which command makes it, or was made with other settings.
+        """
+        opened = self.stage(stage, name)
+        if not opened.store.exists(needed_file):
+            raise StrideError(f"{safe_url(opened.store.url)} is not finished; run '{command}' first.")
+        return self.begin_check(opened, stage)
+
+    def begin_check(self, opened: Stage, stage: str) -> Stage:
+        """Refuse an upstream folder made with settings other than the configuration's."""
+        keys = opened.store.read_json("stage.json")["keys"]
+        for key, now in stage_keys(self.config, stage).items():
+            if keys.get(key) != now:
+                raise StrideError(
+                    f"{safe_url(opened.store.url)} was made with {key} = {keys.get(key)!r}, and this command has "
+                    f"{now!r}; use another run directory, or delete that folder and those that came after it."
+                )
+        return opened

@@ -1,0 +1,208 @@
+"""A folder at any fsspec URL: atomic publishing of whole files, small JSON records and Parquet tables.
+
+Every stage keeps its state through this file alone, so that one rule holds everywhere: a name that can be read is
+complete. Locally a file is written beside its place, synced and renamed; an object store gets one PUT, which is
+atomic there.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from stride_ray.errors import StrideError
+
+# Rows in a Parquet row group; readers that want a few rows of a file read whole groups.
+ROW_GROUP = 4096
+
+
+def safe_url(url: str) -> str:
+    """The URL without user, password and query, fit for messages and logs."""
+    parts = urlsplit(url)
+    if not parts.scheme:
+        return url
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+class Store:
+    """A folder, local or remote, with the few operations that stages need. Names are relative, with ``/``.
+
+    Raises (every method): StrideError for a missing file, no permission, no room, no bucket or no connection.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = str(url).rstrip("/") or "/"
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(self.url)
+        except (ValueError, ImportError) as error:
+            raise StrideError(f"{safe_url(self.url)} is not a path or URL that can be opened: {error}.") from None
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def __repr__(self) -> str:
+        """The folder's URL without secrets."""
+        return f"Store({safe_url(self.url)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.url,)
+
+    def child(self, name: str) -> "Store":
+        """The folder ``name`` below this one (it need not exist)."""
+        return Store(f"{self.url}/{name}")
+
+    def name_of(self, name: str) -> str:
+        """The full URL of a file, for messages."""
+        return f"{safe_url(self.url)}/{name}"
+
+    def path(self, name: str) -> str:
+        """The path of ``name`` as the file system itself wants it."""
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Whether a file of that name is there."""
+        with self._told(name, "read"):
+            return bool(self.fs.exists(self.path(name)))
+
+    def list(self, folder: str = "", ending: str = "") -> list[str]:
+        """Names directly inside ``folder``, sorted, without hidden and half-written ones."""
+        with self._told(folder, "list"):
+            self.fs.invalidate_cache()
+            where = self.path(folder).rstrip("/")
+            try:
+                found = self.fs.ls(where, detail=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        names = (str(path).rstrip("/").rpartition("/")[2] for path in found)
+        return sorted(name for name in names if name.endswith(ending) and not name.startswith("."))
+
+    def read(self, name: str) -> bytes:
+        """The whole file."""
+        with self._told(name, "read"):
+            return self.fs.cat_file(self.path(name))
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        """Publish a whole file atomically, replacing an older one."""
+        path = self.path(name)
+        with self._told(name, "write"):
+            if not self.local:
+                self.fs.pipe_file(path, bytes(data))
+                return
+            folder, _, leaf = path.rpartition("/")
+            os.makedirs(folder, exist_ok=True)
+            partial = f"{folder}/.{leaf}.{uuid.uuid4().hex}.partial"
+            try:
+                with open(partial, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+            except BaseException:
+                if os.path.exists(partial):
+                    os.remove(partial)
+                raise
+
+    def remove(self, name: str) -> None:
+        """Delete a file or a folder with all it holds, if it is there."""
+        with self._told(name, "delete"):
+            if self.fs.exists(self.path(name)):
+                self.fs.rm(self.path(name), recursive=True)
+
+    def read_json(self, name: str) -> Any:
+        """A JSON record."""
+        try:
+            return json.loads(self.read(name))
+        except ValueError as error:
+            raise StrideError(f"{self.name_of(name)} is not valid JSON ({error}); restore or delete it.") from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Publish a JSON record, keys in the order given."""
+        self.write(name, (json.dumps(value, indent=1) + "\n").encode())
+
+    def write_table(self, name: str, table: pa.Table) -> str:
+        """Publish a Parquet file; the same table gives the same bytes. Returns their SHA-256."""
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, row_group_size=ROW_GROUP, compression="zstd", write_statistics=True)
+        data = memoryview(buffer.getvalue())
+        self.write(name, data)
+        return hashlib.sha256(data).hexdigest()
+
+    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A whole Parquet file, or some of its columns."""
+        with self.open_parquet(name) as file:
+            return file.read(columns=list(columns) if columns else None)
+
+    @contextmanager
+    def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        """A Parquet file to read by row groups.
+
+        Raises:
+            StrideError: for a file that is missing or not Parquet.
+        """
+        with self._told(name, "read"):
+            handle = open(self.path(name), "rb") if self.local else self.fs.open(self.path(name), "rb")  # noqa: SIM115
+        with handle:
+            try:
+                file = pq.ParquetFile(handle)
+                yield file
+            except (pa.ArrowInvalid, OSError) as error:
+                raise StrideError(f"{self.name_of(name)} cannot be read as Parquet: {first_line(error)}") from None
+
+    @contextmanager
+    def _told(self, name: str, deed: str) -> Iterator[None]:
+        """Turn what file systems raise into one sentence."""
+        place = self.name_of(name)
+        try:
+            yield
+        except FileNotFoundError as error:
+            missing = "bucket" if "bucket" in str(error).lower() else "file or folder"
+            raise StrideError(f"Cannot {deed} {place}: no such {missing}.") from None
+        except PermissionError as error:
+            raise StrideError(f"Cannot {deed} {place}: permission denied ({first_line(error)}).") from None
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StrideError(
+                    f"No room left to {deed} {place}; free some space and run the same command again: "
+                    "what is done is kept."
+                ) from None
+            raise StrideError(f"Cannot {deed} {place}: {first_line(error)}") from None
+        except Exception as error:
+            # botocore and aiohttp raise classes of their own; importing them to name them would tie us to S3.
+            if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp", "s3fs"):
+                raise StrideError(f"Cannot {deed} {place}: {first_line(error)}") from None
+            raise
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's first line, for a sentence; its class name where it has no text."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def tensor_bytes(tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> bytes:
+    """Torch tensors as one safetensors file."""
+    from safetensors.torch import save
+
+    return save({name: value.contiguous() for name, value in tensors.items()}, metadata)
+
+
+def tensors_from(data: bytes) -> dict[str, Any]:
+    """The tensors of a safetensors file."""
+    from safetensors.torch import load
+
+    return load(data)
+
+
+def buffer_file(data: bytes) -> io.BytesIO:
+    """Bytes as an open file."""
+    return io.BytesIO(data)

@@ -5,6 +5,7 @@ or a stream of tasks. Units in flight are bounded, killed workers are replaced a
 come back in whatever order they finish: nothing that a stage writes depends on it.
 """
 
+import json
 import logging
 import os
 import socket
@@ -101,13 +102,18 @@ def pool(compute: ComputeConfig, units: int) -> Pool:
 
 
 class _Actor:
-    """Makes the stage's worker once and applies it to units."""
+    """Makes the stage's worker once, on its first unit, and applies it to units.
+
+    Not in the constructor: Ray turns what a constructor raises into an actor's death without its cause.
+    """
 
     def __init__(self, make: Callable[..., Worker], arguments: tuple[Any, ...]) -> None:
         one_thread()
-        self.worker = make(*arguments)
+        self.make, self.arguments = make, arguments
+        self.worker: Worker | None = None
 
     def work(self, unit: Unit) -> dict[str, Any]:
+        self.worker = self.worker or self.make(*self.arguments)
         return self.worker(unit)
 
 
@@ -183,7 +189,7 @@ def map_dataset(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    rows = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
+    rows = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
     results = rows.map(
         _Row,
         fn_constructor_args=(make, arguments),
@@ -191,21 +197,17 @@ def map_dataset(
         num_cpus=pool.options["num_cpus"],
     )
     try:
-        for row in results.iter_rows(prefetch_batches=0) if hasattr(results, "iter_rows") else ():
-            yield row["result"]
+        for row in results.iter_rows():
+            yield json.loads(row["result"])
     except ray.exceptions.RayError as error:
         raise _told(error) from None
 
 
-class _Row:
-    """The row form of a worker, as Ray Data wants it."""
-
-    def __init__(self, make: Callable[..., Worker], arguments: tuple[Any, ...]) -> None:
-        one_thread()
-        self.worker = make(*arguments)
+class _Row(_Actor):
+    """The row form of a worker, as Ray Data wants it; JSON, since Arrow would unify the dicts' fields."""
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": self.worker(row["unit"])}
+        return {"result": json.dumps(self.work(json.loads(row["unit"])))}
 
 
 def _ready(running: dict[Any, Any]) -> list[Any]:

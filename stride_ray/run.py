@@ -23,9 +23,10 @@ class Stage:
 
     def done(self) -> dict[str, dict[str, Any]]:
         """Markers of the finished units, by unit name, in name order."""
-        names = self.store.list("_done", ".json")
-        markers = {name.removesuffix(".json"): self.store.read_json(f"_done/{name}") for name in names}
-        return {name: marker for name, marker in markers.items() if marker["config"] == self.identity}
+        names = self.store.names("_done", ".json")
+        markers = self.store.read_jsons([f"_done/{name}" for name in names])
+        named = zip((name.removesuffix(".json") for name in names), markers, strict=True)
+        return {name: marker for name, marker in named if marker["config"] == self.identity}
 
     def mark(self, unit: str, started: float, **facts: Any) -> dict[str, Any]:
         """Say that ``unit`` is complete; its data files must be published already.
@@ -57,7 +58,10 @@ class Run:
         self.store = Store(url)
         if config is None and self.store.exists("run.toml"):
             config = loads(self.store.read("run.toml").decode(), self.store.name_of("run.toml"))
-        self.config = (config or Config()).updated(changes or {})
+        config = (config or Config()).updated(changes or {})
+        if not config.corpus.tokenizer:
+            config = config.updated({"corpus.tokenizer": config.model.path})
+        self.config = config
 
     def stage(self, stage: str, name: str = "") -> Stage:
         """A stage's folder, for reading; ``name`` is the query set of responses and influence."""
@@ -77,14 +81,7 @@ class Run:
         opened = self.stage(stage, name)
         wanted = {**stage_keys(self.config, stage), **extra}
         if opened.store.exists("stage.json"):
-            record = opened.store.read_json("stage.json")
-            for key in sorted(wanted.keys() | record["keys"].keys()):
-                before, now = record["keys"].get(key), wanted.get(key)
-                if before != now:
-                    raise StrideError(
-                        f"{safe_url(opened.store.url)} was made with {key} = {before!r}, and this command has {now!r}; "
-                        "use another run directory or name, or delete that folder and those that came after it."
-                    )
+            _refuse_other(opened, wanted)
         else:
             opened.store.write_json("stage.json", {"stage": stage, "code_version": __version__, "keys": wanted})
         self.save()
@@ -108,15 +105,16 @@ class Run:
         opened = self.stage(stage, name)
         if not opened.store.exists(needed_file):
             raise StrideError(f"{safe_url(opened.store.url)} is not finished; run '{command}' first.")
-        return self.begin_check(opened, stage)
-
-    def begin_check(self, opened: Stage, stage: str) -> Stage:
-        """Refuse an upstream folder made with settings other than the configuration's."""
-        keys = opened.store.read_json("stage.json")["keys"]
-        for key, now in stage_keys(self.config, stage).items():
-            if keys.get(key) != now:
-                raise StrideError(
-                    f"{safe_url(opened.store.url)} was made with {key} = {keys.get(key)!r}, and this command has "
-                    f"{now!r}; use another run directory, or delete that folder and those that came after it."
-                )
+        _refuse_other(opened, stage_keys(self.config, stage))
         return opened
+
+
+def _refuse_other(opened: Stage, wanted: Mapping[str, Any]) -> None:
+    """Raise StrideError where a folder was made with settings other than ``wanted``, naming the first such key."""
+    made_with = opened.store.read_json("stage.json")["keys"]
+    for key, now in wanted.items():
+        if made_with.get(key) != now:
+            raise StrideError(
+                f"{safe_url(opened.store.url)} was made with {key} = {made_with.get(key)!r}, and this command has "
+                f"{now!r}; use another run directory or name, or delete that folder and those that came after it."
+            )

@@ -7,7 +7,6 @@ atomic there.
 
 import errno
 import hashlib
-import io
 import json
 import os
 import uuid
@@ -74,7 +73,7 @@ class Store:
         with self._told(name, "read"):
             return bool(self.fs.exists(self.path(name)))
 
-    def list(self, folder: str = "", ending: str = "") -> list[str]:
+    def names(self, folder: str = "", ending: str = "") -> list[str]:
         """Names directly inside ``folder``, sorted, without hidden and half-written ones."""
         with self._told(folder, "list"):
             self.fs.invalidate_cache()
@@ -124,6 +123,14 @@ class Store:
             return json.loads(self.read(name))
         except ValueError as error:
             raise StrideError(f"{self.name_of(name)} is not valid JSON ({error}); restore or delete it.") from None
+
+    def read_jsons(self, names: Sequence[str]) -> list[Any]:
+        """Many JSON records, fetched at once where the file system can."""
+        if self.local or not names:
+            return [self.read_json(name) for name in names]
+        with self._told(names[0], "read"):
+            found = self.fs.cat([self.path(name) for name in names])
+        return [json.loads(data) for _, data in sorted(found.items())]
 
     def write_json(self, name: str, value: Any) -> None:
         """Publish a JSON record, keys in the order given."""
@@ -201,8 +208,3 @@ def tensors_from(data: bytes) -> dict[str, Any]:
     from safetensors.torch import load
 
     return load(data)
-
-
-def buffer_file(data: bytes) -> io.BytesIO:
-    """Bytes as an open file."""
-    return io.BytesIO(data)

@@ -1,0 +1,162 @@
+"""The command line: one verb per stage, the same as the scripts in jobs/.
+
+Exit status: 0 done; 1 a sentence on standard error says what is wrong; 3 done, but the fit learned nothing that can
+be told from noise; 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from stride_ray import __version__
+from stride_ray.config import Config, dumps, loads, option_fields
+from stride_ray.errors import StrideError
+from stride_ray.run import Run
+from stride_ray.storage import Store
+
+# The handful of options that a verb shows; all others are set by --set section.key=value or in --config FILE.
+SHOWN: dict[str, tuple[str, ...]] = {
+    "shard": ("corpus.input", "corpus.tokenizer", "corpus.columns", "corpus.layout", "corpus.block_tokens"),
+    "fit": ("model.path", "model.dtype", "membership.subsets", "membership.degree", "operators.form", "fit.method"),
+    "respond": ("respond.mode",),
+    "recover": ("recover.penalty_ratio",),
+    "attribute": ("respond.mode", "recover.penalty_ratio"),
+}
+EVERYWHERE = ("compute.address", "compute.workers", "compute.device")
+ABOUT = {
+    "shard": "documents to blocks: tokenise a corpus and cut it into blocks in Parquet",
+    "fit": "blocks to operators: one pass over the pool, or the paper's training loop",
+    "respond": "queries to responses: how each operator moves each query's loss",
+    "recover": "responses to influence: a Lasso per query, ranked tables of blocks and documents",
+    "attribute": "respond and recover, a console table and a page: which blocks made the model answer like this",
+    "status": "what is done and what is missing in a run directory",
+    "config": "every option with its default and meaning, as TOML for --config",
+    "quickstart": "everything on a small real corpus and a model trained on the spot",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit status."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return _run(parsed)
+    except StrideError as error:
+        print(f"stride-ray: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stride-ray: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stride-ray", description="Which training data made a language model do this."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    declared = option_fields()
+    for verb, about in ABOUT.items():
+        sub = verbs.add_parser(verb, help=about, description=about)
+        if verb == "config":
+            continue
+        if verb == "quickstart":
+            sub.add_argument("folder", nargs="?", default="quickstart", help="where everything is made")
+            continue
+        sub.add_argument("run", metavar="RUN", help="run directory: a path or any fsspec URL, s3://… included")
+        if verb == "status":
+            continue
+        if verb in ("respond", "attribute"):
+            sub.add_argument("--queries", required=True, metavar="FILE", help="JSON Lines, Parquet or text files")
+        if verb in ("respond", "recover", "attribute"):
+            sub.add_argument("--name", default="queries", help="name of the query set, a folder's (default: queries)")
+        sub.add_argument("--config", metavar="FILE", help="TOML with any options ('stride-ray config' lists them)")
+        sub.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="any option, as in --set fit.steps=800"
+        )
+        for name in (*SHOWN[verb], *EVERYWHERE):
+            flag = "--model" if name == "model.path" else "--" + name.rpartition(".")[2].replace("_", "-")
+            extra: dict[str, Any] = {"action": "append"} if name == "corpus.input" else {}
+            if declared[name].metadata["choices"]:
+                extra["choices"] = declared[name].metadata["choices"]
+            else:
+                extra["metavar"] = name.rpartition(".")[2].upper()
+            sub.add_argument(flag, dest=name, help=declared[name].metadata["help"].replace("%", "%%"), **extra)
+        if verb == "shard":
+            sub.add_argument("--model", dest="model.path", help="take the tokenizer from this model", metavar="PATH")
+    return parser
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    # Stages import torch and Ray; --help and --version do not wait for them.
+    if parsed.verb == "config":
+        print(dumps(Config(), comments=True), end="")
+        return 0
+    if parsed.verb == "quickstart":
+        from stride_ray.quickstart import quickstart
+
+        quickstart(parsed.folder)
+        return 0
+    if parsed.verb == "status":
+        from stride_ray.status import status
+
+        print(status(Run(parsed.run)))
+        return 0
+    run = Run(parsed.run, _config(parsed), _changes(parsed))
+    if parsed.verb == "shard":
+        from stride_ray.shard import shard
+
+        print(_shard_summary(run, shard(run)))
+    elif parsed.verb == "fit":
+        from stride_ray.fit import fit
+
+        facts = fit(run)
+        print(facts["verdict"], file=sys.stdout if facts["learned"] else sys.stderr)
+        return 0 if facts["learned"] else 3
+    elif parsed.verb == "respond":
+        from stride_ray.respond import respond
+
+        done = respond(run, parsed.queries, parsed.name)
+        print(f"{done['queries']} queries, {done['failed']} failed, {done['mode']} responses.")
+    elif parsed.verb == "recover":
+        from stride_ray.influence import recover_influence
+
+        done = recover_influence(run, parsed.name)
+        print(
+            f"{done['queries']} queries, {done['failed']} failed; median {done['median_nonzeros']:g} blocks with "
+            f"influence, largest relative duality gap {done['largest_gap']:.1e}."
+        )
+    else:
+        from stride_ray.attribute import attribute
+
+        attribute(run, parsed.queries, parsed.name)
+    return 0
+
+
+def _config(parsed: argparse.Namespace) -> Config | None:
+    if not parsed.config:
+        return None
+    folder, _, leaf = parsed.config.rpartition("/")
+    return loads(Store(folder or ".").read(leaf).decode(), parsed.config)
+
+
+def _changes(parsed: argparse.Namespace) -> dict[str, Any]:
+    changes = {name: value for name, value in vars(parsed).items() if "." in name and value is not None}
+    for item in parsed.set:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise StrideError(f"--set {item!r} has no value; write --set section.key=value.")
+        changes[name.strip()] = value.strip()
+    return changes
+
+
+def _shard_summary(run: Run, manifest: dict[str, Any]) -> str:
+    lines = [
+        f"{manifest['documents']} documents became {manifest['blocks']} blocks of {manifest['block_tokens']} tokens "
+        f"({manifest['tokens']} tokens, {manifest['target_tokens']} of them targets) in {len(manifest['parts'])} "
+        f"part(s) under {run.stage('blocks').store.name_of('')}"
+    ]
+    if manifest["rejected"]:
+        lines.append(f"{manifest['rejected']} rows were rejected; the first:")
+        lines += [f"  {reject['file']}, row {reject['row']}: {reject['reason']}" for reject in manifest["rejects"][:5]]
+    return "\n".join(lines)

@@ -1,0 +1,230 @@
+"""Stage fit: blocks to operators.
+
+The closed form is a map–reduce over a fixed cut of the pool: token counts and second moments give the basis, each
+shard adds its blocks' J to their subsets' sums, and the sums are taken in shard order, so any number of workers
+gives the same operators. The paper's loop (``train.py``) ends in the same files. Either way the stage ends with the
+number that says whether anything was learned: the mean response on members minus non-members.
+"""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from stride_ray.blocks import Blocks
+from stride_ray.closed_form import (
+    add_to_subsets,
+    operators_from_sums,
+    preconditioned_basis,
+    stream_moments,
+)
+from stride_ray.config import Config
+from stride_ray.distribute import Pool, connected, map_actors, map_tasks, pool, progress
+from stride_ray.errors import StrideError
+from stride_ray.fitted import (
+    load_basis,
+    load_operators,
+    load_run_model,
+    membership_of,
+    save_basis,
+    save_operators,
+)
+from stride_ray.judge import judge
+from stride_ray.operators import Operators, gradients
+from stride_ray.run import Run, Stage
+from stride_ray.storage import Store, tensor_bytes, tensors_from
+
+# Tokens that the second moments are estimated from.
+MOMENT_TOKENS = 32_768
+
+
+def fit(run: Run) -> dict[str, Any]:
+    """Fit the run's operators, or take up where an interrupted fit stopped.
+
+    Args:
+        run: with a finished ``blocks/``.
+
+    Returns:
+        The facts of ``operators/metadata.json``: sizes, the gap and its standard error, ``learned``, a sentence.
+
+    Raises:
+        StrideError: for a missing stage, other settings, a model that does not fit the tokens, fewer blocks than
+            subsets, or resources that the cluster cannot give.
+    """
+    blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
+    config = run.config
+    if len(blocks) < config.membership.subsets:
+        raise StrideError(
+            f"The pool has {len(blocks)} blocks and membership.subsets asks for {config.membership.subsets} subsets; "
+            "there must be at least as many blocks as subsets: lower --subsets or shard more text."
+        )
+    stage = run.begin("operators", corpus=blocks.manifest["fingerprint"])
+    if stage.store.exists("metadata.json"):
+        return stage.store.read_json("metadata.json")
+    with connected(config.compute):
+        if config.fit.method == "closed_form" or config.fit.start == "closed_form":
+            _closed_form(config, blocks, stage)
+        if config.fit.method == "train":
+            from stride_ray.train_distributed import train_distributed
+
+            train_distributed(config, blocks, stage, pool(config.compute, 64))
+        return _finish(config, blocks, stage)
+
+
+def _closed_form(config: Config, blocks: Blocks, stage: Stage) -> None:
+    """Basis, sums per shard, and the operators that they give, in ``fitted/``."""
+    if stage.store.exists("fitted/metadata.json"):
+        return
+    units = [(index, *shard) for index, shard in enumerate(blocks.shards())]
+    workers = pool(config.compute, len(units))
+    if not stage.store.exists("basis.json"):
+        save_basis(stage.store, "basis", _fit_basis(config, blocks, workers))
+    done = stage.done()
+    missing = [unit for unit in units if f"sum-{unit[0]:03d}" not in done]
+    if missing:
+        sums = map_actors(Accumulator, (config, blocks.store, stage, workers.device), missing, workers)
+        progress(sums, "fit", sum(u[2] - u[1] for u in missing), "blocks", lambda marker: marker["blocks"])
+    reduce_pool = Pool(1, "cpu")
+    progress(map_tasks(reduce_sums, (config, stage, len(units)), [len(blocks)], reduce_pool), "reduce", 1, "", _one)
+    for index, *_ in units:
+        stage.store.remove(f"sum-{index:03d}.safetensors")
+
+
+def _one(_: Any) -> int:
+    return 1
+
+
+def _fit_basis(config: Config, blocks: Blocks, workers: Pool) -> Any:
+    """Token counts over the whole pool and second moments over a sample, then the basis."""
+    parts = [part["name"] for part in blocks.manifest["parts"]]
+    needs_counts = config.operators.form == "logit"
+    vocabulary = blocks.manifest["max_token_id"] + 1
+    counts = np.zeros(vocabulary, dtype=np.int64)
+    if needs_counts:
+        counted = map_tasks(count_tokens, (blocks.store, vocabulary), parts, Pool(workers.workers, "cpu"))
+        for found in progress(counted, "count", len(parts), "parts", _one):
+            counts += found["counts"]
+    chosen = np.array_split(blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed), 16)
+    units = [(index, part) for index, part in enumerate(chosen) if len(part)]
+    found = map_actors(Moments, (config, blocks.store, workers.device), units, workers)
+    moments = progress(found, "precondition", sum(len(part) for _, part in units), "blocks", lambda m: m["blocks"])
+    moments.sort(key=lambda m: m["index"])
+    positions = sum(m["positions"] for m in moments)
+    stream, gradient = (sum(m[name] for m in moments) / positions for name in ("stream", "gradient"))
+    full = np.zeros(moments[0]["vocabulary"], dtype=np.int64)
+    full[:vocabulary] = counts
+    options = config.operators
+    return preconditioned_basis(
+        options.form, options.rank, options.sketch, options.target, config.seed, stream, gradient, full
+    )
+
+
+def count_tokens(store: Store, vocabulary: int, part: str) -> dict[str, Any]:
+    """How often each token is a real token of a part: {"counts": (vocabulary,) int64}."""
+    blocks = Blocks(store)
+    index = [p["name"] for p in blocks.manifest["parts"]].index(part)
+    first = sum(p["blocks"] for p in blocks.manifest["parts"][:index])
+    last = first + blocks.manifest["parts"][index]["blocks"]
+    counts = np.zeros(vocabulary, dtype=np.int64)
+    for batch in blocks.batches(first, last, 4096):
+        counts += np.bincount(batch.ids[batch.mask], minlength=vocabulary)
+    return {"counts": counts}
+
+
+class _PoolWorker:
+    """A worker that holds the run's model and reads the pool."""
+
+    def __init__(self, config: Config, store: Store, device: str) -> None:
+        self.config, self.blocks = config, Blocks(store)
+        self.model = load_run_model(config, device)
+        self.model.check_ids(torch.tensor([[self.blocks.manifest["max_token_id"]]]))
+        self.rows = max(1, config.compute.batch_tokens // self.blocks.block_tokens)
+
+    def tensors(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device)
+
+
+class Moments(_PoolWorker):
+    """Second moments of the stream (and its gradients) over some blocks."""
+
+    def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
+        """Do one unit; returns its marker or findings."""
+        index, ordinals = unit
+        stream: Any = 0.0
+        gradient: Any = 0.0
+        positions = 0
+        for start in range(0, len(ordinals), self.rows):
+            batch = self.blocks.batch(ordinals[start : start + self.rows])
+            z, g, count = stream_moments(
+                self.model, self.tensors(batch.ids), self.tensors(batch.mask), self.config.operators.form != "logit"
+            )
+            stream, gradient, positions = stream + z, gradient + g, positions + count
+        facts = {"index": index, "blocks": len(ordinals), "positions": positions}
+        return {**facts, "stream": stream, "gradient": gradient, "vocabulary": self.model.vocabulary}
+
+
+class Accumulator(_PoolWorker):
+    """Adds the J of a shard's blocks to their subsets' sums and publishes them."""
+
+    def __init__(self, config: Config, store: Store, stage: Stage, device: str) -> None:
+        super().__init__(config, store, device)
+        self.stage = stage
+        self.basis = load_basis(stage.store, "basis").to(self.model.device)
+        self.membership = membership_of(config)
+
+    def __call__(self, unit: tuple[int, int, int]) -> dict[str, Any]:
+        """Do one unit; returns its marker or findings."""
+        started = time.monotonic()
+        index, start, stop = unit
+        size = int(np.prod(self.basis.shape))
+        sums = torch.zeros(self.membership.subsets + 1, size, device=self.model.device)
+        for batch in self.blocks.batches(start, stop, self.rows):
+            J = gradients(self.basis, self.model, self.tensors(batch.ids), self.tensors(batch.mask))
+            add_to_subsets(sums, J.flatten(1), self.membership.columns_at(batch.ordinals))
+        name = f"sum-{index:03d}"
+        self.stage.store.write(f"{name}.safetensors", tensor_bytes({"sums": sums[:-1].cpu()}))
+        return self.stage.mark(name, started, blocks=stop - start)
+
+
+def reduce_sums(config: Config, stage: Stage, shards: int, n_blocks: int) -> dict[str, Any]:
+    """Add the shards' sums in order, divide by subset sizes, publish the operators as ``fitted/``."""
+    total: Any = 0.0
+    for index in range(shards):
+        total = total + tensors_from(stage.store.read(f"sum-{index:03d}.safetensors"))["sums"]
+    basis = load_basis(stage.store, "basis")
+    A = operators_from_sums(total, membership_of(config).sizes(n_blocks), basis.shape)
+    save_operators(stage.store.child("fitted"), Operators(basis, A), {})
+    return {"subsets": len(A)}
+
+
+def _finish(config: Config, blocks: Blocks, stage: Stage) -> dict[str, Any]:
+    """Judge what was fitted, publish it as final, and clear the scaffolding."""
+    workers = pool(config.compute, 1)
+    judged = map_actors(Judge, (config, blocks.store, stage, workers.device), ["fitted"], workers)
+    (facts,) = progress(judged, "judge", 1, "fit", _one)
+    for name in ("fitted", "basis.json", "basis.safetensors"):
+        stage.store.remove(name)
+    return facts
+
+
+class Judge(_PoolWorker):
+    """Measures fitted operators and publishes them as the stage's result."""
+
+    def __init__(self, config: Config, store: Store, stage: Stage, device: str) -> None:
+        super().__init__(config, store, device)
+        self.stage = stage
+
+    def __call__(self, folder: str) -> dict[str, Any]:
+        """Do one unit; returns its marker or findings."""
+        operators, _ = load_operators(self.stage.store.child(folder), self.model.device)
+        found = judge(self.model, operators, self.blocks, membership_of(self.config), self.config)
+        about = {
+            "method": self.config.fit.method,
+            "model": self.model.name,
+            "split_layer": self.model.split_layer,
+            "blocks": len(self.blocks),
+        }
+        save_operators(self.stage.store, replace(operators, scale=found["scale"]), {**about, **found})
+        return self.stage.store.read_json("metadata.json")

@@ -1,0 +1,141 @@
+"""Did a fit learn anything? Response on members minus non-members, the size of the steering, and its strength."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stride_ray.blocks import Blocks
+from stride_ray.config import Config
+from stride_ray.membership import Membership
+from stride_ray.model import SplitModel
+from stride_ray.operators import Operators, features, steering
+
+# Blocks whose responses are compared to first order, and those that are steered for real.
+SAMPLE, STEERED = 128, 16
+# Strengths tried for the closed form: relative sizes of the steering (of the stream, or in nats of logit).
+STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+def judge(
+    model: SplitModel, operators: Operators, blocks: Blocks, membership: Membership, config: Config
+) -> dict[str, Any]:
+    """Measure fitted operators on a sample of the pool.
+
+    The gap is, per block, its mean response to the operators of its own subsets minus that to others, and then the
+    mean over blocks with its standard error. A block has a share in its own subsets' operators: that they answer to
+    their members at all is what the gap says, and no more (accuracy is measured against retraining).
+
+    Returns:
+        ``scale``; ``gap`` and ``gap_error`` in nats by steered forwards on 16 blocks; ``gap_linear`` and
+        ``gap_linear_error`` to first order on 128; ``relative_steering`` (root mean square of what operators add,
+        over that of the stream, or in nats for logits); ``member_response`` (mean over members, share of the loss);
+        ``learned`` (the first-order gap of a closed form, or the steered one of a trained fit, is above two standard
+        errors) and ``verdict``, a sentence.
+    """
+    sample = blocks.sample(SAMPLE, config.seed + 1)
+    inside = _inside(membership, sample)
+    linear = torch.cat([_linear(model, operators, blocks, part) for part in np.array_split(sample, 16) if len(part)])
+    gap_linear, error_linear = gap(linear.cpu().numpy(), inside)
+    few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:STEERED])
+    unit_size = _relative_steering(model, replace(operators, scale=1.0), blocks, few, membership)
+    if config.fit.method == "closed_form":
+        scales = [strength / max(unit_size, 1e-30) for strength in STRENGTHS]
+        means = [_steered(model, replace(operators, scale=s), blocks, few[:4], membership, config)[2] for s in scales]
+        operators = replace(operators, scale=scales[int(np.argmax(means))])
+    gap_nats, error_nats, response, loss = _steered(model, operators, blocks, few, membership, config)
+    decisive = (gap_linear, error_linear) if config.fit.method == "closed_form" else (gap_nats, error_nats)
+    facts = {
+        "scale": operators.scale,
+        "gap": gap_nats,
+        "gap_error": error_nats,
+        "gap_linear": gap_linear,
+        "gap_linear_error": error_linear,
+        "relative_steering": unit_size * operators.scale,
+        "member_response": response / loss,
+        "learned": bool(decisive[0] > 2 * decisive[1]),
+    }
+    return {**facts, "verdict": _verdict(facts)}
+
+
+def gap(responses: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
+    """Mean response on members minus non-members, and its standard error over blocks.
+
+    Args:
+        responses: (n, K); nan where not measured.
+        inside: (n, K) bool, whether the block is in the subset.
+    """
+    members = np.nanmean(np.where(inside, responses, np.nan), axis=1)
+    others = np.nanmean(np.where(inside, np.nan, responses), axis=1)
+    difference = members - others
+    return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+
+
+def _inside(membership: Membership, ordinals: np.ndarray) -> np.ndarray:
+    """(n, K) bool membership of some blocks."""
+    inside = np.zeros((len(ordinals), membership.subsets + 1), dtype=bool)
+    np.put_along_axis(inside, membership.columns_at(ordinals).astype(np.int64), True, axis=1)
+    return inside[:, :-1]
+
+
+def _tensors(model: SplitModel, blocks: Blocks, ordinals: np.ndarray) -> tuple[Tensor, Tensor]:
+    batch = blocks.batch(ordinals)
+    return tuple(torch.from_numpy(np.ascontiguousarray(x)).to(model.device) for x in (batch.ids, batch.mask))  # type: ignore[return-value]
+
+
+def _linear(model: SplitModel, operators: Operators, blocks: Blocks, ordinals: np.ndarray) -> Tensor:
+    return operators.linear(model, *_tensors(model, blocks, ordinals))
+
+
+def _relative_steering(
+    model: SplitModel, operators: Operators, blocks: Blocks, ordinals: np.ndarray, membership: Membership
+) -> float:
+    """Root mean square of what members' operators add, relative to the stream (absolute, in nats, for logits)."""
+    ids, _ = _tensors(model, blocks, ordinals)
+    h = model.trunk(ids)
+    own = membership.columns_at(ordinals)[:, 0].astype(np.int64) % membership.subsets
+    size = steering(operators.basis, features(operators.basis, h), operators.A[own]).square().mean().sqrt()
+    stream = 1.0 if operators.basis.form == "logit" else h.float().square().mean().sqrt()
+    return float(size / stream)
+
+
+def _steered(
+    model: SplitModel,
+    operators: Operators,
+    blocks: Blocks,
+    ordinals: np.ndarray,
+    membership: Membership,
+    config: Config,
+) -> tuple[float, float, float, float]:
+    """Steer each block with its own subsets' operators and as many others: gap, error, member response, loss."""
+    inside = _inside(membership, ordinals)
+    responses = np.full(inside.shape, np.nan)
+    losses = []
+    ids, mask = _tensors(model, blocks, ordinals)
+    for row, member in enumerate(inside):
+        rng = np.random.default_rng([config.seed, int(ordinals[row])])
+        others = rng.permutation(np.flatnonzero(~member))[: max(1, member.sum())]
+        chosen = np.concatenate([np.flatnonzero(member), others])
+        base, found = operators.exact(
+            model, ids[row], mask[row], torch.from_numpy(chosen).to(model.device), config.compute.batch_tokens
+        )
+        responses[row, chosen] = found.cpu().numpy()
+        losses.append(base)
+    mean_gap, error = gap(responses, inside)
+    return mean_gap, error, float(np.nanmean(responses[inside])), float(np.mean(losses))
+
+
+def _verdict(facts: dict[str, Any]) -> str:
+    numbers = (
+        f"members minus non-members {facts['gap']:+.4g} ± {facts['gap_error']:.2g} nats steered, "
+        f"{facts['gap_linear']:+.4g} ± {facts['gap_linear_error']:.2g} to first order; "
+        f"steering {facts['relative_steering']:.2%}, members' response {facts['member_response']:+.2%} of the loss"
+    )
+    if facts["learned"]:
+        return f"The operators answer to their members: {numbers}."
+    return (
+        f"WARNING: these operators do not tell members from non-members; what they recover means nothing: {numbers}. "
+        "Train longer, change fit.* or use fit.method = closed_form."
+    )

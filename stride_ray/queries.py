@@ -1,0 +1,78 @@
+"""Queries: any input that documents can come from, tokenised into one small Parquet table.
+
+A query that cannot be asked (one token, no target, an unreadable line) stays in the table with its error: nothing is
+dropped.
+"""
+
+import collections
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stride_ray.corpus import Encoded
+from stride_ray.documents import Rejected, detect_columns, plan, read
+from stride_ray.errors import StrideError
+from stride_ray.storage import safe_url
+from stride_ray.tokens import encode
+
+SCHEMA = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+def read_queries(path: str, tokenizer: Any) -> pa.Table:
+    """Read and tokenise queries.
+
+    Args:
+        path: JSON Lines, Parquet or any other input of documents: a text (loss on every token), prompt and completion
+            (or answer), or messages (loss on the answers); an optional ``query_id`` or ``id``.
+        tokenizer: the corpus's.
+
+    Returns:
+        SCHEMA; queries without an id are numbered q0, q1, …; ``status`` is "ok" or "failed".
+
+    Raises:
+        StrideError: for a path without queries, or an id used twice.
+    """
+    units = plan([path], shard_bytes=2**26)
+    columns = dict(detect_columns(units)) if units[0].kind != "text" else {}
+    items: list[Any] = [item for unit in units for item in read(unit, columns)]
+    documents = [item for item in items if not isinstance(item, Rejected)]
+    encoded = iter(encode(documents, tokenizer))
+    named = "id" in columns
+    rows = []
+    for index, item in enumerate(items):
+        result = item if isinstance(item, Rejected) else next(encoded)
+        if isinstance(result, Rejected):
+            rows.append(failed(f"q{index}", f"{result.file}, row {result.row}: {result.reason}"))
+            continue
+        rows.append(row(result.document_id if named else f"q{index}", result))
+    twice = [name for name, count in collections.Counter(r["query_id"] for r in rows).items() if count > 1]
+    if twice:
+        raise StrideError(f"{safe_url(path)} has more than one query with the id {twice[0]!r}; ids must differ.")
+    if not rows:
+        raise StrideError(f"{safe_url(path)} has no queries.")
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def row(query_id: str, encoded: Encoded) -> dict[str, Any]:
+    """A table row of an encoded query; its error where it has no loss."""
+    ids = encoded.ids
+    mask = np.ones(len(ids), dtype=bool) if encoded.mask is None else encoded.mask
+    if len(ids) < 2:
+        return failed(query_id, f"has {len(ids)} token(s); a loss needs at least two, one to be predicted from another")
+    if not mask[1:].any():
+        return failed(query_id, "has no token whose loss counts")
+    return {"query_id": query_id, "token_ids": ids, "loss_mask": mask, "status": "ok", "error": None}
+
+
+def failed(query_id: str, error: str) -> dict[str, Any]:
+    """A table row of a query that cannot be asked."""
+    return {"query_id": query_id, "token_ids": [], "loss_mask": [], "status": "failed", "error": error}

@@ -1,0 +1,182 @@
+"""The main job on a small real corpus: Python's own standard library, and a model trained on it on the spot.
+
+Nothing is fetched and nothing is special: the same stages that a cluster runs on a terabyte, with a model small enough
+to be trained in a minute or two. Everything lies in one folder, and running it again goes on where it stopped.
+"""
+
+import json
+import shutil
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stride_ray.attribute import attribute
+from stride_ray.blocks import Blocks
+from stride_ray.errors import StrideError
+from stride_ray.fit import fit
+from stride_ray.run import Run
+from stride_ray.shard import shard
+
+# The sample by name; a module that this Python does not have is left out, and the count printed.
+MODULES = (
+    "argparse.py bisect.py calendar.py collections/__init__.py configparser.py contextlib.py copy.py csv.py "
+    "dataclasses.py datetime.py difflib.py enum.py fractions.py ftplib.py functools.py getopt.py gettext.py glob.py "
+    "gzip.py heapq.py html/parser.py http/client.py http/cookies.py http/server.py inspect.py ipaddress.py "
+    "json/__init__.py json/decoder.py json/encoder.py json/scanner.py json/tool.py keyword.py locale.py "
+    "logging/__init__.py logging/config.py logging/handlers.py optparse.py os.py pdb.py pickle.py poplib.py pprint.py "
+    "queue.py random.py sched.py secrets.py selectors.py shelve.py shlex.py shutil.py smtplib.py socket.py "
+    "socketserver.py sqlite3/dump.py ssl.py statistics.py string.py subprocess.py tarfile.py tempfile.py textwrap.py "
+    "this.py threading.py timeit.py tokenize.py traceback.py turtle.py typing.py unittest/case.py unittest/mock.py "
+    "urllib/parse.py urllib/request.py uuid.py wave.py weakref.py webbrowser.py xml/dom/minidom.py "
+    "xml/etree/ElementTree.py zipapp.py"
+).split()
+
+PROMPTS = {
+    "argparse": "parser = argparse.ArgumentParser(description=",
+    "argparse-error": "error: the following arguments are required:",
+    "json-error": 'raise JSONDecodeError("Expecting value", s, err.value) from None',
+    "zen": "Beautiful is better than ugly.\nExplicit is better than implicit.",
+    "subprocess": "Popen.communicate() returns a tuple (stdout, stderr)",
+    "turtle": "turtle.forward(100)\n>>> turtle.left(90)\n>>> turtle.position()",
+    "random": "random.shuffle(x)  shuffle list x in place, and return None.",
+    "http": 'self.send_response(HTTPStatus.OK)\nself.send_header("Content-type", ctype)',
+    "ipaddress": "ip_network('192.0.2.0/28') raises ValueError: has host bits set",
+    "statistics": "mean([1, 2, 3, 4, 4])\n2.8",
+    "calendar": "def isleap(year):\n    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)",
+}
+
+BLOCK_TOKENS, VOCABULARY, EPOCHS, BATCH = 128, 2048, 5, 16
+
+
+def quickstart(folder: str) -> dict[str, Any]:
+    """Corpus, tokenizer, model, blocks, operators, and about ten attributed prompts, under one folder.
+
+    Args:
+        folder: a local folder; made, or gone on with.
+
+    Returns:
+        attribute's summary.
+
+    Raises:
+        StrideError: where the standard library's sources are not installed, or as the stages do.
+    """
+    root, began = Path(folder), time.monotonic()
+    _say(1, f"a sample of Python's standard library -> {root / 'corpus'}")
+    files = write_corpus(root / "corpus")
+    size = sum(path.stat().st_size for path in files)
+    print(f"{len(files)} modules, {size / 1e6:.2f} MB")
+    _say(2, f"a tokenizer trained on it -> {root / 'tokenizer'}")
+    train_tokenizer(files, root / "tokenizer")
+    run = Run(str(root / "run"), changes=settings(root))
+    _say(3, f"documents to blocks -> {root / 'run' / 'blocks'}")
+    manifest = shard(run)
+    print(f"{manifest['documents']} documents became {manifest['blocks']} blocks of {BLOCK_TOKENS} tokens")
+    _say(4, f"a small Llama trained on these blocks -> {root / 'model'}")
+    train_model(Blocks(run.stage("blocks").store), root)
+    _say(5, f"blocks to steering operators, one pass -> {root / 'run' / 'operators'}")
+    print(fit(run)["verdict"])
+    _say(6, f"which blocks made the model answer like this -> {root / 'run' / 'influence'}")
+    queries = root / "prompts.jsonl"
+    queries.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in PROMPTS.items()))
+    summary = attribute(run, str(queries), "prompts")
+    print(
+        f"\nEach line above is a block of the corpus that the model was trained on: its rank, its influence on the "
+        f"prompt's loss\n(positive: training on it made the prompt more likely), its file and its text. Open the page "
+        f"to read them whole:\n  {Path(summary['page']).resolve()}\nfinished in {time.monotonic() - began:.0f} s"
+    )
+    return summary
+
+
+def settings(root: Path) -> dict[str, Any]:
+    """The quickstart's options, all others at their defaults."""
+    return {
+        "corpus.input": [str(root / "corpus")],
+        "corpus.tokenizer": str(root / "tokenizer"),
+        "corpus.block_tokens": BLOCK_TOKENS,
+        "corpus.shard_mb": 0.5,
+        "model.path": str(root / "model"),
+    }
+
+
+def _say(step: int, text: str) -> None:
+    print(f"\n[{step}/6] {text}", flush=True)
+
+
+def write_corpus(folder: Path) -> list[Path]:
+    """Copy the sample; a copy keeps its bytes and its time, so a rerun finds nothing changed."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for name in MODULES:
+        source, target = library / name, folder / name
+        if source.exists() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target.with_name(f".{target.name}"))
+            target.with_name(f".{target.name}").replace(target)
+    files = sorted(path for path in folder.rglob("*.py") if not path.name.startswith("."))
+    if not files:
+        raise StrideError(f"{library} holds no Python sources; install Python with its standard library.")
+    return files
+
+
+def train_tokenizer(files: list[Path], folder: Path) -> None:
+    """A byte-level BPE tokenizer with an end-of-text token, as a Hugging Face folder."""
+    if (folder / "tokenizer_config.json").exists():
+        return
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((path.read_text("utf-8") for path in files), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+
+
+def train_model(blocks: Blocks, root: Path) -> None:
+    """Train a 1-million-parameter Llama on all blocks and save it as a Hugging Face checkpoint."""
+    if (root / "model" / "config.json").exists():
+        return
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    n = len(blocks)
+    everything = blocks.batch(np.arange(n))
+    ids = torch.from_numpy(everything.ids)
+    labels = ids.masked_fill(~torch.from_numpy(np.ascontiguousarray(everything.mask)), -100)
+    steps = EPOCHS * (n // BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 20, max(0.05, 1 - i / steps)))
+    order = torch.cat([torch.randperm(n) for _ in range(EPOCHS + 1)])
+    bar = tqdm(range(steps), desc="train", unit=" steps", mininterval=2.0)
+    for step in bar:
+        rows = order[step * BATCH : (step + 1) * BATCH]
+        loss = model(input_ids=ids[rows], labels=labels[rows]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.2f}")
+    partial = root / ".model"
+    model.save_pretrained(partial)
+    for path in (root / "tokenizer").iterdir():
+        shutil.copy(path, partial)
+    partial.replace(root / "model")

@@ -1,0 +1,400 @@
+"""From the K responses of a query to the influence of every block: an exact Lasso at any N.
+
+The paper recovers influence by coordinate descent over all N columns of M. Here M is never stored and N may be 1e9, so
+the solver is a working-set method. One pass over M's columns, shared by a batch of queries, yields every query's
+largest correlations |Mᵀr|. The columns that violate optimality join that query's working set, scikit-learn solves the
+small problem, and so on, until the duality gap of the full problem is below the tolerance. The pass knows max|Mᵀr| over
+all N columns, so the gap is that of the full problem: a certificate, not an estimate.
+
+Queries share passes but never arithmetic: sums run per query in a fixed order and everything else is done one query at
+a time, so that a result has the same bits whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import lasso_path
+
+from stride_ray.errors import StrideError
+from stride_ray.membership import Membership
+
+BATCH = 64  # queries that share a pass: their residuals (K·64·8 bytes) should stay in a core's L2 cache
+FIRST_GROWTH, LAST_GROWTH = 64, 256  # most columns that join a working set in its first round and, doubling, later
+PRUNE_ABOVE = 1.5  # times K: a working set beyond it drops its zeros, which bounds the Gram matrix at any λ
+MAX_ROUNDS = 500
+MAX_EPOCHS = 200  # of coordinate descent in one small solve; what is left over, the next round takes up
+MAX_POLISH = 20  # linear solves after it ...
+POLISH_BELOW = 512  # ... in working sets of this size, where they cost nothing, and in larger ones that hardly grow
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The influence of the pool on one query: the non-zero part of ŵ(x) (method: Recovery).
+
+    Attributes:
+        ordinals: (A,) int64, ascending: the blocks with influence.
+        weights: (A,) float64, their ŵ, in the unit of the responses (nats, if those are drops in cross-entropy);
+            positive: training on the block lowers the query's loss. With `row_scaling`, see `recover`.
+        intercept: c, in the unit of the responses.
+        penalty: λ = ratio · λ_max of this query.
+        gap: duality gap of the full N-column problem over ½‖y − ȳ‖². Above the tolerance only where `rounds` reached
+            MAX_ROUNDS or the tolerance is finer than floating point allows.
+        rounds: passes over M's columns that this query took part in.
+    """
+
+    ordinals: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    intercept: float
+    penalty: float
+    gap: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What all queries of a call share; `scale` is what multiplies M's rows, (K+1,), 0 for the "no subset" id K."""
+
+    membership: Membership
+    n_blocks: int
+    scale: NDArray[np.float64]
+    ratio: float
+    nonnegative: bool
+    tolerance: float
+
+
+@dataclass
+class _Query:
+    """The state of one query between passes; ids, ordinals and weights describe its working set."""
+
+    mean: float
+    target: NDArray[np.float64]  # y − ȳ
+    half: float  # ½‖y − ȳ‖²
+    residual: NDArray[np.float64]  # y − c·1 − X w; sums to 0
+    ordinals: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    weights: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    shift: float = 0.0  # mean of X w
+    penalty: float = -1.0  # unknown before the first pass
+    gap: float = 0.0
+    rounds: int = 0
+    growth: int = FIRST_GROWTH
+    done: bool = False
+
+
+@njit(cache=True, nogil=True)
+def _sift_down(value: NDArray, ordinal: NDArray, at: int, size: int) -> None:
+    """Restore the min-heap below a position whose value was replaced."""
+    while 2 * at + 1 < size:
+        child = 2 * at + 1
+        if child + 1 < size and value[child + 1] < value[child]:
+            child += 1
+        if value[at] <= value[child]:
+            break
+        value[at], value[child] = value[child], value[at]
+        ordinal[at], ordinal[child] = ordinal[child], ordinal[at]
+        at = child
+
+
+@njit(cache=True, nogil=True)
+def _scan(
+    ids: NDArray,
+    first: int,
+    residual_KQ: NDArray,
+    both_signs: bool,
+    floor_Q: NDArray,
+    capacity_Q: NDArray,
+    value_QC: NDArray,
+    ordinal_QC: NDArray,
+    count_Q: NDArray,
+) -> None:
+    """Offer every column's correlation with every query's residual to that query's heap of the largest.
+
+    ids (n, width) are columns first…first+n−1; residual_KQ (K+1, Q) has a zero row for the id K. A value counts only
+    above floor_Q, which rises once the heap of capacity_Q entries is full: nearly all columns cost one comparison.
+    """
+    width, queries = ids.shape[1], residual_KQ.shape[1]
+    total = np.empty(queries)
+    for row in range(len(ids)):
+        total[:] = 0.0
+        # Each query is a vector lane and adds its terms in the same order, whatever the number of lanes.
+        for i in range(0, width - 1, 2):
+            a, b = residual_KQ[np.int64(ids[row, i])], residual_KQ[np.int64(ids[row, i + 1])]
+            for q in range(queries):
+                total[q] += a[q] + b[q]
+        if width & 1:
+            a = residual_KQ[np.int64(ids[row, width - 1])]
+            for q in range(queries):
+                total[q] += a[q]
+        found = False
+        for q in range(queries):
+            total[q] = abs(total[q]) if both_signs else total[q]
+            found |= total[q] > floor_Q[q]
+        if not found:
+            continue
+        for q in range(queries):
+            if total[q] <= floor_Q[q]:
+                continue
+            value, ordinal, size = value_QC[q], ordinal_QC[q], count_Q[q]
+            if size < capacity_Q[q]:  # a plain list until it is full
+                value[size], ordinal[size] = total[q], first + row
+                count_Q[q] = size = size + 1
+                lowest = size // 2 if size == capacity_Q[q] else -1
+            else:
+                value[0], ordinal[0] = total[q], first + row
+                lowest = 0
+            for at in range(lowest, -1, -1):
+                _sift_down(value, ordinal, at, size)
+            if lowest >= 0:
+                floor_Q[q] = max(floor_Q[q], value[0])
+
+
+@njit(cache=True, nogil=True)
+def _gram(ids: NDArray, scale: NDArray, target: NDArray) -> tuple[NDArray, NDArray]:
+    """Return XᵀX (W, W) and Xᵀy (W,) of the centred, row-scaled columns; scale and target are (K+1,), 0 at K."""
+    n, width = ids.shape
+    K = len(scale) - 1
+    gram, correlation, mean = np.empty((n, n)), np.zeros(n), np.zeros(n)
+    for a in range(n):
+        for i in range(width):
+            mean[a] += scale[ids[a, i]] / K
+            correlation[a] += scale[ids[a, i]] * target[ids[a, i]]
+    member = np.zeros(K + 1)
+    for a in range(n):
+        for i in range(width):
+            member[ids[a, i]] = scale[ids[a, i]] ** 2
+        for b in range(a, n):
+            shared = 0.0
+            for i in range(width):
+                shared += member[ids[b, i]]
+            gram[a, b] = gram[b, a] = shared - K * mean[a] * mean[b]
+        for i in range(width):
+            member[ids[a, i]] = 0.0
+    return gram, correlation
+
+
+@njit(cache=True, nogil=True)
+def _predict(ids: NDArray, weights: NDArray, scale: NDArray) -> NDArray:
+    """Return X w before centring: (K,) float64."""
+    total = np.zeros(len(scale))
+    for a in range(len(ids)):
+        for i in range(ids.shape[1]):
+            total[ids[a, i]] += weights[a]
+    return (total * scale)[:-1]
+
+
+def row_scale(membership: Membership, n_blocks: int) -> NDArray[np.float64]:
+    """Return what `row_scaling` multiplies M's rows by: (K,) float64, mean|S| / |S_k| (1 where S_k is empty)."""
+    sizes = membership.sizes(n_blocks)
+    return np.where(sizes > 0, sizes.mean() / np.maximum(sizes, 1), 1.0)
+
+
+def _polish(gram: NDArray, correlation: NDArray, penalty: float, weights: NDArray) -> NDArray:
+    """Return the exact minimiser on the support and signs of weights, or the best point on the way there.
+
+    Coordinate descent finds the support soon and the last digits late; a few linear solves replace that tail. With the
+    signs fixed the objective is quadratic, so it falls all the way to its minimiser; where a weight would change sign
+    first, the step ends there, the weight leaves the support, and the next solve goes on.
+    """
+    polished = weights.copy()
+    for _ in range(MAX_POLISH):
+        support = np.flatnonzero(polished)
+        if len(support) == 0:
+            break
+        start = polished[support]
+        signs = np.sign(start)
+        try:
+            end = np.linalg.solve(gram[np.ix_(support, support)], correlation[support] - penalty * signs)
+        except np.linalg.LinAlgError:  # duplicate columns: the minimiser is not unique, and descent has found one
+            break
+        if not np.isfinite(end).all():
+            break
+        crossing = np.flatnonzero(end * signs <= 0)
+        if len(crossing) == 0:
+            polished[support] = end
+            break
+        reach = start[crossing] / (start[crossing] - end[crossing])  # in (0, 1]: the share of the step to zero
+        polished[support] = start + reach.min() * (end - start)
+        polished[support[crossing[reach == reach.min()]]] = 0.0
+
+    def objective(w: NDArray) -> float:
+        return float(0.5 * w @ (gram @ w) - correlation @ w + penalty * np.abs(w).sum())
+
+    return polished if objective(polished) <= objective(weights) else weights
+
+
+def _solve_small(problem: _Problem, query: _Query, tolerance: float, polish: bool) -> None:
+    """Minimise over the working set, starting from its weights; then update the residual."""
+    scale = problem.scale
+    ids = problem.membership.columns_at(query.ordinals)
+    K = len(scale) - 1
+    gram, correlation = _gram(ids, scale, np.append(query.target, 0.0))
+    # The Gram form uses no more of X than its shape and of y than ‖y‖². One placeholder row makes scikit-learn's
+    # objective, (1/2n)‖y − Xw‖² + alpha‖w‖₁, ours; check_input=False keeps it from comparing the Gram matrix with X.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the full problem's gap is what decides
+        _, path, _ = lasso_path(
+            np.zeros((1, len(ids)), order="F"),
+            np.array([np.sqrt(2 * query.half)]),
+            alphas=[query.penalty],
+            precompute=gram,
+            Xy=correlation,
+            coef_init=query.weights,
+            positive=problem.nonnegative,
+            check_input=False,
+            tol=tolerance,
+            max_iter=MAX_EPOCHS,
+        )
+    query.weights = path[:, 0].copy()
+    if polish:
+        query.weights = _polish(gram, correlation, query.penalty, query.weights)
+    predicted = _predict(ids, query.weights, scale)
+    query.shift = float(predicted.sum() / K)
+    query.residual = query.target - (predicted - query.shift)
+    query.residual -= query.residual.sum() / K
+
+
+def _relative_gap(query: _Query, largest: float, nonnegative: bool) -> float:
+    """Return the duality gap of the full problem over ½‖y − ȳ‖², given max|Xᵀr| (nonnegative: max Xᵀr) over N columns.
+
+    The dual point is s·r with the s that maximises the dual, −½s²‖r‖² + s·yᵀr, where s·Xᵀr stays within λ.
+    """
+    r, y = query.residual, query.target
+    rr, ry = float(r @ r), float(r @ y)
+    bound = query.penalty / largest if largest > 0 else np.inf
+    s = min(ry / rr, bound) if rr > 0 else 0.0
+    s = max(s, 0.0 if nonnegative else -bound)
+    primal = 0.5 * rr + query.penalty * float(np.abs(query.weights).sum())
+    return max(primal - (s * ry - 0.5 * s * s * rr), 0.0) / query.half
+
+
+def _advance(problem: _Problem, query: _Query, value: NDArray, ordinal: NDArray) -> None:
+    """Take one query through a round: value and ordinal are the pass's largest correlations and their columns."""
+    query.rounds += 1
+    largest = float(value.max()) if len(value) else 0.0
+    if query.penalty < 0:
+        # Below this the correlations are rounding: no column tells the subsets apart (d = K), or none is positive.
+        noise = 1e-13 * np.sqrt(2 * query.half * problem.membership.degree) * problem.scale.max()
+        query.penalty = problem.ratio * largest if largest > noise else 0.0
+        if query.penalty == 0.0:
+            query.done = True
+            return
+    # No column above the floor λ: then λ bounds them all.
+    query.gap = _relative_gap(query, max(largest, query.penalty), problem.nonnegative)
+    if query.gap <= problem.tolerance or query.rounds == MAX_ROUNDS:
+        query.done = True
+        return
+    if len(query.ordinals) > PRUNE_ABOVE * problem.membership.subsets:
+        keep = query.weights != 0  # a column dropped wrongly comes back as a violator
+        query.ordinals, query.weights = query.ordinals[keep], query.weights[keep]
+    fresh = ~np.isin(ordinal, query.ordinals) & (value > query.penalty)
+    order = np.lexsort((ordinal, -value))
+    joining = ordinal[order[fresh[order]]][: query.growth]
+    query.ordinals = np.concatenate([query.ordinals, joining])
+    query.weights = np.concatenate([query.weights, np.zeros(len(joining))])
+    query.growth = min(2 * query.growth, LAST_GROWTH)
+    # Early small problems need not be solved finer than the full one is; without fresh columns precision is what lacks.
+    inner = max(0.1 * problem.tolerance, 1e-2 * query.gap if len(joining) else 0.0)
+    polish = len(query.ordinals) <= POLISH_BELOW or 10 * len(joining) <= len(query.ordinals)
+    _solve_small(problem, query, min(inner, 1e-4), polish)
+
+
+def _recover_batch(problem: _Problem, queries: list[_Query], stored: Iterable[tuple[int, NDArray]] | None) -> None:
+    """Run rounds until every query of the batch is done; queries that are leave the passes."""
+    while active := [query for query in queries if not query.done]:
+        residual_KQ = np.stack([np.append(query.residual, 0.0) * problem.scale for query in active], axis=1)
+        floor = np.array([max(query.penalty, 0.0) for query in active])
+        capacity = np.array([len(query.ordinals) + query.growth for query in active])
+        value = np.empty((len(active), capacity.max()))
+        ordinal = np.empty(value.shape, np.int64)
+        count = np.zeros(len(active), np.int64)
+        for first, ids in problem.membership.ranges(problem.n_blocks) if stored is None else stored:
+            _scan(ids, first, residual_KQ, not problem.nonnegative, floor, capacity, value, ordinal, count)
+        for q, query in enumerate(active):
+            _advance(problem, query, value[q, : count[q]], ordinal[q, : count[q]])
+
+
+def _start(responses: NDArray) -> _Query:
+    """Return the state of a query before its first pass."""
+    y = np.ascontiguousarray(responses)
+    mean = float(y.mean())
+    target = y - mean
+    # Centring a constant leaves rounding of its mean, which is no signal: then the residual is zero and so is the gap.
+    constant = float(np.abs(target).max()) <= 1e-14 * abs(mean)
+    target = np.zeros_like(target) if constant else target - target.mean()
+    query = _Query(mean=mean, target=target, half=0.5 * float(target @ target), residual=target)
+    if query.half == 0.0:
+        query.done, query.penalty = True, 0.0
+    return query
+
+
+def recover(
+    responses_QK: NDArray,
+    membership: Membership,
+    n_blocks: int,
+    *,
+    ratio: float = 0.1,
+    nonnegative: bool = False,
+    row_scaling: bool = False,
+    tolerance: float = 1e-9,
+    cache_bytes: int = 256 << 20,
+) -> list[Recovery]:
+    """Recover each query's influence vector from its responses (method: Recovery; the paper's Section 4 and Table 6).
+
+    Solves, per query, min over c and w of ½‖y − c·1 − M w‖² + λ‖w‖₁ with λ = ratio · λ_max and
+    λ_max = ‖Mᵀ(y − ȳ)‖_∞, exactly: to a duality gap of the full problem. Memory beyond the cache does not grow with N.
+
+    Args:
+        responses_QK: (Q, K) float, a row of responses y(x) per query; solved in float64.
+        membership: M.
+        n_blocks: N, the columns of M.
+        ratio: λ/λ_max, above 0. At 1 and above every w is empty.
+        nonnegative: w ≥ 0; λ_max is then max Mᵀ(y − ȳ).
+        row_scaling: the model of operators that are subset means: y = c·1 + diag(mean|S| / |S_k|) M w, λ_max and λ
+            likewise of the scaled matrix. The factor mean|S| keeps the problem well-conditioned and w in the unit of
+            the responses; v = mean|S|·w is the influence in y = c·1 + diag(1/|S_k|) M v.
+        tolerance: relative duality gap to reach, from 1e-14 to 1 (of ½‖y − ȳ‖²).
+        cache_bytes: keep the columns' ids in memory between passes if they fit; else recompute them in every pass.
+
+    Returns:
+        One `Recovery` a query, in order. A query of all-equal responses has an empty one with gap 0. The bits of a
+        result do not depend on the other queries.
+
+    Raises:
+        StrideError: a response is not finite (naming the query), the shape is not (Q, K), or an option is out of range.
+    """
+    responses = np.asarray(responses_QK)
+    K = membership.subsets
+    if responses.ndim != 2 or responses.shape[1] != K or responses.dtype.kind not in "fiu":
+        raise StrideError(f"recovery: responses of shape {responses.shape} are not numbers of shape (queries, {K}).")
+    if n_blocks < 1:
+        raise StrideError(f"recovery: n_blocks is {n_blocks}; there must be a block to recover the influence of.")
+    if not (np.isfinite(ratio) and ratio > 0):
+        raise StrideError(f"recovery: ratio is {ratio}; the penalty must be a positive share of its largest value.")
+    if not 1e-14 <= tolerance < 1:
+        raise StrideError(f"recovery: tolerance is {tolerance}; it must be from 1e-14 to below 1.")
+    responses = np.asarray(responses, dtype=np.float64)
+    finite = (np.abs(responses) < 1e100).all(axis=1)  # beyond, squares overflow
+    if not finite.all():
+        raise StrideError(f"recovery: query {int(np.argmin(finite))} has a response that is not a finite number.")
+
+    scale = np.append(row_scale(membership, n_blocks) if row_scaling else np.ones(K), 0.0)
+    width = membership.degree if membership.form == "regular" else K
+    fits = n_blocks * width * membership.dtype.itemsize <= cache_bytes
+    stored = list(membership.ranges(n_blocks)) if fits else None
+    problem = _Problem(membership, n_blocks, scale, ratio, nonnegative, tolerance)
+    results: list[Recovery] = []
+    for start in range(0, len(responses), BATCH):
+        queries = [_start(row) for row in responses[start : start + BATCH]]
+        _recover_batch(problem, queries, stored)
+        for query in queries:
+            order = np.argsort(query.ordinals)
+            order = order[query.weights[order] != 0]
+            ordinals, weights, intercept = query.ordinals[order], query.weights[order], query.mean - query.shift
+            results.append(Recovery(ordinals, weights, intercept, query.penalty, query.gap, query.rounds))
+    return results

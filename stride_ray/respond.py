@@ -1,0 +1,185 @@
+"""Stage respond: queries to response vectors, through a pool of actors that each hold the model and the operators.
+
+``exact`` steers: a query's trunk runs once and the suffix once per operator, in batches bounded by a token budget.
+``linear`` takes all K responses from one forward (and a backward where J needs one).
+"""
+
+import hashlib
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from stride_ray.blocks import fixed_lists
+from stride_ray.config import Config
+from stride_ray.distribute import connected, map_actors, pool, progress
+from stride_ray.errors import StrideError
+from stride_ray.fitted import load_operators, load_run_model
+from stride_ray.queries import read_queries
+from stride_ray.run import Run, Stage
+from stride_ray.storage import Store, first_line
+from stride_ray.tokens import load_tokenizer
+
+# Queries in a unit of work: what a killed worker loses at most.
+UNIT = 16
+
+
+def response_schema(subsets: int) -> pa.Schema:
+    """Schema of responses/<name>/part-*.parquet; responses are nats (exact) or inner products of J (linear)."""
+    return pa.schema(
+        [
+            pa.field("query_id", pa.string(), nullable=False),
+            pa.field("base_loss", pa.float32()),
+            pa.field("response", pa.list_(pa.float32(), subsets)),
+            pa.field("status", pa.string(), nullable=False),
+            pa.field("error", pa.string()),
+        ]
+    )
+
+
+def respond(run: Run, queries: str, name: str) -> dict[str, Any]:
+    """Measure every query's response to every operator.
+
+    Args:
+        run: with finished ``operators/``.
+        queries: where they are (queries.read_queries).
+        name: of the query set, a folder's name.
+
+    Returns:
+        Counts: ``queries``, ``failed``, and the ``mode`` used.
+
+    Raises:
+        StrideError: for a missing stage, other settings, another query set of that name, or unreadable queries.
+    """
+    tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
+    return respond_table(run, read_queries(queries, tokenizer), name)
+
+
+def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
+    """As respond, for a table of tokenised queries (queries.SCHEMA)."""
+    if not name or "/" in name or name.startswith((".", "_")):
+        raise StrideError(f"{name!r} is no name for a query set; use letters, digits, '-' and '_'.")
+    operators = run.require("operators", "metadata.json", "stride-ray fit")
+    method = operators.store.read_json("metadata.json")["method"]
+    mode = run.config.respond.mode
+    if mode == "auto":
+        mode = "linear" if method == "closed_form" else "exact"
+    stage = run.begin("responses", name, queries=_fingerprint(table))
+    if not stage.store.exists("queries.parquet"):
+        stage.store.write_table("queries.parquet", table)
+    units = [(index, start) for index, start in enumerate(range(0, table.num_rows, UNIT))]
+    done = stage.done()
+    missing = [unit for unit in units if f"part-{unit[0]:05d}" not in done]
+    if missing:
+        with connected(run.config.compute):
+            workers = pool(run.config.compute, len(missing))
+            total = sum(min(UNIT, table.num_rows - start) for _, start in missing)
+            results = map_actors(Responder, (run.config, run.store, stage, mode, workers.device), missing, workers)
+            progress(results, "respond", total, "queries", lambda marker: marker["queries"])
+    markers = stage.done().values()
+    summary = {
+        "queries": table.num_rows,
+        "failed": sum(marker["failed"] for marker in markers),
+        "mode": mode,
+        "parts": len(units),
+    }
+    stage.store.write_json("manifest.json", summary)
+    return summary
+
+
+class Responder:
+    """Answers units of queries; makes one Parquet file per unit."""
+
+    def __init__(self, config: Config, root: Store, stage: Stage, mode: str, device: str) -> None:
+        self.config, self.stage, self.mode = config, stage, mode
+        self.model = load_run_model(config, device)
+        self.operators, _ = load_operators(root.child("operators"), self.model.device)
+        self.queries = stage.store.read_table("queries.parquet")
+
+    def __call__(self, unit: tuple[int, int]) -> dict[str, Any]:
+        """Do one unit; returns its marker or findings."""
+        started = time.monotonic()
+        index, start = unit
+        rows = self.queries.slice(start, UNIT).to_pylist()
+        answers = [self._checked(row) for row in rows]
+        if self.mode == "linear":
+            self._linear(rows, answers)
+        else:
+            for row, answer in zip(rows, answers, strict=True):
+                if answer["status"] == "ok":
+                    self._exact(row, answer)
+        name, schema = f"part-{index:05d}", response_schema(len(self.operators.A))
+        digest = self.stage.store.write_table(f"{name}.parquet", pa.Table.from_pylist(answers, schema))
+        failed = sum(answer["status"] != "ok" for answer in answers)
+        return self.stage.mark(name, started, queries=len(rows), failed=failed, sha256=digest)
+
+    def _checked(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The answer to be filled in, or the reason why there is none."""
+        answer = {"query_id": row["query_id"], "status": row["status"], "error": row["error"]}
+        if row["status"] == "ok":
+            try:
+                self.model.check_ids(torch.tensor([row["token_ids"]]))
+            except StrideError as error:
+                answer |= {"status": "failed", "error": str(error)}
+        return answer
+
+    def _linear(self, rows: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
+        """Batches of queries, padded on the right, up to the token budget."""
+        waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
+        while waiting:
+            longest, batch = 0, []
+            for i in waiting:
+                longest = max(longest, len(rows[i]["token_ids"]))
+                if batch and longest * (len(batch) + 1) > self.config.compute.batch_tokens:
+                    break
+                batch.append(i)
+            waiting = waiting[len(batch) :]
+            ids, mask = self._padded([rows[i] for i in batch])
+            losses = self.model.losses(self.model.trunk(ids), ids, mask)
+            found = self.operators.linear(self.model, ids, mask)
+            for i, loss, response in zip(batch, losses.tolist(), found.cpu().numpy(), strict=True):
+                _fill(answers[i], loss, response)
+
+    def _exact(self, row: dict[str, Any], answer: dict[str, Any]) -> None:
+        ids, mask = self._padded([row])
+        everyone = torch.arange(len(self.operators.A), device=self.model.device)
+        try:
+            base, found = self.operators.exact(self.model, ids[0], mask[0], everyone, self.config.compute.batch_tokens)
+        except torch.OutOfMemoryError as error:
+            answer |= {"status": "failed", "error": f"out of memory: {first_line(error)}; lower compute.batch_tokens"}
+            return
+        _fill(answer, base, found.cpu().numpy())
+
+    def _padded(self, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(len(row["token_ids"]) for row in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row["token_ids"])] = torch.tensor(row["token_ids"])
+            mask[i, : len(row["loss_mask"])] = torch.tensor(row["loss_mask"])
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+
+def _fill(answer: dict[str, Any], loss: float, response: np.ndarray) -> None:
+    if np.isfinite(response).all() and np.isfinite(loss):
+        answer |= {"base_loss": loss, "response": response}
+    else:
+        answer |= {"status": "failed", "error": "the response is not finite; the model overflows on this text"}
+
+
+def _fingerprint(table: pa.Table) -> str:
+    """Content hash of a table of queries."""
+    digest = hashlib.sha256()
+    for record in table.to_pylist():
+        digest.update(repr(sorted(record.items(), key=lambda item: item[0])).encode())
+    return digest.hexdigest()[:16]
+
+
+def read_responses(store: Store, part: int) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """One part of a response folder: its rows without the vectors, and the vectors (rows, K) float32 (0 if failed)."""
+    table = store.read_table(f"part-{part:05d}.parquet")
+    width = table.schema.field("response").type.list_size
+    responses = fixed_lists(table["response"], width, np.float32(0))
+    return table.drop_columns(["response"]).to_pylist(), responses

@@ -1,0 +1,201 @@
+"""Stage shard: documents to numbered blocks in Parquet, on Ray Data.
+
+Two passes over units of work. The first tokenises and cuts a unit's documents into blocks; once every unit's count is
+known, the second gives the blocks their dense ordinals and publishes the final parts. New input continues the
+numbering: a block that exists keeps its ordinal, and so its subsets.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from stride_ray.blocks import fixed_lists
+from stride_ray.config import CorpusConfig, digest
+from stride_ray.corpus import Counts, make_blocks, with_ordinals
+from stride_ray.distribute import connected, map_dataset, map_tasks, pool, progress
+from stride_ray.documents import Rejected, Unit, plan, read, resolve_columns
+from stride_ray.errors import StrideError
+from stride_ray.run import Run, Stage
+from stride_ray.tokens import (
+    Encoded,
+    encode_stream,
+    end_of_text_id,
+    load_tokenizer,
+    pad_id,
+    show_masked,
+    vocabulary_size,
+)
+
+
+def shard(run: Run, out: TextIO = sys.stdout) -> dict[str, Any]:
+    """Cut the run's corpus into blocks, or add what is new in its input.
+
+    Args:
+        run: its configuration names input and tokenizer.
+        out: where a masked example is shown, for data with prompts.
+
+    Returns:
+        ``blocks/manifest.json``: counts of documents, blocks, tokens, targets and rejects, the first rejects with
+        file, row and reason, the parts with their content hashes, and the corpus fingerprint.
+
+    Raises:
+        StrideError: for input that is missing, empty, or was changed since it was sharded; no tokenizer; other
+            settings than the directory's; resources that the cluster cannot give.
+    """
+    config = run.config.corpus
+    if not config.input:
+        raise StrideError("No corpus is given; name files, folders or URLs with --input (corpus.input).")
+    if not config.tokenizer:
+        raise StrideError("No tokenizer is given; name one with --tokenizer, or the model with --model.")
+    tokenizer = load_tokenizer(config.tokenizer)
+    units = plan(config.input, int(config.shard_mb * 1e6))
+    stage = run.begin("blocks")
+    units, columns = _register(stage, config, units)
+    _save_tokenizer(stage, tokenizer)
+    staged = Stage(stage.store.child("_tokenised"), stage.identity)
+    numbered = stage.done()
+    missing = [(i, unit) for i, unit in enumerate(units) if _part(i) not in numbered and _part(i) not in staged.done()]
+    if len(numbered) == len(units) and stage.store.exists("manifest.json"):
+        return stage.store.read_json("manifest.json")
+    with connected(run.config.compute):
+        if missing:
+            work = [{"index": i, "unit": unit.to_dict()} for i, unit in missing]
+            workers = pool(run.config.compute, len(work))
+            results = map_dataset(Tokenise, (config, columns, staged), work, workers)
+            markers = progress(results, "shard", len(work), "units", lambda _: 1)
+            _show_example(markers, out)
+        markers_by_part = {**staged.done(), **numbered}
+        counts = [markers_by_part[_part(i)]["counts"]["blocks"] for i in range(len(units))]
+        if not sum(counts):
+            raise StrideError(_nothing(config, markers_by_part))
+        first = np.concatenate([[0], np.cumsum(counts)]).tolist()
+        todo = [(i, first[i]) for i in range(len(units)) if _part(i) not in numbered]
+        results = map_tasks(number_part, (stage, staged), todo, pool(run.config.compute, len(todo)))
+        progress(results, "number", len(todo), "parts", lambda _: 1)
+    manifest = _manifest(stage, config, tokenizer, len(units))
+    stage.store.write_json("manifest.json", manifest)
+    stage.store.remove("_tokenised")
+    run.save()
+    return manifest
+
+
+def _part(index: int) -> str:
+    return f"part-{index:05d}"
+
+
+def _register(stage: Stage, config: CorpusConfig, units: list[Unit]) -> tuple[list[Unit], dict[str, str]]:
+    """The units in the order of their numbering: those known already, then new ones; kept in plan.json."""
+    if not stage.store.exists("plan.json"):
+        columns = resolve_columns(units, config.columns)
+        stage.store.write_json("plan.json", {"columns": columns, "units": [unit.to_dict() for unit in units]})
+        return units, columns
+    record = stage.store.read_json("plan.json")
+    known = [Unit.from_dict(unit) for unit in record["units"]]
+    files = {file.name: file for unit in known for file in unit.files}
+    for unit in units:
+        for file in unit.files:
+            before = files.get(file.name)
+            if before and (before.size, before.version) != (file.size, file.version):
+                raise StrideError(
+                    f"{file.name} was changed since it was sharded; put new text into new files, or shard into a new "
+                    "run directory."
+                )
+    new = plan(config.input, int(config.shard_mb * 1e6), skip=set(files))
+    if new:
+        known += new
+        stage.store.write_json("plan.json", {**record, "units": [unit.to_dict() for unit in known]})
+    return known, record["columns"]
+
+
+def _save_tokenizer(stage: Stage, tokenizer: Any) -> None:
+    """Keep the tokenizer beside its blocks, so that later stages read text and show it without the original."""
+    if stage.store.exists("tokenizer/tokenizer_config.json"):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        # The file whose presence means that all are there comes last.
+        for path in sorted(files, key=lambda path: path.name == "tokenizer_config.json"):
+            stage.store.write(f"tokenizer/{path.relative_to(folder)}", path.read_bytes())
+
+
+class Tokenise:
+    """Turns a unit of input into one Parquet file of blocks without ordinals."""
+
+    def __init__(self, config: CorpusConfig, columns: dict[str, str], staged: Stage) -> None:
+        self.config, self.columns, self.staged = config, columns, staged
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        self.end_of_text = end_of_text_id(self.tokenizer) if config.layout == "pack" else -1
+        self.example: Encoded | None = None
+
+    def __call__(self, work: dict[str, Any]) -> dict[str, Any]:
+        """Do one unit; returns its marker or findings."""
+        started = time.monotonic()
+        encoded = self._watched(encode_stream(read(Unit.from_dict(work["unit"]), self.columns), self.tokenizer))
+        layout, tokens = self.config.layout, self.config.block_tokens
+        table, counts = make_blocks(encoded, layout, tokens, self.end_of_text, pad_id(self.tokenizer))
+        name = _part(work["index"])
+        self.staged.store.write_table(f"{name}.parquet", table)
+        ids = fixed_lists(table["token_ids"], tokens, 0)
+        facts = {"counts": counts.to_dict(), "max_token_id": int(ids.max(initial=0))}
+        marker = self.staged.mark(name, started, **facts)
+        example = show_masked(self.example, self.tokenizer) if self.example is not None else ""
+        self.example = None
+        return {**marker, "index": work["index"], "example": example}
+
+    def _watched(self, items: Iterable[Encoded | Rejected]) -> Iterator[Encoded | Rejected]:
+        """The items, keeping the first that has a mask to show it to a person."""
+        for item in items:
+            if self.example is None and isinstance(item, Encoded) and item.mask is not None:
+                self.example = item
+            yield item
+
+
+def number_part(stage: Stage, staged: Stage, unit: tuple[int, int]) -> dict[str, Any]:
+    """Give a part's blocks their ordinals and publish it."""
+    started = time.monotonic()
+    index, first = unit
+    name = _part(index)
+    marker = staged.store.read_json(f"_done/{name}.json")
+    table = with_ordinals(staged.store.read_table(f"{name}.parquet"), first)
+    content = stage.store.write_table(f"{name}.parquet", table)
+    return stage.mark(
+        name, started, counts=marker["counts"], max_token_id=marker["max_token_id"], first_ordinal=first, sha256=content
+    )
+
+
+def _manifest(stage: Stage, config: CorpusConfig, tokenizer: Any, units: int) -> dict[str, Any]:
+    done = stage.done()
+    markers = [done[_part(i)] for i in range(units)]
+    counts = sum((Counts.from_dict(marker["counts"]) for marker in markers), Counts())
+    parts = [
+        {"name": f"{_part(i)}.parquet", "blocks": m["counts"]["blocks"], "sha256": m["sha256"]}
+        for i, m in enumerate(markers)
+    ]
+    return {
+        **counts.to_dict(),
+        "layout": config.layout,
+        "block_tokens": config.block_tokens,
+        "max_token_id": max(marker["max_token_id"] for marker in markers),
+        "vocabulary": vocabulary_size(tokenizer),
+        "fingerprint": digest([part["sha256"] for part in parts]),
+        "parts": parts,
+    }
+
+
+def _show_example(markers: list[dict[str, Any]], out: TextIO) -> None:
+    for marker in sorted(markers, key=lambda marker: marker["index"]):
+        if marker["example"]:
+            print(f"One example, its loss on the marked tokens only:\n{marker['example']}\n", file=out)
+            return
+
+
+def _nothing(config: CorpusConfig, markers: dict[str, dict[str, Any]]) -> str:
+    rejects = [reject for marker in markers.values() for reject in marker["counts"]["rejects"]]
+    why = f"; the first of {len(rejects)} rejected: {rejects[0]}" if rejects else ""
+    return f"The corpus {', '.join(config.input)} gives no block{why}. Check the input and the columns."

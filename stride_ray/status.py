@@ -1,0 +1,46 @@
+"""What a run directory holds: each stage done, under way or missing, with its figures."""
+
+from typing import Any
+
+from stride_ray.config import STAGES
+from stride_ray.errors import StrideError
+from stride_ray.run import Run
+from stride_ray.storage import safe_url
+
+
+def status(run: Run) -> str:
+    """A few lines for a person.
+
+    Raises:
+        StrideError: where there is no run directory.
+    """
+    if not run.store.exists("run.toml"):
+        raise StrideError(f"{safe_url(run.url)} is no run directory: it has no run.toml; 'stride-ray shard' makes one.")
+    lines = [f"run {safe_url(run.url)}"]
+    for stage in STAGES:
+        names = [""] if stage in ("blocks", "operators") else run.store.names(stage) or ["(none)"]
+        lines += [_line(run, stage, name) for name in names]
+    return "\n".join(lines)
+
+
+def _line(run: Run, stage: str, name: str) -> str:
+    title = f"{stage}/{name}" if name else stage
+    opened = run.stage(stage, "" if name == "(none)" else name)
+    if name == "(none)" or not opened.store.exists("stage.json"):
+        return f"  {title:<28} missing"
+    finished = "metadata.json" if stage == "operators" else "manifest.json"
+    seconds = sum(marker["seconds"] for marker in opened.done().values())
+    if not opened.store.exists(finished):
+        return f"  {title:<28} under way or interrupted: {len(opened.done())} unit(s) done; run it again to go on"
+    return f"  {title:<28} done, {_figures(stage, opened.store.read_json(finished))}; {seconds:.1f} worker-seconds"
+
+
+def _figures(stage: str, facts: dict[str, Any]) -> str:
+    if stage == "blocks":
+        return f"{facts['blocks']} blocks, {facts['documents']} documents, {facts['rejected']} rejected"
+    if stage == "operators":
+        learned = "" if facts["learned"] else " (WARNING: learned nothing)"
+        return f"{facts['subsets']} operators, {facts['method']}{learned}"
+    if stage == "responses":
+        return f"{facts['queries']} queries, {facts['failed']} failed, {facts['mode']}"
+    return f"{facts['rows']} influences of {facts['queries']} queries, median {facts['median_nonzeros']:g} a query"

@@ -1,0 +1,204 @@
+"""Blocks: nothing is dropped, padding never counts, identities are unique and stay."""
+
+import hashlib
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stride_ray import corpus
+from stride_ray.corpus import Counts, block_id, block_schema, iter_blocks, make_blocks, with_ordinals
+from stride_ray.documents import plan, read
+from stride_ray.errors import StrideError
+from stride_ray.readers import Rejected
+from stride_ray.tokens import Encoded, encode_stream
+
+END, PAD = 9, 0
+LAYOUT = pytest.mark.parametrize("layout", ["pack", "split"])
+
+
+@st.composite
+def corpora(draw):
+    documents = []
+    for i in range(draw(st.integers(0, 12))):
+        ids = draw(st.lists(st.integers(1, 9), min_size=1, max_size=25))
+        mask = draw(st.none() | st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+        documents.append(encoded(f"d{i}", ids, mask, source=draw(st.sampled_from(["web", "books"]))))
+    return documents
+
+
+def encoded(name, ids, mask=None, source="web"):
+    return Encoded(name, source, np.array(ids, np.int32), None if mask is None else np.array(mask, bool))
+
+
+def with_end(document, layout):
+    """A document's tokens and mask as its blocks should hold them."""
+    ids = document.ids.tolist()
+    mask = [True] * len(ids) if document.mask is None else document.mask.tolist()
+    if layout == "pack" and ids[-1] != END:
+        ids, mask = [*ids, END], [*mask, document.mask is None]
+    return ids, mask
+
+
+def put_together(table):
+    """``{document: (ids, mask)}`` from the spans alone, and what no span covers."""
+    documents, padding = {}, []
+    for row in table.to_pylist():
+        flags = row["loss_mask"] or [True] * len(row["token_ids"])
+        position = 0
+        for span in row["spans"]:
+            ids, mask = documents.setdefault(span["document_id"], ([], []))
+            assert span["start"] == len(ids)
+            ids += row["token_ids"][position : position + span["length"]]
+            mask += flags[position : position + span["length"]]
+            position += span["length"]
+        padding += zip(row["token_ids"][position:], flags[position:], strict=True)
+    return documents, padding
+
+
+@LAYOUT
+@settings(deadline=None, max_examples=150)
+@given(documents=corpora(), block_tokens=st.integers(1, 16), batch=st.integers(1, 4))
+def test_nothing_is_dropped(layout, documents, block_tokens, batch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "_BATCH_BLOCKS", batch)
+        table, counts = make_blocks(documents, layout, block_tokens, END, PAD)
+    found, padding = put_together(table)
+    assert found == {d.document_id: with_end(d, layout) for d in documents}
+    assert set(padding) <= {(PAD, False)}
+    limit = block_tokens * (1 if layout == "pack" else max(len(documents), 1))
+    assert len(padding) < limit
+    assert (counts.documents, counts.blocks) == (len(documents), table.num_rows)
+    assert counts.tokens == sum(len(ids) for ids, _ in found.values())
+    assert counts.target_tokens == sum(sum(mask) for _, mask in found.values())
+
+
+@LAYOUT
+@settings(deadline=None, max_examples=100)
+@given(documents=corpora(), block_tokens=st.integers(1, 8))
+def test_rows_are_told_by_their_first_and_longest_span(layout, documents, block_tokens):
+    table, _ = make_blocks(documents, layout, block_tokens, END, PAD)
+    sources = {d.document_id: d.source for d in documents}
+    for row in table.to_pylist():
+        first, longest = row["spans"][0], max(row["spans"], key=lambda span: span["length"])
+        assert row["block_id"] == block_id(sources[first["document_id"]], first["document_id"], first["start"])
+        assert row["source"] == sources[longest["document_id"]]
+        assert layout == "pack" or len(row["spans"]) == 1
+        assert row["loss_mask"] is None or not all(row["loss_mask"])
+    assert len(set(table["block_id"].to_pylist())) == table.num_rows
+
+
+@LAYOUT
+def test_a_small_example(layout):
+    documents = [encoded("a", [1, 2, 3]), encoded("b", [4, 5, END], [False, True, True]), encoded("c", [6])]
+    table, _ = make_blocks(documents, layout, 4, END, PAD)
+    if layout == "pack":
+        ids = [[1, 2, 3, END], [4, 5, END, 6], [END, PAD, PAD, PAD]]
+        masks = [None, [False, True, True, True], [True, False, False, False]]
+        spans = [[("a", 0, 4)], [("b", 0, 3), ("c", 0, 1)], [("c", 1, 1)]]
+    else:
+        ids = [[1, 2, 3, PAD], [4, 5, END, PAD], [6, PAD, PAD, PAD]]
+        masks = [[True, True, True, False], [False, True, True, False], [True, False, False, False]]
+        spans = [[("a", 0, 3)], [("b", 0, 3)], [("c", 0, 1)]]
+    assert table["token_ids"].to_pylist() == ids
+    assert table["loss_mask"].to_pylist() == masks
+    assert [[tuple(span.values()) for span in row] for row in table["spans"].to_pylist()] == spans
+
+
+def test_a_masked_document_keeps_its_mask_when_an_end_is_added():
+    table, counts = make_blocks([encoded("a", [1, 2], [False, True])], "pack", 3, END, PAD)
+    assert table["token_ids"].to_pylist() == [[1, 2, END]]
+    assert table["loss_mask"].to_pylist() == [[False, True, False]]
+    assert counts.target_tokens == 1
+
+
+def test_block_ids_never_change():
+    name = json.dumps(["web", "d", 512]).encode()
+    assert block_id("web", "d", 512) == int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+    assert block_id("a", "b", 0) == 4962690000256899010
+    assert len({block_id("a", "b", 0), block_id("b", "a", 0), block_id("a", "b", 1), block_id("", "ab", 0)}) == 4
+
+
+@LAYOUT
+def test_repeated_ids_are_made_distinct(layout):
+    documents = [encoded(name, [1, 2, 3], source=source) for name, source in zip("aaab", "wwxw", strict=True)]
+    documents += [encoded("a~2", [4, 4]), encoded("a", [5], source="w")]
+    table, counts = make_blocks(documents, layout, 2, END, PAD)
+    names = list(dict.fromkeys((s["document_id"]) for row in table["spans"].to_pylist() for s in row))
+    assert names == ["a", "a~2", "b", "a~3"]  # ids are of a source: "a" of x and "a~2" of web are not repeated
+    assert counts.repeated == 2
+    assert counts.documents == len(documents)
+    assert len(set(table["block_id"].to_pylist())) == table.num_rows
+
+
+def test_ordinals_and_schema_survive_parquet():
+    documents = [encoded(f"d{i}", [1] * (i + 1), None if i % 2 else [True] + [False] * i) for i in range(9)]
+    table, _ = make_blocks(documents, "split", 4, END, PAD)
+    assert table.schema == block_schema(4, ordinals=False)
+    numbered = with_ordinals(table, 100)
+    assert numbered.schema == block_schema(4)
+    assert numbered["ordinal"].to_pylist() == list(range(100, 100 + table.num_rows))
+    file = io.BytesIO()
+    pq.write_table(numbered, file)
+    assert pq.read_table(file).equals(numbered)
+    assert numbered["loss_mask"].null_count > 0
+
+
+def test_a_unit_without_documents_gives_an_empty_table():
+    table, counts = make_blocks([Rejected("f", 3, "bad")], "pack", 8, END, PAD)
+    assert table.num_rows == 0
+    assert with_ordinals(table, 5).schema == block_schema(8)
+    assert (counts.documents, counts.rejected, counts.rejects) == (0, 1, [Rejected("f", 3, "bad")])
+
+
+def test_counts_add_up_and_travel_as_json():
+    parts = [
+        make_blocks([encoded("a", [1, 2]), *[Rejected("f", i, "bad")] * 15], "pack", 2, END, PAD)[1] for i in (1, 2)
+    ]
+    total = parts[0] + parts[1]
+    assert (total.documents, total.blocks, total.tokens, total.target_tokens, total.rejected) == (2, 4, 6, 6, 30)
+    assert [reject.row for reject in total.rejects] == [1] * 15 + [2] * 5
+    assert Counts.from_dict(json.loads(json.dumps(total.to_dict()))) == total
+    assert sum(parts, Counts()) == total
+
+
+def test_blocks_come_in_batches_before_the_input_ends():
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield encoded(f"d{len(taken)}", [1] * 1000)
+
+    batch = next(iter_blocks(endless(), "pack", 100, END, PAD, Counts()))
+    assert batch.num_rows == 1024
+    assert len(taken) < 110
+
+
+def test_wrong_layouts_are_told():
+    for layout, size, words in (("packed", 4, "choose pack or split"), ("pack", 0, "block_tokens")):
+        with pytest.raises(StrideError, match=words):
+            make_blocks([], layout, size, END, PAD)
+
+
+@LAYOUT
+def test_block_ids_do_not_depend_on_the_place_and_are_unique_over_units(tmp_path, layout):
+    seen = []
+    for place in ("here", "there/deep"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        rows = [{"ids": [i % 8 + 1] * (i + 1)} for i in range(30)]
+        (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pq.write_table(pa.table({"ids": [row["ids"] for row in rows]}), folder / "b.parquet", row_group_size=7)
+        units = plan([str(folder)], 300)
+        assert len(units) > 6
+        columns = {"token_ids": "ids"}
+        tables = [make_blocks(encode_stream(read(u, columns), None), layout, 16, END, PAD)[0] for u in units]
+        seen.append([number for table in tables for number in table["block_id"].to_pylist()])
+    assert seen[0] == seen[1]
+    assert len(set(seen[0])) == len(seen[0]) > 50

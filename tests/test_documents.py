@@ -1,0 +1,400 @@
+"""Planning and reading of the input: the same documents with the same ids however it is cut and wherever it lies."""
+
+import gzip
+import json
+import os
+import shutil
+import zipfile
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stride_ray import readers, units
+from stride_ray.documents import Document, Rejected, Unit, detect_columns, plan, read, resolve_columns
+from stride_ray.errors import StrideError
+
+TEXT = {"text": "text"}
+MANY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def read_all(inputs, columns=TEXT, shard_bytes=1 << 20):
+    return [item for unit in plan(inputs, shard_bytes) for item in read(unit, columns)]
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write_parquet(path, texts, group):
+    pq.write_table(pa.table({"text": texts, "n": list(range(len(texts)))}), path, row_group_size=group)
+    return str(path)
+
+
+TEXTS = st.lists(st.text(min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=30)
+
+
+@MANY
+@given(texts=TEXTS, shard=st.integers(1, 400), newline=st.booleans(), crlf=st.booleans(), blank=st.booleans())
+def test_any_cut_of_json_lines_gives_the_same_documents(tmp_path, texts, shard, newline, crlf, blank):
+    end = ("\r\n" if crlf else "\n") * (2 if blank else 1)
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    data = (end.join(lines) + (end if newline else "")).encode()
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(data)
+    documents = read_all([str(path)], shard_bytes=shard)
+    assert [document.text for document in documents] == texts
+    for document, line in zip(documents, lines, strict=True):
+        name, _, offset = document.document_id.partition("#")
+        assert name == "a.jsonl"
+        assert data[int(offset) :].startswith(line.encode())
+
+
+@MANY
+@given(texts=TEXTS, shard=st.integers(1, 300), bad=st.sets(st.integers(0, 29)))
+def test_rejected_lines_are_numbered_in_the_whole_file(tmp_path, texts, shard, bad):
+    lines = ["{broken" if i in bad else json.dumps({"text": text}) for i, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    items = read_all([str(tmp_path / "a.jsonl")], shard_bytes=shard)
+    assert [item.row for item in items if isinstance(item, Rejected)] == sorted(i + 1 for i in bad if i < len(texts))
+    assert [i.text for i in items if isinstance(i, Document)] == [t for i, t in enumerate(texts) if i not in bad]
+
+
+@MANY
+@given(texts=TEXTS, group=st.integers(1, 10), shard=st.integers(1, 2000))
+def test_any_cut_of_parquet_gives_the_same_documents(tmp_path, texts, group, shard):
+    path = write_parquet(tmp_path / "a.parquet", texts, group)
+    documents = read_all([path], shard_bytes=shard)
+    assert [(d.document_id, d.text) for d in documents] == [(f"a.parquet#{i}", t) for i, t in enumerate(texts)]
+
+
+@MANY
+@given(texts=TEXTS, shard=st.integers(50, 3000), batch=st.integers(1, 9))
+def test_any_cut_of_arrow_gives_the_same_documents(tmp_path, texts, shard, batch):
+    table = pa.table({"text": texts, "kind": pa.array(texts).dictionary_encode()})
+    for name, opener in (("s.arrow", pa.ipc.new_stream), ("f.arrow", pa.ipc.new_file)):
+        with opener(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table, max_chunksize=batch)
+        documents = read_all([str(tmp_path / name)], {"text": "text", "source": "kind"}, shard)
+        assert [(d.document_id, d.text, d.source) for d in documents] == [
+            (f"{name}#{i}", text, text) for i, text in enumerate(texts)
+        ]
+
+
+def test_units_respect_the_size_and_row_groups_stay_together(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", ["x" * 100] * 40, 10)
+    size = pq.read_metadata(path).row_group(0).total_byte_size
+    assert [(u.start, u.stop) for u in plan([path], 2 * size + size // 2)] == [(0, 2), (2, 4)]
+    assert [(u.start, u.stop) for u in plan([path], 1)] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+
+
+def test_text_files_are_grouped_in_sorted_order_and_hidden_ones_skipped(tmp_path):
+    for name, size in {"b.txt": 60, "a/z.md": 50, "c.py": 30, "d": 200, ".git/x": 9, "__pycache__/y": 9}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("t" * size)
+    for skip, groups in (
+        ([], [["a/z.md", "b.txt"], ["c.py"], ["d"]]),
+        (["b.txt"], [["a/z.md", "c.py"], ["d"]]),
+        (["a/z.md", "b.txt", "c.py", "d"], []),
+    ):
+        assert [[file.name for file in unit.files] for unit in plan([str(tmp_path)], 110, skip)] == groups
+    assert read_all([str(tmp_path)], {})[0] == Document("a/z.md", "a/z.md", "t" * 50)
+
+
+def test_more_text_files_than_are_fetched_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_FETCH_FILES", 3)
+    for i in range(8):
+        (tmp_path / f"{i}[a]*.txt").write_text(f"text {i}")
+    assert [d.text for d in read_all([str(tmp_path)])] == [f"text {i}" for i in range(8)]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress], ids=["gz", "zst"])
+def test_compressed_lines_are_read_whole_and_truncation_is_told(tmp_path, pack):
+    rows = [{"text": f"{i} " + os.urandom(200).hex()} for i in range(2000)]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    half = "".join(lines[:1000]).encode(), "".join(lines[1000:]).encode()
+    path = tmp_path / f"a.jsonl.{'gz' if pack is gzip.compress else 'zst'}"
+    path.write_bytes(pack(half[0]) + pack(half[1]))  # two streams, as concatenated files have
+    documents = read_all([str(path)], shard_bytes=100)
+    assert [d.text for d in documents] == [row["text"] for row in rows]
+    assert documents[1500].document_id == f"{path.name}#{sum(map(len, lines[:1500]))}"
+    path.write_bytes(path.read_bytes()[:-50_000])
+    items = read_all([str(path)])
+    good = items[:-1]
+    assert [d.text for d in good] == [row["text"] for row in rows[: len(good)]]
+    assert 500 < len(good) < 2000
+    assert isinstance(items[-1], Rejected)
+    assert items[-1].row == len(good) + 1
+    assert "too early" in items[-1].reason
+
+
+def test_each_kind_of_bad_line_is_rejected_with_its_reason(tmp_path):
+    lines = {
+        b'{"text": "good"}': None,
+        b"": None,
+        b'{"text": "cut': "not a line of JSON",
+        b'["text"]': "JSON list",
+        b'{"body": "x"}': "no column 'text'",
+        b'{"text": 3}': "a number, not a string",
+        b'{"text": null}': "null, not a string",
+        b'{"text": " \\n"}': "is empty",
+        b'{"text": "\xff\xfe"}': "not UTF-8",
+        b'{"text": "\\ud800"}': "surrogate",
+        b"[" * 100_000: "nested too deeply",
+        b'{"text": "last"}': None,
+    }
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
+    items = read_all([str(tmp_path / "a.jsonl")])
+    assert [i.text for i in items if isinstance(i, Document)] == ["good", "last"]
+    expected = [(i + 1, reason) for i, reason in enumerate(lines.values()) if reason]
+    for reject, (row, reason) in zip([i for i in items if isinstance(i, Rejected)], expected, strict=True):
+        assert (reject.file, reject.row) == ("a.jsonl", row)
+        assert reason in reject.reason
+
+
+def test_a_corrupt_parquet_file_or_row_group_is_rejected_and_the_rest_goes_on(tmp_path):
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 this is no Parquet PAR1")
+    path = tmp_path / "good.parquet"
+    table = pa.table({"text": [os.urandom(50).hex() for _ in range(30)]})
+    pq.write_table(table, path, row_group_size=10, use_dictionary=False, compression="snappy")
+    column = pq.read_metadata(path).row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset + 60 : column.data_page_offset + 200] = b"\xff" * 140
+    path.write_bytes(data)
+    items = read_all([str(tmp_path)])
+    assert [i.file for i in items if isinstance(i, Rejected)] == ["bad.parquet", "good.parquet"]
+    assert items[-11].row == 10
+    kept = [int(i.document_id.partition("#")[2]) for i in items if isinstance(i, Document)]
+    assert kept == [*range(10), *range(20, 30)]
+
+
+def test_parquet_strings_that_are_not_utf8_are_rejected_one_by_one(tmp_path):
+    raw = pa.array([b"one", b"\xff\xff", b"three"], pa.binary())
+    strings = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    pq.write_table(pa.table({"text": strings}), tmp_path / "a.parquet")
+    items = read_all([str(tmp_path)])
+    assert [getattr(item, "row", "good") for item in items] == ["good", 1, "good"]
+
+
+def test_undecodable_and_empty_text_files_are_rejected(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "b.txt").write_bytes(b"")
+    (tmp_path / "c.txt").write_bytes(b"good")
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"packed"))
+    items = read_all([str(tmp_path)])
+    assert [getattr(item, "text", None) for item in items] == [None, None, "good", "packed"]
+
+
+def test_a_broken_arrow_file_keeps_its_whole_batches_and_is_told_once(tmp_path):
+    table = pa.table({"text": [f"row {i} " + "x" * 100 for i in range(20)]})
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=5)
+    data = (tmp_path / "a.arrow").read_bytes()
+    garbage = data.index(b"row 10") - 20
+    for broken in (data[: len(data) // 2], data[: garbage - 300] + b"\x07" * 900):
+        (tmp_path / "a.arrow").write_bytes(broken)
+        for shard in (1 << 20, 100):
+            items = read_all([str(tmp_path)], shard_bytes=shard)
+            assert [isinstance(i, Rejected) for i in items].count(True) == 1
+            assert items[-1].row in (5, 10)
+            assert len(items) == items[-1].row + 1
+
+
+def test_a_saved_dataset_and_a_dictionary_of_them(tmp_path):
+    one = datasets.Dataset.from_list([{"text": f"row {i}"} for i in range(10)])
+    one.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    shutil.copy(tmp_path / "one/data-00000-of-00002.arrow", tmp_path / "one/cache-123.arrow")
+    documents = read_all([str(tmp_path / "one")])
+    assert [d.text for d in documents] == [f"row {i}" for i in range(10)]
+    assert documents[5].document_id == "data-00001-of-00002.arrow#0"
+    splits = datasets.DatasetDict({"train": one, "test": one.select(range(3))})
+    splits.save_to_disk(str(tmp_path / "both"))
+    assert {d.source for d in read_all([str(tmp_path / "both")])} == {
+        "train/data-00000-of-00001.arrow",
+        "test/data-00000-of-00001.arrow",
+    }
+    (tmp_path / "one/data-00001-of-00002.arrow").unlink()
+    with pytest.raises(StrideError, match="data-00001-of-00002"):
+        plan([str(tmp_path / "one")], 100)
+
+
+def test_identity_does_not_depend_on_the_place(tmp_path):
+    for place in ("here", "there/deep"):
+        write_lines(tmp_path / place / "x/a.jsonl", [{"text": f"row {i}"} for i in range(9)])
+        (tmp_path / place / "t.txt").write_text("text")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "here"), "/corpus", recursive=True)
+    cases = [str(tmp_path / "here"), str(tmp_path / "there/deep"), "memory://corpus", f"{tmp_path}/here/**"]
+    seen = {
+        (tuple(u.key for u in plan([case], 40)), tuple(d.document_id for d in read_all([case], shard_bytes=40)))
+        for case in cases
+    }
+    assert len(seen) == 1
+    assert "x/a.jsonl#0" in next(iter(seen))[1]
+
+
+def test_names_are_relative_to_the_input(tmp_path):
+    path = write_lines(tmp_path / "data/en/a.jsonl", [{"text": "x"}])
+    for case, name in (
+        (path, "a.jsonl"),
+        (f"{tmp_path}/data", "en/a.jsonl"),
+        (f"{tmp_path}/data/*/a.jsonl", "en/a.jsonl"),
+        (f"{tmp_path}/data/en/*.jsonl", "a.jsonl"),
+        (f"file://{path}", "a.jsonl"),
+        (os.path.relpath(path), "a.jsonl"),
+    ):
+        assert plan([case], 100)[0].files[0].name == name
+
+
+def test_archives_caches_and_odd_names_can_be_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("in/one.txt", "first")
+        archive.writestr("in/two.txt", "second")
+    documents = read_all([f"zip://in/*.txt::file://{tmp_path}/a.zip"])
+    assert [(d.document_id, d.text) for d in documents] == [("one.txt", "first"), ("two.txt", "second")]
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/List::Util[1].txt").write_text("perl")
+    assert [d.text for d in read_all([str(tmp_path / "t")])] == ["perl"]
+    assert [d.text for d in read_all([str(tmp_path / "t/List::Util[1].txt")])] == ["perl"]
+    fsspec.filesystem("memory").pipe_file("/c/a.txt", b"cached")
+    assert [d.text for d in read_all(["simplecache::memory://c/a.txt"])] == ["cached"]
+
+
+def test_units_travel_as_json_and_tell_changes_by_version(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    before = plan([path], 10)
+    assert [Unit.from_dict(json.loads(json.dumps(unit.to_dict()))) for unit in before] == before
+    assert len({unit.key for unit in before}) == len(before) > 1
+    os.utime(path, (1, 1))
+    after = plan([path], 10)
+    assert [unit.key for unit in after] == [unit.key for unit in before]
+    assert after[0].files[0].version != before[0].files[0].version
+    os.remove(path)
+    with pytest.raises(StrideError, match="gone"):  # raised, not rejected: it says nothing of the content
+        list(read(after[0], TEXT))
+
+
+def test_inputs_that_cannot_be_planned_are_told_in_a_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.jsonl").write_text("")
+    a, b = (write_lines(tmp_path / f"{x}/same.jsonl", [{"text": "x"}]) for x in "ab")
+    for inputs, words in (
+        ([], "No input"),
+        ([str(tmp_path / "missing")], "does not exist"),
+        ([str(tmp_path / "*.parquet")], "matches no file"),
+        ([str(tmp_path / "empty")], "matches no file"),
+        ([str(tmp_path / "empty.jsonl")], "every file is empty"),
+        (["nosuch://bucket/x"], "nosuch"),
+        ([a, b], f"{a} and file://{b}".replace(a, f"file://{a}", 1)),
+    ):
+        with pytest.raises(StrideError) as told:
+            plan(inputs, 100)
+        assert words in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("s3://key:secret@bucket/a.jsonl", "s3://bucket/a.jsonl"),
+        ("https://h/a.jsonl?X-Sig=secret&b=1", "https://h/a.jsonl"),
+        ("zip://*::ftp://me:secret@h/a.zip", "zip://*::ftp://h/a.zip"),
+        ("s3://b/part-?.jsonl", "s3://b/part-?.jsonl"),
+    ],
+)
+def test_no_credentials_in_what_is_shown(text, safe):
+    assert units.shown(text) == safe
+
+
+@pytest.mark.parametrize("url", ["ftp://me:secret@localhost:1/x.jsonl", "memory://me:secret@x/a.jsonl?sig=secret"])
+def test_no_credentials_in_errors(url):
+    with pytest.raises(StrideError) as told:
+        plan([url], 100)
+    unit = Unit("k", "jsonl", (units.SourceFile("a", url, 1, ""),), 0, 1)
+    with pytest.raises(StrideError) as told_too:
+        list(read(unit, TEXT))
+    assert "secret" not in str(told.value) + str(told_too.value)
+    assert "secret" not in units.told(OSError("/me:secret@x sig=secret secret"), url)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": "t", "messages": []}, {"messages": "messages"}),
+        ({"prompt": "p", "completion": "c", "text": "t"}, {"prompt": "prompt", "answer": "completion"}),
+        ({"question": "q", "answer": "a"}, {"prompt": "question", "answer": "answer"}),
+        ({"instruction": "q", "input": "", "output": "a"}, {"prompt": "instruction", "answer": "output"}),
+        ({"input_ids": [1], "loss_mask": [1]}, {"token_ids": "input_ids", "loss_mask": "loss_mask"}),
+        ({"content": "t", "title": "x"}, {"text": "content"}),
+    ],
+)
+def test_columns_are_detected(tmp_path, row, expected):
+    (tmp_path / "0.txt").write_text("a text file has no columns")
+    (tmp_path / "a.jsonl").write_text("{broken\n" + json.dumps(row))
+    found = plan([str(tmp_path)], 5)
+    assert detect_columns(found) == expected
+    assert resolve_columns(found, {"id": "title"}) == {**expected, "id": "title"}
+
+
+def test_columns_that_are_wrong_are_told(tmp_path):
+    rows = read_all([write_parquet(tmp_path / "a.parquet", ["x", "y"], 1)], {"text": "body"})
+    assert [row.reason for row in rows] == ["no column 'body'"] * 2
+    os.remove(tmp_path / "a.parquet")
+    found = plan([write_lines(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])], 100)
+    with pytest.raises(StrideError, match=r"'body', 'title'.*columns = \{text = \"body\"\}"):
+        detect_columns(found)
+    for columns, words in (
+        ({"text": "txt"}, "no column 'txt'.*'body', 'title'"),
+        ({"body": "text"}, "no role"),
+        ({"prompt": "body"}, "do not make a document"),
+        ({"text": "body", "messages": "m"}, "do not make a document"),
+        ({"text": "body", "loss_mask": "m"}, "token_ids only"),
+    ):
+        with pytest.raises(StrideError, match=words):
+            resolve_columns(found, columns)
+    with pytest.raises(StrideError, match="No column"):
+        list(read(found[0], {}))
+    (tmp_path / "a.jsonl").write_text("{broken")
+    with pytest.raises(StrideError, match="not a line of JSON"):
+        detect_columns(plan([str(tmp_path)], 100))
+
+
+def test_ids_sources_and_every_sort_of_document(tmp_path):
+    rows = [
+        {
+            "k": 7,
+            "s": "web",
+            "m": [{"role": "user", "content": "hi", "tool_calls": None}],
+            "q": "",
+            "a": "yes",
+            "t": [3],
+        },
+        {"k": "x", "s": "", "m": [{"content": "hi"}], "q": 1, "a": "", "t": [1, 2.5]},
+        {"k": None, "s": "web", "m": "hi", "q": "?", "a": None, "t": [True]},
+        {"s": "web", "m": [], "q": "?", "a": "!", "t": []},
+    ]
+    found = plan([write_lines(tmp_path / "a.jsonl", rows)], 1 << 20)
+    for columns, content in (
+        ({"messages": "m", "id": "k", "source": "s"}, {"messages": [{"role": "user", "content": "hi"}]}),
+        ({"prompt": "q", "answer": "a", "id": "k", "source": "s"}, {"prompt": "", "answer": "yes"}),
+        ({"token_ids": "t", "id": "k", "source": "s"}, {"token_ids": [3]}),
+    ):
+        items = list(read(found[0], columns))
+        assert items[0] == Document("7", "web", **content)
+        assert [type(item) for item in items[1:]] == [Rejected] * 3
+        without = list(read(found[0], {k: v for k, v in columns.items() if k not in ("id", "source")}))
+        assert without[0].document_id == "a.jsonl#0"
+        assert {type(item) for item in without[1:3]} == {Rejected}
+
+
+def test_loss_masks_are_checked(tmp_path):
+    rows = [{"t": [1, 2], "m": m} for m in ([1, 0], [True, False], [1], [2, 0], None)]
+    items = read_all([write_lines(tmp_path / "a.jsonl", rows)], {"token_ids": "t", "loss_mask": "m"})
+    assert [getattr(item, "loss_mask", None) for item in items] == [[True, False]] * 2 + [None] * 3
+    assert "1 values in 'm' for 2 in 't'" in items[2].reason

@@ -54,11 +54,10 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         yield
         return
     address = compute.address or os.environ.get("RAY_ADDRESS", "")
-    quiet = {"log_to_driver": True, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if address and address not in ("auto", "local"):
             _check_answers(address)
-        ray.init(address=address or "local", **({} if address else {"include_dashboard": False}), **quiet)
+        ray.init(address=address or "local", include_dashboard=None if address else False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StrideError(f"No Ray at address {address!r}: {first_line(error)}; start one or leave it out.") from None
     try:
@@ -114,6 +113,7 @@ class _Actor:
 
     def work(self, unit: Unit) -> dict[str, Any]:
         self.worker = self.worker or self.make(*self.arguments)
+        assert self.worker is not None
         return self.worker(unit)
 
 
@@ -133,9 +133,9 @@ def map_actors(
         StrideError: the worker's own, or that a unit killed its workers again and again.
     """
     options = {**pool.options, "max_restarts": RETRIES * len(units), "max_task_retries": RETRIES}
-    actor = ray.remote(_Actor).options(**options)
-    actors = [actor.remote(make, arguments) for _ in range(pool.workers)]
-    waiting, running = list(reversed(units)), {}
+    actor: Any = ray.remote(_Actor)
+    actors = [actor.options(**options).remote(make, arguments) for _ in range(pool.workers)]
+    waiting, running = list(reversed(units)), dict[Any, Any]()
     try:
         # Two units an actor: the next one is there when the first is done.
         for each in [*actors, *actors]:
@@ -160,8 +160,8 @@ def map_tasks(
     Raises:
         StrideError: the function's own, or that a unit killed its workers again and again.
     """
-    task = ray.remote(_task).options(**pool.options, max_retries=RETRIES)
-    waiting, running = list(reversed(units)), {}
+    task: Any = ray.remote(_task).options(**pool.options, max_retries=RETRIES)
+    waiting, running = list(reversed(units)), dict[Any, Any]()
     while waiting or running:
         while waiting and len(running) < 2 * pool.workers:
             running[task.remote(function, arguments, waiting.pop())] = None
@@ -190,8 +190,9 @@ def map_dataset(
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
+    row: Any = _Row
     results = rows.map(
-        _Row,
+        row,
         fn_constructor_args=(make, arguments),
         compute=ray.data.ActorPoolStrategy(size=pool.workers),
         num_cpus=pool.options["num_cpus"],

@@ -108,8 +108,8 @@ def _fit_basis(config: Config, blocks: Blocks, workers: Pool) -> Any:
             counts += found["counts"]
     chosen = np.array_split(blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed), 16)
     units = [(index, part) for index, part in enumerate(chosen) if len(part)]
-    found = map_actors(Moments, (config, blocks.store, workers.device), units, workers)
-    moments = progress(found, "precondition", sum(len(part) for _, part in units), "blocks", lambda m: m["blocks"])
+    results = map_actors(Moments, (config, blocks.store, workers.device), units, workers)
+    moments = progress(results, "precondition", sum(len(part) for _, part in units), "blocks", lambda m: m["blocks"])
     moments.sort(key=lambda m: m["index"])
     positions = sum(m["positions"] for m in moments)
     stream, gradient = (sum(m[name] for m in moments) / positions for name in ("stream", "gradient"))

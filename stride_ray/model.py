@@ -176,9 +176,8 @@ class SplitModel:
         """
         columns = (mask_BT[:, 1:] != 0).any(0).nonzero()
         length = int(columns.max()) + 2 if len(columns) else min(2, h_BTD.shape[1])
-        mask_BT = mask_BT[:, :length].to(self.device)
         z_BTD = self.states(h_BTD[:, :length])
-        return masked_mean(self.token_losses(z_BTD, ids_BT[:, :length], mask_BT), mask_BT)
+        return masked_mean(self.token_losses(z_BTD, ids_BT[:, :length], mask_BT[:, :length]), mask_BT[:, :length])
 
     def _chunk(self, z_nD: Tensor, target_n: Tensor, row_n: Tensor, position_n: Tensor, shift: Shift | None) -> Tensor:
         """Losses of n positions in float32, whatever the dtype of the model."""
@@ -372,10 +371,11 @@ def _fetched(url: str) -> str:
         if not target.exists():
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix="fetching-") as beside:
+                os.mkdir(whole := os.path.join(beside, "model"))
                 for name, entry in found.items():
-                    files.get_file(entry["name"], os.path.join(beside, "model", name))
+                    files.get_file(entry["name"], os.path.join(whole, name))
                 with contextlib.suppress(OSError):  # another process was faster: its copy is as good
-                    os.replace(os.path.join(beside, "model"), target)
+                    os.replace(whole, target)
     except StrideError:
         raise
     except Exception as error:  # each store has exceptions of its own

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from stride_ray.corpus import Encoded
-from stride_ray.documents import Rejected, detect_columns, plan, read
+from stride_ray.documents import Rejected, Unit, detect_columns, plan, read
 from stride_ray.errors import StrideError
+from stride_ray.readers import Row, rows
 from stride_ray.storage import safe_url
 from stride_ray.tokens import encode
 
@@ -42,24 +43,31 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
         StrideError: for a path without queries, or an id used twice.
     """
     units = plan([path], shard_bytes=2**26)
-    columns = dict(detect_columns(units)) if units[0].kind != "text" else {}
+    columns = {**detect_columns(units), **_id_column(units[0])}
     items: list[Any] = [item for unit in units for item in read(unit, columns)]
     documents = [item for item in items if not isinstance(item, Rejected)]
     encoded = iter(encode(documents, tokenizer))
     named = "id" in columns
-    rows = []
+    table = []
     for index, item in enumerate(items):
         result = item if isinstance(item, Rejected) else next(encoded)
         if isinstance(result, Rejected):
-            rows.append(failed(f"q{index}", f"{result.file}, row {result.row}: {result.reason}"))
+            table.append(failed(f"q{index}", f"{result.file}, row {result.row}: {result.reason}"))
             continue
-        rows.append(row(result.document_id if named else f"q{index}", result))
-    twice = [name for name, count in collections.Counter(r["query_id"] for r in rows).items() if count > 1]
+        table.append(row(result.document_id if named else f"q{index}", result))
+    twice = [name for name, count in collections.Counter(r["query_id"] for r in table).items() if count > 1]
     if twice:
         raise StrideError(f"{safe_url(path)} has more than one query with the id {twice[0]!r}; ids must differ.")
-    if not rows:
+    if not table:
         raise StrideError(f"{safe_url(path)} has no queries.")
-    return pa.Table.from_pylist(rows, SCHEMA)
+    return pa.Table.from_pylist(table, SCHEMA)
+
+
+def _id_column(unit: Unit) -> dict[str, str]:
+    """The column that names queries, where the first row has one."""
+    first = next((item for item in rows(unit, None) if isinstance(item, Row)), None)
+    found = [name for name in ("query_id", "id") if first is not None and name in first.values]
+    return {"id": found[0]} if found else {}
 
 
 def row(query_id: str, encoded: Encoded) -> dict[str, Any]:

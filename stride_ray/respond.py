@@ -129,7 +129,7 @@ class Responder:
         """Batches of queries, padded on the right, up to the token budget."""
         waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
         while waiting:
-            longest, batch = 0, []
+            longest, batch = 0, list[int]()
             for i in waiting:
                 longest = max(longest, len(rows[i]["token_ids"]))
                 if batch and longest * (len(batch) + 1) > self.config.compute.batch_tokens:

@@ -1,0 +1,29 @@
+# Everything a person does here, a line each; `make quickstart` and `make test` need nothing else done before.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# constraints.txt keeps a CPU build of torch where one is to be had, gigabytes smaller than CUDA's.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: quickstart install test lint clean
+
+quickstart: install  ## the main job on a small real corpus, ending with a page to open
+	$(BIN)/stride-ray quickstart
+
+install: $(VENV)/.installed  ## a virtual environment with everything, tests and linters included
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[dev,gguf]'
+	touch $@
+
+test: install  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: install  ## formatting, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## what the quickstart and the tools made
+	rm -rf quickstart .pytest_cache .ruff_cache .mypy_cache

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -16,9 +17,9 @@ import tomli_w
 
 from stride_ray.errors import StrideError
 
-try:
+if sys.version_info >= (3, 11):
     import tomllib
-except ModuleNotFoundError:  # Python 3.10
+else:
     import tomli as tomllib
 
 

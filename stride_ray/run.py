@@ -4,6 +4,7 @@ A stage's work is cut into units. A unit publishes its data files first and its 
 can be read means data that can be read; a rerun does the units without one.
 """
 
+import resource
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -29,14 +30,16 @@ class Stage:
         return {name: marker for name, marker in named if marker["config"] == self.identity}
 
     def mark(self, unit: str, started: float, **facts: Any) -> dict[str, Any]:
-        """Say that ``unit`` is complete; its data files must be published already.
+        """Say that ``unit`` is complete, what it cost in seconds and memory; its data files must be published already.
 
         Args:
             unit: the unit's name.
             started: ``time.monotonic()`` when its work began.
             facts: counts, content hashes and whatever the summary needs.
         """
-        marker = {"unit": unit, "config": self.identity, **facts, "seconds": round(time.monotonic() - started, 3)}
+        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        cost = {"seconds": round(time.monotonic() - started, 3), "peak_mb": round(usage)}
+        marker = {"unit": unit, "config": self.identity, **facts, **cost}
         self.store.write_json(f"_done/{unit}.json", marker)
         return marker
 

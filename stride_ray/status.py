@@ -29,10 +29,12 @@ def _line(run: Run, stage: str, name: str) -> str:
     if name == "(none)" or not opened.store.exists("stage.json"):
         return f"  {title:<28} missing"
     finished = "metadata.json" if stage == "operators" else "manifest.json"
-    seconds = sum(marker["seconds"] for marker in opened.done().values())
+    markers = opened.done().values()
+    cost = f"{sum(marker['seconds'] for marker in markers):.1f} worker-seconds"
+    cost += f", at most {max((marker['peak_mb'] for marker in markers), default=0)} MB a worker"
     if not opened.store.exists(finished):
-        return f"  {title:<28} under way or interrupted: {len(opened.done())} unit(s) done; run it again to go on"
-    return f"  {title:<28} done, {_figures(stage, opened.store.read_json(finished))}; {seconds:.1f} worker-seconds"
+        return f"  {title:<28} under way or interrupted: {len(markers)} unit(s) done; run it again to go on"
+    return f"  {title:<28} done, {_figures(stage, opened.store.read_json(finished))}; {cost}"
 
 
 def _figures(stage: str, facts: dict[str, Any]) -> str:

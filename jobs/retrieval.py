@@ -1,0 +1,95 @@
+"""Job: source retrieval on Python's standard library, printed as a table.
+
+The corpus is the quickstart's, cut into blocks of 128 tokens. 100 blocks are taken out; a model is trained on the
+rest, operators are fitted to it, and then 100 blocks of the pool (verbatim) and the 100 taken out (unseen blocks of
+documents whose other blocks are in the pool) are attributed. Ends with one JSON object.
+
+    python jobs/retrieval.py FOLDER [--queries 100]
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stride_ray.blocks import Blocks
+from stride_ray.distribute import connected
+from stride_ray.evaluate.retrieval import as_table, source_retrieval
+from stride_ray.fit import fit
+from stride_ray.quickstart import BLOCK_TOKENS, train_model, train_tokenizer, write_corpus
+from stride_ray.run import Run
+from stride_ray.shard import shard
+from stride_ray.tokens import load_tokenizer
+
+# Blocks of a document that stay in the pool at the least.
+REMAINING = 3
+
+
+def main() -> int:
+    """Build, train, fit, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="where everything is made; a rerun goes on there")
+    parser.add_argument("--queries", type=int, default=100, help="queries of each kind (default: 100)")
+    parsed = parser.parse_args()
+    root = Path(parsed.folder)
+    files = write_corpus(root / "corpus")
+    train_tokenizer(files, root / "tokenizer")
+    unseen, unseen_sources = write_pool(root, files, parsed.queries)
+    settings = {
+        "corpus.input": [str(root / "pool.parquet")],
+        "corpus.columns": {"token_ids": "token_ids", "source": "document"},
+        "corpus.layout": "split",
+        "corpus.tokenizer": str(root / "tokenizer"),
+        "corpus.block_tokens": BLOCK_TOKENS,
+        "model.path": str(root / "model"),
+    }
+    run = Run(str(root / "run"), changes=settings)
+    with connected(run.config.compute):
+        shard(run)
+        pool = Blocks(run.stage("blocks").store)
+        train_model(pool, root)
+        print(fit(run)["verdict"])
+        rng = np.random.default_rng(1)
+        full = np.flatnonzero(pool.batch(np.arange(len(pool))).mask.all(1))
+        verbatim = np.sort(rng.choice(full, parsed.queries, replace=False))
+        ids = np.concatenate([pool.batch(verbatim).ids, unseen])
+        sources = pool.take(verbatim, ["source"])["source"].to_pylist() + unseen_sources
+        kinds = ["verbatim"] * len(verbatim) + ["unseen"] * len(unseen)
+        found = source_retrieval(run, ids.astype(np.int32), sources, kinds)
+    print(f"\n{len(pool)} blocks of {len(set(sources))}+ documents, K={run.config.membership.subsets}, top 10:\n")
+    print(as_table(found))
+    print(json.dumps([dataclasses.asdict(each) for each in found]).replace("NaN", "null"))
+    return 0
+
+
+def write_pool(root: Path, files: list[Path], queries: int) -> tuple[np.ndarray, list[str]]:
+    """Cut the documents, take full blocks out, write the rest to pool.parquet; returns what was taken out."""
+    tokenizer = load_tokenizer(str(root / "tokenizer"))
+    pieces: list[tuple[str, list[int]]] = []
+    for path in files:
+        ids = tokenizer(path.read_text("utf-8"), add_special_tokens=False)["input_ids"]
+        name = str(path.relative_to(root / "corpus"))
+        pieces += [(name, ids[start : start + BLOCK_TOKENS]) for start in range(0, len(ids), BLOCK_TOKENS)]
+    rng = np.random.default_rng(0)
+    left = {name: sum(each == name for each, _ in pieces) for name, _ in pieces}
+    out: list[int] = []
+    for index in rng.permutation(len(pieces)):
+        name, ids = pieces[index]
+        if len(out) < queries and len(ids) == BLOCK_TOKENS and left[name] > REMAINING:
+            out.append(int(index))
+            left[name] -= 1
+    kept = [piece for index, piece in enumerate(pieces) if index not in set(out)]
+    if not (root / "pool.parquet").exists():
+        columns = {"document": [name for name, _ in kept], "token_ids": [ids for _, ids in kept]}
+        pq.write_table(pa.table(columns), root / ".pool.parquet")
+        (root / ".pool.parquet").replace(root / "pool.parquet")
+    return np.array([pieces[index][1] for index in out]), [pieces[index][0] for index in out]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Source retrieval: given text from a document, do a query's top ten blocks hold one of that document?
+
+A necessary property and no more: lexical search has it too, which is why TF-IDF stands beside it, as do the same
+responses recovered with a membership matrix that is not the one they were made with, and chance.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy.stats import binomtest, hypergeom
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from stride_ray.blocks import Blocks
+from stride_ray.corpus import Encoded
+from stride_ray.fitted import membership_of
+from stride_ray.membership import Membership
+from stride_ray.queries import SCHEMA, row
+from stride_ray.recover import recover
+from stride_ray.respond import read_responses, respond_table
+from stride_ray.run import Run
+
+TOP = 10
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """One method on one kind of query.
+
+    Attributes:
+        method: its name.
+        kind: of the queries.
+        hits: how often a block of the source was among the top ten.
+        queries: of how many.
+        low: lower end of the 95 % Clopper–Pearson interval of the share.
+        high: its upper end.
+    """
+
+    method: str
+    kind: str
+    hits: float
+    queries: int
+    low: float
+    high: float
+
+
+def source_retrieval(run: Run, ids: np.ndarray, sources: list[str], kinds: list[str]) -> list[Retrieval]:
+    """Measure how often the top ten blocks of a query hold one of its source.
+
+    Args:
+        run: with finished ``operators/``; a block's ``source`` is the document that it was cut from.
+        ids: (n, T) token ids of the queries; each counts in full.
+        sources: each query's document.
+        kinds: each query's kind.
+
+    Returns:
+        Per method and kind: STRIDE, STRIDE with shuffled membership, TF-IDF over token uni- and bigrams (sublinear,
+        as scikit-learn has it), and chance (ten blocks drawn without replacement; hits is an expectation).
+    """
+    pool = Blocks(run.stage("blocks").store)
+    pool_sources = np.array(pool.take(np.arange(len(pool)), ["source"])["source"].to_pylist())
+    table = pa.Table.from_pylist(
+        [
+            row(f"{kind}-{i}", Encoded(source, source, x))
+            for i, (x, source, kind) in enumerate(zip(ids, sources, kinds, strict=True))
+        ],
+        SCHEMA,
+    )
+    summary = respond_table(run, table, "retrieval")
+    store = run.stage("responses", "retrieval").store
+    responses = np.concatenate([read_responses(store, part)[1] for part in range(summary["parts"])])
+    membership = membership_of(run.config)
+    tops = {
+        "STRIDE": _lasso_top(run, responses, membership, len(pool)),
+        "STRIDE, shuffled membership": _lasso_top(
+            run, responses, replace(membership, seed=membership.seed + 1_000_003), len(pool)
+        ),
+        "TF-IDF": _tfidf_top(pool, ids),
+    }
+    found = []
+    for kind in dict.fromkeys(kinds):
+        chosen = [i for i, each in enumerate(kinds) if each == kind]
+        for method, top in tops.items():
+            hits = sum(bool((pool_sources[top[i]] == sources[i]).any()) for i in chosen)
+            interval = binomtest(hits, len(chosen)).proportion_ci()
+            found.append(Retrieval(method, kind, hits, len(chosen), interval.low, interval.high))
+        blocks_of = [int((pool_sources == sources[i]).sum()) for i in chosen]
+        chance = [1 - hypergeom(len(pool), count, TOP).pmf(0) for count in blocks_of]
+        found.append(Retrieval("chance", kind, float(np.sum(chance)), len(chosen), np.nan, np.nan))
+    return found
+
+
+def _lasso_top(run: Run, responses: np.ndarray, membership: Membership, n_blocks: int) -> list[np.ndarray]:
+    """Ordinals of each query's ten largest positive influences."""
+    options = run.config.recover
+    recovered = recover(
+        responses,
+        membership,
+        n_blocks,
+        ratio=options.penalty_ratio,
+        nonnegative=options.nonnegative,
+        row_scaling=options.row_scaling,
+    )
+    tops = []
+    for each in recovered:
+        order = np.argsort(-each.weights, kind="stable")[:TOP]
+        tops.append(each.ordinals[order[each.weights[order] > 0]])
+    return tops
+
+
+def _tfidf_top(pool: Blocks, ids: np.ndarray) -> list[np.ndarray]:
+    """Ordinals of each query's ten most similar blocks."""
+
+    def words(rows: Any) -> list[str]:
+        return [" ".join(map(str, each)) for each in rows]
+
+    batch = pool.batch(np.arange(len(pool)))
+    texts = words(each[mask] for each, mask in zip(batch.ids, batch.mask, strict=True))
+    vectorizer = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2), sublinear_tf=True)
+    X = vectorizer.fit_transform(texts)
+    similarity = (vectorizer.transform(words(ids)) @ X.T).toarray()
+    return list(np.argsort(-similarity, axis=1, kind="stable")[:, :TOP])
+
+
+def as_table(found: list[Retrieval]) -> str:
+    """The measurements as Markdown, with how many times chance."""
+    chance = {each.kind: each.hits for each in found if each.method == "chance"}
+    lines = [
+        "| queries | method | source in top 10 | 95 % interval | times chance |",
+        "|---|---|---|---|---|",
+    ]
+    for each in found:
+        interval = "" if np.isnan(each.low) else f"{100 * each.low:.0f}–{100 * each.high:.0f} %"
+        share = f"{each.hits:.3g} of {each.queries}"
+        lines.append(f"| {each.kind} | {each.method} | {share} | {interval} | {each.hits / chance[each.kind]:.1f} |")
+    return "\n".join(lines)

@@ -19,14 +19,14 @@ from stride_ray.tokens import load_tokenizer
 CONSOLE_BLOCKS, PAGE_BLOCKS, PAGE_QUERIES = 3, 8, 200
 
 
-def attribute(run: Run, queries: str, name: str, out: TextIO = sys.stdout) -> dict[str, Any]:
+def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> dict[str, Any]:
     """Which training blocks made the model answer like this, for every query.
 
     Args:
         run: with finished ``operators/``.
         queries: JSON Lines or Parquet with text, prompt and completion, or messages (queries.read_queries).
         name: of the query set; tables go to ``influence/<name>/``.
-        out: where the console table is written.
+        out: where the console table is written; None: standard output.
 
     Returns:
         recover_influence's summary with ``mode`` and ``page``, the page's URL.
@@ -34,6 +34,7 @@ def attribute(run: Run, queries: str, name: str, out: TextIO = sys.stdout) -> di
     Raises:
         StrideError: as respond and recover_influence.
     """
+    out = out or sys.stdout
     responded = respond(run, queries, name)
     summary = {**recover_influence(run, name), "mode": responded["mode"]}
     shown = shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS)

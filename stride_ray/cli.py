@@ -136,8 +136,8 @@ def _run(parsed: argparse.Namespace) -> int:
 def _config(parsed: argparse.Namespace) -> Config | None:
     if not parsed.config:
         return None
-    folder, _, leaf = parsed.config.rpartition("/")
-    return loads(Store(folder or ".").read(leaf).decode(), parsed.config)
+    folder, slash, leaf = parsed.config.rpartition("/")
+    return loads(Store(folder or slash or ".").read_text(leaf), parsed.config)
 
 
 def _changes(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -151,6 +151,8 @@ def _changes(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _shard_summary(run: Run, manifest: dict[str, Any]) -> str:
+    from stride_ray.readers import Rejected
+
     lines = [
         f"{manifest['documents']} documents became {manifest['blocks']} blocks of {manifest['block_tokens']} tokens "
         f"({manifest['tokens']} tokens, {manifest['target_tokens']} of them targets) in {len(manifest['parts'])} "
@@ -158,5 +160,5 @@ def _shard_summary(run: Run, manifest: dict[str, Any]) -> str:
     ]
     if manifest["rejected"]:
         lines.append(f"{manifest['rejected']} rows were rejected; the first:")
-        lines += [f"  {reject['file']}, row {reject['row']}: {reject['reason']}" for reject in manifest["rejects"][:5]]
+        lines += [f"  {Rejected(**reject).told()}" for reject in manifest["rejects"][:5]]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -92,8 +93,10 @@ class FitConfig:
         ("closed_form", "train"),
     )
     start: str = _option("random", "train: begin from random operators or the closed form", ("random", "closed_form"))
-    steps: int = _option(400, "train: optimiser steps", low=1)
-    learning_rate: float = _option(0.02, "train: peak rate, after warm-up and before linear decay", low=0.0)
+    steps: int = _option(
+        400, "train: optimiser steps; each subset is visited 2 blocks_per_step / K times a step; ten visits do", low=1
+    )
+    learning_rate: float = _option(0.05, "train: peak rate, after warm-up and before linear decay", low=0.0)
     optimizer: str = _option(
         "muon", "train: Muon for the shared matrices and AdamW for the rest, or AdamW", ("muon", "adamw")
     )
@@ -102,6 +105,7 @@ class FitConfig:
     stability_form: str = _option(
         "kl", "train: top-m KL (paper) or its ablations", ("kl", "logit_penalty", "hidden_norm")
     )
+    top_m: int = _option(64, "train: the base model's most likely tokens that stability compares", low=2)
     linearity: float = _option(0.1, "train: weight of the linearity loss", low=0.0)
 
 
@@ -131,7 +135,9 @@ class ComputeConfig:
 
     address: str = _option("", "Ray address; empty: RAY_ADDRESS, else a local Ray started for this command")
     workers: int = _option(0, "parallel workers (0: one per CPU, or per GPU on cuda)", low=0)
-    device: str = _option("auto", "auto, cpu or cuda; auto takes the GPUs that the Ray cluster has or can scale to")
+    device: str = _option(
+        "auto", "auto takes the GPUs that the Ray cluster has or can scale to", ("auto", "cpu", "cuda")
+    )
     batch_tokens: int = _option(8192, "tokens in one forward pass; lower it when memory runs out", low=1)
 
 
@@ -232,7 +238,7 @@ def dumps(config: Config, comments: bool = False) -> str:
             lines.append(f"# {declared.metadata['help']}" + (f" [{' | '.join(choices)}]" if choices else ""))
         value = flat[name]
         if isinstance(value, dict):
-            inner = ", ".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in value.items())
+            inner = ", ".join(tomli_w.dumps({k: v}).strip() for k, v in value.items())
             lines.append(f"{key} = {{ {inner} }}" if inner else f"{key} = {{}}")
         else:
             lines.append(tomli_w.dumps({key: value}).strip())
@@ -272,10 +278,9 @@ def _checked(name: str, value: Any, declared: dataclasses.Field, where: str) -> 
     metadata = declared.metadata
     try:
         value = _converted(value, default)
-    except (TypeError, ValueError):
-        kind = {dict: "role=column pairs", tuple: "a list of paths", bool: "true or false"}.get(
-            type(default), f"of type {type(default).__name__}"
-        )
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        kinds = {dict: "role=column pairs", tuple: "a list of paths", bool: "true or false", str: "text"}
+        kind = {**kinds, int: "a whole number", float: "a number"}[type(default)]
         raise StrideError(f"{where} sets {name} to {value!r}; it must be {kind}.") from None
     if metadata["choices"] and value not in metadata["choices"]:
         raise StrideError(f"{where} sets {name} to {value!r}; it must be one of {', '.join(metadata['choices'])}.")
@@ -307,6 +312,15 @@ def _converted(value: Any, default: Any) -> Any:
         raise TypeError
     if isinstance(value, bool):
         raise TypeError
-    if isinstance(default, int) and float(value) != int(float(value)):
+    if isinstance(default, int):
+        try:
+            whole = int(value)  # not by way of a float, which has 53 bits
+        except ValueError:
+            whole = int(float(value))  # 1e9
+            value = float(value)
+        if not isinstance(value, str) and whole != value:
+            raise ValueError
+        return whole
+    if isinstance(default, float) and not math.isfinite(float(value)):
         raise ValueError
-    return int(float(value)) if isinstance(default, int) else type(default)(value)
+    return type(default)(value)

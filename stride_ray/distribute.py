@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import ray
 import ray.exceptions
 from ray._private import state as ray_state
+from ray._private.grpc_utils import init_grpc_channel
 from tqdm import tqdm
 
 from stride_ray.config import ComputeConfig
@@ -26,6 +28,8 @@ from stride_ray.errors import StrideError
 from stride_ray.storage import first_line
 
 RETRIES = 5
+# Key of a result that is a StrideError's sentence.
+_SENTENCE = "stride_error"
 Unit = Any
 Worker = Callable[[Unit], dict[str, Any]]
 
@@ -67,13 +71,18 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Ray itself keeps trying for minutes; a plain connection tells within seconds."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    """Ray itself keeps trying for minutes; a connection of our own tells within seconds."""
+    place = address.removeprefix("ray://")
+    host, _, port = place.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, ValueError) as error:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        # Something listens: does it speak gRPC, as Ray does?
+        with init_grpc_channel(place) as channel:
+            grpc.channel_ready_future(channel).result(timeout=10)
+    except (OSError, ValueError, grpc.FutureTimeoutError) as error:
+        why = "what listens there is no Ray" if isinstance(error, grpc.FutureTimeoutError) else error
         raise StrideError(
-            f"No Ray answers at address {address!r} ({error}); start one there ('ray start --head'), or leave the "
+            f"No Ray answers at address {address!r} ({why}); start one there ('ray start --head'), or leave the "
             "address out to run locally."
         ) from None
 
@@ -90,31 +99,28 @@ def pool(compute: ComputeConfig, units: int) -> Pool:
     device = compute.device
     if device == "auto":
         device = "cuda" if most["GPU"] >= 1 else "cpu"
-    kind = "GPU" if device.startswith("cuda") else "CPU"
+    kind = "GPU" if device == "cuda" else "CPU"
     asked = compute.workers or max(1, int(most[kind]))
     if asked > most[kind]:
         raise StrideError(
             f"compute asks for {asked} worker(s) with a {kind} each; the Ray cluster has {have.get(kind, 0):g} {kind}s "
             f"and can scale to {most[kind]:g}: lower compute.workers, change compute.device or add nodes."
         )
-    return Pool(max(1, min(asked, units)), "cuda" if kind == "GPU" else "cpu")
+    return Pool(max(1, min(asked, units)), device)
 
 
-class _Actor:
-    """Makes the stage's worker once, on its first unit, and applies it to units.
+def _wrapped(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What ``work`` returns; a StrideError as a result too, for Ray would bury its sentence in tracebacks."""
+    try:
+        return work(*arguments)
+    except StrideError as error:
+        return {_SENTENCE: str(error)}
 
-    Not in the constructor: Ray turns what a constructor raises into an actor's death without its cause.
-    """
 
-    def __init__(self, make: Callable[..., Worker], arguments: tuple[Any, ...]) -> None:
-        one_thread()
-        self.make, self.arguments = make, arguments
-        self.worker: Worker | None = None
-
-    def work(self, unit: Unit) -> dict[str, Any]:
-        self.worker = self.worker or self.make(*self.arguments)
-        assert self.worker is not None
-        return self.worker(unit)
+def _unwrapped(result: dict[str, Any]) -> dict[str, Any]:
+    if _SENTENCE in result:
+        raise StrideError(result[_SENTENCE])
+    return result
 
 
 def one_thread() -> None:
@@ -124,32 +130,82 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def map_actors(
-    make: Callable[..., Worker], arguments: tuple[Any, ...], units: Sequence[Unit], pool: Pool
-) -> Iterator[dict[str, Any]]:
-    """Apply ``make(*arguments)`` to every unit in a pool of actors that each make it once.
+def settle(folder: str) -> None:
+    """Make this process the driver's equal: one thread, and its working folder, where relative paths start."""
+    one_thread()
+    if os.path.isdir(folder):
+        os.chdir(folder)
 
-    Raises:
-        StrideError: the worker's own, or that a unit killed its workers again and again.
+
+class Crew:
+    """A pool of actors for the length of a ``with`` block, for one or several maps over units of work.
+
+    Actors outlive a map, so that what a process keeps (the model, see ``fitted.load_run_model``) serves the next one.
     """
-    options = {**pool.options, "max_restarts": RETRIES * len(units), "max_task_retries": RETRIES}
-    actor: Any = ray.remote(_Actor)
-    actors = [actor.options(**options).remote(make, arguments) for _ in range(pool.workers)]
-    waiting, running = list(reversed(units)), dict[Any, Any]()
-    try:
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool, self.device = pool, pool.device
+        self._actors: list[Any] = []
+        self._maps = 0
+
+    def __enter__(self) -> "Crew":
+        options = {**self.pool.options, "max_restarts": -1, "max_task_retries": RETRIES}
+        member: Any = ray.remote(_Member)
+        self._actors = [member.options(**options).remote(os.getcwd()) for _ in range(self.pool.workers)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._actors:
+            ray.kill(each)
+
+    def map(
+        self, make: Callable[..., Worker], arguments: tuple[Any, ...], units: Sequence[Unit]
+    ) -> Iterator[dict[str, Any]]:
+        """Apply ``make(*arguments)`` to every unit; each actor that gets one makes it once.
+
+        Raises:
+            StrideError: the worker's own, or that a unit killed its workers again and again.
+        """
+        self._maps += 1
+        what = (self._maps, ray.put((make, arguments)))
+        waiting, running = list(reversed(units)), dict[Any, Any]()
         # Two units an actor: the next one is there when the first is done.
-        for each in [*actors, *actors]:
+        for each in [*self._actors, *self._actors]:
             if waiting:
-                running[each.work.remote(waiting.pop())] = each
+                running[each.work.remote(*what, waiting.pop())] = each
         while running:
             for reference in _ready(running):
                 each = running.pop(reference)
                 yield _result(reference)
                 if waiting:
-                    running[each.work.remote(waiting.pop())] = each
-    finally:
-        for each in actors:
-            ray.kill(each)
+                    running[each.work.remote(*what, waiting.pop())] = each
+
+
+class _Member:
+    """An actor of a crew: holds the worker of the map that it is in."""
+
+    def __init__(self, folder: str) -> None:
+        settle(folder)
+        self.map = 0
+        self.worker: Worker | None = None
+
+    def work(self, number: int, what: tuple[Callable[..., Worker], tuple[Any, ...]], unit: Unit) -> dict[str, Any]:
+        return _wrapped(self._work, number, what, unit)
+
+    def _work(self, number: int, what: tuple[Callable[..., Worker], tuple[Any, ...]], unit: Unit) -> dict[str, Any]:
+        if number != self.map or self.worker is None:
+            self.worker = None  # let go of the last map's before the next one's memory is asked for
+            make, arguments = what
+            self.map, self.worker = number, make(*arguments)
+        return self.worker(unit)
+
+
+def map_actors(
+    make: Callable[..., Worker], arguments: tuple[Any, ...], units: Sequence[Unit], pool: Pool
+) -> Iterator[dict[str, Any]]:
+    """Apply ``make(*arguments)`` to every unit in a pool of actors of its own, see ``Crew.map``."""
+    with Crew(pool) as crew:
+        yield from crew.map(make, arguments, units)
 
 
 def map_tasks(
@@ -164,15 +220,17 @@ def map_tasks(
     waiting, running = list(reversed(units)), dict[Any, Any]()
     while waiting or running:
         while waiting and len(running) < 2 * pool.workers:
-            running[task.remote(function, arguments, waiting.pop())] = None
+            running[task.remote(os.getcwd(), function, arguments, waiting.pop())] = None
         for reference in _ready(running):
             del running[reference]
             yield _result(reference)
 
 
-def _task(function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], unit: Unit) -> dict[str, Any]:
-    one_thread()
-    return function(*arguments, unit)
+def _task(
+    folder: str, function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], unit: Unit
+) -> dict[str, Any]:
+    settle(folder)
+    return _wrapped(function, *arguments, unit)
 
 
 def map_dataset(
@@ -193,22 +251,34 @@ def map_dataset(
     row: Any = _Row
     results = rows.map(
         row,
-        fn_constructor_args=(make, arguments),
+        fn_constructor_args=(make, arguments, os.getcwd()),
         compute=ray.data.ActorPoolStrategy(size=pool.workers),
         num_cpus=pool.options["num_cpus"],
     )
     try:
         for row in results.iter_rows():
-            yield json.loads(row["result"])
+            yield _unwrapped(json.loads(row["result"]))
     except ray.exceptions.RayError as error:
         raise _told(error) from None
 
 
-class _Row(_Actor):
-    """The row form of a worker, as Ray Data wants it; JSON, since Arrow would unify the dicts' fields."""
+class _Row:
+    """A worker as Ray Data wants it: rows in, rows out; JSON, since Arrow would unify the dicts' fields.
+
+    It is made on the first row: what a constructor raises reaches nobody but as an actor's death.
+    """
+
+    def __init__(self, make: Callable[..., Worker], arguments: tuple[Any, ...], folder: str) -> None:
+        settle(folder)
+        self.make, self.arguments = make, arguments
+        self.worker: Worker | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(self.work(json.loads(row["unit"])))}
+        return {"result": json.dumps(_wrapped(self._work, json.loads(row["unit"])))}
+
+    def _work(self, unit: Unit) -> dict[str, Any]:
+        self.worker = self.worker or self.make(*self.arguments)
+        return self.worker(unit)
 
 
 def _ready(running: dict[Any, Any]) -> list[Any]:
@@ -228,18 +298,13 @@ def _ready(running: dict[Any, Any]) -> list[Any]:
 
 def _result(reference: Any) -> dict[str, Any]:
     try:
-        return ray.get(reference)
+        return _unwrapped(ray.get(reference))
     except ray.exceptions.RayError as error:
         raise _told(error) from None
 
 
 def _told(error: BaseException) -> BaseException:
-    """The sentence inside Ray's error, where a worker raised one."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, StrideError):
-            return StrideError(str(cause))
-        cause = getattr(cause, "cause", None) or cause.__cause__
+    """A sentence for what happens to workers from outside; anything else is a defect and keeps its traceback."""
     if isinstance(error, (ray.exceptions.ActorDiedError, ray.exceptions.WorkerCrashedError)):
         return StrideError(
             f"A unit of work killed its worker {RETRIES} times and more (out of memory?); lower "

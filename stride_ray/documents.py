@@ -192,8 +192,11 @@ class _UnfitError(Exception):
 
 
 def _document(row: Row, columns: Mapping[str, str]) -> Document | Rejected:
+    identity: dict[str, str] = {}
     try:
-        identity = {role: _name(row, columns[role]) for role in ("id", "source") if role in columns}
+        for role in ("id", "source"):
+            if role in columns:
+                identity[role] = _name(row, columns[role])
         content = {
             role: _CHECKS[role](_value(row, columns[role]), columns[role]) for role in columns if role in _CHECKS
         }
@@ -203,7 +206,7 @@ def _document(row: Row, columns: Mapping[str, str]) -> Document | Rejected:
                 f"for {len(content['token_ids'])} in {columns['token_ids']!r}"
             )
     except _UnfitError as error:
-        return Rejected(row.file, row.number(), str(error))
+        return Rejected(row.file, row.number(), str(error), identity.get("id", ""))
     return Document(identity.get("id", row.document_id), identity.get("source", row.file), **content)
 
 

@@ -8,6 +8,7 @@ number that says whether anything was learned: the mean response on members minu
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from stride_ray.closed_form import (
     stream_moments,
 )
 from stride_ray.config import Config
-from stride_ray.distribute import Pool, connected, map_actors, map_tasks, pool, progress
+from stride_ray.distribute import Crew, connected, pool, progress
 from stride_ray.errors import StrideError
 from stride_ray.fitted import (
     load_basis,
@@ -34,7 +35,8 @@ from stride_ray.fitted import (
 from stride_ray.judge import judge
 from stride_ray.operators import Operators, gradients
 from stride_ray.run import Run, Stage
-from stride_ray.storage import Store, tensor_bytes, tensors_from
+from stride_ray.storage import Store, safe_url, tensor_bytes, tensors_from
+from stride_ray.tokens import load_tokenizer
 
 # Tokens that the second moments are estimated from.
 MOMENT_TOKENS = 32_768
@@ -60,55 +62,79 @@ def fit(run: Run) -> dict[str, Any]:
             f"The pool has {len(blocks)} blocks and membership.subsets asks for {config.membership.subsets} subsets; "
             "there must be at least as many blocks as subsets: lower --subsets or shard more text."
         )
+    membership_of(config)  # a degree above the number of subsets is told before anything starts
+    _check_tokenizer(config, blocks)
     stage = run.begin("operators", corpus=blocks.manifest["fingerprint"])
     if stage.store.exists("metadata.json"):
+        _clear(stage)
         return stage.store.read_json("metadata.json")
     with connected(config.compute):
-        if config.fit.method == "closed_form" or config.fit.start == "closed_form":
-            _closed_form(config, blocks, stage)
-        if config.fit.method == "train":
-            from stride_ray.train_distributed import train_distributed
+        if config.fit.method == "closed_form":
+            with Crew(pool(config.compute, len(blocks.shards()))) as crew:
+                _closed_form(config, blocks, stage, crew)
+                return _finish(config, blocks, stage, crew)
+        from stride_ray.train_distributed import train_distributed
 
-            train_distributed(config, blocks, stage, pool(config.compute, 64))
-        return _finish(config, blocks, stage)
+        if config.fit.start == "closed_form":
+            with Crew(pool(config.compute, len(blocks.shards()))) as crew:
+                _closed_form(config, blocks, stage, crew)
+        train_distributed(config, blocks, stage, pool(config.compute, 64))
+        with Crew(pool(config.compute, 1)) as crew:
+            return _finish(config, blocks, stage, crew)
 
 
-def _closed_form(config: Config, blocks: Blocks, stage: Stage) -> None:
+def _check_tokenizer(config: Config, blocks: Blocks) -> None:
+    """Refuse a model whose own tokenizer gives ids another meaning than the one that cut the blocks."""
+    if config.model.path in ("", config.corpus.tokenizer):
+        return
+    try:
+        own = load_tokenizer(config.model.path)
+    except StrideError:
+        return  # the model comes without one; that its vocabulary holds the ids is checked where it is loaded
+    used = load_tokenizer(blocks.store.child("tokenizer").url)
+    names = {i: token for token, i in own.get_vocab().items()}
+    strange = [(i, token) for token, i in used.get_vocab().items() if names.get(i, token) != token]
+    if strange:
+        i, token = min(strange)
+        raise StrideError(
+            f"The blocks were cut with the tokenizer {safe_url(config.corpus.tokenizer)}, to which token {i} is "
+            f"{token!r}; to the model {safe_url(config.model.path)} it is {names[i]!r}. Shard into a new run directory "
+            "with the model's own tokenizer (--model)."
+        )
+
+
+def _closed_form(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
     """Basis, sums per shard, and the operators that they give, in ``fitted/``."""
     if stage.store.exists("fitted/metadata.json"):
         return
     units = [(index, *shard) for index, shard in enumerate(blocks.shards())]
-    workers = pool(config.compute, len(units))
     if not stage.store.exists("basis.json"):
-        save_basis(stage.store, "basis", _fit_basis(config, blocks, workers))
+        save_basis(stage.store, "basis", _fit_basis(config, blocks, crew))
     done = stage.done()
     missing = [unit for unit in units if f"sum-{unit[0]:03d}" not in done]
     if missing:
-        sums = map_actors(Accumulator, (config, blocks.store, stage, workers.device), missing, workers)
+        sums = crew.map(Accumulator, (config, blocks.store, stage, crew.device), missing)
         progress(sums, "fit", sum(u[2] - u[1] for u in missing), "blocks", lambda marker: marker["blocks"])
-    reduce_pool = Pool(1, "cpu")
-    progress(map_tasks(reduce_sums, (config, stage, len(units)), [len(blocks)], reduce_pool), "reduce", 1, "", _one)
-    for index, *_ in units:
-        stage.store.remove(f"sum-{index:03d}.safetensors")
+    progress(crew.map(partial, (reduce_sums, config, stage, len(units)), [len(blocks)]), "reduce", 1, "", _one)
 
 
 def _one(_: Any) -> int:
     return 1
 
 
-def _fit_basis(config: Config, blocks: Blocks, workers: Pool) -> Any:
+def _fit_basis(config: Config, blocks: Blocks, crew: Crew) -> Any:
     """Token counts over the whole pool and second moments over a sample, then the basis."""
     parts = [part["name"] for part in blocks.manifest["parts"]]
     needs_counts = config.operators.form == "logit"
     vocabulary = blocks.manifest["max_token_id"] + 1
     counts = np.zeros(vocabulary, dtype=np.int64)
     if needs_counts:
-        counted = map_tasks(count_tokens, (blocks.store, vocabulary), parts, Pool(workers.workers, "cpu"))
+        counted = crew.map(partial, (count_tokens, blocks.store, vocabulary), parts)
         for found in progress(counted, "count", len(parts), "parts", _one):
             counts += found["counts"]
     chosen = np.array_split(blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed), 16)
     units = [(index, part) for index, part in enumerate(chosen) if len(part)]
-    results = map_actors(Moments, (config, blocks.store, workers.device), units, workers)
+    results = crew.map(Moments, (config, blocks.store, crew.device), units)
     moments = progress(results, "precondition", sum(len(part) for _, part in units), "blocks", lambda m: m["blocks"])
     moments.sort(key=lambda m: m["index"])
     positions = sum(m["positions"] for m in moments)
@@ -199,14 +225,20 @@ def reduce_sums(config: Config, stage: Stage, shards: int, n_blocks: int) -> dic
     return {"subsets": len(A)}
 
 
-def _finish(config: Config, blocks: Blocks, stage: Stage) -> dict[str, Any]:
+def _finish(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> dict[str, Any]:
     """Judge what was fitted, publish it as final, and clear the scaffolding."""
-    workers = pool(config.compute, 1)
-    judged = map_actors(Judge, (config, blocks.store, stage, workers.device), ["fitted"], workers)
+    folder = "trained" if config.fit.method == "train" else "fitted"
+    judged = crew.map(Judge, (config, blocks.store, stage, crew.device), [folder])
     (facts,) = progress(judged, "judge", 1, "fit", _one)
-    for name in ("fitted", "basis.json", "basis.safetensors"):
-        stage.store.remove(name)
+    _clear(stage)
     return facts
+
+
+def _clear(stage: Stage) -> None:
+    """Remove the scaffolding of a finished fit, some of which an interrupted one may have left."""
+    sums = [name for name in stage.store.names(ending=".safetensors") if name.startswith("sum-")]
+    for name in ("fitted", "trained", "loop", "basis.json", "basis.safetensors", *sums):
+        stage.store.remove(name)
 
 
 class Judge(_PoolWorker):

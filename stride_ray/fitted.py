@@ -1,5 +1,6 @@
 """Operators on disk, and the model that they steer: what fit leaves and respond takes up."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ def membership_of(config: Config) -> Membership:
 def load_run_model(config: Config, device: str) -> SplitModel:
     """The run's model, split where its operators act: at ℓ, or after the last layer for the logit form.
 
+    A process keeps the last one that it loaded.
+
     Raises:
         StrideError: as load_model does, and where no model is configured.
     """
@@ -30,7 +33,12 @@ def load_run_model(config: Config, device: str) -> SplitModel:
     transformers.utils.logging.disable_progress_bar()
     split = config.model.split
     layer: int | float = 1.0 if config.operators.form == "logit" else (split if split < 1 else int(split))
-    return load_model(config.model.path, split=layer, dtype=config.model.dtype, device=device)
+    return _loaded(config.model.path, layer, config.model.dtype, device)
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: str, layer: int | float, dtype: str, device: str) -> SplitModel:
+    return load_model(path, split=layer, dtype=dtype, device=device)
 
 
 def save_basis(store: Store, name: str, basis: Basis) -> None:

@@ -74,14 +74,17 @@ def recover_influence(run: Run, name: str) -> dict[str, Any]:
     responses = run.require("responses", "manifest.json", f"stride-ray respond --name {name}", name)
     parts = responses.store.read_json("manifest.json")["parts"]
     keys = responses.store.read_json("stage.json")["keys"]
-    stage = run.begin("influence", name, queries=keys["queries"])
+    # The blocks that the operators were fitted on: whatever was sharded since then comes after them.
+    n_blocks = run.require("operators", "metadata.json", "stride-ray fit").store.read_json("metadata.json")["blocks"]
+    stage = run.begin("influence", name, corpus=keys["corpus"], queries=keys["queries"])
     units = [list(range(start, min(start + PARTS_PER_UNIT, parts))) for start in range(0, parts, PARTS_PER_UNIT)]
     done = stage.done()
     missing = [unit for unit in units if _unit_name(unit) not in done]
     if missing:
         with connected(run.config.compute):
             workers = Pool(pool(run.config.compute, len(missing)).workers, "cpu")
-            results = map_tasks(recover_unit, (run.config, run.store, responses.store, stage), missing, workers)
+            given = (run.config, run.store, responses.store, stage, n_blocks)
+            results = map_tasks(recover_unit, given, missing, workers)
             progress(results, "recover", len(missing), "units", lambda _: 1)
     markers = [stage.done()[_unit_name(unit)] for unit in units]
     nonzeros = [n for marker in markers for n in marker["nonzeros"]]
@@ -101,7 +104,9 @@ def _unit_name(unit: list[int]) -> str:
     return f"{unit[0] // PARTS_PER_UNIT:05d}"
 
 
-def recover_unit(config: Config, root: Store, responses: Store, stage: Stage, unit: list[int]) -> dict[str, Any]:
+def recover_unit(
+    config: Config, root: Store, responses: Store, stage: Stage, n_blocks: int, unit: list[int]
+) -> dict[str, Any]:
     """The tables of some response parts."""
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
@@ -116,7 +121,7 @@ def recover_unit(config: Config, root: Store, responses: Store, stage: Stage, un
     recovered = recover(
         np.concatenate(vectors)[good],
         membership_of(config),
-        len(blocks),
+        n_blocks,
         ratio=options.penalty_ratio,
         nonnegative=options.nonnegative,
         row_scaling=options.row_scaling,

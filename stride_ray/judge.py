@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stride_ray.blocks import Blocks
 from stride_ray.config import Config
+from stride_ray.errors import StrideError
 from stride_ray.membership import Membership
 from stride_ray.model import SplitModel
 from stride_ray.operators import Operators, features, steering
@@ -35,7 +36,7 @@ def judge(
         ``learned`` (the first-order gap of a closed form, or the steered one of a trained fit, is above two standard
         errors) and ``verdict``, a sentence.
     """
-    sample = blocks.sample(SAMPLE, config.seed + 1)
+    sample = _with_targets(blocks, blocks.sample(SAMPLE, config.seed + 1))
     inside = _inside(membership, sample)
     linear = torch.cat([_linear(model, operators, blocks, part) for part in np.array_split(sample, 16) if len(part)])
     gap_linear, error_linear = gap(linear.cpu().numpy(), inside)
@@ -44,7 +45,7 @@ def judge(
     if config.fit.method == "closed_form":
         scales = [strength / max(unit_size, 1e-30) for strength in STRENGTHS]
         means = [_steered(model, replace(operators, scale=s), blocks, few[:4], membership, config)[2] for s in scales]
-        operators = replace(operators, scale=scales[int(np.argmax(means))])
+        operators = replace(operators, scale=scales[int(np.argmax(np.nan_to_num(means, nan=-np.inf)))])
     gap_nats, error_nats, response, loss = _steered(model, operators, blocks, few, membership, config)
     decisive = (gap_linear, error_linear) if config.fit.method == "closed_form" else (gap_nats, error_nats)
     facts = {
@@ -66,11 +67,30 @@ def gap(responses: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
     Args:
         responses: (n, K); nan where not measured.
         inside: (n, K) bool, whether the block is in the subset.
+
+    Returns:
+        Both over the blocks that have members and non-members measured; zeros where fewer than two do.
     """
-    members = np.nanmean(np.where(inside, responses, np.nan), axis=1)
-    others = np.nanmean(np.where(inside, np.nan, responses), axis=1)
-    difference = members - others
+    measured = np.isfinite(responses)
+    responses = np.where(measured, responses, 0.0)
+    members, others = inside & measured, ~inside & measured
+    both = members.any(axis=1) & others.any(axis=1)
+    if both.sum() < 2:
+        return 0.0, 0.0
+    means = [(responses * side)[both].sum(axis=1) / side[both].sum(axis=1) for side in (members, others)]
+    difference = means[0] - means[1]
     return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+
+
+def _with_targets(blocks: Blocks, ordinals: np.ndarray) -> np.ndarray:
+    """Those blocks that have a token to predict (a long prompt may fill a block)."""
+    found = ordinals[blocks.batch(ordinals).mask[:, 1:].any(axis=1)]
+    if not len(found):
+        raise StrideError(
+            f"None of {len(ordinals)} blocks drawn from the pool has a token that counts; enlarge corpus.block_tokens, "
+            "so that answers share a block with their prompts' ends."
+        )
+    return found
 
 
 def _inside(membership: Membership, ordinals: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from stride_ray.corpus import Encoded
-from stride_ray.documents import Rejected, Unit, detect_columns, plan, read
+from stride_ray.documents import Document, Rejected, Unit, detect_columns, plan, read
 from stride_ray.errors import StrideError
 from stride_ray.readers import Row, rows
 from stride_ray.storage import safe_url
@@ -52,7 +52,8 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
     for index, item in enumerate(items):
         result = item if isinstance(item, Rejected) else next(encoded)
         if isinstance(result, Rejected):
-            table.append(failed(f"q{index}", f"{result.file}, row {result.row}: {result.reason}"))
+            known = result.document_id or (result.file if named and isinstance(item, Document) else f"q{index}")
+            table.append(failed(known, result.told()))
             continue
         table.append(row(result.document_id if named else f"q{index}", result))
     twice = [name for name, count in collections.Counter(r["query_id"] for r in table).items() if count > 1]

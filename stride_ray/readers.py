@@ -40,11 +40,17 @@ class Rejected:
         row: number of the line (JSON Lines, from 1) or row in the file (Parquet and Arrow, from 0, as in document
             ids); None for a whole file.
         reason: what is wrong, for a person.
+        document_id: the row's own id, where it has one that is fit.
     """
 
     file: str
     row: int | None
     reason: str
+    document_id: str = ""
+
+    def told(self) -> str:
+        """The reject in a line, for a person."""
+        return f"{self.file}{'' if self.row is None else f', row {self.row}'}: {self.reason}"
 
 
 class Row(NamedTuple):

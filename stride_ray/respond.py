@@ -53,6 +53,7 @@ def respond(run: Run, queries: str, name: str) -> dict[str, Any]:
     Raises:
         StrideError: for a missing stage, other settings, another query set of that name, or unreadable queries.
     """
+    run.require("operators", "metadata.json", "stride-ray fit")
     tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
     return respond_table(run, read_queries(queries, tokenizer), name)
 
@@ -66,7 +67,8 @@ def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     mode = run.config.respond.mode
     if mode == "auto":
         mode = "linear" if method == "closed_form" else "exact"
-    stage = run.begin("responses", name, queries=_fingerprint(table))
+    corpus = operators.store.read_json("stage.json")["keys"]["corpus"]
+    stage = run.begin("responses", name, corpus=corpus, queries=_fingerprint(table))
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", table)
     units = [(index, start) for index, start in enumerate(range(0, table.num_rows, UNIT))]
@@ -119,8 +121,11 @@ class Responder:
         """The answer to be filled in, or the reason why there is none."""
         answer = {"query_id": row["query_id"], "status": row["status"], "error": row["error"]}
         if row["status"] == "ok":
+            length, context = len(row["token_ids"]), self.model.context
             try:
                 self.model.check_ids(torch.tensor([row["token_ids"]]))
+                if context is not None and length > context:
+                    raise StrideError(f"has {length} tokens; the model's context is {context}: shorten it")
             except StrideError as error:
                 answer |= {"status": "failed", "error": str(error)}
         return answer

@@ -13,6 +13,7 @@ from stride_ray import __version__
 from stride_ray.config import Config, dumps, loads, stage_hash, stage_keys
 from stride_ray.errors import StrideError
 from stride_ray.storage import Store, safe_url
+from stride_ray.units import shown
 
 
 class Stage:
@@ -60,7 +61,7 @@ class Run:
         self.url = url
         self.store = Store(url)
         if config is None and self.store.exists("run.toml"):
-            config = loads(self.store.read("run.toml").decode(), self.store.name_of("run.toml"))
+            config = loads(self.store.read_text("run.toml"), self.store.name_of("run.toml"))
         config = (config or Config()).updated(changes or {})
         if not config.corpus.tokenizer:
             config = config.updated({"corpus.tokenizer": config.model.path})
@@ -83,7 +84,9 @@ class Run:
         """
         opened = self.stage(stage, name)
         wanted = {**stage_keys(self.config, stage), **extra}
-        if opened.store.exists("stage.json"):
+        made = opened.store.exists("stage.json")
+        # A command that failed at once (no such model) leaves nothing but this file; the corrected one may go on.
+        if made and opened.store.names() != ["stage.json"]:
             _refuse_other(opened, wanted)
         else:
             opened.store.write_json("stage.json", {"stage": stage, "code_version": __version__, "keys": wanted})
@@ -92,7 +95,7 @@ class Run:
 
     def save(self) -> None:
         """Write run.toml: the configuration, the code's version and, once known, the corpus fingerprint."""
-        text = dumps(self.config.updated({"corpus.input": [safe_url(url) for url in self.config.corpus.input]}))
+        text = dumps(self.config.updated({"corpus.input": [shown(url) for url in self.config.corpus.input]}))
         text += f'\n[run]\ncode_version = "{__version__}"\n'
         if self.store.exists("blocks/manifest.json"):
             text += f'corpus_fingerprint = "{self.store.read_json("blocks/manifest.json")["fingerprint"]}"\n'
@@ -115,9 +118,11 @@ class Run:
 def _refuse_other(opened: Stage, wanted: Mapping[str, Any]) -> None:
     """Raise StrideError where a folder was made with settings other than ``wanted``, naming the first such key."""
     made_with = opened.store.read_json("stage.json")["keys"]
+    contents = {"corpus": "other blocks than are there now", "queries": "other queries than this command's"}
     for key, now in wanted.items():
         if made_with.get(key) != now:
+            how = f"with {key} = {made_with.get(key)!r}, and this command has {now!r}"
             raise StrideError(
-                f"{safe_url(opened.store.url)} was made with {key} = {made_with.get(key)!r}, and this command has "
-                f"{now!r}; use another run directory or name, or delete that folder and those that came after it."
+                f"{safe_url(opened.store.url)} was made {f'from {contents[key]}' if key in contents else how}; use "
+                "another run directory or name, or delete that folder and those that came after it."
             )

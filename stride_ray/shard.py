@@ -21,6 +21,7 @@ from stride_ray.distribute import connected, map_dataset, map_tasks, pool, progr
 from stride_ray.documents import Rejected, Unit, plan, read, resolve_columns
 from stride_ray.errors import StrideError
 from stride_ray.run import Run, Stage
+from stride_ray.storage import first_line
 from stride_ray.tokens import (
     Encoded,
     encode_stream,
@@ -32,12 +33,12 @@ from stride_ray.tokens import (
 )
 
 
-def shard(run: Run, out: TextIO = sys.stdout) -> dict[str, Any]:
+def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
     """Cut the run's corpus into blocks, or add what is new in its input.
 
     Args:
         run: its configuration names input and tokenizer.
-        out: where a masked example is shown, for data with prompts.
+        out: where a masked example is shown, for data with prompts; None: standard output.
 
     Returns:
         ``blocks/manifest.json``: counts of documents, blocks, tokens, targets and rejects, the first rejects with
@@ -54,6 +55,8 @@ def shard(run: Run, out: TextIO = sys.stdout) -> dict[str, Any]:
         raise StrideError("No tokenizer is given; name one with --tokenizer, or the model with --model.")
     tokenizer = load_tokenizer(config.tokenizer)
     units = plan(config.input, int(config.shard_mb * 1e6))
+    if not run.stage("blocks").store.exists("plan.json"):
+        resolve_columns(units, config.columns)  # a wrong mapping is told before the directory is claimed for it
     stage = run.begin("blocks")
     units, columns = _register(stage, config, units)
     _save_tokenizer(stage, tokenizer)
@@ -61,6 +64,7 @@ def shard(run: Run, out: TextIO = sys.stdout) -> dict[str, Any]:
     numbered = stage.done()
     missing = [(i, unit) for i, unit in enumerate(units) if _part(i) not in numbered and _part(i) not in staged.done()]
     if len(numbered) == len(units) and stage.store.exists("manifest.json"):
+        stage.store.remove("_tokenised")
         return stage.store.read_json("manifest.json")
     with connected(run.config.compute):
         if missing:
@@ -68,10 +72,11 @@ def shard(run: Run, out: TextIO = sys.stdout) -> dict[str, Any]:
             workers = pool(run.config.compute, len(work))
             results = map_dataset(Tokenise, (config, columns, staged), work, workers)
             markers = progress(results, "shard", len(work), "units", lambda _: 1)
-            _show_example(markers, out)
+            _show_example(markers, out or sys.stdout)
         markers_by_part = {**staged.done(), **numbered}
         counts = [markers_by_part[_part(i)]["counts"]["blocks"] for i in range(len(units))]
         if not sum(counts):
+            stage.store.remove("")  # nothing but the plan, which would refuse the corrected command
             raise StrideError(_nothing(config, markers_by_part))
         first = np.concatenate([[0], np.cumsum(counts)]).tolist()
         todo = [(i, first[i]) for i in range(len(units)) if _part(i) not in numbered]
@@ -117,7 +122,10 @@ def _save_tokenizer(stage: Stage, tokenizer: Any) -> None:
     if stage.store.exists("tokenizer/tokenizer_config.json"):
         return
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # the library's own, for a full disk too
+            raise StrideError(f"The tokenizer cannot be written to {folder}: {first_line(error)}.") from None
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         # The file whose presence means that all are there comes last.
         for path in sorted(files, key=lambda path: path.name == "tokenizer_config.json"):
@@ -197,5 +205,6 @@ def _show_example(markers: list[dict[str, Any]], out: TextIO) -> None:
 
 def _nothing(config: CorpusConfig, markers: dict[str, dict[str, Any]]) -> str:
     rejects = [reject for marker in markers.values() for reject in marker["counts"]["rejects"]]
-    why = f"; the first of {len(rejects)} rejected: {rejects[0]}" if rejects else ""
+    count = sum(marker["counts"]["rejected"] for marker in markers.values())
+    why = f"; {count} rejected, the first: {Rejected(**rejects[0]).told()}" if rejects else ""
     return f"The corpus {', '.join(config.input)} gives no block{why}. Check the input and the columns."

@@ -90,6 +90,13 @@ class Store:
         with self._told(name, "read"):
             return self.fs.cat_file(self.path(name))
 
+    def read_text(self, name: str) -> str:
+        """The whole file as text."""
+        try:
+            return self.read(name).decode()
+        except UnicodeDecodeError as error:
+            raise StrideError(f"{self.name_of(name)} is not UTF-8 text ({error}).") from None
+
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Publish a whole file atomically, replacing an older one."""
         path = self.path(name)

@@ -200,6 +200,10 @@ def _list_files(given: str) -> list[SourceFile]:
     files = [_source_file(fs, given, named[name], name, found[named[name]]) for name in sorted(kept)]
     if not files:
         raise StrideError(f"Input {shown(given)} matches no file; check the folder or pattern.")
+    if isinstance(fs, LocalFileSystem):
+        for name in kept:
+            if found[named[name]].get("islink") and not os.path.exists(named[name]):
+                raise StrideError(f"{shown(named[name])} is a link to nothing; restore what it points to or remove it.")
     return files
 
 

@@ -1,0 +1,146 @@
+"""The paper's loop under Ray Train: one to many workers that take one and the same step together.
+
+The loop's own checkpoints, plain safetensors in the run directory at any fsspec URL, are what it resumes from, after
+a killed worker (Ray Train starts the group again) as after a killed driver (the same command again). Ray Train thus
+needs no shared storage of its own; it forms the process group, watches over the workers and collects the metrics.
+"""
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import torch
+
+from stride_ray.blocks import Blocks
+from stride_ray.config import Config
+from stride_ray.distribute import RETRIES, Pool, settle
+from stride_ray.errors import StrideError
+from stride_ray.fitted import load_operators, load_run_model, membership_of, save_operators
+from stride_ray.run import Stage
+from stride_ray.storage import Store, first_line
+from stride_ray.train import Loop, Ranks, run_loop
+
+
+def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Pool) -> None:
+    """Train the run's operators and leave them in ``trained/`` of the stage's folder, unless they are there already.
+
+    Meanwhile ``loop/`` holds the newest checkpoint; the numbers of each evaluation stay in ``training.json``.
+
+    Args:
+        config: the run's.
+        blocks: the pool.
+        stage: the operators stage; with fit.start = closed_form its ``fitted/`` is what the loop begins from.
+        pool: how many workers, and on what.
+
+    Raises:
+        StrideError: the loop's own, or that its workers died again and again.
+    """
+    if stage.store.exists("trained/metadata.json"):
+        return
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    loop = stage.store.child("loop")
+    loop.remove("error.json")
+    backend = "nccl" if pool.device == "cuda" else "gloo"
+    with tempfile.TemporaryDirectory(prefix="stride_ray-") as scratch, _own_interrupt():
+        trainer = _quiet(TorchTrainer)(
+            _worker,
+            train_loop_config={
+                "config": config,
+                "blocks": blocks.store,
+                "stage": stage.store,
+                "device": pool.device,
+                "folder": os.getcwd(),
+            },
+            torch_config=TorchConfig(backend=backend),
+            scaling_config=ScalingConfig(
+                num_workers=pool.workers,
+                use_gpu=pool.device == "cuda",
+                resources_per_worker={"CPU": 1} | ({"GPU": 1} if pool.device == "cuda" else {}),
+            ),
+            run_config=RunConfig(
+                name=f"stride-{stage.identity}",
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=RETRIES),
+                logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            if not loop.exists("error.json"):
+                raise StrideError(
+                    f"The loop's workers failed {RETRIES} times and more; its checkpoints are kept, so the same "
+                    f"command goes on from the last one. Ray Train says: {first_line(error)}"
+                ) from error
+    if loop.exists("error.json"):
+        raise StrideError(loop.read_json("error.json")["error"])
+    stage.store.remove("loop")
+
+
+def _worker(given: dict[str, Any]) -> None:
+    """One rank, from its first step or the last checkpoint to the operators."""
+    from ray import train
+
+    settle(given["folder"])
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    context = train.get_context()
+    ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    stage: Store = given["stage"]
+    store = stage.child("loop")
+    # What is wrong with the input is wrong again at the next try: the driver tells it, and no rank goes on.
+    if store.exists("error.json"):
+        return
+    try:
+        train_rank(given["config"], given["blocks"], stage, given["device"], ranks, train.report)
+    except StrideError as error:
+        store.write_json("error.json", {"error": str(error)})
+        raise
+
+
+def train_rank(config: Config, blocks: Store, stage: Store, device: str, ranks: Ranks, report: Any = None) -> None:
+    """What each rank does, with the process group formed already where there are several; see train_distributed."""
+    model = load_run_model(config, device)
+    pool = Blocks(blocks)
+    model.check_ids(torch.tensor([[pool.manifest["max_token_id"]]]))
+    start = load_operators(stage.child("fitted"))[0] if config.fit.start == "closed_form" else None
+    loop = Loop(config, model, pool, membership_of(config), start, ranks)
+    log = run_loop(loop, stage.child("loop"), report)
+    if ranks.rank == 0:
+        stage.write_json("training.json", log)
+        save_operators(stage.child("trained"), loop.operators(), {})
+
+
+@contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Ray Train sets a handler of its own for Ctrl-C and leaves it behind; put the old one back."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
+def _quiet(trainer: type) -> type:
+    """The trainer without the watcher that asks Ray's dashboard for the controller's state, where there is none.
+
+    It would report its failure again and again. What it watches for is a controller that dies alone; a Ray that was
+    started for this command, which is the one without a dashboard, ends with the command.
+    """
+    if ray._private.worker.get_dashboard_url():
+        return trainer
+
+    class Quiet(trainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+
+    return Quiet

@@ -1,0 +1,241 @@
+"""What tests share: a tiny corpus, its tokenizer, a tiny Llama trained on it for seconds, one Ray, one finished run."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import sys
+from types import SimpleNamespace
+
+# Before torch is imported: floating-point sums depend on the number of threads, and nothing here is on any hub.
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import numpy as np
+import pytest
+import ray
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stride_ray.attribute import attribute
+from stride_ray.blocks import Blocks
+from stride_ray.distribute import Pool
+from stride_ray.fit import fit
+from stride_ray.run import Run
+from stride_ray.shard import shard
+
+TOKENS, VOCABULARY = 32, 320
+SUBJECTS = {
+    "sea": "wave sail harbour tide anchor gull storm keel",
+    "kitchen": "butter flour oven whisk simmer pepper onion dough",
+    "sky": "comet orbit planet eclipse nebula meteor lens dusk",
+    "garden": "root petal spade compost seedling hedge bloom frost",
+}
+SCRIPT = "<script>alert('comet & tide')</script>"
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+QUERIES = [
+    {"id": "sea", "text": "the anchor met the tide and the gull"},
+    {"id": "short", "text": "a"},
+    {"id": "script", "text": SCRIPT},
+    {"id": "blank", "text": " "},
+    {"id": "kitchen", "text": "the butter met the oven and the dough"},
+]
+
+
+def sentence(subject, rng):
+    """A sentence of one subject's words: what a tiny model can learn and tell apart."""
+    words = SUBJECTS[subject].split()
+    return f"the {rng.choice(words)} met the {rng.choice(words)} and the {rng.choice(words)}. "
+
+
+def documents(count, seed=0):
+    """``count`` documents, each on one subject, the same for a seed."""
+    rng = random.Random(seed)
+    names = sorted(SUBJECTS)
+    return ["".join(sentence(names[i % len(names)], rng) for _ in range(rng.randint(2, 6))) for i in range(count)]
+
+
+def write_lines(path, rows):
+    """Rows as JSON Lines; returns the path as a string."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write_corpus(folder):
+    """Two JSON Lines files and a text file, in which a document tries to run a script."""
+    texts = documents(48)
+    write_lines(folder / "a.jsonl", [{"text": text} for text in texts[:24]])
+    write_lines(folder / "b.jsonl", [{"text": text} for text in texts[24:]])
+    (folder / "notes.txt").write_text(f"{SCRIPT} the comet met the tide. " * 3)
+    return folder
+
+
+def save_tokenizer(folder, texts, vocabulary=VOCABULARY, chat=True):
+    """A byte-level BPE tokenizer with an end-of-text token and a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    if chat:
+        saved.chat_template = CHAT
+    saved.save_pretrained(folder)
+    return saved
+
+
+def save_model(folder, texts, tokenizer, steps=60, vocabulary=VOCABULARY):
+    """A Llama of two layers, trained until it knows the subjects, with its tokenizer beside it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=128, **sizes))
+    stream = [i for text in texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    ids = torch.tensor(stream[: len(stream) // TOKENS * TOKENS]).view(-1, TOKENS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        rows = torch.arange(step * 16, step * 16 + 16) % len(ids)
+        loss = model(input_ids=ids[rows], labels=ids[rows]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def settings(parts, **more):
+    """The options of a tiny run; ``more`` with ``__`` for the point."""
+    return {
+        "corpus.input": [str(parts.corpus)],
+        "corpus.block_tokens": TOKENS,
+        "corpus.shard_mb": 0.001,
+        "model.path": str(parts.model),
+        "membership.subsets": 16,
+        "membership.degree": 4,
+        "operators.rank": 8,
+        "operators.sketch": 16,
+        "compute.workers": 2,
+        **{name.replace("__", "."): value for name, value in more.items()},
+    }
+
+
+def flags(options):
+    """Options as ``--set`` arguments of the command line."""
+    pairs = ((key, ",".join(value) if isinstance(value, list) else value) for key, value in options.items())
+    return [part for key, value in pairs for part in ("--set", f"{key}={value}")]
+
+
+def data_files(folder):
+    """Name and bytes of every data file of a run: what must not depend on workers, faults or reruns."""
+    wanted = ("blocks/part-*", "operators/*.safetensors", "responses/*/*.parquet", "influence/*/*.parquet")
+    return {str(p.relative_to(folder)): p.read_bytes() for pattern in wanted for p in sorted(folder.glob(pattern))}
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """Folders of the tiny corpus, tokenizer and model, and a file of queries."""
+    root = tmp_path_factory.mktemp("parts")
+    corpus = write_corpus(root / "corpus")
+    texts = [*documents(48), (corpus / "notes.txt").read_text()]
+    tokenizer = save_tokenizer(root / "tokenizer", texts)
+    save_model(root / "model", texts, tokenizer)
+    queries = write_lines(root / "queries.jsonl", QUERIES)
+    return SimpleNamespace(
+        root=root, corpus=corpus, tokenizer=root / "tokenizer", model=root / "model", queries=queries
+    )
+
+
+@pytest.fixture(scope="session")
+def one_ray():
+    """A local Ray that all tests share in which nothing is killed."""
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+class PlainCrew:
+    """Crew without Ray: its maps run in this process, one unit after the other."""
+
+    def __init__(self, pool):
+        self.pool, self.device = pool, pool.device
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def map(self, make, arguments, units):
+        worker = make(*arguments)
+        return [worker(unit) for unit in units]
+
+
+def _plain_map(make, arguments, units, pool):
+    return PlainCrew(pool).map(make, arguments, units)
+
+
+def run_plainly(patch):
+    """Have the stages run without Ray: the same functions in a plain loop, which Ray must not differ from by a byte."""
+    changes = {
+        "connected": lambda compute: contextlib.nullcontext(),
+        "pool": lambda compute, units: Pool(1, "cpu"),
+        "Crew": PlainCrew,
+        "map_actors": _plain_map,
+        "map_dataset": _plain_map,
+        "map_tasks": lambda function, given, units, pool: [function(*given, unit) for unit in units],
+    }
+    for module in (sys.modules[f"stride_ray.{name}"] for name in ("shard", "fit", "respond", "influence")):
+        for name in changes.keys() & vars(module).keys():
+            patch.setattr(module, name, changes[name])
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """The stages without Ray, see run_plainly."""
+    run_plainly(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def finished(parts, one_ray, tmp_path_factory):
+    """A finished tiny run through the Python functions; tests only read it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run = Run(str(folder), changes=settings(parts))
+    manifest, facts = shard(run), fit(run)
+    with open(os.devnull, "w") as out:
+        summary = attribute(run, parts.queries, "asked", out)
+    return SimpleNamespace(folder=folder, run=run, manifest=manifest, facts=facts, summary=summary)
+
+
+@pytest.fixture(scope="session")
+def sharded(finished, tmp_path_factory):
+    """Makes copies of the finished run's blocks, for runs that differ after them."""
+
+    def copy(name):
+        folder = tmp_path_factory.mktemp("copies") / name
+        shutil.copytree(finished.folder / "blocks", folder / "blocks")
+        return folder
+
+    return copy
+
+
+@pytest.fixture
+def pool_of(finished):
+    """The finished run's blocks, to be read."""
+    return Blocks(finished.run.stage("blocks").store)
+
+
+def everything(blocks):
+    """All blocks as one batch, the plain way."""
+    tables = [blocks.store.read_table(part["name"]) for part in blocks.manifest["parts"]]
+    ids = np.concatenate([np.array(table["token_ids"].to_pylist()) for table in tables if table.num_rows])
+    masks = [mask or [True] * ids.shape[1] for table in tables for mask in table["loss_mask"].to_pylist()]
+    return ids, np.array(masks)

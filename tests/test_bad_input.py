@@ -1,0 +1,294 @@
+"""Whatever a person may hand over by mistake ends in one sentence that names it, status 1 and no traceback."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import documents, flags, save_tokenizer, settings, write_lines
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stride_ray.cli import main
+from stride_ray.config import ComputeConfig
+from stride_ray.distribute import Crew, Pool, map_dataset, map_tasks
+from stride_ray.distribute import pool as workers_of
+from stride_ray.errors import StrideError
+
+JOBS = Path(__file__).parent.parent / "jobs"
+# What stages print about their progress, beside which a sentence stands on its own line.
+PROGRESS = ("it/s]", "units/s]", "blocks/s]", "parts/s]", "queries/s]", "/s]", "Writing model")
+
+
+@pytest.fixture
+def told(capfd, record_property):
+    """Runs the command line and returns its sentence, after checking that it is one (--junitxml lists them all)."""
+
+    def run(*arguments, code=1):
+        capfd.readouterr()
+        assert main([str(argument) for argument in arguments]) == code
+        out, err = capfd.readouterr()
+        lines = [line for line in err.split("\n") if line.strip() and not any(mark in line for mark in PROGRESS)]
+        assert "Traceback" not in out + err
+        if code == 1:
+            assert len(lines) == 1, err
+            assert lines[0].startswith("stride-ray: ")
+        sentence = " ".join(lines)
+        record_property("sentence", sentence)
+        return sentence if code == 1 else out + err
+
+    return run
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A run directory with the finished run's blocks (and operators)."""
+
+    def copy(*stages):
+        for stage in stages:
+            shutil.copytree(finished.folder / stage, tmp_path / "run" / stage)
+        shutil.copy(finished.folder / "run.toml", tmp_path / "run")
+        return tmp_path / "run"
+
+    return copy
+
+
+def shard_flags(parts, *inputs, **more):
+    return flags(settings(parts, corpus__input=[str(path) for path in inputs], **more))
+
+
+def test_no_such_path(parts, tmp_path, told):
+    missing = tmp_path / "nowhere"
+    assert f"{missing} does not exist" in told("shard", tmp_path / "run", *shard_flags(parts, missing))
+    assert str(missing) in told("shard", tmp_path / "run", *shard_flags(parts, parts.corpus, corpus__tokenizer=missing))
+    assert not (tmp_path / "run").exists()
+    assert "--input" in told("shard", tmp_path / "run")
+    assert "--tokenizer" in told("shard", tmp_path / "run", "--input", parts.corpus)
+    assert str(missing) in told("fit", tmp_path / "run", "--config", missing)
+    assert "run.toml" in told("status", missing)
+
+
+def test_stages_out_of_order(copied, parts, tmp_path, told):
+    assert "run 'stride-ray shard' first" in told("fit", tmp_path / "new")
+    folder = copied("blocks")
+    assert "run 'stride-ray fit' first" in told("respond", folder, "--queries", parts.queries)
+    assert "run 'stride-ray fit' first" in told("attribute", tmp_path / "new", "--queries", parts.queries)
+    assert "run 'stride-ray respond --name queries' first" in told("recover", folder)
+
+
+def test_unreadable_file(parts, tmp_path, told, plain):
+    folder = tmp_path / "corpus"
+    write_lines(folder / "good.jsonl", [{"text": "fine"}])
+    (folder / "loop.jsonl").symlink_to(folder / "loop.jsonl")
+    sentence = told("shard", tmp_path / "run", *shard_flags(parts, folder))
+    assert "loop.jsonl is a link to nothing" in sentence
+    (folder / "loop.jsonl").unlink()
+    if os.getuid():  # permissions do not bind root
+        (folder / "good.jsonl").chmod(0)
+        assert "permission denied" in told("shard", tmp_path / "run", *shard_flags(parts, folder))
+
+
+def test_empty_corpus(parts, tmp_path, told, plain):
+    (tmp_path / "empty").mkdir()
+    assert "matches no file" in told("shard", tmp_path / "run", *shard_flags(parts, tmp_path / "empty"))
+    (tmp_path / "empty/a.jsonl").write_text("")
+    assert "every file is empty" in told("shard", tmp_path / "run", *shard_flags(parts, tmp_path / "empty"))
+    write_lines(tmp_path / "blank/a.jsonl", [{"text": " "}, {"text": ""}])
+    sentence = told("shard", tmp_path / "run", *shard_flags(parts, tmp_path / "blank"))
+    assert not list((tmp_path / "run").glob("blocks/*"))
+    assert "gives no block; 2 rejected, the first: a.jsonl, row 1: 'text' is empty" in sentence
+
+
+def test_corrupt_files_beside_good_ones(parts, tmp_path, told, one_ray):
+    folder = tmp_path / "corpus"
+    write_lines(folder / "a.jsonl", [{"text": text} for text in documents(4)])
+    with open(folder / "a.jsonl", "a") as file:
+        file.write('{"text": "broken\n')
+    pq.write_table(pa.table({"text": documents(4, seed=1)}), folder / "good.parquet")
+    data = (folder / "good.parquet").read_bytes()
+    (folder / "bad.parquet").write_bytes(data[: len(data) // 2])
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    told_all = told("shard", tmp_path / "run", *shard_flags(parts, folder, compute__workers=1), code=0)
+    assert "8 documents became" in told_all
+    assert "3 rows were rejected" in told_all
+    assert "bad.parquet: not readable as Parquet" in told_all
+    assert "a.jsonl, row 5: not a line of JSON Lines" in told_all
+    assert "latin.txt: not UTF-8 text" in told_all
+    manifest = json.loads((tmp_path / "run/blocks/manifest.json").read_text())
+    assert {reject["file"] for reject in manifest["rejects"]} == {"bad.parquet", "a.jsonl", "latin.txt"}
+
+
+def test_wrong_columns(parts, tmp_path, told):
+    rows = write_lines(tmp_path / "rows.jsonl", [{"body": "text"}])
+    assert "'body'" in told("shard", tmp_path / "run", *shard_flags(parts, rows))
+    assert "'content'" in told("shard", tmp_path / "run", *shard_flags(parts, rows), "--columns", "text=content")
+    assert "'txt' is no role" in told("shard", tmp_path / "run", *shard_flags(parts, rows), "--columns", "txt=body")
+
+
+def test_a_tokenizer_that_is_not_the_models(copied, parts, tmp_path, told):
+    other = tmp_path / "model"
+    shutil.copytree(parts.model, other)
+    save_tokenizer(other, ["entirely different words, zebra zigzag fuzz buzz"] * 9)
+    folder = copied("blocks")
+    sentence = told("fit", folder, "--model", other, "--set", f"corpus.tokenizer={parts.model}")
+    assert "with the model's own tokenizer" in sentence
+    assert str(other) in sentence
+    assert not (folder / "operators").exists()
+
+
+def test_ids_beyond_the_models_vocabulary(copied, parts, tmp_path, told, one_ray):
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path / "small")
+    options = ["--model", tmp_path / "small", "--set", f"corpus.tokenizer={parts.model}", "--workers", 1]
+    assert "the model's vocabulary has 300 ids" in told("fit", copied("blocks"), *options)
+
+
+def test_a_model_that_is_none(copied, parts, tmp_path, told, plain):
+    folder = copied("blocks")
+    keep = ["--set", f"corpus.tokenizer={parts.model}"]
+    assert "does not exist" in told("fit", folder, "--model", tmp_path / "nowhere", *keep)
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in told("fit", folder, "--model", tmp_path / "empty", *keep)
+    sentence = told("fit", folder, "--model", parts.model, "--set", "model.split=9", "--form", "matrix", *keep)
+    assert "layer 9 is outside the model's 1..2" in sentence
+
+
+def test_queries_that_cannot_be_asked(copied, parts, tmp_path, told, plain):
+    folder = copied("blocks", "operators")
+    assert "does not exist" in told("attribute", folder, "--queries", tmp_path / "none.jsonl")
+    (tmp_path / "bad.jsonl").write_text("not json\n")
+    assert "bad.jsonl" in told("attribute", folder, "--queries", tmp_path / "bad.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl" in told("attribute", folder, "--queries", tmp_path / "empty.jsonl")
+    twice = write_lines(tmp_path / "twice.jsonl", [{"id": "x", "text": "the comet"}, {"id": "x", "text": "the tide"}])
+    assert "more than one query with the id 'x'" in told("attribute", folder, "--queries", twice)
+    assert "no name for a query set" in told("attribute", folder, "--queries", parts.queries, "--name", "a/b")
+    few = [{"id": "one", "text": "a"}, {"id": "long", "text": "the comet met the tide. " * 60}]
+    out = told("attribute", folder, "--queries", write_lines(tmp_path / "few.jsonl", few), code=0)
+    assert "has 1 token(s)" in out
+    assert "the model's context is 128" in out
+    assert "2 queries (2 failed)" in out
+
+
+def test_another_query_set_of_that_name(finished, parts, tmp_path, told):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    other = write_lines(tmp_path / "other.jsonl", [{"text": "the comet met the tide"}])
+    sentence = told("respond", tmp_path / "run", "--queries", other, "--name", "asked")
+    assert "was made from other queries" in sentence
+
+
+def test_sizes_that_do_not_fit(copied, told, plain):
+    folder = copied("blocks")
+    assert "99 blocks and membership.subsets asks for 100" in told("fit", folder, "--subsets", 100)
+    assert "degree is 20 with 16 subsets" in told("fit", folder, "--degree", 20)
+    assert not (folder / "operators").exists()
+
+
+def test_another_configuration_in_the_directory(copied, parts, told):
+    folder = copied("blocks", "operators")
+    assert "made with operators.rank = 8, and this command has 9" in told("fit", folder, "--set", "operators.rank=9")
+    sentence = told("shard", folder, "--input", parts.corpus, "--block-tokens", 64)
+    assert "made with corpus.block_tokens = 32, and this command has 64" in sentence
+    sentence = told("respond", folder, "--queries", parts.queries, "--set", "seed=5")
+    assert "made with seed = 0, and this command has 5" in sentence
+
+
+def test_options_that_are_none(tmp_path, told, capfd):
+    run = tmp_path / "run"
+    assert "did you mean 'fit.steps'" in told("fit", run, "--set", "fit.stepz=3")
+    assert "--set section.key=value" in told("fit", run, "--set", "fit.steps")
+    assert "at least 2" in told("fit", run, "--subsets", "1")
+    assert "must be a whole number" in told("fit", run, "--subsets", "many")
+    (tmp_path / "c.toml").write_text("[fit]\nmethod = 'magic'\n")
+    assert "one of closed_form, train" in told("fit", run, "--config", tmp_path / "c.toml")
+    (tmp_path / "c.toml").write_text("[fit\n")
+    assert "is not valid TOML" in told("fit", run, "--config", tmp_path / "c.toml")
+    (tmp_path / "c.toml").write_bytes(b"\xff\xfe")
+    assert "not UTF-8" in told("fit", run, "--config", tmp_path / "c.toml")
+    for arguments in (["fit", str(run), "--frobnicate"], ["frobnicate"], ["fit", str(run), "--dtype", "int3"], []):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 2
+        assert "usage: stride-ray" in capfd.readouterr().err
+
+
+def test_more_workers_than_there_are(copied, parts, told, one_ray):
+    began = time.monotonic()
+    folder = copied("blocks")
+    sentence = told("fit", folder, "--workers", 64)
+    assert "asks for 64 worker(s) with a CPU each; the Ray cluster has 2 CPUs" in sentence
+    sentence = told("fit", folder, "--device", "cuda", "--workers", 3)
+    assert "asks for 3 worker(s) with a GPU each; the Ray cluster has 0 GPUs" in sentence
+    assert time.monotonic() - began < 60
+    with pytest.raises(StrideError, match="64"):
+        workers_of(ComputeConfig(workers=64), 100)
+
+
+def test_a_workers_sentence_survives_the_way_back(one_ray):
+    def fail(unit):
+        raise StrideError("one sentence")
+
+    one = Pool(1, "cpu")
+    with pytest.raises(StrideError, match=r"^one sentence$"):
+        list(map_tasks(fail, (), [1], one))
+    with Crew(one) as crew, pytest.raises(StrideError, match=r"^one sentence$"):
+        list(crew.map(lambda: fail, (), [1]))
+    with pytest.raises(StrideError, match=r"^one sentence$"):
+        list(map_dataset(lambda: fail, (), [{"unit": 1}], one))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 64 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small disk to fill: mount says {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_no_room_on_the_disk(parts, small_disk, told, plain):
+    sentence = told("shard", small_disk / "run", *shard_flags(parts, parts.corpus))
+    assert "No room left to write" in sentence
+    assert "run the same command again" in sentence
+    assert not list(small_disk.rglob("*.partial"))
+
+
+def test_a_file_that_may_not_grow(parts, tmp_path, told, plain):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+        sentence = told("shard", tmp_path / "run", *shard_flags(parts, parts.corpus))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert "File too large" in sentence
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("kind", ["closed", "silent", "nonsense"])
+def test_a_ray_that_does_not_answer(kind, copied, tmp_path):
+    """In a process of its own: here a Ray is open already, and it is the one that would be taken."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        if kind == "silent":
+            listening.listen()
+        address = "here and there" if kind == "nonsense" else f"127.0.0.1:{listening.getsockname()[1]}"
+        command = [sys.executable, JOBS / "fit.py", copied("blocks"), "--address", address]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert address in done.stderr
+    assert done.stderr.count("stride-ray: ") == 1

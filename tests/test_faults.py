@@ -1,0 +1,158 @@
+"""Anything killed at any moment: the stages finish, at once or when run again, and every data file has the same bytes.
+
+One driver process runs all stages over many small units while this one watches the run directory, and kills: a worker
+in the middle of each stage, and in a second run the driver itself, again and again until it is through.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import data_files, documents, flags, settings, write_lines
+
+from stride_ray.cli import main
+from stride_ray.run import Run
+
+DRIVER = """
+import sys
+import ray
+from stride_ray.cli import main
+
+ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+folder, queries, *options = sys.argv[1:]
+asked = ["--name", "asked"]
+verbs = [["shard", folder, *options], ["fit", folder], ["respond", folder, "--queries", queries, *asked]]
+sys.exit(max(main(verb) for verb in [*verbs, ["recover", folder, *asked]]))
+"""
+# Stage, where its done-markers are, and the title of a process that works for it.
+STAGES = [
+    ("shard", "blocks/_tokenised/_done", "ray::MapWorker"),
+    ("fit", "operators/_done", "ray::_Member.work"),
+    ("respond", "responses/asked/_done", "ray::_Member.work"),
+    ("recover", "influence/asked/_done", "ray::_task"),
+]
+UNITS = {"shard": 120, "fit": 4, "respond": 20, "recover": 5}
+
+
+@pytest.fixture(scope="module")
+def big(parts, tmp_path_factory):
+    """Options and queries that give every stage enough units to be interrupted in."""
+    root = tmp_path_factory.mktemp("big")
+    corpus = write_lines(root / "corpus.jsonl", [{"text": text} for text in documents(720, seed=5)])
+    queries = write_lines(root / "queries.jsonl", [{"text": text} for text in documents(320, seed=6)])
+    more = {"corpus__input": [corpus], "compute__batch_tokens": 64, "respond__mode": "exact"}
+    return settings(parts, **more), queries
+
+
+@pytest.fixture(scope="module")
+def undisturbed(big, tmp_path_factory):
+    """Data files of the same run in a plain loop."""
+    options, queries = big
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    patch = pytest.MonkeyPatch()
+    from conftest import run_plainly
+
+    run_plainly(patch)
+    try:
+        assert main(["shard", str(folder), *flags(options)]) == 0
+        assert main(["fit", str(folder)]) == 0
+        assert main(["respond", str(folder), "--queries", queries, "--name", "asked"]) == 0
+        assert main(["recover", str(folder), "--name", "asked"]) == 0
+    finally:
+        patch.undo()
+    for stage, markers, _ in STAGES[1:]:
+        assert len(list((folder / markers).glob("*.json"))) >= UNITS[stage]
+    return data_files(folder)
+
+
+def start(big, folder, log):
+    options, queries = big
+    command = [sys.executable, "-c", DRIVER, str(folder), queries, *flags(options)]
+    with open(log, "a") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+
+
+def await_markers(folder, count, driver, log, limit=120):
+    """Until a stage has so many done-markers; the driver must not end before."""
+    until = time.monotonic() + limit
+    while len(list(folder.glob("*.json"))) < count:
+        assert driver.poll() is None, f"the driver ended early: {Path(log).read_text()[-3000:]}"
+        assert time.monotonic() < until, f"no {count} markers in {folder}: {Path(log).read_text()[-3000:]}"
+        time.sleep(0.005)
+
+
+def kill_family(driver):
+    """End what a killed driver may leave behind: its session is its own, so its processes are known by that."""
+    mine = [each for each in psutil.process_iter() if _session(each.pid) == driver.pid]
+    for each in mine:
+        try:
+            each.kill()
+        except psutil.NoSuchProcess:
+            pass
+    psutil.wait_procs(mine, timeout=20)
+
+
+def _session(pid):
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1
+
+
+def workers(driver, title):
+    """Processes of the driver's Ray that are busy with units, by the title that Ray gives them."""
+    found = []
+    for each in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            if " ".join(each.cmdline()).startswith(title):
+                found.append(each)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def test_a_killed_worker_is_replaced_in_every_stage(big, undisturbed, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    driver = start(big, folder, log)
+    try:
+        for stage, markers, title in STAGES:
+            await_markers(folder / markers, 1, driver, log)
+            done = len(list((folder / markers).glob("*.json")))
+            found = workers(driver, title)
+            assert found, f"no {title} at work in {stage}"
+            found[0].send_signal(signal.SIGKILL)
+            assert done < UNITS[stage], f"{stage} was through already"
+        assert driver.wait(240) == 0, log.read_text()[-3000:]
+    finally:
+        kill_family(driver)
+    assert data_files(folder) == undisturbed
+    assert not list((folder / "operators").glob("sum-*"))
+
+
+def test_a_killed_driver_goes_on_where_it_was(big, undisturbed, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    for stage, markers, _ in STAGES[:3]:
+        driver = start(big, folder, log)
+        try:
+            await_markers(folder / markers, 1, driver, log)
+            driver.send_signal(signal.SIGKILL)
+            driver.wait(20)
+        finally:
+            kill_family(driver)
+        assert 0 < len(list((folder / markers).glob("*.json"))) < UNITS[stage], f"{stage} was through already"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("part-*") if path.parent.name != "_done"}
+    driver = start(big, folder, log)
+    try:
+        assert driver.wait(240) == 0, log.read_text()[-3000:]
+    finally:
+        kill_family(driver)
+    assert data_files(folder) == undisturbed
+    assert not [path for path in folder.rglob("*") if path.name.endswith(".partial") or path.name.startswith("sum-0") and path.suffix == ".safetensors"]
+    assert before
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items()), "finished units were done again"
+    assert Run(str(folder)).stage("operators").store.read_json("metadata.json")["learned"]

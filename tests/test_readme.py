@@ -1,0 +1,74 @@
+"""The README's promises: every snippet in it runs, in order, in one folder, on the real quickstart."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SNIPPETS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+
+
+def run(command: list[str], folder: Path) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def make_recipe(target: str) -> str:
+    """The last command that make would run for a target, in this environment."""
+    return run(["make", "-n", target], ROOT).strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.fixture(scope="module")
+def quickstart(folder):
+    """What `make quickstart` runs once its virtual environment is there."""
+    recipe = make_recipe("quickstart")
+    assert recipe.endswith("stride-ray quickstart")
+    return run(["stride-ray", "quickstart"], folder)
+
+
+def test_quickstart_finds_the_files_that_the_prompts_came_from(quickstart, folder):
+    tables = sorted((folder / "quickstart/run/influence/prompts").glob("influence-*.parquet"))
+    rows = [row for table in tables for row in pq.read_table(table).to_pylist()]
+    top = {}
+    for row in rows:
+        if row["rank"] <= 5:
+            top.setdefault(row["query_id"], set()).add(row["document_id"])
+    assert "difflib.py" in top["zen"]
+    assert "json/decoder.py" in top["json-error"]
+    assert "http/server.py" in top["http"]
+    assert "page.html" in quickstart
+    page = (folder / "quickstart/run/influence/prompts/page.html").read_text("utf-8")
+    assert "difflib.py" in page
+    assert "<script" not in page
+
+
+def test_readme_has_both_set_up_commands():
+    assert [body.strip() for kind, body in SNIPPETS if kind == "bash" and body.startswith("make")] == [
+        "make quickstart",
+        "make test",
+    ]
+    assert make_recipe("test").endswith("-m pytest")
+
+
+@pytest.mark.parametrize("index", [i for i, (_, body) in enumerate(SNIPPETS) if not body.startswith("make")])
+def test_snippet_runs(quickstart, folder, index):
+    kind, body = SNIPPETS[index]
+    command = [sys.executable, "-c", body] if kind == "python" else ["bash", "-euo", "pipefail", "-c", body]
+    printed = run(command, folder)
+    if kind == "python":
+        assert "influence" in printed
+        assert (folder / "mine/influence/prompts/page.html").exists()
+    else:
+        assert "influence/ask" in printed

@@ -78,7 +78,7 @@ def fit(run: Run) -> dict[str, Any]:
         if config.fit.start == "closed_form":
             with Crew(pool(config.compute, len(blocks.shards()))) as crew:
                 _closed_form(config, blocks, stage, crew)
-        train_distributed(config, blocks, stage, pool(config.compute, 64))
+        train_distributed(config, blocks, stage, pool(config.compute, config.fit.blocks_per_step))
         with Crew(pool(config.compute, 1)) as crew:
             return _finish(config, blocks, stage, crew)
 

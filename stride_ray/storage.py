@@ -126,8 +126,11 @@ class Store:
 
     def read_json(self, name: str) -> Any:
         """A JSON record."""
+        return self._json(name, self.read(name))
+
+    def _json(self, name: str, data: bytes) -> Any:
         try:
-            return json.loads(self.read(name))
+            return json.loads(data)
         except ValueError as error:
             raise StrideError(f"{self.name_of(name)} is not valid JSON ({error}); restore or delete it.") from None
 
@@ -137,7 +140,7 @@ class Store:
             return [self.read_json(name) for name in names]
         with self._told(names[0], "read"):
             found = self.fs.cat([self.path(name) for name in names])
-        return [json.loads(data) for _, data in sorted(found.items())]
+        return [self._json(name, found[self.path(name)]) for name in names]
 
     def write_json(self, name: str, value: Any) -> None:
         """Publish a JSON record, keys in the order given."""

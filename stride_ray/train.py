@@ -133,7 +133,9 @@ class Loop:
         self._pairs = own_and_other(membership, self._sample.ordinals, config.seed, EVALUATED_SUBSETS)
         # Far fewer columns than rows: about as many explain any responses, and the loss would say nothing.
         self.columns = max(1, min(OWN * self.walk.per_step, membership.subsets) // 8)
-        self.Z = projection(membership, len(blocks), self.columns, config.seed) if config.fit.linearity else None
+        self.Z = torch.empty(0)
+        if config.fit.linearity:
+            self.Z = projection(membership, len(blocks), self.columns, config.seed).to(model.device)
         self._set_parameters(start)
         self.moments = RowAdam(self.A)
         kind = _muon if config.fit.optimizer == "muon" else torch.optim.AdamW
@@ -238,7 +240,6 @@ class Loop:
         The responses are computed here without a graph, and again by the caller, some at a time, for their gradients:
         the suffix of all subsets is never held, and no collective has to be differentiated.
         """
-        assert self.Z is not None
         y = self._responses(held, plan.linearity, A).view(-1, len(rows)).requires_grad_(True)
         loss = linearity_loss(y, self.Z[rows], RIDGE)
         (slopes,) = torch.autograd.grad(loss, y)
@@ -320,10 +321,9 @@ class Loop:
 
     def state(self) -> dict[str, Tensor]:
         """All that the rest of the loop depends on, for safetensors; a fixed W_out is made again from the seed."""
-        state = {"W_in": self.W_in, "A": self.A, "gain": self.gain, "step": torch.tensor(self.done)}
+        state = {"A": self.A, "gain": self.gain, "step": torch.tensor(self.done)}
+        state |= dict(zip(("W_in", "W_out"), self.shared, strict=False))
         state |= {"first": self.moments.first, "second": self.moments.second, "visits": self.moments.visits}
-        if self.W_out.requires_grad:
-            state["W_out"] = self.W_out
         for index, parameter in enumerate(self.shared):
             state |= {f"optimizer.{index}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         return {name: value.detach().cpu() for name, value in state.items()}
@@ -361,7 +361,7 @@ def run_loop(loop: Loop, store: Store, report: Report | None = None) -> list[dic
     Returns:
         The numbers of all evaluations: ``step``, the losses and what ``Loop.evaluate`` says.
     """
-    steps, first = loop.config.fit.steps, loop.ranks.rank == 0
+    steps, first = loop.config.fit.steps, not loop.ranks.rank
     if names := store.names("", ".safetensors"):
         loop.load(tensors_from(store.read(names[-1])))
     log = [e for e in (store.read_json("log.json") if store.exists("log.json") else []) if e["step"] <= loop.done]
@@ -398,4 +398,3 @@ def _say(found: dict[str, float], steps: int, speed: float) -> None:
         f"train: step {found['step']}/{steps}, {speed:.2f} steps/s, {left / 60:.1f} min left; {losses}; "
         f"steering {found['steering']:.2%}, members minus others {found['gap']:+.4f} ± {found['gap_error']:.4f} nats\n"
     )
-    sys.stderr.flush()

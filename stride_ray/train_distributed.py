@@ -90,7 +90,7 @@ def _worker(given: dict[str, Any]) -> None:
     from ray import train
 
     settle(given["folder"])
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every report
     context = train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
     stage: Store = given["stage"]
@@ -102,7 +102,8 @@ def _worker(given: dict[str, Any]) -> None:
         train_rank(given["config"], given["blocks"], stage, given["device"], ranks, train.report)
     except StrideError as error:
         store.write_json("error.json", {"error": str(error)})
-        raise
+        if ranks.world > 1:
+            raise  # others may be waiting for this rank, for ever
 
 
 def train_rank(config: Config, blocks: Store, stage: Store, device: str, ranks: Ranks, report: Any = None) -> None:

@@ -253,7 +253,8 @@ def _kill_a_worker(store, killed):
         time.sleep(0.1)
 
 
-def test_a_killed_worker_is_replaced_and_the_result_is_the_same(made, tmp_path, some_ray):
+def test_a_killed_worker_is_replaced_and_the_result_is_the_same(made, tmp_path, some_ray, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")  # how long a report may wait to be heard
     config = config_of(made, fit__steps=60)
     alone = loop_of(made, config)
     for _ in range(60):
@@ -272,7 +273,7 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(made, tmp_path, 
     # Finished is finished: without blocks or workers there is nothing to run.
     train_distributed(config, None, stage, None)
 
-    broken = config_of(made, fit__start="closed_form", model__path=str(tmp_path / "nowhere"))
+    broken = config_of(made, model__path=str(tmp_path / "nowhere"))
     with pytest.raises(StrideError, match="nowhere"):
         train_distributed(broken, Blocks(Store(str(made / "blocks"))), stage_of(tmp_path / "other"), Pool(1, "cpu"))
 

@@ -1,0 +1,91 @@
+"""Does the judge tell operators that learned from those that did not, and does the command line say so?"""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import settings
+
+from stride_ray.blocks import Blocks
+from stride_ray.cli import main
+from stride_ray.errors import StrideError
+from stride_ray.fitted import load_operators, load_run_model, membership_of, save_operators
+from stride_ray.judge import gap, judge
+from stride_ray.run import Run
+
+
+def test_the_gap_is_members_minus_others():
+    responses = np.array([[3.0, 1, 1], [5, 2, 4], [np.nan, 1, 2], [7, np.nan, np.nan]])
+    inside = np.array([[1, 0, 0], [1, 0, 1], [1, 0, 0], [1, 0, 0]], dtype=bool)
+    # The last two have no member, or no other, measured.
+    differences = np.array([3 - 1, 4.5 - 2])
+    assert gap(responses, inside) == pytest.approx((differences.mean(), differences.std(ddof=1) / np.sqrt(2)))
+    assert gap(responses[:1], inside[:1]) == (0.0, 0.0)
+    assert gap(np.full((3, 3), np.nan), inside[:3]) == (0.0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def fitted(finished):
+    """Everything that judge wants, of the finished run."""
+    run = finished.run
+    operators, _ = load_operators(run.store.child("operators"))
+    model = load_run_model(run.config, "cpu")
+    return model, operators, Blocks(run.stage("blocks").store), membership_of(run.config), run.config
+
+
+def test_fitted_operators_are_told_from_shuffled_ones(finished, fitted):
+    model, operators, blocks, membership, config = fitted
+    found = judge(model, operators, blocks, membership, config)
+    assert {key: finished.facts[key] for key in found} == found
+    assert found["learned"]
+    assert found["gap_linear"] > 4 * found["gap_linear_error"]
+    for seed in range(3):
+        order = torch.randperm(len(operators.A), generator=torch.Generator().manual_seed(seed))
+        shuffled = judge(model, replace(operators, A=operators.A[order]), blocks, membership, config)
+        assert abs(shuffled["gap_linear"]) < found["gap_linear"] / 4
+    zero = judge(model, replace(operators, A=operators.A * 0), blocks, membership, config)
+    assert (zero["learned"], zero["gap"], zero["gap_linear"]) == (False, 0, 0)
+    negative = judge(model, replace(operators, A=-operators.A), blocks, membership, config)
+    assert not negative["learned"]
+    assert negative["gap_linear"] == pytest.approx(-found["gap_linear"], rel=1e-3)
+    assert negative["verdict"].startswith("WARNING: ")
+
+
+def test_the_scale_lowers_members_losses(fitted):
+    model, operators, blocks, membership, config = fitted
+    found = judge(model, operators, blocks, membership, config)
+    assert found["member_response"] > 0
+    assert found["gap"] > 0
+    trained = replace(config, fit=replace(config.fit, method="train"))
+    assert judge(model, operators, blocks, membership, trained)["scale"] == operators.scale
+
+
+def test_a_pool_without_targets_is_told(fitted, monkeypatch):
+    model, operators, blocks, membership, config = fitted
+
+    class Masked(Blocks):
+        def batch(self, ordinals):
+            return super().batch(ordinals)._replace(mask=np.zeros((len(ordinals), self.block_tokens), dtype=bool))
+
+    with pytest.raises(StrideError, match="None of 99 blocks drawn from the pool has a token that counts"):
+        judge(model, operators, Masked(blocks.store), membership, config)
+
+
+def test_a_fit_that_learned_nothing_exits_with_3(finished, parts, tmp_path, plain, capsys):
+    """A fit interrupted before it was judged, whose operators answer to anything but their members."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder / "blocks", folder / "blocks")
+    run = Run(str(folder), changes=settings(parts))
+    stage = run.begin("operators", corpus=finished.manifest["fingerprint"])
+    operators, _ = load_operators(finished.run.store.child("operators"))
+    save_operators(stage.store.child("fitted"), replace(operators, A=-operators.A, scale=1.0), {})
+    for _ in range(2):
+        assert main(["fit", str(folder)]) == 3
+        out, err = capsys.readouterr()
+        assert "WARNING: these operators do not tell members from non-members" in err
+        assert "WARNING" not in out
+    assert main(["status", str(folder)]) == 0
+    assert "WARNING: learned nothing" in capsys.readouterr().out
+    assert not list((folder / "operators").glob("fitted*"))

@@ -1,0 +1,101 @@
+"""Run directories: run.toml, what a stage refuses, and done-markers."""
+
+import time
+
+import pytest
+
+from stride_ray.config import Config, loads
+from stride_ray.errors import StrideError
+from stride_ray.run import Run
+
+
+@pytest.fixture
+def url(tmp_path):
+    return str(tmp_path / "run")
+
+
+def test_run_toml_is_the_configuration(url):
+    run = Run(url, changes={"seed": 3, "corpus.input": ["s3://key:secret@bucket/part-?.jsonl"], "model.path": "m"})
+    assert not run.store.exists("run.toml")
+    run.begin("blocks")
+    again = Run(url)
+    assert again.config == run.config.updated({"corpus.input": ["s3://bucket/part-?.jsonl"]})
+    assert again.config.corpus.tokenizer == "m"
+    text = run.store.read_text("run.toml")
+    assert "secret" not in text
+    assert "code_version" in text
+    assert "corpus_fingerprint" not in text
+    run.store.write_json("blocks/manifest.json", {"fingerprint": "f00"})
+    run.save()
+    assert 'corpus_fingerprint = "f00"' in run.store.read_text("run.toml")
+    assert loads(run.store.read_text("run.toml")) == again.config
+
+
+def test_options_on_top_of_the_directorys(url):
+    Run(url, changes={"seed": 3}).begin("blocks")
+    assert Run(url, changes={"recover.penalty_ratio": 0.5}).config.seed == 3
+    assert Run(url, Config()).config.seed == 0
+
+
+def claimed(url, stage, name="", extra=None, **changes):
+    """A stage's folder with some work in it."""
+    opened = Run(url, changes={key.replace("__", "."): value for key, value in changes.items()}).begin(
+        stage, name, **(extra or {})
+    )
+    opened.mark("unit", time.monotonic())
+    return opened
+
+
+def test_other_settings_are_refused_by_key(url):
+    claimed(url, "operators", seed=1, operators__rank=8)
+    with pytest.raises(StrideError, match=r"operators was made with operators\.rank = 8, and this command has 9"):
+        Run(url, changes={"operators.rank": 9}).begin("operators")
+    with pytest.raises(StrideError, match="seed = 1"):
+        Run(url, changes={"seed": 2}).require("operators", "stage.json", "stride-ray fit")
+    Run(url, changes={"recover.penalty_ratio": 0.5, "compute.workers": 7}).begin("operators")
+    assert Run(url).require("operators", "stage.json", "stride-ray fit").done().keys() == {"unit"}
+
+
+def test_other_input_is_refused(url):
+    claimed(url, "responses", "asked", {"corpus": "c", "queries": "q"})
+    Run(url).begin("responses", "asked", corpus="c", queries="q")
+    for other, told in (("queries", "other queries"), ("corpus", "other blocks")):
+        with pytest.raises(StrideError, match=f"responses/asked was made from {told}"):
+            Run(url).begin("responses", "asked", **{"corpus": "c", "queries": "q", other: "x"})
+    Run(url).begin("responses", "another", corpus="c", queries="x")
+
+
+def test_a_folder_without_work_may_be_claimed_anew(url):
+    Run(url, changes={"model.path": "mistyped"}).begin("operators")
+    Run(url, changes={"model.path": "meant"}).begin("operators").mark("unit", time.monotonic())
+    with pytest.raises(StrideError, match="'meant'"):
+        Run(url, changes={"model.path": "mistyped"}).begin("operators")
+
+
+def test_markers_count_for_their_own_settings(url):
+    stage = claimed(url, "blocks")
+    marker = stage.mark("part-1", time.monotonic() - 2, counts={"blocks": 3}, sha256="x")
+    assert stage.done()["part-1"] == marker
+    assert (marker["counts"], 2 <= marker["seconds"] < 60) == ({"blocks": 3}, True)
+    assert list(stage.done()) == ["part-1", "unit"]
+    other = Run(url, changes={"corpus.block_tokens": 64}).stage("blocks")
+    assert other.done() == {}
+
+
+def test_what_is_missing_is_named(url):
+    with pytest.raises(StrideError, match="blocks is not finished; run 'stride-ray shard' first"):
+        Run(url).require("blocks", "manifest.json", "stride-ray shard")
+
+
+def test_a_broken_run_toml_is_named(tmp_path):
+    (tmp_path / "run.toml").write_text("[fit]\nstepz = 1\n")
+    with pytest.raises(StrideError, match=r"run\.toml has the key 'fit\.stepz'"):
+        Run(str(tmp_path))
+
+
+def test_a_run_may_lie_in_memory():
+    run = Run("memory://runs/one", changes={"seed": 9})
+    run.begin("blocks").mark("unit", time.monotonic())
+    assert Run("memory://runs/one").config.seed == 9
+    assert list(Run("memory://runs/one").stage("blocks").done()) == ["unit"]
+    run.store.remove("")

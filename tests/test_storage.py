@@ -1,0 +1,133 @@
+"""One rule for every store: a name that can be read is complete. And errors are sentences."""
+
+import os
+import pickle
+import subprocess
+import sys
+import uuid
+
+import pyarrow as pa
+import pytest
+
+from stride_ray.errors import StrideError
+from stride_ray.storage import Store, safe_url
+
+TABLE = pa.table({"n": list(range(10_000)), "s": [f"row {i}" for i in range(10_000)]})
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request, tmp_path):
+    if request.param == "local":
+        yield Store(str(tmp_path / "run"))
+    else:
+        url = f"memory://{uuid.uuid4().hex}/run"
+        yield Store(url)
+        Store(url).remove("")
+
+
+def test_what_is_written_is_read(store):
+    assert not store.exists("a/b.json")
+    assert store.names("a") == []
+    store.write_json("a/b.json", {"x": [1, None]})
+    store.write("a/c.bin", memoryview(b"123"))
+    assert store.read_json("a/b.json") == {"x": [1, None]}
+    assert store.names("a") == ["b.json", "c.bin"]
+    assert store.names("a", ".json") == ["b.json"]
+    assert store.read_jsons(["a/b.json"] * 1) == [{"x": [1, None]}]
+    assert store.child("a").read("c.bin") == b"123"
+    store.write("a/c.bin", b"4")
+    assert store.read("a/c.bin") == b"4"
+    store.remove("a")
+    store.remove("a")
+    assert not store.exists("a/b.json")
+
+
+def test_many_records_come_in_the_order_asked(store):
+    names = [f"{i}.json" for i in (3, 1, 2)]
+    for name in names:
+        store.write_json(name, name)
+    assert store.read_jsons(names) == names
+
+
+def test_the_same_table_gives_the_same_bytes(store):
+    first = store.write_table("a.parquet", TABLE)
+    again = pa.concat_tables([TABLE.slice(0, 17), TABLE.slice(17)])
+    assert store.write_table("b.parquet", again) == first
+    assert store.read("a.parquet") == store.read("b.parquet")
+    assert store.read_table("a.parquet").equals(TABLE)
+    assert store.read_table("a.parquet", ["n"]).column_names == ["n"]
+    assert store.write_table("b.parquet", TABLE.slice(1)) != first
+    with store.open_parquet("a.parquet") as file:
+        assert [file.metadata.row_group(i).num_rows for i in range(3)] == [4096, 4096, 10_000 - 2 * 4096]
+
+
+def test_errors_are_sentences(store):
+    with pytest.raises(StrideError, match=r"Cannot read .*nowhere\.json: no such file"):
+        store.read_json("nowhere.json")
+    with pytest.raises(StrideError, match="no such file"):
+        store.read_table("nowhere.parquet")
+    store.write("bad.json", b"{")
+    store.write("bad.parquet", b"PAR1 and no more")
+    store.write("bad.toml", b"\xff")
+    for read, name, told in (
+        (store.read_json, "bad.json", "is not valid JSON"),
+        (store.read_table, "bad.parquet", "cannot be read as Parquet"),
+        (store.read_text, "bad.toml", "is not UTF-8 text"),
+    ):
+        with pytest.raises(StrideError, match=told) as caught:
+            read(name)
+        assert store.name_of(name) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_errors_of_the_file_system_are_sentences(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StrideError, match=r"Cannot write .*file/a/x"):
+        Store(str(tmp_path / "file/a")).write("x", b"")
+    with pytest.raises(StrideError, match="nosuch://bucket/run is not a path or URL that can be opened"):
+        Store("nosuch://user:secret@bucket/run")
+
+
+KILLED = """
+import os, sys
+from stride_ray.storage import Store
+
+os.{stop} = lambda *_: os.kill(os.getpid(), 9)
+Store(sys.argv[1]).write("part.bin", b"new")
+"""
+
+
+@pytest.mark.parametrize("stop", ["fsync", "replace"])
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_kill_in_the_middle_of_a_write_leaves_nothing_to_read(tmp_path, stop, before):
+    store = Store(str(tmp_path / "run"))
+    if before:
+        store.write("part.bin", before)
+    killed = subprocess.run([sys.executable, "-c", KILLED.format(stop=stop), store.url], timeout=60)
+    assert killed.returncode == -9
+    assert any(name.endswith(".partial") for name in os.listdir(store.root))
+    assert store.names() == (["part.bin"] if before else [])
+    assert store.exists("part.bin") == bool(before)
+    if before:
+        assert store.read("part.bin") == before
+    store.write("part.bin", b"new")
+    assert store.read("part.bin") == b"new"
+
+
+def test_a_write_that_fails_cleans_up(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    (tmp_path / "part.bin").mkdir()
+    (tmp_path / "part.bin/x").touch()
+    with pytest.raises(StrideError, match=r"Cannot write .*part\.bin"):
+        store.write("part.bin", b"new")
+    assert os.listdir(tmp_path) == ["part.bin"]
+
+
+def test_messages_hold_no_secrets():
+    assert safe_url("s3://key:secret@bucket/run?token=1") == "s3://bucket/run"
+    assert safe_url("/tmp/a b?c") == "/tmp/a b?c"
+
+
+def test_a_store_travels():
+    store = Store("memory://travels/run/")
+    assert pickle.loads(pickle.dumps(store)).name_of("x") == "memory://travels/run/x"

@@ -80,7 +80,8 @@ def _check_answers(address: str) -> None:
         with init_grpc_channel(place) as channel:
             grpc.channel_ready_future(channel).result(timeout=10)
     except (OSError, ValueError, grpc.FutureTimeoutError) as error:
-        why = "what listens there is no Ray" if isinstance(error, grpc.FutureTimeoutError) else error
+        told = {grpc.FutureTimeoutError: "what listens there is no Ray", ValueError: "an address is host:port"}
+        why = told.get(type(error), error)
         raise StrideError(
             f"No Ray answers at address {address!r} ({why}); start one there ('ray start --head'), or leave the "
             "address out to run locally."

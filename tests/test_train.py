@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 
 import numpy as np
 import psutil
@@ -241,16 +240,13 @@ def _title(process):
         return ""
 
 
-def _kill_a_worker(store, killed):
+def _kill_a_worker(store, killed, over):
     """SIGKILL the training worker once the loop has left a checkpoint."""
-    for _ in range(600):
-        if store.names("", ".safetensors"):
-            workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in _title(p)]
-            if workers:
-                workers[0].send_signal(signal.SIGKILL)
-                killed.append(workers[0].pid)
-                return
-        time.sleep(0.1)
+    while not over.wait(0.05) and not killed:
+        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in _title(p)]
+        if workers and store.names("", ".safetensors"):
+            workers[0].send_signal(signal.SIGKILL)
+            killed.append(workers[0].pid)
 
 
 def test_a_killed_worker_is_replaced_and_the_result_is_the_same(made, tmp_path, some_ray, monkeypatch):
@@ -259,11 +255,11 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(made, tmp_path, 
     alone = loop_of(made, config)
     for _ in range(60):
         alone.step()
-    stage, killed = stage_of(tmp_path), []
-    killer = threading.Thread(target=_kill_a_worker, args=(stage.store.child("loop"), killed))
+    stage, killed, over = stage_of(tmp_path), [], threading.Event()
+    killer = threading.Thread(target=_kill_a_worker, args=(stage.store.child("loop"), killed, over), daemon=True)
     killer.start()
     train_distributed(config, Blocks(Store(str(made / "blocks"))), stage, Pool(1, "cpu"))
-    killer.join()
+    over.set()
     assert killed
     found, _ = load_operators(stage.store.child("trained"))
     assert torch.equal(found.A, alone.operators().A)

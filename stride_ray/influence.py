@@ -86,7 +86,8 @@ def recover_influence(run: Run, name: str) -> dict[str, Any]:
             given = (run.config, run.store, responses.store, stage, n_blocks)
             results = map_tasks(recover_unit, given, missing, workers)
             progress(results, "recover", len(missing), "units", lambda _: 1)
-    markers = [stage.done()[_unit_name(unit)] for unit in units]
+    done = stage.done()
+    markers = [done[_unit_name(unit)] for unit in units]
     nonzeros = [n for marker in markers for n in marker["nonzeros"]]
     summary = {
         "queries": sum(marker["queries"] for marker in markers),

@@ -62,7 +62,8 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
     _save_tokenizer(stage, tokenizer)
     staged = Stage(stage.store.child("_tokenised"), stage.identity)
     numbered = stage.done()
-    missing = [(i, unit) for i, unit in enumerate(units) if _part(i) not in numbered and _part(i) not in staged.done()]
+    known = staged.done().keys() | numbered.keys()
+    missing = [(i, unit) for i, unit in enumerate(units) if _part(i) not in known]
     if len(numbered) == len(units) and stage.store.exists("manifest.json"):
         stage.store.remove("_tokenised")
         return stage.store.read_json("manifest.json")

@@ -1,0 +1,60 @@
+"""Job: ground truth for the accuracy of attribution: train on random subsets of a benchmark's pool, record losses.
+
+The folder holds pool.parquet, queries.parquet, model/ and, where training began from a checkpoint, start/. A command
+that was killed goes on where it stopped when it is run again; more subsets or seeds add to what is there. The recipe
+is the benchmarks' own unless a callable of yours is named, say recipe.py:make. Exit status as stride-ray's: 0 done,
+1 with a sentence on standard error, 130 interrupted.
+
+    python jobs/retrain.py --benchmark FOLDER --out FOLDER [--subsets 64 --fraction 0.5 --seeds 3]
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from stride_ray.config import ComputeConfig
+from stride_ray.errors import StrideError
+from stride_ray.evaluate.benchmark import read_benchmark
+from stride_ray.evaluate.recipe import DEFAULT
+from stride_ray.evaluate.retrain import retrain
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, train, print the summary; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--benchmark", required=True, metavar="FOLDER", help="the benchmark: a path or fsspec URL")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where results go; a rerun goes on there")
+    parser.add_argument("--subsets", type=int, default=64, help="how many random subsets (default: 64)")
+    parser.add_argument("--fraction", type=float, default=0.5, help="share of the pool in a subset (default: 0.5)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each subset (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of the subsets (default: 0)")
+    parser.add_argument("--like", action="store_true", help="take the subsets of the benchmark's own results instead")
+    parser.add_argument("--recipe", default=DEFAULT, help=f"package.module:attribute or file.py:attribute ({DEFAULT})")
+    parser.add_argument("--address", default="", help="Ray address; empty: RAY_ADDRESS, else a local Ray")
+    parser.add_argument("--workers", type=int, default=0, help="trainings at a time (default: one per CPU or GPU)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parsed = parser.parse_args(arguments)
+    try:
+        done = retrain(
+            read_benchmark(parsed.benchmark),
+            parsed.recipe,
+            parsed.out,
+            subsets=parsed.subsets,
+            fraction=parsed.fraction,
+            seeds=parsed.seeds,
+            seed=parsed.seed,
+            like=parsed.like,
+            compute=ComputeConfig(address=parsed.address, workers=parsed.workers, device=parsed.device),
+        )
+    except StrideError as error:
+        print(f"retrain: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("retrain: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    print(done["told"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Stage attribute: queries to ranked tables, a console table and a page: respond, then recover, then show."""
+"""Stage attribute: queries to ranked tables, a console table and a page, amortised (respond, recover) or exact."""
 
 import sys
 import textwrap
@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stride_ray.blocks import Blocks
+from stride_ray.exact import exact_influence
 from stride_ray.influence import recover_influence
+from stride_ray.queries import read_queries
 from stride_ray.report.page import attribution_page
-from stride_ray.respond import respond
+from stride_ray.respond import respond_table
 from stride_ray.run import Run
 from stride_ray.tokens import load_tokenizer
 
@@ -23,38 +25,68 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
     """Which training blocks made the model answer like this, for every query.
 
     Args:
-        run: with finished ``operators/``.
+        run: with finished ``operators/``; for exact, ``blocks/`` will do.
         queries: JSON Lines or Parquet with text, prompt and completion, or messages (queries.read_queries).
-        name: of the query set; tables go to ``influence/<name>/``.
+        name: of the query set; tables go to ``influence/<name>/`` or ``exact/<name>/``.
         out: where the console table is written; None: standard output.
 
     Returns:
-        recover_influence's summary with ``mode`` and ``page``, the page's URL.
+        recover_influence's or exact_influence's summary with ``mode`` and ``page``, the page's URL.
 
     Raises:
-        StrideError: as respond and recover_influence.
+        StrideError: as read_queries and answer.
     """
     out = out or sys.stdout
-    responded = respond(run, queries, name)
-    summary = {**recover_influence(run, name), "mode": responded["mode"]}
+    run.require("blocks", "manifest.json", "stride-ray shard")
+    table = read_queries(queries, load_tokenizer(run.store.child("blocks/tokenizer").url))
+    summary = answer(run, table, name)
     shown = shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS)
     print_table(shown[:20], out)
-    stage = run.stage("influence", name)
-    facts = {**run.stage("operators").store.read_json("metadata.json"), **summary, "name": name, "run": run.url}
+    stage = run.stage(_stage(run), name)
+    facts = {**_about(run), **summary, "name": name, "run": run.url}
     stage.store.write("page.html", attribution_page(shown, facts).encode())
     page = stage.store.name_of("page.html")
+    gap = f", largest relative duality gap {summary['largest_gap']:.1e}" if "largest_gap" in summary else ""
     print(
         f"\n{summary['queries']} queries ({summary['failed']} failed), {summary['rows']} influences, "
-        f"median {summary['median_nonzeros']:g} blocks a query, largest relative duality gap "
-        f"{summary['largest_gap']:.1e}.\nTables: {stage.store.name_of('influence-*.parquet')}\nPage:   {page}",
+        f"median {summary['median_nonzeros']:g} blocks a query{gap}.\n"
+        f"Tables: {stage.store.name_of('influence-*.parquet')}\nPage:   {page}",
         file=out,
     )
     return {**summary, "page": page}
 
 
+def answer(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
+    """Ranked tables for tokenised queries (queries.SCHEMA), as ``attribute.mode`` says; returns the stage's summary.
+
+    Raises:
+        StrideError: as respond_table and recover_influence, or exact_influence.
+    """
+    if run.config.attribute.mode == "exact":
+        return {**exact_influence(run, table, name), "mode": "exact"}
+    responded = respond_table(run, table, name)
+    return {**recover_influence(run, name), "mode": responded["mode"]}
+
+
+def _stage(run: Run) -> str:
+    """Where a query set's tables are."""
+    return "exact" if run.config.attribute.mode == "exact" else "influence"
+
+
+def _about(run: Run) -> dict[str, Any]:
+    """What the page says of how its numbers came about: model, blocks, how, learned, verdict."""
+    if run.config.attribute.mode == "exact":
+        facts = run.stage("curvature").store.read_json("manifest.json")
+        how = f"every block scored at {len(facts['sites'])} sites of the model"
+        return {"model": run.config.model.path, "blocks": facts["blocks"], "how": how, "learned": True, "verdict": ""}
+    facts = run.stage("operators").store.read_json("metadata.json")
+    return {**facts, "how": f"{facts['subsets']} subsets, {facts['method']} fit"}
+
+
 def read_influence(run: Run, name: str, table: str = "influence") -> pa.Table:
     """A query set's whole table: ``influence``, ``documents`` or ``recovery``."""
-    stage = run.require("influence", "manifest.json", f"stride-ray recover --name {name}", name)
+    command = f"stride-ray {'attribute --exact' if _stage(run) == 'exact' else 'recover'} --name {name}"
+    stage = run.require(_stage(run), "manifest.json", command, name)
     parts = stage.store.read_json("manifest.json")["parts"]
     return pa.concat_tables([stage.store.read_table(f"{table}-{part:05d}.parquet") for part in range(parts)])
 
@@ -74,7 +106,8 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
         query's largest |influence|.
     """
     tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
-    asked = run.stage("responses", name).store.read_table("queries.parquet").slice(0, queries).to_pylist()
+    asked_in = run.stage("exact" if _stage(run) == "exact" else "responses", name)
+    asked = asked_in.store.read_table("queries.parquet").slice(0, queries).to_pylist()
     recovery = {row["query_id"]: row for row in read_influence(run, name, "recovery").to_pylist()}
     influence = read_influence(run, name)
     pool = Blocks(run.stage("blocks").store)

@@ -21,7 +21,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "fit": ("model.path", "model.dtype", "membership.subsets", "membership.degree", "operators.form", "fit.method"),
     "respond": ("respond.mode",),
     "recover": ("recover.penalty_ratio",),
-    "attribute": ("respond.mode", "recover.penalty_ratio"),
+    "attribute": ("model.path", "attribute.top", "recover.penalty_ratio"),
 }
 EVERYWHERE = ("compute.address", "compute.workers", "compute.device")
 ABOUT = {
@@ -29,7 +29,7 @@ ABOUT = {
     "fit": "blocks to operators: one pass over the pool, or the paper's training loop",
     "respond": "queries to responses: how each operator moves each query's loss",
     "recover": "responses to influence: a Lasso per query, ranked tables of blocks and documents",
-    "attribute": "respond and recover, a console table and a page: which blocks made the model answer like this",
+    "attribute": "tables, a console summary and a page: which blocks made the model answer like this",
     "status": "what is done and what is missing in a run directory",
     "config": "every option with its default and meaning, as TOML for --config",
     "quickstart": "everything on a small real corpus and a model trained on the spot",
@@ -68,6 +68,14 @@ def _parser() -> argparse.ArgumentParser:
             continue
         if verb in ("respond", "attribute"):
             sub.add_argument("--queries", required=True, metavar="FILE", help="JSON Lines, Parquet or text files")
+        if verb == "attribute":
+            sub.add_argument(
+                "--exact",
+                dest="attribute.mode",
+                action="store_const",
+                const="exact",
+                help="score every block in one pass over the pool; needs no operators (attribute.mode = exact)",
+            )
         if verb in ("respond", "recover", "attribute"):
             sub.add_argument("--name", default="queries", help="name of the query set, a folder's (default: queries)")
         sub.add_argument("--config", metavar="FILE", help="TOML with any options ('stride-ray config' lists them)")

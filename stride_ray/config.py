@@ -130,6 +130,19 @@ class RecoverConfig:
 
 
 @dataclass(frozen=True)
+class AttributeConfig:
+    """How queries are answered."""
+
+    mode: str = _option(
+        "amortised",
+        "amortised: respond and recover, instant once operators are fitted; exact: every inner product, one pass over "
+        "the pool for each batch of queries, no operators",
+        ("amortised", "exact"),
+    )
+    top: int = _option(2000, "exact: blocks kept per query, those of largest influence, helpful or harmful", low=1)
+
+
+@dataclass(frozen=True)
 class ComputeConfig:
     """Where and how wide to run; never changes a result beyond floating point, so no stage's identity."""
 
@@ -153,6 +166,7 @@ class Config:
     fit: FitConfig = field(default_factory=FitConfig)
     respond: RespondConfig = field(default_factory=RespondConfig)
     recover: RecoverConfig = field(default_factory=RecoverConfig)
+    attribute: AttributeConfig = field(default_factory=AttributeConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def flat(self) -> dict[str, Any]:
@@ -178,19 +192,24 @@ class Config:
         return config
 
 
-# What each stage's output depends on besides its inputs. A stage's identity also holds its upstream stages' keys.
-STAGES: dict[str, tuple[str, ...]] = {
-    "blocks": ("corpus.columns", "corpus.tokenizer", "corpus.layout", "corpus.block_tokens", "corpus.shard_mb"),
-    "operators": ("seed", "model", "membership", "operators", "fit"),
-    "responses": ("respond",),
-    "influence": ("recover",),
+# The stage before each, and what each one's output depends on besides its inputs. A stage's identity also holds the
+# keys of the stages before it.
+STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "blocks": ("", ("corpus.columns", "corpus.tokenizer", "corpus.layout", "corpus.block_tokens", "corpus.shard_mb")),
+    "operators": ("blocks", ("seed", "model", "membership", "operators", "fit")),
+    "responses": ("operators", ("respond",)),
+    "influence": ("responses", ("recover",)),
+    "curvature": ("blocks", ("seed", "model.path", "model.dtype")),
+    "exact": ("curvature", ("attribute.top",)),
 }
 
 
 def stage_keys(config: Config, stage: str) -> dict[str, Any]:
     """The options that ``stage`` and everything before it depend on, as ``{"section.key": value}``."""
-    stages = list(STAGES)
-    prefixes = [key for name in stages[: stages.index(stage) + 1] for key in STAGES[name]]
+    prefixes: list[str] = []
+    while stage:
+        stage, own = STAGES[stage]
+        prefixes += own
     return {k: v for k, v in config.flat().items() if any(k == p or k.startswith(p + ".") for p in prefixes)}
 
 

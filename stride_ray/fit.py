@@ -27,16 +27,15 @@ from stride_ray.errors import StrideError
 from stride_ray.fitted import (
     load_basis,
     load_operators,
-    load_run_model,
     membership_of,
     save_basis,
     save_operators,
 )
 from stride_ray.judge import judge
 from stride_ray.operators import Operators, gradients
+from stride_ray.passes import PoolWorker, check_tokenizer, token_counts
 from stride_ray.run import Run, Stage
-from stride_ray.storage import Store, safe_url, tensor_bytes, tensors_from
-from stride_ray.tokens import load_tokenizer
+from stride_ray.storage import Store, tensor_bytes, tensors_from
 
 # Tokens that the second moments are estimated from.
 MOMENT_TOKENS = 32_768
@@ -63,7 +62,7 @@ def fit(run: Run) -> dict[str, Any]:
             "there must be at least as many blocks as subsets: lower --subsets or shard more text."
         )
     membership_of(config)  # a degree above the number of subsets is told before anything starts
-    _check_tokenizer(config, blocks)
+    check_tokenizer(config, blocks)
     stage = run.begin("operators", corpus=blocks.manifest["fingerprint"])
     if stage.store.exists("metadata.json"):
         _clear(stage)
@@ -81,26 +80,6 @@ def fit(run: Run) -> dict[str, Any]:
         train_distributed(config, blocks, stage, pool(config.compute, config.fit.blocks_per_step))
         with Crew(pool(config.compute, 1)) as crew:
             return _finish(config, blocks, stage, crew)
-
-
-def _check_tokenizer(config: Config, blocks: Blocks) -> None:
-    """Refuse a model whose own tokenizer gives ids another meaning than the one that cut the blocks."""
-    if config.model.path in ("", config.corpus.tokenizer):
-        return
-    try:
-        own = load_tokenizer(config.model.path)
-    except StrideError:
-        return  # the model comes without one; that its vocabulary holds the ids is checked where it is loaded
-    used = load_tokenizer(blocks.store.child("tokenizer").url)
-    names = {i: token for token, i in own.get_vocab().items()}
-    strange = [(i, token) for token, i in used.get_vocab().items() if names.get(i, token) != token]
-    if strange:
-        i, token = min(strange)
-        raise StrideError(
-            f"The blocks were cut with the tokenizer {safe_url(config.corpus.tokenizer)}, to which token {i} is "
-            f"{token!r}; to the model {safe_url(config.model.path)} it is {names[i]!r}. Shard into a new run directory "
-            "with the model's own tokenizer (--model)."
-        )
 
 
 def _closed_form(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
@@ -124,14 +103,7 @@ def _one(_: Any) -> int:
 
 def _fit_basis(config: Config, blocks: Blocks, crew: Crew) -> Any:
     """Token counts over the whole pool and second moments over a sample, then the basis."""
-    parts = [part["name"] for part in blocks.manifest["parts"]]
-    needs_counts = config.operators.form == "logit"
-    vocabulary = blocks.manifest["max_token_id"] + 1
-    counts = np.zeros(vocabulary, dtype=np.int64)
-    if needs_counts:
-        counted = crew.map(partial, (count_tokens, blocks.store, vocabulary), parts)
-        for found in progress(counted, "count", len(parts), "parts", _one):
-            counts += found["counts"]
+    counts = token_counts(blocks, crew) if config.operators.form == "logit" else np.zeros(0, dtype=np.int64)
     chosen = np.array_split(blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed), 16)
     units = [(index, part) for index, part in enumerate(chosen) if len(part)]
     results = crew.map(Moments, (config, blocks.store, crew.device), units)
@@ -140,39 +112,14 @@ def _fit_basis(config: Config, blocks: Blocks, crew: Crew) -> Any:
     positions = sum(m["positions"] for m in moments)
     stream, gradient = (sum(m[name] for m in moments) / positions for name in ("stream", "gradient"))
     full = np.zeros(moments[0]["vocabulary"], dtype=np.int64)
-    full[:vocabulary] = counts
+    full[: len(counts)] = counts
     options = config.operators
     return preconditioned_basis(
         options.form, options.rank, options.sketch, options.target, config.seed, stream, gradient, full
     )
 
 
-def count_tokens(store: Store, vocabulary: int, part: str) -> dict[str, Any]:
-    """How often each token is a real token of a part: {"counts": (vocabulary,) int64}."""
-    blocks = Blocks(store)
-    index = [p["name"] for p in blocks.manifest["parts"]].index(part)
-    first = sum(p["blocks"] for p in blocks.manifest["parts"][:index])
-    last = first + blocks.manifest["parts"][index]["blocks"]
-    counts = np.zeros(vocabulary, dtype=np.int64)
-    for batch in blocks.batches(first, last, 4096):
-        counts += np.bincount(batch.ids[batch.mask], minlength=vocabulary)
-    return {"counts": counts}
-
-
-class _PoolWorker:
-    """A worker that holds the run's model and reads the pool."""
-
-    def __init__(self, config: Config, store: Store, device: str) -> None:
-        self.config, self.blocks = config, Blocks(store)
-        self.model = load_run_model(config, device)
-        self.model.check_ids(torch.tensor([[self.blocks.manifest["max_token_id"]]]))
-        self.rows = max(1, config.compute.batch_tokens // self.blocks.block_tokens)
-
-    def tensors(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device)
-
-
-class Moments(_PoolWorker):
+class Moments(PoolWorker):
     """Second moments of the stream (and its gradients) over some blocks."""
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
@@ -191,7 +138,7 @@ class Moments(_PoolWorker):
         return {**facts, "stream": stream, "gradient": gradient, "vocabulary": self.model.vocabulary}
 
 
-class Accumulator(_PoolWorker):
+class Accumulator(PoolWorker):
     """Adds the J of a shard's blocks to their subsets' sums and publishes them."""
 
     def __init__(self, config: Config, store: Store, stage: Stage, device: str) -> None:
@@ -241,7 +188,7 @@ def _clear(stage: Stage) -> None:
         stage.store.remove(name)
 
 
-class Judge(_PoolWorker):
+class Judge(PoolWorker):
     """Measures fitted operators and publishes them as the stage's result."""
 
     def __init__(self, config: Config, store: Store, stage: Stage, device: str) -> None:

@@ -19,20 +19,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import fsspec
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from stride_ray.errors import StrideError
+from stride_ray.fetch import local_model
+from stride_ray.storage import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGITS_BUDGET = 2**26  # elements of one chunk of logits: 256 MiB in float32, a few times that while it is in use
@@ -117,6 +116,15 @@ class SplitModel:
         replaced = [(module, self._constant(given)) for module in self._trunk_layers(layer)]
         ids_BT = torch.full(given.shape[:2], self._dummy, device=self.device)
         return self._run(ids_BT, [*replaced, (self._head, _carry_out(lambda z_BTD: z_BTD))])
+
+    def read(self, ids_BT: Tensor) -> Tensor:
+        """All layers and the final norm from tokens: z_BTD; gradients reach what a hook makes a leaf on the way."""
+        return self._run(ids_BT.to(self.device, torch.long), [(self._head, _carry_out(lambda z_BTD: z_BTD))])
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's L layers."""
+        return self._layers
 
     def logits(self, z_xD: Tensor) -> Tensor:
         """The head and whatever the model does to its logits: states (…, D) to (…, V), with gradients."""
@@ -226,7 +234,7 @@ class SplitModel:
             parts = [self.logits(self.states(h_BTD, layer)) for layer, h_BTD in streams.items()]
             difference = max(float((part - own).abs().max()) for part in parts)
         except Exception as error:
-            raise StrideError(f"{strange} ({_line(error)})") from error
+            raise StrideError(f"{strange} ({first_line(error)})") from error
         if not own.isfinite().all():
             raise StrideError(f"{self.name}: logits are not finite in {self.dtype}; use bfloat16 or float32")
         if T > 1 and float((own - other)[:, :-1].abs().max()) > allowed:
@@ -333,54 +341,11 @@ def load_model(
         model.to(where)
     except Exception as error:
         hub = "" if os.path.exists(local) else "no path here, and the Hugging Face Hub says: "
-        raise StrideError(f"model {path} could not be loaded: {hub}{_line(error)}") from error
+        raise StrideError(f"model {path} could not be loaded: {hub}{first_line(error)}") from error
     absent = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in told.get(kind) or ()]
     if absent:
         raise StrideError(f"model {path} lacks {len(absent)} weights ({min(absent)}, …); give a complete causal model")
     return SplitModel(model, split, str(path))
-
-
-def local_model(path: str | Path) -> str:
-    """Where a model is on this machine: local paths and hub ids as they are, fsspec URLs fetched to a cache.
-
-    The cache is ``$XDG_CACHE_HOME/stride_ray/models`` (default ``~/.cache``), one entry per URL and state of its files,
-    whole or absent; folders inside the model's, such as training checkpoints, are not fetched. Raises StrideError.
-    """
-    text = os.path.expanduser(os.fspath(path))
-    if "://" in text:
-        return _fetched(text)
-    if os.path.isdir(text):
-        if not os.path.exists(os.path.join(text, "config.json")):
-            raise StrideError(f"{path} is not a model folder: it has no config.json")
-    elif os.path.exists(text) and not text.endswith(".gguf"):
-        raise StrideError(f"{path} is a file; give a model folder, a .gguf file or a hub id")
-    elif not os.path.exists(text) and (text.endswith(".gguf") or text.startswith((".", "/")) or text.count("/") > 1):
-        raise StrideError(f"model path {path} does not exist")
-    return text
-
-
-def _fetched(url: str) -> str:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stride_ray" / "models"
-    try:
-        files, root = fsspec.core.url_to_fs(url)
-        found = {e["name"].rsplit("/", 1)[-1]: e for e in files.ls(root, detail=True) if e["type"] == "file"}
-        if "config.json" not in found and not (found and url.endswith(".gguf")):
-            raise StrideError(f"{url} is not a model folder: it has no config.json")
-        state = sorted((name, files.ukey(entry["name"])) for name, entry in found.items())
-        target = cache / hashlib.sha256(repr((url, state)).encode()).hexdigest()[:16]
-        if not target.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache, prefix="fetching-") as beside:
-                os.mkdir(whole := os.path.join(beside, "model"))
-                for name, entry in found.items():
-                    files.get_file(entry["name"], os.path.join(whole, name))
-                with contextlib.suppress(OSError):  # another process was faster: its copy is as good
-                    os.replace(whole, target)
-    except StrideError:
-        raise
-    except Exception as error:  # each store has exceptions of its own
-        raise StrideError(f"model {url} could not be fetched to {cache}: {_line(error)}") from error
-    return str(target / next(iter(found))) if url.endswith(".gguf") else str(target)
 
 
 def _device(device: str) -> torch.device:
@@ -394,7 +359,3 @@ def _device(device: str) -> torch.device:
     if (wanted.index or 0) >= have.get(wanted.type, 0):
         raise StrideError(f"device {device} was asked for and this machine does not have it; use auto or cpu")
     return wanted
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

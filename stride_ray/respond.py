@@ -4,7 +4,6 @@
 ``linear`` takes all K responses from one forward (and a backward where J needs one).
 """
 
-import hashlib
 import time
 from typing import Any
 
@@ -15,9 +14,8 @@ import torch
 from stride_ray.blocks import fixed_lists
 from stride_ray.config import Config
 from stride_ray.distribute import connected, map_actors, pool, progress
-from stride_ray.errors import StrideError
 from stride_ray.fitted import load_operators, load_run_model
-from stride_ray.queries import read_queries
+from stride_ray.queries import batches, check_name, checked, fingerprint, padded, read_queries
 from stride_ray.run import Run, Stage
 from stride_ray.storage import Store, first_line
 from stride_ray.tokens import load_tokenizer
@@ -60,15 +58,14 @@ def respond(run: Run, queries: str, name: str) -> dict[str, Any]:
 
 def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     """As respond, for a table of tokenised queries (queries.SCHEMA)."""
-    if not name or "/" in name or name.startswith((".", "_")):
-        raise StrideError(f"{name!r} is no name for a query set; use letters, digits, '-' and '_'.")
+    check_name(name)
     operators = run.require("operators", "metadata.json", "stride-ray fit")
     method = operators.store.read_json("metadata.json")["method"]
     mode = run.config.respond.mode
     if mode == "auto":
         mode = "linear" if method == "closed_form" else "exact"
     corpus = operators.store.read_json("stage.json")["keys"]["corpus"]
-    stage = run.begin("responses", name, corpus=corpus, queries=_fingerprint(table))
+    stage = run.begin("responses", name, corpus=corpus, queries=fingerprint(table))
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", table)
     units = [(index, start) for index, start in enumerate(range(0, table.num_rows, UNIT))]
@@ -105,7 +102,7 @@ class Responder:
         started = time.monotonic()
         index, start = unit
         rows = self.queries.slice(start, UNIT).to_pylist()
-        answers = [self._checked(row) for row in rows]
+        answers = [checked(self.model, row) for row in rows]
         if self.mode == "linear":
             self._linear(rows, answers)
         else:
@@ -117,38 +114,18 @@ class Responder:
         failed = sum(answer["status"] != "ok" for answer in answers)
         return self.stage.mark(name, started, queries=len(rows), failed=failed, sha256=digest)
 
-    def _checked(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The answer to be filled in, or the reason why there is none."""
-        answer = {"query_id": row["query_id"], "status": row["status"], "error": row["error"]}
-        if row["status"] == "ok":
-            length, context = len(row["token_ids"]), self.model.context
-            try:
-                self.model.check_ids(torch.tensor([row["token_ids"]]))
-                if context is not None and length > context:
-                    raise StrideError(f"has {length} tokens; the model's context is {context}: shorten it")
-            except StrideError as error:
-                answer |= {"status": "failed", "error": str(error)}
-        return answer
-
     def _linear(self, rows: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
         """Batches of queries, padded on the right, up to the token budget."""
         waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
-        while waiting:
-            longest, batch = 0, list[int]()
-            for i in waiting:
-                longest = max(longest, len(rows[i]["token_ids"]))
-                if batch and longest * (len(batch) + 1) > self.config.compute.batch_tokens:
-                    break
-                batch.append(i)
-            waiting = waiting[len(batch) :]
-            ids, mask = self._padded([rows[i] for i in batch])
+        for batch in batches(rows, waiting, self.config.compute.batch_tokens):
+            ids, mask = padded([rows[i] for i in batch], self.model.device)
             losses = self.model.losses(self.model.trunk(ids), ids, mask)
             found = self.operators.linear(self.model, ids, mask)
             for i, loss, response in zip(batch, losses.tolist(), found.cpu().numpy(), strict=True):
                 _fill(answers[i], loss, response)
 
     def _exact(self, row: dict[str, Any], answer: dict[str, Any]) -> None:
-        ids, mask = self._padded([row])
+        ids, mask = padded([row], self.model.device)
         everyone = torch.arange(len(self.operators.A), device=self.model.device)
         try:
             base, found = self.operators.exact(self.model, ids[0], mask[0], everyone, self.config.compute.batch_tokens)
@@ -157,29 +134,12 @@ class Responder:
             return
         _fill(answer, base, found.cpu().numpy())
 
-    def _padded(self, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-        longest = max(len(row["token_ids"]) for row in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row["token_ids"])] = torch.tensor(row["token_ids"])
-            mask[i, : len(row["loss_mask"])] = torch.tensor(row["loss_mask"])
-        return ids.to(self.model.device), mask.to(self.model.device)
-
 
 def _fill(answer: dict[str, Any], loss: float, response: np.ndarray) -> None:
     if np.isfinite(response).all() and np.isfinite(loss):
         answer |= {"base_loss": loss, "response": response}
     else:
         answer |= {"status": "failed", "error": "the response is not finite; the model overflows on this text"}
-
-
-def _fingerprint(table: pa.Table) -> str:
-    """Content hash of a table of queries."""
-    digest = hashlib.sha256()
-    for record in table.to_pylist():
-        digest.update(repr(sorted(record.items(), key=lambda item: item[0])).encode())
-    return digest.hexdigest()[:16]
 
 
 def read_responses(store: Store, part: int) -> tuple[list[dict[str, Any]], np.ndarray]:

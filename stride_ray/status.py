@@ -18,7 +18,7 @@ def status(run: Run) -> str:
         raise StrideError(f"{safe_url(run.url)} is no run directory: it has no run.toml; 'stride-ray shard' makes one.")
     lines = [f"run {safe_url(run.url)}"]
     for stage in STAGES:
-        names = [""] if stage in ("blocks", "operators") else run.store.names(stage) or ["(none)"]
+        names = [""] if stage in ("blocks", "operators", "curvature") else run.store.names(stage) or ["(none)"]
         lines += [_line(run, stage, name) for name in names]
     return "\n".join(lines)
 
@@ -43,6 +43,8 @@ def _figures(stage: str, facts: dict[str, Any]) -> str:
     if stage == "operators":
         learned = "" if facts["learned"] else " (WARNING: learned nothing)"
         return f"{facts['subsets']} operators, {facts['method']}{learned}"
+    if stage == "curvature":
+        return f"{len(facts['sites'])} sites"
     if stage == "responses":
         return f"{facts['queries']} queries, {facts['failed']} failed, {facts['mode']}"
     return f"{facts['rows']} influences of {facts['queries']} queries, median {facts['median_nonzeros']:g} a query"

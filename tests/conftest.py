@@ -193,7 +193,7 @@ def run_plainly(patch):
         "map_dataset": _plain_map,
         "map_tasks": lambda function, given, units, pool: [function(*given, unit) for unit in units],
     }
-    for module in (sys.modules[f"stride_ray.{name}"] for name in ("shard", "fit", "respond", "influence")):
+    for module in (sys.modules[f"stride_ray.{name}"] for name in ("shard", "fit", "respond", "influence", "exact")):
         for name in changes.keys() & vars(module).keys():
             patch.setattr(module, name, changes[name])
 

@@ -15,7 +15,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from stride_ray.errors import StrideError
-from stride_ray.model import SplitModel, load_model, local_model, resolve_split
+from stride_ray.fetch import local_model
+from stride_ray.model import SplitModel, load_model, resolve_split
 
 V, D, L = 100, 32, 3
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

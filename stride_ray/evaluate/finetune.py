@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from stride_ray.baselines.problem import Texts
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark
-from stride_ray.model import local_model
+from stride_ray.fetch import local_model
 
 MASKED = -100
 

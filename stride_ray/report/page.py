@@ -11,8 +11,8 @@ def attribution_page(queries: list[dict[str, Any]], facts: dict[str, Any]) -> st
 
     Args:
         queries: attribute.shown_queries.
-        facts: of the run and the fit: name, run, model, method, blocks, subsets, mode, verdict, learned, and the
-            summary of recover_influence.
+        facts: of the run and the fit: name, run, model, blocks, how, mode, verdict, learned, and the summary
+            of recover_influence or exact_influence.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     source = resources.files("stride_ray.report").joinpath("attribution.html.j2").read_text("utf-8")

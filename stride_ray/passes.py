@@ -1,0 +1,71 @@
+"""What every pass of a model over the pool needs: a worker with the model, token counts, a check of the tokenizer."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from stride_ray.blocks import Blocks
+from stride_ray.config import Config
+from stride_ray.distribute import Crew, progress
+from stride_ray.errors import StrideError
+from stride_ray.fitted import load_run_model
+from stride_ray.storage import Store, safe_url
+from stride_ray.tokens import load_tokenizer
+
+
+def check_tokenizer(config: Config, blocks: Blocks) -> None:
+    """Refuse a model whose own tokenizer gives ids another meaning than the one that cut the blocks."""
+    if config.model.path in ("", config.corpus.tokenizer):
+        return
+    try:
+        own = load_tokenizer(config.model.path)
+    except StrideError:
+        return  # the model comes without one; that its vocabulary holds the ids is checked where it is loaded
+    used = load_tokenizer(blocks.store.child("tokenizer").url)
+    names = {i: token for token, i in own.get_vocab().items()}
+    strange = [(i, token) for token, i in used.get_vocab().items() if names.get(i, token) != token]
+    if strange:
+        i, token = min(strange)
+        raise StrideError(
+            f"The blocks were cut with the tokenizer {safe_url(config.corpus.tokenizer)}, to which token {i} is "
+            f"{token!r}; to the model {safe_url(config.model.path)} it is {names[i]!r}. Shard into a new run directory "
+            "with the model's own tokenizer (--model)."
+        )
+
+
+def token_counts(blocks: Blocks, crew: Crew) -> np.ndarray:
+    """How often each token is a real token of the pool: (largest id + 1,) int64."""
+    parts = [part["name"] for part in blocks.manifest["parts"]]
+    vocabulary = blocks.manifest["max_token_id"] + 1
+    counted = progress(
+        crew.map(partial, (count_tokens, blocks.store, vocabulary), parts), "count", len(parts), "parts", lambda _: 1
+    )
+    return sum((found["counts"] for found in counted), np.zeros(vocabulary, dtype=np.int64))
+
+
+def count_tokens(store: Store, vocabulary: int, part: str) -> dict[str, Any]:
+    """How often each token is a real token of a part: {"counts": (vocabulary,) int64}."""
+    blocks = Blocks(store)
+    index = [p["name"] for p in blocks.manifest["parts"]].index(part)
+    first = sum(p["blocks"] for p in blocks.manifest["parts"][:index])
+    last = first + blocks.manifest["parts"][index]["blocks"]
+    counts = np.zeros(vocabulary, dtype=np.int64)
+    for batch in blocks.batches(first, last, 4096):
+        counts += np.bincount(batch.ids[batch.mask], minlength=vocabulary)
+    return {"counts": counts}
+
+
+class PoolWorker:
+    """A worker that holds the run's model and reads the pool, ``rows`` blocks at a time."""
+
+    def __init__(self, config: Config, store: Store, device: str) -> None:
+        self.config, self.blocks = config, Blocks(store)
+        self.model = load_run_model(config, device)
+        self.model.check_ids(torch.tensor([[self.blocks.manifest["max_token_id"]]]))
+        self.rows = max(1, config.compute.batch_tokens // self.blocks.block_tokens)
+
+    def tensors(self, array: np.ndarray) -> torch.Tensor:
+        """An array on the model's device."""
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device)

@@ -1,0 +1,241 @@
+"""Sites: the places of a model where exact influence is measured, and the gradient J of a block's loss there.
+
+A steering operator at a site adds u A to what the site writes, u being what the site reads, so to first order its
+gradient is J = Σ_t u_t ⊗ g_t with g_t the loss's gradient at what is written (method.md, measured point 1; the logit
+form of operators.py is the site "head", the matrix form with the model's own activations in place of SiLU(LN(h) W_in)
+the others). The sites of a model are
+
+    each layer's last linear map into the residual stream (an MLP's output projection): u = its input, F wide
+    the head: u = the final state, and what is written are the logits, g_t = p_t − y_t
+
+The influence of block i on query x is Σ_sites J(x)ᵀ H⁻¹ J_i / mean_i |H^-½ J_i|², H the Kronecker product of the two
+sides' damped second moments over the pool (measured point 4), so that every site has the same say.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from stride_ray.errors import StrideError
+from stride_ray.model import SplitModel, masked_mean
+
+HEAD = "head"
+# Damping: eigenvalues λ become λ + damping · mean λ. The head's states are a model's least noisy side; less damping
+# helped the layers and did nothing for the head.
+DAMPING, HEAD_DAMPING = 0.01, 0.1
+# Added to the unigram distribution before its square root divides the head's gradients: rare tokens count more.
+RARE = 1e-4
+# Directions of a larger vocabulary's logits that are kept, as random combinations.
+SKETCH = 4096
+# What a block that harms counts of what it would as a helper: harm is the noisier side.
+HARM = 0.5
+CHUNK = 2**24  # elements of logits held at once
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site with its preconditioner.
+
+    Attributes:
+        name: of the module, or "head".
+        W_in: (F, F) float32, whitens what is read.
+        W_out: (D, D) float32, whitens the gradient at what is written; for the head (V,) weights of the logits, or
+            (V, v) weights times a sketch where V > 4096.
+        scale: mean |J_i|² over blocks of the pool.
+    """
+
+    name: str
+    W_in: Tensor
+    W_out: Tensor
+    scale: float = 1.0
+
+    def to(self, device: Any) -> "Site":
+        """A copy on a device."""
+        return replace(self, W_in=self.W_in.to(device), W_out=self.W_out.to(device))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over positions at one site: Σ u uᵀ (F, F) and Σ g gᵀ (D, D; empty for the head), float64 on the CPU."""
+
+    read: Tensor
+    written: Tensor
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.read + other.read, self.written + other.written)
+
+
+def find_sites(model: SplitModel) -> tuple[str, ...]:
+    """Names of the model's sites in order: a module per layer, then "head".
+
+    Raises:
+        StrideError: where no layer has a linear map into the residual stream.
+    """
+    names = {id(module): name for name, module in model.model.named_modules()}
+    last: dict[int, str] = {}
+
+    def note(layer: int) -> Callable:
+        def hook(module: nn.Module, given: tuple, output: Tensor) -> None:
+            if output.shape == (1, 2, model.width):  # one that sees every token, as an expert need not
+                last[layer] = names[id(module)]
+
+        return hook
+
+    handles = []
+    for layer, block in enumerate(model.layers):
+        maps = [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
+        handles += [module.register_forward_hook(note(layer)) for module in maps]
+    try:
+        with torch.no_grad():
+            model.read(torch.zeros(1, 2, dtype=torch.long))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not last:
+        raise StrideError(f"{model.name}: no layer ends in a linear map; exact influence needs one, use the amortised")
+    return (*(last[layer] for layer in sorted(last)), HEAD)
+
+
+def tapped(
+    model: SplitModel, sites: tuple[str, ...], ids_BT: Tensor, mask_BT: Tensor
+) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """What every site reads and the gradient at what it writes, from one forward and one backward pass.
+
+    Args:
+        model: on whose device everything is.
+        sites: names as find_sites gives them.
+        ids_BT: (B, T) int64 token ids.
+        mask_BT: (B, T) bool targets.
+
+    Returns:
+        By site, u (B, T, F) and ∂(each sequence's masked mean loss)/∂(what is written) (B, T, D), float32; for the
+        head its states and an empty tensor. And the losses, (B,) float32, nan without a target.
+    """
+    wanted = [name for name in sites if name != HEAD]
+    read: dict[str, Tensor] = {}
+    wrote: dict[str, Tensor] = {}
+
+    def root(module: nn.Module, given: tuple, output: Tensor) -> Tensor:
+        # All parameters are frozen: the graph begins at the embedding.
+        return output.detach().requires_grad_(True)
+
+    def keep(name: str) -> Callable:
+        def hook(module: nn.Module, given: tuple, output: Tensor) -> None:
+            read[name], wrote[name] = given[0].detach().float(), output
+
+        return hook
+
+    handles = [model.model.get_input_embeddings().register_forward_hook(root)]
+    handles += [model.model.get_submodule(name).register_forward_hook(keep(name)) for name in wanted]
+    try:
+        with torch.enable_grad():
+            z = model.read(ids_BT)
+            losses = masked_mean(model.token_losses(z, ids_BT, mask_BT), mask_BT)
+            total = losses[mask_BT[:, 1:].any(1)].sum()
+            gradients = torch.autograd.grad(total, [wrote[name] for name in wanted]) if total.requires_grad else None
+    finally:
+        for handle in handles:
+            handle.remove()
+    zeros = {name: torch.zeros_like(wrote[name]) for name in wanted}
+    found = dict(zip(wanted, gradients, strict=True)) if gradients else zeros
+    taps = {name: (read[name], found[name].float()) for name in wanted}
+    if HEAD in sites:
+        taps[HEAD] = (z.detach().float(), torch.empty(0, device=model.device))
+    return taps, losses.detach()
+
+
+def _counted(mask_BT: Tensor) -> Tensor:
+    """(B, T) bool: positions up to the one that predicts a sequence's last target; what follows has no say."""
+    return mask_BT[:, 1:].flip(1).cumsum(1).flip(1).gt(0)
+
+
+def site_moments(
+    model: SplitModel, sites: tuple[str, ...], ids_BT: Tensor, mask_BT: Tensor
+) -> tuple[dict[str, Moments], int]:
+    """A batch's sums of second moments by site, and how many positions they are over."""
+    taps, _ = tapped(model, sites, ids_BT, mask_BT)
+    counted = _counted(mask_BT)
+    sums = {}
+    for name, (u, g) in taps.items():
+        u = u[:, :-1][counted]
+        written = g[:, :-1][counted] if name != HEAD else torch.empty(0, 0, device=u.device)
+        sums[name] = Moments((u.T @ u).double().cpu(), (written.T @ written).double().cpu())
+    return sums, int(counted.sum())
+
+
+def preconditioned(name: str, moments: Moments, counts: Tensor, seed: int) -> Site:
+    """A site's preconditioner from its second moments.
+
+    Args:
+        name: of the site.
+        moments: sums or means over the pool.
+        counts: (V,) how often each token is in the pool; for the head.
+        seed: of the sketch of a large vocabulary.
+    """
+    if name != HEAD:
+        return Site(name, inverse_root(moments.read, DAMPING), inverse_root(moments.written, DAMPING))
+    unigram = (counts.double() + 1) / (counts.double() + 1).sum()
+    weights = (unigram + RARE).rsqrt().float()
+    if len(weights) > SKETCH:
+        generator = torch.Generator().manual_seed(seed)
+        weights = weights.unsqueeze(1) * torch.randn(len(weights), SKETCH, generator=generator) / SKETCH**0.5
+    return Site(name, inverse_root(moments.read, HEAD_DAMPING), weights)
+
+
+def inverse_root(moment: Tensor, damping: float) -> Tensor:
+    """U (λ + damping · mean λ)^-½ of a second moment U λ Uᵀ: (n, n) float64 in, float32 out."""
+    values, vectors = torch.linalg.eigh(moment)
+    values = values.clamp(min=0)
+    return (vectors * (values + damping * values.mean() + 1e-30).rsqrt()).float()
+
+
+def site_gradients(
+    model: SplitModel, sites: tuple[Site, ...], ids_BT: Tensor, mask_BT: Tensor
+) -> tuple[Iterator[tuple[Site, Tensor]], Tensor]:
+    """H^-½ J of each sequence, site by site: an iterator over (site, (B, P) float32), and the losses (B,)."""
+    taps, losses = tapped(model, tuple(site.name for site in sites), ids_BT, mask_BT)
+
+    def each() -> Iterator[tuple[Site, Tensor]]:
+        for site in sites:
+            u, g = taps.pop(site.name)
+            if site.name == HEAD:
+                yield site, _head_gradients(model, site, u, ids_BT, mask_BT)
+            else:
+                yield site, ((u @ site.W_in).transpose(1, 2) @ (g @ site.W_out)).flatten(1)
+
+    return each(), losses
+
+
+def _head_gradients(model: SplitModel, site: Site, z_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Σ_t ω_t (z_t W_in) ⊗ ((p_t − y_t) W_out) of each sequence, a few sequences' logits at a time."""
+    omega = mask_BT[:, 1:].float()
+    omega = omega / omega.sum(1, keepdim=True).clamp(min=1)
+    rows = max(1, CHUNK // (model.vocabulary * max(1, ids_BT.shape[1])))
+    found = []
+    for z, ids, weight in zip(z_BTD[:, :-1].split(rows), ids_BT[:, 1:].split(rows), omega.split(rows), strict=True):
+        g = torch.softmax(model.logits(z).float(), -1)
+        g.scatter_add_(2, ids.unsqueeze(2), -torch.ones_like(ids, dtype=g.dtype).unsqueeze(2))
+        W_out = site.W_out[: model.vocabulary]
+        g = g * W_out if W_out.dim() == 1 else g @ W_out
+        found.append(((z @ site.W_in * weight.unsqueeze(2)).transpose(1, 2) @ g).flatten(1))
+    return torch.cat(found)
+
+
+def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor]]) -> Tensor:
+    """Influence of B blocks on Q queries.
+
+    Args:
+        queries: by site, (Q, P) float32 H^-½ J of the queries.
+        gradients: of the blocks, site by site.
+
+    Returns:
+        (Q, B) float32; positive: training on the block lowers the query's loss. Harm counts half (HARM).
+    """
+    total: Any = 0.0
+    for site, J in gradients:
+        total = total + queries[site.name] @ J.T / site.scale
+    return torch.where(total > 0, total, HARM * total)

@@ -38,11 +38,11 @@ def stream_moments(
     return (z.T @ z).cpu().numpy(), (g.T @ g).cpu().numpy(), len(z)
 
 
-def inverse_root(moment: np.ndarray) -> Tensor:
-    """The damped inverse square root: eigenvalues λ_i become (λ_i + mean λ)^−½; (D, D) float64 in, float32 out."""
+def inverse_root(moment: np.ndarray, damping: float = 1.0) -> Tensor:
+    """Eigenvalues λ_i become (λ_i + damping · mean λ)^−½: (D, D) float64 in, float32 out."""
     values, vectors = np.linalg.eigh(moment)
     values = np.clip(values, 0, None)
-    damped = (values + values.mean() + 1e-30) ** -0.5
+    damped = (values + damping * values.mean() + 1e-30) ** -0.5
     return torch.from_numpy((vectors * damped) @ vectors.T).float()
 
 

@@ -7,7 +7,8 @@ their number, and the largest influences per query are kept.
 
 import time
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -78,8 +79,7 @@ def _curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None
     counted[: min(len(counts), vocabulary)] = torch.from_numpy(counts[:vocabulary])
     sites = []
     for name in results[0]["moments"]:
-        read, written = (sum(found["moments"][name][side] for found in results) / positions for side in (0, 1))
-        moments = Moments(torch.from_numpy(read), torch.from_numpy(written))
+        moments = reduce(add, (found["moments"][name] for found in results)) / positions
         sites.append(preconditioned(name, moments, counted, config.seed))
     save_sites(stage.store, "sites-unscaled", tuple(sites))
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:SCALE_BLOCKS])
@@ -127,9 +127,8 @@ class MomentWorker(PoolWorker):
             sums, count = site_moments(self.model, names, self.tensors(batch.ids), self.tensors(batch.mask))
             total = {name: total[name] + sums[name] if name in total else sums[name] for name in names}
             positions += count
-        moments = {name: (each.read.numpy(), each.written.numpy()) for name, each in total.items()}
         facts = {"index": index, "blocks": len(ordinals), "positions": positions}
-        return {**facts, "moments": moments, "vocabulary": self.model.vocabulary}
+        return {**facts, "moments": total, "vocabulary": self.model.vocabulary}
 
 
 class ScaleWorker(PoolWorker):

@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from stride_ray.closed_form import inverse_root
 from stride_ray.errors import StrideError
 from stride_ray.model import SplitModel, masked_mean
 
@@ -60,13 +62,16 @@ class Site:
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over positions at one site: Σ u uᵀ (F, F) and Σ g gᵀ (D, D; empty for the head), float64 on the CPU."""
+    """Sums (or means) over positions at one site: u uᵀ (F, F) and g gᵀ (D, D; empty for the head), float64."""
 
-    read: Tensor
-    written: Tensor
+    read: np.ndarray
+    written: np.ndarray
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.read + other.read, self.written + other.written)
+
+    def __truediv__(self, positions: int) -> "Moments":
+        return Moments(self.read / positions, self.written / positions)
 
 
 def find_sites(model: SplitModel) -> tuple[str, ...]:
@@ -163,7 +168,7 @@ def site_moments(
     for name, (u, g) in taps.items():
         u = u[:, :-1][counted]
         written = g[:, :-1][counted] if name != HEAD else torch.empty(0, 0, device=u.device)
-        sums[name] = Moments((u.T @ u).double().cpu(), (written.T @ written).double().cpu())
+        sums[name] = Moments(*((x.T @ x).double().cpu().numpy() for x in (u, written)))
     return sums, int(counted.sum())
 
 
@@ -184,13 +189,6 @@ def preconditioned(name: str, moments: Moments, counts: Tensor, seed: int) -> Si
         generator = torch.Generator().manual_seed(seed)
         weights = weights.unsqueeze(1) * torch.randn(len(weights), SKETCH, generator=generator) / SKETCH**0.5
     return Site(name, inverse_root(moments.read, HEAD_DAMPING), weights)
-
-
-def inverse_root(moment: Tensor, damping: float) -> Tensor:
-    """U (λ + damping · mean λ)^-½ of a second moment U λ Uᵀ: (n, n) float64 in, float32 out."""
-    values, vectors = torch.linalg.eigh(moment)
-    values = values.clamp(min=0)
-    return (vectors * (values + damping * values.mean() + 1e-30).rsqrt()).float()
 
 
 def site_gradients(

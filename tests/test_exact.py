@@ -1,0 +1,137 @@
+"""The exact stage: its tables, its resume, and that neither workers, passes nor batches of queries decide anything."""
+
+import contextlib
+import io
+import shutil
+
+import numpy as np
+import pytest
+from conftest import QUERIES, settings
+
+from stride_ray import exact
+from stride_ray.attribute import attribute, block_texts, read_influence
+from stride_ray.blocks import Blocks
+from stride_ray.cli import main
+from stride_ray.influence import DOCUMENTS, INFLUENCE, RECOVERY
+from stride_ray.run import Run
+from stride_ray.status import status
+from stride_ray.storage import Store
+from stride_ray.tokens import load_tokenizer
+
+
+def tables(folder):
+    return {path.name: path.read_bytes() for path in sorted((folder / "exact/asked").glob("*.parquet"))}
+
+
+def answered(folder, parts, **more):
+    run = Run(str(folder), changes=settings(parts, attribute__mode="exact", **more))
+    out = io.StringIO()
+    return run, attribute(run, parts.queries, "asked", out), out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def exactly(parts, sharded):
+    """An exact answer through Ray with two workers; tests only read it."""
+    folder = sharded("exact")
+    return folder, *answered(folder, parts)
+
+
+def test_tables_have_the_form_of_the_amortised_ones(exactly):
+    _, run, summary, out = exactly
+    influence, documents, recovery = (read_influence(run, "asked", t) for t in ("influence", "documents", "recovery"))
+    for table, schema in ((influence, INFLUENCE), (documents, DOCUMENTS), (recovery, RECOVERY)):
+        assert table.schema.equals(schema)
+    assert recovery["query_id"].to_pylist() == [query["id"] for query in QUERIES]
+    assert recovery["status"].to_pylist() == ["ok", "failed", "ok", "failed", "ok"]
+    assert (summary["queries"], summary["failed"], summary["rows"]) == (5, 2, influence.num_rows)
+    for query in recovery.to_pylist():
+        mine = [row for row in influence.to_pylist() if row["query_id"] == query["query_id"]]
+        assert len(mine) == (query["nonzeros"] or 0)
+        assert [row["influence"] for row in mine] == sorted((row["influence"] for row in mine), reverse=True)
+    assert "anchor met the tide" in out
+    assert "at least two" in out
+
+
+def test_the_most_helpful_blocks_are_on_the_query_s_subject(exactly):
+    _, run, _, _ = exactly
+    words = {"sea": {"wave", "harbour", "anchor", "gull", "tide", "keel"}, "kitchen": {"butter", "oven", "dough"}}
+    top = read_influence(run, "asked").to_pylist()
+    blocks = run.stage("blocks").store
+    tokenizer = load_tokenizer(blocks.child("tokenizer").url)
+    for query, wanted in words.items():
+        first = [row["ordinal"] for row in top if row["query_id"] == query and row["rank"] <= 3]
+        assert all(
+            wanted & set(text.replace(".", "").split()) for text in block_texts(Blocks(blocks), first, tokenizer)
+        )
+
+
+def test_a_plain_loop_gives_the_same_bytes_and_several_passes_the_same_numbers(
+    exactly, parts, sharded, plain, monkeypatch
+):
+    folder, *_ = exactly
+    one = sharded("plain")
+    answered(one, parts)
+    assert tables(one) == tables(folder)
+    monkeypatch.setattr(exact, "UNIT", 2)  # three units of queries ...
+    monkeypatch.setattr(exact, "MOST", 2)  # ... each in a pass of its own
+    two = sharded("passes")
+    several, _, _ = answered(two, parts)
+    single = Run(str(one), changes={"attribute.mode": "exact"})
+    assert len(Store(str(two / "exact/asked/_done")).names()) > len(Store(str(one / "exact/asked/_done")).names())
+    # Other batches round otherwise, in the last digits of float32.
+    first, second = (
+        {(row["query_id"], row["ordinal"]): row["influence"] for row in read_influence(run, "asked").to_pylist()}
+        for run in (several, single)
+    )
+    assert first == pytest.approx(second, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 7, 9, 11])
+def test_an_interrupted_stage_goes_on_where_it_stopped(at, exactly, parts, sharded, plain, monkeypatch):
+    folder, *_ = exactly
+    broken, writes, write = sharded(f"broken{at}"), [], Store.write
+
+    def failing(store, name, data):
+        if "/exact" in store.url or "/curvature" in store.url:
+            writes.append(name)
+            if len(writes) == 2 * at:
+                raise KeyboardInterrupt
+        return write(store, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", failing)
+        with contextlib.suppress(KeyboardInterrupt):
+            answered(broken, parts)
+    answered(broken, parts)
+    assert tables(broken) == tables(folder)
+    assert not list(broken.glob("exact/asked/*.safetensors"))
+    assert not list(broken.glob("curvature/*unscaled*"))
+
+
+def test_only_the_largest_are_kept(exactly, parts, sharded, plain):
+    _, run, _, _ = exactly
+    few, _, _ = answered(sharded("few"), parts, attribute__top=5)
+    kept = read_influence(few, "asked").to_pylist()
+    assert len(kept) == 15
+    everything = [row for row in read_influence(run, "asked").to_pylist() if row["query_id"] == "sea"]
+    largest = sorted(everything, key=lambda row: -abs(row["influence"]))[:5]
+    mine = [row for row in kept if row["query_id"] == "sea"]
+    assert {row["ordinal"] for row in mine} == {row["ordinal"] for row in largest}
+    np.testing.assert_allclose(
+        sorted(row["influence"] for row in mine), sorted(row["influence"] for row in largest), rtol=1e-12
+    )
+
+
+def test_the_command_line_needs_no_operators(exactly, parts, sharded):
+    folder = sharded("verb")
+    shutil.copy(exactly[0] / "run.toml", folder)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(["attribute", str(folder), "--exact", "--queries", parts.queries, "--name", "asked"]) == 0
+    assert tables(folder) == tables(exactly[0])
+    page = (folder / "exact/asked/page.html").read_text()
+    assert "every block scored at 3 sites" in page
+    assert "exact/asked" in out.getvalue()
+    told = status(exactly[1])
+    assert "curvature" in told
+    assert "3 sites" in told
+    assert "operators                    missing" in told

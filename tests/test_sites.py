@@ -1,0 +1,168 @@
+"""J at a model's sites against autograd of the true weights, and influence against the matrix algebra it stands for."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from stride_ray.closed_form import inverse_root
+from stride_ray.errors import StrideError
+from stride_ray.model import SplitModel
+from stride_ray.sites import (
+    HARM,
+    HEAD,
+    Moments,
+    Site,
+    find_sites,
+    influence,
+    preconditioned,
+    site_gradients,
+    site_moments,
+)
+
+V, D, F, B, T = 60, 16, 24, 5, 9
+
+
+def llama():
+    sizes = {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=V, max_position_embeddings=64, tie_word_embeddings=False, **sizes))
+
+
+def gpt2():
+    sizes = {"n_embd": D, "n_inner": F, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=V, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, **sizes))
+
+
+MAKES = {
+    "llama": (llama, ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", HEAD), "lm_head"),
+    "gpt2": (gpt2, ("transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj", HEAD), "lm_head"),
+}
+
+
+@pytest.fixture(params=list(MAKES))
+def made(request):
+    make, names, head = MAKES[request.param]
+    torch.manual_seed(0)
+    model = make()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.3)
+    return SplitModel(model, split=1), names, head
+
+
+@pytest.fixture
+def texts():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, V, (B, T), generator=generator)
+    mask = torch.rand(B, T, generator=generator) < 0.6
+    mask[0] = True
+    mask[1] = False  # nothing to predict
+    mask[2, -3:] = False
+    return ids, mask
+
+
+def raw_sites(model, names):
+    """Sites that whiten nothing."""
+    return tuple(
+        Site(name, torch.eye(D if name == HEAD else F), torch.ones(V) if name == HEAD else torch.eye(D))
+        for name in names
+    )
+
+
+def weight_gradient(model, name, ids, mask):
+    """Autograd of one text's masked mean loss with respect to the weight, as (in, out)."""
+    module = model.model.get_submodule(name)
+    weight = module.weight.requires_grad_(True)
+    try:
+        logits = model.model(input_ids=ids.unsqueeze(0)).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        if not mask[1:].any():
+            return torch.zeros(weight.shape if type(module).__name__ == "Conv1D" else weight.T.shape)
+        (gradient,) = torch.autograd.grad(losses[mask[1:]].mean(), weight)
+    finally:
+        weight.requires_grad_(False)
+    return gradient if type(module).__name__ == "Conv1D" else gradient.T
+
+
+def test_sites_are_the_last_maps_into_the_stream_and_the_head(made):
+    model, names, _ = made
+    assert find_sites(model) == names
+
+
+def test_a_model_whose_layers_end_in_nothing_linear_has_no_sites(made):
+    model, _, _ = made
+    model.width += 1  # no map is as wide as the stream
+    with pytest.raises(StrideError, match="no layer ends in a linear map"):
+        find_sites(model)
+
+
+def test_j_is_the_gradient_of_the_weight(made, texts):
+    model, names, head = made
+    ids, mask = texts
+    each, losses = site_gradients(model, raw_sites(model, names), ids, mask)
+    for site, J in each:
+        for row in range(B):
+            true = weight_gradient(model, head if site.name == HEAD else site.name, ids[row], mask[row])
+            torch.testing.assert_close(J[row], true.flatten(), atol=2e-5, rtol=2e-4)
+    torch.testing.assert_close(losses, model.losses(model.trunk(ids), ids, mask), equal_nan=True)
+
+
+def test_padding_has_no_say(made, texts):
+    model, names, _ = made
+    ids, mask = texts[0][:1], texts[1][:1]
+    more = torch.cat([ids, torch.full((1, 4), 7)], 1), torch.cat([mask, torch.zeros(1, 4, dtype=torch.bool)], 1)
+    (one, _), (two, _) = (site_gradients(model, raw_sites(model, names), *given) for given in ((ids, mask), more))
+    for (_, J), (_, padded) in zip(one, two, strict=True):
+        torch.testing.assert_close(J, padded)
+    (sums, count), (padded_sums, padded_count) = (site_moments(model, names, *given) for given in ((ids, mask), more))
+    assert count == padded_count == T - 1
+    for name in names:
+        for side in ("read", "written"):
+            one, two = (getattr(each[name], side) for each in (sums, padded_sums))
+            np.testing.assert_allclose(one, two, atol=1e-3, rtol=1e-4)
+
+
+def test_influence_is_the_preconditioned_inner_product(made, texts):
+    model, names, head = made
+    ids, mask = texts
+    sums, count = site_moments(model, names, ids, mask)
+    counts = torch.bincount(ids.flatten(), minlength=V)
+    sites = tuple(replace(preconditioned(name, m / count, counts, 0), scale=2.0) for name, m in sums.items())
+    whitened = {site.name: J for site, J in site_gradients(model, sites, ids, mask)[0]}
+    found = influence({name: J[:2] for name, J in whitened.items()}, site_gradients(model, sites, ids, mask)[0])
+    total = torch.zeros(2, B)
+    for site in sites:
+        H_in = torch.linalg.inv(site.W_in @ site.W_in.T)
+        for q in range(2):
+            G = weight_gradient(model, head if site.name == HEAD else site.name, ids[q], mask[q])
+            out = site.W_out.square() if site.name == HEAD else site.W_out @ site.W_out.T
+            right = G * out if site.name == HEAD else G @ out
+            solved = torch.linalg.solve(H_in, right)
+            for i in range(B):
+                other = weight_gradient(model, head if site.name == HEAD else site.name, ids[i], mask[i])
+                total[q, i] += (solved * other).sum() / 2.0
+    torch.testing.assert_close(found, torch.where(total > 0, total, HARM * total), atol=2e-3, rtol=2e-3)
+    assert (total[0] > 0).any()
+    assert (total[0] < 0).any()
+
+
+def test_damping_bounds_the_inverse():
+    A = np.random.default_rng(0).normal(size=(6, 6))
+    moment = A @ A.T
+    W = inverse_root(moment, 0.1).double().numpy()
+    damped = moment + 0.1 * np.linalg.eigvalsh(moment).mean() * np.eye(6)
+    np.testing.assert_allclose(W @ damped @ W, np.eye(6), atol=1e-4)
+    assert inverse_root(np.zeros((3, 3)), 0.1).isfinite().all()
+
+
+def test_a_large_vocabulary_is_sketched(monkeypatch):
+    monkeypatch.setattr("stride_ray.sites.SKETCH", 8)
+    counts = torch.arange(V)
+    moments = Moments(np.eye(D), np.empty((0, 0)))
+    one, two = (preconditioned(HEAD, moments, counts, seed) for seed in (0, 0))
+    assert one.W_out.shape == (V, 8)
+    torch.testing.assert_close(one.W_out, two.W_out)
+    assert not torch.equal(one.W_out, preconditioned(HEAD, moments, counts, 1).W_out)
+    rare, common = one.W_out[0].norm(), one.W_out[-1].norm()
+    assert rare > common

@@ -54,6 +54,9 @@ class ModelConfig:
     """The model whose behaviour is attributed; the pool must be data that it was trained on."""
 
     path: str = _option("", "Hugging Face causal LM: folder, hub id, fsspec URL or .gguf file")
+    start: str = _option(
+        "", "the checkpoint that training on the pool began from; empty: random weights (attribute.mode = exact asks)"
+    )
     split: float = _option(0.62, "layer where the operators act: a number of layers (>= 1) or a share of the depth")
     dtype: str = _option("float32", "dtype of the weights", ("float32", "bfloat16", "float16"))
 
@@ -196,10 +199,13 @@ class Config:
 # keys of the stages before it.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "blocks": ("", ("corpus.columns", "corpus.tokenizer", "corpus.layout", "corpus.block_tokens", "corpus.shard_mb")),
-    "operators": ("blocks", ("seed", "model", "membership", "operators", "fit")),
+    "operators": (
+        "blocks",
+        ("seed", "model.path", "model.split", "model.dtype", "membership", "operators", "fit"),
+    ),
     "responses": ("operators", ("respond",)),
     "influence": ("responses", ("recover",)),
-    "curvature": ("blocks", ("seed", "model.path", "model.dtype")),
+    "curvature": ("blocks", ("seed", "model.path", "model.start", "model.dtype")),
     "exact": ("curvature", ("attribute.top",)),
 }
 

@@ -23,7 +23,19 @@ from stride_ray.passes import PoolWorker, check_tokenizer, token_counts
 from stride_ray.queries import batches, check_name, checked, fingerprint, padded
 from stride_ray.recover import Recovery
 from stride_ray.run import Run, Stage
-from stride_ray.sites import Moments, Site, find_sites, influence, preconditioned, site_gradients, site_moments
+from stride_ray.sites import (
+    HEAD,
+    ORIGIN,
+    Moments,
+    Site,
+    distribution,
+    find_sites,
+    influence,
+    origin_weight,
+    preconditioned,
+    site_gradients,
+    site_moments,
+)
 from stride_ray.storage import Store, tensor_bytes, tensors_from
 
 # Tokens that second moments are taken over, and blocks that sites' scales are.
@@ -31,6 +43,7 @@ MOMENT_TOKENS, SCALE_BLOCKS = 131_072, 256
 SLICES = 16
 # Queries whose J are made in one unit; numbers in all J that one pass over the pool holds (1 GiB), and its queries.
 UNIT, HELD, MOST = 16, 2**28, 256
+TENSORS = ("W_in", "W_out", "unigram")
 
 
 def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
@@ -81,10 +94,15 @@ def _curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None
     for name in results[0]["moments"]:
         moments = reduce(add, (found["moments"][name] for found in results)) / positions
         sites.append(preconditioned(name, moments, counted, config.seed))
+        if name == HEAD and not config.model.start:
+            sites.append(preconditioned(ORIGIN, moments, counted, config.seed))
     save_sites(stage.store, "sites-unscaled", tuple(sites))
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:SCALE_BLOCKS])
     found = _mapped(crew, ScaleWorker, (*given, stage.store), few, "scale")
     scales = {site.name: sum(each["squares"][site.name] for each in found) / len(few) for site in sites}
+    if ORIGIN in scales:
+        loss = sum(each["loss"] for each in found) / sum(each["targets"] for each in found)
+        scales[ORIGIN] /= origin_weight(len(sites) - 2, loss, distribution(counted))
     save_sites(stage.store, "sites", tuple(replace(site, scale=max(scales[site.name], 1e-30)) for site in sites))
     stage.store.write_json("manifest.json", {"sites": scales, "blocks": len(blocks), "sample": len(sample)})
     for ending in ("json", "safetensors"):
@@ -100,7 +118,7 @@ def _mapped(crew: Crew, make: Any, given: tuple, ordinals: np.ndarray, what: str
 
 def save_sites(store: Store, name: str, sites: tuple[Site, ...]) -> None:
     """Publish sites as ``name``.safetensors and ``name``.json."""
-    tensors = {f"{i}.{side}": getattr(site, side).cpu() for i, site in enumerate(sites) for side in ("W_in", "W_out")}
+    tensors = {f"{i}.{part}": getattr(site, part).cpu() for i, site in enumerate(sites) for part in TENSORS}
     store.write(f"{name}.safetensors", tensor_bytes(tensors))
     store.write_json(f"{name}.json", [{"name": site.name, "scale": site.scale} for site in sites])
 
@@ -110,8 +128,7 @@ def load_sites(store: Store, name: str, device: Any) -> tuple[Site, ...]:
     tensors = tensors_from(store.read(f"{name}.safetensors"))
     facts = store.read_json(f"{name}.json")
     return tuple(
-        Site(each["name"], tensors[f"{i}.W_in"], tensors[f"{i}.W_out"], each["scale"]).to(device)
-        for i, each in enumerate(facts)
+        Site(**each, **{part: tensors[f"{i}.{part}"] for part in TENSORS}).to(device) for i, each in enumerate(facts)
     )
 
 
@@ -132,7 +149,7 @@ class MomentWorker(PoolWorker):
 
 
 class ScaleWorker(PoolWorker):
-    """Σ |H^-½ J|² by site over some blocks."""
+    """Σ |H^-½ J|² by site, and the loss, over some blocks."""
 
     def __init__(self, config: Config, store: Store, device: str, curvature: Store) -> None:
         super().__init__(config, store, device)
@@ -141,13 +158,16 @@ class ScaleWorker(PoolWorker):
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Do one unit; returns its findings."""
         index, ordinals = unit
-        squares = dict.fromkeys((site.name for site in self.sites), 0.0)
+        squares, loss, targets = dict.fromkeys((site.name for site in self.sites), 0.0), 0.0, 0
         for start in range(0, len(ordinals), self.rows):
             batch = self.blocks.batch(ordinals[start : start + self.rows])
-            each, _ = site_gradients(self.model, self.sites, self.tensors(batch.ids), self.tensors(batch.mask))
+            each, losses = site_gradients(self.model, self.sites, self.tensors(batch.ids), self.tensors(batch.mask))
             for site, J in each:
                 squares[site.name] += float(J.double().square().sum())
-        return {"index": index, "blocks": len(ordinals), "squares": squares}
+            counted = batch.mask[:, 1:].sum(1)
+            loss += float((losses.nan_to_num().cpu().double() * torch.from_numpy(counted)).sum())
+            targets += int(counted.sum())
+        return {"index": index, "blocks": len(ordinals), "squares": squares, "loss": loss, "targets": targets}
 
 
 def _score(config: Config, blocks: Blocks, curvature: Stage, stage: Stage, queries: int, crew: Crew) -> None:

@@ -7,13 +7,15 @@ the others). The sites of a model are
 
     each layer's last linear map into the residual stream (an MLP's output projection): u = its input, F wide
     the head: u = the final state, and what is written are the logits, g_t = p_t − y_t
+    the origin: the head before it knew more than token counts, g_t = π − y_t with π the pool's unigram distribution;
+        only where training began from random weights, whose first and largest steps these were
 
 The influence of block i on query x is Σ_sites J(x)ᵀ H⁻¹ J_i / mean_i |H^-½ J_i|², H the Kronecker product of the two
 sides' damped second moments over the pool (measured point 4), so that every site has the same say.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from stride_ray.closed_form import inverse_root
 from stride_ray.errors import StrideError
 from stride_ray.model import SplitModel, masked_mean
 
-HEAD = "head"
+HEAD, ORIGIN = "head", "origin"
 # Damping: eigenvalues λ become λ + damping · mean λ. The head's states are a model's least noisy side; less damping
 # helped the layers and did nothing for the head.
 DAMPING, HEAD_DAMPING = 0.01, 0.1
@@ -43,21 +45,23 @@ class Site:
     """One site with its preconditioner.
 
     Attributes:
-        name: of the module, or "head".
+        name: of the module, or "head" or "origin".
         W_in: (F, F) float32, whitens what is read.
-        W_out: (D, D) float32, whitens the gradient at what is written; for the head (V,) weights of the logits, or
-            (V, v) weights times a sketch where V > 4096.
-        scale: mean |J_i|² over blocks of the pool.
+        W_out: (D, D) float32, whitens the gradient at what is written; for head and origin (V,) weights of the
+            logits, or (V, v) weights times a sketch where V > 4096.
+        unigram: (V,) π for the origin, else empty.
+        scale: mean |J_i|² over blocks of the pool, over the site's weight.
     """
 
     name: str
     W_in: Tensor
     W_out: Tensor
+    unigram: Tensor = field(default_factory=lambda: torch.empty(0))
     scale: float = 1.0
 
     def to(self, device: Any) -> "Site":
         """A copy on a device."""
-        return replace(self, W_in=self.W_in.to(device), W_out=self.W_out.to(device))
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("W_in", "W_out", "unigram")})
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Moments:
 
 
 def find_sites(model: SplitModel) -> tuple[str, ...]:
-    """Names of the model's sites in order: a module per layer, then "head".
+    """Names of the model's own sites in order: a module per layer, then "head".
 
     Raises:
         StrideError: where no layer has a linear map into the residual stream.
@@ -117,10 +121,10 @@ def tapped(
         mask_BT: (B, T) bool targets.
 
     Returns:
-        By site, u (B, T, F) and ∂(each sequence's masked mean loss)/∂(what is written) (B, T, D), float32; for the
-        head its states and an empty tensor. And the losses, (B,) float32, nan without a target.
+        By site, u (B, T, F) and ∂(each sequence's masked mean loss)/∂(what is written) (B, T, D), float32; for head
+        and origin the final states and an empty tensor. And the losses, (B,) float32, nan without a target.
     """
-    wanted = [name for name in sites if name != HEAD]
+    wanted = [name for name in sites if name not in (HEAD, ORIGIN)]
     read: dict[str, Tensor] = {}
     wrote: dict[str, Tensor] = {}
 
@@ -141,15 +145,16 @@ def tapped(
             z = model.read(ids_BT)
             losses = masked_mean(model.token_losses(z, ids_BT, mask_BT), mask_BT)
             total = losses[mask_BT[:, 1:].any(1)].sum()
-            gradients = torch.autograd.grad(total, [wrote[name] for name in wanted]) if total.requires_grad else None
+            gradients = (
+                torch.autograd.grad(total, [wrote[name] for name in wanted]) if wanted and total.requires_grad else None
+            )
     finally:
         for handle in handles:
             handle.remove()
     zeros = {name: torch.zeros_like(wrote[name]) for name in wanted}
     found = dict(zip(wanted, gradients, strict=True)) if gradients else zeros
     taps = {name: (read[name], found[name].float()) for name in wanted}
-    if HEAD in sites:
-        taps[HEAD] = (z.detach().float(), torch.empty(0, device=model.device))
+    taps |= {name: (z.detach().float(), torch.empty(0, device=model.device)) for name in sites if name not in wanted}
     return taps, losses.detach()
 
 
@@ -181,14 +186,31 @@ def preconditioned(name: str, moments: Moments, counts: Tensor, seed: int) -> Si
         counts: (V,) how often each token is in the pool; for the head.
         seed: of the sketch of a large vocabulary.
     """
-    if name != HEAD:
+    if name not in (HEAD, ORIGIN):
         return Site(name, inverse_root(moments.read, DAMPING), inverse_root(moments.written, DAMPING))
-    unigram = (counts.double() + 1) / (counts.double() + 1).sum()
-    weights = (unigram + RARE).rsqrt().float()
+    unigram = distribution(counts)
+    weights = (unigram + RARE).rsqrt()
     if len(weights) > SKETCH:
         generator = torch.Generator().manual_seed(seed)
         weights = weights.unsqueeze(1) * torch.randn(len(weights), SKETCH, generator=generator) / SKETCH**0.5
-    return Site(name, inverse_root(moments.read, HEAD_DAMPING), weights)
+    return Site(name, inverse_root(moments.read, HEAD_DAMPING), weights, unigram if name == ORIGIN else torch.empty(0))
+
+
+def distribution(counts: Tensor) -> Tensor:
+    """The add-one unigram distribution π of token counts: (V,) in, (V,) float32 out."""
+    return ((counts.double() + 1) / (counts.double() + 1).sum()).float()
+
+
+def origin_weight(layers: int, loss: float, unigram: Tensor) -> float:
+    """Say of the origin: that of all layers together, times what the model left of the tokens' unigram entropy.
+
+    Args:
+        layers: how many sites are layers.
+        loss: the model's mean loss on the pool, nats a token.
+        unigram: (V,) π.
+    """
+    entropy = float(-(unigram.double() * unigram.double().log()).sum())
+    return layers * min(1.0, loss / entropy)
 
 
 def site_gradients(
@@ -200,7 +222,7 @@ def site_gradients(
     def each() -> Iterator[tuple[Site, Tensor]]:
         for site in sites:
             u, g = taps.pop(site.name)
-            if site.name == HEAD:
+            if site.name in (HEAD, ORIGIN):
                 yield site, _head_gradients(model, site, u, ids_BT, mask_BT)
             else:
                 yield site, ((u @ site.W_in).transpose(1, 2) @ (g @ site.W_out)).flatten(1)
@@ -209,13 +231,14 @@ def site_gradients(
 
 
 def _head_gradients(model: SplitModel, site: Site, z_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Σ_t ω_t (z_t W_in) ⊗ ((p_t − y_t) W_out) of each sequence, a few sequences' logits at a time."""
+    """Σ_t ω_t (z_t W_in) ⊗ ((p_t − y_t) W_out) of each sequence, a few sequences' logits at a time; origin: π for p."""
     omega = mask_BT[:, 1:].float()
     omega = omega / omega.sum(1, keepdim=True).clamp(min=1)
     rows = max(1, CHUNK // (model.vocabulary * max(1, ids_BT.shape[1])))
     found = []
     for z, ids, weight in zip(z_BTD[:, :-1].split(rows), ids_BT[:, 1:].split(rows), omega.split(rows), strict=True):
-        g = torch.softmax(model.logits(z).float(), -1)
+        known = len(site.unigram) > 0
+        g = site.unigram.repeat(*z.shape[:2], 1) if known else model.logits(z).float().softmax(-1)
         g.scatter_add_(2, ids.unsqueeze(2), -torch.ones_like(ids, dtype=g.dtype).unsqueeze(2))
         W_out = site.W_out[: model.vocabulary]
         g = g * W_out if W_out.dim() == 1 else g @ W_out

@@ -108,6 +108,7 @@ DEPENDING = {
     **{name: {*AMORTISED} for name in OPTIONS if name.partition(".")[0] in ("membership", "operators", "fit")},
     **{name: {*AMORTISED, *EXACT} for name in ("seed", "model.path", "model.dtype")},
     "model.split": {*AMORTISED},
+    "model.start": {*EXACT},
     **{name: {"responses", "influence"} for name in OPTIONS if name.startswith("respond.")},
     **{name: {"influence"} for name in OPTIONS if name.startswith("recover.")},
     "attribute.top": {"exact"},

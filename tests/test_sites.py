@@ -13,10 +13,14 @@ from stride_ray.model import SplitModel
 from stride_ray.sites import (
     HARM,
     HEAD,
+    HEAD_DAMPING,
+    ORIGIN,
+    RARE,
     Moments,
     Site,
     find_sites,
     influence,
+    origin_weight,
     preconditioned,
     site_gradients,
     site_moments,
@@ -129,6 +133,7 @@ def test_influence_is_the_preconditioned_inner_product(made, texts):
     sums, count = site_moments(model, names, ids, mask)
     counts = torch.bincount(ids.flatten(), minlength=V)
     sites = tuple(replace(preconditioned(name, m / count, counts, 0), scale=2.0) for name, m in sums.items())
+    assert [site.name for site in sites] == list(names)
     whitened = {site.name: J for site, J in site_gradients(model, sites, ids, mask)[0]}
     found = influence({name: J[:2] for name, J in whitened.items()}, site_gradients(model, sites, ids, mask)[0])
     total = torch.zeros(2, B)
@@ -166,3 +171,25 @@ def test_a_large_vocabulary_is_sketched(monkeypatch):
     assert not torch.equal(one.W_out, preconditioned(HEAD, moments, counts, 1).W_out)
     rare, common = one.W_out[0].norm(), one.W_out[-1].norm()
     assert rare > common
+
+
+def test_the_origin_is_the_head_with_unigrams_for_predictions(made, texts):
+    model, _, _ = made
+    ids, mask = texts
+    counts = torch.bincount(ids.flatten(), minlength=V)
+    origin = preconditioned(ORIGIN, Moments(np.eye(D), np.empty((0, 0))), counts, 0)
+    ((_, J),), _ = site_gradients(model, (origin,), ids, mask)
+    z = model.read(ids)
+    pi = (counts + 1) / (counts + 1).sum()
+    for row in range(B):
+        weights = mask[row, 1:] / mask[row, 1:].sum().clamp(min=1)
+        g = (pi - torch.nn.functional.one_hot(ids[row, 1:], V)) * (pi + RARE).rsqrt()
+        expected = (z[row, :-1] * weights[:, None] / (1 + HEAD_DAMPING) ** 0.5).T @ g
+        torch.testing.assert_close(J[row], expected.flatten(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_origin_weighs_less_the_more_the_model_knows():
+    unigram = torch.full((V,), 1 / V)
+    entropy = float(np.log(V))
+    assert origin_weight(4, entropy / 2, unigram) == pytest.approx(2)
+    assert origin_weight(4, 2 * entropy, unigram) == 4

@@ -24,6 +24,10 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "attribute": ("model.path", "attribute.top", "recover.penalty_ratio"),
 }
 EVERYWHERE = ("compute.address", "compute.workers", "compute.device")
+MODES = {
+    "exact": "score every block in one pass over the pool; needs no operators (the default)",
+    "amortised": "respond and recover: seconds a query once 'fit' is done",
+}
 ABOUT = {
     "shard": "documents to blocks: tokenise a corpus and cut it into blocks in Parquet",
     "fit": "blocks to operators: one pass over the pool, or the paper's training loop",
@@ -69,13 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         if verb in ("respond", "attribute"):
             sub.add_argument("--queries", required=True, metavar="FILE", help="JSON Lines, Parquet or text files")
         if verb == "attribute":
-            sub.add_argument(
-                "--exact",
-                dest="attribute.mode",
-                action="store_const",
-                const="exact",
-                help="score every block in one pass over the pool; needs no operators (attribute.mode = exact)",
-            )
+            either = sub.add_mutually_exclusive_group()
+            for mode, about in MODES.items():
+                either.add_argument(f"--{mode}", dest="attribute.mode", action="store_const", const=mode, help=about)
         if verb in ("respond", "recover", "attribute"):
             sub.add_argument("--name", default="queries", help="name of the query set, a folder's (default: queries)")
         sub.add_argument("--config", metavar="FILE", help="TOML with any options ('stride-ray config' lists them)")

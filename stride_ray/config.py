@@ -137,10 +137,10 @@ class AttributeConfig:
     """How queries are answered."""
 
     mode: str = _option(
-        "amortised",
-        "amortised: respond and recover, instant once operators are fitted; exact: every inner product, one pass over "
-        "the pool for each batch of queries, no operators",
-        ("amortised", "exact"),
+        "exact",
+        "exact: every inner product, a pass over the pool for each batch of queries, no operators; amortised: respond "
+        "and recover, instant once operators are fitted, and less accurate",
+        ("exact", "amortised"),
     )
     top: int = _option(2000, "exact: blocks kept per query, those of largest influence, helpful or harmful", low=1)
 

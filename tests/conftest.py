@@ -123,6 +123,7 @@ def settings(parts, **more):
         "membership.degree": 4,
         "operators.rank": 8,
         "operators.sketch": 16,
+        "attribute.mode": "amortised",
         "compute.workers": 2,
         **{name.replace("__", "."): value for name, value in more.items()},
     }

@@ -42,7 +42,7 @@ def quickstart(folder):
 
 
 def test_quickstart_finds_the_files_that_the_prompts_came_from(quickstart, folder):
-    tables = sorted((folder / "quickstart/run/influence/prompts").glob("influence-*.parquet"))
+    tables = sorted((folder / "quickstart/run/exact/prompts").glob("influence-*.parquet"))
     rows = [row for table in tables for row in pq.read_table(table).to_pylist()]
     top = {}
     for row in rows:
@@ -52,7 +52,7 @@ def test_quickstart_finds_the_files_that_the_prompts_came_from(quickstart, folde
     assert "json/decoder.py" in top["json-error"]
     assert "http/server.py" in top["http"]
     assert "page.html" in quickstart
-    page = (folder / "quickstart/run/influence/prompts/page.html").read_text("utf-8")
+    page = (folder / "quickstart/run/exact/prompts/page.html").read_text("utf-8")
     assert "difflib.py" in page
     assert "<script" not in page
 
@@ -72,6 +72,6 @@ def test_snippet_runs(quickstart, folder, index):
     printed = run(command, folder)
     if kind == "python":
         assert "influence" in printed
-        assert (folder / "mine/influence/prompts/page.html").exists()
+        assert (folder / "mine/exact/prompts/page.html").exists()
     else:
         assert "influence/ask" in printed

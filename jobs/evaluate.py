@@ -1,0 +1,57 @@
+"""Job: how well attribution methods foretell retraining, on one benchmark: scores, seconds, tables, a plot.
+
+The folder holds pool.parquet, queries.parquet, model/, retraining results (jobs/retrain.py makes them) and, where
+training began from a checkpoint, start/. A command that was killed goes on where it stopped when it is run again. What
+is printed, and the JSON object on the last line, is about the report part of the queries (all, where there are no
+parts); lds.md in the output folder has the rest. Exit status as stride-ray's: 0 done, 1 with a sentence on standard
+error, 130 interrupted.
+
+    python jobs/evaluate.py --benchmark FOLDER --out FOLDER [--methods tfidf,logra,stride] [--ablations]
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from stride_ray.config import ComputeConfig
+from stride_ray.errors import StrideError
+from stride_ray.evaluate.compare import compare, method_names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, compare, print the tables and one line of JSON; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"Methods: {', '.join(method_names())}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--benchmark", required=True, metavar="FOLDER", help="the benchmark: a path or fsspec URL")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where results go; a rerun goes on there")
+    parser.add_argument("--methods", metavar="A,B,…", help="only these (default: all but the ablations)")
+    parser.add_argument("--ablations", action="store_true", help="STRIDE's ablations too")
+    parser.add_argument("--address", default="", help="Ray address; empty: RAY_ADDRESS, else a local Ray")
+    parser.add_argument("--workers", type=int, default=0, help="cores, or STRIDE's GPUs (default: all)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parsed = parser.parse_args(arguments)
+    try:
+        done = compare(
+            parsed.benchmark,
+            parsed.out,
+            methods=None if parsed.methods is None else [name.strip() for name in parsed.methods.split(",")],
+            ablations=parsed.ablations,
+            compute=ComputeConfig(address=parsed.address, workers=parsed.workers, device=parsed.device),
+        )
+    except StrideError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("evaluate: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    print(done["told"])
+    print(json.dumps(done["result"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

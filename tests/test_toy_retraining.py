@@ -1,0 +1,108 @@
+"""Correct by construction: where retraining is one small step of known form, what assumes that step foretells it.
+
+The toy "retrains" a tiny Llama on a subset by one step along the subset's summed gradient, taken by autograd on the
+weights themselves: preconditioned at the sites for exact influence, plain on every matrix for GradDot.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stride_ray.baselines import METHODS
+from stride_ray.baselines.problem import Problem, Texts
+from stride_ray.evaluate.lds import evaluate, subset_sums
+from stride_ray.evaluate.truth import Truth
+from stride_ray.model import SplitModel
+from stride_ray.sites import HARM, HEAD, find_sites, influence, preconditioned, site_gradients, site_moments
+
+V, T, N, Q, S = 50, 12, 60, 8, 40
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A tiny model folder, blocks, queries and random halves."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, max_position_embeddings=T, tie_word_embeddings=False, **sizes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+    folder = tmp_path_factory.mktemp("toy") / "model"
+    model.save_pretrained(folder)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, V, (N + Q, T))
+    subsets = tuple(np.sort(rng.permutation(N)[: N // 2]) for _ in range(S))
+    return folder, torch.from_numpy(ids[:N]), torch.from_numpy(ids[N:]), subsets
+
+
+def losses_of(model, ids):
+    """(B,) mean next-token loss of each text."""
+    logits = model(input_ids=ids).logits[:, :-1]
+    return cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+
+
+def truth_of(model, toy, step, size):
+    """Losses of queries after a step on each subset; ``step`` maps weights' names and gradients to their changes."""
+    _, blocks, queries, subsets = toy
+    model.requires_grad_(True)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.dim() == 2}
+    found = []
+    for subset in subsets:
+        gradients = torch.autograd.grad(
+            losses_of(model, blocks[subset]).sum(), list(weights.values()), allow_unused=True
+        )
+        changes = step(dict(zip(weights, gradients, strict=True)))
+        with torch.no_grad():
+            for name, change in changes.items():
+                weights[name] -= size * change
+            found.append(losses_of(model, queries))
+            for name, change in changes.items():
+                weights[name] += size * change
+    return Truth(subsets, torch.stack(found).numpy()[None], ("toy",))
+
+
+def lds(truth, scores):
+    kinds = ["toy"] * Q
+    found = evaluate({"it": subset_sums(scores, truth.subsets)}, truth, kinds, kinds)
+    return found.figure("it").lds
+
+
+def test_exact_influence_foretells_preconditioned_steps(toy):
+    folder, blocks, queries, _ = toy
+    model = SplitModel(LlamaForCausalLM.from_pretrained(folder), split=1)
+    names, mask = find_sites(model), torch.ones_like(blocks, dtype=torch.bool)
+    sums, positions = site_moments(model, names, blocks, mask)
+    counts = torch.bincount(blocks.flatten(), minlength=V)
+    sites = {name: preconditioned(name, sums[name] / positions, counts, 0) for name in names}
+
+    def step(gradients):
+        changes = {}
+        for name, site in sites.items():
+            weight = "lm_head.weight" if name == HEAD else f"{name}.weight"
+            read = gradients[weight] @ site.W_in @ site.W_in.T
+            left = site.W_out.square().unsqueeze(1) if name == HEAD else site.W_out @ site.W_out.T
+            changes[weight] = left * read if name == HEAD else left @ read
+        return changes
+
+    asked = {site.name: J for site, J in site_gradients(model, tuple(sites.values()), queries, mask[:Q])[0]}
+    scores = influence(asked, site_gradients(model, tuple(sites.values()), blocks, mask)[0])
+    signed = torch.where(scores > 0, scores, scores / HARM).numpy()
+    truth = truth_of(model.model, toy, step, 1e-6)
+    assert lds(truth, signed).value > 0.99
+    assert lds(truth, scores.numpy()).value > 0.95  # harm counts half, whatever the truth
+    assert lds(truth, -signed).value < -0.99
+    shuffled = signed[:, np.random.default_rng(0).permutation(N)]
+    assert lds(truth, shuffled).low < 0 < lds(truth, shuffled).high
+
+
+def test_graddot_foretells_plain_steps_and_words_do_not(toy):
+    folder, blocks, queries, _ = toy
+    blocks, queries = (Texts(x.numpy().astype(np.int32), np.ones(x.shape, dtype=bool)) for x in (blocks, queries))
+    problem = Problem(blocks, queries, str(folder))
+    truth = truth_of(LlamaForCausalLM.from_pretrained(folder), toy, lambda gradients: gradients, 1e-4)
+    graddot = lds(truth, METHODS["graddot"].run(problem))
+    assert graddot.value > 0.99
+    for name in ("random", "tfidf"):
+        assert lds(truth, METHODS[name].run(problem)).value < graddot.value - 0.3

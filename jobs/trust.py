@@ -1,0 +1,40 @@
+"""Job: the trust panel of a query set that was attributed; prints a table, a verdict and, last, one JSON object.
+
+Exit status as stride-ray's: 0 done, 1 with a sentence on standard error, 130 interrupted.
+
+    python jobs/trust.py RUN --name NAME [--mode amortised]
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+
+from stride_ray.errors import StrideError
+from stride_ray.evaluate.trust import trust
+from stride_ray.run import Run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, check, print; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="the run directory, a path or fsspec URL")
+    parser.add_argument("--name", required=True, help="of the query set")
+    parser.add_argument("--mode", choices=("exact", "amortised"), help="of the answer (default: the run's)")
+    parsed = parser.parse_args(arguments)
+    try:
+        found = trust(Run(parsed.run, changes={"attribute.mode": parsed.mode} if parsed.mode else {}), parsed.name)
+    except StrideError as error:
+        print(f"trust: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("trust: interrupted", file=sys.stderr)
+        return 130
+    print(found.as_table())
+    print(json.dumps(dataclasses.asdict(found)).replace("NaN", "null"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""Tail-patch: does one more gradient step on a query's top blocks lower its loss more than a step on random ones?
+
+Method: metrics, "tail-patch" (Chang et al. 2024, arXiv:2410.17413). It needs no retraining, and it favours blocks that
+resemble the query, which is why lexical search stands beside it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from stride_ray.attribute import read_influence
+from stride_ray.blocks import Blocks
+from stride_ray.config import Config
+from stride_ray.distribute import connected, map_actors, pool, progress
+from stride_ray.errors import StrideError
+from stride_ray.passes import PoolWorker
+from stride_ray.queries import padded
+from stride_ray.run import Run
+from stride_ray.storage import Store
+
+# Queries in a unit of work; steps on random blocks that a query's is compared with; resamplings of the interval.
+UNIT, DRAWS, RESAMPLED = 4, 4, 2000
+INFLUENCE, LEXICAL = "influence", "TF-IDF"
+
+
+@dataclass(frozen=True)
+class Lift:
+    """One method's tail-patch.
+
+    Attributes:
+        method: INFLUENCE or LEXICAL.
+        changes: per query, change of its masked mean token loss after a step on the method's top blocks, nats; nan
+            where the method names none.
+        values: per query, the lift: that minus the mean change after steps on random blocks; negative is good.
+        queries: how many queries have a lift.
+        mean: of the lifts, with ``low`` and ``high``, its 95 % bootstrap interval over queries; nan without any.
+    """
+
+    method: str
+    changes: tuple[float, ...]
+    values: tuple[float, ...]
+    queries: int
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TailPatch:
+    """Tail-patch of a query set.
+
+    Attributes:
+        k: blocks in a step. ``learning_rate``: of the step. ``seed``: of the random blocks.
+        query_ids: the queries measured: those that did not fail.
+        base: their loss before any step, nats per token.
+        random: mean change of each one's loss over DRAWS steps on k random blocks.
+        lifts: by method.
+    """
+
+    k: int
+    learning_rate: float
+    seed: int
+    query_ids: tuple[str, ...]
+    base: tuple[float, ...]
+    random: tuple[float, ...]
+    lifts: tuple[Lift, ...]
+
+    def as_table(self) -> str:
+        """The lifts as Markdown, with the mean change after random steps below."""
+        lines = ["| top blocks by | lift, nats per token | 95 % interval | queries |", "|---|---|---|---|"]
+        for each in self.lifts:
+            row = f"| {each.method} | {each.mean:+.4g} | {each.low:+.4g} to {each.high:+.4g} | {each.queries} |"
+            lines.append(row.replace("+nan to +nan", "").replace("+nan", ""))
+        told = f"One SGD step of {self.learning_rate:g} on {self.k} blocks; negative is good."
+        return "\n".join([*lines, "", f"{told} Mean change after {DRAWS} random steps: {np.mean(self.random):+.4g}."])
+
+
+def tail_patch(run: Run, name: str, k: int = 10, learning_rate: float = 0.01, seed: int = 0) -> TailPatch:
+    """Take one gradient step per query and set of blocks, on Ray workers, and compare what became of its loss.
+
+    A step is plain SGD on the mean loss of the blocks' tokens, by all parameters, from the frozen model, in float32
+    whatever ``model.dtype`` is (in bfloat16 it would be rounded away). It needs three times the model's memory.
+
+    Args:
+        run: with finished influence of that name, exact or amortised as ``attribute.mode`` says.
+        name: the query set.
+        k: the blocks of a step: a query's largest influences, the positive ones only, so there may be fewer.
+        learning_rate: of the step, small enough that the loss is nearly linear in it; lifts grow with it.
+        seed: of the random blocks, which also depend on the query's place in the set.
+
+    Returns:
+        Lifts by INFLUENCE and LEXICAL.
+
+    Raises:
+        StrideError: influence is not finished, k or the learning rate is not positive, or every query failed.
+    """
+    if k < 1 or not 0 < learning_rate < np.inf:
+        raise StrideError(f"tail-patch: k is {k} and the learning rate {learning_rate}; both must be positive.")
+    blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
+    queries = answered_queries(run, name)
+    tops = {INFLUENCE: top_blocks(run, name, k), LEXICAL: lexical_top(blocks, queries, k)}
+    for query in queries:
+        draws = [np.random.default_rng([seed, query["place"], i]) for i in range(DRAWS)]
+        query["steps"] = {method: top.get(query["query_id"], np.zeros(0, int)) for method, top in tops.items()}
+        query["draws"] = [np.sort(rng.choice(len(blocks), min(k, len(blocks)), replace=False)) for rng in draws]
+    units = [queries[start : start + UNIT] for start in range(0, len(queries), UNIT)]
+    config = run.config.updated({"model.dtype": "float32"})
+    with connected(config.compute):
+        workers = pool(config.compute, len(units))
+        given = (config, blocks.store, workers.device, learning_rate)
+        results = map_actors(Patcher, given, units, workers)
+        done = progress(results, "tail-patch", len(queries), "queries", lambda found: len(found["queries"]))
+    found = sorted((each for unit in done for each in unit["queries"]), key=lambda each: each["place"])
+    random = np.array([np.mean(each["random"]) for each in found])
+    lifts = [_lift(method, np.array([each[method] for each in found]), random) for method in tops]
+    base = [each["base"] for each in found]
+    ids = [each["query_id"] for each in found]
+    return TailPatch(k, learning_rate, seed, tuple(ids), tuple(base), tuple(random.tolist()), tuple(lifts))
+
+
+def answered_queries(run: Run, name: str) -> list[dict[str, Any]]:
+    """Rows of a set's queries (queries.SCHEMA) that did not fail, each with its ``place`` in the set.
+
+    Raises:
+        StrideError: influence is not finished, or every query failed.
+    """
+    recovery = read_influence(run, name, "recovery").to_pylist()
+    good = {row["query_id"] for row in recovery if row["status"] == "ok"}
+    stage = run.stage("exact" if run.config.attribute.mode == "exact" else "responses", name)
+    table = stage.store.read_table("queries.parquet").to_pylist()
+    found = [{**row, "place": place} for place, row in enumerate(table) if row["query_id"] in good]
+    if not found:
+        raise StrideError(f"Every query of {name!r} failed; the recovery table says why.")
+    return found
+
+
+def top_blocks(run: Run, name: str, k: int) -> dict[str, np.ndarray]:
+    """Ordinals of each query's k largest influences, the positive ones only, by query id."""
+    table = read_influence(run, name)
+    table = table.filter(pc.and_(pc.less_equal(table["rank"], k), pc.greater(table["influence"], 0)))
+    tops: dict[str, list[int]] = {}
+    for query, ordinal in zip(table["query_id"].to_pylist(), table["ordinal"].to_pylist(), strict=True):
+        tops.setdefault(query, []).append(ordinal)
+    return {query: np.array(top) for query, top in tops.items()}
+
+
+def lexical_top(blocks: Blocks, queries: Sequence[dict[str, Any]], k: int) -> dict[str, np.ndarray]:
+    """Ordinals of each query's k most similar blocks by TF-IDF (token uni- and bigrams, sublinear), by query id.
+
+    Blocks that share no token with a query are left out. The pool's vectors are held in memory.
+    """
+
+    def pooled() -> Iterator[str]:
+        for batch in blocks.batches(0, len(blocks), 4096):
+            for ids, mask in zip(batch.ids, batch.mask, strict=True):
+                yield " ".join(map(str, ids[mask]))
+
+    vectorizer = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2), sublinear_tf=True)
+    X = vectorizer.fit_transform(pooled()).T.tocsr()
+    asked = vectorizer.transform(" ".join(map(str, query["token_ids"])) for query in queries)
+    tops = {}
+    for row, query in enumerate(queries):
+        similar = (asked[[row]] @ X).tocsr()
+        order = np.lexsort((similar.indices, -similar.data))[:k]
+        tops[query["query_id"]] = similar.indices[order].astype(np.int64)
+    return tops
+
+
+class Patcher(PoolWorker):
+    """Takes steps for units of queries; after each the parameters are what they were, bit for bit."""
+
+    def __init__(self, config: Config, store: Store, device: str, learning_rate: float) -> None:
+        super().__init__(config, store, device)
+        self.learning_rate = learning_rate
+        self.kept = [parameter.detach().clone() for parameter in self.model.model.parameters()]
+
+    def __call__(self, unit: list[dict[str, Any]]) -> dict[str, Any]:
+        """Do one unit; returns per query its base loss and the changes by method."""
+        return {"queries": [self._query(query) for query in unit]}
+
+    def _query(self, query: dict[str, Any]) -> dict[str, Any]:
+        base = self._loss(query)
+        changes = {method: self._change(query, base, ordinals) for method, ordinals in query["steps"].items()}
+        random = [self._change(query, base, ordinals) for ordinals in query["draws"]]
+        return {"query_id": query["query_id"], "place": query["place"], "base": base, "random": random, **changes}
+
+    @torch.no_grad()
+    def _loss(self, query: dict[str, Any]) -> float:
+        ids, mask = padded([query], self.model.device)
+        losses = self.model.token_losses(self.model.read(ids), ids, mask)
+        return float(losses.double().sum() / mask[:, 1:].sum())
+
+    def _change(self, query: dict[str, Any], base: float, ordinals: np.ndarray) -> float:
+        """Change of the query's loss after a step on some blocks; nan where none of them has a target."""
+        batch = self.blocks.batch(ordinals) if len(ordinals) else None
+        if batch is None or not batch.mask[:, 1:].any():
+            return float("nan")
+        ids, mask = self.tensors(batch.ids), self.tensors(batch.mask)
+        model, targets = self.model, mask[:, 1:].sum()
+        model.model.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                for some, counts in zip(ids.split(self.rows), mask.split(self.rows), strict=True):
+                    if counts[:, 1:].any():
+                        (model.token_losses(model.read(some), some, counts).sum() / targets).backward()
+            with torch.no_grad():
+                for parameter in model.model.parameters():
+                    if parameter.grad is not None:
+                        parameter.sub_(parameter.grad, alpha=self.learning_rate)
+            return self._loss(query) - base
+        finally:
+            model.model.requires_grad_(False)
+            for parameter, kept in zip(model.model.parameters(), self.kept, strict=True):
+                parameter.grad = None
+                parameter.copy_(kept)
+
+
+def _lift(method: str, changes: np.ndarray, random: np.ndarray) -> Lift:
+    values = changes - random
+    given = values[np.isfinite(values)]
+    mean, low, high = interval(given)
+    return Lift(method, tuple(changes.tolist()), tuple(values.tolist()), len(given), mean, low, high)
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of some values with its 95 % percentile bootstrap interval; nan without values."""
+    if not len(values):
+        return float("nan"), float("nan"), float("nan")
+    drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLED, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)

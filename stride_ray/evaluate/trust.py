@@ -1,0 +1,174 @@
+"""The trust panel: what can be said of an attribution without retraining anything, ending in one plain verdict.
+
+Amortised: do two halves of the subsets name the same blocks, and more so than halves of membership matrices that the
+responses were not made with? Exact: do different queries get different blocks, and some that lexical search finds too?
+Passing is necessary and no more: how well influence foretells retraining, only retraining can say.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from stride_ray.attribute import read_influence
+from stride_ray.blocks import Blocks
+from stride_ray.errors import StrideError
+from stride_ray.evaluate.halves import TOP, Halves, halves_agreement
+from stride_ray.evaluate.tailpatch import answered_queries, lexical_top, top_blocks
+from stride_ray.run import Run
+
+# Verdicts, see ``trust``.
+CHANCE, AGREEING, SAME = 0.05, 0.3, 0.5
+
+
+@dataclass(frozen=True)
+class Trust:
+    """The panel.
+
+    Attributes:
+        mode: exact or amortised. ``queries``, ``failed``: how many there are, and how many of them failed.
+        blocks: N.
+        fit: the fit's own verdict; empty in exact mode, which has no fit. ``learned``: what it says.
+        halves: agreement of halves; None in exact mode.
+        other_mode: mean overlap of the top TOP with the other mode's; None where that has no answer to these queries.
+        lexical: mean overlap with TF-IDF's top TOP. ``lexical_p``: one-sided binomial test of it against chance.
+        chance: mean overlap with blocks drawn at random, expected.
+        between: mean overlap of different queries' top TOP; nan for one query. ``lexical_between``: TF-IDF's.
+        level: good, weak or none. ``verdict``: a sentence.
+    """
+
+    mode: str
+    queries: int
+    failed: int
+    blocks: int
+    fit: str
+    learned: bool
+    halves: Halves | None
+    other_mode: float | None
+    lexical: float
+    lexical_p: float
+    chance: float
+    between: float
+    lexical_between: float
+    level: str = ""
+    verdict: str = ""
+
+    def as_table(self) -> str:
+        """The panel as Markdown, the verdict last."""
+        rows = [("queries failed", f"{self.failed} of {self.queries}", "")]
+        if self.halves is not None:
+            h = self.halves
+            what = f"({h.queries} queries), by chance: other membership matrices"
+            rows.append((f"halves of the subsets, Spearman {what}", f"{h.spearman:.3f}", f"{h.control_spearman:.3f}"))
+            rows.append((f"halves of the subsets, top {TOP} shared", f"{h.overlap:.1%}", f"{h.control_overlap:.1%}"))
+        if self.other_mode is not None:
+            other = "amortised" if self.mode == "exact" else "exact"
+            rows.append((f"top {TOP} shared with the {other} answer", f"{self.other_mode:.1%}", f"{self.chance:.1%}"))
+        rows.append((f"top {TOP} shared with TF-IDF's", f"{self.lexical:.1%}", f"{self.chance:.1%}"))
+        if np.isfinite(self.between):
+            rows.append((f"top {TOP} shared by different queries", f"{self.between:.1%}", f"{self.chance:.1%}"))
+            rows.append(("the same of TF-IDF's", f"{self.lexical_between:.1%}", f"{self.chance:.1%}"))
+        lines = ["| check | found | by chance |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
+        return "\n".join([*lines, "", *([self.fit, ""] if self.fit else []), self.verdict])
+
+
+def trust(run: Run, name: str) -> Trust:
+    """Check a query set's influence, exact or amortised as ``attribute.mode`` says, and judge it.
+
+    ``none``: no query has a helpful block; or, amortised, the fit learned nothing, or halves of the subsets agree no
+    better than chance (p above 0.05). ``weak``: half of the queries failed; or, amortised, halves share less than 0.3
+    of the top ten; or, exact, the top ten share no more with TF-IDF's than chance (p above 0.05), or different
+    queries share half of theirs and twice what they share of TF-IDF's. Else ``good``. The thresholds are conventions.
+
+    Args:
+        run: with finished influence of that name.
+        name: the query set.
+
+    Raises:
+        StrideError: influence is not finished, or every query failed.
+    """
+    mode = "exact" if run.config.attribute.mode == "exact" else "amortised"
+    blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
+    queries = answered_queries(run, name)
+    total = read_influence(run, name, "recovery").num_rows
+    tops, lexical = top_blocks(run, name, TOP), lexical_top(blocks, queries, TOP)
+    fit: dict[str, Any] = {"verdict": "", "learned": True}
+    if mode == "amortised":
+        fit = run.stage("operators").store.read_json("metadata.json")
+    n_blocks = int(fit.get("blocks", len(blocks)))
+    chance = min(TOP, n_blocks) / n_blocks
+    shared, offered = _shared(tops, lexical)
+    panel = Trust(
+        mode=mode,
+        queries=total,
+        failed=total - len(queries),
+        blocks=n_blocks,
+        fit=fit["verdict"],
+        learned=bool(fit["learned"]),
+        halves=halves_agreement(run, name, n_blocks) if mode == "amortised" else None,
+        other_mode=_other_mode(run, name, mode, tops),
+        lexical=shared / max(offered, 1),
+        lexical_p=float(binomtest(shared, offered, chance, "greater").pvalue) if offered else 1.0,
+        chance=chance,
+        between=_between(tops),
+        lexical_between=_between(lexical),
+    )
+    level, why = _judged(panel, bool(tops))
+    return replace(panel, level=level, verdict=f"Trust: {level}, because {why}.")
+
+
+def _judged(panel: Trust, answered: bool) -> tuple[str, str]:
+    """The level and its reason."""
+    halves = panel.halves
+    if not answered:
+        return "none", "no query has a block of positive influence"
+    if not panel.learned:
+        return "none", "the operators do not tell members from non-members"
+    if halves is not None and halves.p > CHANCE:
+        return "none", f"two halves of the subsets agree no better than under membership by chance (p = {halves.p:.2g})"
+    if 2 * panel.failed >= panel.queries:
+        return "weak", f"{panel.failed} of {panel.queries} queries failed"
+    if halves is not None:
+        told = f"two halves of the subsets share {halves.overlap:.0%} of their top {TOP} blocks"
+        return ("good" if halves.overlap >= AGREEING else "weak"), f"{told}, {halves.control_overlap:.0%} by chance"
+    if panel.lexical_p > CHANCE:
+        return "weak", f"the top {TOP} blocks share no more with lexical search than blocks drawn at random"
+    if panel.between >= max(SAME, 2 * panel.lexical_between):
+        return "weak", f"different queries share {panel.between:.0%} of their top {TOP} blocks"
+    told = f"the top {TOP} blocks share {panel.lexical:.0%} with lexical search, {panel.chance:.1%} by chance"
+    return "good", f"{told}, and different queries get different blocks"
+
+
+def _shared(left: dict[str, NDArray], right: dict[str, NDArray]) -> tuple[int, int]:
+    """Over queries that have both: blocks in both tops, and blocks in left's."""
+    both = left.keys() & right.keys()
+    return sum(len(np.intersect1d(left[q], right[q])) for q in both), sum(len(left[q]) for q in both)
+
+
+def _between(tops: dict[str, NDArray]) -> float:
+    """Mean share of a query's top blocks that another query's hold too, over all pairs; nan for fewer than two."""
+    lengths = [len(top) for top in tops.values()]
+    pairs = sum(lengths) * (len(tops) - 1)
+    if not pairs:
+        return float("nan")
+    _, counts = np.unique(np.concatenate(list(tops.values())), return_counts=True)
+    return float((counts * (counts - 1)).sum() / pairs)
+
+
+def _other_mode(run: Run, name: str, mode: str, tops: dict[str, NDArray]) -> float | None:
+    """Mean overlap with the top of the other mode's answer to the same queries, where there is one."""
+    stages = ("exact", "influence") if mode == "exact" else ("influence", "exact")
+    other = Run(run.url, run.config, {"attribute.mode": "amortised" if mode == "exact" else "exact"})
+    try:
+        asked = [
+            each.require(stage, "manifest.json", "stride-ray attribute", name).store.read_json("stage.json")["keys"]
+            for each, stage in zip((run, other), stages, strict=True)
+        ]
+    except StrideError:  # not there, or made with other settings
+        return None
+    if asked[0]["queries"] != asked[1]["queries"]:
+        return None
+    shared, offered = _shared(tops, top_blocks(other, name, TOP))
+    return shared / offered if offered else None

@@ -1,0 +1,112 @@
+"""Tail-patch: its sign on the tiny run, that a step leaves no trace, and that workers do not matter."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PlainCrew
+from test_exact import answered
+
+from stride_ray.blocks import Blocks
+from stride_ray.distribute import Pool
+from stride_ray.errors import StrideError
+from stride_ray.evaluate import tailpatch
+from stride_ray.evaluate.tailpatch import Patcher, interval, tail_patch, top_blocks
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
+import tailpatch as job
+
+
+def plainly(patch, module):
+    patch.setattr(module, "connected", lambda compute: contextlib.nullcontext())
+    patch.setattr(module, "pool", lambda compute, units: Pool(1, "cpu"))
+    patch.setattr(module, "map_actors", lambda make, given, units, workers: PlainCrew(workers).map(make, given, units))
+
+
+@pytest.fixture(scope="module")
+def exactly(parts, sharded):
+    run, _, _ = answered(sharded("tail"), parts)
+    return run
+
+
+@pytest.fixture(scope="module")
+def found(exactly):
+    """Measured through Ray."""
+    return tail_patch(exactly, "asked")
+
+
+def test_a_step_on_the_top_blocks_helps_more_than_one_on_random_ones(found):
+    assert found.query_ids == ("sea", "script", "kitchen")
+    mine, lexical = found.lifts
+    subjects = np.array(mine.values)[[0, 2]]
+    assert (subjects < 0).all()
+    assert (np.array(lexical.values)[[0, 2]] < 0).all()
+    assert mine.mean == pytest.approx(np.mean(mine.values))
+    assert mine.low <= mine.mean <= mine.high
+    assert np.array(mine.values) == pytest.approx(np.array(mine.changes) - found.random)
+
+
+def test_a_plain_loop_in_other_units_gives_the_same_numbers(found, exactly, monkeypatch):
+    plainly(monkeypatch, tailpatch)
+    monkeypatch.setattr(tailpatch, "UNIT", 1)
+    assert tail_patch(exactly, "asked") == found
+
+
+def test_a_step_is_plain_sgd_and_leaves_the_model_as_it_was(exactly):
+    blocks = exactly.stage("blocks").store
+    worker = Patcher(exactly.config, blocks, "cpu", 0.05)
+    worker.rows = 3  # a step's blocks in several passes
+    batch = Blocks(blocks).batch(np.arange(8))
+    ids, mask = worker.tensors(batch.ids), worker.tensors(batch.mask)
+    query = {"token_ids": batch.ids[0].tolist(), "loss_mask": batch.mask[0].tolist()}
+    model = worker.model.model
+    before = worker.model.losses(worker.model.trunk(ids), ids, mask)
+    kept = [parameter.clone() for parameter in model.parameters()]
+    base = worker._loss(query)
+    change = worker._change(query, base, np.arange(8))
+    assert change < 0
+    assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
+    assert torch.equal(worker.model.losses(worker.model.trunk(ids), ids, mask), before)
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+    # By hand: the slope of the query's loss along the blocks' gradient, times the learning rate.
+    model.requires_grad_(True)
+    slopes = []
+    for rows, counts in ((ids, mask), (ids[:1], mask[:1])):
+        loss = worker.model.token_losses(worker.model.read(rows), rows, counts).sum() / counts[:, 1:].sum()
+        slopes.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    model.requires_grad_(False)
+    worker.learning_rate = 1e-3
+    expected = -1e-3 * float(slopes[0] @ slopes[1])
+    assert worker._change(query, base, np.arange(8)) == pytest.approx(expected, rel=0.05)
+    assert np.isnan(worker._change(query, base, np.zeros(0, int)))
+
+
+def test_the_amortised_answer_the_job_and_what_is_refused(finished, exactly, monkeypatch, capsys):
+    plainly(monkeypatch, tailpatch)
+    tops = top_blocks(finished.run, "asked", 3)
+    assert all(len(top) <= 3 for top in tops.values())
+    assert job.main([finished.run.url, "--name", "asked", "--k", "3", "--set", "attribute.mode=amortised"]) == 0
+    out = capsys.readouterr().out
+    told = json.loads(out.splitlines()[-1])
+    assert out.startswith("| top blocks by | lift")
+    assert [each["method"] for each in told["lifts"]] == ["influence", "TF-IDF"]
+    assert job.main([finished.run.url, "--name", "nothing"]) == 1
+    assert "is not finished" in capsys.readouterr().err
+    with pytest.raises(StrideError, match="must be positive"):
+        tail_patch(exactly, "asked", k=0)
+
+
+def test_queries_without_a_helpful_block_are_left_out(found):
+    lift = tailpatch._lift("influence", np.array([np.nan, -2.0]), np.array([0.0, -1.0]))
+    assert (lift.queries, lift.mean, lift.low, lift.high) == (1, -1.0, -1.0, -1.0)
+    empty = tailpatch._lift("influence", np.array([np.nan]), np.zeros(1))
+    assert "nan" not in dataclasses.replace(found, lifts=(empty,)).as_table()
+    values = np.random.default_rng(0).normal(0, 1, 400)
+    mean, low, high = interval(values)
+    assert low < mean < high
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)

@@ -24,6 +24,8 @@ from stride_ray.queries import batches, check_name, checked, fingerprint, padded
 from stride_ray.recover import Recovery
 from stride_ray.run import Run, Stage
 from stride_ray.sites import (
+    EMBEDDING,
+    EMBEDDING_WEIGHT,
     HEAD,
     ORIGIN,
     Moments,
@@ -100,9 +102,10 @@ def _curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:SCALE_BLOCKS])
     found = _mapped(crew, ScaleWorker, (*given, stage.store), few, "scale")
     scales = {site.name: sum(each["squares"][site.name] for each in found) / len(few) for site in sites}
+    scales[EMBEDDING] /= EMBEDDING_WEIGHT
     if ORIGIN in scales:
         loss = sum(each["loss"] for each in found) / sum(each["targets"] for each in found)
-        scales[ORIGIN] /= origin_weight(len(sites) - 2, loss, distribution(counted))
+        scales[ORIGIN] /= origin_weight(len(sites) - 3, loss, distribution(counted))
     save_sites(stage.store, "sites", tuple(replace(site, scale=max(scales[site.name], 1e-30)) for site in sites))
     stage.store.write_json("manifest.json", {"sites": scales, "blocks": len(blocks), "sample": len(sample)})
     for ending in ("json", "safetensors"):

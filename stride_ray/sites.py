@@ -6,6 +6,7 @@ form of operators.py is the site "head", the matrix form with the model's own ac
 the others). The sites of a model are
 
     each layer's last linear map into the residual stream (an MLP's output projection): u = its input, F wide
+    the embedding: u = the token itself, one-hot, with half a say
     the head: u = the final state, and what is written are the logits, g_t = p_t − y_t
     the origin: the head before it knew more than token counts, g_t = π − y_t with π the pool's unigram distribution;
         only where training began from random weights, whose first and largest steps these were
@@ -27,14 +28,15 @@ from stride_ray.closed_form import inverse_root
 from stride_ray.errors import StrideError
 from stride_ray.model import SplitModel, masked_mean
 
-HEAD, ORIGIN = "head", "origin"
-# Damping: eigenvalues λ become λ + damping · mean λ. The head's states are a model's least noisy side; less damping
-# helped the layers and did nothing for the head.
-DAMPING, HEAD_DAMPING = 0.01, 0.1
-# Added to the unigram distribution before its square root divides the head's gradients: rare tokens count more.
+EMBEDDING, HEAD, ORIGIN = "embedding", "head", "origin"
+# Damping: eigenvalues λ become λ + damping · mean λ. Less helped the layers and did nothing for the two ends.
+DAMPING, END_DAMPING = 0.01, 0.1
+# Added to the unigram distribution before its square root divides what is per token: rare tokens count more.
 RARE = 1e-4
-# Directions of a larger vocabulary's logits that are kept, as random combinations.
+# Directions of a larger vocabulary that are kept, as random combinations.
 SKETCH = 4096
+# What the embedding's J counts beside a layer's.
+EMBEDDING_WEIGHT = 0.5
 # What a block that harms counts of what it would as a helper: harm is the noisier side.
 HARM = 0.5
 CHUNK = 2**24  # elements of logits held at once
@@ -45,8 +47,8 @@ class Site:
     """One site with its preconditioner.
 
     Attributes:
-        name: of the module, or "head" or "origin".
-        W_in: (F, F) float32, whitens what is read.
+        name: of the module, or "embedding", "head" or "origin".
+        W_in: (F, F) float32, whitens what is read; for the embedding as W_out of the head.
         W_out: (D, D) float32, whitens the gradient at what is written; for head and origin (V,) weights of the
             logits, or (V, v) weights times a sketch where V > 4096.
         unigram: (V,) π for the origin, else empty.
@@ -66,7 +68,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums (or means) over positions at one site: u uᵀ (F, F) and g gᵀ (D, D; empty for the head), float64."""
+    """Sums (or means) over positions at one site: u uᵀ (F, F) and g gᵀ (D, D), float64; empty where it is per token."""
 
     read: np.ndarray
     written: np.ndarray
@@ -79,7 +81,7 @@ class Moments:
 
 
 def find_sites(model: SplitModel) -> tuple[str, ...]:
-    """Names of the model's own sites in order: a module per layer, then "head".
+    """Names of the model's own sites in order: "embedding", a module per layer, "head".
 
     Raises:
         StrideError: where no layer has a linear map into the residual stream.
@@ -106,7 +108,7 @@ def find_sites(model: SplitModel) -> tuple[str, ...]:
             handle.remove()
     if not last:
         raise StrideError(f"{model.name}: no layer ends in a linear map; exact influence needs one, use the amortised")
-    return (*(last[layer] for layer in sorted(last)), HEAD)
+    return (EMBEDDING, *(last[layer] for layer in sorted(last)), HEAD)
 
 
 def tapped(
@@ -121,16 +123,18 @@ def tapped(
         mask_BT: (B, T) bool targets.
 
     Returns:
-        By site, u (B, T, F) and ∂(each sequence's masked mean loss)/∂(what is written) (B, T, D), float32; for head
-        and origin the final states and an empty tensor. And the losses, (B,) float32, nan without a target.
+        By site, u (B, T, F) and ∂(each sequence's masked mean loss)/∂(what is written) (B, T, D), float32; for the
+        embedding the ids in place of u, for head and origin the final states and an empty tensor. And the losses,
+        (B,) float32, nan without a target.
     """
     wanted = [name for name in sites if name not in (HEAD, ORIGIN)]
-    read: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {EMBEDDING: ids_BT.to(model.device)}
     wrote: dict[str, Tensor] = {}
 
     def root(module: nn.Module, given: tuple, output: Tensor) -> Tensor:
         # All parameters are frozen: the graph begins at the embedding.
-        return output.detach().requires_grad_(True)
+        wrote[EMBEDDING] = output.detach().requires_grad_(True)
+        return wrote[EMBEDDING]
 
     def keep(name: str) -> Callable:
         def hook(module: nn.Module, given: tuple, output: Tensor) -> None:
@@ -139,7 +143,8 @@ def tapped(
         return hook
 
     handles = [model.model.get_input_embeddings().register_forward_hook(root)]
-    handles += [model.model.get_submodule(name).register_forward_hook(keep(name)) for name in wanted]
+    modules = [name for name in wanted if name != EMBEDDING]
+    handles += [model.model.get_submodule(name).register_forward_hook(keep(name)) for name in modules]
     try:
         with torch.enable_grad():
             z = model.read(ids_BT)
@@ -171,9 +176,10 @@ def site_moments(
     counted = _counted(mask_BT)
     sums = {}
     for name, (u, g) in taps.items():
-        u = u[:, :-1][counted]
-        written = g[:, :-1][counted] if name != HEAD else torch.empty(0, 0, device=u.device)
-        sums[name] = Moments(*((x.T @ x).double().cpu().numpy() for x in (u, written)))
+        nothing = torch.empty(0, 0, device=model.device)
+        read = u[:, :-1][counted] if name != EMBEDDING else nothing
+        written = g[:, :-1][counted] if name != HEAD else nothing
+        sums[name] = Moments(*((x.T @ x).double().cpu().numpy() for x in (read, written)))
     return sums, int(counted.sum())
 
 
@@ -183,17 +189,19 @@ def preconditioned(name: str, moments: Moments, counts: Tensor, seed: int) -> Si
     Args:
         name: of the site.
         moments: sums or means over the pool.
-        counts: (V,) how often each token is in the pool; for the head.
+        counts: (V,) how often each token is in the pool; for what is per token.
         seed: of the sketch of a large vocabulary.
     """
-    if name not in (HEAD, ORIGIN):
+    if name not in (EMBEDDING, HEAD, ORIGIN):
         return Site(name, inverse_root(moments.read, DAMPING), inverse_root(moments.written, DAMPING))
     unigram = distribution(counts)
     weights = (unigram + RARE).rsqrt()
     if len(weights) > SKETCH:
         generator = torch.Generator().manual_seed(seed)
         weights = weights.unsqueeze(1) * torch.randn(len(weights), SKETCH, generator=generator) / SKETCH**0.5
-    return Site(name, inverse_root(moments.read, HEAD_DAMPING), weights, unigram if name == ORIGIN else torch.empty(0))
+    if name == EMBEDDING:
+        return Site(name, weights, inverse_root(moments.written, END_DAMPING))
+    return Site(name, inverse_root(moments.read, END_DAMPING), weights, unigram if name == ORIGIN else torch.empty(0))
 
 
 def distribution(counts: Tensor) -> Tensor:
@@ -224,10 +232,23 @@ def site_gradients(
             u, g = taps.pop(site.name)
             if site.name in (HEAD, ORIGIN):
                 yield site, _head_gradients(model, site, u, ids_BT, mask_BT)
+            elif site.name == EMBEDDING:
+                yield site, _token_gradients(site, u, g)
             else:
                 yield site, ((u @ site.W_in).transpose(1, 2) @ (g @ site.W_out)).flatten(1)
 
     return each(), losses
+
+
+def _token_gradients(site: Site, ids_BT: Tensor, g_BTD: Tensor) -> Tensor:
+    """Σ_t W_in[x_t] ⊗ (g_t W_out) of each sequence: (B, V·D), or (B, v·D) of a sketch."""
+    g = g_BTD @ site.W_out
+    u = site.W_in[ids_BT]
+    if u.dim() == 3:
+        return (u.transpose(1, 2) @ g).flatten(1)
+    B, V, D = len(g), len(site.W_in), g.shape[2]
+    rows = (ids_BT + V * torch.arange(B, device=g.device).unsqueeze(1)).flatten()
+    return g.new_zeros(B * V, D).index_add_(0, rows, (g * u.unsqueeze(2)).flatten(0, 1)).view(B, -1)
 
 
 def _head_gradients(model: SplitModel, site: Site, z_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

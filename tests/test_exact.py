@@ -127,9 +127,9 @@ def test_the_command_line_needs_no_operators(exactly, parts, sharded):
         assert main(["attribute", str(folder), "--exact", "--queries", parts.queries, "--name", "asked"]) == 0
     assert tables(folder) == tables(exactly[0])
     page = (folder / "exact/asked/page.html").read_text()
-    assert "every block scored at 4 sites" in page
+    assert "every block scored at 5 sites" in page
     assert "exact/asked" in out.getvalue()
     told = status(exactly[1])
     assert "curvature" in told
-    assert "4 sites" in told
+    assert "5 sites" in told
     assert "operators                    missing" in told

@@ -11,9 +11,10 @@ from stride_ray.closed_form import inverse_root
 from stride_ray.errors import StrideError
 from stride_ray.model import SplitModel
 from stride_ray.sites import (
+    EMBEDDING,
+    END_DAMPING,
     HARM,
     HEAD,
-    HEAD_DAMPING,
     ORIGIN,
     RARE,
     Moments,
@@ -40,19 +41,19 @@ def gpt2():
 
 
 MAKES = {
-    "llama": (llama, ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", HEAD), "lm_head"),
-    "gpt2": (gpt2, ("transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj", HEAD), "lm_head"),
+    "llama": (llama, (EMBEDDING, "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", HEAD)),
+    "gpt2": (gpt2, (EMBEDDING, "transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj", HEAD)),
 }
 
 
 @pytest.fixture(params=list(MAKES))
 def made(request):
-    make, names, head = MAKES[request.param]
+    make, names = MAKES[request.param]
     torch.manual_seed(0)
     model = make()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.3)
-    return SplitModel(model, split=1), names, head
+    return SplitModel(model, split=1), names
 
 
 @pytest.fixture
@@ -68,52 +69,54 @@ def texts():
 
 def raw_sites(model, names):
     """Sites that whiten nothing."""
+    reads = {EMBEDDING: torch.ones(V), HEAD: torch.eye(D)}
     return tuple(
-        Site(name, torch.eye(D if name == HEAD else F), torch.ones(V) if name == HEAD else torch.eye(D))
-        for name in names
+        Site(name, reads.get(name, torch.eye(F)), torch.ones(V) if name == HEAD else torch.eye(D)) for name in names
     )
 
 
 def weight_gradient(model, name, ids, mask):
     """Autograd of one text's masked mean loss with respect to the weight, as (in, out)."""
-    module = model.model.get_submodule(name)
+    ends = {EMBEDDING: model.model.get_input_embeddings(), HEAD: model.model.get_output_embeddings()}
+    module = ends.get(name) or model.model.get_submodule(name)
+    as_read = name == EMBEDDING or type(module).__name__ == "Conv1D"
     weight = module.weight.requires_grad_(True)
     try:
         logits = model.model(input_ids=ids.unsqueeze(0)).logits[0, :-1]
         losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
         if not mask[1:].any():
-            return torch.zeros(weight.shape if type(module).__name__ == "Conv1D" else weight.T.shape)
+            return torch.zeros(weight.shape if as_read else weight.T.shape)
         (gradient,) = torch.autograd.grad(losses[mask[1:]].mean(), weight)
     finally:
         weight.requires_grad_(False)
-    return gradient if type(module).__name__ == "Conv1D" else gradient.T
+    return gradient if as_read else gradient.T
 
 
 def test_sites_are_the_last_maps_into_the_stream_and_the_head(made):
-    model, names, _ = made
+    model, names = made
     assert find_sites(model) == names
 
 
 def test_a_model_whose_layers_end_in_nothing_linear_has_no_sites(made):
-    model, _, _ = made
+    model, _ = made
     model.width += 1  # no map is as wide as the stream
     with pytest.raises(StrideError, match="no layer ends in a linear map"):
         find_sites(model)
 
 
 def test_j_is_the_gradient_of_the_weight(made, texts):
-    model, names, head = made
+    model, names = made
     ids, mask = texts
     each, losses = site_gradients(model, raw_sites(model, names), ids, mask)
     for site, J in each:
         for row in range(B):
-            true = weight_gradient(model, head if site.name == HEAD else site.name, ids[row], mask[row])
+            true = weight_gradient(model, site.name, ids[row], mask[row])
             torch.testing.assert_close(J[row], true.flatten(), atol=2e-5, rtol=2e-4)
     torch.testing.assert_close(losses, model.losses(model.trunk(ids), ids, mask), equal_nan=True)
 
 
 def test_padding_has_no_say(made, texts):
-    model, names, _ = made
+    model, names = made
     ids, mask = texts[0][:1], texts[1][:1]
     more = torch.cat([ids, torch.full((1, 4), 7)], 1), torch.cat([mask, torch.zeros(1, 4, dtype=torch.bool)], 1)
     (one, _), (two, _) = (site_gradients(model, raw_sites(model, names), *given) for given in ((ids, mask), more))
@@ -128,7 +131,7 @@ def test_padding_has_no_say(made, texts):
 
 
 def test_influence_is_the_preconditioned_inner_product(made, texts):
-    model, names, head = made
+    model, names = made
     ids, mask = texts
     sums, count = site_moments(model, names, ids, mask)
     counts = torch.bincount(ids.flatten(), minlength=V)
@@ -138,14 +141,15 @@ def test_influence_is_the_preconditioned_inner_product(made, texts):
     found = influence({name: J[:2] for name, J in whitened.items()}, site_gradients(model, sites, ids, mask)[0])
     total = torch.zeros(2, B)
     for site in sites:
-        H_in = torch.linalg.inv(site.W_in @ site.W_in.T)
+        per_token = torch.diag(site.W_in) if site.name == EMBEDDING else site.W_in
+        H_in = torch.linalg.inv(per_token @ per_token.T)
         for q in range(2):
-            G = weight_gradient(model, head if site.name == HEAD else site.name, ids[q], mask[q])
+            G = weight_gradient(model, site.name, ids[q], mask[q])
             out = site.W_out.square() if site.name == HEAD else site.W_out @ site.W_out.T
             right = G * out if site.name == HEAD else G @ out
             solved = torch.linalg.solve(H_in, right)
             for i in range(B):
-                other = weight_gradient(model, head if site.name == HEAD else site.name, ids[i], mask[i])
+                other = weight_gradient(model, site.name, ids[i], mask[i])
                 total[q, i] += (solved * other).sum() / 2.0
     torch.testing.assert_close(found, torch.where(total > 0, total, HARM * total), atol=2e-3, rtol=2e-3)
     assert (total[0] > 0).any()
@@ -166,6 +170,8 @@ def test_a_large_vocabulary_is_sketched(monkeypatch):
     counts = torch.arange(V)
     moments = Moments(np.eye(D), np.empty((0, 0)))
     one, two = (preconditioned(HEAD, moments, counts, seed) for seed in (0, 0))
+    embedding = preconditioned(EMBEDDING, Moments(np.empty((0, 0)), np.eye(D)), counts, 0)
+    torch.testing.assert_close(embedding.W_in, one.W_out)
     assert one.W_out.shape == (V, 8)
     torch.testing.assert_close(one.W_out, two.W_out)
     assert not torch.equal(one.W_out, preconditioned(HEAD, moments, counts, 1).W_out)
@@ -174,7 +180,7 @@ def test_a_large_vocabulary_is_sketched(monkeypatch):
 
 
 def test_the_origin_is_the_head_with_unigrams_for_predictions(made, texts):
-    model, _, _ = made
+    model, _ = made
     ids, mask = texts
     counts = torch.bincount(ids.flatten(), minlength=V)
     origin = preconditioned(ORIGIN, Moments(np.eye(D), np.empty((0, 0))), counts, 0)
@@ -184,7 +190,7 @@ def test_the_origin_is_the_head_with_unigrams_for_predictions(made, texts):
     for row in range(B):
         weights = mask[row, 1:] / mask[row, 1:].sum().clamp(min=1)
         g = (pi - torch.nn.functional.one_hot(ids[row, 1:], V)) * (pi + RARE).rsqrt()
-        expected = (z[row, :-1] * weights[:, None] / (1 + HEAD_DAMPING) ** 0.5).T @ g
+        expected = (z[row, :-1] * weights[:, None] / (1 + END_DAMPING) ** 0.5).T @ g
         torch.testing.assert_close(J[row], expected.flatten(), atol=1e-5, rtol=1e-4)
 
 
@@ -193,3 +199,15 @@ def test_the_origin_weighs_less_the_more_the_model_knows():
     entropy = float(np.log(V))
     assert origin_weight(4, entropy / 2, unigram) == pytest.approx(2)
     assert origin_weight(4, 2 * entropy, unigram) == 4
+
+
+def test_a_sketched_embedding_gives_the_sketch_of_its_gradient(made, texts, monkeypatch):
+    model, _ = made
+    ids, mask = texts
+    monkeypatch.setattr("stride_ray.sites.SKETCH", 8)
+    site = preconditioned(EMBEDDING, Moments(np.empty((0, 0)), np.eye(D)), torch.ones(V), 0)
+    whole = Site(EMBEDDING, torch.ones(V), torch.eye(D))
+    ((_, J),), _ = site_gradients(model, (site,), ids, mask)
+    ((_, plain),), _ = site_gradients(model, (whole,), ids, mask)
+    expected = site.W_in.T @ plain.view(B, V, D) @ site.W_out
+    torch.testing.assert_close(J.view(B, 8, D), expected, atol=1e-5, rtol=1e-4)

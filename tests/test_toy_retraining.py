@@ -15,7 +15,7 @@ from stride_ray.baselines.problem import Problem, Texts
 from stride_ray.evaluate.lds import evaluate, subset_sums
 from stride_ray.evaluate.truth import Truth
 from stride_ray.model import SplitModel
-from stride_ray.sites import HARM, HEAD, find_sites, influence, preconditioned, site_gradients, site_moments
+from stride_ray.sites import EMBEDDING, HARM, HEAD, find_sites, influence, preconditioned, site_gradients, site_moments
 
 V, T, N, Q, S = 50, 12, 60, 8, 40
 
@@ -80,7 +80,11 @@ def test_exact_influence_foretells_preconditioned_steps(toy):
     def step(gradients):
         changes = {}
         for name, site in sites.items():
-            weight = "lm_head.weight" if name == HEAD else f"{name}.weight"
+            ends = {HEAD: "lm_head.weight", EMBEDDING: "model.embed_tokens.weight"}
+            weight = ends.get(name, f"{name}.weight")
+            if name == EMBEDDING:
+                changes[weight] = site.W_in.square().unsqueeze(1) * gradients[weight] @ site.W_out @ site.W_out.T
+                continue
             read = gradients[weight] @ site.W_in @ site.W_in.T
             left = site.W_out.square().unsqueeze(1) if name == HEAD else site.W_out @ site.W_out.T
             changes[weight] = left * read if name == HEAD else left @ read

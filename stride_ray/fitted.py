@@ -20,10 +20,10 @@ def membership_of(config: Config) -> Membership:
     return Membership(wanted.subsets, wanted.degree, config.seed, wanted.form)
 
 
-def load_run_model(config: Config, device: str) -> SplitModel:
-    """The run's model, split where its operators act: at ℓ, or after the last layer for the logit form.
+def load_run_model(config: Config, device: str, path: str = "") -> SplitModel:
+    """The run's model, or another of its kind, split where its operators act: at ℓ, or at the end for the logit form.
 
-    A process keeps the last one that it loaded.
+    A process keeps the last two that it loaded.
 
     Raises:
         StrideError: as load_model does, and where no model is configured.
@@ -33,10 +33,10 @@ def load_run_model(config: Config, device: str) -> SplitModel:
     transformers.utils.logging.disable_progress_bar()
     split = config.model.split
     layer: int | float = 1.0 if config.operators.form == "logit" else (split if split < 1 else int(split))
-    return _loaded(config.model.path, layer, config.model.dtype, device)
+    return _loaded(path or config.model.path, layer, config.model.dtype, device)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _loaded(path: str, layer: int | float, dtype: str, device: str) -> SplitModel:
     return load_model(path, split=layer, dtype=dtype, device=device)
 

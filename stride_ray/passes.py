@@ -58,11 +58,11 @@ def count_tokens(store: Store, vocabulary: int, part: str) -> dict[str, Any]:
 
 
 class PoolWorker:
-    """A worker that holds the run's model and reads the pool, ``rows`` blocks at a time."""
+    """A worker that holds the run's model (or the one at ``path``) and reads the pool, ``rows`` blocks at a time."""
 
-    def __init__(self, config: Config, store: Store, device: str) -> None:
+    def __init__(self, config: Config, store: Store, device: str, path: str = "") -> None:
         self.config, self.blocks = config, Blocks(store)
-        self.model = load_run_model(config, device)
+        self.model = load_run_model(config, device, path)
         self.model.check_ids(torch.tensor([[self.blocks.manifest["max_token_id"]]]))
         self.rows = max(1, config.compute.batch_tokens // self.blocks.block_tokens)
 

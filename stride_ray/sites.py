@@ -6,6 +6,7 @@ form of operators.py is the site "head", the matrix form with the model's own ac
 the others). The sites of a model are
 
     each layer's last linear map into the residual stream (an MLP's output projection): u = its input, F wide
+    the last map of a layer's other parts (attention's output projection), with a quarter of a say
     the embedding: u = the token itself, one-hot, with half a say
     the head: u = the final state, and what is written are the logits, g_t = p_t − y_t
     the origin: the head before it knew more than token counts, g_t = π − y_t with π the pool's unigram distribution;
@@ -15,7 +16,7 @@ The influence of block i on query x is Σ_sites J(x)ᵀ H⁻¹ J_i / mean_i |H^-
 sides' damped second moments over the pool (measured point 4), so that every site has the same say.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,8 +36,8 @@ DAMPING, END_DAMPING = 0.01, 0.1
 RARE = 1e-4
 # Directions of a larger vocabulary that are kept, as random combinations.
 SKETCH = 4096
-# What the embedding's J counts beside a layer's.
-EMBEDDING_WEIGHT = 0.5
+# What the embedding's and an attention's J count beside a layer's last map's.
+EMBEDDING_WEIGHT, PART_WEIGHT = 0.5, 0.25
 # What a block that harms counts of what it would as a helper: harm is the noisier side.
 HARM = 0.5
 CHUNK = 2**24  # elements of logits held at once
@@ -53,6 +54,7 @@ class Site:
             logits, or (V, v) weights times a sketch where V > 4096.
         unigram: (V,) π for the origin, else empty.
         scale: mean |J_i|² over blocks of the pool, over the site's weight.
+        moment: of training, where there are several: "end" or "start".
     """
 
     name: str
@@ -60,6 +62,12 @@ class Site:
     W_out: Tensor
     unigram: Tensor = field(default_factory=lambda: torch.empty(0))
     scale: float = 1.0
+    moment: str = "end"
+
+    @property
+    def key(self) -> str:
+        """Name and moment."""
+        return f"{self.moment}:{self.name}"
 
     def to(self, device: Any) -> "Site":
         """A copy on a device."""
@@ -80,26 +88,28 @@ class Moments:
         return Moments(self.read / positions, self.written / positions)
 
 
-def find_sites(model: SplitModel) -> tuple[str, ...]:
-    """Names of the model's own sites in order: "embedding", a module per layer, "head".
+def find_sites(model: SplitModel) -> dict[str, float]:
+    """The model's own sites in order, and their weights: "embedding", modules of the layers, "head".
 
     Raises:
         StrideError: where no layer has a linear map into the residual stream.
     """
     names = {id(module): name for name, module in model.model.named_modules()}
-    last: dict[int, str] = {}
+    last: dict[tuple[int, str], str] = {}
 
-    def note(layer: int) -> Callable:
+    def note(layer: int, part: str) -> Callable:
         def hook(module: nn.Module, given: tuple, output: Tensor) -> None:
             if output.shape == (1, 2, model.width):  # one that sees every token, as an expert need not
-                last[layer] = names[id(module)]
+                last.pop((layer, part), None)  # the order of the parts is that of their last maps
+                last[layer, part] = names[id(module)]
 
         return hook
 
     handles = []
     for layer, block in enumerate(model.layers):
-        maps = [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
-        handles += [module.register_forward_hook(note(layer)) for module in maps]
+        for part, inside in block.named_children():
+            maps = [module for module in inside.modules() if isinstance(module, nn.Linear | Conv1D)]
+            handles += [module.register_forward_hook(note(layer, part)) for module in maps]
     try:
         with torch.no_grad():
             model.read(torch.zeros(1, 2, dtype=torch.long))
@@ -108,11 +118,13 @@ def find_sites(model: SplitModel) -> tuple[str, ...]:
             handle.remove()
     if not last:
         raise StrideError(f"{model.name}: no layer ends in a linear map; exact influence needs one, use the amortised")
-    return (EMBEDDING, *(last[layer] for layer in sorted(last)), HEAD)
+    final = {layer: name for (layer, _), name in last.items()}
+    layers = {name: 1.0 if final[layer] == name else PART_WEIGHT for (layer, _), name in last.items()}
+    return {EMBEDDING: EMBEDDING_WEIGHT, **layers, HEAD: 1.0}
 
 
 def tapped(
-    model: SplitModel, sites: tuple[str, ...], ids_BT: Tensor, mask_BT: Tensor
+    model: SplitModel, sites: Iterable[str], ids_BT: Tensor, mask_BT: Tensor
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
     """What every site reads and the gradient at what it writes, from one forward and one backward pass.
 
@@ -127,6 +139,7 @@ def tapped(
         embedding the ids in place of u, for head and origin the final states and an empty tensor. And the losses,
         (B,) float32, nan without a target.
     """
+    sites = list(sites)
     wanted = [name for name in sites if name not in (HEAD, ORIGIN)]
     read: dict[str, Tensor] = {EMBEDDING: ids_BT.to(model.device)}
     wrote: dict[str, Tensor] = {}
@@ -169,7 +182,7 @@ def _counted(mask_BT: Tensor) -> Tensor:
 
 
 def site_moments(
-    model: SplitModel, sites: tuple[str, ...], ids_BT: Tensor, mask_BT: Tensor
+    model: SplitModel, sites: Iterable[str], ids_BT: Tensor, mask_BT: Tensor
 ) -> tuple[dict[str, Moments], int]:
     """A batch's sums of second moments by site, and how many positions they are over."""
     taps, _ = tapped(model, sites, ids_BT, mask_BT)
@@ -209,11 +222,11 @@ def distribution(counts: Tensor) -> Tensor:
     return ((counts.double() + 1) / (counts.double() + 1).sum()).float()
 
 
-def origin_weight(layers: int, loss: float, unigram: Tensor) -> float:
+def origin_weight(layers: float, loss: float, unigram: Tensor) -> float:
     """Say of the origin: that of all layers together, times what the model left of the tokens' unigram entropy.
 
     Args:
-        layers: how many sites are layers.
+        layers: sum of the layers' weights.
         loss: the model's mean loss on the pool, nats a token.
         unigram: (V,) π.
     """
@@ -271,7 +284,7 @@ def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor
     """Influence of B blocks on Q queries.
 
     Args:
-        queries: by site, (Q, P) float32 H^-½ J of the queries.
+        queries: by site's key, (Q, P) float32 H^-½ J of the queries.
         gradients: of the blocks, site by site.
 
     Returns:
@@ -279,5 +292,5 @@ def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor
     """
     total: Any = 0.0
     for site, J in gradients:
-        total = total + queries[site.name] @ J.T / site.scale
+        total = total + queries[site.key] @ J.T / site.scale
     return torch.where(total > 0, total, HARM * total)

@@ -120,6 +120,21 @@ def test_only_the_largest_are_kept(exactly, parts, sharded, plain):
     )
 
 
+def test_the_start_of_training_has_its_say(exactly, parts, sharded, plain):
+    folder, *_ = exactly
+    same, _, _ = answered(sharded("same"), parts, model__start=str(parts.model))
+    facts = same.stage("curvature").store.read_json("manifest.json")["sites"]
+    ends = {key.partition(":")[2]: scale for key, scale in facts.items() if key.startswith("end")}
+    starts = {key.partition(":")[2]: scale for key, scale in facts.items() if key.startswith("start")}
+    assert starts == pytest.approx({name: 4 * scale for name, scale in ends.items()})
+    assert "origin" not in ends
+    before = Run(str(folder), changes={"attribute.mode": "exact"})
+    assert "end:origin" in before.stage("curvature").store.read_json("manifest.json")["sites"]
+    rows = read_influence(same, "asked").to_pylist()
+    assert len(rows) == read_influence(before, "asked").num_rows
+    assert [row["influence"] for row in rows] != read_influence(before, "asked")["influence"].to_pylist()
+
+
 def test_the_command_line_needs_no_operators(exactly, parts, sharded):
     folder = sharded("verb")
     shutil.copy(exactly[0] / "run.toml", folder)
@@ -127,9 +142,9 @@ def test_the_command_line_needs_no_operators(exactly, parts, sharded):
         assert main(["attribute", str(folder), "--exact", "--queries", parts.queries, "--name", "asked"]) == 0
     assert tables(folder) == tables(exactly[0])
     page = (folder / "exact/asked/page.html").read_text()
-    assert "every block scored at 5 sites" in page
+    assert "every block scored at 7 sites" in page
     assert "exact/asked" in out.getvalue()
     told = status(exactly[1])
     assert "curvature" in told
-    assert "5 sites" in told
+    assert "7 sites" in told
     assert "operators                    missing" in told

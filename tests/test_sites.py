@@ -12,10 +12,12 @@ from stride_ray.errors import StrideError
 from stride_ray.model import SplitModel
 from stride_ray.sites import (
     EMBEDDING,
+    EMBEDDING_WEIGHT,
     END_DAMPING,
     HARM,
     HEAD,
     ORIGIN,
+    PART_WEIGHT,
     RARE,
     Moments,
     Site,
@@ -41,14 +43,15 @@ def gpt2():
 
 
 MAKES = {
-    "llama": (llama, (EMBEDDING, "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", HEAD)),
-    "gpt2": (gpt2, (EMBEDDING, "transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj", HEAD)),
+    "llama": (llama, "model.layers", "self_attn.o_proj", "mlp.down_proj"),
+    "gpt2": (gpt2, "transformer.h", "attn.c_proj", "mlp.c_proj"),
 }
 
 
 @pytest.fixture(params=list(MAKES))
 def made(request):
-    make, names = MAKES[request.param]
+    make, layers, attention, mlp = MAKES[request.param]
+    names = (EMBEDDING, *(f"{layers}.{i}.{part}" for i in (0, 1) for part in (attention, mlp)), HEAD)
     torch.manual_seed(0)
     model = make()
     for parameter in model.parameters():
@@ -69,7 +72,7 @@ def texts():
 
 def raw_sites(model, names):
     """Sites that whiten nothing."""
-    reads = {EMBEDDING: torch.ones(V), HEAD: torch.eye(D)}
+    reads = {EMBEDDING: torch.ones(V), HEAD: torch.eye(D), **{name: torch.eye(D) for name in names if "attn" in name}}
     return tuple(
         Site(name, reads.get(name, torch.eye(F)), torch.ones(V) if name == HEAD else torch.eye(D)) for name in names
     )
@@ -94,7 +97,9 @@ def weight_gradient(model, name, ids, mask):
 
 def test_sites_are_the_last_maps_into_the_stream_and_the_head(made):
     model, names = made
-    assert find_sites(model) == names
+    found = find_sites(model)
+    assert tuple(found) == names
+    assert list(found.values()) == [EMBEDDING_WEIGHT, PART_WEIGHT, 1, PART_WEIGHT, 1, 1]
 
 
 def test_a_model_whose_layers_end_in_nothing_linear_has_no_sites(made):
@@ -137,7 +142,7 @@ def test_influence_is_the_preconditioned_inner_product(made, texts):
     counts = torch.bincount(ids.flatten(), minlength=V)
     sites = tuple(replace(preconditioned(name, m / count, counts, 0), scale=2.0) for name, m in sums.items())
     assert [site.name for site in sites] == list(names)
-    whitened = {site.name: J for site, J in site_gradients(model, sites, ids, mask)[0]}
+    whitened = {site.key: J for site, J in site_gradients(model, sites, ids, mask)[0]}
     found = influence({name: J[:2] for name, J in whitened.items()}, site_gradients(model, sites, ids, mask)[0])
     total = torch.zeros(2, B)
     for site in sites:

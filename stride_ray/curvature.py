@@ -1,0 +1,150 @@
+"""Stage curvature: every site's preconditioner and scale, once per run, from a sample of the pool.
+
+Where it is known what training began from, that model's sites are measured too, with a quarter of a say: influence is
+a sum over the course of training, and its first steps were taken there.
+"""
+
+from dataclasses import replace
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+import torch
+
+from stride_ray.blocks import Blocks
+from stride_ray.config import Config
+from stride_ray.distribute import Crew, progress
+from stride_ray.passes import PoolWorker, token_counts
+from stride_ray.run import Stage
+from stride_ray.sites import (
+    HEAD,
+    ORIGIN,
+    Moments,
+    Site,
+    distribution,
+    find_sites,
+    origin_weight,
+    preconditioned,
+    site_gradients,
+    site_moments,
+)
+from stride_ray.storage import Store, tensor_bytes, tensors_from
+
+# Tokens that second moments are taken over, and blocks that sites' scales are.
+MOMENT_TOKENS, SCALE_BLOCKS = 131_072, 256
+SLICES = 16
+# What the sites of the model that training began from count beside those of the trained one.
+START_WEIGHT = 0.25
+TENSORS = ("W_in", "W_out", "unigram")
+
+
+def measure_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
+    """Publish ``end`` and, where ``model.start`` is set, ``start``, and a manifest."""
+    counts = token_counts(blocks, crew)
+    scales = _measured(config, blocks, stage, crew, "end", counts)
+    if config.model.start:
+        scales |= _measured(config, blocks, stage, crew, "start", counts)
+    stage.store.write_json("manifest.json", {"sites": scales, "blocks": len(blocks)})
+
+
+def _measured(
+    config: Config, blocks: Blocks, stage: Stage, crew: Crew, moment: str, counts: np.ndarray
+) -> dict[str, float]:
+    """Publish one moment's sites; returns their scales by key."""
+    sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
+    given = (config, blocks.store, crew.device, config.model.start if moment == "start" else "")
+    results = _mapped(crew, MomentWorker, given, sample, f"precondition, {moment}")
+    positions, weights = sum(found["positions"] for found in results), results[0]["weights"]
+    counted = torch.zeros(results[0]["vocabulary"], dtype=torch.long)
+    counted[: len(counts)] = torch.from_numpy(counts[: len(counted)])
+    sites = []
+    for name in weights:
+        moments = reduce(add, (found["moments"][name] for found in results)) / positions
+        sites.append(preconditioned(name, moments, counted, config.seed))
+        if name == HEAD and not config.model.start:
+            sites.append(preconditioned(ORIGIN, moments, counted, config.seed))
+    unscaled = f"{moment}-unscaled"
+    save_sites(stage.store, unscaled, [replace(site, moment=moment) for site in sites])
+    few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:SCALE_BLOCKS])
+    found = _mapped(crew, ScaleWorker, (*given, stage.store, unscaled), few, f"scale, {moment}")
+    if not config.model.start:
+        loss = sum(each["loss"] for each in found) / sum(each["targets"] for each in found)
+        weights[ORIGIN] = origin_weight(_of_layers(weights), loss, distribution(counted))
+    say = START_WEIGHT if moment == "start" else 1.0
+    scaled = []
+    for site in sites:
+        square = sum(each["squares"][site.name] for each in found) / len(few)
+        scaled.append(replace(site, moment=moment, scale=max(square, 1e-30) / (weights[site.name] * say)))
+    save_sites(stage.store, moment, scaled)
+    for ending in ("json", "safetensors"):
+        stage.store.remove(f"{unscaled}.{ending}")
+    return {site.key: site.scale for site in scaled}
+
+
+def _of_layers(weights: dict[str, float]) -> float:
+    """How many layers have a site: each has one of weight 1, and so has the head."""
+    return sum(weight == 1.0 for name, weight in weights.items() if name != HEAD)
+
+
+def _mapped(crew: Crew, make: Any, given: tuple, ordinals: np.ndarray, what: str) -> list[dict[str, Any]]:
+    """A worker's findings on slices of a sample, in order."""
+    units = [(index, part) for index, part in enumerate(np.array_split(ordinals, SLICES)) if len(part)]
+    results = progress(crew.map(make, given, units), what, len(ordinals), "blocks", lambda found: found["blocks"])
+    return sorted(results, key=lambda found: found["index"])
+
+
+def save_sites(store: Store, name: str, sites: list[Site]) -> None:
+    """Publish sites as ``name``.safetensors and ``name``.json."""
+    tensors = {f"{i}.{part}": getattr(site, part).cpu() for i, site in enumerate(sites) for part in TENSORS}
+    store.write(f"{name}.safetensors", tensor_bytes(tensors))
+    store.write_json(
+        f"{name}.json", [{key: getattr(site, key) for key in ("name", "scale", "moment")} for site in sites]
+    )
+
+
+def load_sites(store: Store, name: str, device: Any) -> tuple[Site, ...]:
+    """Read what save_sites wrote."""
+    tensors = tensors_from(store.read(f"{name}.safetensors"))
+    facts = store.read_json(f"{name}.json")
+    return tuple(
+        Site(**each, **{part: tensors[f"{i}.{part}"] for part in TENSORS}).to(device) for i, each in enumerate(facts)
+    )
+
+
+class MomentWorker(PoolWorker):
+    """Second moments at all sites over some blocks."""
+
+    def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
+        """Do one unit; returns its findings."""
+        index, ordinals = unit
+        weights, total, positions = find_sites(self.model), dict[str, Moments](), 0
+        for start in range(0, len(ordinals), self.rows):
+            batch = self.blocks.batch(ordinals[start : start + self.rows])
+            sums, count = site_moments(self.model, weights, self.tensors(batch.ids), self.tensors(batch.mask))
+            total = {name: total[name] + sums[name] if name in total else sums[name] for name in weights}
+            positions += count
+        facts = {"index": index, "blocks": len(ordinals), "positions": positions, "weights": weights}
+        return {**facts, "moments": total, "vocabulary": self.model.vocabulary}
+
+
+class ScaleWorker(PoolWorker):
+    """Σ |H^-½ J|² by site, and the loss, over some blocks."""
+
+    def __init__(self, config: Config, store: Store, device: str, path: str, curvature: Store, name: str) -> None:
+        super().__init__(config, store, device, path)
+        self.sites = load_sites(curvature, name, self.model.device)
+
+    def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
+        """Do one unit; returns its findings."""
+        index, ordinals = unit
+        squares, loss, targets = dict.fromkeys((site.name for site in self.sites), 0.0), 0.0, 0
+        for start in range(0, len(ordinals), self.rows):
+            batch = self.blocks.batch(ordinals[start : start + self.rows])
+            each, losses = site_gradients(self.model, self.sites, self.tensors(batch.ids), self.tensors(batch.mask))
+            for site, J in each:
+                squares[site.name] += float(J.double().square().sum())
+            counted = batch.mask[:, 1:].sum(1)
+            loss += float((losses.nan_to_num().cpu().double() * torch.from_numpy(counted)).sum())
+            targets += int(counted.sum())
+        return {"index": index, "blocks": len(ordinals), "squares": squares, "loss": loss, "targets": targets}

@@ -14,8 +14,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from stride_ray.cli import exit_status
 from stride_ray.config import ComputeConfig
-from stride_ray.errors import StrideError
 from stride_ray.evaluate.compare import compare, method_names
 
 
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="cores, or STRIDE's GPUs (default: all)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parsed = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         done = compare(
             parsed.benchmark,
             parsed.out,
@@ -42,15 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ablations=parsed.ablations,
             compute=ComputeConfig(address=parsed.address, workers=parsed.workers, device=parsed.device),
         )
-    except StrideError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("evaluate: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-    print(done["told"])
-    print(json.dumps(done["result"]))
-    return 0
+        print(done["told"])
+        print(json.dumps(done["result"]))
+
+    return exit_status("evaluate", work)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from stride_ray.cli import exit_status
 from stride_ray.config import ComputeConfig
-from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import read_benchmark
 from stride_ray.evaluate.recipe import DEFAULT
 from stride_ray.evaluate.retrain import retrain
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="trainings at a time (default: one per CPU or GPU)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parsed = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         done = retrain(
             read_benchmark(parsed.benchmark),
             parsed.recipe,
@@ -46,14 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             like=parsed.like,
             compute=ComputeConfig(address=parsed.address, workers=parsed.workers, device=parsed.device),
         )
-    except StrideError as error:
-        print(f"retrain: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("retrain: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-    print(done["told"])
-    return 0
+        print(done["told"])
+
+    return exit_status("retrain", work)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from stride_ray.errors import StrideError
+from stride_ray.cli import assignment, exit_status
 from stride_ray.evaluate.tailpatch import tail_patch
 from stride_ray.run import Run
 
@@ -26,26 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the random blocks (default: 0)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any option of the run")
     parsed = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         run = Run(parsed.run, changes=dict(assignment(each) for each in parsed.set))
         found = tail_patch(run, parsed.name, parsed.k, parsed.learning_rate, parsed.seed)
-    except StrideError as error:
-        print(f"tailpatch: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("tailpatch: interrupted", file=sys.stderr)
-        return 130
-    print(found.as_table())
-    print(json.dumps(dataclasses.asdict(found)).replace("NaN", "null"))
-    return 0
+        print(found.as_table())
+        print(json.dumps(dataclasses.asdict(found)).replace("NaN", "null"))
 
-
-def assignment(text: str) -> tuple[str, str]:
-    """The two sides of ``section.key=value``."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise StrideError(f"--set {text!r} has no value; write --set section.key=value.")
-    return key.strip(), value.strip()
+    return exit_status("tailpatch", work)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from stride_ray.errors import StrideError
+from stride_ray.cli import exit_status
 from stride_ray.evaluate.trust import trust
 from stride_ray.run import Run
 
@@ -23,17 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", required=True, help="of the query set")
     parser.add_argument("--mode", choices=("exact", "amortised"), help="of the answer (default: the run's)")
     parsed = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         found = trust(Run(parsed.run, changes={"attribute.mode": parsed.mode} if parsed.mode else {}), parsed.name)
-    except StrideError as error:
-        print(f"trust: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("trust: interrupted", file=sys.stderr)
-        return 130
-    print(found.as_table())
-    print(json.dumps(dataclasses.asdict(found)).replace("NaN", "null"))
-    return 0
+        print(found.as_table())
+        print(json.dumps(dataclasses.asdict(found)).replace("NaN", "null"))
+
+    return exit_status("trust", work)
 
 
 if __name__ == "__main__":

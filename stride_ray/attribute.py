@@ -42,7 +42,7 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
     summary = answer(run, table, name)
     shown = shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS)
     print_table(shown[:20], out)
-    stage = run.stage(_stage(run), name)
+    stage = run.stage(table_stage(run), name)
     facts = {**_about(run), **summary, "name": name, "run": run.url}
     stage.store.write("page.html", attribution_page(shown, facts).encode())
     page = stage.store.name_of("page.html")
@@ -68,9 +68,15 @@ def answer(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     return {**recover_influence(run, name), "mode": responded["mode"]}
 
 
-def _stage(run: Run) -> str:
-    """Where a query set's tables are."""
+def table_stage(run: Run) -> str:
+    """The stage with a query set's tables: ``exact`` or, amortised, ``influence``."""
     return "exact" if run.config.attribute.mode == "exact" else "influence"
+
+
+def asked_queries(run: Run, name: str) -> pa.Table:
+    """The queries (queries.SCHEMA) that a query set's tables answer."""
+    stage = "exact" if run.config.attribute.mode == "exact" else "responses"
+    return run.stage(stage, name).store.read_table("queries.parquet")
 
 
 def _about(run: Run) -> dict[str, Any]:
@@ -85,8 +91,8 @@ def _about(run: Run) -> dict[str, Any]:
 
 def read_influence(run: Run, name: str, table: str = "influence") -> pa.Table:
     """A query set's whole table: ``influence``, ``documents`` or ``recovery``."""
-    command = f"stride-ray {'attribute --exact' if _stage(run) == 'exact' else 'recover'} --name {name}"
-    stage = run.require(_stage(run), "manifest.json", command, name)
+    verb = "attribute --exact" if run.config.attribute.mode == "exact" else "recover"
+    stage = run.require(table_stage(run), "manifest.json", f"stride-ray {verb} --name {name}", name)
     parts = stage.store.read_json("manifest.json")["parts"]
     return pa.concat_tables([stage.store.read_table(f"{table}-{part:05d}.parquet") for part in range(parts)])
 
@@ -106,8 +112,7 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
         query's largest |influence|.
     """
     tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
-    asked_in = run.stage("exact" if _stage(run) == "exact" else "responses", name)
-    asked = asked_in.store.read_table("queries.parquet").slice(0, queries).to_pylist()
+    asked = asked_queries(run, name).slice(0, queries).to_pylist()
     recovery = {row["query_id"]: row for row in read_influence(run, name, "recovery").to_pylist()}
     influence = read_influence(run, name)
     pool = Blocks(run.stage("blocks").store)

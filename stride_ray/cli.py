@@ -6,7 +6,7 @@ be told from noise; 130 interrupted.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from stride_ray import __version__
@@ -43,14 +43,31 @@ ABOUT = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status."""
     parsed = _parser().parse_args(arguments)
+    return exit_status("stride-ray", lambda: _run(parsed))
+
+
+def exit_status(program: str, work: Callable[[], int | None]) -> int:
+    """Do a program's work; a StrideError becomes a sentence on standard error and 1, an interrupt 130, None 0."""
     try:
-        return _run(parsed)
+        return work() or 0
     except StrideError as error:
-        print(f"stride-ray: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stride-ray: interrupted; run the same command again to go on", file=sys.stderr)
+        print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def assignment(text: str) -> tuple[str, str]:
+    """The two sides of ``section.key=value``.
+
+    Raises:
+        StrideError: where there is no equals sign.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise StrideError(f"--set {text!r} has no value; write --set section.key=value.")
+    return name.strip(), value.strip()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,12 +167,7 @@ def _config(parsed: argparse.Namespace) -> Config | None:
 
 def _changes(parsed: argparse.Namespace) -> dict[str, Any]:
     changes = {name: value for name, value in vars(parsed).items() if "." in name and value is not None}
-    for item in parsed.set:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise StrideError(f"--set {item!r} has no value; write --set section.key=value.")
-        changes[name.strip()] = value.strip()
-    return changes
+    return changes | dict(assignment(item) for item in parsed.set)
 
 
 def _shard_summary(run: Run, manifest: dict[str, Any]) -> str:

@@ -14,8 +14,8 @@ import torch
 
 from stride_ray.blocks import Blocks
 from stride_ray.config import Config
-from stride_ray.distribute import Crew, progress
-from stride_ray.passes import PoolWorker, token_counts
+from stride_ray.distribute import Crew
+from stride_ray.passes import PoolWorker, over_sample, token_counts
 from stride_ray.run import Stage
 from stride_ray.sites import (
     HEAD,
@@ -33,7 +33,6 @@ from stride_ray.storage import Store, tensor_bytes, tensors_from
 
 # Tokens that second moments are taken over, and blocks that sites' scales are.
 MOMENT_TOKENS, SCALE_BLOCKS = 131_072, 256
-SLICES = 16
 # What the sites of the model that training began from count beside those of the trained one.
 START_WEIGHT = 0.25
 TENSORS = ("W_in", "W_out", "unigram")
@@ -54,7 +53,7 @@ def _measured(
     """Publish one moment's sites; returns their scales by key."""
     sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
     given = (config, blocks.store, crew.device, config.model.start if moment == "start" else "")
-    results = _mapped(crew, MomentWorker, given, sample, f"precondition, {moment}")
+    results = over_sample(crew, MomentWorker, given, sample, f"precondition, {moment}")
     positions, weights = sum(found["positions"] for found in results), results[0]["weights"]
     counted = torch.zeros(results[0]["vocabulary"], dtype=torch.long)
     counted[: len(counts)] = torch.from_numpy(counts[: len(counted)])
@@ -67,7 +66,7 @@ def _measured(
     unscaled = f"{moment}-unscaled"
     save_sites(stage.store, unscaled, [replace(site, moment=moment) for site in sites])
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:SCALE_BLOCKS])
-    found = _mapped(crew, ScaleWorker, (*given, stage.store, unscaled), few, f"scale, {moment}")
+    found = over_sample(crew, ScaleWorker, (*given, stage.store, unscaled), few, f"scale, {moment}")
     if not config.model.start:
         loss = sum(each["loss"] for each in found) / sum(each["targets"] for each in found)
         weights[ORIGIN] = origin_weight(_of_layers(weights), loss, distribution(counted))
@@ -85,13 +84,6 @@ def _measured(
 def _of_layers(weights: dict[str, float]) -> float:
     """How many layers have a site: each has one of weight 1, and so has the head."""
     return sum(weight == 1.0 for name, weight in weights.items() if name != HEAD)
-
-
-def _mapped(crew: Crew, make: Any, given: tuple, ordinals: np.ndarray, what: str) -> list[dict[str, Any]]:
-    """A worker's findings on slices of a sample, in order."""
-    units = [(index, part) for index, part in enumerate(np.array_split(ordinals, SLICES)) if len(part)]
-    results = progress(crew.map(make, given, units), what, len(ordinals), "blocks", lambda found: found["blocks"])
-    return sorted(results, key=lambda found: found["index"])
 
 
 def save_sites(store: Store, name: str, sites: list[Site]) -> None:
@@ -115,16 +107,19 @@ def load_sites(store: Store, name: str, device: Any) -> tuple[Site, ...]:
 class MomentWorker(PoolWorker):
     """Second moments at all sites over some blocks."""
 
+    def __init__(self, config: Config, store: Store, device: str, path: str) -> None:
+        super().__init__(config, store, device, path)
+        self.weights = find_sites(self.model)
+
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Do one unit; returns its findings."""
         index, ordinals = unit
-        weights, total, positions = find_sites(self.model), dict[str, Moments](), 0
-        for start in range(0, len(ordinals), self.rows):
-            batch = self.blocks.batch(ordinals[start : start + self.rows])
-            sums, count = site_moments(self.model, weights, self.tensors(batch.ids), self.tensors(batch.mask))
-            total = {name: total[name] + sums[name] if name in total else sums[name] for name in weights}
+        total, positions = dict[str, Moments](), 0
+        for batch in self.taken(ordinals):
+            sums, count = site_moments(self.model, self.weights, self.tensors(batch.ids), self.tensors(batch.mask))
+            total = {name: total[name] + sums[name] if name in total else sums[name] for name in sums}
             positions += count
-        facts = {"index": index, "blocks": len(ordinals), "positions": positions, "weights": weights}
+        facts = {"index": index, "blocks": len(ordinals), "positions": positions, "weights": self.weights}
         return {**facts, "moments": total, "vocabulary": self.model.vocabulary}
 
 
@@ -139,8 +134,7 @@ class ScaleWorker(PoolWorker):
         """Do one unit; returns its findings."""
         index, ordinals = unit
         squares, loss, targets = dict.fromkeys((site.name for site in self.sites), 0.0), 0.0, 0
-        for start in range(0, len(ordinals), self.rows):
-            batch = self.blocks.batch(ordinals[start : start + self.rows])
+        for batch in self.taken(ordinals):
             each, losses = site_gradients(self.model, self.sites, self.tensors(batch.ids), self.tensors(batch.mask))
             for site, J in each:
                 squares[site.name] += float(J.double().square().sum())

@@ -138,6 +138,12 @@ def settle(folder: str) -> None:
         os.chdir(folder)
 
 
+def keep_to(device: str) -> None:
+    """Before torch looks: a worker that was given no GPU must not find one all the same."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 class Crew:
     """A pool of actors for the length of a ``with`` block, for one or several maps over units of work.
 

@@ -70,22 +70,22 @@ def _score(config: Config, blocks: Blocks, curvature: Stage, stage: Stage, queri
     """Queries' J, then all blocks against them, then the ranked tables."""
     given = (config, blocks.store, crew.device, curvature.store, stage)
     parts = [(index, start) for index, start in enumerate(range(0, queries, UNIT))]
-    missing = [part for part in parts if f"queries-{part[0]:05d}" not in stage.done()]
-    asked = progress(crew.map(QueryWorker, given, missing), "queries", len(missing), "parts", lambda _: 1)
-    sizes = [marker["numbers"] for marker in (*asked, *stage.done().values()) if "numbers" in marker]
+    done = stage.done()
+    missing = [part for part in parts if f"queries-{part[0]:05d}" not in done]
+    progress(crew.map(QueryWorker, given, missing), "queries", len(missing), "parts", lambda _: 1)
+    done = stage.done()
+    asked = [done[f"queries-{index:05d}"] for index, _ in parts]
+    sizes = [marker["numbers"] for marker in asked]
     passes = max(1, -(-max(sizes, default=0) * queries // HELD), -(-queries // MOST))
     groups = np.array_split(np.arange(len(parts)), min(passes, len(parts)))
-    units = [
-        (group.tolist(), index, *shard) for group in groups if len(group) for index, shard in enumerate(blocks.shards())
-    ]
-    done = stage.done()
+    units = [(group.tolist(), index, *shard) for group in groups for index, shard in enumerate(blocks.shards())]
     missing_units = [unit for unit in units if _score_name(unit) not in done]
     results = crew.map(ScoreWorker, given, missing_units)
     total = sum(unit[3] - unit[2] for unit in missing_units)
     progress(results, "score", total, "blocks", lambda marker: marker["blocks"])
-    done = stage.done()
+    answers = [marker["answers"] for marker in asked]
     left = [part for part, _ in parts if f"{part:05d}" not in done]
-    told = crew.map(partial, (rank_unit, config, blocks.store, stage, units), left)
+    told = crew.map(partial, (rank_unit, config, blocks.store, stage, units, answers), left)
     progress(told, "rank", len(left), "parts", lambda _: 1)
     markers = [marker for name, marker in stage.done().items() if name.isdigit()]
     kept = [rows for marker in markers for rows in marker["nonzeros"]]
@@ -194,13 +194,16 @@ class ScoreWorker(Scorer):
 
 
 def rank_unit(
-    config: Config, pool_store: Store, stage: Stage, units: list[tuple[list[int], int, int, int]], part: int
+    config: Config,
+    pool_store: Store,
+    stage: Stage,
+    units: list[tuple[list[int], int, int, int]],
+    answers: list[list[dict[str, Any]]],
+    part: int,
 ) -> dict[str, Any]:
-    """The ranked tables of one part's queries from all shards' largest influences."""
+    """The ranked tables of one part's queries from all shards' largest influences and every part's answers."""
     started = time.monotonic()
     group = next(unit[0] for unit in units if part in unit[0])
-    markers = stage.done()
-    answers = {each: markers[f"queries-{each:05d}"]["answers"] for each in group}
     good = [answer["query_id"] for answer in answers[part] if answer["status"] == "ok"]
     before = sum(answer["status"] == "ok" for each in group if each < part for answer in answers[each])
     rows = slice(before, before + len(good))

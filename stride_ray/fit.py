@@ -33,7 +33,7 @@ from stride_ray.fitted import (
 )
 from stride_ray.judge import judge
 from stride_ray.operators import Operators, gradients
-from stride_ray.passes import PoolWorker, check_tokenizer, token_counts
+from stride_ray.passes import PoolWorker, check_tokenizer, over_sample, token_counts
 from stride_ray.run import Run, Stage
 from stride_ray.storage import Store, tensor_bytes, tensors_from
 
@@ -104,11 +104,8 @@ def _one(_: Any) -> int:
 def _fit_basis(config: Config, blocks: Blocks, crew: Crew) -> Any:
     """Token counts over the whole pool and second moments over a sample, then the basis."""
     counts = token_counts(blocks, crew) if config.operators.form == "logit" else np.zeros(0, dtype=np.int64)
-    chosen = np.array_split(blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed), 16)
-    units = [(index, part) for index, part in enumerate(chosen) if len(part)]
-    results = crew.map(Moments, (config, blocks.store, crew.device), units)
-    moments = progress(results, "precondition", sum(len(part) for _, part in units), "blocks", lambda m: m["blocks"])
-    moments.sort(key=lambda m: m["index"])
+    sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
+    moments = over_sample(crew, Moments, (config, blocks.store, crew.device), sample, "precondition")
     positions = sum(m["positions"] for m in moments)
     stream, gradient = (sum(m[name] for m in moments) / positions for name in ("stream", "gradient"))
     full = np.zeros(moments[0]["vocabulary"], dtype=np.int64)
@@ -128,8 +125,7 @@ class Moments(PoolWorker):
         stream: Any = 0.0
         gradient: Any = 0.0
         positions = 0
-        for start in range(0, len(ordinals), self.rows):
-            batch = self.blocks.batch(ordinals[start : start + self.rows])
+        for batch in self.taken(ordinals):
             z, g, count = stream_moments(
                 self.model, self.tensors(batch.ids), self.tensors(batch.mask), self.config.operators.form != "logit"
             )

@@ -1,18 +1,22 @@
 """What every pass of a model over the pool needs: a worker with the model, token counts, a check of the tokenizer."""
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from stride_ray.blocks import Blocks
+from stride_ray.blocks import Batch, Blocks
 from stride_ray.config import Config
 from stride_ray.distribute import Crew, progress
 from stride_ray.errors import StrideError
 from stride_ray.fitted import load_run_model
 from stride_ray.storage import Store, safe_url
 from stride_ray.tokens import load_tokenizer
+
+# Cuts of a sample, whatever the number of workers: sums are taken in their order.
+SLICES = 16
 
 
 def check_tokenizer(config: Config, blocks: Blocks) -> None:
@@ -57,6 +61,15 @@ def count_tokens(store: Store, vocabulary: int, part: str) -> dict[str, Any]:
     return {"counts": counts}
 
 
+def over_sample(
+    crew: Crew, make: Callable[..., Any], given: tuple[Any, ...], ordinals: np.ndarray, what: str
+) -> list[dict[str, Any]]:
+    """A worker's findings on SLICES slices of a sample, in order; each tells its ``index`` and ``blocks``."""
+    units = [(index, part) for index, part in enumerate(np.array_split(ordinals, SLICES)) if len(part)]
+    results = progress(crew.map(make, given, units), what, len(ordinals), "blocks", lambda found: found["blocks"])
+    return sorted(results, key=lambda found: found["index"])
+
+
 class PoolWorker:
     """A worker that holds the run's model (or the one at ``path``) and reads the pool, ``rows`` blocks at a time."""
 
@@ -65,6 +78,11 @@ class PoolWorker:
         self.model = load_run_model(config, device, path)
         self.model.check_ids(torch.tensor([[self.blocks.manifest["max_token_id"]]]))
         self.rows = max(1, config.compute.batch_tokens // self.blocks.block_tokens)
+
+    def taken(self, ordinals: np.ndarray) -> Iterator[Batch]:
+        """Some blocks, wherever in the pool, ``rows`` at a time."""
+        for start in range(0, len(ordinals), self.rows):
+            yield self.blocks.batch(ordinals[start : start + self.rows])
 
     def tensors(self, array: np.ndarray) -> torch.Tensor:
         """An array on the model's device."""

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from stride_ray.closed_form import inverse_root
 from stride_ray.errors import StrideError
 from stride_ray.model import SplitModel, masked_mean
+from stride_ray.operators import LOGIT_BUDGET
 
 EMBEDDING, HEAD, ORIGIN = "embedding", "head", "origin"
 # Damping: eigenvalues λ become λ + damping · mean λ. Less helped the layers and did nothing for the two ends.
@@ -40,7 +41,6 @@ SKETCH = 4096
 EMBEDDING_WEIGHT, PART_WEIGHT = 0.5, 0.25
 # What a block that harms counts of what it would as a helper: harm is the noisier side.
 HARM = 0.5
-CHUNK = 2**24  # elements of logits held at once
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def _head_gradients(model: SplitModel, site: Site, z_BTD: Tensor, ids_BT: Tensor
     """Σ_t ω_t (z_t W_in) ⊗ ((p_t − y_t) W_out) of each sequence, a few sequences' logits at a time; origin: π for p."""
     omega = mask_BT[:, 1:].float()
     omega = omega / omega.sum(1, keepdim=True).clamp(min=1)
-    rows = max(1, CHUNK // (model.vocabulary * max(1, ids_BT.shape[1])))
+    rows = max(1, LOGIT_BUDGET // (model.vocabulary * max(1, ids_BT.shape[1])))
     found = []
     for z, ids, weight in zip(z_BTD[:, :-1].split(rows), ids_BT[:, 1:].split(rows), omega.split(rows), strict=True):
         known = len(site.unigram) > 0

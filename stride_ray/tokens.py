@@ -23,6 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from stride_ray.documents import Document
 from stride_ray.errors import StrideError
 from stride_ray.readers import Rejected
+from stride_ray.storage import first_line
 from stride_ray.units import filesystem, shown, told
 
 # Characters handed to the tokenizer at once: its own record of a token takes a hundred bytes.
@@ -96,7 +97,7 @@ def _load_local(place: str, name: str) -> Any:
             return PreTrainedTokenizerFast(tokenizer_file=plain)
         return AutoTokenizer.from_pretrained(place)
     except Exception as error:  # the libraries raise their own for each way in which a file may be bad
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise StrideError(
             f"No tokenizer can be loaded from {name} ({shown(reason)}); give a folder with tokenizer.json, "
             "a .gguf file or a hub id that can be reached."
@@ -267,7 +268,7 @@ def _conversation(document: Document, tokenizer: Any) -> Encoded | Rejected:
         marked = _GENERATION.search(template)
         text, spans = _marked_spans(messages, tokenizer, template) if marked else _assistant_spans(messages, tokenizer)
     except Exception as error:  # a template is a program: it raises what it likes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         return Rejected(document.document_id, None, f"the chat template does not take it: {reason}")
     told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, padding=False, truncation=False)
     starts, ends = np.asarray(told["offset_mapping"], np.int64).reshape(-1, 2).T

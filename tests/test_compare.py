@@ -35,7 +35,7 @@ from stride_ray.tokens import load_tokenizer
 
 N, Q, S = 40, 6, 24
 JOB = Path(__file__).parent.parent / "jobs" / "evaluate.py"
-METHODS = ["tfidf", "airrep", "stride-exact", "stride-exact-tf-idf"]
+METHODS = ["tfidf", "airrep", "stride", "stride-tf-idf"]
 ONE = ComputeConfig(workers=1)
 
 
@@ -109,19 +109,19 @@ def test_tables_hold_every_method_with_its_flags(compared):
     names = {path.name for path in compared.out.iterdir()}
     assert {"lds.parquet", "lds.md", "lds.png", "lds.svg", "statistics.parquet", "scores", "runs"} <= names
     rows = {row["method"]: row for row in pq.read_table(compared.out / "lds.parquet").to_pylist()}
-    assert list(rows) == ["TF-IDF", "AirRep", "STRIDE exact", "STRIDE exact + TF-IDF"]
+    assert list(rows) == ["TF-IDF", "AirRep", "STRIDE", "STRIDE + TF-IDF"]
     flags = {name: (row["ours"], row["default"], row["paper"], row["lexical"]) for name, row in rows.items()}
     assert flags["AirRep"] == (False, False, False, False)
     assert flags["TF-IDF"] == (False, False, False, True)
-    assert flags["STRIDE exact"] == (True, False, False, False)
-    assert flags["STRIDE exact + TF-IDF"] == (True, False, False, True)
+    assert flags["STRIDE"] == (True, True, False, False)
+    assert flags["STRIDE + TF-IDF"] == (True, False, False, True)
     assert rows["AirRep"]["lds"] is None
     assert rows["AirRep"]["note"].startswith("AirRep needs its trained encoder")
     for name in flags.keys() - {"AirRep"}:
         assert rows[name]["seconds"] > 0
         assert rows[name]["peak_mb"] > 50
-    assert rows["STRIDE exact"]["lds"] > 0.3
-    alone, lexical, both = (rows[name]["seconds"] for name in ("STRIDE exact", "TF-IDF", "STRIDE exact + TF-IDF"))
+    assert rows["STRIDE"]["lds"] > 0.3
+    alone, lexical, both = (rows[name]["seconds"] for name in ("STRIDE", "TF-IDF", "STRIDE + TF-IDF"))
     assert both == pytest.approx(alone + lexical)
     pool = json.loads((compared.out / "scores/_done/pool.json").read_text())
     assert alone > pool["seconds"]  # cutting the pool counts
@@ -134,10 +134,10 @@ def test_scores_are_the_methods_own(made, compared, one_ray):
     benchmark, store = read_benchmark(made), Store(str(compared.out / "scores"))
     lexical = comparison.METHODS["tfidf"].run(benchmark.problem())
     np.testing.assert_allclose(read_scores(store, "tfidf.npz"), lexical, atol=1e-6)
-    name = known_units(benchmark)["stride-exact"].slug
+    name = known_units(benchmark)["stride"].slug
     exact = ours.dense(ours.read_influence(Run(str(compared.out / "runs" / name)), ours.QUERIES), Q, N)
     np.testing.assert_array_equal(read_scores(store, f"{name}.npz"), exact)
-    both = read_scores(store, "stride-exact-tf-idf.npz")
+    both = read_scores(store, "stride-tf-idf.npz")
     standard = [(each - each.mean(1, keepdims=True)) / each.std(1, keepdims=True) for each in (exact, lexical)]
     np.testing.assert_allclose(both, sum(standard), atol=1e-4)
 
@@ -149,24 +149,22 @@ def test_the_job_tells_of_the_report_part_at_the_end_alone(compared):
     assert "\n- TF-IDF: cosine over token" in compared.told
     for fact in ("made: pool of 40 blocks", "1 core(s), cpu", "Nothing was chosen on the report part"):
         assert fact in compared.told
-    assert json.loads(last) == {"benchmark": "made", "part": "report", "method": None, "kinds": {}}
+    result = json.loads(last)
+    assert (result["benchmark"], result["part"], result["method"]) == ("made", "report", "STRIDE")
     assert "1 of 4: TF-IDF" in compared.progress
     assert compared.progress.count("on development queries") == 3
     assert "report" not in compared.progress
 
 
 def test_run_again_nothing_is_scored_and_the_default_is_held_against_the_best_rival(made, compared, monkeypatch):
-    """STRIDE exact as the default: what is asked is the same, so that its scores serve."""
     before = {path: path.stat().st_mtime_ns for path in compared.out.glob("scores/**/*") if path.is_file()}
-    default = [replace(each, default=each.slug == "stride-exact") for each in ours.VARIANTS]
-    monkeypatch.setattr(ours, "VARIANTS", tuple(default))
     monkeypatch.setenv("STRIDE_RAY_AIRREP", "/nowhere")
     kept = [name for name in METHODS if name != "airrep"]
     done = compare(made, str(compared.out), kept, compute=ONE)
     assert (done["scored"], done["failed"]) == ([], {})
     assert {path: path.stat().st_mtime_ns for path in before} == before
     result = json.loads(json.dumps(done["result"]))
-    assert (result["method"], sorted(result["kinds"])) == ("STRIDE exact", ["all", "far", "near"])
+    assert (result["method"], sorted(result["kinds"])) == ("STRIDE", ["all", "far", "near"])
     table = {
         (row["method"], row["kind"]): row
         for row in pq.read_table(compared.out / "lds.parquet").to_pylist()
@@ -174,9 +172,9 @@ def test_run_again_nothing_is_scored_and_the_default_is_held_against_the_best_ri
     }
     for kind, figures in result["kinds"].items():
         assert figures["rival"] == "TF-IDF"
-        assert figures["lds"][0] == pytest.approx(table["STRIDE exact", kind]["lds"], abs=1e-4)
+        assert figures["lds"][0] == pytest.approx(table["STRIDE", kind]["lds"], abs=1e-4)
         assert figures["rival_lds"][0] == pytest.approx(table["TF-IDF", kind]["lds"], abs=1e-4)
-        gap = table["STRIDE exact", kind]["lds"] - table["TF-IDF", kind]["lds"]
+        gap = table["STRIDE", kind]["lds"] - table["TF-IDF", kind]["lds"]
         assert figures["difference"][0] == pytest.approx(gap, abs=2e-4)
         assert len(figures["ratio"]) == 3
 
@@ -285,7 +283,7 @@ def test_variants_of_one_configuration_run_once(made, tmp_path, monkeypatch):
 
 
 def test_methods_are_known_by_name():
-    with pytest.raises(StrideError, match=r"There is no method 'tdidf'; known are random, tfidf, .* stride-exact"):
+    with pytest.raises(StrideError, match=r"There is no method 'tdidf'; known are random, tfidf, .* stride"):
         chosen_methods(["random", "tdidf"], False)
     everything = chosen_methods(None, False)
     assert everything[:3] == ["random", "tfidf", "bm25"]
@@ -295,7 +293,12 @@ def test_methods_are_known_by_name():
     assert not set(extra) & set(everything)
     assert chosen_methods(["random", "random"], True) == ["random", *extra]
     assert chosen_methods(None, True) == everything + extra
-    assert set(comparison.OVER_TRAINING) <= set(comparison.METHODS)
+    assert {slug for slug, each in comparison.METHODS.items() if each.checkpoints} == {
+        "tracin",
+        "trak",
+        "less",
+        "ekfac_stages",
+    }
     assert len(set(method_names())) == len(method_names())
     assert len({code_version("*.py"), code_version("baselines/*.py"), code_version("model.py")}) == 3
     assert [each.default for each in ours.VARIANTS] == [True] + [False] * (len(ours.VARIANTS) - 1)

@@ -34,12 +34,14 @@ class Baseline:
         run: the method with its defaults.
         lexical: it compares words and never looks at the attributed model.
         note: what it is, in a line.
+        checkpoints: it looks at the course of training, which the benchmark's recipe makes again for it.
     """
 
     name: str
     run: Method
     lexical: bool
     note: str
+    checkpoints: bool = False
 
 
 METHODS: dict[str, Baseline] = {
@@ -49,12 +51,14 @@ METHODS: dict[str, Baseline] = {
     "rds": Baseline("RDS", rds.scores, False, "cosine of the model's mean last-layer states"),
     "embedding": Baseline("embedding", embedding.scores, False, "cosine of another model's sentence embeddings"),
     "graddot": Baseline("GradDot", graddot.scores, False, "inner product of loss gradients, all weight matrices"),
-    "tracin": Baseline("TracIn", tracin.scores, False, "GradDot over the stages of training"),
+    "tracin": Baseline("TracIn", tracin.scores, False, "GradDot over the stages of training", True),
     "logra": Baseline("LoGRA", logra.scores, False, "influence on gradients projected to rank 64 per layer"),
-    "trak": Baseline("TRAK", trak.scores, False, "linearised output function, over checkpoints"),
-    "less": Baseline("LESS", less.scores, False, "cosine of a gradient with Adam's step, over checkpoints"),
+    "trak": Baseline("TRAK", trak.scores, False, "linearised output function, over checkpoints", True),
+    "less": Baseline("LESS", less.scores, False, "cosine of a gradient with Adam's step, over checkpoints", True),
     "ekfac": Baseline("EK-FAC", ekfac.scores, False, "influence functions, all weight matrices"),
-    "ekfac_stages": Baseline("EK-FAC, two stages", ekfac_stages.scores, False, "EK-FAC where training began and ended"),
+    "ekfac_stages": Baseline(
+        "EK-FAC, two stages", ekfac_stages.scores, False, "EK-FAC where training began and ended", True
+    ),
     "dsir": Baseline("DSIR", dsir.scores, True, "a corpus selector: log importance weights, query by query"),
     "airrep": Baseline("AirRep", airrep.scores, False, "embeddings trained to predict influence; needs its encoder"),
 }

@@ -8,8 +8,8 @@ import numpy as np
 from scipy.sparse import diags_array
 from sklearn.feature_extraction.text import CountVectorizer
 
-from stride_ray.baselines.ngrams import NGRAMS, words
 from stride_ray.baselines.problem import Problem
+from stride_ray.lexical import NGRAMS
 
 
 def scores(problem: Problem, k1: float = 1.5, b: float = 0.75, k3: float = 8.0) -> np.ndarray:
@@ -25,8 +25,8 @@ def scores(problem: Problem, k1: float = 1.5, b: float = 0.75, k3: float = 8.0) 
         (Q, N) float32.
     """
     vectorizer = CountVectorizer(**NGRAMS, dtype=np.float64)
-    counts = vectorizer.fit_transform(words(problem.blocks)).tocoo()
-    asked = vectorizer.transform(words(problem.queries)).tocsr()
+    counts = vectorizer.fit_transform(problem.blocks.words()).tocoo()
+    asked = vectorizer.transform(problem.queries.words()).tocsr()
     lengths = np.asarray(counts.sum(1)).ravel()
     held = np.bincount(counts.col, minlength=counts.shape[1])
     idf = np.log1p((counts.shape[0] - held + 0.5) / (held + 0.5))

@@ -9,15 +9,15 @@ import numpy as np
 from scipy.sparse import csr_array
 from sklearn.feature_extraction.text import HashingVectorizer
 
-from stride_ray.baselines.ngrams import NGRAMS, words
 from stride_ray.baselines.problem import Problem
+from stride_ray.lexical import NGRAMS
 
 
 def scores(problem: Problem, buckets: int = 10_000) -> np.ndarray:
     """(Q, N) float32 log importance weights; ``buckets`` as in the paper."""
     hashing = HashingVectorizer(**NGRAMS, n_features=buckets, alternate_sign=False, norm=None)
-    blocks = csr_array(hashing.transform(words(problem.blocks)))
-    queries = hashing.transform(words(problem.queries)).toarray()
+    blocks = csr_array(hashing.transform(problem.blocks.words()))
+    queries = hashing.transform(problem.queries.words()).toarray()
     pool = np.asarray(blocks.sum(0)).ravel() + 1.0
     pool /= pool.sum()
     target = (queries / np.maximum(queries.sum(1, keepdims=True), 1) + pool) / 2

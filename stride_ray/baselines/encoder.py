@@ -10,6 +10,7 @@ import torch
 
 from stride_ray.baselines.problem import Problem, Texts
 from stride_ray.errors import StrideError
+from stride_ray.storage import first_line
 from stride_ray.tokens import load_tokenizer
 
 LONGEST = 512  # tokens of the encoder's; BERT-like encoders take no more
@@ -36,8 +37,7 @@ def embedded(problem: Problem, path: str, batch: int = 32) -> tuple[np.ndarray, 
     try:
         model = AutoModel.from_pretrained(path).eval()
     except Exception as error:  # the libraries raise their own for each way in which a folder may be bad
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StrideError(f"encoder {path} could not be loaded: {reason}") from error
+        raise StrideError(f"encoder {path} could not be loaded: {first_line(error)}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def of(texts: Texts) -> np.ndarray:

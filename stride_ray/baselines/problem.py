@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stride_ray.lexical import words
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -30,6 +32,10 @@ class Texts:
     def tokens(self, row: int) -> np.ndarray:
         """One sequence without its padding."""
         return self.ids[row][self.mask[row]]
+
+    def words(self) -> list[str]:
+        """Each sequence as lexical.words has it, without its padding."""
+        return [words(self.tokens(row).tolist()) for row in range(len(self))]
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ It never looks at the model: the lexical bar that any attribution method must cl
 """
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
 
-from stride_ray.baselines.ngrams import NGRAMS, words
 from stride_ray.baselines.problem import Problem
+from stride_ray.lexical import tfidf
 
 
 def scores(problem: Problem) -> np.ndarray:
     """(Q, N) float32 cosines."""
-    vectorizer = TfidfVectorizer(**NGRAMS, sublinear_tf=True, dtype=np.float32)
-    blocks = vectorizer.fit_transform(words(problem.blocks))
-    return (vectorizer.transform(words(problem.queries)) @ blocks.T).toarray()
+    vectorizer = tfidf(dtype=np.float32)
+    blocks = vectorizer.fit_transform(problem.blocks.words())
+    return (vectorizer.transform(problem.queries.words()) @ blocks.T).toarray()

@@ -116,6 +116,18 @@ def read_benchmark(url: str) -> Benchmark:
     )
 
 
+def reread_benchmark(url: str, fingerprint: str) -> Benchmark:
+    """Read a benchmark's folder in a worker.
+
+    Raises:
+        StrideError: where the folder is not what the driver saw.
+    """
+    benchmark = read_benchmark(url)
+    if benchmark.fingerprint != fingerprint:
+        raise StrideError(f"{Store(url).name_of('')} changed meanwhile; run the command again.")
+    return benchmark
+
+
 def _texts(table: pa.Table, where: str, shortest: int) -> Texts:
     """The column ``token_ids``, lists of any length, padded."""
     if "token_ids" not in table.column_names:

@@ -25,10 +25,10 @@ import ray.exceptions
 import stride_ray
 from stride_ray.baselines import METHODS
 from stride_ray.config import ComputeConfig
-from stride_ray.distribute import connected, pool, settle
+from stride_ray.distribute import connected, keep_to, pool, settle
 from stride_ray.errors import StrideError
 from stride_ray.evaluate import ours
-from stride_ray.evaluate.benchmark import Benchmark, read_benchmark
+from stride_ray.evaluate.benchmark import Benchmark, read_benchmark, reread_benchmark
 from stride_ray.evaluate.datamodels import datamodel_sums
 from stride_ray.evaluate.finetune import checkpoints
 from stride_ray.evaluate.lds import ALL, Evaluation, Interval, evaluate, subset_sums
@@ -39,8 +39,6 @@ from stride_ray.storage import Store, first_line
 
 DEVELOPMENT, REPORT = "development", "report"
 DATAMODELS = "datamodels"
-# Baselines that look at the course of training, which the recipe makes again for them.
-OVER_TRAINING = ("tracin", "trak", "less", "ekfac_stages")
 # What is made once for several methods, with a marker like theirs.
 CHECKPOINTS, POOL = "checkpoints", "pool"
 STATISTICS = pa.schema([("method", pa.string()), *((each.name, pa.float64()) for each in fields(ScoreStatistics))])
@@ -146,7 +144,7 @@ def known_units(benchmark: Benchmark) -> dict[str, Unit]:
     units = [Unit(CHECKPOINTS, Entry(CHECKPOINTS), recipe), Unit(POOL, Entry(POOL), {**fingerprint, "code": mine})]
     for slug, baseline in METHODS.items():
         entry = Entry(baseline.name, lexical=baseline.lexical, note=baseline.note)
-        needs = (CHECKPOINTS,) if slug in OVER_TRAINING else ()
+        needs = (CHECKPOINTS,) if baseline.checkpoints else ()
         keys = {**fingerprint, "method": slug, "code": theirs, **({"recipe": recipe["code"]} if needs else {})}
         units.append(Unit(slug, entry, keys, needs))
     note = "Lasso on the retraining results themselves, cross-fitted; no other method reads them"
@@ -309,13 +307,9 @@ def _in_worker(
 
     settle(folder)
     torch.set_num_threads(cores)
-    if device == "cpu":
-        # A worker that was given no GPU must not find one all the same.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    keep_to(device)
     try:
-        benchmark = read_benchmark(made_from[0])
-        if benchmark.fingerprint != made_from[1]:
-            raise StrideError(f"{Store(made_from[0]).name_of('')} changed meanwhile; run the command again.")
+        benchmark = reread_benchmark(*made_from)
         shape, started = (len(benchmark.queries), len(benchmark.blocks)), time.monotonic()
         facts: dict[str, Any] = {}
         if slug == CHECKPOINTS:

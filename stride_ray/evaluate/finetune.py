@@ -23,6 +23,7 @@ from stride_ray.baselines.problem import Texts
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark
 from stride_ray.fetch import local_model
+from stride_ray.storage import first_line
 
 MASKED = -100
 
@@ -131,7 +132,7 @@ class FineTune:
             else:
                 model = auto.from_config(transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32)
         except (OSError, ValueError, ImportError) as error:
-            raise StrideError(f"model {folder} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+            raise StrideError(f"model {folder} could not be loaded: {first_line(error)}") from error
         self._check(model)
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         return model.to(device)

@@ -122,11 +122,13 @@ def agreement(config: Config, responses: NDArray, n_blocks: int, unit: int) -> d
         found.append(recovered)
     pairs = list(zip(*found, strict=True))
     spearman = [sparse_spearman(one, two, n_blocks) for one, two in pairs]
-    overlap = [len(np.intersect1d(_top(one), _top(two))) / min(TOP, n_blocks) for one, two in pairs]
+    shared = [len(np.intersect1d(most_helpful(one), most_helpful(two))) for one, two in pairs]
+    overlap = [each / min(TOP, n_blocks) for each in shared]
     return {"unit": unit, "spearman": float(np.mean(spearman)), "overlap": float(np.mean(overlap))}
 
 
-def _top(found: Recovery) -> NDArray:
+def most_helpful(found: Recovery) -> NDArray:
+    """Ordinals of the TOP largest positive influences."""
     order = np.argsort(-found.weights, kind="stable")[:TOP]
     return found.ordinals[order[found.weights[order] > 0]]
 

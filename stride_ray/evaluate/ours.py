@@ -90,10 +90,9 @@ def _ablation(name: str, **changes: Any) -> Variant:
 
 
 VARIANTS: tuple[Variant, ...] = (
-    Variant("STRIDE", default=True, note="as it runs when nobody turns an option"),
-    Variant("STRIDE exact", {"attribute.mode": "exact"}, note="every inner product, no subsets and no recovery"),
+    Variant("STRIDE", default=True, note="exact: every inner product, no option turned"),
     Variant("STRIDE amortised, logit", {"attribute.mode": "amortised"}, note="closed-form operators, Lasso"),
-    Variant("STRIDE exact + TF-IDF", {"attribute.mode": "exact"}, plus="tfidf", note="standardised sum"),
+    Variant("STRIDE + TF-IDF", plus="tfidf", note="standardised sum"),
     Variant("STRIDE as published", PUBLISHED, paper=True, note="rank-16 gates, 200 steps of the trained loop"),
     _ablation("base"),
     _ablation("stability logit penalty", fit__stability_form="logit_penalty"),

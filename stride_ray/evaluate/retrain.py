@@ -8,7 +8,6 @@ Subset s follows from the seed and s alone: asking for more subsets or seeds lat
 import functools
 import hashlib
 import io
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +16,9 @@ import numpy as np
 
 from stride_ray import __version__
 from stride_ray.config import ComputeConfig, digest
-from stride_ray.distribute import connected, map_tasks, pool, progress
+from stride_ray.distribute import connected, keep_to, map_tasks, pool, progress
 from stride_ray.errors import StrideError
-from stride_ray.evaluate.benchmark import Benchmark, read_benchmark
+from stride_ray.evaluate.benchmark import Benchmark, reread_benchmark
 from stride_ray.evaluate.lds import evaluate
 from stride_ray.evaluate.recipe import DEFAULT, Recipe, load_recipe, recipe_identity
 from stride_ray.evaluate.truth import JSONL, NPZ, Truth, write_truth
@@ -154,9 +153,7 @@ def _train_one(
 ) -> dict[str, Any]:
     """One training in a worker: losses first, the done-marker last."""
     started = time.monotonic()
-    if device == "cpu":
-        # A worker that was given no GPU must not find one all the same.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    keep_to(device)
     number, seed, name = unit
     benchmark, recipe = _opened(url, fingerprint, recipe_name)
     rows = subset_rows(benchmark, number, *draw)
@@ -179,9 +176,7 @@ def _opened(url: str, fingerprint: str, recipe_name: str) -> tuple[Benchmark, Re
     Raises:
         StrideError: where the folder is not what the driver saw.
     """
-    benchmark = read_benchmark(url)
-    if benchmark.fingerprint != fingerprint:
-        raise StrideError(f"{Store(url).name_of('')} changed while models were trained on it; run the command again.")
+    benchmark = reread_benchmark(url, fingerprint)
     return benchmark, load_recipe(recipe_name, benchmark)
 
 

@@ -5,23 +5,21 @@ responses recovered with a membership matrix that is not the one they were made 
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from scipy.stats import binomtest, hypergeom
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from stride_ray.blocks import Blocks
 from stride_ray.corpus import Encoded
+from stride_ray.evaluate.halves import TOP, most_helpful
 from stride_ray.fitted import membership_of
+from stride_ray.lexical import similar_blocks
 from stride_ray.membership import Membership
 from stride_ray.queries import SCHEMA, row
 from stride_ray.recover import recover
 from stride_ray.respond import read_responses, respond_table
 from stride_ray.run import Run
-
-TOP = 10
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def source_retrieval(run: Run, ids: np.ndarray, sources: list[str], kinds: list[
         "STRIDE, shuffled membership": _lasso_top(
             run, responses, replace(membership, seed=membership.seed + 1_000_003), len(pool)
         ),
-        "TF-IDF": _tfidf_top(pool, ids),
+        "TF-IDF": similar_blocks(pool, ids, TOP),
     }
     found = []
     for kind in dict.fromkeys(kinds):
@@ -102,25 +100,7 @@ def _lasso_top(run: Run, responses: np.ndarray, membership: Membership, n_blocks
         nonnegative=options.nonnegative,
         row_scaling=options.row_scaling,
     )
-    tops = []
-    for each in recovered:
-        order = np.argsort(-each.weights, kind="stable")[:TOP]
-        tops.append(each.ordinals[order[each.weights[order] > 0]])
-    return tops
-
-
-def _tfidf_top(pool: Blocks, ids: np.ndarray) -> list[np.ndarray]:
-    """Ordinals of each query's ten most similar blocks."""
-
-    def words(rows: Any) -> list[str]:
-        return [" ".join(map(str, each)) for each in rows]
-
-    batch = pool.batch(np.arange(len(pool)))
-    texts = words(each[mask] for each, mask in zip(batch.ids, batch.mask, strict=True))
-    vectorizer = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2), sublinear_tf=True)
-    X = vectorizer.fit_transform(texts)
-    similarity = (vectorizer.transform(words(ids)) @ X.T).toarray()
-    return list(np.argsort(-similarity, axis=1, kind="stable")[:, :TOP])
+    return [most_helpful(each) for each in recovered]
 
 
 def as_table(found: list[Retrieval]) -> str:

@@ -4,20 +4,20 @@ Method: metrics, "tail-patch" (Chang et al. 2024, arXiv:2410.17413). It needs no
 resemble the query, which is why lexical search stands beside it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from sklearn.feature_extraction.text import TfidfVectorizer
 
-from stride_ray.attribute import read_influence
+from stride_ray.attribute import asked_queries, read_influence
 from stride_ray.blocks import Blocks
 from stride_ray.config import Config
 from stride_ray.distribute import connected, map_actors, pool, progress
 from stride_ray.errors import StrideError
+from stride_ray.lexical import similar_blocks
 from stride_ray.passes import PoolWorker
 from stride_ray.queries import padded
 from stride_ray.run import Run
@@ -131,9 +131,8 @@ def answered_queries(run: Run, name: str) -> list[dict[str, Any]]:
     """
     recovery = read_influence(run, name, "recovery").to_pylist()
     good = {row["query_id"] for row in recovery if row["status"] == "ok"}
-    stage = run.stage("exact" if run.config.attribute.mode == "exact" else "responses", name)
-    table = stage.store.read_table("queries.parquet").to_pylist()
-    found = [{**row, "place": place} for place, row in enumerate(table) if row["query_id"] in good]
+    asked = asked_queries(run, name).to_pylist()
+    found = [{**row, "place": place} for place, row in enumerate(asked) if row["query_id"] in good]
     if not found:
         raise StrideError(f"Every query of {name!r} failed; the recovery table says why.")
     return found
@@ -150,25 +149,9 @@ def top_blocks(run: Run, name: str, k: int) -> dict[str, np.ndarray]:
 
 
 def lexical_top(blocks: Blocks, queries: Sequence[dict[str, Any]], k: int) -> dict[str, np.ndarray]:
-    """Ordinals of each query's k most similar blocks by TF-IDF (token uni- and bigrams, sublinear), by query id.
-
-    Blocks that share no token with a query are left out. The pool's vectors are held in memory.
-    """
-
-    def pooled() -> Iterator[str]:
-        for batch in blocks.batches(0, len(blocks), 4096):
-            for ids, mask in zip(batch.ids, batch.mask, strict=True):
-                yield " ".join(map(str, ids[mask]))
-
-    vectorizer = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2), sublinear_tf=True)
-    X = vectorizer.fit_transform(pooled()).T.tocsr()
-    asked = vectorizer.transform(" ".join(map(str, query["token_ids"])) for query in queries)
-    tops = {}
-    for row, query in enumerate(queries):
-        similar = (asked[[row]] @ X).tocsr()
-        order = np.lexsort((similar.indices, -similar.data))[:k]
-        tops[query["query_id"]] = similar.indices[order].astype(np.int64)
-    return tops
+    """Ordinals of each query's k most similar blocks by TF-IDF, by query id (lexical.similar_blocks)."""
+    tops = similar_blocks(blocks, (query["token_ids"] for query in queries), k)
+    return {query["query_id"]: top for query, top in zip(queries, tops, strict=True)}
 
 
 class Patcher(PoolWorker):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from stride_ray.attribute import read_influence
+from stride_ray.attribute import read_influence, table_stage
 from stride_ray.blocks import Blocks
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.halves import TOP, Halves, halves_agreement
@@ -21,6 +21,7 @@ from stride_ray.run import Run
 
 # Verdicts, see ``trust``.
 CHANCE, AGREEING, SAME = 0.05, 0.3, 0.5
+OTHER = {"exact": "amortised", "amortised": "exact"}
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Trust:
             rows.append((f"halves of the subsets, Spearman {what}", f"{h.spearman:.3f}", f"{h.control_spearman:.3f}"))
             rows.append((f"halves of the subsets, top {TOP} shared", f"{h.overlap:.1%}", f"{h.control_overlap:.1%}"))
         if self.other_mode is not None:
-            other = "amortised" if self.mode == "exact" else "exact"
-            rows.append((f"top {TOP} shared with the {other} answer", f"{self.other_mode:.1%}", f"{self.chance:.1%}"))
+            what = f"top {TOP} shared with the {OTHER[self.mode]} answer"
+            rows.append((what, f"{self.other_mode:.1%}", f"{self.chance:.1%}"))
         rows.append((f"top {TOP} shared with TF-IDF's", f"{self.lexical:.1%}", f"{self.chance:.1%}"))
         if np.isfinite(self.between):
             rows.append((f"top {TOP} shared by different queries", f"{self.between:.1%}", f"{self.chance:.1%}"))
@@ -89,7 +90,7 @@ def trust(run: Run, name: str) -> Trust:
     Raises:
         StrideError: influence is not finished, or every query failed.
     """
-    mode = "exact" if run.config.attribute.mode == "exact" else "amortised"
+    mode = run.config.attribute.mode
     blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
     queries = answered_queries(run, name)
     total = read_influence(run, name, "recovery").num_rows
@@ -108,7 +109,7 @@ def trust(run: Run, name: str) -> Trust:
         fit=fit["verdict"],
         learned=bool(fit["learned"]),
         halves=halves_agreement(run, name, n_blocks) if mode == "amortised" else None,
-        other_mode=_other_mode(run, name, mode, tops),
+        other_mode=_other_mode(run, name, tops),
         lexical=shared / max(offered, 1),
         lexical_p=float(binomtest(shared, offered, chance, "greater").pvalue) if offered else 1.0,
         chance=chance,
@@ -157,15 +158,12 @@ def _between(tops: dict[str, NDArray]) -> float:
     return float((counts * (counts - 1)).sum() / pairs)
 
 
-def _other_mode(run: Run, name: str, mode: str, tops: dict[str, NDArray]) -> float | None:
+def _other_mode(run: Run, name: str, tops: dict[str, NDArray]) -> float | None:
     """Mean overlap with the top of the other mode's answer to the same queries, where there is one."""
-    stages = ("exact", "influence") if mode == "exact" else ("influence", "exact")
-    other = Run(run.url, run.config, {"attribute.mode": "amortised" if mode == "exact" else "exact"})
+    other = Run(run.url, run.config, {"attribute.mode": OTHER[run.config.attribute.mode]})
     try:
-        asked = [
-            each.require(stage, "manifest.json", "stride-ray attribute", name).store.read_json("stage.json")["keys"]
-            for each, stage in zip((run, other), stages, strict=True)
-        ]
+        stages = [each.require(table_stage(each), "manifest.json", "", name) for each in (run, other)]
+        asked = [stage.store.read_json("stage.json")["keys"] for stage in stages]
     except StrideError:  # not there, or made with other settings
         return None
     if asked[0]["queries"] != asked[1]["queries"]:

@@ -56,7 +56,8 @@ class ModelConfig:
     path: str = _option("", "Hugging Face causal LM: folder, hub id, fsspec URL or .gguf file")
     start: str = _option(
         "",
-        "the checkpoint that training on the pool began from, which exact answers look at too; empty: random weights",
+        "the checkpoint that training on the pool began from; exact answers are more accurate when they know it; "
+        "empty: random weights",
     )
     split: float = _option(0.62, "layer where the operators act: a number of layers (>= 1) or a share of the depth")
     dtype: str = _option("float32", "dtype of the weights", ("float32", "bfloat16", "float16"))

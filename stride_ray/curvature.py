@@ -1,8 +1,4 @@
-"""Stage curvature: every site's preconditioner and scale, once per run, from a sample of the pool.
-
-Where it is known what training began from, that model's sites are measured too, with a quarter of a say: influence is
-a sum over the course of training, and its first steps were taken there.
-"""
+"""Stage curvature: every site's preconditioner and scale, once per run, from a sample of the pool."""
 
 from dataclasses import replace
 from functools import reduce
@@ -15,6 +11,7 @@ import torch
 from stride_ray.blocks import Blocks
 from stride_ray.config import Config
 from stride_ray.distribute import Crew
+from stride_ray.fitted import load_measured_model
 from stride_ray.passes import PoolWorker, over_sample, token_counts
 from stride_ray.run import Stage
 from stride_ray.sites import (
@@ -33,27 +30,16 @@ from stride_ray.storage import Store, tensor_bytes, tensors_from
 
 # Tokens that second moments are taken over, and blocks that sites' scales are.
 MOMENT_TOKENS, SCALE_BLOCKS = 131_072, 256
-# What the sites of the model that training began from count beside those of the trained one.
-START_WEIGHT = 0.25
 TENSORS = ("W_in", "W_out", "unigram")
+SITES, UNSCALED = "sites", "unscaled"
 
 
 def measure_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
-    """Publish ``end`` and, where ``model.start`` is set, ``start``, and a manifest."""
+    """Publish the sites and a manifest."""
     counts = token_counts(blocks, crew)
-    scales = _measured(config, blocks, stage, crew, "end", counts)
-    if config.model.start:
-        scales |= _measured(config, blocks, stage, crew, "start", counts)
-    stage.store.write_json("manifest.json", {"sites": scales, "blocks": len(blocks)})
-
-
-def _measured(
-    config: Config, blocks: Blocks, stage: Stage, crew: Crew, moment: str, counts: np.ndarray
-) -> dict[str, float]:
-    """Publish one moment's sites; returns their scales by key."""
     sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
-    given = (config, blocks.store, crew.device, config.model.start if moment == "start" else "")
-    results = over_sample(crew, MomentWorker, given, sample, f"precondition, {moment}")
+    given = (config, blocks.store, crew.device)
+    results = over_sample(crew, MomentWorker, given, sample, "precondition")
     positions, weights = sum(found["positions"] for found in results), results[0]["weights"]
     counted = torch.zeros(results[0]["vocabulary"], dtype=torch.long)
     counted[: len(counts)] = torch.from_numpy(counts[: len(counted)])
@@ -63,22 +49,22 @@ def _measured(
         sites.append(preconditioned(name, moments, counted, config.seed))
         if name == HEAD and not config.model.start:
             sites.append(preconditioned(ORIGIN, moments, counted, config.seed))
-    unscaled = f"{moment}-unscaled"
-    save_sites(stage.store, unscaled, [replace(site, moment=moment) for site in sites])
+    save_sites(stage.store, UNSCALED, sites)
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:SCALE_BLOCKS])
-    found = over_sample(crew, ScaleWorker, (*given, stage.store, unscaled), few, f"scale, {moment}")
+    found = over_sample(crew, ScaleWorker, (*given, stage.store), few, "scale")
     if not config.model.start:
         loss = sum(each["loss"] for each in found) / sum(each["targets"] for each in found)
         weights[ORIGIN] = origin_weight(_of_layers(weights), loss, distribution(counted))
-    say = START_WEIGHT if moment == "start" else 1.0
     scaled = []
     for site in sites:
         square = sum(each["squares"][site.name] for each in found) / len(few)
-        scaled.append(replace(site, moment=moment, scale=max(square, 1e-30) / (weights[site.name] * say)))
-    save_sites(stage.store, moment, scaled)
+        scaled.append(replace(site, scale=max(square, 1e-30) / weights[site.name]))
+    save_sites(stage.store, SITES, scaled)
     for ending in ("json", "safetensors"):
-        stage.store.remove(f"{unscaled}.{ending}")
-    return {site.key: site.scale for site in scaled}
+        stage.store.remove(f"{UNSCALED}.{ending}")
+    stage.store.write_json(
+        "manifest.json", {"sites": {site.name: site.scale for site in scaled}, "blocks": len(blocks)}
+    )
 
 
 def _of_layers(weights: dict[str, float]) -> float:
@@ -90,9 +76,7 @@ def save_sites(store: Store, name: str, sites: list[Site]) -> None:
     """Publish sites as ``name``.safetensors and ``name``.json."""
     tensors = {f"{i}.{part}": getattr(site, part).cpu() for i, site in enumerate(sites) for part in TENSORS}
     store.write(f"{name}.safetensors", tensor_bytes(tensors))
-    store.write_json(
-        f"{name}.json", [{key: getattr(site, key) for key in ("name", "scale", "moment")} for site in sites]
-    )
+    store.write_json(f"{name}.json", [{key: getattr(site, key) for key in ("name", "scale")} for site in sites])
 
 
 def load_sites(store: Store, name: str, device: Any) -> tuple[Site, ...]:
@@ -107,8 +91,10 @@ def load_sites(store: Store, name: str, device: Any) -> tuple[Site, ...]:
 class MomentWorker(PoolWorker):
     """Second moments at all sites over some blocks."""
 
-    def __init__(self, config: Config, store: Store, device: str, path: str) -> None:
-        super().__init__(config, store, device, path)
+    load = staticmethod(load_measured_model)
+
+    def __init__(self, config: Config, store: Store, device: str) -> None:
+        super().__init__(config, store, device)
         self.weights = find_sites(self.model)
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
@@ -126,9 +112,11 @@ class MomentWorker(PoolWorker):
 class ScaleWorker(PoolWorker):
     """Σ |H^-½ J|² by site, and the loss, over some blocks."""
 
-    def __init__(self, config: Config, store: Store, device: str, path: str, curvature: Store, name: str) -> None:
-        super().__init__(config, store, device, path)
-        self.sites = load_sites(curvature, name, self.model.device)
+    load = staticmethod(load_measured_model)
+
+    def __init__(self, config: Config, store: Store, device: str, curvature: Store) -> None:
+        super().__init__(config, store, device)
+        self.sites = load_sites(curvature, UNSCALED, self.model.device)
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Do one unit; returns its findings."""

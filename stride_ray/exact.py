@@ -1,14 +1,13 @@
 """Stage exact: every query's inner product with every block, in one pass over the pool.
 
 No operators, no subsets, no recovery: J(x)ᵀ H⁻¹ J_i itself (sites.py), with H from the stage before (curvature.py). A
-batch of queries costs one forward and one backward pass over the pool, whatever their number (two of each where the
-model that training began from is known), and the largest influences per query are kept.
+batch of queries costs one forward and one backward pass over the pool, whatever their number, and the largest
+influences per query are kept.
 """
 
 import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,11 @@ import torch
 
 from stride_ray.blocks import Blocks
 from stride_ray.config import Config
-from stride_ray.curvature import load_sites, measure_curvature
+from stride_ray.curvature import SITES, load_sites, measure_curvature
 from stride_ray.distribute import Crew, connected, pool, progress
-from stride_ray.fitted import load_run_model
+from stride_ray.fitted import load_measured_model, load_run_model
 from stride_ray.influence import RECOVERY, rank_tables
+from stride_ray.model import masked_mean
 from stride_ray.passes import PoolWorker, check_tokenizer
 from stride_ray.queries import batches, check_name, checked, fingerprint, padded
 from stride_ray.recover import Recovery
@@ -106,23 +106,18 @@ def _score_name(unit: tuple[list[int], int, int, int]) -> str:
 
 
 class Scorer(PoolWorker):
-    """A worker that takes J at all sites and moments of training."""
+    """A worker that takes J at all sites."""
+
+    load = staticmethod(load_measured_model)
 
     def __init__(self, config: Config, store: Store, device: str, curvature: Store, stage: Stage) -> None:
         super().__init__(config, store, device)
         self.stage = stage
-        self.moments = [(self.model, load_sites(curvature, "end", self.model.device))]
-        if config.model.start:
-            start = load_run_model(config, device, config.model.start)
-            start.check_ids(torch.tensor([[self.blocks.manifest["max_token_id"]]]))
-            self.moments.append((start, load_sites(curvature, "start", start.device)))
+        self.sites = load_sites(curvature, SITES, self.model.device)
 
-    def gradients(
-        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor
-    ) -> tuple[Iterator[tuple[Site, torch.Tensor]], torch.Tensor]:
-        """H^-½ J of each sequence, site by site, and the trained model's losses."""
-        found = [site_gradients(model, sites, ids_BT, mask_BT) for model, sites in self.moments]
-        return chain.from_iterable(each for each, _ in found), found[0][1]
+    def gradients(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> Iterator[tuple[Site, torch.Tensor]]:
+        """H^-½ J of each sequence, site by site."""
+        return site_gradients(self.model, self.sites, ids_BT, mask_BT)[0]
 
 
 class QueryWorker(Scorer):
@@ -131,6 +126,7 @@ class QueryWorker(Scorer):
     def __init__(self, config: Config, store: Store, device: str, curvature: Store, stage: Stage) -> None:
         super().__init__(config, store, device, curvature, stage)
         self.table = stage.store.read_table("queries.parquet")
+        self.trained = load_run_model(config, device)
 
     def __call__(self, unit: tuple[int, int]) -> dict[str, Any]:
         """Do one unit; returns its marker."""
@@ -141,10 +137,11 @@ class QueryWorker(Scorer):
         found: dict[str, list[torch.Tensor]] = {}
         waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
         for batch in batches(rows, waiting, self.config.compute.batch_tokens):
-            each, losses = self.gradients(*padded([rows[i] for i in batch], self.model.device))
-            for site, J in each:
-                found.setdefault(site.key, []).append(J.cpu())
-            for i, loss in zip(batch, losses.tolist(), strict=True):
+            ids, mask = padded([rows[i] for i in batch], self.model.device)
+            for site, J in self.gradients(ids, mask):
+                found.setdefault(site.name, []).append(J.cpu())
+            losses = self.trained.token_losses(self.trained.read(ids), ids, mask)
+            for i, loss in zip(batch, masked_mean(losses, mask).tolist(), strict=True):
                 answers[i]["base_loss"] = loss
         tensors = {name: torch.cat(pieces) for name, pieces in found.items()}
         finite = torch.ones(len(waiting), dtype=torch.bool)
@@ -175,8 +172,8 @@ class ScoreWorker(Scorer):
             self.group, self.queries = group, self._load(group)
         pieces = []
         for batch in self.blocks.batches(start, stop, self.rows) if self.queries else []:
-            each, _ = self.gradients(self.tensors(batch.ids), self.tensors(batch.mask))
-            pieces.append(influence(self.queries, each).cpu())
+            J = self.gradients(self.tensors(batch.ids), self.tensors(batch.mask))
+            pieces.append(influence(self.queries, J).cpu())
         scores = torch.cat(pieces, 1) if pieces else torch.zeros(0, stop - start)
         # Ties go by ordinal, whatever the shard: the order of equals must not depend on the sort.
         order = scores.abs().argsort(dim=1, descending=True, stable=True)[:, : self.config.attribute.top]
@@ -186,7 +183,7 @@ class ScoreWorker(Scorer):
         return self.stage.mark(name, started, blocks=stop - start)
 
     def _load(self, group: list[int]) -> dict[str, torch.Tensor]:
-        """H^-½ J of a group's queries by site's key; nothing where all of them failed."""
+        """H^-½ J of a group's queries by site; nothing where all of them failed."""
         stored = [tensors_from(self.stage.store.read(f"queries-{part:05d}.safetensors")) for part in group]
         full = [tensors for tensors in stored if tensors]
         names = full[0] if full else {}

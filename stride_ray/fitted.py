@@ -13,6 +13,9 @@ from stride_ray.model import SplitModel, load_model
 from stride_ray.operators import Basis, Operators
 from stride_ray.storage import Store, tensor_bytes, tensors_from
 
+# Where on the way from the model that training began from to the trained one exact influence is measured.
+LATE = 0.75
+
 
 def membership_of(config: Config) -> Membership:
     """The run's membership matrix."""
@@ -20,10 +23,10 @@ def membership_of(config: Config) -> Membership:
     return Membership(wanted.subsets, wanted.degree, config.seed, wanted.form)
 
 
-def load_run_model(config: Config, device: str, path: str = "") -> SplitModel:
-    """The run's model, or another of its kind, split where its operators act: at ℓ, or at the end for the logit form.
+def load_run_model(config: Config, device: str) -> SplitModel:
+    """The run's model, split where its operators act: at ℓ, or at the end for the logit form.
 
-    A process keeps the last two that it loaded.
+    A process keeps the last one that it loaded.
 
     Raises:
         StrideError: as load_model does, and where no model is configured.
@@ -33,10 +36,39 @@ def load_run_model(config: Config, device: str, path: str = "") -> SplitModel:
     transformers.utils.logging.disable_progress_bar()
     split = config.model.split
     layer: int | float = 1.0 if config.operators.form == "logit" else (split if split < 1 else int(split))
-    return _loaded(path or config.model.path, layer, config.model.dtype, device)
+    return _loaded(config.model.path, layer, config.model.dtype, device)
 
 
-@lru_cache(maxsize=2)
+def load_measured_model(config: Config, device: str) -> SplitModel:
+    """The model that exact influence is measured at: the run's; where ``model.start`` is known, one on the way to it.
+
+    Its parameters lie LATE of the way from the start's to the run's. Influence is about training that could have seen
+    less data, so it is better measured a little before the end (LDS benchmarks of this project).
+
+    Raises:
+        StrideError: as load_run_model does, and where the two models' parameters differ in name or shape.
+    """
+    if not config.model.start:
+        return load_run_model(config, device)
+    return _between(config.model.start, config.model.path, config.model.dtype, device)
+
+
+@lru_cache(maxsize=1)
+def _between(start_path: str, path: str, dtype: str, device: str) -> SplitModel:
+    measured, start = (load_model(each, split=1.0, dtype=dtype, device=device) for each in (path, start_path))
+    ends, starts = (dict(each.model.named_parameters()) for each in (measured, start))
+    if {name: p.shape for name, p in ends.items()} != {name: p.shape for name, p in starts.items()}:
+        raise StrideError(
+            f"model.start {start.name} and the model {measured.name} do not have the same parameters; training on the "
+            "pool must have begun from model.start."
+        )
+    with torch.no_grad():
+        for name, parameter in ends.items():
+            parameter.lerp_(starts[name], 1 - LATE)
+    return measured
+
+
+@lru_cache(maxsize=1)
 def _loaded(path: str, layer: int | float, dtype: str, device: str) -> SplitModel:
     return load_model(path, split=layer, dtype=dtype, device=device)
 

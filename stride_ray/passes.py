@@ -71,11 +71,17 @@ def over_sample(
 
 
 class PoolWorker:
-    """A worker that holds the run's model (or the one at ``path``) and reads the pool, ``rows`` blocks at a time."""
+    """A worker that holds the run's model and reads the pool, ``rows`` blocks at a time.
 
-    def __init__(self, config: Config, store: Store, device: str, path: str = "") -> None:
+    Attributes:
+        load: which model, if not the run's own.
+    """
+
+    load = staticmethod(load_run_model)
+
+    def __init__(self, config: Config, store: Store, device: str) -> None:
         self.config, self.blocks = config, Blocks(store)
-        self.model = load_run_model(config, device, path)
+        self.model = self.load(config, device)
         self.model.check_ids(torch.tensor([[self.blocks.manifest["max_token_id"]]]))
         self.rows = max(1, config.compute.batch_tokens // self.blocks.block_tokens)
 

@@ -54,7 +54,6 @@ class Site:
             logits, or (V, v) weights times a sketch where V > 4096.
         unigram: (V,) π for the origin, else empty.
         scale: mean |J_i|² over blocks of the pool, over the site's weight.
-        moment: of training, where there are several: "end" or "start".
     """
 
     name: str
@@ -62,12 +61,6 @@ class Site:
     W_out: Tensor
     unigram: Tensor = field(default_factory=lambda: torch.empty(0))
     scale: float = 1.0
-    moment: str = "end"
-
-    @property
-    def key(self) -> str:
-        """Name and moment."""
-        return f"{self.moment}:{self.name}"
 
     def to(self, device: Any) -> "Site":
         """A copy on a device."""
@@ -284,7 +277,7 @@ def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor
     """Influence of B blocks on Q queries.
 
     Args:
-        queries: by site's key, (Q, P) float32 H^-½ J of the queries.
+        queries: by site's name, (Q, P) float32 H^-½ J of the queries.
         gradients: of the blocks, site by site.
 
     Returns:
@@ -292,5 +285,5 @@ def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor
     """
     total: Any = 0.0
     for site, J in gradients:
-        total = total + queries[site.key] @ J.T / site.scale
+        total = total + queries[site.name] @ J.T / site.scale
     return torch.where(total > 0, total, HARM * total)

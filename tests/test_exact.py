@@ -6,12 +6,17 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import QUERIES, settings
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stride_ray import exact
 from stride_ray.attribute import attribute, block_texts, read_influence
 from stride_ray.blocks import Blocks
 from stride_ray.cli import main
+from stride_ray.config import Config
+from stride_ray.errors import StrideError
+from stride_ray.fitted import load_measured_model, load_run_model
 from stride_ray.influence import DOCUMENTS, INFLUENCE, RECOVERY
 from stride_ray.run import Run
 from stride_ray.status import status
@@ -120,16 +125,13 @@ def test_only_the_largest_are_kept(exactly, parts, sharded, plain):
     )
 
 
-def test_the_start_of_training_has_its_say(exactly, parts, sharded, plain):
+def test_where_training_began_is_where_it_is_measured_from(exactly, parts, sharded, plain):
     folder, *_ = exactly
     same, _, _ = answered(sharded("same"), parts, model__start=str(parts.model))
     facts = same.stage("curvature").store.read_json("manifest.json")["sites"]
-    ends = {key.partition(":")[2]: scale for key, scale in facts.items() if key.startswith("end")}
-    starts = {key.partition(":")[2]: scale for key, scale in facts.items() if key.startswith("start")}
-    assert starts == pytest.approx({name: 4 * scale for name, scale in ends.items()})
-    assert "origin" not in ends
     before = Run(str(folder), changes={"attribute.mode": "exact"})
-    assert "end:origin" in before.stage("curvature").store.read_json("manifest.json")["sites"]
+    without = before.stage("curvature").store.read_json("manifest.json")["sites"]
+    assert facts == pytest.approx({name: scale for name, scale in without.items() if name != "origin"}, rel=1e-4)
     rows = read_influence(same, "asked").to_pylist()
     assert len(rows) == read_influence(before, "asked").num_rows
     assert [row["influence"] for row in rows] != read_influence(before, "asked")["influence"].to_pylist()
@@ -148,3 +150,28 @@ def test_the_command_line_needs_no_operators(exactly, parts, sharded):
     assert "curvature" in told
     assert "7 sites" in told
     assert "operators                    missing" in told
+
+
+def test_the_measured_model_lies_on_the_way_from_start_to_end(parts, tmp_path):
+    torch.manual_seed(0)
+    start = AutoModelForCausalLM.from_pretrained(parts.model)
+    with torch.no_grad():
+        for parameter in start.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    start.save_pretrained(tmp_path / "start")
+    config = Config().updated({"model.path": str(parts.model), "model.start": str(tmp_path / "start")})
+    found = dict(load_measured_model(config, "cpu").model.named_parameters())
+    ends = dict(AutoModelForCausalLM.from_pretrained(parts.model).named_parameters())
+    for name, parameter in start.named_parameters():
+        torch.testing.assert_close(found[name], 0.25 * parameter + 0.75 * ends[name], rtol=1e-4, atol=1e-6)
+    trained = load_run_model(config, "cpu").model
+    assert all(torch.equal(parameter, ends[name]) for name, parameter in trained.named_parameters())
+
+
+def test_a_start_of_another_shape_is_refused(parts, tmp_path):
+    other = AutoConfig.from_pretrained(parts.model)
+    other.num_hidden_layers += 1
+    AutoModelForCausalLM.from_config(other).save_pretrained(tmp_path / "start")
+    config = Config().updated({"model.path": str(parts.model), "model.start": str(tmp_path / "start")})
+    with pytest.raises(StrideError, match=r"model\.start .*start and the model .* do not have the same parameters"):
+        load_measured_model(config, "cpu")

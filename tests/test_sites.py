@@ -142,7 +142,7 @@ def test_influence_is_the_preconditioned_inner_product(made, texts):
     counts = torch.bincount(ids.flatten(), minlength=V)
     sites = tuple(replace(preconditioned(name, m / count, counts, 0), scale=2.0) for name, m in sums.items())
     assert [site.name for site in sites] == list(names)
-    whitened = {site.key: J for site, J in site_gradients(model, sites, ids, mask)[0]}
+    whitened = {site.name: J for site, J in site_gradients(model, sites, ids, mask)[0]}
     found = influence({name: J[:2] for name, J in whitened.items()}, site_gradients(model, sites, ids, mask)[0])
     total = torch.zeros(2, B)
     for site in sites:

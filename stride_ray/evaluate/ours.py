@@ -80,11 +80,14 @@ PUBLISHED: dict[str, Any] = {
     "recover.row_scaling": False,
 }
 FEW = 100
-TRAINED: dict[str, Any] = {**PUBLISHED, "operators.form": "matrix", "fit.steps": FEW}
+TRAINED: dict[str, Any] = {**PUBLISHED, "operators.form": "matrix", "fit.steps": FEW, "respond.mode": "linear"}
 
 
 def _ablation(name: str, **changes: Any) -> Variant:
-    note = f"trained with few steps ({FEW}); else form matrix, rank 16, stability KL, split 0.62, regular membership"
+    note = (
+        f"trained with few steps ({FEW}), linear responses; else form matrix, rank 16, stability KL, split 0.62, "
+        "regular membership"
+    )
     given = {key.replace("__", "."): value for key, value in changes.items()}
     return Variant(f"STRIDE trained, {name}", {**TRAINED, **given}, ablation=True, note=note)
 

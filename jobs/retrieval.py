@@ -23,9 +23,10 @@ from stride_ray.blocks import Blocks
 from stride_ray.distribute import connected
 from stride_ray.evaluate.retrieval import as_table, source_retrieval
 from stride_ray.fit import fit
-from stride_ray.quickstart import BLOCK_TOKENS, train_model, train_tokenizer
+from stride_ray.quickstart import BLOCK_TOKENS, EPOCHS
 from stride_ray.run import Run
 from stride_ray.shard import shard
+from stride_ray.small import train_model, train_tokenizer
 from stride_ray.tokens import load_tokenizer
 
 # Blocks of a document that stay in the pool at the least.
@@ -42,7 +43,7 @@ def main() -> int:
     root = Path(parsed.folder)
     files = documents()
     root.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(files, root / "tokenizer")
+    train_tokenizer((path.read_text("utf-8") for path in files), root / "tokenizer")
     unseen, unseen_sources = write_pool(root, files, parsed.queries)
     settings = {
         "corpus.input": [str(root / "pool.parquet")],
@@ -56,7 +57,7 @@ def main() -> int:
     with connected(run.config.compute):
         shard(run)
         pool = Blocks(run.stage("blocks").store)
-        train_model(pool, root)
+        train_model(pool, root / "tokenizer", root / "model", EPOCHS)
         print(fit(run)["verdict"])
         rng = np.random.default_rng(1)
         full = np.flatnonzero(pool.batch(np.arange(len(pool))).mask.all(1))

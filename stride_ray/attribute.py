@@ -6,7 +6,6 @@ from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from stride_ray.blocks import Blocks
 from stride_ray.exact import exact_influence
@@ -18,7 +17,9 @@ from stride_ray.run import Run
 from stride_ray.tokens import load_tokenizer
 
 # Blocks shown per query and side, in the console and on the page; queries on the page.
-CONSOLE_BLOCKS, PAGE_BLOCKS, PAGE_QUERIES = 3, 8, 200
+CONSOLE_BLOCKS, PAGE_BLOCKS, PAGE_QUERIES = 3, 8, 1000
+# Points of a query's curve of influence by rank; sources of a query's breakdown.
+CURVE, SOURCES = 24, 6
 
 
 def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> dict[str, Any]:
@@ -42,10 +43,8 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
     summary = answer(run, table, name)
     shown = shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS)
     print_table(shown[:20], out)
+    page = _write_page(run, name, shown, summary["mode"])
     stage = run.stage(table_stage(run), name)
-    facts = {**_about(run), **summary, "name": name, "run": run.url}
-    stage.store.write("page.html", attribution_page(shown, facts).encode())
-    page = stage.store.name_of("page.html")
     gap = f", largest relative duality gap {summary['largest_gap']:.1e}" if "largest_gap" in summary else ""
     print(
         f"\n{summary['queries']} queries ({summary['failed']} failed), {summary['rows']} influences, "
@@ -66,6 +65,24 @@ def answer(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
         return {**exact_influence(run, table, name), "mode": "exact"}
     responded = respond_table(run, table, name)
     return {**recover_influence(run, name), "mode": responded["mode"]}
+
+
+def write_page(run: Run, name: str) -> str:
+    """Write the page of a query set's tables anew, with what the trust panel found meanwhile; returns its URL."""
+    mode = (
+        "exact"
+        if table_stage(run) == "exact"
+        else run.stage("responses", name).store.read_json("manifest.json")["mode"]
+    )
+    return _write_page(run, name, shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS), mode)
+
+
+def _write_page(run: Run, name: str, shown: list[dict[str, Any]], mode: str) -> str:
+    store = run.stage(table_stage(run), name).store
+    facts = {**_about(run), **store.read_json("manifest.json"), "mode": mode, "name": name, "run": run.url}
+    trust = store.read_json("trust.json") if store.exists("trust.json") else None
+    store.write("page.html", attribution_page(shown, facts, trust).encode())
+    return store.name_of("page.html")
 
 
 def table_stage(run: Run) -> str:
@@ -109,35 +126,68 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
     Returns:
         Per query: query_id, error, base_loss, nonzeros, gap, ``prompt`` (tokens without loss), ``completion`` (the
         rest), ``helping`` and ``harming``: lists of rows of the influence table with ``text`` and ``share`` of the
-        query's largest |influence|.
+        query's largest |influence|; and of the whole table's rows ``curve``, at most CURVE influences by rank, evenly
+        spaced, ``half``, how many blocks hold half of the positive influence, and ``sources``, [source, share of the
+        positive influence], the largest SOURCES.
     """
     tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
     asked = asked_queries(run, name).slice(0, queries).to_pylist()
     recovery = {row["query_id"]: row for row in read_influence(run, name, "recovery").to_pylist()}
     influence = read_influence(run, name)
-    pool = Blocks(run.stage("blocks").store)
-    shown = []
+    where = _rows_of(influence["query_id"])
+    shown, ordinals = [], set[int]()
     for query in asked:
-        mine = influence.filter(pc.equal(influence["query_id"], query["query_id"])).to_pylist()
-        helping = [row for row in mine[:blocks] if row["influence"] > 0]
-        harming = [row for row in reversed(mine[-blocks:]) if row["influence"] < 0]
-        largest = max((abs(row["influence"]) for row in mine), default=1.0)
-        texts = block_texts(pool, [row["ordinal"] for row in helping + harming], tokenizer)
-        for row, text in zip(helping + harming, texts, strict=True):
-            row |= {"text": text, "share": abs(row["influence"]) / largest}
+        mine = influence.slice(*where.get(query["query_id"], (0, 0)))
+        values = mine["influence"].to_numpy()
+        sides = {
+            "helping": mine.slice(0, min(blocks, int((values > 0).sum()))).to_pylist(),
+            "harming": mine.slice(max(0, len(values) - min(blocks, int((values < 0).sum())))).to_pylist()[::-1],
+        }
+        for row in (*sides["helping"], *sides["harming"]):
+            row["share"] = abs(row["influence"]) / float(np.abs(values).max())
+            ordinals.add(row["ordinal"])
         ids, mask = np.array(query["token_ids"], dtype=int), np.array(query["loss_mask"], dtype=bool)
         about = {key: recovery[query["query_id"]][key] for key in ("error", "base_loss", "nonzeros", "gap")}
+        at = np.unique(np.linspace(0, len(values) - 1, CURVE).round().astype(int)) if len(values) else np.zeros(0, int)
+        summed = np.cumsum(values[values > 0])
         shown.append(
             {
                 "query_id": query["query_id"],
                 **about,
                 "prompt": tokenizer.decode(ids[~mask]) if len(ids) else "",
                 "completion": tokenizer.decode(ids[mask]) if len(ids) else "",
-                "helping": helping,
-                "harming": harming,
+                **sides,
+                "curve": [[int(rank), float(values[rank])] for rank in at],
+                "half": int(np.searchsorted(summed, summed[-1] / 2)) + 1 if len(summed) else 0,
+                "sources": _shares(mine["source"].to_pylist(), values),
             }
         )
+    pool, listed = Blocks(run.stage("blocks").store), sorted(ordinals)
+    texts = dict(zip(listed, block_texts(pool, listed, tokenizer), strict=True))
+    for each in shown:
+        for row in (*each["helping"], *each["harming"]):
+            row["text"] = texts[row["ordinal"]]
     return shown
+
+
+def _rows_of(column: pa.ChunkedArray) -> dict[str, tuple[int, int]]:
+    """First row and number of rows of each query of an influence table, where a query's rows follow each other."""
+    codes = column.combine_chunks().dictionary_encode()
+    numbers = codes.indices.to_numpy()
+    firsts = np.flatnonzero(np.diff(numbers, prepend=-1))
+    counts = np.diff(firsts, append=len(numbers))
+    names = codes.dictionary.to_pylist()
+    return {names[numbers[first]]: (int(first), int(count)) for first, count in zip(firsts, counts, strict=True)}
+
+
+def _shares(sources: list[str], values: np.ndarray) -> list[tuple[str, float]]:
+    """The largest SOURCES sources' shares of the positive influence."""
+    sums: dict[str, float] = {}
+    for source, value in zip(sources, values.tolist(), strict=True):
+        sums[source] = sums.get(source, 0.0) + max(value, 0.0)
+    total = sum(sums.values()) or 1.0
+    largest = sorted(sums.items(), key=lambda item: (-item[1], item[0]))[:SOURCES]
+    return [(source, value / total) for source, value in largest if value > 0]
 
 
 def block_texts(pool: Blocks, ordinals: list[int], tokenizer: Any) -> list[str]:

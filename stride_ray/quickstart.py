@@ -11,19 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from stride_ray.attribute import attribute
 from stride_ray.blocks import Blocks
 from stride_ray.distribute import connected
 from stride_ray.errors import StrideError
+from stride_ray.evaluate.trust import trust
 from stride_ray.fit import fit
 from stride_ray.run import Run
 from stride_ray.shard import shard
+from stride_ray.small import train_model, train_tokenizer
 
 # The sample by name; a module that this Python does not have is left out, and the count printed.
 MODULES = (
@@ -50,7 +46,7 @@ PROMPTS = {
     "calendar": "def isleap(year):\n    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)",
 }
 
-BLOCK_TOKENS, VOCABULARY, EPOCHS, BATCH = 128, 2048, 3, 16
+BLOCK_TOKENS, EPOCHS = 128, 3
 
 
 def quickstart(folder: str) -> dict[str, Any]:
@@ -71,7 +67,7 @@ def quickstart(folder: str) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in files)
     print(f"{len(files)} modules, {size / 1e6:.2f} MB")
     _say(2, f"a tokenizer trained on it -> {root / 'tokenizer'}")
-    train_tokenizer(files, root / "tokenizer")
+    train_tokenizer((path.read_text("utf-8") for path in files), root / "tokenizer")
     run = Run(str(root / "run"), changes=settings(root))
     with connected(run.config.compute):
         return _stages(run, root, began)
@@ -83,13 +79,14 @@ def _stages(run: Run, root: Path, began: float) -> dict[str, Any]:
     manifest = shard(run)
     print(f"{manifest['documents']} documents became {manifest['blocks']} blocks of {BLOCK_TOKENS} tokens")
     _say(4, f"a small Llama trained on these blocks -> {root / 'model'}")
-    train_model(Blocks(run.stage("blocks").store), root)
+    train_model(Blocks(run.stage("blocks").store), root / "tokenizer", root / "model", EPOCHS)
     _say(5, f"blocks to steering operators, one pass -> {root / 'run' / 'operators'}")
     print(fit(run)["verdict"])
     _say(6, f"which blocks made the model answer like this -> {root / 'run' / 'exact'}")
     queries = root / "prompts.jsonl"
     queries.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in PROMPTS.items()))
     summary = attribute(run, str(queries), "prompts")
+    print(f"\n{trust(run, 'prompts').verdict}")
     print(
         f"\nEach line above is a block of the corpus that the model was trained on: its rank, its influence on the "
         f"prompt's loss\n(positive: training on it made the prompt more likely), its file and its text. Open the page "
@@ -126,61 +123,3 @@ def write_corpus(folder: Path) -> list[Path]:
     if not files:
         raise StrideError(f"{library} holds no Python sources; install Python with its standard library.")
     return files
-
-
-def train_tokenizer(files: list[Path], folder: Path) -> None:
-    """A byte-level BPE tokenizer with an end-of-text token, as a Hugging Face folder."""
-    if (folder / "tokenizer_config.json").exists():
-        return
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((path.read_text("utf-8") for path in files), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
-
-
-def train_model(blocks: Blocks, root: Path) -> None:
-    """Train a 1-million-parameter Llama on all blocks and save it as a Hugging Face checkpoint."""
-    if (root / "model" / "config.json").exists():
-        return
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config)
-    n = len(blocks)
-    everything = blocks.batch(np.arange(n))
-    ids = torch.from_numpy(everything.ids)
-    labels = ids.masked_fill(~torch.from_numpy(np.ascontiguousarray(everything.mask)), -100)
-    steps = EPOCHS * (n // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 20, max(0.05, 1 - i / steps)))
-    order = torch.cat([torch.randperm(n) for _ in range(EPOCHS + 1)])
-    bar = tqdm(range(steps), desc="train", unit=" steps", mininterval=2.0)
-    for step in bar:
-        rows = order[step * BATCH : (step + 1) * BATCH]
-        loss = model(input_ids=ids[rows], labels=labels[rows]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.2f}")
-    partial = root / ".model"
-    model.save_pretrained(partial)
-    for path in (root / "tokenizer").iterdir():
-        shutil.copy(path, partial)
-    partial.replace(root / "model")

@@ -54,7 +54,7 @@ def test_quickstart_finds_the_files_that_the_prompts_came_from(quickstart, folde
     assert "page.html" in quickstart
     page = (folder / "quickstart/run/exact/prompts/page.html").read_text("utf-8")
     assert "difflib.py" in page
-    assert "<script" not in page
+    assert "Trust: " in page
 
 
 def test_readme_has_both_set_up_commands():

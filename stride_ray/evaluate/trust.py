@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from stride_ray.attribute import read_influence, table_stage
+from stride_ray.attribute import read_influence, table_stage, write_page
 from stride_ray.blocks import Blocks
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.halves import TOP, Halves, halves_agreement
@@ -56,8 +56,8 @@ class Trust:
     level: str = ""
     verdict: str = ""
 
-    def as_table(self) -> str:
-        """The panel as Markdown, the verdict last."""
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The checks: what, found, by chance."""
         rows = [("queries failed", f"{self.failed} of {self.queries}", "")]
         if self.halves is not None:
             h = self.halves
@@ -71,12 +71,17 @@ class Trust:
         if np.isfinite(self.between):
             rows.append((f"top {TOP} shared by different queries", f"{self.between:.1%}", f"{self.chance:.1%}"))
             rows.append(("the same of TF-IDF's", f"{self.lexical_between:.1%}", f"{self.chance:.1%}"))
-        lines = ["| check | found | by chance |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
+        return rows
+
+    def as_table(self) -> str:
+        """The panel as Markdown, the verdict last."""
+        rows = (f"| {check} | {found} | {chance} |" for check, found, chance in self.rows())
+        lines = ["| check | found | by chance |", "|---|---|---|", *rows]
         return "\n".join([*lines, "", *([self.fit, ""] if self.fit else []), self.verdict])
 
 
 def trust(run: Run, name: str) -> Trust:
-    """Check a query set's influence, exact or amortised as ``attribute.mode`` says, and judge it.
+    """Check a query set's influence, exact or amortised as ``attribute.mode`` says, and judge it; its page shows that.
 
     ``none``: no query has a helpful block; or, amortised, the fit learned nothing, or halves of the subsets agree no
     better than chance (p above 0.05). ``weak``: half of the queries failed; or, amortised, halves share less than 0.3
@@ -117,7 +122,11 @@ def trust(run: Run, name: str) -> Trust:
         lexical_between=_between(lexical),
     )
     level, why = _judged(panel, bool(tops))
-    return replace(panel, level=level, verdict=f"Trust: {level}, because {why}.")
+    panel = replace(panel, level=level, verdict=f"Trust: {level}, because {why}.")
+    told = {"level": panel.level, "verdict": panel.verdict, "rows": panel.rows()}
+    run.stage(table_stage(run), name).store.write_json("trust.json", told)
+    write_page(run, name)
+    return panel
 
 
 def _judged(panel: Trust, answered: bool) -> tuple[str, str]:

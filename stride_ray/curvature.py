@@ -40,11 +40,11 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) 
     sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
     given = (config, blocks.store, crew.device)
     results = over_sample(crew, MomentWorker, given, sample, "precondition")
-    positions, weights = sum(found["positions"] for found in results), results[0]["weights"]
+    positions = sum(found["positions"] for found in results)
     counted = torch.zeros(results[0]["vocabulary"], dtype=torch.long)
     counted[: len(counts)] = torch.from_numpy(counts[: len(counted)])
     sites = []
-    for name in weights:
+    for name in results[0]["moments"]:
         moments = reduce(add, (found["moments"][name] for found in results)) / positions
         sites.append(preconditioned(name, moments, counted, config.seed))
         if name == HEAD and not config.model.start:
@@ -52,24 +52,17 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) 
     save_sites(stage.store, UNSCALED, sites)
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:SCALE_BLOCKS])
     found = over_sample(crew, ScaleWorker, (*given, stage.store), few, "scale")
-    if not config.model.start:
-        loss = sum(each["loss"] for each in found) / sum(each["targets"] for each in found)
-        weights[ORIGIN] = origin_weight(_of_layers(weights), loss, distribution(counted))
-    scaled = []
-    for site in sites:
-        square = sum(each["squares"][site.name] for each in found) / len(few)
-        scaled.append(replace(site, scale=max(square, 1e-30) / weights[site.name]))
-    save_sites(stage.store, SITES, scaled)
+    loss = sum(each["loss"] for each in found) / sum(each["targets"] for each in found)
+    weights = {site.name: 1.0 for site in sites}
+    if ORIGIN in weights:
+        weights[ORIGIN] = origin_weight(results[0]["layers"], loss, distribution(counted))
+    squares = {name: sum(each["squares"][name] for each in found) / len(few) for name in weights}
+    total = max(1e-30, sum(weight * squares[name] for name, weight in weights.items()))
+    save_sites(stage.store, SITES, [replace(site, scale=total / weights[site.name]) for site in sites])
     for ending in ("json", "safetensors"):
         stage.store.remove(f"{UNSCALED}.{ending}")
-    stage.store.write_json(
-        "manifest.json", {"sites": {site.name: site.scale for site in scaled}, "blocks": len(blocks)}
-    )
-
-
-def _of_layers(weights: dict[str, float]) -> float:
-    """How many layers have a site: each has one of weight 1, and so has the head."""
-    return sum(weight == 1.0 for name, weight in weights.items() if name != HEAD)
+    shares = {name: weight * squares[name] / total for name, weight in weights.items()}
+    stage.store.write_json("manifest.json", {"sites": shares, "blocks": len(blocks)})
 
 
 def save_sites(store: Store, name: str, sites: list[Site]) -> None:
@@ -95,17 +88,17 @@ class MomentWorker(PoolWorker):
 
     def __init__(self, config: Config, store: Store, device: str) -> None:
         super().__init__(config, store, device)
-        self.weights = find_sites(self.model)
+        self.names = find_sites(self.model)
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Do one unit; returns its findings."""
         index, ordinals = unit
         total, positions = dict[str, Moments](), 0
         for batch in self.taken(ordinals):
-            sums, count = site_moments(self.model, self.weights, self.tensors(batch.ids), self.tensors(batch.mask))
+            sums, count = site_moments(self.model, self.names, self.tensors(batch.ids), self.tensors(batch.mask))
             total = {name: total[name] + sums[name] if name in total else sums[name] for name in sums}
             positions += count
-        facts = {"index": index, "blocks": len(ordinals), "positions": positions, "weights": self.weights}
+        facts = {"index": index, "blocks": len(ordinals), "positions": positions, "layers": len(self.model.layers)}
         return {**facts, "moments": total, "vocabulary": self.model.vocabulary}
 
 

@@ -6,14 +6,15 @@ form of operators.py is the site "head", the matrix form with the model's own ac
 the others). The sites of a model are
 
     each layer's last linear map into the residual stream (an MLP's output projection): u = its input, F wide
-    the last map of a layer's other parts (attention's output projection), with a quarter of a say
-    the embedding: u = the token itself, one-hot, with half a say
+    the last map of a layer's other parts (attention's output projection)
+    the embedding: u = the token itself, one-hot
     the head: u = the final state, and what is written are the logits, g_t = p_t − y_t
     the origin: the head before it knew more than token counts, g_t = π − y_t with π the pool's unigram distribution;
         only where training began from random weights, whose first and largest steps these were
 
-The influence of block i on query x is Σ_sites J(x)ᵀ H⁻¹ J_i / mean_i |H^-½ J_i|², H the Kronecker product of the two
-sides' damped second moments over the pool (measured point 4), so that every site has the same say.
+The influence of block i on query x is Σ_sites J(x)ᵀ H⁻¹ J_i, H the Kronecker product of the two sides' damped second
+moments over the pool (measured point 4), in units of a block's mean influence on itself. A site's say is that of its
+directions that H knows: nothing weighs the sites, but for the origin.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -37,8 +38,6 @@ DAMPING, END_DAMPING = 0.01, 0.1
 RARE = 1e-4
 # Directions of a larger vocabulary that are kept, as random combinations.
 SKETCH = 4096
-# What the embedding's and an attention's J count beside a layer's last map's.
-EMBEDDING_WEIGHT, PART_WEIGHT = 0.5, 0.25
 # What a block that harms counts of what it would as a helper: harm is the noisier side.
 HARM = 0.5
 
@@ -53,7 +52,7 @@ class Site:
         W_out: (D, D) float32, whitens the gradient at what is written; for head and origin (V,) weights of the
             logits, or (V, v) weights times a sketch where V > 4096.
         unigram: (V,) π for the origin, else empty.
-        scale: mean |J_i|² over blocks of the pool, over the site's weight.
+        scale: what products of J are divided by: mean |H^-½ J_i|² of all sites together, over the site's weight.
     """
 
     name: str
@@ -69,7 +68,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums (or means) over positions at one site: u uᵀ (F, F) and g gᵀ (D, D), float64; empty where it is per token."""
+    """Sums (or means) over positions at one site: u uᵀ (F, F) and g gᵀ (D, D), float64.
+
+    ``read`` is empty for the embedding; ``written`` of the head is the squared weight of a token in the loss, (1, 1).
+    """
 
     read: np.ndarray
     written: np.ndarray
@@ -81,8 +83,8 @@ class Moments:
         return Moments(self.read / positions, self.written / positions)
 
 
-def find_sites(model: SplitModel) -> dict[str, float]:
-    """The model's own sites in order, and their weights: "embedding", modules of the layers, "head".
+def find_sites(model: SplitModel) -> tuple[str, ...]:
+    """The model's own sites in order: "embedding", modules of the layers, "head".
 
     Raises:
         StrideError: where no layer has a linear map into the residual stream.
@@ -111,9 +113,7 @@ def find_sites(model: SplitModel) -> dict[str, float]:
             handle.remove()
     if not last:
         raise StrideError(f"{model.name}: no layer ends in a linear map; exact influence needs one, use the amortised")
-    final = {layer: name for (layer, _), name in last.items()}
-    layers = {name: 1.0 if final[layer] == name else PART_WEIGHT for (layer, _), name in last.items()}
-    return {EMBEDDING: EMBEDDING_WEIGHT, **layers, HEAD: 1.0}
+    return EMBEDDING, *last.values(), HEAD
 
 
 def tapped(
@@ -174,6 +174,12 @@ def _counted(mask_BT: Tensor) -> Tensor:
     return mask_BT[:, 1:].flip(1).cumsum(1).flip(1).gt(0)
 
 
+def _omega(mask_BT: Tensor) -> Tensor:
+    """(B, T − 1): the weight of each next token in its sequence's mean loss."""
+    omega = mask_BT[:, 1:].float()
+    return omega / omega.sum(1, keepdim=True).clamp(min=1)
+
+
 def site_moments(
     model: SplitModel, sites: Iterable[str], ids_BT: Tensor, mask_BT: Tensor
 ) -> tuple[dict[str, Moments], int]:
@@ -182,9 +188,8 @@ def site_moments(
     counted = _counted(mask_BT)
     sums = {}
     for name, (u, g) in taps.items():
-        nothing = torch.empty(0, 0, device=model.device)
-        read = u[:, :-1][counted] if name != EMBEDDING else nothing
-        written = g[:, :-1][counted] if name != HEAD else nothing
+        read = u[:, :-1][counted] if name != EMBEDDING else torch.empty(0, 0, device=model.device)
+        written = g[:, :-1][counted] if name != HEAD else _omega(mask_BT)[counted].unsqueeze(1)
         sums[name] = Moments(*((x.T @ x).double().cpu().numpy() for x in (read, written)))
     return sums, int(counted.sum())
 
@@ -207,6 +212,8 @@ def preconditioned(name: str, moments: Moments, counts: Tensor, seed: int) -> Si
         weights = weights.unsqueeze(1) * torch.randn(len(weights), SKETCH, generator=generator) / SKETCH**0.5
     if name == EMBEDDING:
         return Site(name, weights, inverse_root(moments.written, END_DAMPING))
+    # In a layer's gradients a token's weight in the loss is whitened away; here it must be, too.
+    weights = weights / float(moments.written[0, 0]) ** 0.5
     return Site(name, inverse_root(moments.read, END_DAMPING), weights, unigram if name == ORIGIN else torch.empty(0))
 
 
@@ -216,10 +223,10 @@ def distribution(counts: Tensor) -> Tensor:
 
 
 def origin_weight(layers: float, loss: float, unigram: Tensor) -> float:
-    """Say of the origin: that of all layers together, times what the model left of the tokens' unigram entropy.
+    """Weight of the origin: the number of layers, times what the model left of the tokens' unigram entropy.
 
     Args:
-        layers: sum of the layers' weights.
+        layers: how many.
         loss: the model's mean loss on the pool, nats a token.
         unigram: (V,) π.
     """
@@ -259,8 +266,7 @@ def _token_gradients(site: Site, ids_BT: Tensor, g_BTD: Tensor) -> Tensor:
 
 def _head_gradients(model: SplitModel, site: Site, z_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Σ_t ω_t (z_t W_in) ⊗ ((p_t − y_t) W_out) of each sequence, a few sequences' logits at a time; origin: π for p."""
-    omega = mask_BT[:, 1:].float()
-    omega = omega / omega.sum(1, keepdim=True).clamp(min=1)
+    omega = _omega(mask_BT)
     rows = max(1, LOGIT_BUDGET // (model.vocabulary * max(1, ids_BT.shape[1])))
     found = []
     for z, ids, weight in zip(z_BTD[:, :-1].split(rows), ids_BT[:, 1:].split(rows), omega.split(rows), strict=True):

@@ -131,7 +131,10 @@ def test_where_training_began_is_where_it_is_measured_from(exactly, parts, shard
     facts = same.stage("curvature").store.read_json("manifest.json")["sites"]
     before = Run(str(folder), changes={"attribute.mode": "exact"})
     without = before.stage("curvature").store.read_json("manifest.json")["sites"]
-    assert facts == pytest.approx({name: scale for name, scale in without.items() if name != "origin"}, rel=1e-4)
+    assert sum(facts.values()) == pytest.approx(1)
+    assert sum(without.values()) == pytest.approx(1)
+    rest = 1 - without.pop("origin")
+    assert facts == pytest.approx({name: share / rest for name, share in without.items()}, rel=1e-4)
     rows = read_influence(same, "asked").to_pylist()
     assert len(rows) == read_influence(before, "asked").num_rows
     assert [row["influence"] for row in rows] != read_influence(before, "asked")["influence"].to_pylist()

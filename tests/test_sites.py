@@ -12,12 +12,10 @@ from stride_ray.errors import StrideError
 from stride_ray.model import SplitModel
 from stride_ray.sites import (
     EMBEDDING,
-    EMBEDDING_WEIGHT,
     END_DAMPING,
     HARM,
     HEAD,
     ORIGIN,
-    PART_WEIGHT,
     RARE,
     Moments,
     Site,
@@ -98,8 +96,7 @@ def weight_gradient(model, name, ids, mask):
 def test_sites_are_the_last_maps_into_the_stream_and_the_head(made):
     model, names = made
     found = find_sites(model)
-    assert tuple(found) == names
-    assert list(found.values()) == [EMBEDDING_WEIGHT, PART_WEIGHT, 1, PART_WEIGHT, 1, 1]
+    assert found == names
 
 
 def test_a_model_whose_layers_end_in_nothing_linear_has_no_sites(made):
@@ -143,13 +140,14 @@ def test_influence_is_the_preconditioned_inner_product(made, texts):
     sites = tuple(replace(preconditioned(name, m / count, counts, 0), scale=2.0) for name, m in sums.items())
     assert [site.name for site in sites] == list(names)
     whitened = {site.name: J for site, J in site_gradients(model, sites, ids, mask)[0]}
-    found = influence({name: J[:2] for name, J in whitened.items()}, site_gradients(model, sites, ids, mask)[0])
+    asked = {name: torch.stack([J[0], -J[0]]) for name, J in whitened.items()}  # the second is harmed by what helps
+    found = influence(asked, site_gradients(model, sites, ids, mask)[0])
     total = torch.zeros(2, B)
     for site in sites:
         per_token = torch.diag(site.W_in) if site.name == EMBEDDING else site.W_in
         H_in = torch.linalg.inv(per_token @ per_token.T)
-        for q in range(2):
-            G = weight_gradient(model, site.name, ids[q], mask[q])
+        for q, sign in enumerate((1, -1)):
+            G = sign * weight_gradient(model, site.name, ids[0], mask[0])
             out = site.W_out.square() if site.name == HEAD else site.W_out @ site.W_out.T
             right = G * out if site.name == HEAD else G @ out
             solved = torch.linalg.solve(H_in, right)
@@ -158,7 +156,7 @@ def test_influence_is_the_preconditioned_inner_product(made, texts):
                 total[q, i] += (solved * other).sum() / 2.0
     torch.testing.assert_close(found, torch.where(total > 0, total, HARM * total), atol=2e-3, rtol=2e-3)
     assert (total[0] > 0).any()
-    assert (total[0] < 0).any()
+    assert (total < 0).any()
 
 
 def test_damping_bounds_the_inverse():
@@ -173,7 +171,7 @@ def test_damping_bounds_the_inverse():
 def test_a_large_vocabulary_is_sketched(monkeypatch):
     monkeypatch.setattr("stride_ray.sites.SKETCH", 8)
     counts = torch.arange(V)
-    moments = Moments(np.eye(D), np.empty((0, 0)))
+    moments = Moments(np.eye(D), np.eye(1))
     one, two = (preconditioned(HEAD, moments, counts, seed) for seed in (0, 0))
     embedding = preconditioned(EMBEDDING, Moments(np.empty((0, 0)), np.eye(D)), counts, 0)
     torch.testing.assert_close(embedding.W_in, one.W_out)
@@ -188,13 +186,13 @@ def test_the_origin_is_the_head_with_unigrams_for_predictions(made, texts):
     model, _ = made
     ids, mask = texts
     counts = torch.bincount(ids.flatten(), minlength=V)
-    origin = preconditioned(ORIGIN, Moments(np.eye(D), np.empty((0, 0))), counts, 0)
+    origin = preconditioned(ORIGIN, Moments(np.eye(D), np.eye(1) / 4), counts, 0)
     ((_, J),), _ = site_gradients(model, (origin,), ids, mask)
     z = model.read(ids)
     pi = (counts + 1) / (counts + 1).sum()
     for row in range(B):
         weights = mask[row, 1:] / mask[row, 1:].sum().clamp(min=1)
-        g = (pi - torch.nn.functional.one_hot(ids[row, 1:], V)) * (pi + RARE).rsqrt()
+        g = (pi - torch.nn.functional.one_hot(ids[row, 1:], V)) * (pi + RARE).rsqrt() * 2  # 1 / √¼
         expected = (z[row, :-1] * weights[:, None] / (1 + END_DAMPING) ** 0.5).T @ g
         torch.testing.assert_close(J[row], expected.flatten(), atol=1e-5, rtol=1e-4)
 

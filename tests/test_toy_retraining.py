@@ -90,10 +90,10 @@ def test_exact_influence_foretells_preconditioned_steps(toy):
             changes[weight] = left * read if name == HEAD else left @ read
         return changes
 
-    asked = {site.key: J for site, J in site_gradients(model, tuple(sites.values()), queries, mask[:Q])[0]}
+    asked = {site.name: J for site, J in site_gradients(model, tuple(sites.values()), queries, mask[:Q])[0]}
     scores = influence(asked, site_gradients(model, tuple(sites.values()), blocks, mask)[0])
     signed = torch.where(scores > 0, scores, scores / HARM).numpy()
-    truth = truth_of(model.model, toy, step, 1e-6)
+    truth = truth_of(model.model, toy, step, 1e-8)
     assert lds(truth, signed).value > 0.99
     assert lds(truth, scores.numpy()).value > 0.95  # harm counts half, whatever the truth
     assert lds(truth, -signed).value < -0.99

@@ -101,16 +101,18 @@ def _session(pid):
         return -1
 
 
-def workers(driver, title):
-    """Processes of the driver's Ray that are busy with units, by the title that Ray gives them."""
-    found = []
-    for each in psutil.Process(driver.pid).children(recursive=True):
-        try:
-            if " ".join(each.cmdline()).startswith(title):
-                found.append(each)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    return found
+def worker_of(driver, title, stage, limit=60):
+    """A process of the driver's Ray that is busy with a unit, by the title that Ray gives it while it is.
+
+    Between two units a process has another title, so one look may find nobody at work.
+    """
+    until = time.monotonic() + limit
+    while time.monotonic() < until and driver.poll() is None:
+        for each in psutil.Process(driver.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if " ".join(each.cmdline()).startswith(title):
+                    return each
+    raise AssertionError(f"no {title} at work in {stage}")
 
 
 def test_a_killed_worker_is_replaced_in_every_stage(big, undisturbed, tmp_path):
@@ -119,10 +121,9 @@ def test_a_killed_worker_is_replaced_in_every_stage(big, undisturbed, tmp_path):
     try:
         for stage, markers, title in STAGES:
             await_markers(folder / markers, 1, driver, log)
+            found = worker_of(driver, title, stage)
             done = len(list((folder / markers).glob("*.json")))
-            found = workers(driver, title)
-            assert found, f"no {title} at work in {stage}"
-            found[0].send_signal(signal.SIGKILL)
+            found.send_signal(signal.SIGKILL)
             assert done < UNITS[stage], f"{stage} was through already"
         assert driver.wait(240) == 0, log.read_text()[-3000:]
     finally:

@@ -80,12 +80,26 @@ def read(unit: Unit, columns: Mapping[str, str]) -> Iterator[Document | Rejected
     Raises:
         StrideError: the mapping is wrong in itself, or a file cannot be fetched. Bad content never raises.
     """
+    for _, item in read_placed(unit, columns):
+        yield item
+
+
+def read_placed(unit: Unit, columns: Mapping[str, str]) -> Iterator[tuple[int, Document | Rejected]]:
+    """As ``read``, each with its place: the byte offset of a line, the number of a row, or of a text file in the unit.
+
+    A reject's place is -1.
+    """
     if unit.kind == "text":
         columns = {"text": "text"}
     elif not _content_roles(columns):
         raise StrideError(f"No column of {unit.files[0].name} is mapped to a text; see columns = {{text = ...}}.")
+    files = {file.name: number for number, file in enumerate(unit.files)}
     for row in rows(unit, set(columns.values())):
-        yield row if isinstance(row, Rejected) else _document(row, columns)
+        if isinstance(row, Rejected):
+            yield -1, row
+            continue
+        place = files[row.file] if unit.kind == "text" else int(row.document_id.rpartition("#")[2])
+        yield place, _document(row, columns)
 
 
 def resolve_columns(units: Sequence[Unit], columns: Mapping[str, str] | None = None) -> dict[str, str]:

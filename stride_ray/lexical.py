@@ -3,7 +3,7 @@
 It never looks at the model: the bar that attribution must clear, and a cheap second opinion.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,11 @@ def similar_blocks(blocks: Blocks, asked: Iterable[Iterable[int]], k: int) -> li
         asked: token ids of each text.
         k: how many at most.
     """
+    return [ordinals[np.lexsort((ordinals, -found))[:k]] for ordinals, found in similarities(blocks, asked)]
+
+
+def similarities(blocks: Blocks, asked: Iterable[Iterable[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Per text, the ordinals (int64) of the blocks that share a token with it, and their cosine similarity."""
     vectorizer = tfidf()
     pooled = (
         words(ids[mask])
@@ -39,8 +44,6 @@ def similar_blocks(blocks: Blocks, asked: Iterable[Iterable[int]], k: int) -> li
         for ids, mask in zip(batch.ids, batch.mask, strict=True)
     )
     X = vectorizer.fit_transform(pooled).T.tocsr()
-    tops = []
     for row in vectorizer.transform(words(ids) for ids in asked):
         found = (row @ X).tocsr()
-        tops.append(found.indices[np.lexsort((found.indices, -found.data))[:k]].astype(np.int64))
-    return tops
+        yield found.indices.astype(np.int64), found.data

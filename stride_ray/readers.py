@@ -171,12 +171,22 @@ def _lines(chunks: Iterable[bytes], offset: int) -> Iterator[tuple[int, bytes]]:
         yield offset, rest
 
 
-def _json_rows(unit: Unit) -> Iterator[Row | Rejected]:
-    file = unit.files[0]
+def raw_lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
+    """``(offset in the decompressed file, line)`` of the lines that a JSON Lines unit owns."""
     # Reading begins one byte early: should that be a newline, a line starts at ``start`` exactly. Whatever comes before
     # the first newline then belongs to the unit before.
     early = unit.start - 1 if unit.start else 0
-    lines = _lines(_chunks(file, early), early)
+    found = _lines(_chunks(unit.files[0], early), early)
+    if unit.start:
+        next(found, None)
+    for offset, line in found:
+        if unit.stop != END and offset >= unit.stop:
+            return
+        yield offset, line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
+
+
+def _json_rows(unit: Unit) -> Iterator[Row | Rejected]:
+    file = unit.files[0]
     first = 0  # offset of the unit's first line
     index = -1
 
@@ -194,15 +204,8 @@ def _json_rows(unit: Unit) -> Iterator[Row | Rejected]:
         return lines_before() + i + 1
 
     try:
-        if unit.start:
-            skipped = next(lines, None)
-            if skipped is None:
-                return
-            first = skipped[0] + len(skipped[1]) + 1
-        for index, (offset, line) in enumerate(lines):
-            if unit.stop != END and offset >= unit.stop:
-                return
-            line = line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
+        for index, (offset, line) in enumerate(raw_lines(unit)):
+            first = first if index else offset
             if not line.strip():
                 continue
             try:

@@ -83,13 +83,7 @@ class Run:
             StrideError: when the folder was made with other settings, naming the first key that differs.
         """
         opened = self.stage(stage, name)
-        wanted = {**stage_keys(self.config, stage), **extra}
-        made = opened.store.exists("stage.json")
-        # A command that failed at once (no such model) leaves nothing but this file; the corrected one may go on.
-        if made and opened.store.names() != ["stage.json"]:
-            _refuse_other(opened, wanted)
-        else:
-            opened.store.write_json("stage.json", {"stage": stage, "code_version": __version__, "keys": wanted})
+        claim(opened, stage, {**stage_keys(self.config, stage), **extra})
         self.save()
         return opened
 
@@ -113,6 +107,20 @@ class Run:
             raise StrideError(f"{safe_url(opened.store.url)} is not finished; run '{command}' first.")
         _refuse_other(opened, stage_keys(self.config, stage))
         return opened
+
+
+def claim(opened: Stage, stage: str, keys: Mapping[str, Any]) -> None:
+    """Take a stage's folder for work with ``keys``, all that its output depends on.
+
+    Raises:
+        StrideError: when the folder was made with others, naming the first that differs.
+    """
+    made = opened.store.exists("stage.json")
+    # A command that failed at once (no such model) leaves nothing but this file; the corrected one may go on.
+    if made and opened.store.names() != ["stage.json"]:
+        _refuse_other(opened, keys)
+    else:
+        opened.store.write_json("stage.json", {"stage": stage, "code_version": __version__, "keys": keys})
 
 
 def _refuse_other(opened: Stage, wanted: Mapping[str, Any]) -> None:

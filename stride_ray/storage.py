@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -117,6 +118,33 @@ class Store:
                 if os.path.exists(partial):
                     os.remove(partial)
                 raise
+
+    def put(self, name: str, path: str) -> str:
+        """Publish a local file atomically, for what is too large to hold in memory, and perhaps move it.
+
+        Returns:
+            The SHA-256 of its content.
+        """
+        target, digest = self.path(name), hashlib.sha256()
+        with open(path, "rb") as file:
+            for chunk in iter(lambda: file.read(1 << 20), b""):
+                digest.update(chunk)
+        with self._told(name, "write"):
+            if not self.local:
+                self.fs.put_file(path, target)
+                return digest.hexdigest()
+            folder, _, leaf = target.rpartition("/")
+            os.makedirs(folder, exist_ok=True)
+            partial = f"{folder}/.{leaf}.{uuid.uuid4().hex}.partial"
+            try:
+                shutil.move(path, partial)  # a copy where the two are on different disks
+                with open(partial, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(partial, target)
+            finally:
+                if os.path.exists(partial):
+                    os.remove(partial)
+        return digest.hexdigest()
 
     def remove(self, name: str) -> None:
         """Delete a file or a folder with all it holds, if it is there."""

@@ -233,9 +233,12 @@ def _save(folder: Path, model: Any, optimizer: torch.optim.AdamW) -> None:
 
 
 def _batch(texts: Texts, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels (n, T) int64, cut to the longest of these rows, padding masked in the labels."""
+    """Ids and labels (n, T) int64, cut to the longest of these rows, padding masked in the labels.
+
+    Other tokens may be masked too, a prompt's say: they are read, and teach nothing.
+    """
     mask = texts.mask[rows]
-    length = max(2, int(mask.sum(1).max()))
+    length = max(2, int(np.flatnonzero(mask.any(0)).max(initial=0)) + 1)
     ids = torch.from_numpy(texts.ids[rows, :length].astype(np.int64))
     return ids.to(device), ids.masked_fill(~torch.from_numpy(mask[:, :length]), MASKED).to(device)
 

@@ -81,7 +81,12 @@ def retrain(
             shared = (benchmark.url, benchmark.fingerprint, recipe_name, draw, stage, workers.device)
             results = map_tasks(_train_one, shared, [(*unit, names[unit]) for unit in missing], workers)
             progress(results, "retrain", len(missing), "models", lambda result: 1)
-    losses = np.stack([[_read(stage.store, names[number, each]) for number in range(subsets)] for each in range(seeds)])
+    losses = np.stack(
+        [
+            [read_array(stage.store, f"losses/{names[number, each]}.npy") for number in range(subsets)]
+            for each in range(seeds)
+        ]
+    )
     truth = Truth(tuple(rows), losses, tuple(f"seed{each}" for each in range(seeds)))
     truth.check(len(benchmark.blocks), len(benchmark.queries), store.name_of(""))
     _publish(store, truth, len(benchmark.blocks))
@@ -157,16 +162,32 @@ def _train_one(
     number, seed, name = unit
     benchmark, recipe = _opened(url, fingerprint, recipe_name)
     rows = subset_rows(benchmark, number, *draw)
-    losses = np.asarray(recipe.losses(recipe.train(rows, seed)), dtype=np.float32)
-    if losses.shape != (len(benchmark.queries),) or not np.isfinite(losses).all():
-        raise StrideError(
-            f"Recipe {recipe_name}, subset {number}, seed {seed}: losses() must give {len(benchmark.queries)} finite "
-            f"numbers, one per query; it gave shape {losses.shape} with {int(np.isfinite(losses).sum())} finite."
-        )
-    buffer = io.BytesIO()
-    np.save(buffer, losses)
-    stage.store.write(f"losses/{name}.npy", buffer.getvalue())
+    told = f"Recipe {recipe_name}, subset {number}, seed {seed}"
+    losses = checked_losses(recipe.losses(recipe.train(rows, seed)), len(benchmark.queries), told)
+    write_array(stage.store, f"losses/{name}.npy", losses)
     return stage.mark(name, started, mean_loss=float(losses.mean()))
+
+
+def checked_losses(losses: Any, queries: int, told: str) -> np.ndarray:
+    """What a recipe says that the queries cost, float32 (queries,).
+
+    Raises:
+        StrideError: it is not one finite number per query; the sentence begins with ``told``.
+    """
+    found = np.asarray(losses, dtype=np.float32)
+    if found.shape != (queries,) or not np.isfinite(found).all():
+        raise StrideError(
+            f"{told}: losses() must give {queries} finite numbers, one per query; it gave shape {found.shape} with "
+            f"{int(np.isfinite(found).sum())} finite."
+        )
+    return found
+
+
+def write_array(store: Store, name: str, values: np.ndarray) -> None:
+    """Publish an array as a ``.npy`` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    store.write(name, buffer.getvalue())
 
 
 @functools.lru_cache(maxsize=1)
@@ -180,12 +201,16 @@ def _opened(url: str, fingerprint: str, recipe_name: str) -> tuple[Benchmark, Re
     return benchmark, load_recipe(recipe_name, benchmark)
 
 
-def _read(store: Store, name: str) -> np.ndarray:
-    where = f"losses/{name}.npy"
+def read_array(store: Store, name: str) -> np.ndarray:
+    """What ``write_array`` wrote.
+
+    Raises:
+        StrideError: it cannot be read.
+    """
     try:
-        return np.load(io.BytesIO(store.read(where)), allow_pickle=False)
+        return np.load(io.BytesIO(store.read(name)), allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise StrideError(f"{store.name_of(where)} cannot be read ({error}); delete it and its marker.") from None
+        raise StrideError(f"{store.name_of(name)} cannot be read ({error}); delete it and its marker.") from None
 
 
 def _publish(store: Store, truth: Truth, n_blocks: int) -> None:

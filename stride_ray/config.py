@@ -148,6 +148,51 @@ class AttributeConfig:
 
 
 @dataclass(frozen=True)
+class SelectConfig:
+    """Influence to training data; belongs to a selection's own folder, for one run serves many."""
+
+    by: str = _option(
+        "rank",
+        "a document's score: rank, its best over the target queries (paper); mean influence; share of queries helped",
+        ("rank", "mean", "share"),
+    )
+    documents: float = _option(0.0, "documents to take, best first; below 1: a share of the pool; 0: no limit", low=0.0)
+    tokens: float = _option(0.0, "tokens to take, best first; below 1: a share of the pool; 0: no limit", low=0.0)
+    drop: str = _option(
+        "none",
+        "filter: drop documents whose score is below drop_at, or the share drop_at of those that have one, worst first",
+        ("none", "below", "bottom"),
+    )
+    drop_at: float = _option(0.0, "a score (drop = below; 0: what harms by mean) or a share (drop = bottom)")
+    temperature: float = _option(
+        0.0, "Gumbel top-k: draw documents with odds place^(-1/temperature); 0: strictly in order", low=0.0
+    )
+    quotas: dict[str, str] = _option({}, "source = largest share of the size asked for; '*': every other source")
+    near_duplicates: float = _option(
+        0.0, "leave out what a document taken before resembles this much (Jaccard of token 5-grams); 0: off", low=0.0
+    )
+    earlier: tuple[str, ...] = _option((), "folders of earlier selections, whose documents are not taken again")
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """Contamination scans; belongs to a scan's own folder."""
+
+    words: int = _option(
+        13, "n, words in an n-gram of texts compared; of shorter fields than 2n, half the words", low=2
+    )
+    shortest: int = _option(6, "fewest words of a field that is searched for by itself", low=2)
+    overlap: float = _option(
+        0.3, "share of a field's words, weighted by rarity, that a document must hold to be called a copy", low=0.0
+    )
+    boilerplate: int = _option(10, "documents (of 3 sources) that an n-gram must be in without the rest to be left out")
+    influence: bool = _option(True, "whether to ask the run's model too, on the run's blocks")
+    false_discovery: float = _option(0.05, "expected share of false ones among the suspicions of influence", low=0.0)
+    alarm: str = _option("any", "new findings that end with status 2: all, or those with a copy", ("any", "lexical"))
+    lease: float = _option(15.0, "minutes after which a scan's lock that is not renewed may be taken over", low=0.001)
+
+
+@dataclass(frozen=True)
 class ComputeConfig:
     """Where and how wide to run; never changes a result beyond floating point, so no stage's identity."""
 
@@ -172,6 +217,8 @@ class Config:
     respond: RespondConfig = field(default_factory=RespondConfig)
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     attribute: AttributeConfig = field(default_factory=AttributeConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    scan: ScanConfig = field(default_factory=ScanConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def flat(self) -> dict[str, Any]:

@@ -1,0 +1,290 @@
+"""Does training on what was selected do better than on as much at random, and on what lexical search selects?
+
+Three arms of equal size are trained by the run's recipe with several seeds, and asked queries that the selection has
+not seen: the other half of each target set, by a seeded draw, or sets of their own. One training is a unit of work, a
+Ray task with a done-marker, so a command that was killed goes on where it stopped.
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stride_ray.attribute import asked_queries, read_influence
+from stride_ray.baselines.problem import Texts
+from stride_ray.blocks import Blocks, document_shares, fixed_lists
+from stride_ray.config import digest
+from stride_ray.distribute import connected, keep_to, map_tasks, pool, progress
+from stride_ray.errors import StrideError
+from stride_ray.evaluate.benchmark import Benchmark
+from stride_ray.evaluate.lds import ALL
+from stride_ray.evaluate.recipe import DEFAULT, load_recipe, recipe_identity
+from stride_ray.evaluate.retrain import checked_losses, read_array, write_array
+from stride_ray.evaluate.unigram import answer_f1, has_answers
+from stride_ray.influence import DOCUMENTS
+from stride_ray.lexical import similarities
+from stride_ray.queries import fingerprint, padded
+from stride_ray.run import Run, Stage, claim
+from stride_ray.select import RANDOM, select, select_by
+from stride_ray.selection.ranking import Target
+from stride_ray.storage import Store
+from stride_ray.tokens import load_tokenizer
+
+SELECTED, LEXICAL = "selected", "TF-IDF"
+# Each arm's folder inside the output folder.
+ARMS = {SELECTED: "selected", RANDOM: f"selected/{RANDOM}", LEXICAL: "tfidf"}
+# Measures of a trained model; which way is better.
+LOSS, F1 = "loss, nats per token", "unigram F1"
+DRAWS = 4000
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over queries and seeds, with its 95 % bootstrap interval over both."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ClosedLoop:
+    """What became of the arms.
+
+    Attributes:
+        selected_by, measured_on: how many queries.
+        seeds: trainings of each arm.
+        tokens: per arm, what it trained on; ``pool_tokens`` is what there was.
+        arms: per measure (LOSS, and F1 for queries with prompts) and arm.
+        differences: per measure, the selected arm's minus another's, query by query and seed by seed.
+    """
+
+    selected_by: int
+    measured_on: int
+    seeds: int
+    tokens: dict[str, int]
+    pool_tokens: int
+    arms: dict[str, dict[str, Figure]]
+    differences: dict[str, dict[str, Figure]]
+
+    def as_table(self) -> str:
+        """The figures as Markdown."""
+        lines = [
+            f"Selected by {self.selected_by} queries, measured on {self.measured_on} others; {self.seeds} trainings an "
+            f"arm; the pool has {self.pool_tokens} tokens. Intervals: 95 %, over queries and seeds.",
+        ]
+        for measure, arms in self.arms.items():
+            lines += ["", f"| arm | tokens | {measure} | selected minus this |", "|---|---|---|---|"]
+            for arm, figure in arms.items():
+                other = self.differences[measure].get(arm)
+                row = [arm, str(self.tokens[arm]), _shown(figure, ""), _shown(other, "+") if other else ""]
+                lines.append("| " + " | ".join(row) + " |")
+        return "\n".join(lines)
+
+
+def closed_loop(
+    run: Run, names: Sequence[str], out: str, measure: Sequence[str] = (), seeds: int = 3, recipe: str = DEFAULT
+) -> ClosedLoop:
+    """Select, train on each arm, and ask what was kept apart.
+
+    Training begins from ``model.start``, else from random weights of the model's shape, as in
+    ``evaluate.finetune.FineTune``, unless another recipe is named. The TF-IDF arm takes the documents with a block most
+    similar to one of the same queries, by the same greedy ranks, under the same quotas, as many tokens.
+
+    Args:
+        run: attributed on the names; its ``select`` options say how and how much.
+        names: target query sets. Where nothing is measured on others, half of each one's queries selects and the
+            other half measures.
+        out: a path or fsspec URL; gets the arms, the trainings' losses and ``closed_loop.json``.
+        measure: query sets of the run to measure on.
+        seeds: trainings of each arm.
+        recipe: see ``evaluate.recipe.load_recipe``.
+
+    Raises:
+        StrideError: too few queries, nothing selected, a set that is used twice, or as ``select``.
+    """
+    names = list(dict.fromkeys(names))
+    if both := sorted(set(names) & set(measure)):
+        raise StrideError(
+            f"The query set {both[0]!r} is to select and to measure; measure on queries that do not select."
+        )
+    good = {name: _good(run, name) for name in [*names, *measure]}
+    chosen = {name: good[name] if measure else good[name][: len(good[name]) // 2] for name in names}
+    asked = {name: good[name] for name in measure} or {name: good[name][len(good[name]) // 2 :] for name in names}
+    if not all([*chosen.values(), *asked.values()]):
+        raise StrideError("A target set has fewer than two good queries; one half selects and the other measures.")
+    return compare_arms(run, chosen, asked, out, seeds, recipe)
+
+
+def compare_arms(
+    run: Run,
+    chosen: Mapping[str, Sequence[str]],
+    asked: Mapping[str, Sequence[str]],
+    out: str,
+    seeds: int = 3,
+    recipe: str = DEFAULT,
+) -> ClosedLoop:
+    """As ``closed_loop``, with the ids of the queries of each set that select (``chosen``) and that measure."""
+    if seeds < 1:
+        raise StrideError(f"{seeds} seeds make no model; there must be at least 1.")
+    store, names = Store(out), list(chosen)
+    summary = select(run, names, f"{store.url}/{ARMS[SELECTED]}", blocks=True, queries=chosen)
+    if not summary["kept"]["tokens"]:
+        raise StrideError("Nothing was selected; ask for more documents or tokens.")
+    size = {"select.by": "rank", "select.documents": 0, "select.tokens": summary["kept"]["tokens"]}
+    other = Run(run.url, run.config, {**size, "select.drop": "none"})
+    lexical = select_by(other, _lexical_targets(run, chosen, store), f"{store.url}/{ARMS[LEXICAL]}", blocks=True)
+    questions = pa.concat_tables([_only(asked_queries(run, name), ids) for name, ids in asked.items()])
+    told = {SELECTED: summary["kept"], RANDOM: summary["random"], LEXICAL: lexical["kept"]}
+    measured = _train(run, store, questions, told, seeds, recipe)
+    found = ClosedLoop(
+        selected_by=sum(map(len, chosen.values())),
+        measured_on=questions.num_rows,
+        seeds=seeds,
+        tokens={arm: facts["tokens"] for arm, facts in told.items()},
+        pool_tokens=summary["pool"]["tokens"],
+        arms={what: {arm: interval(each) for arm, each in by.items()} for what, by in measured.items()},
+        differences={
+            what: {arm: interval(by[SELECTED] - each) for arm, each in by.items() if arm != SELECTED}
+            for what, by in measured.items()
+        },
+    )
+    store.write_json("closed_loop.json", asdict(found))
+    return found
+
+
+def interval(values: np.ndarray) -> Figure:
+    """Mean of (seeds, queries) values with its 95 % percentile bootstrap interval over seeds and queries."""
+    rng = np.random.default_rng(0)
+    seeds, queries = values.shape
+    rows, columns = rng.integers(0, seeds, (DRAWS, seeds)), rng.integers(0, queries, (DRAWS, queries))
+    means = [float(values[np.ix_(row, column)].mean()) for row, column in zip(rows, columns, strict=True)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Figure(float(values.mean()), float(low), float(high))
+
+
+def _shown(figure: Figure, sign: str) -> str:
+    return f"{figure.mean:{sign}.4f} ({figure.low:{sign}.4f} to {figure.high:{sign}.4f})"
+
+
+def _good(run: Run, name: str) -> list[str]:
+    """A set's queries that did not fail, in an order drawn from the seed and their ids."""
+    rows = read_influence(run, name, "recovery").to_pylist()
+    good = [row["query_id"] for row in rows if row["status"] == "ok"]
+    seed = f"{run.config.seed}/{name}/"
+    return sorted(good, key=lambda query: hashlib.blake2b((seed + query).encode()).digest())
+
+
+def _only(table: pa.Table, ids: Sequence[str]) -> pa.Table:
+    wanted = set(ids)
+    return table.filter(pa.array([query in wanted for query in table["query_id"].to_pylist()]))
+
+
+def _lexical_targets(run: Run, chosen: Mapping[str, Sequence[str]], store: Store) -> list[Target]:
+    """Tables like influence's with TF-IDF's similarity in its place: a document's is that of its best block."""
+    blocks = Blocks(run.stage("blocks").store)
+    rows, names, _ = document_shares(blocks.take(np.arange(len(blocks)), ["spans"]))
+    documents, codes = np.unique(names.astype(str), return_inverse=True)
+    targets = []
+    for name, ids in chosen.items():
+        queries = _only(asked_queries(run, name), ids).to_pylist()
+        found = similarities(blocks, (query["token_ids"] for query in queries))
+        tables = []
+        for query, (ordinals, values) in zip(queries, found, strict=True):
+            each = np.zeros(len(blocks))
+            each[ordinals] = values
+            best = np.zeros(len(documents))
+            np.maximum.at(best, codes, each[rows])
+            order = np.lexsort((documents, -best))[: int((best > 0).sum())]
+            columns = {
+                "query_id": [query["query_id"]] * len(order),
+                "rank": np.arange(1, len(order) + 1, dtype=np.int32),
+                "document_id": documents[order],
+                "source": [""] * len(order),
+                "blocks": np.zeros(len(order), np.int32),
+                "influence": best[order],
+            }
+            tables.append(pa.Table.from_pydict(columns, DOCUMENTS))
+        content = store.write_table(f"_tfidf/{name}.parquet", pa.concat_tables(tables))
+        targets.append(Target(name, store, (f"_tfidf/{name}.parquet",), tuple(ids), content))
+    return targets
+
+
+def _train(
+    run: Run, store: Store, questions: pa.Table, arms: dict[str, dict[str, Any]], seeds: int, recipe: str
+) -> dict[str, dict[str, np.ndarray]]:
+    """Per measure and arm, (seeds, queries) float32."""
+    store.write_table("queries.parquet", questions)
+    model, start = run.config.model.path, run.config.model.start
+    keys = {
+        "model": model,
+        "start": start,
+        "recipe": recipe_identity(recipe),
+        "queries": fingerprint(questions),
+        "arms": {arm: digest(facts["files"]) for arm, facts in arms.items()},
+    }
+    stage = Stage(store.child("_retrain"), digest(keys))
+    claim(stage, "closed loop", keys)
+    tokenizer = run.stage("blocks").store.child("tokenizer").url
+    load_recipe(recipe, arm_benchmark(store, ARMS[SELECTED], model, start))  # a sentence now
+    units = [(arm, seed, f"{ARMS[arm].replace('/', '-')}-seed-{seed}") for arm in arms for seed in range(seeds)]
+    done = stage.done()
+    missing = [unit for unit in units if unit[2] not in done]
+    if missing:
+        with connected(run.config.compute):
+            workers = pool(run.config.compute, len(missing))
+            given = (store, stage, model, start, recipe, tokenizer, workers.device)
+            results = map_tasks(train_arm, given, missing, workers)
+            progress(results, "train", len(missing), "models", lambda _: 1)
+    names = {arm: [name for of, _, name in units if of == arm] for arm in arms}
+    measures = {LOSS: "losses"} | ({F1: "f1"} if stage.done()[units[0][2]]["f1"] is not None else {})
+    return {
+        what: {arm: np.stack([read_array(stage.store, f"{folder}/{name}.npy") for name in names[arm]]) for arm in arms}
+        for what, folder in measures.items()
+    }
+
+
+def train_arm(
+    store: Store,
+    stage: Stage,
+    model: str,
+    start: str,
+    recipe_name: str,
+    tokenizer: str,
+    device: str,
+    unit: tuple[str, int, str],
+) -> dict[str, Any]:
+    """One training in a worker: what was measured first, the done-marker last."""
+    started = time.monotonic()
+    keep_to(device)
+    arm, seed, name = unit
+    benchmark = arm_benchmark(store, ARMS[arm], model, start)
+    recipe = load_recipe(recipe_name, benchmark)
+    trained = recipe.train(np.arange(len(benchmark.blocks)), seed)
+    told = f"Recipe {recipe_name}, arm {arm}, seed {seed}"
+    losses = checked_losses(recipe.losses(trained), len(benchmark.queries), told)
+    write_array(stage.store, f"losses/{name}.npy", losses)
+    queries = store.read_table("queries.parquet").to_pylist()
+    f1 = None
+    if has_answers(queries) and hasattr(trained, "generate"):
+        found = answer_f1(trained, load_tokenizer(tokenizer), queries)
+        write_array(stage.store, f"f1/{name}.npy", found)
+        f1 = float(found.mean())
+    return stage.mark(name, started, mean_loss=float(losses.mean()), f1=f1)
+
+
+def arm_benchmark(store: Store, arm: str, model: str, start: str) -> Benchmark:
+    """An arm's blocks and the measured queries, as a recipe wants them; tokens without loss are masked."""
+    data = store.child(f"{arm}/data")
+    tables = [data.read_table(name, ["token_ids", "loss_mask"]) for name in data.names("", ".parquet")]
+    table = pa.concat_tables(tables)
+    width = table["token_ids"].type.list_size
+    blocks = Texts(fixed_lists(table["token_ids"], width, 0), fixed_lists(table["loss_mask"], width, True))
+    ids, mask = padded(store.read_table("queries.parquet").to_pylist(), "cpu")
+    queries = Texts(ids.numpy().astype(np.int32), mask.numpy())
+    labels = np.full(len(queries), ALL)
+    return Benchmark(data.url, blocks, queries, labels, labels, model, start or None, None, digest([data.url]))

@@ -1,0 +1,289 @@
+"""Which documents of an order to take, one batch at a time, and a manifest that says why for every one of them.
+
+Filters first (taken earlier, harmful), then what is left of the budget, the source's quota, and likeness to what was
+taken before. A document that does not fit is passed over, and smaller ones after it may still be taken.
+"""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stride_ray.config import SelectConfig
+from stride_ray.errors import StrideError
+from stride_ray.selection.duplicates import Taken
+from stride_ray.storage import Store
+
+MANIFEST = pa.schema(
+    [
+        pa.field("document_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("part", pa.int32(), nullable=False),
+        pa.field("place", pa.int64(), nullable=False),
+        pa.field("tokens", pa.int64(), nullable=False),
+        pa.field("kept", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("rank", pa.int64(), nullable=False),
+        pa.field("score", pa.float64()),
+        pa.field("best_rank", pa.int32()),
+        pa.field("mean_influence", pa.float64()),
+        pa.field("share_helped", pa.float64()),
+        pa.field("near_duplicate_of", pa.string()),
+        pa.field("round", pa.int32()),
+    ]
+)
+# Why a document is kept (the first two) or not, by number.
+KEPT, KEPT_UNNAMED, EARLIER, BELOW, BOTTOM, ROOM, QUOTA, LIKE, NOT_DRAWN = range(9)
+
+
+@dataclass
+class Tally:
+    """What a choice came to.
+
+    Attributes:
+        documents, tokens: taken; with the same per source.
+        reasons: documents per reason, in the manifest's words.
+        harmful: documents taken whose mean influence is below zero.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    source_documents: Counter[str] = field(default_factory=Counter)
+    source_tokens: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    harmful: int = 0
+
+
+class Chooser(Protocol):
+    """Decides over the documents of an order, batch by batch."""
+
+    def codes(self, batch: pa.Table) -> tuple[np.ndarray, list[str | None] | None]:
+        """Why each document of the next batch (ranking.ORDERED) is kept or not, and which one it resembles."""
+
+
+class Best:
+    """Takes documents in the order of their score.
+
+    Args:
+        options: limits, filters, quotas; complete, see ``check_options``.
+        documents, tokens: in the whole pool, for limits that are shares of it.
+        scored: how many documents some table names, for ``drop = bottom``.
+    """
+
+    def __init__(self, options: SelectConfig, documents: int, tokens: int, scored: int) -> None:
+        self.options = options
+        self.documents, self.tokens = _limit(options.documents, documents), _limit(options.tokens, tokens)
+        self.counts_tokens = self.tokens < math.inf
+        self.whole = self.tokens if self.counts_tokens else self.documents
+        self.quotas = read_quotas(options)
+        self.left: dict[str, float] = {}
+        self.taken = Taken(options.near_duplicates) if options.near_duplicates else None
+        self.spared = scored - math.floor(options.drop_at * scored) if options.drop == "bottom" else scored
+        self.named = 0
+
+    def codes(self, batch: pa.Table) -> tuple[np.ndarray, list[str | None] | None]:
+        """See Chooser."""
+        named = np.asarray(batch["mean_influence"].is_valid())
+        codes = np.where(named, KEPT, KEPT_UNNAMED).astype(np.int8)
+        if self.options.drop == "below":
+            score = batch["score"].to_numpy(zero_copy_only=False)
+            codes[named & (score < self.options.drop_at)] = BELOW
+        elif self.options.drop == "bottom":
+            codes[named & (self.named + np.cumsum(named) > self.spared)] = BOTTOM
+            self.named += int(named.sum())
+        codes[np.asarray(batch["taken_round"].is_valid())] = EARLIER
+        if self.whole == math.inf and self.taken is None:
+            return codes, None
+        if self.documents < 1 or not (batch["tokens"].to_numpy() <= self.tokens).any():
+            codes[codes <= KEPT_UNNAMED] = ROOM
+            return codes, None
+        return codes, self._take(batch, codes)
+
+    def _take(self, batch: pa.Table, codes: np.ndarray) -> list[str | None] | None:
+        """One document after the other, for each decision depends on those before."""
+        alike: list[str | None] | None = [None] * batch.num_rows if self.taken is not None else None
+        tokens = batch["tokens"].to_pylist()
+        sources = batch["source"].to_pylist() if self.quotas else []
+        for i in np.flatnonzero(codes <= KEPT_UNNAMED).tolist():
+            size = tokens[i]
+            cost = size if self.counts_tokens else 1
+            if self.documents < 1 or size > self.tokens:
+                codes[i] = ROOM
+                continue
+            if self.quotas and cost > self._room(sources[i]):
+                codes[i] = QUOTA
+                continue
+            if self.taken is not None and alike is not None:
+                stored = batch["signature"][i].as_py()
+                alike[i] = self.taken.like(stored)
+                if alike[i] is not None:
+                    codes[i] = LIKE
+                    continue
+                self.taken.add(batch["document_id"][i].as_py(), stored)
+            self.documents -= 1
+            self.tokens -= size
+            if self.quotas:
+                self.left[sources[i]] -= cost
+        return alike
+
+    def _room(self, source: str) -> float:
+        """What a source's quota has left: tokens where those are limited, else documents."""
+        if source not in self.left:
+            share = self.quotas.get(source, self.quotas.get("*", math.inf))
+            self.left[source] = math.floor(share * self.whole) if share < math.inf else math.inf
+        return self.left[source]
+
+
+class Drawn:
+    """Takes documents as they come until each source has as many tokens as it is to have; a size is never exceeded.
+
+    Args:
+        tokens: per source.
+    """
+
+    def __init__(self, tokens: Mapping[str, int]) -> None:
+        self.left = dict(tokens)
+        self.missing = sum(tokens.values())
+
+    def codes(self, batch: pa.Table) -> tuple[np.ndarray, list[str | None] | None]:
+        """See Chooser."""
+        codes = np.full(batch.num_rows, NOT_DRAWN, np.int8)
+        codes[np.asarray(batch["taken_round"].is_valid())] = EARLIER
+        if self.missing:
+            sources, tokens = batch["source"].to_pylist(), batch["tokens"].to_pylist()
+            for i in np.flatnonzero(codes == NOT_DRAWN).tolist():
+                if tokens[i] <= self.left.get(sources[i], 0):
+                    codes[i] = KEPT
+                    self.left[sources[i]] -= tokens[i]
+                    self.missing -= tokens[i]
+        return codes, None
+
+
+def write_manifest(
+    chooser: Chooser, ordered: Iterable[pa.Table], words: list[str], number: int, store: Store, scratch: str
+) -> tuple[Tally, str]:
+    """Decide over all documents and publish ``manifest.parquet``, their rows in the order of the decisions.
+
+    Args:
+        chooser: a new one.
+        ordered: batches of the documents (ranking.ORDERED).
+        words: the reason for each code.
+        number: of this selection's round, for the documents that it takes.
+        store: where the manifest goes.
+        scratch: a local folder for the file in the making.
+
+    Returns:
+        What it came to, and the manifest's SHA-256.
+    """
+    tally, path, rank = Tally(), os.path.join(scratch, "manifest.parquet"), 0
+    with pq.ParquetWriter(path, MANIFEST, compression="zstd") as writer:
+        for batch in ordered:
+            codes, alike = chooser.codes(batch)
+            kept = codes <= KEPT_UNNAMED
+            _count(tally, batch, codes, kept, words)
+            taken_round = batch["taken_round"].to_numpy(zero_copy_only=False)
+            columns = {
+                "kept": kept,
+                "reason": pa.array(words).take(pa.array(codes)),
+                "rank": np.arange(rank + 1, rank + 1 + len(codes)),
+                "near_duplicate_of": pa.nulls(len(codes), pa.string()) if alike is None else pa.array(alike),
+                "round": pa.array(np.where(kept, number, taken_round), from_pandas=True).cast(pa.int32()),
+            }
+            found = [columns.get(name, batch[name] if name in batch.column_names else None) for name in MANIFEST.names]
+            writer.write_table(pa.table(found, schema=MANIFEST), row_group_size=max(1, len(codes)))
+            rank += len(codes)
+    return tally, store.put("manifest.parquet", path)
+
+
+def _count(tally: Tally, batch: pa.Table, codes: np.ndarray, kept: np.ndarray, words: list[str]) -> None:
+    for code, count in zip(*np.unique(codes, return_counts=True), strict=True):
+        tally.reasons[words[code]] += int(count)
+    taken = batch.filter(pa.array(kept))
+    tally.documents += taken.num_rows
+    influence = taken["mean_influence"].to_numpy(zero_copy_only=False)
+    tally.harmful += int((influence < 0).sum())
+    if taken.num_rows:
+        sums = taken.group_by("source").aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist()
+        for row in sums:
+            tally.tokens += row["tokens_sum"]
+            tally.source_tokens[row["source"]] += row["tokens_sum"]
+            tally.source_documents[row["source"]] += row["tokens_count"]
+
+
+def reasons(options: SelectConfig, drawn: bool = False) -> list[str]:
+    """The reason for each code, in words."""
+    by = {"rank": "best rank", "mean": "mean influence", "share": "share of queries helped"}[options.by]
+    limits = {"documents": options.documents, "tokens": options.tokens}
+    asked = [
+        f"{limit:.0f} {what}" if limit >= 1 else f"{100 * limit:g} % of the pool's {what}"
+        for what, limit in limits.items()
+        if limit
+    ]
+    return [
+        "drawn at random" if drawn else f"taken by {by}",
+        "taken although no query's table names it",
+        "taken by an earlier selection",
+        f"score below {options.drop_at:g}",
+        f"among the worst {options.drop_at:g} of the documents that have a score",
+        f"no room left for it in the {' and '.join(asked)} asked for",
+        "no room left for it in its source's quota",
+        "near-duplicate of a document taken before",
+        "not drawn",
+    ]
+
+
+def check_options(options: SelectConfig) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        StrideError: nothing says how much to take, or two options contradict each other.
+    """
+    sized = options.documents or options.tokens
+    if not sized and options.drop == "none":
+        raise StrideError("Say how much to take: select.documents, select.tokens, or what to drop with select.drop.")
+    if options.drop == "below" and options.by == "rank":
+        raise StrideError("A rank has no threshold; use select.by = mean or share, or select.drop = bottom.")
+    if options.drop == "bottom" and not 0 < options.drop_at < 1:
+        raise StrideError(f"select.drop_at is {options.drop_at:g}; as a share to drop it must lie between 0 and 1.")
+    if options.drop != "none" and options.temperature:
+        raise StrideError("select.temperature draws documents and select.drop filters them; use one of the two.")
+    if options.quotas and not sized:
+        raise StrideError("Quotas are shares of a size; give select.documents or select.tokens too.")
+    if options.near_duplicates > 1:
+        raise StrideError(f"select.near_duplicates is {options.near_duplicates:g}; it is a similarity, at most 1.")
+    read_quotas(options)
+
+
+def read_quotas(options: SelectConfig) -> dict[str, float]:
+    """Largest share of the size asked for per source, ``*`` for the sources that are not named.
+
+    Raises:
+        StrideError: for what is no share.
+    """
+    found = {}
+    for source, text in options.quotas.items():
+        try:
+            found[source] = float(text)
+        except ValueError:
+            found[source] = math.nan
+        if not 0 <= found[source] <= 1:
+            raise StrideError(f"The quota of the source {source!r} is {text!r}; it must be a share from 0 to 1.")
+    return found
+
+
+def _limit(asked: float, whole: int) -> float:
+    """A size: a number, a share of the whole, or no limit."""
+    return math.inf if not asked else math.floor(asked * whole) if asked < 1 else math.floor(asked)
+
+
+def kept_places(manifest: pq.ParquetFile) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Part and place of the kept documents of a manifest, in batches."""
+    for batch in manifest.iter_batches(columns=["part", "place", "kept"]):
+        table = pa.Table.from_batches([batch]).filter(batch["kept"])
+        yield table["part"].to_numpy(), table["place"].to_numpy()

@@ -1,0 +1,183 @@
+"""The data files of a selection: the rows of the input that were kept, as they were, or blocks ready for training."""
+
+import gzip
+import json
+import os
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from stride_ray.corpus import Counts, block_schema, iter_blocks
+from stride_ray.documents import Unit
+from stride_ray.errors import StrideError
+from stride_ray.readers import Row, raw_lines, rows
+from stride_ray.run import Stage
+from stride_ray.selection.pool import Reading, part_name, pieces
+from stride_ray.storage import Store, first_line
+from stride_ray.tokens import Encoded, end_of_text_id, load_tokenizer, pad_id
+from stride_ray.units import END, compression, filesystem, shown
+
+# Rows of a data set held in memory at once.
+_ROWS = 1024
+
+
+def write_part(how: Reading, stage: Stage, work: tuple[str, int, Unit, np.ndarray]) -> dict[str, Any]:
+    """Publish the kept documents of one part as one file of ``data/``; returns the marker.
+
+    Args:
+        how: see ``pool.reading``.
+        stage: the selection's folder.
+        work: the arm's folder ("" or "random"), the part, its unit of the input, and the places to keep, ascending.
+
+    Raises:
+        StrideError: where the input is not what was sharded.
+    """
+    started = time.monotonic()
+    arm, part, unit, places = work
+    wanted = set(places.tolist())
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "part")
+        if how.as_blocks:
+            ending, counted = ".parquet", {"blocks": _blocks(how, stage.store, part, wanted, path)}
+        else:
+            ending, count = _rows(unit, wanted, path)
+            counted = {"rows": count}
+            if count != len(wanted):
+                raise StrideError(
+                    f"{shown(unit.files[0].url)} gave {count} of the {len(wanted)} documents that were selected from "
+                    "it; it was changed since it was sharded: restore it, or select blocks (--blocks)."
+                )
+        name = f"data/{part_name(part)}{ending}"
+        content = stage.store.put(f"{arm}/{name}" if arm else name, path)
+    facts = {"name": name, "documents": len(wanted), **counted, "sha256": content}
+    return stage.mark(marker_name(arm, part), started, **facts)
+
+
+def marker_name(arm: str, part: int) -> str:
+    """The done-marker's name of a data file."""
+    return f"{arm or 'selected'}-{part:05d}"
+
+
+def _blocks(how: Reading, store: Store, part: int, wanted: set[int], path: str) -> int:
+    """The kept documents of a part, cut into blocks anew in the run's own layout; returns how many blocks."""
+    tokenizer = load_tokenizer(how.blocks.child("tokenizer").url)
+    sources = store.read_table(f"_pool/{part_name(part)}.parquet", ["source"])["source"].to_pylist()
+    kept = (
+        Encoded(piece.document_id, sources[number], piece.ids, None if piece.mask.all() else piece.mask)
+        for number, piece in enumerate(pieces(how, part, tokens=True))
+        if number in wanted
+    )
+    layout = "pack" if how.packed else "split"
+    end = end_of_text_id(tokenizer) if how.packed else -1
+    counts = Counts()
+    with pq.ParquetWriter(path, block_schema(how.block_tokens, ordinals=False), compression="zstd") as writer:
+        for batch in iter_blocks(kept, layout, how.block_tokens, end, pad_id(tokenizer), counts):
+            writer.write_batch(batch)
+    return counts.blocks
+
+
+def _rows(unit: Unit, wanted: set[int], path: str) -> tuple[str, int]:
+    """The kept rows of a unit in a local file, as they were; returns the file's ending and their number."""
+    if unit.kind == "parquet":
+        return ".parquet", _parquet_rows(unit, wanted, path)
+    if unit.kind == "arrow":
+        return ".parquet", _arrow_rows(unit, wanted, path)
+    packing = compression(unit.files[0].name) if unit.kind == "jsonl" else ""
+    count = 0
+    with _opened(path, packing) as file:
+        for line in _text_lines(unit, wanted) if unit.kind == "text" else _json_lines(unit, wanted):
+            file.write(line + b"\n")
+            count += 1
+    return f".jsonl{packing}", count
+
+
+@contextmanager
+def _opened(path: str, packing: str) -> Iterator[IO[bytes]]:
+    """A file to write, compressed as its source was; without a time or name in it, so that its bytes are the same."""
+    with open(path, "wb") as raw:
+        if packing == ".gz":
+            with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:
+                yield file  # type: ignore[misc]
+        elif packing == ".zst":
+            with zstandard.ZstdCompressor().stream_writer(raw, closefd=False) as file:
+                yield file
+        else:
+            yield raw
+
+
+def _json_lines(unit: Unit, wanted: set[int]) -> Iterator[bytes]:
+    left = len(wanted)
+    try:
+        for offset, line in raw_lines(unit):
+            if offset in wanted:
+                yield line
+                left -= 1
+                if not left:  # what comes after may be corrupt
+                    return
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise StrideError(f"{shown(unit.files[0].url)} cannot be read: {first_line(error)}") from None
+
+
+def _text_lines(unit: Unit, wanted: set[int]) -> Iterator[bytes]:
+    names = {file.name for number, file in enumerate(unit.files) if number in wanted}
+    for row in rows(unit, None):
+        if isinstance(row, Row) and row.file in names:
+            record = {"id": row.document_id, "text": row.values["text"], "source": row.file}
+            yield json.dumps(record, ensure_ascii=False).encode()
+
+
+def _parquet_rows(unit: Unit, wanted: set[int], path: str) -> int:
+    fs, place = filesystem(unit.files[0].url)
+    count = 0
+    with fs.open(place, "rb") as handle:
+        try:
+            file = pq.ParquetFile(handle)
+            footer = file.metadata
+            stop = footer.num_row_groups if unit.stop == END else unit.stop
+            first = sum(footer.row_group(group).num_rows for group in range(unit.start))
+            with pq.ParquetWriter(path, file.schema_arrow, compression="zstd") as writer:
+                for group in range(unit.start, stop):
+                    size = footer.row_group(group).num_rows
+                    keep = np.array([first + row in wanted for row in range(size)], bool)
+                    if keep.any():
+                        for batch in file.iter_batches(_ROWS, row_groups=[group]):
+                            chosen, keep = keep[: batch.num_rows], keep[batch.num_rows :]
+                            writer.write_batch(batch.filter(pa.array(chosen)))
+                            count += int(chosen.sum())
+                    first += size
+        except (pa.ArrowException, OSError) as error:
+            raise StrideError(f"{shown(unit.files[0].url)} cannot be read: {first_line(error)}") from None
+    return count
+
+
+def _arrow_rows(unit: Unit, wanted: set[int], path: str) -> int:
+    schema = _arrow_schema(unit)
+    count, held = 0, list[dict[str, Any]]()
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for row in rows(unit, None):
+            if isinstance(row, Row) and int(row.document_id.rpartition("#")[2]) in wanted:
+                held.append(row.values)
+                count += 1
+            if len(held) == _ROWS:
+                writer.write_table(pa.Table.from_pylist(held, schema))
+                held = []
+        writer.write_table(pa.Table.from_pylist(held, schema))
+    return count
+
+
+def _arrow_schema(unit: Unit) -> pa.Schema:
+    fs, place = filesystem(unit.files[0].url)
+    with fs.open(place, "rb") as handle:
+        if handle.read(6) == b"ARROW1":
+            handle.seek(0)
+            return pa.ipc.open_file(handle).schema
+        handle.seek(0)
+        return pa.ipc.open_stream(handle).schema

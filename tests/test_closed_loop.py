@@ -1,0 +1,213 @@
+"""The closed loop on the tiny run: arms of equal size, honest halves, resume, and the job."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import write_lines
+from test_exact import answered
+from test_select import plainly, with_options
+from transformers import AutoModelForCausalLM
+
+from stride_ray.attribute import asked_queries
+from stride_ray.errors import StrideError
+from stride_ray.evaluate import closed_loop as module
+from stride_ray.evaluate import unigram
+from stride_ray.evaluate.closed_loop import ARMS, F1, LOSS, arm_benchmark, closed_loop, compare_arms, interval
+from stride_ray.evaluate.finetune import FineTune
+from stride_ray.evaluate.unigram import answer_f1, has_answers, unigram_f1
+from stride_ray.lexical import similar_blocks
+from stride_ray.storage import Store
+from stride_ray.tokens import load_tokenizer
+
+JOBS = Path(__file__).parent.parent / "jobs"
+RECIPE = """
+from stride_ray.evaluate.finetune import FineTune
+
+def make(benchmark):
+    return FineTune(benchmark, epochs=2, batch=4, warmup_steps=2, learning_rate=0.01)
+"""
+
+
+def all_plainly(patch):
+    plainly(patch)
+    patch.setattr(module, "connected", sys.modules["stride_ray.select"].connected)
+    patch.setattr(module, "pool", sys.modules["stride_ray.select"].pool)
+    patch.setattr(module, "map_tasks", lambda work, given, units, pool: [work(*given, unit) for unit in units])
+
+
+@pytest.fixture(scope="module")
+def attributed(parts, sharded, tmp_path_factory):
+    """A run with a set of questions and answers on one subject, and one of texts; and a recipe that takes seconds."""
+    root = tmp_path_factory.mktemp("loop")
+    patch = pytest.MonkeyPatch()
+    all_plainly(patch)
+    try:
+        asked = [
+            {"id": f"q{i}", "prompt": "the anchor met", "completion": f" the {w}"}
+            for i, w in enumerate("gull tide wave sail keel storm".split())
+        ]
+        questions = write_lines(root / "questions.jsonl", asked)
+        run, _, _ = answered(sharded("loop"), _with(parts, questions))
+    finally:
+        patch.undo()
+    (root / "recipe.py").write_text(RECIPE)
+    return run, f"{root / 'recipe.py'}:make"
+
+
+def _with(parts, queries):
+    return type(parts)(**{**vars(parts), "queries": queries})
+
+
+@pytest.fixture(scope="module")
+def found(attributed, one_ray, tmp_path_factory):
+    """A closed loop through Ray."""
+    run, recipe = attributed
+    out = tmp_path_factory.mktemp("closed") / "out"
+    return out, closed_loop(with_options(run, tokens=0.3), ["asked"], str(out), seeds=2, recipe=recipe)
+
+
+def test_arms_are_of_equal_size_and_measured_on_queries_that_did_not_select(found):
+    out, result = found
+    asked = pq.read_table(out / "queries.parquet")["query_id"].to_pylist()
+    assert (result.selected_by, result.measured_on, result.seeds, len(asked)) == (3, 3, 2, 3)
+    stage = json.loads((out / "selected/selection.json").read_text())
+    assert stage["targets"] == {"asked": 3}
+    assert set(result.tokens) == set(ARMS)
+    assert all(0.2 < tokens / result.pool_tokens <= 0.3 for tokens in result.tokens.values())
+    assert result.tokens["TF-IDF"] <= result.tokens["selected"]
+    for measure in (LOSS, F1):
+        assert set(result.arms[measure]) == set(ARMS)
+        assert all(each.low <= each.mean <= each.high for each in result.arms[measure].values())
+        differences = result.differences[measure]
+        expected = result.arms[measure]["selected"].mean - result.arms[measure]["random"].mean
+        assert differences["random"].mean == pytest.approx(expected, abs=1e-6)
+    table = result.as_table()
+    assert "| selected |" in table
+    assert "unigram F1" in table
+    assert json.loads((out / "closed_loop.json").read_text())["seeds"] == 2
+
+
+def test_losses_are_those_of_the_recipe_on_the_arms_blocks(attributed, found):
+    out, _ = found
+    run, _ = attributed
+    benchmark = arm_benchmark(Store(str(out)), ARMS["TF-IDF"], run.config.model.path, "")
+    recipe = FineTune(benchmark, epochs=2, batch=4, warmup_steps=2, learning_rate=0.01)
+    torch.set_num_threads(1)
+    losses = recipe.losses(recipe.train(np.arange(len(benchmark.blocks)), 1))
+    stored = np.load(out / "_retrain/losses/tfidf-seed-1.npy")
+    np.testing.assert_allclose(losses, stored, atol=1e-6)
+    # The prompt is read and carries no loss.
+    model = AutoModelForCausalLM.from_pretrained(run.config.model.path).eval()
+    for loss, query in zip(recipe.losses(model), pq.read_table(out / "queries.parquet").to_pylist(), strict=True):
+        ids, mask = torch.tensor([query["token_ids"]]), torch.tensor([query["loss_mask"]])
+        assert not mask[0, 0]
+        with torch.no_grad():
+            expected = model(input_ids=ids, labels=ids.masked_fill(~mask, -100)).loss
+        assert loss == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_the_lexical_arm_is_what_lexical_search_finds(attributed, found):
+    out, _ = found
+    run, _ = attributed
+    kept = pq.read_table(out / "tfidf/manifest.parquet").to_pandas()
+    chosen = set(json.loads((out / "tfidf/stage.json").read_text())["keys"]["targets"])
+    assert chosen == {"asked"}
+    asked = set(pq.read_table(out / "queries.parquet")["query_id"].to_pylist())
+    selecting = [row for row in asked_queries(run, "asked").to_pylist() if row["query_id"] not in asked]
+    from stride_ray.blocks import Blocks, document_shares
+
+    blocks = Blocks(run.stage("blocks").store)
+    tops = similar_blocks(blocks, (row["token_ids"] for row in selecting), 1)
+    first = set()
+    for top in tops:
+        first |= set(document_shares(blocks.take(top, ["spans"]))[1])
+    assert kept.set_index("document_id").loc[sorted(first), "best_rank"].min() == 1
+    assert kept["score"].dropna().is_monotonic_increasing
+
+
+def test_a_rerun_trains_what_is_missing_and_a_plain_loop_agrees(attributed, found, tmp_path, monkeypatch):
+    run, recipe = attributed
+    _, result = found
+    all_plainly(monkeypatch)
+    out = tmp_path / "out"
+    options = with_options(run, tokens=0.3)
+    one = closed_loop(options, ["asked"], str(out), seeds=1, recipe=recipe)
+    before = {path: path.stat().st_mtime_ns for path in (out / "_retrain/losses").iterdir()}
+    assert len(before) == 3
+    assert closed_loop(options, ["asked"], str(out), seeds=2, recipe=recipe) == result
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert one.arms[LOSS]["selected"] != result.arms[LOSS]["selected"]
+
+
+def test_what_cannot_be_compared_is_told(attributed, tmp_path, monkeypatch):
+    run, _ = attributed
+    all_plainly(monkeypatch)
+    options, out = with_options(run, tokens=0.3), str(tmp_path / "out")
+    for call, told in (
+        (lambda: closed_loop(options, ["asked"], out, measure=["asked"]), "is to select and to measure"),
+        (lambda: closed_loop(options, ["asked"], out, seeds=0), "0 seeds make no model"),
+        (lambda: closed_loop(options, ["other"], out), "is not finished"),
+        (lambda: closed_loop(with_options(run, tokens=1), ["asked"], f"{out}-one"), "Nothing was selected"),
+        (lambda: compare_arms(run, {"asked": ["q0"]}, {"asked": ["q1"]}, out), "Say how much to take"),
+        (lambda: closed_loop(options, ["asked"], out, recipe="nothing"), "is not package.module:attribute"),
+    ):
+        with pytest.raises(StrideError, match=told):
+            call()
+
+
+def test_unigram_f1_and_answers(parts, monkeypatch):
+    assert unigram_f1("The cat", "the CAT") == 1
+    assert unigram_f1("a b b c", "b b d") == pytest.approx(2 * 2 / 7)
+    assert unigram_f1("", "x") == unigram_f1("", "") == 0
+    tokenizer = load_tokenizer(str(parts.model))
+    model = AutoModelForCausalLM.from_pretrained(parts.model)
+    prompt, rest = tokenizer("the anchor met")["input_ids"], None
+    with torch.no_grad():
+        rest = model.generate(
+            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=0
+        )[0, len(prompt) :].tolist()
+    query = {"token_ids": [*prompt, *rest], "loss_mask": [False] * len(prompt) + [True] * len(rest)}
+    other = {**query, "token_ids": [*prompt, *tokenizer(" zebra")["input_ids"]]}
+    other["loss_mask"] = [False] * len(prompt) + [True] * (len(other["token_ids"]) - len(prompt))
+    assert has_answers([query, other])
+    assert not has_answers([query, {"token_ids": [1, 2], "loss_mask": [True, True]}])
+    monkeypatch.setattr(unigram, "LONGEST", 6)
+    assert answer_f1(model, tokenizer, [query, other]).tolist() == [1, 0]
+
+
+def test_an_interval_covers_queries_and_seeds():
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 1, (1, 400)) + rng.normal(0, 1, (40, 1)) + rng.normal(0, 0.1, (40, 400))
+    figure = interval(values)
+    assert figure.low < figure.mean < figure.high
+    # Variances of the two means add: 1/40 and 1/400.
+    assert figure.high - figure.low == pytest.approx(2 * 1.96 * np.sqrt(1 / 40 + 1 / 400), rel=0.2)
+
+
+def test_the_job_and_that_it_does_not_hide_the_standard_librarys_select(
+    attributed, found, monkeypatch, capsys, tmp_path
+):
+    run, recipe = attributed
+    out, result = found
+    spec = importlib.util.spec_from_file_location("select_job", JOBS / "select.py")
+    job = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(job)
+    all_plainly(monkeypatch)
+    command = [run.url, "--name", "asked", "--tokens", "0.3"]
+    assert job.main([*command, "--out", str(out), "--retrain", "--seeds", "2", "--recipe", recipe]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["measured_on"] == result.measured_on
+    assert job.main([*command, "--out", str(tmp_path / "plain")]) == 0
+    assert "documents" in capsys.readouterr().out
+    assert job.main([*command, "--out", str(out), "--retrain", "--seeds", "0"]) == 1
+    assert "0 seeds make no model" in capsys.readouterr().err
+    # Every script in the folder has it first on its path.
+    code = f"import sys; sys.path.insert(0, {str(JOBS)!r}); import select, selectors, subprocess; print(select.select)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "built-in function select" in done.stdout

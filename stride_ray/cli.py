@@ -1,7 +1,7 @@
 """The command line: one verb per stage, the same as the scripts in jobs/.
 
 Exit status: 0 done; 1 a sentence on standard error says what is wrong; 3 done, but the fit learned nothing that can
-be told from noise; 130 interrupted.
+be told from noise; 130 interrupted. ``scan`` has its own (scan/command.py): 2 says that there are new findings.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from stride_ray import __version__
 from stride_ray.config import Config, dumps, loads, option_fields
 from stride_ray.errors import StrideError
 from stride_ray.run import Run
+from stride_ray.scan import command as scan_command
 from stride_ray.storage import Store
 
 # The handful of options that a verb shows; all others are set by --set section.key=value or in --config FILE.
@@ -22,6 +23,8 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "respond": ("respond.mode",),
     "recover": ("recover.penalty_ratio",),
     "attribute": ("model.path", "attribute.top", "recover.penalty_ratio"),
+    "scan": ("scan.words", "scan.overlap", "scan.influence", "scan.false_discovery", "scan.alarm"),
+    "select": ("select.by", "select.documents", "select.tokens", "select.drop", "select.drop_at", "select.earlier"),
 }
 EVERYWHERE = ("compute.address", "compute.workers", "compute.device")
 MODES = {
@@ -34,6 +37,8 @@ ABOUT = {
     "respond": "queries to responses: how each operator moves each query's loss",
     "recover": "responses to influence: a Lasso per query, ranked tables of blocks and documents",
     "attribute": "tables, a console summary and a page: which blocks made the model answer like this",
+    "scan": "did evaluation items leak into the corpus, and does the model lean on them? (and: scan compare A B)",
+    "select": "influence on target queries to training data, with a reason for every document and a random arm",
     "status": "what is done and what is missing in a run directory",
     "config": "every option with its default and meaning, as TOML for --config",
     "quickstart": "everything on a small real corpus and a model trained on the spot",
@@ -42,7 +47,18 @@ ABOUT = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status."""
-    parsed = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["scan"]:
+        return scan_command.status_of(lambda: _scanned(given))
+    parsed = _parser().parse_args(given)
+    return exit_status("stride-ray", lambda: _run(parsed))
+
+
+def _scanned(given: list[str]) -> int:
+    """The verb scan, which reads its arguments under its own exit statuses."""
+    if given[1:2] == ["compare"]:
+        return exit_status("stride-ray", lambda: scan_command.compare_nights(given[2:]))
+    parsed = _parser().parse_args(given)
     return exit_status("stride-ray", lambda: _run(parsed))
 
 
@@ -89,19 +105,25 @@ def _parser() -> argparse.ArgumentParser:
             continue
         if verb in ("respond", "attribute"):
             sub.add_argument("--queries", required=True, metavar="FILE", help="JSON Lines, Parquet or text files")
-        if verb == "attribute":
+        if verb in ("attribute", "scan", "select"):
             either = sub.add_mutually_exclusive_group()
             for mode, about in MODES.items():
                 either.add_argument(f"--{mode}", dest="attribute.mode", action="store_const", const=mode, help=about)
         if verb in ("respond", "recover", "attribute"):
             sub.add_argument("--name", default="queries", help="name of the query set, a folder's (default: queries)")
+        if verb == "scan":
+            scan_command.add_arguments(sub)
+        if verb == "select":
+            sub.add_argument("--name", action="append", required=True, help="a target query set; may be given again")
+            sub.add_argument("--out", required=True, metavar="URL", help="folder for the data set")
+            sub.add_argument("--blocks", action="store_true", help="write token blocks in place of the input's rows")
         sub.add_argument("--config", metavar="FILE", help="TOML with any options ('stride-ray config' lists them)")
         sub.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="any option, as in --set fit.steps=800"
         )
         for name in (*SHOWN[verb], *EVERYWHERE):
             flag = "--model" if name == "model.path" else "--" + name.rpartition(".")[2].replace("_", "-")
-            extra: dict[str, Any] = {"action": "append"} if name == "corpus.input" else {}
+            extra: dict[str, Any] = {"action": "append"} if name in ("corpus.input", "select.earlier") else {}
             if declared[name].metadata["choices"]:
                 extra["choices"] = declared[name].metadata["choices"]
             else:
@@ -127,7 +149,9 @@ def _run(parsed: argparse.Namespace) -> int:
 
         print(status(Run(parsed.run)))
         return 0
-    run = Run(parsed.run, _config(parsed), _changes(parsed))
+    run = _opened(parsed)
+    if parsed.verb == "scan":
+        return scan_command.run_scan(run, parsed)
     if parsed.verb == "shard":
         from stride_ray.shard import shard
 
@@ -151,11 +175,25 @@ def _run(parsed: argparse.Namespace) -> int:
             f"{done['queries']} queries, {done['failed']} failed; median {done['median_nonzeros']:g} blocks with "
             f"influence, largest relative duality gap {done['largest_gap']:.1e}."
         )
+    elif parsed.verb == "select":
+        from stride_ray.select import select, told
+
+        print(told(select(run, parsed.name, parsed.out, parsed.blocks), parsed.out))
     else:
         from stride_ray.attribute import attribute
 
         attribute(run, parsed.queries, parsed.name)
     return 0
+
+
+def run_of(arguments: Sequence[str]) -> tuple[Run, argparse.Namespace]:
+    """The run that a verb's arguments name, with the options that they set, and the arguments, for scripts."""
+    parsed = _parser().parse_args(arguments)
+    return _opened(parsed), parsed
+
+
+def _opened(parsed: argparse.Namespace) -> Run:
+    return Run(parsed.run, _config(parsed), _changes(parsed))
 
 
 def _config(parsed: argparse.Namespace) -> Config | None:

@@ -12,6 +12,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SNIPPETS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
 
+# How each snippet begins, what it prints, and what it leaves.
+EXPECTED = [
+    ("from stride_ray", ["influence"], ["mine/exact/prompts/page.html"]),
+    ("echo", ["influence/ask"], []),
+    ("stride-ray select", ["tokens, by rank over prompts", "At random beside it"], ["chosen/random/manifest.parquet"]),
+    ("mkdir -p evaluation", ["1 new finding(s)", "status 2", "0 new finding(s)"], ["scans/latest.json"]),
+]
+
 
 def run(command: list[str], folder: Path) -> str:
     # What the make that runs these tests hands down would change what a make of theirs prints, and conftest's single
@@ -70,8 +78,8 @@ def test_snippet_runs(quickstart, folder, index):
     kind, body = SNIPPETS[index]
     command = [sys.executable, "-c", body] if kind == "python" else ["bash", "-euo", "pipefail", "-c", body]
     printed = run(command, folder)
-    if kind == "python":
-        assert "influence" in printed
-        assert (folder / "mine/exact/prompts/page.html").exists()
-    else:
-        assert "influence/ask" in printed
+    expected = next((words, paths) for start, words, paths in EXPECTED if body.startswith(start))
+    for word in expected[0]:
+        assert word in printed
+    for path in expected[1]:
+        assert (folder / path).exists()

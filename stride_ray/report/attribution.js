@@ -1,26 +1,9 @@
-"use strict";
-// Shows the page's data. Text goes into the page as text alone (textContent), never as markup.
-const { queries, texts } = JSON.parse(document.getElementById("data").textContent);
-const ROWS = 25;
-const byId = (id) => document.getElementById(id);
-
-function make(tag, name, text) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
-function drawn(tag, attributes, text) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
+// Shows which blocks helped and harmed each query.
+const { queries, texts } = data;
 const number = (value) => (value === null ? "" : value.toPrecision(4));
 const signed = (value) => (value > 0 ? "+" : "−") + Math.abs(value).toPrecision(4);
-const wordsOf = (text) => text.toLowerCase().match(/[\p{L}\p{N}_]{2,}/gu) || [];
+const WORD = /[\p{L}\p{N}_]{2,}/gu;
+const wordsOf = (text) => text.toLowerCase().match(WORD) || [];
 const best = (query) => (query.helping.length ? query.helping[0][4] : "");
 
 // Words of most blocks say nothing about a match.
@@ -40,104 +23,22 @@ const COLUMNS = [
   { title: "half held by", of: (q) => (q.error ? null : q.half), show: (v) => v ?? "", kind: "number" },
   { title: "most helpful", of: best, kind: "text" },
 ];
-const haystack = queries.map((q) =>
-  [q.query_id, q.prompt, q.completion, ...[...q.helping, ...q.harming].map((row) => `${row[4]} ${row[5]}`)]
-    .join("\n").toLowerCase());
-
-let order = queries.map((_, i) => i);
-let sorted = { column: -1, up: true };
-let page = 0;
-let chosen = -1;
-
-function compare(a, b) {
-  if (a === null || b === null) return (a === null) - (b === null);
-  return typeof a === "number" ? a - b : a.localeCompare(b);
-}
-
-function found() {
-  const asked = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
-  const list = queries.map((_, i) => i).filter((i) => asked.every((word) => haystack[i].includes(word)));
-  if (sorted.column >= 0) {
-    const of = COLUMNS[sorted.column].of;
-    list.sort((i, j) => (sorted.up ? 1 : -1) * compare(of(queries[i]), of(queries[j])) || i - j);
-  }
-  return list;
-}
-
-function header() {
-  const row = document.querySelector("#table thead tr");
-  COLUMNS.forEach((column, i) => {
-    const cell = make("th", column.kind || "");
-    const button = make("button", "", column.title);
-    button.type = "button";
-    button.addEventListener("click", () => {
-      sorted = { column: i, up: sorted.column === i ? !sorted.up : true };
-      document.querySelectorAll("#table th").forEach((each) => each.removeAttribute("aria-sort"));
-      cell.setAttribute("aria-sort", sorted.up ? "ascending" : "descending");
-      refresh();
-    });
-    cell.append(button);
-    row.append(cell);
-  });
-}
-
-function refresh() {
-  order = found();
-  page = 0;
-  table();
-}
-
-function table() {
-  const body = document.querySelector("#table tbody");
-  const first = page * ROWS;
-  body.replaceChildren(...order.slice(first, first + ROWS).map((i) => {
-    const row = make("tr", "row");
-    row.dataset.query = i;
-    row.setAttribute("aria-selected", String(i === chosen));
-    for (const column of COLUMNS) {
-      const value = column.of(queries[i]);
-      const cell = make("td", column.kind || "", column.show ? column.show(value) : value);
-      if (column.kind === "text") cell.title = value;
-      row.append(cell);
-    }
-    row.addEventListener("click", () => choose(i, true));
-    return row;
-  }));
-  const last = Math.min(first + ROWS, order.length);
-  byId("count").textContent = order.length ? `${first + 1}–${last} of ${order.length}` : "no query";
-  byId("before").disabled = page === 0;
-  byId("after").disabled = last >= order.length;
-}
+const searched = (q) =>
+  [q.query_id, q.prompt, q.completion, ...[...q.helping, ...q.harming].map((row) => `${row[4]} ${row[5]}`)].join("\n");
 
 // A text with the words that another has, too, in marks.
-function marked(node, text, others) {
-  let at = 0;
-  for (const match of text.matchAll(/[\p{L}\p{N}_]{2,}/gu)) {
-    if (!others.has(match[0].toLowerCase())) continue;
-    node.append(text.slice(at, match.index), make("mark", "", match[0]));
-    at = match.index + match[0].length;
-  }
-  node.append(text.slice(at));
-  return node;
+function shared(node, text, others) {
+  const matches = [...text.matchAll(WORD)].filter((match) => others.has(match[0].toLowerCase()));
+  return marked(node, text, matches.map((match) => [match.index, match.index + match[0].length]));
 }
 
 function side(query, name, words) {
   const column = make("div", name);
   column.append(make("h3", "", name === "helping" ? "Helping blocks" : "Harming blocks"));
   query[name].forEach(([rank, influence, share, ordinal, documentId, source], i) => {
-    const details = make("details");
-    details.open = i === 0;
-    const line = make("span", "block");
-    const value = make("span", "value", signed(influence));
-    const bar = make("span", "bar");
-    bar.style.width = `${100 * share}%`;
-    value.append(bar);
-    const where = make("span", "", documentId + " ");
-    where.append(make("span", "soft", `${source === documentId ? "" : source + " · "}block ${ordinal} · rank ${rank}`));
-    line.append(value, where);
-    const summary = make("summary");
-    summary.append(line);
-    details.append(summary, marked(make("pre"), texts[ordinal], words));
+    const about = `${source === documentId ? "" : source + " · "}block ${ordinal} · rank ${rank}`;
+    const details = entry(signed(influence), share, documentId, about, i === 0);
+    details.append(shared(make("pre"), texts[ordinal], words));
     column.append(details);
   });
   if (!query[name].length) column.append(make("p", "soft", "none"));
@@ -178,11 +79,8 @@ function curve(points) {
   return svg;
 }
 
-function choose(i, scroll) {
-  chosen = i;
-  const query = queries[i];
-  const section = byId("query");
-  section.replaceChildren(make("h2", "", query.query_id));
+function show(query, section) {
+  section.append(make("h2", "", query.query_id));
   if (query.error) {
     section.append(make("p", "warning", `Failed: ${query.error}`));
   } else {
@@ -192,7 +90,7 @@ function choose(i, scroll) {
     const theirs = new Set(named.filter((word) => !common.has(word)));
     const mine = new Set(wordsOf(query.prompt + query.completion).filter((word) => !common.has(word)));
     const text = make("pre");
-    text.append(marked(make("span", "prompt"), query.prompt, theirs), marked(make("span"), query.completion, theirs));
+    text.append(shared(make("span", "prompt"), query.prompt, theirs), shared(make("span"), query.completion, theirs));
     const sides = make("div", "sides");
     sides.append(side(query, "helping", mine), side(query, "harming", mine));
     const plots = make("div", "plots");
@@ -203,9 +101,6 @@ function choose(i, scroll) {
     plots.append(left, right);
     section.append(text, make("h3", "", ""), sides, make("h3", "", ""), plots);
   }
-  document.querySelectorAll("#table tr.row").forEach((row) =>
-    row.setAttribute("aria-selected", String(Number(row.dataset.query) === chosen)));
-  if (scroll) section.scrollIntoView({ block: "nearest" });
 }
 
 function overview() {
@@ -227,27 +122,5 @@ function overview() {
   byId("halves").append(svg);
 }
 
-function step(by) {
-  if (!order.length) return;
-  const at = order.indexOf(chosen);
-  const next = Math.min(order.length - 1, Math.max(0, at + by));
-  page = Math.floor(next / ROWS);
-  table();
-  choose(order[next], true);
-}
-
-byId("search").addEventListener("input", refresh);
-byId("before").addEventListener("click", () => { page -= 1; table(); });
-byId("after").addEventListener("click", () => { page += 1; table(); });
-document.addEventListener("keydown", (event) => {
-  const typing = document.activeElement === byId("search");
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === "/" && !typing) { byId("search").focus(); event.preventDefault(); }
-  else if (event.key === "Escape" && typing) { byId("search").blur(); }
-  else if (!typing && ["ArrowDown", "j"].includes(event.key)) { step(1); event.preventDefault(); }
-  else if (!typing && ["ArrowUp", "k"].includes(event.key)) { step(-1); event.preventDefault(); }
-});
-header();
-refresh();
+browse({ items: queries, columns: COLUMNS, words: searched, section: byId("query"), show, noun: "query" });
 overview();
-if (queries.length) choose(order[0], false);

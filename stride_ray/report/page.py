@@ -14,30 +14,36 @@ import jinja2
 from markupsafe import Markup
 
 # Characters that could end a script element, or a line of one, as JSON writes them otherwise.
-ESCAPES = {each: f"\\u{ord(each):04x}" for each in "<>&\u2028\u2029"}
+ESCAPES = {ord(each): f"\\u{ord(each):04x}" for each in "<>&\u2028\u2029"}
 # Letters of blocks' texts on a page, all together: with the rest it stays below 5 MB.
 TEXT_BUDGET, SHORTEST = 3_000_000, 200
 
 
 def render(template: str, data: dict[str, Any], **values: Any) -> str:
-    """A page from ``template``.html.j2 with ``report.css``, ``template``.js and ``data``.
+    """A page from ``template``.html.j2 with ``report.css``, ``common.js``, ``template``.js and ``data``.
 
     Args:
         template: its name.
         data: what the script shows; JSON.
         values: what the template itself prints; escaped.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    script, style = _file(f"{template}.js"), _file("report.css")
-    encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_file), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    script = _file("common.js") + _file(f"{template}.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.from_string(_file(f"{template}.html.j2")).render(
+    return environment.get_template(f"{template}.html.j2").render(
         **values,
-        style=Markup(style),
+        style=Markup(_file("report.css")),
         script=Markup(script),
-        data=Markup("".join(ESCAPES.get(letter, letter) for letter in encoded)),
+        data=Markup(embedded(data)),
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
     )
+
+
+def embedded(data: Any) -> str:
+    """Data as JSON that may stand in a script element: no tag can end in it."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(ESCAPES)
 
 
 def _file(name: str) -> str:

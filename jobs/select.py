@@ -1,0 +1,62 @@
+"""Job: stride-ray select and, with --retrain, what training on the selection is worth, in a closed loop.
+
+With --retrain the selected, the random and a TF-IDF arm of as many tokens are trained by the run's recipe, each with
+several seeds, and asked queries that did not select: half of each target set, or the sets of --measure. It prints a
+table and, on the last line, one JSON object. Exit status as stride-ray's: 0 done, 1 with a sentence on standard error,
+130 interrupted.
+
+    python jobs/select.py RUN --name NAME --out URL --tokens 0.25
+    python jobs/select.py RUN --name NAME --out URL --tokens 0.25 --retrain [--measure OTHER --seeds 3]
+"""
+
+import sys
+
+if __name__ == "select":
+    # This folder comes first on the path of every script in it, and this file would hide the standard library's module.
+    import importlib.machinery
+    import importlib.util
+    import os
+
+    _here = os.path.dirname(os.path.abspath(__file__))
+    _spec = importlib.machinery.PathFinder.find_spec("select", [p for p in sys.path if os.path.abspath(p) != _here])
+    if _spec is None or _spec.loader is None:
+        raise ModuleNotFoundError("No module named 'select'")
+    sys.modules["select"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["select"])
+else:
+    import argparse
+    import dataclasses
+    import json
+    from collections.abc import Sequence
+
+    from stride_ray.cli import exit_status, run_of
+    from stride_ray.cli import main as verb
+    from stride_ray.evaluate.closed_loop import closed_loop
+    from stride_ray.evaluate.recipe import DEFAULT
+
+
+def main(arguments: "Sequence[str] | None" = None) -> int:
+    """Parse, select, with --retrain train and print; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--retrain", action="store_true")
+    parser.add_argument("--measure", action="append", default=[], metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--recipe", default=DEFAULT)
+    mine, others = parser.parse_known_args(given)
+    if "--help" in given or "-h" in given:
+        print(__doc__)
+    if not mine.retrain:
+        return verb(["select", *given])
+
+    def work() -> None:
+        run, parsed = run_of(["select", *others])
+        found = closed_loop(run, parsed.name, parsed.out, mine.measure, mine.seeds, mine.recipe)
+        print(found.as_table())
+        print(json.dumps(dataclasses.asdict(found)))
+
+    return exit_status("select", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

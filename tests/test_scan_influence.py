@@ -1,0 +1,225 @@
+"""Both channels through Ray on a tiny model: ties, controls, what is asked again, verdicts, and what is refused."""
+
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import documents, settings, write_lines
+
+from stride_ray.errors import StrideError
+from stride_ray.run import Run
+from stride_ray.scan.influence import TIES, _Reference, item_p_values, query_table
+from stride_ray.scan.items import Item, read_set
+from stride_ray.scan.lexical import MATCHES, Lexical
+from stride_ray.scan.nightly import scan
+from stride_ray.scan.verdicts import VERDICTS, verdicts
+from stride_ray.storage import Store
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
+LEAKED = documents(48)[1]
+
+
+def items_of(place, name, rows):
+    return read_set(write_lines(place / f"{name}.jsonl", rows), name)
+
+
+@pytest.fixture(scope="module")
+def scanned(parts, sharded, tmp_path_factory):
+    """Two nights of a tiny run with exact influence, new items on the second."""
+    place = tmp_path_factory.mktemp("scan")
+    shutil.copytree(parts.corpus, place / "corpus")
+    folder = sharded("scan")
+    changes = settings(parts, attribute__mode="exact", corpus__input=[str(place / "corpus")])
+    run = Run(str(folder), changes=changes)
+    half = len(LEAKED) // 2
+    rows = [
+        {"id": "leaked", "question": LEAKED[:half], "answer": LEAKED[half:]},
+        {"id": "fresh", "question": "Did the keel meet the dough?", "answer": "the dough met the keel"},
+        {"id": "long", "question": "the tide " * 200, "answer": "no"},
+    ]
+    controls = items_of(place, "controls", [{"text": text} for text in documents(24, seed=5)])
+    first = scan(run, [items_of(place, "asked", rows)], str(place / "scans"), [controls], "n1")
+    more = items_of(place, "asked", [*rows, {"id": "later", "question": "What met the gull?", "answer": "the tide"}])
+    second = scan(run, [more], str(place / "scans"), [controls], "n2")
+    return SimpleNamespace(
+        place=place, run=run, folder=folder, first=first, second=second, controls=controls, sets=more
+    )
+
+
+def table(scanned, night):
+    return {r["item_id"]: r for r in scanned.place.joinpath("x") and _rows(scanned.place / f"scans/nights/{night}")}
+
+
+def _rows(folder):
+    found = Store(str(folder)).read_table("verdicts.parquet")
+    assert found.schema.equals(VERDICTS)
+    return found.to_pylist()
+
+
+def test_every_item_has_a_verdict_with_its_evidence(scanned):
+    rows = table(scanned, "n1")
+    leaked, fresh, long = rows["leaked"], rows["fresh"], rows["long"]
+    assert leaked["verdict"] in ("lexical", "both")
+    assert leaked["overlap"] == 1.0
+    assert fresh["verdict"] == "clean"
+    assert fresh["overlap"] < 0.3
+    for row in (leaked, fresh):
+        assert 0 < row["p"] <= row["q"] <= 1
+        assert row["loss"] > 0
+        assert 0 < row["share"] <= 1
+        assert row["tied_document"]
+    assert (long["contrast"], long["p"]) == (None, None)
+    assert "the model's context is" in long["error"]
+    assert scanned.first["influence"]["control_kind"] == "given"
+    assert scanned.first["influence"]["failed"] == 1
+    report = (scanned.place / "scans/nights/n1/report.md").read_text()
+    assert "24 given control items" in report
+    assert "suspicion, never proof" in report
+
+
+def test_only_new_items_are_asked_and_a_night_over_nothing_new_asks_none(scanned):
+    assert (scanned.first["influence"]["asked"], scanned.second["influence"]["asked"]) == (3, 1)
+    third = scan(scanned.run, [scanned.sets], str(scanned.place / "scans"), [scanned.controls], "n3")
+    assert third["did"] == {"searched_units": 0, "searched_items": 0, "asked_items": 0}
+    assert third["seconds"] < 10
+    first, third_rows = table(scanned, "n1"), table(scanned, "n3")
+    assert all(third_rows[name]["contrast"] == row["contrast"] for name, row in first.items())
+
+
+def test_another_checkpoint_is_asked_anew_and_words_are_not(scanned, parts, sharded):
+    folder = sharded("other")
+    changes = settings(parts, attribute__mode="exact", corpus__input=[str(scanned.place / "corpus")], seed=7)
+    run = Run(str(folder), changes=changes)
+    found = scan(run, [scanned.sets], str(scanned.place / "scans"), [scanned.controls], "n4")
+    assert found["did"] == {"searched_units": 0, "searched_items": 0, "asked_items": 4}
+    assert found["influence"]["checkpoint"] != scanned.first["influence"]["checkpoint"]
+
+
+def test_controls_are_made_where_none_are_given_and_stay(scanned):
+    run, out = scanned.run, str(scanned.place / "made")
+    sets = [items_of(scanned.place, "made", [{"question": text, "answer": "yes"} for text in documents(6, seed=8)])]
+    first = scan(run, sets, out, (), "n1")
+    assert first["influence"]["control_kind"] == "made"
+    assert first["influence"]["controls"] == 200
+    more = [items_of(scanned.place, "made", [{"question": t, "answer": "yes"} for t in documents(7, seed=8)])]
+    assert scan(run, more, out, (), "n2")["influence"]["asked"] in (1, 7)
+    few = items_of(scanned.place, "few", [{"text": text} for text in documents(2, seed=9)])
+    with pytest.raises(StrideError, match="Only 2 control items can be asked"):
+        scan(run, sets, out, [few], "n3")
+    assert Store(out).read_json("latest.json") == {"night": "n2"}
+
+
+def test_a_run_without_blocks_is_told(parts, tmp_path):
+    run = Run(str(tmp_path / "run"), changes=settings(parts))
+    with pytest.raises(StrideError, match="stride-ray shard"):
+        scan(run, [items_of(tmp_path, "a", [{"text": "the tide met the gull"}])], str(tmp_path / "scans"))
+    assert not (tmp_path / "scans/latest.json").exists()
+
+
+def test_amortised_influence_serves_too(scanned, finished, tmp_path):
+    run = Run(str(finished.folder), changes={"attribute.mode": "amortised"})
+    found = scan(run, [scanned.sets], str(tmp_path / "scans"), [scanned.controls])
+    assert found["influence"]["mode"] == "amortised"
+    assert found["influence"]["controls"] == 24
+
+
+def test_a_contrast_is_taken_block_by_block(monkeypatch):
+    from stride_ray.scan import influence
+
+    rng = np.random.default_rng(0)
+    W = rng.normal(0, 1, (12, 8))
+    W[:, 0] = 9 + 0.1 * rng.normal(size=12)  # this block moves every item
+
+    def parts_of(run, name):
+        rows = [{"query_id": f"c{i}", "ordinal": j, "influence": W[i, j]} for i in range(12) for j in range(8)]
+        yield pa.Table.from_pylist(rows), None
+
+    monkeypatch.setattr(influence, "_parts", parts_of)
+    reference = _Reference(None, "controls")
+
+    def contrast(values, control=False):
+        rows = [
+            {"ordinal": j, "influence": v, "block_id": j, "document_id": f"d{j}", "source": "s"}
+            for j, v in enumerate(values)
+        ]
+        return reference.contrast(rows, control)
+
+    item = W[0].copy()
+    item[3] = 12
+    found = contrast(item)
+    assert (found["ordinal"], found["document_id"]) == (3, "d3")
+    assert found["share"] == pytest.approx(12 / np.abs(item).sum())
+    scaled = W / np.median(np.abs(W), 1, keepdims=True)
+    mean, spread = scaled.mean(0), scaled.std(0)
+    floor = np.median(spread)
+    expected = (item / np.median(np.abs(item)) - mean) / (spread + floor)
+    assert found["contrast"] == pytest.approx(expected.max())
+    assert contrast(100 * item)["contrast"] == pytest.approx(found["contrast"])  # how hard it pulls does not matter
+    rest = scaled[1:]
+    own = ((scaled[0] - rest.mean(0)) / (rest.std(0) + floor)).max()
+    assert contrast(W[0], control=True)["contrast"] == pytest.approx(own)
+    assert contrast([*item, 30.0])["ordinal"] == 8  # a block that no control names
+    largest = np.sort(expected)[::-1]
+    assert found["contrasts"] == pytest.approx([largest[0], largest[:8].mean()])
+
+
+def test_a_leak_that_is_spread_over_many_blocks_is_found_too():
+    rng = np.random.default_rng(0)
+    rows = [{"key": f"k{i}", "control": i >= 5, "contrasts": [4 + rng.random(), 2 + rng.random()]} for i in range(205)]
+    rows[0]["contrasts"] = [4.5, 4.4]  # no block stands out, eight do a little
+    rows[1]["contrasts"] = [40.0, 7.0]
+    rows[2]["contrasts"] = None
+    p = item_p_values(pa.Table.from_pylist(rows, TIES))
+    assert max(p["k0"], p["k1"]) < 0.001
+    assert p["k2"] == 1
+    assert min(p["k3"], p["k4"]) > 0.01
+
+
+def test_verdicts_tell_both_channels_apart():
+    items = [Item(name, "s", name, "f", i, name, (), "") for i, name in enumerate("abcd")]
+    row = {"set": "s", "field": "question", "item_start": 0, "item_stop": 1, "source": "x", "file": "x", "place": 0}
+    row |= {"part": "text", "start": 0, "stop": 1, "excerpt": "a", "excerpt_start": 0}
+    hits = [
+        {**row, "item_id": key, "key": key, "document_id": f"{key}1", "overlap": overlap, "finding": overlap > 0.3}
+        for key, overlap in (("a", 0.9), ("b", 0.8), ("c", 0.1))
+    ]
+    overlaps = {hit["key"]: hit["overlap"] for hit in hits}
+    lexical = Lexical(pa.Table.from_pylist(hits, MATCHES), overlaps, 9, 0, (), 0, 0, 0, 0, frozenset())
+    controls = [
+        {"key": f"k{i}", "control": True, "loss": 3.0 + i, "contrast": 1 + i / 40, "contrasts": [1 + i / 40] * 2}
+        for i in range(40)
+    ]
+    asked = [
+        {"key": key, "control": False, "loss": loss, "contrast": contrast, "contrasts": [contrast] * 2}
+        for key, loss, contrast in (("b", 0.1, 99.0), ("c", 9.0, 99.0), ("d", 40.0, 1.2))
+    ]
+    ties = pa.Table.from_pylist(controls + asked, TIES)
+    found = verdicts(items, lexical, ties, 0.05, {"b": "lexical"}).to_pylist()
+    assert [r["verdict"] for r in found] == ["lexical", "both", "influence", "clean"]
+    assert [r["before"] for r in found] == [None, "lexical", None, None]
+    assert [r["memorised"] for r in found] == [None, True, False, False]
+    assert [r["documents"] for r in found] == [1, 1, 0, 0]
+    assert found[2]["first_document"] == "c1"
+    assert item_p_values(ties)["b"] == pytest.approx(1 / 41)
+    assert [r["verdict"] for r in verdicts(items, lexical, None, 0.05, {}).to_pylist()] == ["lexical"] * 2 + [
+        "clean"
+    ] * 2
+
+
+def test_items_are_asked_for_their_answers(scanned):
+    rows = query_table(
+        scanned.run,
+        [
+            Item("a", "s", "a", "f", 0, "the tide", (), "met the gull"),
+            Item("b", "s", "b", "f", 1, "the tide met the gull", (), ""),
+            Item("c", "s", "c", "f", 2, "", (), ""),
+        ],
+    ).to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "ok", "failed"]
+    assert not rows[0]["loss_mask"][0]
+    assert rows[0]["loss_mask"][-1]
+    assert all(rows[1]["loss_mask"])

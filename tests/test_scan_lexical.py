@@ -1,0 +1,219 @@
+"""The lexical channel: n-grams against a plain search, offsets in both texts, rarity, boilerplate, short items."""
+
+import contextlib
+
+import numpy as np
+import pytest
+from conftest import PlainCrew, write_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stride_ray.config import ScanConfig
+from stride_ray.distribute import Pool
+from stride_ray.run import Run, Stage
+from stride_ray.scan import ngrams, search
+from stride_ray.scan.items import Item, read_set
+from stride_ray.scan.lexical import lexical_matches
+from stride_ray.scan.ngrams import Index, fields_of, numbering
+from stride_ray.scan.nightly import corpus_of
+from stride_ray.scan.significance import adjusted, combined, p_values, q_values
+from stride_ray.scan.words import split
+from stride_ray.storage import Store
+
+QUESTION = (
+    "Natalia sold clips to forty eight of her friends in April, and then she sold half as many clips in May; how "
+    "many clips did Natalia sell altogether in April and May?"
+)
+ANSWER = "She sold twenty four clips in May because forty eight halved is twenty four."
+
+
+def plainly(patch):
+    patch.setattr(search, "connected", lambda compute: contextlib.nullcontext())
+    patch.setattr(search, "pool", lambda compute, units: Pool(1, "cpu"))
+    patch.setattr(search, "map_actors", lambda make, given, units, workers: PlainCrew(workers).map(make, given, units))
+
+
+@pytest.fixture
+def found(tmp_path, monkeypatch):
+    """Scans a corpus of texts (or files of rows) for items, without Ray; returns Lexical."""
+    plainly(monkeypatch)
+
+    def scan(files, items, **options):
+        for name, rows in files.items():
+            write_lines(tmp_path / "corpus" / name, [{"text": r} if isinstance(r, str) else r for r in rows])
+        (each,) = [read_set(write_lines(tmp_path / "items.jsonl", items))]
+        run = Run(str(tmp_path / "run"), changes={"corpus.input": str(tmp_path / "corpus")})
+        corpus = corpus_of(run, Store(str(tmp_path / "state")))
+        stage = Stage(Store(str(tmp_path / "state/lexical")), "id")
+        chosen = ScanConfig(**options)
+        search.search(stage, corpus, each.items, chosen.words, chosen.shortest, run.config.compute)
+        return lexical_matches(stage, corpus, each.items, chosen)
+
+    return scan
+
+
+WORDS = st.lists(st.sampled_from("a b c d".split()), min_size=6, max_size=24)
+
+
+@settings(deadline=None)
+@given(WORDS, WORDS, st.integers(2, 5))
+def test_runs_are_those_of_a_plain_search(item, text, n):
+    field = ngrams.Field("k", "question", " ".join(item), split(" ".join(item)), n)
+    index = Index([field])
+    numbers = numbering(index).numbers(" ".join(text))
+    covered = set()
+    for run in index.find(numbers):
+        length = run.stop - run.first
+        assert item[run.first : run.stop] == text[run.place : run.place + length]
+        assert length >= n
+        # It cannot be made longer on either side.
+        assert run.first == 0 or run.place == 0 or item[run.first - 1] != text[run.place - 1]
+        ends = run.stop == len(item) or run.place + length == len(text)
+        assert ends or item[run.stop] != text[run.place + length]
+        covered |= {(run.first + i, run.place + i) for i in range(length - n + 1)}
+    plain = {
+        (i, j) for i in range(len(item) - n + 1) for j in range(len(text) - n + 1) if item[i : i + n] == text[j : j + n]
+    }
+    assert covered == plain
+
+
+def test_a_copy_is_found_with_its_place_in_both_texts(found):
+    copied = QUESTION.upper().replace(",", " --").replace(" ", "\n  ")
+    text = f"Import this. {copied} The end."
+    leaks = [{"question": QUESTION, "answer": ANSWER}]
+    lexical = found({"a.jsonl": ["Nothing to see here.", text], "b.jsonl": ["more of the same"]}, leaks)
+    (row,) = lexical.matches.to_pylist()
+    assert (row["field"], row["document_id"], row["source"]) == ("question", "a.jsonl#33", "a.jsonl")
+    assert (row["overlap"], row["finding"]) == (1.0, True)
+    assert split(text[row["start"] : row["stop"]]).words == split(QUESTION).words
+    assert QUESTION[row["item_start"] : row["item_stop"]] == QUESTION[:-1]
+    assert (row["excerpt"], row["excerpt_start"]) == (text, 0)
+    assert lexical.overlaps == {row["key"]: 1.0}
+    assert lexical.documents == 3
+
+
+def test_excerpts_show_what_stands_around_a_copy(found):
+    long = " ".join(f"{word}{i}" for i in range(20) for word in QUESTION.split()[:10])
+    texts = ["é" * 100 + f" {QUESTION} " + "after " * 100, f"{'before ' * 20}{long}"]
+    lexical = found({"a.jsonl": texts}, [{"question": QUESTION}, {"question": long}])
+    short, cut = sorted(lexical.matches.to_pylist(), key=lambda row: row["document_id"])
+    for row, text in ((short, texts[0]), (cut, texts[1])):
+        assert row["excerpt_start"] == row["start"] - 80
+        assert text[row["excerpt_start"] :].startswith(row["excerpt"])
+    assert short["excerpt_start"] + len(short["excerpt"]) == short["stop"] + 80
+    assert len(cut["excerpt"]) == 600
+
+
+def test_answers_choices_prompts_and_chats(found, tmp_path):
+    items = [
+        {"id": "free", "question": "Why so?", "answer": ANSWER},
+        {"id": "choice", "question": "Which one?", "choices": ["yes", ANSWER.replace("She", "He")], "answer": 0},
+    ]
+    rows = [
+        {"prompt": "Tell me. " + ANSWER, "completion": "no"},
+        {"prompt": "x", "completion": ANSWER.replace("She", "He")},
+    ]
+    lexical = found({"a.jsonl": rows}, items)
+    places = {(r["item_id"], r["field"], r["part"]) for r in lexical.matches.to_pylist() if r["overlap"] == 1}
+    assert places == {("free", "answer", "prompt"), ("choice", "choice 2", "answer")}
+
+
+def test_short_items_are_joined_or_told(found):
+    items = [
+        {"id": "joined", "question": "Who wrote Emma?", "answer": "Jane Austen did"},
+        {"id": "short", "question": "Two plus two?", "answer": "4"},
+    ]
+    lexical = found({"a.jsonl": ["who wrote emma: Jane Austen did!", "two plus two? 4"]}, items)
+    assert [(r["item_id"], r["field"]) for r in lexical.matches.to_pylist()] == [("joined", "whole")]
+    assert len(lexical.short) == 1
+
+
+def test_a_share_of_a_field_is_weighed_by_rarity(found):
+    words = QUESTION.split()
+    half = " ".join(words[:15])
+    common = [f"how many clips did Natalia {i}" for i in range(20)]
+    lexical = found({"a.jsonl": [half, *common]}, [{"question": QUESTION, "answer": ""}])
+    (row,) = lexical.matches.to_pylist()
+    assert 0.5 < row["overlap"] < 0.7  # 15 of 29 words, and the other half's words are in more documents
+    assert row["finding"]
+    lexical = found({"a.jsonl": [half, *common]}, [{"question": QUESTION, "answer": ""}], overlap=0.8)
+    assert not lexical.matches["finding"][0].as_py()
+
+
+def test_boilerplate_is_left_out_and_counted_but_many_copies_are_none(found):
+    opening = "the following are multiple choice questions with answers about all of"
+    items = [
+        {"id": f"q{i}", "question": f"{opening} {topic}", "answer": ""}
+        for i, topic in enumerate([QUESTION, QUESTION.replace("Natalia", "Weng").replace("clips", "apples")])
+    ]
+    files = {f"{name}.jsonl": [f"{opening} law {i}" for i in range(4)] for name in "abc"}
+    files["a.jsonl"] += [items[0]["question"]] * 12
+    files["b.jsonl"] += [items[0]["question"]] * 12
+    lexical = found(files, items, words=8)
+    assert lexical.boilerplate == 8  # of either item, 11 words of it in n-grams of 8
+    assert lexical.filtered >= 12
+    findings = lexical.matches.filter(lexical.matches["finding"])
+    assert set(findings["item_id"].to_pylist()) == {"q0"}
+    assert findings.num_rows >= 24
+
+
+def test_n_grams_of_too_many_items_are_left_out(monkeypatch):
+    monkeypatch.setattr(ngrams, "COMMON", 3)
+    items = [Item(f"k{i}", "s", f"i{i}", "f", i, f"one two three four five six seven x{i}", (), "") for i in range(5)]
+    index = Index([field for item in items for field in fields_of(item, 6, 4)])
+    assert index.common == 4  # n-grams of four words in the first seven
+    numbers = numbering(index).numbers("one two three four five six seven x3")
+    assert [index.fields[run.field].key for run in index.find(numbers)] == ["k3"]
+
+
+def test_only_so_many_documents_are_kept_and_the_rest_counted(found, monkeypatch):
+    monkeypatch.setattr(search, "MOST", 2)
+    lexical = found({"a.jsonl": [QUESTION] * 5, "bad.jsonl": [{"other": 1}]}, [{"question": QUESTION, "answer": ""}])
+    assert lexical.matches.num_rows == 2
+    assert (lexical.beyond, lexical.rejected) == (3, 1)
+    assert "bad.jsonl" in lexical.rejects[0]
+
+
+def test_adjusted_p_values_are_those_of_scipy():
+    from scipy.stats import false_discovery_control
+
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 50):
+        p = np.concatenate([rng.random(n), rng.random(n) / 100])
+        np.testing.assert_allclose(adjusted(p), false_discovery_control(p, method="bh"))
+    assert adjusted(np.zeros(0)).shape == (0,)
+
+
+def test_p_values_count_controls_and_go_on_beyond_them():
+    rng = np.random.default_rng(1)
+    drawn = [p_values(rng.lognormal(size=500), rng.lognormal(size=200)) for _ in range(200)]
+    for level in (0.05, 0.01, 0.001):  # under the null p is what it says; beyond the controls' range it is careful
+        assert 0.3 * level < (np.concatenate(drawn) <= level).mean() < 1.2 * level
+    controls, items = rng.lognormal(size=200), rng.lognormal(size=5000)
+    assert p_values(np.array([np.nan, controls.max() * 1000]), controls) == pytest.approx([1.0, 0.0], abs=1e-3)
+    assert p_values(np.array([1e9]), controls[:15])[0] == pytest.approx(1 / 16)  # too few for a tail
+    assert p_values(np.array([1.0]), np.array([np.nan, 2.0])) == pytest.approx([1.0])
+    assert (p_values(items, controls) > 0).all()
+
+
+def test_combined_p_values_keep_their_level_and_find_what_one_statistic_finds():
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(1, 20000)) + 0.5 * rng.normal(size=(3, 20000))  # statistics that depend on each other
+    p = combined(np.array([p_values(row[:10000], row[10000:]) for row in shared + 9]))
+    assert 0.8 < (p < 0.01).mean() / 0.01 < 1.2
+    assert combined(np.array([[1e-6], [0.9], [1.0]]))[0] == pytest.approx(3e-6, rel=0.01)
+    assert combined(np.full((3, 4), 0.2)) == pytest.approx([0.2] * 4)
+
+
+def test_q_values_keep_the_false_discovery_rate_where_half_is_leaked_and_where_nothing_is():
+    rng = np.random.default_rng(0)
+    shares, found = [], 0
+    for _ in range(200):
+        p = np.concatenate([rng.random(100), 0.02 * rng.random(100)])
+        hits = q_values(p) <= 0.05
+        shares.append(hits[:100].sum() / max(1, hits.sum()))
+        found += hits.sum() > (adjusted(p) <= 0.05).sum()
+    assert 0.03 < np.mean(shares) < 0.055
+    assert found > 150
+    assert np.mean([(q_values(rng.random(100)) <= 0.05).any() for _ in range(400)]) < 0.08
+    assert q_values(np.array([0.01, 0.2])) == pytest.approx([0.02, 0.2])

@@ -1,0 +1,67 @@
+"""One scan at a time: the lock, a stale lease, a lease that is lost; stores with and without exclusive creation."""
+
+import json
+import time
+
+import fsspec
+import pytest
+
+from stride_ray.errors import StrideError
+from stride_ray.scan import lock as module
+from stride_ray.scan.lock import NAME, Lock
+from stride_ray.storage import Store
+
+
+def test_a_second_scan_is_refused_and_told_by_whom(tmp_path):
+    store = Store(str(tmp_path))
+    with Lock(store, 60) as first:
+        first.check()
+        with pytest.raises(StrideError, match=r"held by .*process \d+ .* another scan is under way") as refused:
+            Lock(store, 60).__enter__()
+        assert first.owner in str(refused.value)
+    assert store.names() == []
+    with Lock(store, 60):
+        pass
+
+
+@pytest.mark.parametrize("content", [json.dumps({"owner": "someone", "since": 0, "expires": 1.0}), "{", "[]"])
+def test_a_stale_or_broken_lock_is_taken_over(content, tmp_path):
+    (tmp_path / NAME).write_text(content)
+    with Lock(Store(str(tmp_path)), 60) as lock:
+        assert json.loads((tmp_path / NAME).read_text())["owner"] == lock.owner
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lease_is_renewed_while_the_scan_is_alive(tmp_path):
+    store = Store(str(tmp_path))
+    with Lock(store, 0.6) as lock:
+        first = store.read_json(NAME)["expires"]
+        deadline = time.monotonic() + 10
+        while store.read_json(NAME)["expires"] == first and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert store.read_json(NAME)["expires"] > first
+        lock.check()
+
+
+def test_who_lost_the_lock_publishes_nothing_and_leaves_it_alone(tmp_path):
+    store = Store(str(tmp_path))
+    with Lock(store, 60) as lock:
+        other = {"owner": "other", "since": 0, "expires": time.time() + 60}
+        store.write_json(NAME, other)
+        with pytest.raises(StrideError, match="was taken over by another scan"):
+            lock.check()
+    assert store.read_json(NAME) == other
+
+
+def test_a_store_that_is_no_local_folder(monkeypatch):
+    monkeypatch.setattr(module, "SETTLE", 0.0)
+    fsspec.filesystem("memory").store.clear()
+    store = Store("memory://scans")
+    with Lock(store, 60) as lock:
+        lock.check()
+        with pytest.raises(StrideError, match="another scan is under way"):
+            Lock(store, 60).__enter__()
+    assert not store.exists(NAME)
+    store.write_json(NAME, {"owner": "gone", "since": 0, "expires": 1.0})
+    with Lock(store, 60) as lock:
+        lock.check()

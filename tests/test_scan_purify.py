@@ -1,0 +1,139 @@
+"""The purified corpus: same formats, same bytes where nothing leaked, and a scan of it finds nothing."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from conftest import write_lines
+from test_scan import ITEMS, question
+from test_scan_lexical import plainly
+
+from stride_ray.cli import main
+from stride_ray.errors import StrideError
+from stride_ray.run import Run
+from stride_ray.scan.items import read_set
+from stride_ray.scan.nightly import scan
+from stride_ray.scan.purify import purify
+
+LINES = [
+    {"text": "one, untouched", "n": 1.50},
+    {"text": f"before {question(1)} between {question(2)} after", "n": 2},
+    {"text": "thr\u00e9e", "n": 3},
+]
+
+
+def corpus(folder):
+    """Every format with leaks in it, and one file of each without."""
+    write_lines(folder / "a.jsonl", LINES)
+    raw = "".join(json.dumps(row) + "\n" for row in LINES).encode()
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(raw))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(raw))
+    table = pa.table({"text": pa.array([row["text"] for row in LINES], pa.large_string()), "n": [1, 2, 3]})
+    pq.write_table(table.replace_schema_metadata({"made": "by hand"}), folder / "d.parquet", row_group_size=2)
+    (folder / "e.txt").write_text(f"A text.\n{question(3)}\nThe end.")
+    with pa.ipc.new_stream(str(folder / "f.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    write_lines(folder / "clean.jsonl", [{"text": "nothing"}])
+    (folder / "clean.txt").write_text("nothing either")
+    return folder
+
+
+@pytest.fixture
+def scanned(tmp_path, monkeypatch):
+    plainly(monkeypatch)
+    corpus(tmp_path / "corpus")
+    write_lines(tmp_path / "items.jsonl", ITEMS)
+
+    def scan_of(folder, night):
+        changes = {"corpus.input": str(tmp_path / folder), "scan.influence": False}
+        run = Run(str(tmp_path / "run"), changes=changes)
+        return run, scan(run, [read_set(str(tmp_path / "items.jsonl"))], str(tmp_path / f"scans-{folder}"), (), night)
+
+    return tmp_path, scan_of
+
+
+def test_spans_are_cut_and_the_rest_is_kept(scanned):
+    root, scan_of = scanned
+    run, found = scan_of("corpus", "n1")
+    assert found["new"] == 3
+    counts = purify(run, str(root / "scans-corpus"), "n1", str(root / "clean"))
+    assert (counts["files"], counts["documents"], counts["spans"]) == (8, 6, 11)
+    lines = (root / "clean/a.jsonl").read_text().splitlines()
+    before = (root / "corpus/a.jsonl").read_text().splitlines()
+    assert (lines[0], lines[2]) == (before[0], before[2])
+    assert json.loads(lines[1]) == {"text": "before ? between ? after", "n": 2}
+    for name in ("clean.jsonl", "clean.txt"):
+        assert (root / "clean" / name).read_bytes() == (root / "corpus" / name).read_bytes()
+    packed = gzip.decompress((root / "clean/b.jsonl.gz").read_bytes()).decode()
+    assert packed.splitlines() == lines
+    assert zstandard.ZstdDecompressor().decompressobj().decompress((root / "clean/c.jsonl.zst").read_bytes()) == (
+        packed.encode()
+    )
+    table = pq.ParquetFile(root / "clean/d.parquet")
+    assert table.schema_arrow.equals(pq.ParquetFile(root / "corpus/d.parquet").schema_arrow, check_metadata=True)
+    assert table.num_row_groups == 2
+    assert table.read()["text"].to_pylist() == ["one, untouched", "before ? between ? after", "thr\u00e9e"]
+    assert (root / "clean/e.txt").read_text() == "A text.\n?\nThe end."
+    with pa.ipc.open_stream(str(root / "clean/f.arrow")) as reader:
+        assert reader.read_all()["text"].to_pylist() == table.read()["text"].to_pylist()
+    assert json.loads((root / "clean/purified.json").read_text())["night"] == "n1"
+    (root / "clean/purified.json").unlink()
+    _, again = scan_of("clean", "n1")
+    assert [each["verdicts"]["clean"] for each in again["sets"]] == [6]
+    assert again["corpus"]["documents"] == found["corpus"]["documents"]
+
+
+def test_whole_documents_are_left_out(scanned):
+    root, scan_of = scanned
+    run, _ = scan_of("corpus", "n1")
+    counts = purify(run, str(root / "scans-corpus"), "n1", str(root / "clean"), whole=True)
+    assert (counts["files"], counts["documents"]) == (7, 6)
+    assert not (root / "clean/e.txt").exists()
+    for name, lines in (("a.jsonl", 2), ("clean.jsonl", 1)):
+        assert len((root / "clean" / name).read_text().splitlines()) == lines
+    assert pq.read_table(root / "clean/d.parquet")["n"].to_pylist() == [1, 3]
+    with pytest.raises(StrideError, match="is not empty"):
+        purify(run, str(root / "scans-corpus"), "n1", str(root / "clean"))
+
+
+def test_prompts_and_chats_lose_spans_and_token_ids_are_refused(scanned, parts):
+    root, scan_of = scanned
+    for path in (root / "corpus").iterdir():
+        path.unlink()
+    turns = [{"role": "user", "content": f"Hm, {question(1)}"}, {"role": "assistant", "content": "yes"}]
+    write_lines(root / "corpus/chat.jsonl", [{"messages": turns}])
+    run, found = scan_of("corpus", "n1")
+    assert found["new"] == 1
+    purify(run, str(root / "scans-corpus"), "n1", str(root / "clean"))
+    (line,) = (root / "clean/chat.jsonl").read_text().splitlines()
+    assert json.loads(line)["messages"][0] == {"role": "user", "content": "Hm, ?"}
+
+    from stride_ray.tokens import load_tokenizer
+
+    tokenizer = load_tokenizer(str(parts.tokenizer))
+    (root / "ids").mkdir()
+    write_lines(root / "ids/a.jsonl", [{"token_ids": tokenizer(f"Hm, {question(2)}")["input_ids"]}])
+    run = Run(
+        str(root / "run2"),
+        changes={
+            "corpus.input": str(root / "ids"),
+            "corpus.tokenizer": str(parts.tokenizer),
+            "scan.influence": False,
+        },
+    )
+    sets = [read_set(str(root / "items.jsonl"))]
+    assert scan(run, sets, str(root / "scans-ids"), (), "n1")["new"] == 1
+    with pytest.raises(StrideError, match="leave out whole documents"):
+        purify(run, str(root / "scans-ids"), "n1", str(root / "clean-ids"))
+    assert purify(run, str(root / "scans-ids"), "n1", str(root / "clean-ids"), whole=True)["documents"] == 1
+
+
+def test_by_the_command_line(scanned, capsys):
+    root, _ = scanned
+    arguments = ["scan", str(root / "run"), "--out", str(root / "scans"), "--influence", "false"]
+    arguments += ["--set", f"corpus.input={root / 'corpus'}", "--evaluation", str(root / "items.jsonl")]
+    assert main([*arguments, "--purify", str(root / "clean")]) == 2
+    assert "Purified: 6 documents changed or left out, 8 files" in capsys.readouterr().out

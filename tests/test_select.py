@@ -1,0 +1,359 @@
+"""Selection end to end: through real Ray on the tiny run, every form of input, resume, rounds, and what is refused."""
+
+import gzip
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import documents, settings, write_lines
+from test_exact import answered
+from test_faults import await_markers, kill_family
+
+from stride_ray import exact, shard
+from stride_ray import select as selecting
+from stride_ray.attribute import read_influence
+from stride_ray.cli import main
+from stride_ray.errors import StrideError
+from stride_ray.run import Run
+from stride_ray.select import select
+from stride_ray.storage import Store
+from stride_ray.tokens import load_tokenizer
+
+DRIVER = """
+import sys
+import ray
+from stride_ray.cli import main
+
+ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+sys.exit(main(["select", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def exactly(parts, sharded):
+    """A run that was attributed exactly, on a corpus of JSON Lines and a text file."""
+    run, _, _ = answered(sharded("select"), parts)
+    return run
+
+
+@pytest.fixture(scope="module")
+def selected(exactly, tmp_path_factory):
+    """A selection through Ray; tests only read it."""
+    out = tmp_path_factory.mktemp("selected") / "out"
+    return out, select(with_options(exactly, tokens=0.3), ["asked"], str(out))
+
+
+def with_options(run, **options):
+    return Run(run.url, run.config, {f"select.{name}": value for name, value in options.items()})
+
+
+def plainly(patch):
+    """Selection, sharding and attribution in a plain loop."""
+    import contextlib
+
+    from conftest import PlainCrew, _plain_map
+
+    from stride_ray.distribute import Pool
+
+    for module in (selecting, shard, exact):
+        patch.setattr(module, "connected", lambda compute: contextlib.nullcontext())
+        patch.setattr(module, "pool", lambda compute, units: Pool(1, "cpu"))
+    patch.setattr(selecting, "map_tasks", lambda work, given, units, pool: [work(*given, unit) for unit in units])
+    patch.setattr(shard, "map_tasks", lambda work, given, units, pool: [work(*given, unit) for unit in units])
+    patch.setattr(shard, "map_dataset", _plain_map)
+    patch.setattr(exact, "Crew", PlainCrew)
+
+
+def data_of(out):
+    """Name and bytes of everything but markers, which hold seconds."""
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and "_done" not in path.parts]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def manifest_of(out):
+    return pq.read_table(out / "manifest.parquet").to_pandas()
+
+
+def lines_of(folder):
+    return [line for path in sorted(folder.glob("part-*")) for line in path.read_bytes().splitlines()]
+
+
+def test_every_document_of_the_pool_has_a_row_that_says_why(exactly, selected):
+    out, summary = selected
+    manifest = manifest_of(out)
+    blocks = exactly.stage("blocks").store.read_json("manifest.json")
+    assert (len(manifest), manifest["tokens"].sum()) == (blocks["documents"], blocks["tokens"])
+    assert manifest["document_id"].is_unique
+    assert list(manifest["rank"]) == list(range(1, len(manifest) + 1))
+    assert set(manifest[manifest["kept"]]["reason"]) == {"taken by best rank"}
+    assert set(manifest[~manifest["kept"]]["reason"]) == {
+        "no room left for it in the 30 % of the pool's tokens asked for"
+    }
+    kept = manifest[manifest["kept"]]
+    assert summary["kept"]["tokens"] == kept["tokens"].sum() <= 0.3 * blocks["tokens"]
+    assert summary["kept"]["documents"] == len(kept) == summary["kept"]["reasons"]["taken by best rank"]
+    assert summary["pool"] == {"documents": 49, "tokens": blocks["tokens"], "named": 49}
+    assert summary["targets"] == {"asked": 3}  # two of the five failed
+    # Against the tables that attribution leaves.
+    table = read_influence(exactly, "asked", "documents").to_pandas()
+    best = table[table["influence"] > 0].groupby("document_id")["rank"].min()
+    named = manifest.set_index("document_id")
+    np.testing.assert_array_equal(named.loc[best.index, "score"], best)
+    mean = table.groupby("document_id")["influence"].sum() / 3
+    np.testing.assert_allclose(named.loc[mean.index, "mean_influence"], mean, rtol=1e-9, atol=1e-12)
+    sources = {document: document.partition("#")[0] for document in manifest["document_id"]}
+    assert dict(zip(manifest["document_id"], manifest["source"], strict=True)) == sources
+
+
+def test_lines_come_out_as_they_went_in_and_text_files_as_lines(parts, selected):
+    out, summary = selected
+    originals = [line for name in ("a.jsonl", "b.jsonl") for line in (parts.corpus / name).read_bytes().splitlines()]
+    manifest = manifest_of(out)
+    lines = lines_of(out / "data")
+    notes = {"id": "notes.txt", "text": (parts.corpus / "notes.txt").read_text(), "source": "notes.txt"}
+    assert json.dumps(notes).encode() in lines
+    assert len(lines) == manifest["kept"].sum()
+    assert all(line in originals or json.loads(line) == notes for line in lines)
+    kept = manifest[manifest["kept"] & (manifest["source"] == "a.jsonl")]
+    text = (parts.corpus / "a.jsonl").read_bytes()
+    assert {text[place : text.index(b"\n", place)] for place in kept["place"]} <= set(lines)
+    assert [file["name"] for file in summary["kept"]["files"]] == sorted(
+        f"data/{path.name}" for path in (out / "data").iterdir()
+    )
+    assert not (out / "_pool").exists()
+
+
+def test_the_random_arm_is_as_large_and_of_the_same_sources(selected):
+    out, summary = selected
+    manifest, random = manifest_of(out), manifest_of(out / "random")
+    assert set(random["document_id"]) == set(manifest["document_id"])
+    ours, theirs = (each[each["kept"]].groupby("source")["tokens"].sum() for each in (manifest, random))
+    smallest = manifest.groupby("source")["tokens"].min()
+    assert set(ours.index) == set(theirs.index)
+    assert ((ours - theirs >= 0) & (ours - theirs < smallest)).all()
+    assert len(lines_of(out / "random/data")) == random["kept"].sum() == summary["random"]["documents"]
+    assert set(random[random["kept"]]["document_id"]) != set(manifest[manifest["kept"]]["document_id"])
+
+
+def test_a_plain_loop_gives_the_same_bytes_and_a_rerun_changes_nothing(exactly, selected, tmp_path, monkeypatch):
+    out, summary = selected
+    plainly(monkeypatch)
+    again = select(with_options(exactly, tokens=0.3), ["asked"], str(tmp_path / "out"))
+    assert again == summary
+    assert data_of(tmp_path / "out") == data_of(out)
+    monkeypatch.setattr(selecting, "_choose", None)  # nothing is done again
+    assert select(with_options(exactly, tokens=0.3), ["asked", "asked"], str(tmp_path / "out")) == summary
+    assert data_of(tmp_path / "out") == data_of(out)
+
+
+def test_a_killed_driver_goes_on_where_it_was(exactly, selected, tmp_path):
+    undisturbed, _ = selected
+    out, log = tmp_path / "out", tmp_path / "log"
+    command = [exactly.url, "--name", "asked", "--out", str(out), "--tokens", "0.3", "--set", "attribute.mode=exact"]
+    with open(log, "w") as file:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, *command], stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        await_markers(out / "_done", 4, driver, log)
+        driver.send_signal(signal.SIGKILL)
+    finally:
+        kill_family(driver)
+    there = {path.name for path in (out / "_done").iterdir()}
+    assert len(there) >= 4
+    assert not (out / "selection.json").exists()
+    before = {name: (out / "_done" / name).stat().st_mtime_ns for name in there if name.endswith(".json")}
+    assert main(["select", *command]) == 0
+    assert data_of(out) == data_of(undisturbed)
+    assert all((out / "_done" / name).stat().st_mtime_ns == when for name, when in before.items())
+
+
+def test_blocks_hold_the_kept_documents_whole(exactly, selected, tmp_path, monkeypatch, capsys):
+    plainly(monkeypatch)
+    out = str(tmp_path / "out")
+    assert main(["select", exactly.url, "--name", "asked", "--out", out, "--tokens", "0.3", "--blocks"]) == 0
+    assert "taken by best rank" in capsys.readouterr().out
+    manifest = manifest_of(tmp_path / "out")
+    rows = manifest_of(selected[0])
+    assert list(manifest["document_id"]) == list(rows["document_id"])
+    assert list(manifest["source"]) == list(rows["source"])
+    assert (manifest["kept"] == rows["kept"]).all()
+    tokenizer = load_tokenizer(exactly.stage("blocks").store.child("tokenizer").url)
+    found = {}
+    for path in sorted((tmp_path / "out/data").iterdir()):
+        table = pq.read_table(path)
+        assert table.schema.equals(shard_schema(exactly))
+        for row in table.to_pylist():
+            offset = 0
+            for span in row["spans"]:
+                found.setdefault(span["document_id"], []).extend(row["token_ids"][offset : offset + span["length"]])
+                offset += span["length"]
+            assert row["loss_mask"] is None or not any(row["loss_mask"][offset:])
+    kept = manifest[manifest["kept"]]
+    assert {name: len(ids) for name, ids in found.items()} == dict(
+        zip(kept["document_id"], kept["tokens"], strict=True)
+    )
+    texts = {json.loads(line)["text"] + "<|endoftext|>" for line in lines_of(selected[0] / "data")}
+    assert {tokenizer.decode(ids) for ids in found.values()} == texts
+
+
+def shard_schema(run):
+    from stride_ray.corpus import block_schema
+
+    return block_schema(run.config.corpus.block_tokens, ordinals=False)
+
+
+def test_rounds_take_what_is_left_and_other_settings_are_refused(exactly, selected, tmp_path, monkeypatch):
+    plainly(monkeypatch)
+    out, first = selected
+    options = with_options(exactly, tokens=0.3, earlier=[str(out)])
+    second = select(options, ["asked"], str(tmp_path / "second"))
+    one, two = manifest_of(out), manifest_of(tmp_path / "second")
+    assert (first["round"], second["round"]) == (1, 2)
+    assert not set(one[one["kept"]]["document_id"]) & set(two[two["kept"]]["document_id"])
+    assert set(two[two["reason"] == "taken by an earlier selection"]["document_id"]) == set(
+        one[one["kept"]]["document_id"]
+    )
+    assert dict(two["round"].value_counts()) == {1.0: one["kept"].sum(), 2.0: two["kept"].sum()}
+    random = manifest_of(tmp_path / "second/random")
+    assert not set(random[random["kept"]]["document_id"]) & set(one[one["kept"]]["document_id"])
+    third = with_options(exactly, tokens=0.3, earlier=[str(out), str(tmp_path / "second")])
+    assert select(third, ["asked"], str(tmp_path / "third"))["round"] == 3
+    for changes, told in (
+        ({"tokens": 0.4}, r"select.tokens = 0.3, and this command has 0.4"),
+        ({"tokens": 0.3, "by": "mean"}, "select.by = 'rank', and this command has 'mean'"),
+    ):
+        with pytest.raises(StrideError, match=told):
+            select(with_options(exactly, **changes), ["asked"], str(out))
+    with pytest.raises(StrideError, match="was made with targets = "):
+        select(with_options(exactly, tokens=0.3), ["asked"], str(out), queries={"asked": ["sea"]})
+    with pytest.raises(StrideError, match="was made with blocks = False"):
+        select(with_options(exactly, tokens=0.3), ["asked"], str(out), blocks=True)
+
+
+def test_what_cannot_be_done_is_told(exactly, tmp_path, monkeypatch, capsys):
+    plainly(monkeypatch)
+    out = str(tmp_path / "out")
+    for options, names, queries, told in (
+        ({}, ["asked"], None, "Say how much to take"),
+        ({"tokens": 9}, ["nothing"], None, "is not finished; run 'stride-ray attribute"),
+        ({"tokens": 9}, [], None, "No target is given"),
+        ({"tokens": 9}, ["asked"], {"asked": ["short", "blank"]}, "Every query of 'asked' failed"),
+        ({"tokens": 9}, ["asked"], {"asked": ["who"]}, "has no query 'who'"),
+        ({"tokens": 9, "quotas": {"nowhere": "0.5"}}, ["asked"], None, "quota for the source 'nowhere'"),
+        ({"tokens": 9, "earlier": [str(tmp_path)]}, ["asked"], None, "is no finished selection"),
+    ):
+        with pytest.raises(StrideError, match=told):
+            select(with_options(exactly, **options), names, out, queries=queries)
+    # What failed leaves nothing that would refuse the corrected command.
+    assert main(["select", exactly.url, "--name", "asked", "--out", out, "--documents", "1"]) == 0
+    assert "1 of 49 documents" in capsys.readouterr().out
+    assert main(["select", exactly.url, "--name", "asked", "--out", out, "--documents", "2"]) == 1
+    assert "select.documents = 1.0, and this command has 2.0" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def formats(parts, tmp_path_factory):
+    """A run on Parquet, compressed lines and a saved data set, with ids that repeat, sources and rows that are none."""
+    root = tmp_path_factory.mktemp("formats")
+    texts = documents(36, seed=4)
+    about = [{"text": text, "id": f"n{i // 2}", "source": f"s{i % 3}", "extra": [i]} for i, text in enumerate(texts)]
+    (root / "corpus").mkdir()
+    table = pa.Table.from_pylist(about[:12]).replace_schema_metadata({"made": "by hand"})
+    table = table.append_column("when", pa.array(np.arange(12), pa.timestamp("ms")))
+    pq.write_table(table, root / "corpus/a.parquet", row_group_size=5)
+    table = pq.read_table(root / "corpus/a.parquet")  # Parquet has names of its own for the items of a list
+    lines = [json.dumps(row, indent=None, separators=(" ,", " :")) for row in about[12:24]]
+    lines.insert(3, "no JSON")
+    lines.insert(5, json.dumps({"text": " ", "id": "blank", "source": "s0"}))
+    (root / "corpus/b.jsonl.gz").write_bytes(gzip.compress("\r\n".join(lines).encode()))
+    import datasets
+
+    datasets.Dataset.from_list(about[24:]).save_to_disk(root / "corpus/saved")
+    queries = write_lines(root / "queries.jsonl", [{"id": "sea", "text": "the anchor met the tide and the gull"}])
+    more = {"corpus__input": [str(root / "corpus")], "corpus__shard_mb": 0.001, "attribute__mode": "exact"}
+    columns = {"corpus__columns": {"text": "text", "id": "id", "source": "source"}}
+    run = Run(str(root / "run"), changes=settings(parts, **more, **columns))
+    patch = pytest.MonkeyPatch()
+    plainly(patch)
+    try:
+        from stride_ray.queries import read_queries
+
+        shard.shard(run)
+        asked = read_queries(queries, load_tokenizer(run.stage("blocks").store.child("tokenizer").url))
+        exact.exact_influence(run, asked, "asked")
+    finally:
+        patch.undo()
+    return run, root, about, table, lines
+
+
+def test_rows_keep_their_schema_whatever_they_come_from(formats, tmp_path, monkeypatch):
+    run, _, about, table, lines = formats
+    plainly(monkeypatch)
+    select(with_options(run, documents=24), ["asked"], str(tmp_path / "out"))
+    manifest = manifest_of(tmp_path / "out")
+    assert len(manifest) == 36
+    assert manifest["kept"].sum() == 24
+    assert set(manifest["source"]) == {"s0", "s1", "s2"}
+    found = {}
+    for path in sorted((tmp_path / "out/data").iterdir()):
+        if path.suffix == ".gz":
+            kept = gzip.decompress(path.read_bytes()).decode().removesuffix("\n").split("\n")
+            assert all(line.rstrip("\r") in lines for line in kept)
+            assert path.read_bytes()[4:8] == bytes(4)  # no time in it
+            rows = [json.loads(line) for line in kept]
+        else:
+            piece = pq.read_table(path)
+            if "when" in piece.column_names:
+                assert piece.schema.equals(table.schema, check_metadata=True)
+            else:
+                assert piece.column_names == list(about[0])
+            rows = piece.to_pylist()
+        found |= {row["extra"][0]: row for row in rows}
+    assert len(found) == 24
+    for number, row in found.items():
+        assert {key: row[key] for key in about[number]} == about[number]
+        mine = manifest[manifest["kept"] & (manifest["document_id"].str.partition("~")[0] == row["id"])]
+        assert row["source"] in set(mine["source"])
+    assert {number // 12 for number in found} == {0, 1, 2}
+
+
+def test_blocks_need_no_input_unless_a_packed_blocks_source_is_mapped(formats, tmp_path, monkeypatch, sharded, parts):
+    run, root, *_ = formats
+    plainly(monkeypatch)
+    moved = tmp_path / "moved"
+    shutil.move(root / "corpus/b.jsonl.gz", moved)
+    try:
+        with pytest.raises(StrideError, match=r"b.jsonl.gz \(it is gone\)"):
+            select(with_options(run, documents=24), ["asked"], str(tmp_path / "out"))
+    finally:
+        shutil.move(moved, root / "corpus/b.jsonl.gz")
+    before = (root / "corpus/b.jsonl.gz").read_bytes()
+    (root / "corpus/b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "other", "id": "x", "source": "s0"}\n'))
+    try:
+        with pytest.raises(StrideError, match="is no longer where it was sharded from"):
+            select(with_options(run, documents=24), ["asked"], str(tmp_path / "out"))
+    finally:
+        (root / "corpus/b.jsonl.gz").write_bytes(before)
+    select(with_options(run, documents=24), ["asked"], str(tmp_path / "out"))
+
+
+def test_near_duplicates_and_any_store(formats, monkeypatch):
+    run, *_ = formats
+    plainly(monkeypatch)
+    out = "memory://selected/out"
+    summary = select(with_options(run, documents=30, near_duplicates=0.3), ["asked"], out, blocks=True)
+    manifest = Store(out).read_table("manifest.parquet").to_pandas()
+    alike = manifest[manifest["near_duplicate_of"].notna()]
+    assert len(alike)
+    assert not alike["kept"].any()
+    assert set(alike["reason"]) == {"near-duplicate of a document taken before"}
+    assert set(alike["near_duplicate_of"]) <= set(manifest[manifest["kept"]]["document_id"])
+    assert summary["kept"]["documents"] == manifest["kept"].sum()
+    assert Store(f"{out}/data").names()

@@ -1,8 +1,6 @@
 """Stage curvature: every site's preconditioner and scale, once per run, from a sample of the pool."""
 
 from dataclasses import replace
-from functools import reduce
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -39,13 +37,21 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) 
     counts = token_counts(blocks, crew)
     sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
     given = (config, blocks.store, crew.device)
-    results = over_sample(crew, MomentWorker, given, sample, "precondition")
+    sums = dict[str, Moments]()
+
+    def add_up(found: dict[str, Any]) -> dict[str, Any]:
+        # One by one: at 135 million parameters a slice's moments are 0.8 GB.
+        for name, each in found.pop("moments").items():
+            sums[name] = sums[name] + each if name in sums else each
+        return found
+
+    results = over_sample(crew, MomentWorker, given, sample, "precondition", add_up)
     positions = sum(found["positions"] for found in results)
     counted = torch.zeros(results[0]["vocabulary"], dtype=torch.long)
     counted[: len(counts)] = torch.from_numpy(counts[: len(counted)])
     sites = []
-    for name in results[0]["moments"]:
-        moments = reduce(add, (found["moments"][name] for found in results)) / positions
+    for name in list(sums):
+        moments = sums.pop(name) / positions
         sites.append(preconditioned(name, moments, counted, config.seed))
         if name == HEAD and not config.model.start:
             sites.append(preconditioned(ORIGIN, moments, counted, config.seed))
@@ -95,7 +101,7 @@ class MomentWorker(PoolWorker):
         index, ordinals = unit
         total, positions = dict[str, Moments](), 0
         for batch in self.taken(ordinals):
-            sums, count = site_moments(self.model, self.names, self.tensors(batch.ids), self.tensors(batch.mask))
+            sums, count = site_moments(self.model, self.names, *self.trimmed(batch))
             total = {name: total[name] + sums[name] if name in total else sums[name] for name in sums}
             positions += count
         facts = {"index": index, "blocks": len(ordinals), "positions": positions, "layers": len(self.model.layers)}
@@ -116,7 +122,7 @@ class ScaleWorker(PoolWorker):
         index, ordinals = unit
         squares, loss, targets = dict.fromkeys((site.name for site in self.sites), 0.0), 0.0, 0
         for batch in self.taken(ordinals):
-            each, losses = site_gradients(self.model, self.sites, self.tensors(batch.ids), self.tensors(batch.mask))
+            each, losses = site_gradients(self.model, self.sites, *self.trimmed(batch))
             for site, J in each:
                 squares[site.name] += float(J.double().square().sum())
             counted = batch.mask[:, 1:].sum(1)

@@ -172,7 +172,7 @@ class ScoreWorker(Scorer):
             self.group, self.queries = group, self._load(group)
         pieces = []
         for batch in self.blocks.batches(start, stop, self.rows) if self.queries else []:
-            J = self.gradients(self.tensors(batch.ids), self.tensors(batch.mask))
+            J = self.gradients(*self.trimmed(batch))
             pieces.append(influence(self.queries, J).cpu())
         scores = torch.cat(pieces, 1) if pieces else torch.zeros(0, stop - start)
         # Ties go by ordinal, whatever the shard: the order of equals must not depend on the sort.

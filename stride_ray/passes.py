@@ -1,6 +1,6 @@
 """What every pass of a model over the pool needs: a worker with the model, token counts, a check of the tokenizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -62,12 +62,32 @@ def count_tokens(store: Store, vocabulary: int, part: str) -> dict[str, Any]:
 
 
 def over_sample(
-    crew: Crew, make: Callable[..., Any], given: tuple[Any, ...], ordinals: np.ndarray, what: str
+    crew: Crew,
+    make: Callable[..., Any],
+    given: tuple[Any, ...],
+    ordinals: np.ndarray,
+    what: str,
+    take: Callable[[dict[str, Any]], dict[str, Any]] = lambda found: found,
 ) -> list[dict[str, Any]]:
-    """A worker's findings on SLICES slices of a sample, in order; each tells its ``index`` and ``blocks``."""
+    """A worker's findings on SLICES slices of a sample, in order; each tells its ``index`` and ``blocks``.
+
+    ``take`` gets each in this order as soon as it can, and what it returns is kept in its place.
+    """
     units = [(index, part) for index, part in enumerate(np.array_split(ordinals, SLICES)) if len(part)]
-    results = progress(crew.map(make, given, units), what, len(ordinals), "blocks", lambda found: found["blocks"])
-    return sorted(results, key=lambda found: found["index"])
+    results = map(take, in_order(crew.map(make, given, units)))
+    return progress(results, what, len(ordinals), "blocks", lambda found: found["blocks"])
+
+
+def in_order(results: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Findings in the order of their ``index``, which begins at 0, whatever order they come in."""
+    waiting = dict[int, dict[str, Any]]()
+    following = 0
+    for found in results:
+        waiting[found["index"]] = found
+        del found  # a name would hold what is large until the next one comes
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
 
 
 class PoolWorker:
@@ -89,6 +109,12 @@ class PoolWorker:
         """Some blocks, wherever in the pool, ``rows`` at a time."""
         for start in range(0, len(ordinals), self.rows):
             yield self.blocks.batch(ordinals[start : start + self.rows])
+
+    def trimmed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask of a batch on the model's device, without columns after its last target: they have no say."""
+        columns = np.flatnonzero(batch.mask.any(0))
+        length = max(2, int(columns.max()) + 1) if len(columns) else min(2, batch.mask.shape[1])
+        return self.tensors(batch.ids[:, :length]), self.tensors(batch.mask[:, :length])
 
     def tensors(self, array: np.ndarray) -> torch.Tensor:
         """An array on the model's device."""

@@ -183,7 +183,7 @@ class Patcher(PoolWorker):
         batch = self.blocks.batch(ordinals) if len(ordinals) else None
         if batch is None or not batch.mask[:, 1:].any():
             return float("nan")
-        ids, mask = self.tensors(batch.ids), self.tensors(batch.mask)
+        ids, mask = self.trimmed(batch)
         model, targets = self.model, mask[:, 1:].sum()
         model.model.requires_grad_(True)
         try:

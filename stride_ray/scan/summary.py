@@ -21,7 +21,7 @@ HEAD = (
 )
 NOTE = (
     "A lexical finding is a copy of an item's text in the corpus. Influence alone is a suspicion, never proof: the "
-    "model's loss on the item leans on one block of its training data as no control item's does."
+    "model's loss on the item leans on one block of its training data, or a few, as no control item's does."
 )
 
 

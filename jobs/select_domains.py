@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 
 from stride_ray.attribute import answer
 from stride_ray.cli import assignment, exit_status
-from stride_ray.evaluate.closed_loop import LOSS, ClosedLoop, compare_arms, interval
+from stride_ray.evaluate.closed_loop import LOSS, ClosedLoop, compare_arms
+from stride_ray.evaluate.lds import mean_interval
 from stride_ray.evaluate.retrain import read_array
 from stride_ray.queries import SCHEMA, row
 from stride_ray.run import Run
@@ -87,7 +88,7 @@ def over_domains(found: dict[str, ClosedLoop], out: str) -> dict[str, dict[str, 
                 for name in ("selected", folder)
             ]
             pieces.append(losses[0] - losses[1])
-        pooled[arm] = dataclasses.asdict(interval(np.concatenate(pieces, axis=1)))
+        pooled[arm] = dataclasses.asdict(mean_interval(np.concatenate(pieces, axis=1)))
     return pooled
 
 
@@ -122,7 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{domain}\n{found[domain].as_table()}\n", flush=True)
         pooled = over_domains(found, out)
         for arm, each in pooled.items():
-            print(f"All domains, selected minus {arm}: {each['mean']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})")
+            print(
+                f"All domains, selected minus {arm}: {each['value']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
+            )
         losses = {domain: dataclasses.asdict(each) for domain, each in found.items()}
         print(json.dumps({"measure": LOSS, "domains": losses, "all": pooled}))
 

@@ -1,4 +1,4 @@
-"""What tests share: a tiny corpus, its tokenizer, a tiny Llama trained on it for seconds, one Ray, one finished run."""
+"""What tests share: a tiny corpus and tokenizer, a tiny Llama trained on it, one Ray, a finished run, a browser."""
 
 import contextlib
 import json
@@ -26,6 +26,9 @@ from stride_ray.run import Run
 from stride_ray.shard import shard
 
 TOKENS, VOCABULARY = 32, 320
+# Text of a corpus that wants to be a script.
+HOSTILE = "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\"><!--\u2028"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SUBJECTS = {
     "sea": "wave sail harbour tide anchor gull storm keel",
     "kitchen": "butter flour oven whisk simmer pepper onion dough",
@@ -232,6 +235,27 @@ def sharded(finished, tmp_path_factory):
 def pool_of(finished):
     """The finished run's blocks, to be read."""
     return Blocks(finished.run.stage("blocks").store)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian's package chromium)")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        flags = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield opened
+        opened.close()
+
+
+def opened(browser, path, **options):
+    """A page of the browser with what it complained of."""
+    page, complaints = browser.new_page(**options), []
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(path.as_uri())
+    return page, complaints
 
 
 def everything(blocks):

@@ -19,8 +19,9 @@ from stride_ray.attribute import asked_queries
 from stride_ray.errors import StrideError
 from stride_ray.evaluate import closed_loop as module
 from stride_ray.evaluate import unigram
-from stride_ray.evaluate.closed_loop import ARMS, F1, LOSS, arm_benchmark, closed_loop, compare_arms, interval
+from stride_ray.evaluate.closed_loop import ARMS, F1, LOSS, arm_benchmark, closed_loop, compare_arms
 from stride_ray.evaluate.finetune import FineTune
+from stride_ray.evaluate.lds import mean_interval
 from stride_ray.evaluate.unigram import answer_f1, has_answers, unigram_f1
 from stride_ray.lexical import similar_blocks
 from stride_ray.storage import Store
@@ -84,10 +85,10 @@ def test_arms_are_of_equal_size_and_measured_on_queries_that_did_not_select(foun
     assert result.tokens["TF-IDF"] <= result.tokens["selected"]
     for measure in (LOSS, F1):
         assert set(result.arms[measure]) == set(ARMS)
-        assert all(each.low <= each.mean <= each.high for each in result.arms[measure].values())
+        assert all(each.low <= each.value <= each.high for each in result.arms[measure].values())
         differences = result.differences[measure]
-        expected = result.arms[measure]["selected"].mean - result.arms[measure]["random"].mean
-        assert differences["random"].mean == pytest.approx(expected, abs=1e-6)
+        expected = result.arms[measure]["selected"].value - result.arms[measure]["random"].value
+        assert differences["random"].value == pytest.approx(expected, abs=1e-6)
     table = result.as_table()
     assert "| selected |" in table
     assert "unigram F1" in table
@@ -185,8 +186,8 @@ def test_unigram_f1_and_answers(parts, monkeypatch):
 def test_an_interval_covers_queries_and_seeds():
     rng = np.random.default_rng(0)
     values = rng.normal(0, 1, (1, 400)) + rng.normal(0, 1, (40, 1)) + rng.normal(0, 0.1, (40, 400))
-    figure = interval(values)
-    assert figure.low < figure.mean < figure.high
+    figure = mean_interval(values)
+    assert figure.low < figure.value < figure.high
     # Variances of the two means add: 1/40 and 1/400.
     assert figure.high - figure.low == pytest.approx(2 * 1.96 * np.sqrt(1 / 40 + 1 / 400), rel=0.2)
 

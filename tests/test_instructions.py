@@ -204,14 +204,14 @@ def test_the_outcome(done, parts):
     assert outcome.measured == {PLANTED: half, UNSEEN: half + OPTIONS.held_out}
     for group in (PLANTED, UNSEEN):
         before, after, change = (outcome.loss[moment][group] for moment in ("before", "after", "change"))
-        assert change.mean == pytest.approx(after.mean - before.mean, abs=1e-6)
+        assert change.value == pytest.approx(after.value - before.value, abs=1e-6)
         assert change.high < 0
-        assert {method: np.isfinite(each[group].mean) for method, each in outcome.lift.items()} == {
+        assert {method: np.isfinite(each[group].value) for method, each in outcome.lift.items()} == {
             INFLUENCE: True,
             LEXICAL: True,
         }
-    assert outcome.found[INFLUENCE].mean == outcome.found[LEXICAL].mean == 1
-    assert 0 < outcome.found[CHANCE].mean < 1
+    assert outcome.found[INFLUENCE].value == outcome.found[LEXICAL].value == 1
+    assert 0 < outcome.found[CHANCE].value < 1
     assert json.loads((done.out / "outcome.json").read_text())["planted"] == 2 * half
     # Of all 34, on four subjects.
     for each in taught(done.run)[:half]:
@@ -324,14 +324,14 @@ def test_near_copies_are_counted_by_query_and_among_the_top():
 
     answers = [answer("planted-1", [*ranked, "planted-1-copy-0"]), answer("planted-11", [*ranked, "planted-1-copy-0"])]
     found = near_copies_found(answers, train, queries)
-    assert (found[INFLUENCE].mean, found[LEXICAL].mean) == (0.5, 0.5)
+    assert (found[INFLUENCE].value, found[LEXICAL].value) == (0.5, 0.5)
     assert found[INFLUENCE].low == pytest.approx(0.0126, abs=1e-3)
-    assert found[CHANCE].mean == pytest.approx(1 - 32 / 42 * 31 / 41)
+    assert found[CHANCE].value == pytest.approx(1 - 32 / 42 * 31 / 41)
     late = [
         answer("planted-1", [*ranked, "planted-11-copy-0", "planted-1-copy-0"]),
         answer("planted-11", ["planted-11-copy-0"], -1.0),
     ]
-    assert near_copies_found(late, train, queries)[INFLUENCE].mean == 0
+    assert near_copies_found(late, train, queries)[INFLUENCE].value == 0
     assert near_copies_found(late, train, []) == {}
 
 

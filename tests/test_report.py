@@ -2,13 +2,12 @@
 
 import json
 import re
-import shutil
 
 import pytest
+from conftest import HOSTILE, opened
 
 from stride_ray.report.page import attribution_page
 
-HOSTILE = "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\"><!--\u2028"
 FACTS = {
     "name": "asked",
     "run": "a/run <b>",
@@ -23,7 +22,6 @@ FACTS = {
     "verdict": "",
 }
 TRUST = {"level": "good", "verdict": "Trust: good, because so.", "rows": [("halves", "0.9", "<i>0.1</i>")]}
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def shown(queries, letters=2000):
@@ -70,27 +68,6 @@ def test_a_thousand_queries_stay_below_five_megabytes():
     assert len(page.encode()) < 5_000_000
     assert re.search(r"Texts of blocks are cut at \d{3} letters", page)
     assert "are cut at" not in attribution_page(shown(3), FACTS)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine (Debian's package chromium)")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        flags = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield opened
-        opened.close()
-
-
-def opened(browser, path, **options):
-    """A page of the browser with what it complained of."""
-    page, complaints = browser.new_page(**options), []
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(path.as_uri())
-    return page, complaints
 
 
 def first(page):

@@ -6,7 +6,7 @@ import re
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from test_report import HOSTILE, browser, opened  # noqa: F401
+from conftest import HOSTILE, opened
 
 from stride_ray.report.scan import scan_page
 from stride_ray.scan.compare import difference
@@ -207,7 +207,7 @@ def test_a_value_that_is_no_number_is_left_empty():
     assert (infinite["contrast"], unknown["q"]) == (None, None)
 
 
-def test_in_a_browser_it_searches_sorts_and_runs_nothing_of_the_corpus(browser, tmp_path):  # noqa: F811
+def test_in_a_browser_it_searches_sorts_and_runs_nothing_of_the_corpus(browser, tmp_path):
     path = tmp_path / "page.html"
     given = night(1000, 100)
     given["history"] = [{**given["facts"], "night": f"n-{i}"} for i in range(59)]
@@ -254,7 +254,7 @@ def test_in_a_browser_it_searches_sorts_and_runs_nothing_of_the_corpus(browser, 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_telephone_nothing_sticks_out(browser, tmp_path, scheme):  # noqa: F811
+def test_on_a_telephone_nothing_sticks_out(browser, tmp_path, scheme):
     path = tmp_path / "page.html"
     path.write_text(scan_page(**night(30, 5)), "utf-8")
     page, complaints = opened(browser, path, viewport={"width": 380, "height": 760}, color_scheme=scheme)
@@ -269,7 +269,7 @@ def test_on_a_telephone_nothing_sticks_out(browser, tmp_path, scheme):  # noqa: 
 
 
 @pytest.mark.parametrize(("findings", "asked"), [(0, True), (4, False)])
-def test_a_first_night_and_one_without_findings_look_right(browser, tmp_path, findings, asked):  # noqa: F811
+def test_a_first_night_and_one_without_findings_look_right(browser, tmp_path, findings, asked):
     path = tmp_path / "page.html"
     given = night(findings, 2, asked=asked)
     path.write_text(scan_page(**given), "utf-8")
@@ -283,7 +283,7 @@ def test_a_first_night_and_one_without_findings_look_right(browser, tmp_path, fi
     assert not complaints
 
 
-def test_many_sets_show_those_with_findings_first(browser, tmp_path):  # noqa: F811
+def test_many_sets_show_those_with_findings_first(browser, tmp_path):
     path = tmp_path / "page.html"
     given = night(2, 4500)
     given["facts"]["sets"].reverse()

@@ -16,7 +16,8 @@ from stride_ray.blocks import Blocks
 from stride_ray.distribute import Pool
 from stride_ray.errors import StrideError
 from stride_ray.evaluate import tailpatch
-from stride_ray.evaluate.tailpatch import Patcher, interval, tail_patch, top_blocks
+from stride_ray.evaluate.lds import Interval, mean_interval
+from stride_ray.evaluate.tailpatch import Patcher, tail_patch, top_blocks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import tailpatch as job
@@ -46,8 +47,8 @@ def test_a_step_on_the_top_blocks_helps_more_than_one_on_random_ones(found):
     subjects = np.array(mine.values)[[0, 2]]
     assert (subjects < 0).all()
     assert (np.array(lexical.values)[[0, 2]] < 0).all()
-    assert mine.mean == pytest.approx(np.mean(mine.values))
-    assert mine.low <= mine.mean <= mine.high
+    assert mine.mean.value == pytest.approx(np.mean(mine.values))
+    assert mine.mean.low <= mine.mean.value <= mine.mean.high
     assert np.array(mine.values) == pytest.approx(np.array(mine.changes) - found.random)
 
 
@@ -103,10 +104,10 @@ def test_the_amortised_answer_the_job_and_what_is_refused(finished, exactly, mon
 
 def test_queries_without_a_helpful_block_are_left_out(found):
     lift = tailpatch._lift("influence", np.array([np.nan, -2.0]), np.array([0.0, -1.0]))
-    assert (lift.queries, lift.mean, lift.low, lift.high) == (1, -1.0, -1.0, -1.0)
+    assert (lift.queries, lift.mean) == (1, Interval(-1.0, -1.0, -1.0))
     empty = tailpatch._lift("influence", np.array([np.nan]), np.zeros(1))
     assert "nan" not in dataclasses.replace(found, lifts=(empty,)).as_table()
     values = np.random.default_rng(0).normal(0, 1, 400)
-    mean, low, high = interval(values)
-    assert low < mean < high
-    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    mean = mean_interval(values)
+    assert mean.low < mean.value < mean.high
+    assert mean.high - mean.low == pytest.approx(2 * 1.96 / 20, rel=0.15)

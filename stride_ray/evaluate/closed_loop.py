@@ -21,7 +21,7 @@ from stride_ray.config import digest
 from stride_ray.distribute import connected, keep_to, map_tasks, pool, progress
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark
-from stride_ray.evaluate.lds import ALL
+from stride_ray.evaluate.lds import ALL, Interval, mean_interval
 from stride_ray.evaluate.recipe import DEFAULT, load_recipe, recipe_identity
 from stride_ray.evaluate.retrain import checked_losses, read_array, write_array
 from stride_ray.evaluate.unigram import answer_f1, has_answers
@@ -39,16 +39,6 @@ SELECTED, LEXICAL = "selected", "TF-IDF"
 ARMS = {SELECTED: "selected", RANDOM: f"selected/{RANDOM}", LEXICAL: "tfidf"}
 # Measures of a trained model; which way is better.
 LOSS, F1 = "loss, nats per token", "unigram F1"
-DRAWS = 4000
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A mean over queries and seeds, with its 95 % bootstrap interval over both."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -68,8 +58,8 @@ class ClosedLoop:
     seeds: int
     tokens: dict[str, int]
     pool_tokens: int
-    arms: dict[str, dict[str, Figure]]
-    differences: dict[str, dict[str, Figure]]
+    arms: dict[str, dict[str, Interval]]
+    differences: dict[str, dict[str, Interval]]
 
     def as_table(self) -> str:
         """The figures as Markdown."""
@@ -147,9 +137,9 @@ def compare_arms(
         seeds=seeds,
         tokens={arm: facts["tokens"] for arm, facts in told.items()},
         pool_tokens=summary["pool"]["tokens"],
-        arms={what: {arm: interval(each) for arm, each in by.items()} for what, by in measured.items()},
+        arms={what: {arm: mean_interval(each) for arm, each in by.items()} for what, by in measured.items()},
         differences={
-            what: {arm: interval(by[SELECTED] - each) for arm, each in by.items() if arm != SELECTED}
+            what: {arm: mean_interval(by[SELECTED] - each) for arm, each in by.items() if arm != SELECTED}
             for what, by in measured.items()
         },
     )
@@ -157,18 +147,8 @@ def compare_arms(
     return found
 
 
-def interval(values: np.ndarray) -> Figure:
-    """Mean of (seeds, queries) values with its 95 % percentile bootstrap interval over seeds and queries."""
-    rng = np.random.default_rng(0)
-    seeds, queries = values.shape
-    rows, columns = rng.integers(0, seeds, (DRAWS, seeds)), rng.integers(0, queries, (DRAWS, queries))
-    means = [float(values[np.ix_(row, column)].mean()) for row, column in zip(rows, columns, strict=True)]
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Figure(float(values.mean()), float(low), float(high))
-
-
-def _shown(figure: Figure, sign: str) -> str:
-    return f"{figure.mean:{sign}.4f} ({figure.low:{sign}.4f} to {figure.high:{sign}.4f})"
+def _shown(figure: Interval, sign: str) -> str:
+    return f"{figure.value:{sign}.4f} ({figure.low:{sign}.4f} to {figure.high:{sign}.4f})"
 
 
 def _good(run: Run, name: str) -> list[str]:

@@ -31,10 +31,9 @@ from stride_ray.distribute import connected, keep_to, map_actors, pool
 from stride_ray.documents import Document, plan, read, resolve_columns
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark
-from stride_ray.evaluate.closed_loop import Figure
 from stride_ray.evaluate.finetune import FineTune
-from stride_ray.evaluate.lds import ALL
-from stride_ray.evaluate.tailpatch import INFLUENCE, LEXICAL, interval, tail_patch
+from stride_ray.evaluate.lds import ALL, Interval, mean_interval
+from stride_ray.evaluate.tailpatch import INFLUENCE, LEXICAL, tail_patch
 from stride_ray.fit import fit
 from stride_ray.lexical import tfidf, words
 from stride_ray.model import load_model
@@ -95,9 +94,9 @@ class Outcome:
     tokens: int
     answer_tokens: int
     measured: dict[str, int]
-    loss: dict[str, dict[str, Figure]]
-    lift: dict[str, dict[str, Figure]]
-    found: dict[str, Figure]
+    loss: dict[str, dict[str, Interval]]
+    lift: dict[str, dict[str, Interval]]
+    found: dict[str, Interval]
 
     def as_table(self) -> str:
         """The figures as Markdown."""
@@ -118,10 +117,10 @@ class Outcome:
         return "\n".join([*lines, *(f"| {method} | {_shown(figure)} |" for method, figure in self.found.items())])
 
 
-def _shown(figure: Figure | None) -> str:
+def _shown(figure: Interval | None) -> str:
     if figure is None or figure.low == figure.high:
-        return f"{figure.mean:.4g}" if figure else ""
-    return f"{figure.mean:.4g} ({figure.low:.4g} to {figure.high:.4g})"
+        return f"{figure.value:.4g}" if figure else ""
+    return f"{figure.value:.4g} ({figure.low:.4g} to {figure.high:.4g})"
 
 
 def attribute_instructions(
@@ -260,12 +259,12 @@ def _good(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["status"] == "ok"]
 
 
-def _by_group(values: Mapping[str, float]) -> dict[str, Figure]:
+def _by_group(values: Mapping[str, float]) -> dict[str, Interval]:
     """Means of finite values by group of the query that they belong to."""
     groups: dict[str, list[float]] = {}
     for name in (name for name, value in values.items() if np.isfinite(value)):
         groups.setdefault(_group(name), []).append(values[name])
-    return {group: Figure(*interval(np.array(each))) for group, each in groups.items()}
+    return {group: mean_interval(np.array(each)) for group, each in groups.items()}
 
 
 def fine_tune(
@@ -373,7 +372,7 @@ def _lifts(run: Run, stage: Stage) -> dict[str, dict[str, float]]:
     return stage.done()[name]["lifts"]
 
 
-def near_copies_found(answers: Rows, train: Rows, queries: Rows) -> dict[str, Figure]:
+def near_copies_found(answers: Rows, train: Rows, queries: Rows) -> dict[str, Interval]:
     """Share of planted queries with a near copy among the TOP instructions, with Clopper–Pearson intervals.
 
     By INFLUENCE, as ``taught`` says, by LEXICAL over whole texts, with prompts (rows of queries.SCHEMA), by CHANCE.
@@ -394,6 +393,6 @@ def near_copies_found(answers: Rows, train: Rows, queries: Rows) -> dict[str, Fi
     for method, top in tops.items():
         hits = sum(any(_is_copy(name, q["query_id"]) for name in best) for best, q in zip(top, planted, strict=True))
         span = binomtest(hits, len(planted)).proportion_ci()
-        found[method] = Figure(hits / len(planted), float(span.low), float(span.high))
+        found[method] = Interval(hits / len(planted), float(span.low), float(span.high))
     chance = 1 - float(hypergeom(len(names), COPIES, TOP).pmf(0))
-    return {**found, CHANCE: Figure(chance, chance, chance)}
+    return {**found, CHANCE: Interval(chance, chance, chance)}

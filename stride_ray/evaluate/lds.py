@@ -24,6 +24,8 @@ ALL = "all"
 # Key of the seeds' agreement among the draws; no method's name.
 _CEILING = ""
 _TINY = 1e-12
+# Bootstrap draws of ``mean_interval``.
+_DRAWS = 4000
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,18 @@ class Evaluation:
         """
         draws = self.draws.get((_CEILING, kind, part, target))
         return None if draws is None else _interval(draws)
+
+
+def mean_interval(values: np.ndarray) -> Interval:
+    """Mean of (queries,) or (seeds, queries) values, with its bootstrap interval over both; nan without any."""
+    if not values.size:
+        return Interval(np.nan, np.nan, np.nan)
+    values = np.atleast_2d(values)
+    rng = np.random.default_rng(0)
+    rows, columns = (rng.integers(0, size, (_DRAWS, size)) for size in values.shape)
+    means = [float(values[np.ix_(row, column)].mean()) for row, column in zip(rows, columns, strict=True)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(values.mean()), float(low), float(high))
 
 
 def subset_sums(scores: Any, subsets: Sequence[np.ndarray]) -> np.ndarray:

@@ -17,6 +17,7 @@ from stride_ray.blocks import Blocks
 from stride_ray.config import Config
 from stride_ray.distribute import connected, map_actors, pool, progress
 from stride_ray.errors import StrideError
+from stride_ray.evaluate.lds import Interval, mean_interval
 from stride_ray.lexical import similar_blocks
 from stride_ray.passes import PoolWorker
 from stride_ray.queries import padded
@@ -24,7 +25,7 @@ from stride_ray.run import Run
 from stride_ray.storage import Store
 
 # Queries in a unit of work; steps on random blocks that a query's is compared with; resamplings of the interval.
-UNIT, DRAWS, RESAMPLED = 4, 4, 2000
+UNIT, DRAWS = 4, 4
 INFLUENCE, LEXICAL = "influence", "TF-IDF"
 
 
@@ -38,16 +39,14 @@ class Lift:
             where the method names none.
         values: per query, the lift: that minus the mean change after steps on random blocks; negative is good.
         queries: how many queries have a lift.
-        mean: of the lifts, with ``low`` and ``high``, its 95 % bootstrap interval over queries; nan without any.
+        mean: of the lifts, with its 95 % bootstrap interval over queries; nan without any.
     """
 
     method: str
     changes: tuple[float, ...]
     values: tuple[float, ...]
     queries: int
-    mean: float
-    low: float
-    high: float
+    mean: Interval
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ class TailPatch:
         """The lifts as Markdown, with the mean change after random steps below."""
         lines = ["| top blocks by | lift, nats per token | 95 % interval | queries |", "|---|---|---|---|"]
         for each in self.lifts:
-            row = f"| {each.method} | {each.mean:+.4g} | {each.low:+.4g} to {each.high:+.4g} | {each.queries} |"
+            mean, low, high = each.mean.value, each.mean.low, each.mean.high
+            row = f"| {each.method} | {mean:+.4g} | {low:+.4g} to {high:+.4g} | {each.queries} |"
             lines.append(row.replace("+nan to +nan", "").replace("+nan", ""))
         told = f"One SGD step of {self.learning_rate:g} on {self.k} blocks; negative is good."
         return "\n".join([*lines, "", f"{told} Mean change after {DRAWS} random steps: {np.mean(self.random):+.4g}."])
@@ -206,14 +206,4 @@ class Patcher(PoolWorker):
 def _lift(method: str, changes: np.ndarray, random: np.ndarray) -> Lift:
     values = changes - random
     given = values[np.isfinite(values)]
-    mean, low, high = interval(given)
-    return Lift(method, tuple(changes.tolist()), tuple(values.tolist()), len(given), mean, low, high)
-
-
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of some values with its 95 % percentile bootstrap interval; nan without values."""
-    if not len(values):
-        return float("nan"), float("nan"), float("nan")
-    drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLED, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)
+    return Lift(method, tuple(changes.tolist()), tuple(values.tolist()), len(given), mean_interval(given))

@@ -59,13 +59,13 @@ def verdicts(
         before: item's key to verdict in the scan before.
     """
     holding: dict[str, dict[str, float]] = {}
-    for row in lexical.matches.to_pylist():
-        held = holding.setdefault(row["key"], {})
-        held[row["document_id"]] = max(row["overlap"], held.get(row["document_id"], 0.0))
-    finding = set(lexical.matches.filter(lexical.matches["finding"])["key"].to_pylist())
-    counted: dict[str, set[str]] = {}
-    for row in lexical.matches.filter(lexical.matches["finding"]).to_pylist():
-        counted.setdefault(row["key"], set()).add(row["document_id"])
+    finding: dict[str, set[str]] = {}
+    for batch in lexical.matches.select(["key", "document_id", "overlap", "finding"]).to_batches():
+        for row in batch.to_pylist():
+            held = holding.setdefault(row["key"], {})
+            held[row["document_id"]] = max(row["overlap"], held.get(row["document_id"], 0.0))
+            if row["finding"]:
+                finding.setdefault(row["key"], set()).add(row["document_id"])
     tied = {} if ties is None else _tied(items, ties, false_discovery)
     rows = []
     for item in items:
@@ -80,7 +80,7 @@ def verdicts(
                 "before": before.get(item.key),
                 "question": " ".join((item.question or item.answer).split())[:_SHOWN],
                 "overlap": lexical.overlaps.get(item.key, 0.0),
-                "documents": len(counted.get(item.key, ())),
+                "documents": len(finding.get(item.key, ())),
                 "first_document": max(held, key=lambda name: (held[name], name)) if held else None,
                 **tie,
             }

@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # constraints.txt keeps a CPU build of torch where one is to be had, gigabytes smaller than CUDA's.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart install test lint clean
+.PHONY: quickstart install test test-cluster lint clean
 
 quickstart: install  ## the main job on a small real corpus, ending with a page to open
 	$(BIN)/stride-ray quickstart
@@ -19,6 +19,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-cluster: install  ## the long ones: object stores that fail, submitted jobs, nodes that die
+	$(BIN)/python -m pytest -m cluster
 
 lint: install  ## formatting, style and types
 	$(BIN)/ruff format --check .

@@ -72,7 +72,8 @@ def _score(config: Config, blocks: Blocks, curvature: Stage, stage: Stage, queri
     parts = [(index, start) for index, start in enumerate(range(0, queries, UNIT))]
     done = stage.done()
     missing = [part for part in parts if f"queries-{part[0]:05d}" not in done]
-    progress(crew.map(QueryWorker, given, missing), "queries", len(missing), "parts", lambda _: 1)
+    told = crew.map(QueryWorker, given, missing)
+    stage.remember(progress(told, "queries", len(missing), "parts", lambda _: 1))
     done = stage.done()
     asked = [done[f"queries-{index:05d}"] for index, _ in parts]
     sizes = [marker["numbers"] for marker in asked]
@@ -86,7 +87,7 @@ def _score(config: Config, blocks: Blocks, curvature: Stage, stage: Stage, queri
     answers = [marker["answers"] for marker in asked]
     left = [part for part, _ in parts if f"{part:05d}" not in done]
     told = crew.map(partial, (rank_unit, config, blocks.store, stage, units, answers), left)
-    progress(told, "rank", len(left), "parts", lambda _: 1)
+    stage.remember(progress(told, "rank", len(left), "parts", lambda _: 1))
     markers = [marker for name, marker in stage.done().items() if name.isdigit()]
     kept = [rows for marker in markers for rows in marker["nonzeros"]]
     stage.store.write_json(

@@ -65,7 +65,7 @@ def fit(run: Run) -> dict[str, Any]:
     check_tokenizer(config, blocks)
     stage = run.begin("operators", corpus=blocks.manifest["fingerprint"])
     if stage.store.exists("metadata.json"):
-        _clear(stage)
+        _clear(stage, len(blocks.shards()))
         return stage.store.read_json("metadata.json")
     with connected(config.compute):
         if config.fit.method == "closed_form":
@@ -173,13 +173,13 @@ def _finish(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> dict[st
     folder = "trained" if config.fit.method == "train" else "fitted"
     judged = crew.map(Judge, (config, blocks.store, stage, crew.device), [folder])
     (facts,) = progress(judged, "judge", 1, "fit", _one)
-    _clear(stage)
+    _clear(stage, len(blocks.shards()))
     return facts
 
 
-def _clear(stage: Stage) -> None:
+def _clear(stage: Stage, shards: int) -> None:
     """Remove the scaffolding of a finished fit, some of which an interrupted one may have left."""
-    sums = [name for name in stage.store.names(ending=".safetensors") if name.startswith("sum-")]
+    sums = [f"sum-{index:03d}.safetensors" for index in range(shards)]
     for name in ("fitted", "trained", "loop", "basis.json", "basis.safetensors", *sums):
         stage.store.remove(name)
 

@@ -85,7 +85,7 @@ def recover_influence(run: Run, name: str) -> dict[str, Any]:
             workers = Pool(pool(run.config.compute, len(missing)).workers, "cpu")
             given = (run.config, run.store, responses.store, stage, n_blocks)
             results = map_tasks(recover_unit, given, missing, workers)
-            progress(results, "recover", len(missing), "units", lambda _: 1)
+            stage.remember(progress(results, "recover", len(missing), "units", lambda _: 1))
     done = stage.done()
     markers = [done[_unit_name(unit)] for unit in units]
     nonzeros = [n for marker in markers for n in marker["nonzeros"]]

@@ -76,7 +76,7 @@ def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
             workers = pool(run.config.compute, len(missing))
             total = sum(min(UNIT, table.num_rows - start) for _, start in missing)
             results = map_actors(Responder, (run.config, run.store, stage, mode, workers.device), missing, workers)
-            progress(results, "respond", total, "queries", lambda marker: marker["queries"])
+            stage.remember(progress(results, "respond", total, "queries", lambda marker: marker["queries"]))
     markers = stage.done().values()
     summary = {
         "queries": table.num_rows,

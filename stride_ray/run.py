@@ -4,9 +4,10 @@ A stage's work is cut into units. A unit publishes its data files first and its 
 can be read means data that can be read; a rerun does the units without one.
 """
 
+import json
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stride_ray import __version__
@@ -22,13 +23,21 @@ class Stage:
     def __init__(self, store: Store, identity: str) -> None:
         self.store = store
         self.identity = identity
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stage, (self.store, self.identity)
 
     def done(self) -> dict[str, dict[str, Any]]:
         """Markers of the finished units, by unit name, in name order."""
         names = self.store.names("_done", ".json")
-        markers = self.store.read_jsons([f"_done/{name}" for name in names])
-        named = zip((name.removesuffix(".json") for name in names), markers, strict=True)
-        return {name: marker for name, marker in named if marker["config"] == self.identity}
+        unread = [name for name in names if name.removesuffix(".json") not in self._known]
+        self.remember(self.store.read_jsons([f"_done/{name}" for name in unread]))
+        return dict(sorted(self._known.items()))
+
+    def remember(self, markers: Sequence[dict[str, Any]]) -> None:
+        """Keep what workers said of finished units: a listing may be late, and need not be read again."""
+        self._known.update({each["unit"]: each for each in markers if each["config"] == self.identity})
 
     def mark(self, unit: str, started: float, **facts: Any) -> dict[str, Any]:
         """Say that ``unit`` is complete, what it cost in seconds and memory; its data files must be published already.
@@ -40,8 +49,10 @@ class Stage:
         """
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         cost = {"seconds": round(time.monotonic() - started, 3), "peak_mb": round(usage)}
-        marker = {"unit": unit, "config": self.identity, **facts, **cost}
+        # As it will be read: no tuples.
+        marker = json.loads(json.dumps({"unit": unit, "config": self.identity, **facts, **cost}))
         self.store.write_json(f"_done/{unit}.json", marker)
+        self.remember([marker])
         return marker
 
 

@@ -139,7 +139,8 @@ def _earlier(url: str) -> tuple[Store, int, str]:
 def _list(how: Reading, stage: Stage, units: Sequence[Unit], signed: bool, workers: Pool) -> None:
     done = stage.done()
     missing = [(i, unit) for i, unit in enumerate(units) if f"pool-{i:05d}" not in done]
-    progress(map_tasks(list_part, (how, stage, signed), missing, workers), "list", len(missing), "parts", lambda _: 1)
+    results = map_tasks(list_part, (how, stage, signed), missing, workers)
+    stage.remember(progress(results, "list", len(missing), "parts", lambda _: 1))
 
 
 def _choose(
@@ -202,7 +203,8 @@ def _write(how: Reading, stage: Stage, units: Sequence[Unit], workers: Pool) -> 
         for part, places in _kept(stage.store.child(arm) if arm else stage.store):
             if marker_name(arm, part) not in done:
                 missing.append((arm, part, units[part], places))
-    progress(map_tasks(write_part, (how, stage), missing, workers), "write", len(missing), "files", lambda _: 1)
+    results = map_tasks(write_part, (how, stage), missing, workers)
+    stage.remember(progress(results, "write", len(missing), "files", lambda _: 1))
 
 
 def _kept(store: Store) -> list[tuple[int, np.ndarray]]:

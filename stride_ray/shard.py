@@ -73,6 +73,7 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
             workers = pool(run.config.compute, len(work))
             results = map_dataset(Tokenise, (config, columns, staged), work, workers)
             markers = progress(results, "shard", len(work), "units", lambda _: 1)
+            staged.remember(markers)
             _show_example(markers, out or sys.stdout)
         markers_by_part = {**staged.done(), **numbered}
         counts = [markers_by_part[_part(i)]["counts"]["blocks"] for i in range(len(units))]
@@ -82,7 +83,7 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
         first = np.concatenate([[0], np.cumsum(counts)]).tolist()
         todo = [(i, first[i]) for i in range(len(units)) if _part(i) not in numbered]
         results = map_tasks(number_part, (stage, staged), todo, pool(run.config.compute, len(todo)))
-        progress(results, "number", len(todo), "parts", lambda _: 1)
+        stage.remember(progress(results, "number", len(todo), "parts", lambda _: 1))
     manifest = _manifest(stage, config, tokenizer, len(units))
     stage.store.write_json("manifest.json", manifest)
     stage.store.remove("_tokenised")

@@ -12,6 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -25,6 +26,19 @@ from stride_ray.errors import StrideError
 
 # Rows in a Parquet row group; readers that want a few rows of a file read whole groups.
 ROW_GROUP = 4096
+# Files of an object store that are deleted side by side.
+DELETES = 16
+
+
+# An object store that is too busy says so in bursts; boto's own few tries end within seconds.
+TRIES = 6
+
+
+def _options(url: str) -> dict[str, Any]:
+    """What a file system is opened with, by the URL's protocol."""
+    if url.startswith(("s3://", "s3a://")):
+        return {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": TRIES}}}
+    return {}
 
 
 def safe_url(url: str) -> str:
@@ -45,7 +59,8 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = str(url).rstrip("/") or "/"
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.url)
+            # No cache of listings: another process's file would be missing from it.
+            self.fs, self.root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **_options(self.url))
         except (ValueError, ImportError) as error:
             raise StrideError(f"{safe_url(self.url)} is not a path or URL that can be opened: {error}.") from None
         self.local = isinstance(self.fs, LocalFileSystem)
@@ -77,7 +92,6 @@ class Store:
     def names(self, folder: str = "", ending: str = "") -> list[str]:
         """Names directly inside ``folder``, sorted, without hidden and half-written ones."""
         with self._told(folder, "list"):
-            self.fs.invalidate_cache()
             where = self.path(folder).rstrip("/")
             try:
                 found = self.fs.ls(where, detail=False)
@@ -149,8 +163,14 @@ class Store:
     def remove(self, name: str) -> None:
         """Delete a file or a folder with all it holds, if it is there."""
         with self._told(name, "delete"):
-            if self.fs.exists(self.path(name)):
+            if not self.fs.exists(self.path(name)):
+                return
+            if self.local:
                 self.fs.rm(self.path(name), recursive=True)
+                return
+            # One request a file: many at once want a checksum that boto no longer sends and some stores insist on.
+            with ThreadPoolExecutor(DELETES) as threads:
+                list(threads.map(self.fs.rm_file, self.fs.find(self.path(name))))
 
     def read_json(self, name: str) -> Any:
         """A JSON record."""
@@ -210,7 +230,7 @@ class Store:
         try:
             yield
         except FileNotFoundError as error:
-            missing = "bucket" if "bucket" in str(error).lower() else "file or folder"
+            missing = "bucket" if "bucket does not exist" in str(error) else "file or folder"
             raise StrideError(f"Cannot {deed} {place}: no such {missing}.") from None
         except PermissionError as error:
             raise StrideError(f"Cannot {deed} {place}: permission denied ({first_line(error)}).") from None

@@ -14,6 +14,8 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 import numpy as np
 import pytest
 import ray
+import s3fs
+import servers
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -140,7 +142,7 @@ def flags(options):
 
 def data_files(folder):
     """Name and bytes of every data file of a run: what must not depend on workers, faults or reruns."""
-    wanted = ("blocks/part-*", "operators/*.safetensors", "responses/*/*.parquet", "influence/*/*.parquet")
+    wanted = ("blocks/part-*", "operators/*.safetensors", "[re]*/*/*.parquet", "influence/*/*.parquet")
     return {str(p.relative_to(folder)): p.read_bytes() for pattern in wanted for p in sorted(folder.glob(pattern))}
 
 
@@ -235,6 +237,39 @@ def sharded(finished, tmp_path_factory):
 def pool_of(finished):
     """The finished run's blocks, to be read."""
     return Blocks(finished.run.stage("blocks").store)
+
+
+@pytest.fixture(scope="session")
+def object_stores(tmp_path_factory):
+    """Ports of running S3 servers by name; one that is not installed is None."""
+    root = tmp_path_factory.mktemp("object-stores")
+    with contextlib.ExitStack() as running:
+        yield {
+            start.__name__: running.enter_context(start(root / start.__name__))
+            for start in (servers.swift, servers.rclone, servers.moto)
+        }
+
+
+@pytest.fixture
+def bucket(object_stores):
+    """A context in which the environment names a server, by name or port; yields a bucket's URL."""
+
+    @contextlib.contextmanager
+    def entered(server):
+        port = object_stores.get(server, server)
+        if port is None:
+            pytest.skip(f"no {server} on this machine (Debian's packages swift-proxy, -account, -container, -object)")
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in servers.environment(port).items():
+                patch.setenv(name, value)
+            s3fs.S3FileSystem.clear_instance_cache()
+            files = s3fs.S3FileSystem()
+            if not files.exists(servers.BUCKET):
+                files.mkdir(servers.BUCKET)
+            yield f"s3://{servers.BUCKET}"
+        s3fs.S3FileSystem.clear_instance_cache()
+
+    return entered
 
 
 @pytest.fixture(scope="session")

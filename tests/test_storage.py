@@ -15,14 +15,17 @@ from stride_ray.storage import Store, safe_url
 TABLE = pa.table({"n": list(range(10_000)), "s": [f"row {i}" for i in range(10_000)]})
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "swift", "rclone"])
 def store(request, tmp_path):
     if request.param == "local":
         yield Store(str(tmp_path / "run"))
-    else:
+    elif request.param == "memory":
         url = f"memory://{uuid.uuid4().hex}/run"
         yield Store(url)
         Store(url).remove("")
+    else:
+        with request.getfixturevalue("bucket")(request.param) as url:
+            yield Store(f"{url}/{uuid.uuid4().hex}/run")
 
 
 def test_what_is_written_is_read(store):

@@ -111,8 +111,6 @@ class Lock:
         return held is not None and held["owner"] == self.owner
 
     def _read(self) -> dict[str, Any] | None:
-        if not self.store.local:
-            self.store.fs.invalidate_cache()
         if not self.store.exists(NAME):
             return None
         try:

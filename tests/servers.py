@@ -1,0 +1,238 @@
+"""Real S3 servers on loopback for the tests, and a proxy in front of them that misbehaves on demand.
+
+Swift (Debian's packages, with memcached) is a whole object store whose S3 API checks signatures and refuses conditional
+writes; rclone serves a folder; moto alone knows conditional writes, and checks nothing.
+"""
+
+import contextlib
+import http.client
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+KEY, SECRET, BUCKET = "test:tester", "testing1234567890", "bucket"
+_SWIFT = ("swift-proxy-server", "swift-account-server", "swift-container-server", "swift-object-server", "memcached")
+_STORAGE = """[DEFAULT]
+{common}
+bind_port = {port}
+devices = {root}/devices
+mount_check = false
+[pipeline:main]
+pipeline = {kind}-server
+[app:{kind}-server]
+use = egg:swift#{kind}
+"""
+_PROXY = """[DEFAULT]
+{common}
+bind_port = {port}
+[pipeline:main]
+pipeline = catch_errors cache s3api tempauth slo proxy-server
+[app:proxy-server]
+use = egg:swift#proxy
+account_autocreate = true
+[filter:catch_errors]
+use = egg:swift#catch_errors
+[filter:cache]
+use = egg:swift#memcache
+memcache_servers = 127.0.0.1:{memcached}
+[filter:s3api]
+use = egg:swift#s3api
+location = us-east-1
+[filter:tempauth]
+use = egg:swift#tempauth
+user_{user} = {secret} .admin
+[filter:slo]
+use = egg:swift#slo
+"""
+
+
+def environment(port):
+    """What the usual S3 clients read: where the server is, and who asks."""
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        # rclone understands no trailing checksums
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+    }
+
+
+def free_port():
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+@contextlib.contextmanager
+def swift(root):
+    """OpenStack Swift's S3 API, its four servers and memcached; yields its port, or None where it is not installed."""
+    if any(shutil.which(name) is None for name in _SWIFT):
+        yield None
+        return
+    (root / "devices/d1").mkdir(parents=True)
+    ports = {kind: free_port() for kind in ("proxy", "account", "container", "object", "memcached")}
+    common = f"swift_dir = {root}\nuser = {_user()}\nbind_ip = 127.0.0.1\nlog_address = /none\nworkers = 0"
+    for kind in ("account", "container", "object"):
+        builder = ["swift-ring-builder", str(root / f"{kind}.builder")]
+        for step in (["create", "6", "1", "1"], ["add", f"r1z1-127.0.0.1:{ports[kind]}/d1", "1"], ["rebalance"]):
+            subprocess.run([*builder, *step], check=True, stdout=subprocess.DEVNULL)
+        text = _STORAGE.format(common=common, port=ports[kind], root=root, kind=kind)
+        (root / f"{kind}.conf").write_text(text)
+    told = {"common": common, "port": ports["proxy"], "memcached": ports["memcached"]}
+    (root / "proxy.conf").write_text(_PROXY.format(**told, user=KEY.replace(":", "_"), secret=SECRET))
+    cache = ["memcached", "-l", "127.0.0.1", "-p", str(ports["memcached"]), "-u", _user()]
+    commands = [cache, *([f"swift-{kind}-server", str(root / f"{kind}.conf")] for kind in ports if kind != "memcached")]
+    # As sites do, behind a proxy: eventlet answers a HEAD that fails with a body, which clients stumble over.
+    with _running(commands, root / "log", list(ports.values())), FaultProxy(ports["proxy"]) as front:
+        yield front.port
+
+
+@contextlib.contextmanager
+def rclone(root):
+    """rclone's S3 server on a folder; yields its port."""
+    port, program = free_port(), os.path.join(os.path.dirname(sys.executable), "rclone")
+    (root / "served").mkdir(parents=True)
+    command = [program, "serve", "s3", str(root / "served"), "--addr", f"127.0.0.1:{port}"]
+    command += ["--auth-key", f"{KEY},{SECRET}", "--vfs-cache-mode", "off", "--config", ""]
+    with _running([command], root / "log", [port]):
+        yield port
+
+
+@contextlib.contextmanager
+def moto(root):
+    """moto's S3, in memory; yields its port."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    root.mkdir(parents=True, exist_ok=True)
+    with _running([command], root / "log", [port]):
+        yield port
+
+
+def _user():
+    return subprocess.run(["id", "-un"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@contextlib.contextmanager
+def _running(commands, log, ports, limit=60):
+    """Processes for the length of the block, once all their ports answer."""
+    with open(log, "ab") as file:
+        started = [subprocess.Popen(each, stdout=file, stderr=file) for each in commands]
+    try:
+        until = time.monotonic() + limit
+        for port in ports:
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+                    break
+                except OSError:
+                    dead = [each.args[0] for each in started if each.poll() is not None]
+                    if dead or time.monotonic() > until:
+                        raise AssertionError(f"{dead or port}: {log.read_text()[-3000:]}") from None
+                    time.sleep(0.05)
+        yield
+    finally:
+        for each in started:
+            each.kill()
+            each.wait()
+
+
+class FaultProxy:
+    """An HTTP proxy before a server, for the length of a ``with`` block; its attributes say what goes wrong.
+
+    Attributes:
+        port: where it listens.
+        refuses: of a request's number, whether it is answered 503 SlowDown.
+        cuts: of a PUT's number, whether half its body is passed on and then both connections break.
+        lag: seconds that a listing stays as it was.
+        counts: what happened, by "refused", "cut" and "lagged".
+    """
+
+    def __init__(self, upstream):
+        self.upstream, self.lag = upstream, 0.0
+        self.refuses = self.cuts = lambda number: False
+        self.counts = {"refused": 0, "cut": 0, "lagged": 0}
+        self.lock, self.listings, self.numbers = threading.Lock(), {}, {"refused": 0, "cut": 0}
+
+    def __enter__(self):
+        proxy = self
+
+        class Handler(_Forward):
+            owner = proxy
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def takes(self, what):
+        """Whether a fault of a kind is due."""
+        with self.lock:
+            due = {"refused": self.refuses, "cut": self.cuts}[what](self.numbers[what])
+            self.numbers[what] += 1
+            self.counts[what] += due
+            return due
+
+
+class _Forward(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    owner: FaultProxy
+
+    def log_message(self, *_):
+        pass
+
+    def _serve(self):
+        owner = self.owner
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if owner.takes("refused"):
+            told = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+            self._answer(503, {"Content-Type": "application/xml"}, told)
+            return
+        if self.command == "PUT" and len(body) > 1 and owner.takes("cut"):
+            with socket.create_connection(("127.0.0.1", owner.upstream)) as half:
+                head = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items() if name != "Expect")
+                half.sendall(f"PUT {self.path} HTTP/1.1\r\n{head}\r\n".encode() + body[: len(body) // 2])
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        listing = self.command == "GET" and "list-type=2" in self.path
+        if listing and owner.lag:
+            kept = owner.listings.get(self.path)
+            if kept and time.monotonic() - kept[0] < owner.lag:
+                owner.counts["lagged"] += 1
+                self._answer(*kept[1])
+                return
+        upstream = http.client.HTTPConnection("127.0.0.1", owner.upstream, timeout=60)
+        headers = {name: value for name, value in self.headers.items() if name != "Expect"}
+        upstream.request(self.command, self.path, body, headers)
+        response = upstream.getresponse()
+        answer = (response.status, dict(response.getheaders()), response.read())
+        upstream.close()
+        if listing:
+            owner.listings[self.path] = (time.monotonic(), answer)
+        self._answer(*answer)
+
+    def _answer(self, status, headers, body):
+        self.send_response_only(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                self.send_header(name, value)
+        length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(body))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+for verb in ("GET", "PUT", "POST", "DELETE", "HEAD"):
+    setattr(_Forward, f"do_{verb}", _Forward._serve)

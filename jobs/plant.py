@@ -6,7 +6,7 @@ not, the paper's protocol beside them, and on the last line one JSON object. Exi
 standard error, 130 interrupted.
 
     python jobs/plant.py write FOLDER --questions gsm8k_train.jsonl.gz --text lib/ [--rate 0.5] [--copies 1 4 16]
-    python jobs/plant.py measure FOLDER [--made-controls] [--no-baseline]
+    python jobs/plant.py measure FOLDER [--no-baseline]
 """
 
 import argparse
@@ -37,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write.add_argument("--seed", type=int, default=0)
     measured = verbs.add_parser("measure", help="train, scan, compare with the truth")
     measured.add_argument("folder", help="what 'write' made")
-    measured.add_argument("--made-controls", action="store_true", help="let the scan make its own controls")
     measured.add_argument("--no-baseline", action="store_true", help="leave LoGRA out")
     measured.add_argument("--epochs", type=int, default=0, help="passes over the corpus in training")
     measured.add_argument("--seed", type=int, default=0, help="of the training")
@@ -59,7 +58,7 @@ def _measure(parsed: argparse.Namespace) -> None:
     root = Path(parsed.folder)
     run = planted_run(root, changes, parsed.epochs or EPOCHS, parsed.seed)
     with connected(run.config.compute):
-        lines = measure(root, run, parsed.made_controls, not parsed.no_baseline)
+        lines = measure(root, run, not parsed.no_baseline)
     print(as_table(lines))
     print(json.dumps([dataclasses.asdict(line) for line in lines]).replace("NaN", "null"))
 

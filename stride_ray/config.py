@@ -186,7 +186,7 @@ class ScanConfig:
         0.3, "share of a field's words, weighted by rarity, that a document must hold to be called a copy", low=0.0
     )
     boilerplate: int = _option(10, "documents (of 3 sources) that an n-gram must be in without the rest to be left out")
-    influence: bool = _option(True, "whether to ask the run's model too, on the run's blocks")
+    influence: bool = _option(True, "whether to ask the run's model too, on the run's blocks; needs --control items")
     false_discovery: float = _option(0.05, "expected share of false ones among the suspicions of influence", low=0.0)
     alarm: str = _option("any", "new findings that end with status 2: all, or those with a copy", ("any", "lexical"))
     lease: float = _option(15.0, "minutes after which a scan's lock that is not renewed may be taken over", low=0.001)

@@ -74,10 +74,9 @@ def test_every_item_has_a_verdict_with_its_evidence(scanned):
         assert row["tied_document"]
     assert (long["contrast"], long["p"]) == (None, None)
     assert "the model's context is" in long["error"]
-    assert scanned.first["influence"]["control_kind"] == "given"
     assert scanned.first["influence"]["failed"] == 1
     report = (scanned.place / "scans/nights/n1/report.md").read_text()
-    assert "24 given control items" in report
+    assert "24 control items" in report
     assert "suspicion, never proof" in report
 
 
@@ -99,24 +98,21 @@ def test_another_checkpoint_is_asked_anew_and_words_are_not(scanned, parts, shar
     assert found["influence"]["checkpoint"] != scanned.first["influence"]["checkpoint"]
 
 
-def test_controls_are_made_where_none_are_given_and_stay(scanned):
-    run, out = scanned.run, str(scanned.place / "made")
-    sets = [items_of(scanned.place, "made", [{"question": text, "answer": "yes"} for text in documents(6, seed=8)])]
-    first = scan(run, sets, out, (), "n1")
-    assert first["influence"]["control_kind"] == "made"
-    assert first["influence"]["controls"] == 200
-    more = [items_of(scanned.place, "made", [{"question": t, "answer": "yes"} for t in documents(7, seed=8)])]
-    assert scan(run, more, out, (), "n2")["influence"]["asked"] in (1, 7)
+def test_without_enough_controls_nothing_is_claimed(scanned):
+    run, out = scanned.run, str(scanned.place / "few")
+    with pytest.raises(StrideError, match=r"needs control items.*--control.*scan\.influence=false"):
+        scan(run, [scanned.sets], out)
     few = items_of(scanned.place, "few", [{"text": text} for text in documents(2, seed=9)])
     with pytest.raises(StrideError, match="Only 2 control items can be asked"):
-        scan(run, sets, out, [few], "n3")
-    assert Store(out).read_json("latest.json") == {"night": "n2"}
+        scan(run, [scanned.sets], out, [few])
+    assert not Store(out).exists("latest.json")
 
 
 def test_a_run_without_blocks_is_told(parts, tmp_path):
     run = Run(str(tmp_path / "run"), changes=settings(parts))
+    items, others = (items_of(tmp_path, name, [{"text": f"the tide met the {name}"}]) for name in ("gull", "keel"))
     with pytest.raises(StrideError, match="stride-ray shard"):
-        scan(run, [items_of(tmp_path, "a", [{"text": "the tide met the gull"}])], str(tmp_path / "scans"))
+        scan(run, [items], str(tmp_path / "scans"), [others])
     assert not (tmp_path / "scans/latest.json").exists()
 
 
@@ -163,20 +159,21 @@ def test_a_contrast_is_taken_block_by_block(monkeypatch):
     own = ((scaled[0] - rest.mean(0)) / (rest.std(0) + floor)).max()
     assert contrast(W[0], control=True)["contrast"] == pytest.approx(own)
     assert contrast([*item, 30.0])["ordinal"] == 8  # a block that no control names
-    largest = np.sort(expected)[::-1]
-    assert found["contrasts"] == pytest.approx([largest[0], largest[:8].mean()])
 
 
-def test_a_leak_that_is_spread_over_many_blocks_is_found_too():
+def test_a_leak_is_low_in_loss_and_tied_and_neither_alone_is_enough():
     rng = np.random.default_rng(0)
-    rows = [{"key": f"k{i}", "control": i >= 5, "contrasts": [4 + rng.random(), 2 + rng.random()]} for i in range(205)]
-    rows[0]["contrasts"] = [4.5, 4.4]  # no block stands out, eight do a little
-    rows[1]["contrasts"] = [40.0, 7.0]
-    rows[2]["contrasts"] = None
+    rows = [
+        {"key": f"k{i}", "control": i >= 5, "contrast": 4 + rng.random(), "loss": 2 + rng.random()} for i in range(205)
+    ]
+    rows[0] |= {"contrast": 6.0, "loss": 1.2}
+    rows[1] |= {"contrast": 6.0, "loss": 3.5}  # a relative of what leaked
+    rows[2] |= {"contrast": 3.0, "loss": 1.2}  # an easy one
+    rows[3] |= {"contrast": None, "loss": None}
     p = item_p_values(pa.Table.from_pylist(rows, TIES))
-    assert max(p["k0"], p["k1"]) < 0.001
-    assert p["k2"] == 1
-    assert min(p["k3"], p["k4"]) > 0.01
+    assert p["k0"] < 1e-3
+    assert p["k3"] == 1
+    assert min(p["k1"], p["k2"], p["k4"]) > 0.01
 
 
 def test_verdicts_tell_both_channels_apart():
@@ -189,12 +186,9 @@ def test_verdicts_tell_both_channels_apart():
     ]
     overlaps = {hit["key"]: hit["overlap"] for hit in hits}
     lexical = Lexical(pa.Table.from_pylist(hits, MATCHES), overlaps, 9, 0, (), 0, 0, 0, 0, frozenset())
-    controls = [
-        {"key": f"k{i}", "control": True, "loss": 3.0 + i, "contrast": 1 + i / 40, "contrasts": [1 + i / 40] * 2}
-        for i in range(40)
-    ]
+    controls = [{"key": f"k{i}", "control": True, "loss": 3.0 + i, "contrast": 1 + i / 40} for i in range(40)]
     asked = [
-        {"key": key, "control": False, "loss": loss, "contrast": contrast, "contrasts": [contrast] * 2}
+        {"key": key, "control": False, "loss": loss, "contrast": contrast}
         for key, loss, contrast in (("b", 0.1, 99.0), ("c", 9.0, 99.0), ("d", 40.0, 1.2))
     ]
     ties = pa.Table.from_pylist(controls + asked, TIES)

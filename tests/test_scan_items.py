@@ -1,4 +1,4 @@
-"""Evaluation sets: every shape in use, what is not understood, repeated items, folders; made controls; shared words."""
+"""Evaluation sets: every shape in use, what is not understood, repeated items, folders; shared words."""
 
 import gzip
 import json
@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stride_ray.errors import StrideError
-from stride_ray.scan.controls import made_controls
 from stride_ray.scan.items import check_names, read_folder, read_set
 from stride_ray.scan.words import WORD, Numbering, chunks, normalised, split
 
@@ -124,20 +123,6 @@ def test_folders_parts_repeated_items_and_names(tmp_path):
         check_names([second, second])
     with pytest.raises(StrideError, match="does not exist"):
         read_folder(str(tmp_path / "nothing"))
-
-
-def test_made_controls_are_as_long_as_items_and_say_nothing_whole(tmp_path):
-    rows = [{"question": " ".join(f"w{i}x{j}" for j in range(30)), "answer": f"about {i} and more"} for i in range(30)]
-    items = read_set(write(tmp_path / "a.jsonl", rows)).items
-    made = made_controls(items, 40, seed=3)
-    assert made == made_controls(items, 40, seed=3)
-    assert len({each.key for each in made}) == 40
-    for each in made:
-        words = each.question.split()
-        assert len(words) == 30
-        donors = [word.split("x")[0] for word in words]
-        assert max(donors.count(donor) for donor in donors) < 20
-    assert made_controls(items[:1]) == []
 
 
 def test_words_are_normalised_and_keep_their_places():

@@ -16,7 +16,7 @@ from stride_ray.scan.items import Item, read_set
 from stride_ray.scan.lexical import lexical_matches
 from stride_ray.scan.ngrams import Index, fields_of, numbering
 from stride_ray.scan.nightly import corpus_of
-from stride_ray.scan.significance import adjusted, combined, p_values, q_values
+from stride_ray.scan.significance import adjusted, p_values, q_values, standardised
 from stride_ray.scan.words import split
 from stride_ray.storage import Store
 
@@ -186,23 +186,25 @@ def test_adjusted_p_values_are_those_of_scipy():
 
 def test_p_values_count_controls_and_go_on_beyond_them():
     rng = np.random.default_rng(1)
-    drawn = [p_values(rng.lognormal(size=500), rng.lognormal(size=200)) for _ in range(200)]
-    for level in (0.05, 0.01, 0.001):  # under the null p is what it says; beyond the controls' range it is careful
-        assert 0.3 * level < (np.concatenate(drawn) <= level).mean() < 1.2 * level
-    controls, items = rng.lognormal(size=200), rng.lognormal(size=5000)
-    assert p_values(np.array([np.nan, controls.max() * 1000]), controls) == pytest.approx([1.0, 0.0], abs=1e-3)
+    for draw, most in ((rng.normal, 1.1), (rng.logistic, 1.5)):  # the second's tail is what is fitted
+        drawn = np.concatenate([p_values(draw(size=500), draw(size=200)) for _ in range(200)])
+        for level in (0.05, 0.01, 0.001):
+            assert 0.3 * level < (drawn <= level).mean() < most * level
+    controls, items = rng.normal(size=200), rng.normal(size=5000)
+    assert p_values(np.array([np.nan, controls.max() + 9]), controls) == pytest.approx([1.0, 0.0], abs=1e-3)
+    assert p_values(np.array([1e9]), controls)[0] > 0
     assert p_values(np.array([1e9]), controls[:15])[0] == pytest.approx(1 / 16)  # too few for a tail
     assert p_values(np.array([1.0]), np.array([np.nan, 2.0])) == pytest.approx([1.0])
     assert (p_values(items, controls) > 0).all()
 
 
-def test_combined_p_values_keep_their_level_and_find_what_one_statistic_finds():
-    rng = np.random.default_rng(0)
-    shared = rng.normal(size=(1, 20000)) + 0.5 * rng.normal(size=(3, 20000))  # statistics that depend on each other
-    p = combined(np.array([p_values(row[:10000], row[10000:]) for row in shared + 9]))
-    assert 0.8 < (p < 0.01).mean() / 0.01 < 1.2
-    assert combined(np.array([[1e-6], [0.9], [1.0]]))[0] == pytest.approx(3e-6, rel=0.01)
-    assert combined(np.full((3, 4), 0.2)) == pytest.approx([0.2] * 4)
+def test_values_are_measured_in_the_controls_spread():
+    values = np.array([1.0, 2.0, 3.0, 4.0, np.nan, 10.0])
+    control = np.array([True, True, True, True, True, False])
+    assert standardised(values, control)[5] == pytest.approx((10 - 2.5) / 1.4826)
+    assert np.isnan(standardised(values, control)[4])
+    assert standardised(np.array([1.0, 1.0, 3.0]), np.array([True, True, False]))[2] == 2.0  # no spread
+    assert np.isnan(standardised(values, ~control & False)).all()
 
 
 def test_q_values_keep_the_false_discovery_rate_where_half_is_leaked_and_where_nothing_is():

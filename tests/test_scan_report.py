@@ -17,7 +17,7 @@ from stride_ray.scan.verdicts import VERDICTS, counts
 FILLER = "plain words that surround it " * 40
 CORPUS = {"documents": 99, "units": 3, "rejected": 1, "rejects": ["a.jsonl: bad <i>"], "boilerplate": 0, "filtered": 0}
 OPTIONS = {"words": 13, "shortest": 6, "overlap": 0.3, "false_discovery": 0.05}
-INFLUENCE = {"model": "a/model", "mode": "exact", "blocks": 8000, "controls": 200, "control_kind": "made", "failed": 1}
+INFLUENCE = {"model": "a/model", "mode": "exact", "blocks": 8000, "controls": 200, "failed": 1}
 
 
 def item_of(i, letters):

@@ -146,8 +146,8 @@ function influence(item) {
   const suspected = ["influence", "both"].includes(item.verdict);
   const rate = `at a false-discovery rate of ${percent(options.false_discovery)}`;
   node.append(make("p", "soft", suspected
-    ? `Suspected ${rate}: the model's loss on it leans on one or a few blocks as no control item's does.`
-    : `Not suspected ${rate}: control items lean on one or a few blocks about as much.`));
+    ? `Suspected ${rate}: the model predicts it better than control items, and leans on a block as for none of them.`
+    : `Not suspected ${rate}: some control items are predicted as well, or lean on a block as much.`));
   const facts = [
     ["tied document", item.tied_document], ["block", item.ordinal], ["contrast", number(item.contrast)],
     ["p", number(item.p)], ["q", number(item.q)],

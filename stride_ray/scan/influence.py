@@ -1,14 +1,16 @@
-"""The influence channel: is an item's loss tied to some block as no control item's is?
+"""The influence channel: is an item's loss low, and tied to some block, as no control item's is?
 
-The statistic is an item's largest contrast: its influences (as ``attribute`` gives them, divided by the median of
+Two things are measured. The *contrast*: an item's influences (as ``attribute`` gives them, divided by the median of
 their size, which takes out how strongly the item pulls at all) are compared block by block with the controls', and a
-contrast is how many standard deviations a block's influence on the item lies above its mean influence on controls. A
-block that moves every item, such as one that happens to hold the only arithmetic of a corpus, has no contrast. A
-control is compared with the other controls. A leak that was copied many times is spread over as many blocks, so the
-means of the largest few contrasts are tested too, and the p-values combined. That contrasts, and not concentration or
-the top influence itself, tell leaks apart was found on development plantings (RESULTS.md).
+contrast is how many standard deviations a block's influence on the item lies above its mean influence on controls; the
+largest counts. A block that moves every item, such as one that happens to hold the only arithmetic of a corpus, has no
+contrast. A control is compared with the other controls. And the *loss* itself. The statistic is the sum of both, each
+measured in the controls' own spread: a near-relative of a leaked item is tied to its block too, but the model does not
+know its answer; an easy item has a low loss, but no block of its own. That these two, and neither concentration nor the
+top influence nor the means of several contrasts, tell leaks apart was found on development plantings (RESULTS.md).
 
-Such a finding is a suspicion: a near-relative of the item may do the same, and so may chance, at the rate stated.
+Such a finding is a suspicion: a near-relative of the item may do the same, and so may chance, at the rate stated. It is
+only as good as the controls: items of another kind, or harder ones, tell nothing.
 """
 
 import time
@@ -27,11 +29,9 @@ from stride_ray.queries import failed, row
 from stride_ray.readers import Rejected
 from stride_ray.run import Run, Stage
 from stride_ray.scan.items import Item
-from stride_ray.scan.significance import combined, p_values
+from stride_ray.scan.significance import p_values, standardised
 from stride_ray.tokens import encode, load_tokenizer
 
-# Blocks that a leak may be spread over: the mean of an item's so many largest contrasts is a statistic each.
-AMONG = (1, 8)
 TIES = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -39,7 +39,6 @@ TIES = pa.schema(
         pa.field("error", pa.string()),
         pa.field("loss", pa.float64()),
         pa.field("contrast", pa.float64()),
-        pa.field("contrasts", pa.list_(pa.float64(), len(AMONG))),
         pa.field("share", pa.float64()),
         pa.field("block_id", pa.uint64()),
         pa.field("ordinal", pa.int64()),
@@ -48,8 +47,8 @@ TIES = pa.schema(
         pa.field("influence", pa.float64()),
     ]
 )
-# Controls that a p-value needs at the least.
-LEAST = 20
+# Controls that a p-value needs at the least. The smallest contrast that a logarithm is taken of.
+LEAST, FAINT = 20, 1e-3
 
 
 def checkpoint(run: Run) -> str:
@@ -105,14 +104,15 @@ def item_ties(run: Run, stage: Stage, items: Sequence[Item], controls: Sequence[
 def item_p_values(ties: pa.Table) -> dict[str, float]:
     """Each item's p-value against the controls, by key; 1 where it could not be asked.
 
-    One p-value per statistic (AMONG, significance.p_values), joined by significance.combined.
+    The statistic: how far log contrast lies above the controls' and loss below it (significance.standardised), added.
     """
     control = np.array(ties["control"].to_pylist(), bool)
-    nothing = [float("nan")] * len(AMONG)
-    statistics = np.array([each or nothing for each in ties["contrasts"].to_pylist()]).reshape(-1, len(AMONG))
-    each = [p_values(values[~control], values[control]) for values in statistics.T]
+    contrast, loss = (ties[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in ("contrast", "loss"))
+    tied = standardised(np.log(np.maximum(contrast, FAINT)), control)
+    statistic = tied - standardised(loss, control)
+    p = p_values(statistic[~control], statistic[control])
     keys = [key for key, is_control in zip(ties["key"].to_pylist(), control, strict=True) if not is_control]
-    return dict(zip(keys, combined(np.stack(each)).tolist(), strict=True))
+    return dict(zip(keys, p.tolist(), strict=True))
 
 
 def _publish(stage: Stage, unit: str, table: pa.Table) -> None:
@@ -194,7 +194,7 @@ class _Reference:
         self.floor = float(np.median(spread)) if len(spread) else 1.0
 
     def contrast(self, blocks: list[dict[str, Any]], control: bool) -> dict[str, Any]:
-        """The largest contrasts of an item's blocks (rows of the influence table), and the block that has the largest.
+        """The largest contrast of an item's blocks (rows of the influence table), and the block that has it.
 
         ``share`` is that block's share of the sum of all influences' sizes. A control's own values are taken out of
         what it is compared with.
@@ -213,9 +213,7 @@ class _Reference:
         best = int(np.argmax(contrasts))
         named = {name: blocks[best][name] for name in ("block_id", "ordinal", "document_id", "source", "influence")}
         share = float(abs(influence[best]) / np.abs(influence).sum())
-        largest = np.sort(contrasts)[::-1]
-        means = [float(largest[:count].mean()) for count in AMONG]
-        return {"contrast": means[0], "contrasts": means, "share": share, **named}
+        return {"contrast": float(contrasts[best]), "share": share, **named}
 
 
 def _size(influence: np.ndarray) -> float:

@@ -76,22 +76,20 @@ def planted_run(root: Path, changes: dict[str, Any] | None = None, epochs: int =
     return run
 
 
-def measure(root: Path, run: Run, made: bool = False, baseline: bool = True) -> list[Line]:
+def measure(root: Path, run: Run, baseline: bool = True) -> list[Line]:
     """Scan a planting and compare with its truth.
 
     Args:
         root: what ``plant`` wrote.
         run: planted_run's.
-        made: let the scan make its controls, rather than give it the planting's.
         baseline: whether to score LoGRA too, for the paper's protocol.
 
     Returns:
         The tables' lines.
     """
     items = read_set(str(root / "sets/items.jsonl"))
-    controls = [] if made else [read_set(str(root / "controls/controls.jsonl"), "controls")]
-    out = root / ("scans-made" if made else "scans")
-    done = scan(run, [items], str(out), controls)
+    out = root / "scans"
+    done = scan(run, [items], str(out), [read_set(str(root / "controls/controls.jsonl"), "controls")])
     table = Store(f"{out}/nights/{done['night']}").read_table("verdicts.parquet").to_pylist()
     truth = {row["id"]: row for row in map(json.loads, (root / "truth.jsonl").open(encoding="utf-8"))}
     lines = _channels(table, truth)

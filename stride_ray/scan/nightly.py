@@ -17,8 +17,7 @@ from stride_ray.errors import StrideError
 from stride_ray.report.scan import scan_page
 from stride_ray.run import Run, Stage
 from stride_ray.scan.compare import Difference, difference
-from stride_ray.scan.controls import made_controls
-from stride_ray.scan.influence import checkpoint, item_ties
+from stride_ray.scan.influence import LEAST, TIES, checkpoint, item_ties
 from stride_ray.scan.items import EvaluationSet, Item, check_names
 from stride_ray.scan.lexical import Lexical, lexical_matches
 from stride_ray.scan.lock import Lock
@@ -49,7 +48,7 @@ def scan(
             influence channel (``scan.influence``). Another checkpoint is another run; ``out`` may stay the same.
         sets: evaluation sets.
         out: the scan's folder, any fsspec URL; the same every night.
-        controls: items that nobody has published, for the influence channel's null; none: they are made.
+        controls: items like these that nobody has published: the influence channel's null, which it cannot do without.
         night: name of the dated folder; empty: today (UTC), with a number where today has one already.
         webhook: where to POST the summary; empty: nowhere.
 
@@ -58,12 +57,18 @@ def scan(
         (what went wrong there, or empty).
 
     Raises:
-        StrideError: another scan is under way; no set; as the channels do. The last good night stays in place.
+        StrideError: another scan is under way; no set; influence without controls; as the channels do. The last good
+            night stays in place.
     """
     check_names([*sets, *controls])
     if not sets:
         raise StrideError(
             "No evaluation set is given; name a folder (--set-folder) or a file (--evaluation NAME=PATH)."
+        )
+    if run.config.scan.influence and not controls:
+        raise StrideError(
+            f"The influence channel needs control items: give items like these that nobody has published (--control "
+            f"PATH; {LEAST} at the least, better hundreds), or leave the channel out (--set scan.influence=false)."
         )
     store = Store(out)
     with Lock(store, 60 * run.config.scan.lease) as lock:
@@ -182,15 +187,8 @@ def _influence(
     """Ties of all items, and what the manifest says of how they came about."""
     given = [item for each in controls for item in each.items]
     made_of = checkpoint(run)
-    null: list[Any] = [item.key for item in given] or ["made", run.config.seed]
-    identity = digest([made_of, *null])
+    identity = digest([made_of, TIES.names, *(item.key for item in given)])
     stage = Stage(state.child(f"influence/{identity}"), identity)
-    if not given:
-        # Those of the first night serve the following ones: with others all influence would have to be asked again.
-        if not stage.store.exists("made.json"):
-            made = made_controls(items, seed=run.config.seed)
-            stage.store.write_json("made.json", [vars(item) for item in made])
-        given = [Item(**{**each, "choices": tuple(each["choices"])}) for each in stage.store.read_json("made.json")]
     ties, asked = item_ties(run, stage, items, given)
     failed = sum(r["contrast"] is None and not r["control"] for r in ties.select(["contrast", "control"]).to_pylist())
     return ties, {
@@ -199,7 +197,6 @@ def _influence(
         "mode": run.config.attribute.mode,
         "blocks": run.stage("blocks").store.read_json("manifest.json")["blocks"],
         "controls": sum(ties["control"].to_pylist()),
-        "control_kind": "given" if controls else "made",
         "failed": failed,
         "asked": asked,
     }

@@ -4,15 +4,29 @@ import numpy as np
 
 # Controls whose values the tail is fitted to: a share of them, and the fewest that bear a fit.
 TAIL_SHARE, TAIL_LEAST = 0.1, 10
+# No p-value is smaller: a tail fitted to some controls knows nothing of that.
+SMALLEST = 1e-15
+
+
+def standardised(values: np.ndarray, control: np.ndarray) -> np.ndarray:
+    """Values (n,) as distances from the controls' median in the controls' spread (1.4826 median absolute deviations).
+
+    ``control`` (n,) says which are controls; nan stay nan, and controls that are all alike spread by 1.
+    """
+    known = values[control & ~np.isnan(values)]
+    if not len(known):
+        return np.full(len(values), np.nan)
+    middle = np.median(known)
+    return (values - middle) / (1.4826 * np.median(np.abs(known - middle)) or 1.0)
 
 
 def p_values(statistics: np.ndarray, controls: np.ndarray) -> np.ndarray:
     """How often a control is at least as extreme as each item.
 
     Inside the controls' range the share of controls that reach the item's value, both counted in. Counting alone never
-    gets below 1/(m + 1), too much for one leak among many items; beyond the tenth of the controls that are largest, a
-    Pareto tail fitted to these (Hill's estimator) goes on, as in Knijnenburg et al. (2009), if that is smaller. The
-    fit needs positive values and 10 controls in the tail.
+    gets below 1/(m + 1), too much for one leak among many items; beyond the tenth of the controls that are largest, an
+    exponential tail fitted to these goes on, as in Knijnenburg et al. (2009), if that is smaller. The fit needs 10
+    controls in the tail.
 
     Args:
         statistics: (n,) of the items, large is suspicious; nan gives 1.
@@ -26,29 +40,14 @@ def p_values(statistics: np.ndarray, controls: np.ndarray) -> np.ndarray:
     values = np.nan_to_num(statistics, nan=-np.inf)
     found = (1 + m - np.searchsorted(known, values, side="left")) / (m + 1)
     k = int(TAIL_SHARE * m)
-    if k >= TAIL_LEAST and known[-k - 1] > 0:
+    if k >= TAIL_LEAST:
         edge = known[-k - 1]
-        exponent = np.log(known[-k:] / edge).mean()
+        mean = (known[-k:] - edge).mean()
         beyond = values > known[-1]
-        if exponent > 0:
-            tail = (k / m) * (values[beyond] / edge) ** (-1 / exponent)
-            found[beyond] = np.minimum(found[beyond], tail)
+        if mean > 0:
+            tail = (k / m) * np.exp(-(values[beyond] - edge) / mean)
+            found[beyond] = np.clip(tail, SMALLEST, found[beyond])
     return found
-
-
-def combined(p: np.ndarray) -> np.ndarray:
-    """One p-value from several that depend on each other: the Cauchy combination of Liu and Xie (2020).
-
-    Args:
-        p: (statistics, n) p-values of the same n items.
-
-    Returns:
-        (n,) float64.
-    """
-    # Where the tangent still has a value; and a statistic of no item's weight cannot outweigh the others.
-    clipped = np.clip(p, 1e-15, 0.99)
-    joined = 0.5 - np.arctan(np.tan((0.5 - clipped) * np.pi).mean(0)) / np.pi
-    return np.where((p >= 1).all(0), 1.0, joined)
 
 
 def adjusted(p: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ HEAD = (
 )
 NOTE = (
     "A lexical finding is a copy of an item's text in the corpus. Influence alone is a suspicion, never proof: the "
-    "model's loss on the item leans on one block of its training data, or a few, as no control item's does."
+    "model predicts the item better than control items, and leans on a block of its training data as for none of them."
 )
 
 
@@ -83,7 +83,7 @@ def about(facts: dict[str, Any]) -> list[str]:
     return [
         *lines,
         f"influence: model {influence['model']}, {influence['mode']}, {influence['blocks']} blocks; "
-        f"{influence['controls']} {influence['control_kind']} control items, false-discovery rate "
+        f"{influence['controls']} control items, false-discovery rate "
         f"{options['false_discovery']:g}; {influence['failed']} items could not be asked",
     ]
 

@@ -1,7 +1,7 @@
 """One verdict per item, each with its evidence: lexical, influence, both or clean.
 
 ``lexical``: some document holds enough of one of the item's fields; a copy, whatever the model made of it.
-``influence``: the model's loss on the item leans on a block or a few as no control's does; a suspicion, never proof.
+``influence``: its loss is low and leans on a block as no control's does; a suspicion, never proof.
 ``both`` and ``clean`` say what they are called. An item that a channel could not look at is judged by the other.
 """
 

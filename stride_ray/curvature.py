@@ -8,7 +8,7 @@ import torch
 
 from stride_ray.blocks import Blocks
 from stride_ray.config import Config
-from stride_ray.distribute import Crew
+from stride_ray.crew import Crew
 from stride_ray.fitted import load_measured_model
 from stride_ray.passes import PoolWorker, over_sample, token_counts
 from stride_ray.run import Stage

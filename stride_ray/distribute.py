@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,8 @@ from stride_ray.errors import StrideError
 from stride_ray.storage import first_line
 
 RETRIES = 5
+# Seconds without any result, until that is said.
+PATIENCE = 60.0
 # Key of a result that is a StrideError's sentence.
 _SENTENCE = "stride_error"
 Unit = Any
@@ -110,7 +112,7 @@ def pool(compute: ComputeConfig, units: int) -> Pool:
     return Pool(max(1, min(asked, units)), device)
 
 
-def _wrapped(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+def wrapped(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """What ``work`` returns; a StrideError as a result too, for Ray would bury its sentence in tracebacks."""
     try:
         return work(*arguments)
@@ -144,77 +146,6 @@ def keep_to(device: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-class Crew:
-    """A pool of actors for the length of a ``with`` block, for one or several maps over units of work.
-
-    Actors outlive a map, so that what a process keeps (the model, see ``fitted.load_run_model``) serves the next one.
-    """
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool, self.device = pool, pool.device
-        self._actors: list[Any] = []
-        self._maps = 0
-
-    def __enter__(self) -> "Crew":
-        options = {**self.pool.options, "max_restarts": -1, "max_task_retries": RETRIES}
-        member: Any = ray.remote(_Member)
-        self._actors = [member.options(**options).remote(os.getcwd()) for _ in range(self.pool.workers)]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for each in self._actors:
-            ray.kill(each)
-
-    def map(
-        self, make: Callable[..., Worker], arguments: tuple[Any, ...], units: Sequence[Unit]
-    ) -> Iterator[dict[str, Any]]:
-        """Apply ``make(*arguments)`` to every unit; each actor that gets one makes it once.
-
-        Raises:
-            StrideError: the worker's own, or that a unit killed its workers again and again.
-        """
-        self._maps += 1
-        what = (self._maps, ray.put((make, arguments)))
-        waiting, running = list(reversed(units)), dict[Any, Any]()
-        # Two units an actor: the next one is there when the first is done.
-        for each in [*self._actors, *self._actors]:
-            if waiting:
-                running[each.work.remote(*what, waiting.pop())] = each
-        while running:
-            for reference in _ready(running):
-                each = running.pop(reference)
-                yield _result(reference)
-                if waiting:
-                    running[each.work.remote(*what, waiting.pop())] = each
-
-
-class _Member:
-    """An actor of a crew: holds the worker of the map that it is in."""
-
-    def __init__(self, folder: str) -> None:
-        settle(folder)
-        self.map = 0
-        self.worker: Worker | None = None
-
-    def work(self, number: int, what: tuple[Callable[..., Worker], tuple[Any, ...]], unit: Unit) -> dict[str, Any]:
-        return _wrapped(self._work, number, what, unit)
-
-    def _work(self, number: int, what: tuple[Callable[..., Worker], tuple[Any, ...]], unit: Unit) -> dict[str, Any]:
-        if number != self.map or self.worker is None:
-            self.worker = None  # let go of the last map's before the next one's memory is asked for
-            make, arguments = what
-            self.map, self.worker = number, make(*arguments)
-        return self.worker(unit)
-
-
-def map_actors(
-    make: Callable[..., Worker], arguments: tuple[Any, ...], units: Sequence[Unit], pool: Pool
-) -> Iterator[dict[str, Any]]:
-    """Apply ``make(*arguments)`` to every unit in a pool of actors of its own, see ``Crew.map``."""
-    with Crew(pool) as crew:
-        yield from crew.map(make, arguments, units)
-
-
 def map_tasks(
     function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], units: Sequence[Unit], pool: Pool
 ) -> Iterator[dict[str, Any]]:
@@ -224,20 +155,21 @@ def map_tasks(
         StrideError: the function's own, or that a unit killed its workers again and again.
     """
     task: Any = ray.remote(_task).options(**pool.options, max_retries=RETRIES)
-    waiting, running = list(reversed(units)), dict[Any, Any]()
+    waiting, running, since = list(reversed(units)), set[Any](), time.monotonic()
     while waiting or running:
         while waiting and len(running) < 2 * pool.workers:
-            running[task.remote(os.getcwd(), function, arguments, waiting.pop())] = None
-        for reference in _ready(running):
-            del running[reference]
-            yield _result(reference)
+            running.add(task.remote(os.getcwd(), function, arguments, waiting.pop()))
+        for reference in ready_of(running, since):
+            running.remove(reference)
+            since = time.monotonic()
+            yield result_of(reference)
 
 
 def _task(
     folder: str, function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], unit: Unit
 ) -> dict[str, Any]:
     settle(folder)
-    return _wrapped(function, *arguments, unit)
+    return wrapped(function, *arguments, unit)
 
 
 def map_dataset(
@@ -281,29 +213,32 @@ class _Row:
         self.worker: Worker | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(_wrapped(self._work, json.loads(row["unit"])))}
+        return {"result": json.dumps(wrapped(self._work, json.loads(row["unit"])))}
 
     def _work(self, unit: Unit) -> dict[str, Any]:
         self.worker = self.worker or self.make(*self.arguments)
         return self.worker(unit)
 
 
-def _ready(running: dict[Any, Any]) -> list[Any]:
-    """Block until something is done; say so where nothing moves for a minute (a cluster that is scaling up)."""
-    since = time.monotonic()
-    while True:
-        ready, _ = ray.wait(list(running), num_returns=1, timeout=60)
-        if ready:
-            return ready
+def ready_of(running: Collection[Any], since: float) -> list[Any]:
+    """What is done of the references; nothing, and a line that says so, after PATIENCE (a cluster is scaling up)."""
+    ready, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE)
+    if not ready:
         free = ray.available_resources()
         tqdm.write(
             f"still waiting after {time.monotonic() - since:.0f} s: {len(running)} unit(s) submitted; free in the "
             f"cluster: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs",
             file=sys.stderr,
         )
+    return ready
 
 
-def _result(reference: Any) -> dict[str, Any]:
+def result_of(reference: Any) -> dict[str, Any]:
+    """A finished unit's result.
+
+    Raises:
+        StrideError: the worker's own, or that the unit killed its workers again and again.
+    """
     try:
         return _unwrapped(ray.get(reference))
     except ray.exceptions.RayError as error:

@@ -16,8 +16,9 @@ import torch
 
 from stride_ray.blocks import Blocks
 from stride_ray.config import Config
+from stride_ray.crew import Crew
 from stride_ray.curvature import SITES, load_sites, measure_curvature
-from stride_ray.distribute import Crew, connected, pool, progress
+from stride_ray.distribute import connected, pool, progress
 from stride_ray.fitted import load_measured_model, load_run_model
 from stride_ray.influence import RECOVERY, rank_tables
 from stride_ray.model import masked_mean

@@ -22,7 +22,8 @@ from stride_ray.closed_form import (
     stream_moments,
 )
 from stride_ray.config import Config
-from stride_ray.distribute import Crew, connected, pool, progress
+from stride_ray.crew import Crew
+from stride_ray.distribute import connected, pool, progress
 from stride_ray.errors import StrideError
 from stride_ray.fitted import (
     load_basis,

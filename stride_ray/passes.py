@@ -9,7 +9,8 @@ import torch
 
 from stride_ray.blocks import Batch, Blocks
 from stride_ray.config import Config
-from stride_ray.distribute import Crew, progress
+from stride_ray.crew import Crew
+from stride_ray.distribute import progress
 from stride_ray.errors import StrideError
 from stride_ray.fitted import load_run_model
 from stride_ray.storage import Store, safe_url

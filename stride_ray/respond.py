@@ -13,7 +13,8 @@ import torch
 
 from stride_ray.blocks import fixed_lists
 from stride_ray.config import Config
-from stride_ray.distribute import connected, map_actors, pool, progress
+from stride_ray.crew import map_actors
+from stride_ray.distribute import connected, pool, progress
 from stride_ray.fitted import load_operators, load_run_model
 from stride_ray.queries import batches, check_name, checked, fingerprint, padded, read_queries
 from stride_ray.run import Run, Stage

@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stride_ray.cli import main
 from stride_ray.config import ComputeConfig
-from stride_ray.distribute import Crew, Pool, map_dataset, map_tasks
+from stride_ray.crew import Crew
+from stride_ray.distribute import Pool, map_dataset, map_tasks
 from stride_ray.distribute import pool as workers_of
 from stride_ray.errors import StrideError
 

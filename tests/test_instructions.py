@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from stride_ray.attribute import asked_queries, read_influence
 from stride_ray.blocks import Blocks
-from stride_ray.distribute import Pool, map_actors
+from stride_ray.crew import map_actors
+from stride_ray.distribute import Pool
 from stride_ray.errors import StrideError
 from stride_ray.evaluate import instructions as module
 from stride_ray.evaluate import tailpatch

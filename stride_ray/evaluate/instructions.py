@@ -27,7 +27,8 @@ from stride_ray.attribute import asked_queries, attribute, read_influence
 from stride_ray.baselines.problem import Texts
 from stride_ray.blocks import Blocks
 from stride_ray.config import digest, stage_keys
-from stride_ray.distribute import connected, keep_to, map_actors, pool
+from stride_ray.crew import map_actors
+from stride_ray.distribute import connected, keep_to, pool
 from stride_ray.documents import Document, plan, read, resolve_columns
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark

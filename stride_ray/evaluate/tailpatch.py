@@ -15,7 +15,8 @@ import torch
 from stride_ray.attribute import asked_queries, read_influence
 from stride_ray.blocks import Blocks
 from stride_ray.config import Config
-from stride_ray.distribute import connected, map_actors, pool, progress
+from stride_ray.crew import map_actors
+from stride_ray.distribute import connected, pool, progress
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.lds import Interval, mean_interval
 from stride_ray.lexical import similar_blocks

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from stride_ray.config import ComputeConfig, digest
-from stride_ray.distribute import connected, map_actors, pool, progress
+from stride_ray.crew import map_actors
+from stride_ray.distribute import connected, pool, progress
 from stride_ray.documents import Document, read_placed
 from stride_ray.readers import Rejected
 from stride_ray.run import Stage

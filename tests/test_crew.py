@@ -1,0 +1,67 @@
+"""A crew of actors: every unit once, in whatever order; units of slow and lost actors go to others."""
+
+import sys
+import time
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from stride_ray import crew, distribute
+from stride_ray.crew import Crew
+from stride_ray.distribute import Pool
+
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+
+
+class Slow:
+    """Sleeps over unit 0 where it is the first to have it."""
+
+    def __init__(self, folder, seconds):
+        self.folder, self.seconds = folder, seconds
+
+    def __call__(self, unit):
+        if unit == 0:
+            first = self.folder / "taken"
+            try:
+                first.touch(exist_ok=False)
+                time.sleep(self.seconds)
+            except FileExistsError:
+                pass
+        return {"unit": unit}
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(crew, "PATIENCE", 1.0)
+    monkeypatch.setattr(distribute, "PATIENCE", 0.5)
+
+
+def test_units_of_a_slow_actor_are_given_to_one_that_has_nothing_to_do(one_ray, impatient, tmp_path):
+    started = time.monotonic()
+    with Crew(Pool(2, "cpu")) as members:
+        found = [each["unit"] for each in members.map(Slow, (tmp_path, 600.0), range(6))]
+        assert sorted(found) == list(range(6))
+        # The slow one still has its call; the next map does without it.
+        assert sorted(each["unit"] for each in members.map(Slow, (tmp_path, 0.0), range(1, 9))) == list(range(1, 9))
+    assert time.monotonic() - started < 300
+
+
+@pytest.mark.cluster
+def test_a_crew_goes_on_with_half_its_nodes(impatient, tmp_path):
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    try:
+        ray.init(cluster.address, logging_level="ERROR")
+        with Crew(Pool(2, "cpu")) as members:
+            found = []
+            for each in members.map(Slow, (tmp_path, 0.0), range(20)):
+                found.append(each["unit"])
+                if len(found) == 4:
+                    cluster.remove_node(nodes[0], allow_graceful=False)
+            assert sorted(found) == list(range(20))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

@@ -11,7 +11,6 @@ from stride_ray import crew, distribute
 from stride_ray.crew import Crew
 from stride_ray.distribute import Pool
 
-
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from stride_ray.distribute import PATIENCE, RETRIES, Pool, Unit, Worker, ready_of, result_of, settle, wrapped
 
@@ -17,6 +18,8 @@ from stride_ray.distribute import PATIENCE, RETRIES, Pool, Unit, Worker, ready_o
 HELD = 2
 # How many times longer than the longest unit so far nothing may happen, until units are given out twice.
 SLOW = 3
+# Seconds until a call is made again that an actor could not be reached for.
+BREATH = 1.0
 
 
 class Crew:
@@ -70,11 +73,19 @@ class Crew:
                     if call in calls:
                         calls.remove(call)
                 at = running.pop(call, -1)  # -1: an earlier map's, which another actor had answered
-                if at in left:
-                    since = time.monotonic()
-                    longest = max(longest, since - given[call])
-                    left.remove(at)
-                    yield result_of(call)
+                if at not in left:
+                    continue
+                try:
+                    result = result_of(call)
+                except ray.exceptions.ActorUnavailableError:
+                    # Its node is lost, and Ray does not know that yet: no fault of the unit's.
+                    waiting.append(at)
+                    time.sleep(BREATH)
+                    continue
+                since = time.monotonic()
+                longest = max(longest, since - given[call])
+                left.remove(at)
+                yield result
 
 
 def _rarest(running: dict[Any, int], left: set[int]) -> int:

@@ -100,17 +100,23 @@ def test_another_checkpoint_is_asked_anew_and_words_are_not(scanned, parts, shar
 
 def test_without_enough_controls_nothing_is_claimed(scanned):
     run, out = scanned.run, str(scanned.place / "few")
-    with pytest.raises(StrideError, match=r"needs control items.*--control.*scan\.influence=false"):
+    with pytest.raises(StrideError, match=r"control items, and 0 are given.*--control.*scan\.influence=false"):
         scan(run, [scanned.sets], out)
     few = items_of(scanned.place, "few", [{"text": text} for text in documents(2, seed=9)])
-    with pytest.raises(StrideError, match="Only 2 control items can be asked"):
+    with pytest.raises(StrideError, match="control items, and 2 are given"):
         scan(run, [scanned.sets], out, [few])
+    long = items_of(scanned.place, "long", [{"text": f"{i} {'tide ' * 600}"} for i in range(30)])
+    with pytest.raises(StrideError, match=r"Only 0 control items can be asked of the model .*the model's context is"):
+        scan(run, [scanned.sets], out, [long])
     assert not Store(out).exists("latest.json")
 
 
 def test_a_run_without_blocks_is_told(parts, tmp_path):
     run = Run(str(tmp_path / "run"), changes=settings(parts))
-    items, others = (items_of(tmp_path, name, [{"text": f"the tide met the {name}"}]) for name in ("gull", "keel"))
+    items, others = (
+        items_of(tmp_path, name, [{"text": f"the tide met the {name} {i}"} for i in range(20)])
+        for name in ("gull", "keel")
+    )
     with pytest.raises(StrideError, match="stride-ray shard"):
         scan(run, [items], str(tmp_path / "scans"), [others])
     assert not (tmp_path / "scans/latest.json").exists()

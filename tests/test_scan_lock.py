@@ -1,6 +1,8 @@
 """One scan at a time: the lock, a stale lease, a lease that is lost; stores with and without exclusive creation."""
 
 import json
+import subprocess
+import sys
 import time
 
 import fsspec
@@ -64,4 +66,18 @@ def test_a_store_that_is_no_local_folder(monkeypatch):
     assert not store.exists(NAME)
     store.write_json(NAME, {"owner": "gone", "since": 0, "expires": 1.0})
     with Lock(store, 60) as lock:
+        lock.check()
+
+
+def test_a_lock_of_a_process_that_ended_on_this_machine_is_free(tmp_path):
+    code = "import os; from stride_ray.scan.lock import Lock; from stride_ray.storage import Store; "
+    code += f"Lock(Store({str(tmp_path)!r}), 900).__enter__(); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    left = json.loads((tmp_path / NAME).read_text())
+    assert left["expires"] > time.time() + 600
+    (tmp_path / NAME).write_text(json.dumps({**left, "machine": "another"}))
+    with pytest.raises(StrideError, match="where that one was killed"):
+        Lock(Store(str(tmp_path)), 60).__enter__()
+    (tmp_path / NAME).write_text(json.dumps(left))
+    with Lock(Store(str(tmp_path)), 60) as lock:
         lock.check()

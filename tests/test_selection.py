@@ -359,6 +359,7 @@ def test_batches_are_of_one_size_whatever_the_row_groups(tmp_path, monkeypatch):
         ({"drop": "below"}, "A rank has no threshold"),
         ({"drop": "bottom", "drop_at": 1.5}, "must lie between 0 and 1"),
         ({"drop": "below", "by": "mean", "temperature": 1}, "use one of the two"),
+        ({"tokens": 1.5}, "neither a share below 1 nor a whole number"),
         ({"drop": "bottom", "drop_at": 0.1, "quotas": {"a": "0.1"}}, "Quotas are shares of a size"),
         ({"documents": 5, "near_duplicates": 1.5}, "at most 1"),
         ({"documents": 5, "quotas": {"a": "lots"}}, "The quota of the source 'a' is 'lots'"),

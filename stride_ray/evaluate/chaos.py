@@ -6,6 +6,7 @@ as a scheduler would. Every data file is then compared with the undisturbed run'
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -45,6 +46,7 @@ STAGES = {"shard": "blocks", "fit": "operators", "respond": "responses", "recove
 LIMIT, STRIKES, ABSENT = 900.0, 3, 5.0
 # The corpus: modules of the standard library, in pieces of so many letters; how often every prompt is asked.
 MODULES, PIECE, COPIES = ("difflib.py", "json/decoder.py", "json/encoder.py", "textwrap.py", "string.py"), 800, 8
+_ADDRESSES = itertools.count()
 _SUFFIXES = (".parquet", ".safetensors", ".jsonl")
 
 
@@ -88,7 +90,7 @@ def chaos(out: str, rounds: int, seed: int = 0) -> list[Round]:
     root.mkdir(parents=True, exist_ok=True)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(NODES)]
+        nodes = [_node(cluster) for _ in range(NODES)]
         environment = {**os.environ, "RAY_ADDRESS": cluster.address}
         os.environ["RAY_ADDRESS"] = cluster.address
         prepare(root)
@@ -109,6 +111,11 @@ def chaos(out: str, rounds: int, seed: int = 0) -> list[Round]:
     finally:
         os.environ.pop("RAY_ADDRESS", None)
         cluster.shutdown()
+
+
+def _node(cluster: Cluster) -> Any:
+    """A node more, at an address of its own: a driver works for the node of its address, and its is the head's."""
+    return cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{2 + next(_ADDRESSES) % 250}")
 
 
 def prepare(root: Path) -> None:
@@ -204,7 +211,7 @@ def _round(
         passed = time.monotonic() - began
         if back and passed > back[0]:
             back.pop(0)
-            nodes.append(cluster.add_node(num_cpus=1))
+            nodes.append(_node(cluster))
         if driver.poll() is not None:
             if driver.returncode == 0:
                 break
@@ -225,7 +232,7 @@ def _round(
         driver.kill()
     driver.wait()
     for _ in back:
-        nodes.append(cluster.add_node(num_cpus=1))
+        nodes.append(_node(cluster))
     files = data_files(folder)
     different = tuple(sorted({name for name, _ in files.items() ^ wanted.items()}))
     found = Round(tuple(strikes), drivers, time.monotonic() - began, different, failure)

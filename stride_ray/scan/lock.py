@@ -21,6 +21,28 @@ NAME = "scan.lock"
 SETTLE = 2.0
 
 
+def _machine() -> str:
+    """Where a process id means something: this boot of this machine, and on Linux the processes that it can see."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
+def _ended(held: dict[str, Any]) -> bool:
+    """Whether the owner was a process of this machine that is no more."""
+    if not _machine() or held.get("machine") != _machine():
+        return False
+    try:
+        os.kill(int(held["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, TypeError):
+        return False
+    return False
+
+
 class Lock:
     """A lock on a folder for the length of a ``with`` block.
 
@@ -47,11 +69,11 @@ class Lock:
             held = self._read()
             if held is None:
                 continue  # let go of in between
-            if held["expires"] > time.time():
+            if held["expires"] > time.time() and not _ended(held):
                 until = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(held["expires"]))
                 raise StrideError(
                     f"{self.store.name_of(NAME)} is held by {held['owner']} until {until} at the earliest: another "
-                    "scan is under way; wait for it."
+                    "scan is under way; wait for it (or, where that one was killed, until then)."
                 )
             self._take_away()
         raise StrideError(f"{self.store.name_of(NAME)} changes hands faster than it can be taken; try again.")
@@ -80,7 +102,8 @@ class Lock:
 
     def _record(self) -> bytes:
         now = time.time()
-        return json.dumps({"owner": self.owner, "since": now, "expires": now + self.lease}).encode()
+        told = {"owner": self.owner, "pid": os.getpid(), "machine": _machine(), "since": now}
+        return json.dumps({**told, "expires": now + self.lease}).encode()
 
     def _create(self) -> bool:
         """Make the file where there is none; whether it is ours."""
@@ -115,7 +138,7 @@ class Lock:
             return None
         try:
             held = self.store.read_json(NAME)
-            return {"owner": str(held["owner"]), "expires": float(held["expires"])}
+            return {**held, "owner": str(held["owner"]), "expires": float(held["expires"])}
         except (StrideError, KeyError, TypeError, ValueError):
             return {"owner": "nobody", "expires": 0.0} if self.store.exists(NAME) else None
 

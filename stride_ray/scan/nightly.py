@@ -65,10 +65,12 @@ def scan(
         raise StrideError(
             "No evaluation set is given; name a folder (--set-folder) or a file (--evaluation NAME=PATH)."
         )
-    if run.config.scan.influence and not controls:
+    given = len({item.key for each in controls for item in each.items})
+    if run.config.scan.influence and given < LEAST:
         raise StrideError(
-            f"The influence channel needs control items: give items like these that nobody has published (--control "
-            f"PATH; {LEAST} at the least, better hundreds), or leave the channel out (--set scan.influence=false)."
+            f"The influence channel needs control items, and {given} are given: name items like these that nobody has "
+            f"published (--control PATH; {LEAST} at the least, better hundreds), or leave the channel out "
+            "(--set scan.influence=false)."
         )
     store = Store(out)
     with Lock(store, 60 * run.config.scan.lease) as lock:

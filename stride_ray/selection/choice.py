@@ -247,6 +247,9 @@ def check_options(options: SelectConfig) -> None:
     sized = options.documents or options.tokens
     if not sized and options.drop == "none":
         raise StrideError("Say how much to take: select.documents, select.tokens, or what to drop with select.drop.")
+    for key, size in (("documents", options.documents), ("tokens", options.tokens)):
+        if size > 1 and size != int(size):
+            raise StrideError(f"select.{key} is {size:g}, neither a share below 1 nor a whole number.")
     if options.drop == "below" and options.by == "rank":
         raise StrideError("A rank has no threshold; use select.by = mean or share, or select.drop = bottom.")
     if options.drop == "bottom" and not 0 < options.drop_at < 1:

@@ -69,7 +69,8 @@ def fetched(url, folder):
     return {**data_files(folder / "run"), **chosen(folder / "run")}
 
 
-@pytest.mark.parametrize("server", ["swift", pytest.param("rclone", marks=pytest.mark.cluster)])
+@pytest.mark.cluster
+@pytest.mark.parametrize("server", ["swift", "rclone"])
 def test_a_run_in_a_bucket_has_the_bytes_of_a_local_one(parts, local, bucket, server, tmp_path):
     with bucket(server) as url:
         files = s3fs.S3FileSystem()

@@ -134,6 +134,7 @@ def test_what_is_wrong_with_a_store_is_a_sentence(bucket, server, monkeypatch):
             assert "another-one" not in str(caught.value)
 
 
+@pytest.mark.cluster
 def test_a_store_that_does_not_answer_ends_within_a_minute(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")

@@ -6,10 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
-import fsspec
-
 from stride_ray.errors import StrideError
-from stride_ray.storage import first_line
+from stride_ray.storage import file_system, first_line
 
 
 def local_model(path: str | Path) -> str:
@@ -34,7 +32,7 @@ def local_model(path: str | Path) -> str:
 def _fetched(url: str) -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stride_ray" / "models"
     try:
-        files, root = fsspec.core.url_to_fs(url)
+        files, root = file_system(url)
         found = {e["name"].rsplit("/", 1)[-1]: e for e in files.ls(root, detail=True) if e["type"] == "file"}
         if "config.json" not in found and not (found and url.endswith(".gguf")):
             raise StrideError(f"{url} is not a model folder: it has no config.json")

@@ -28,17 +28,16 @@ from stride_ray.errors import StrideError
 ROW_GROUP = 4096
 # Files of an object store that are deleted side by side.
 DELETES = 16
-
-
 # An object store that is too busy says so in bursts; boto's own few tries end within seconds.
 TRIES = 6
 
 
-def _options(url: str) -> dict[str, Any]:
-    """What a file system is opened with, by the URL's protocol."""
-    if url.startswith(("s3://", "s3a://")):
-        return {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": TRIES}}}
-    return {}
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path inside it; raises what fsspec and its packages do."""
+    retries = {"retries": {"mode": "standard", "total_max_attempts": TRIES}}
+    options = {"config_kwargs": retries} if url.startswith(("s3://", "s3a://")) else {}
+    # No cache of listings: another process's file would be missing from it.
+    return fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
 
 
 def safe_url(url: str) -> str:
@@ -59,8 +58,7 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = str(url).rstrip("/") or "/"
         try:
-            # No cache of listings: another process's file would be missing from it.
-            self.fs, self.root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **_options(self.url))
+            self.fs, self.root = file_system(self.url)
         except (ValueError, ImportError) as error:
             raise StrideError(f"{safe_url(self.url)} is not a path or URL that can be opened: {error}.") from None
         self.local = isinstance(self.fs, LocalFileSystem)

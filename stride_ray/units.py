@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from stride_ray.errors import StrideError
+from stride_ray.storage import file_system
 
 # ``Unit.stop`` of a unit that goes on to the end of its file.
 END = -1
@@ -128,7 +128,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     if url.startswith("file://") or ("://" not in url and ("::" not in url or os.path.lexists(url))):
         return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
     try:
-        return fsspec.core.url_to_fs(url)
+        return file_system(url)
     except (ValueError, ImportError) as error:
         raise StrideError(f"{shown(url)} is not a path or URL that can be opened ({told(error, url)}).") from None
     except Exception as error:  # some connect at once, and raise classes of their own

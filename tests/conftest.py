@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -140,9 +141,25 @@ def flags(options):
     return [part for key, value in pairs for part in ("--set", f"{key}={value}")]
 
 
+def verbs(run, queries, options):
+    """All stages of a run up to both answers, each as the command line has it."""
+    asked = ["--name", "asked"]
+    return [
+        ["shard", run, *flags(options)],
+        ["fit", run],
+        ["respond", run, "--queries", queries, *asked],
+        ["recover", run, *asked],
+        ["attribute", run, "--queries", queries, *asked, "--exact"],
+    ]
+
+
 def data_files(folder):
     """Name and bytes of every data file of a run: what must not depend on workers, faults or reruns."""
-    wanted = ("blocks/part-*", "operators/*.safetensors", "[re]*/*/*.parquet", "influence/*/*.parquet")
+    wanted = (
+        "blocks/part-*",
+        "operators/*.safetensors",
+        *(f"{stage}/*/*.parquet" for stage in ("responses", "influence", "exact")),
+    )
     return {str(p.relative_to(folder)): p.read_bytes() for pattern in wanted for p in sorted(folder.glob(pattern))}
 
 
@@ -163,7 +180,7 @@ def parts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def one_ray():
     """A local Ray that all tests share in which nothing is killed."""
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
@@ -291,6 +308,20 @@ def opened(browser, path, **options):
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(path.as_uri())
     return page, complaints
+
+
+def fits_a_telephone(browser, path, scheme):
+    """That a page is no wider than a telephone and light or dark as asked, without complaint; returns it."""
+    page, complaints = opened(browser, path, viewport={"width": 380, "height": 760}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    background, ink = page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+    )
+    assert (sum(map(int, re.findall(r"\d+", background))) > sum(map(int, re.findall(r"\d+", ink)))) == (
+        scheme == "light"
+    )
+    assert not complaints
+    return page
 
 
 def everything(blocks):

@@ -24,7 +24,7 @@ import sys
 import ray
 from stride_ray.cli import main
 
-ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
 folder, queries, *options = sys.argv[1:]
 asked = ["--name", "asked"]
 verbs = [["shard", folder, *options], ["fit", folder], ["respond", folder, "--queries", queries, *asked]]

@@ -56,7 +56,7 @@ import ray
 from stride_ray.evaluate.benchmark import read_benchmark
 from stride_ray.evaluate.retrain import retrain
 
-ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
+ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
 folder, recipe, out = sys.argv[1:]
 retrain(read_benchmark(folder), recipe, out, subsets=2, seeds=2)
 """

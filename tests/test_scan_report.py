@@ -6,7 +6,7 @@ import re
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from conftest import HOSTILE, opened
+from conftest import HOSTILE, fits_a_telephone, opened
 
 from stride_ray.report.scan import scan_page
 from stride_ray.scan.compare import difference
@@ -257,15 +257,7 @@ def test_in_a_browser_it_searches_sorts_and_runs_nothing_of_the_corpus(browser, 
 def test_on_a_telephone_nothing_sticks_out(browser, tmp_path, scheme):
     path = tmp_path / "page.html"
     path.write_text(scan_page(**night(30, 5)), "utf-8")
-    page, complaints = opened(browser, path, viewport={"width": 380, "height": 760}, color_scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 380
-    background, ink = page.evaluate(
-        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
-    )
-    assert (sum(map(int, re.findall(r"\d+", background))) > sum(map(int, re.findall(r"\d+", ink)))) == (
-        scheme == "light"
-    )
-    assert not complaints
+    fits_a_telephone(browser, path, scheme)
 
 
 @pytest.mark.parametrize(("findings", "asked"), [(0, True), (4, False)])

@@ -30,7 +30,7 @@ import sys
 import ray
 from stride_ray.cli import main
 
-ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
 sys.exit(main(["select", *sys.argv[1:]]))
 """
 

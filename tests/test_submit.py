@@ -4,11 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from conftest import data_files, documents, flags, run_plainly, settings, write_lines
+from conftest import data_files, documents, flags, run_plainly, settings, verbs, write_lines
 from ray.job_submission import JobStatus, JobSubmissionClient
 from servers import free_port
 from test_faults import kill_family
@@ -27,7 +28,16 @@ def client(tmp_path_factory):
     for name in ("stride_ray", "jobs"):
         shutil.copytree(ROOT / name, upload / name, ignore=shutil.ignore_patterns("__pycache__"))
     ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
+    # A folder of its own, short enough for a socket's name: the usual one tells every ray.init where this head is.
+    own = tempfile.mkdtemp(prefix="ray-")
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=2",
+        f"--temp-dir={own}",
+    ]
     command += ["--ray-client-server-port", str(free_port()), *(f"--{name}={port}" for name, port in ports.items())]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled"}  # else the head wants a token of its making
@@ -49,6 +59,7 @@ def client(tmp_path_factory):
     finally:
         head.terminate()
         kill_family(head)
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def submit(client, *words):
@@ -72,25 +83,14 @@ def local(parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("local") / "run"
     with pytest.MonkeyPatch.context() as patch:
         run_plainly(patch)
-        for command in chain(str(folder), parts):
-            assert main([command[0], *command[1:]]) == 0
+        for command in verbs(str(folder), str(parts.queries), settings(parts)):
+            assert main(command) == 0
     return data_files(folder)
-
-
-def chain(run, parts):
-    asked = ["--name", "asked"]
-    return [
-        ["shard", run, *flags(settings(parts))],
-        ["fit", run],
-        ["respond", run, "--queries", str(parts.queries), *asked],
-        ["recover", run, *asked],
-        ["attribute", run, "--queries", str(parts.queries), *asked, "--exact"],
-    ]
 
 
 def test_every_job_that_a_run_is_made_of(client, parts, local, tmp_path):
     run = tmp_path / "run"
-    for verb, *words in chain(str(run), parts):
+    for verb, *words in verbs(str(run), str(parts.queries), settings(parts)):
         status, logs = await_end(client, submit(client, f"jobs/{verb}.py", *words))
         assert status == JobStatus.SUCCEEDED, logs[-3000:]
     assert data_files(run) == local

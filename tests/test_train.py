@@ -227,7 +227,7 @@ def some_ray():
     """Whatever Ray is running, else one of this test's own."""
     ours = not ray.is_initialized()
     if ours:
-        ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+        ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
     yield
     if ours:
         ray.shutdown()

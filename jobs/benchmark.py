@@ -6,17 +6,20 @@ the same penalty and the same duality gap. It prints a table for people and one 
 `select` makes up influence tables of so many rows in a folder (kept: a second run only selects), ranks the documents
 that they name, chooses among them and writes the manifest, and prints seconds and peak memory.
 
+`respond` and `fit` time responses and passes over blocks on random weights of a model's shape, on CPU or GPU, beside
+what bounds them: plain matrix products, a loop through the whole model, a forward pass.
+
     python jobs/benchmark.py recover --blocks 1000000
     python jobs/benchmark.py select --rows 100000000 --folder /tmp/rows
+    python jobs/benchmark.py respond --shape 135m --subsets 1000 --dtype bfloat16 --device cuda
+    python jobs/benchmark.py fit --shape 286m --tokens 512 --blocks 256 --dtype bfloat16 --device cuda
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -29,35 +32,6 @@ if TYPE_CHECKING:
     from stride_ray.membership import Membership
 
 PLANTED = 50  # blocks with influence on each query
-
-
-def resident_bytes() -> int:
-    """Return the memory that this process holds now (0 where /proc is missing)."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
-def restart_peak() -> None:
-    """Make `peak_bytes` count from here; where the system does not allow that, it goes on counting from the start."""
-    gc.collect()
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass
-
-
-def peak_bytes() -> int:
-    """Return the most memory that this process held since `restart_peak`."""
-    try:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def planted_responses(membership: Membership, n_blocks: int, queries: int, noise: float, seed: int) -> NDArray:
@@ -101,6 +75,7 @@ def benchmark_recover(args: argparse.Namespace) -> int:
     from sklearn.linear_model import Lasso
     from threadpoolctl import threadpool_limits
 
+    from stride_ray.evaluate.memory import peak_bytes, resident_bytes, restart_peak
     from stride_ray.membership import Membership
     from stride_ray.recover import recover
 
@@ -203,6 +178,7 @@ def benchmark_select(args: argparse.Namespace) -> int:
     import tempfile
 
     from stride_ray.config import Config
+    from stride_ray.evaluate.memory import peak_bytes, resident_bytes, restart_peak
     from stride_ray.evaluate.rows import make_tables
     from stride_ray.selection.choice import Best, reasons, write_manifest
     from stride_ray.selection.ranking import Database, batches, rank_documents
@@ -243,6 +219,18 @@ def benchmark_select(args: argparse.Namespace) -> int:
     return 0 if summary["peak_bytes"] <= 2**31 else 1
 
 
+def benchmark_speed(args: argparse.Namespace) -> int:
+    """Time responses or passes over the pool; print what was found, a line each, and the JSON line."""
+    from stride_ray.evaluate.speed import Setting, measure_passes, measure_respond
+
+    given = {key: value for key, value in vars(args).items() if key not in ("command", "run")}
+    found = {"respond": measure_respond, "fit": measure_passes}[args.command](Setting(**given))
+    for name, value in found.items():
+        print(f"{name:24}{value}")
+    print(json.dumps(found))
+    return 0
+
+
 def main() -> int:
     """Parse the command line and run the benchmark asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -264,6 +252,19 @@ def main() -> int:
     command.add_argument("--by", default="rank", choices=("rank", "mean", "share"))
     command.add_argument("--folder", required=True, help="for the tables and what spills; some 3 GB for 1e8 rows")
     command.set_defaults(run=benchmark_select)
+    for name, what in (("respond", "responses, exact and linear"), ("fit", "passes over blocks")):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("--shape", default="small", choices=("small", "135m", "286m", "600m"), help="of the model")
+        command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+        command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
+        command.add_argument("--form", default="gate", choices=("gate", "matrix"), help="of the operators")
+        command.add_argument("--rank", type=int, default=16, help="r")
+        command.add_argument("--subsets", type=int, default=64, help="K")
+        command.add_argument("--tokens", type=int, default=128, help="in a query and in a block")
+        command.add_argument("--queries", type=int, default=4)
+        command.add_argument("--blocks", type=int, default=64)
+        command.add_argument("--batch-tokens", type=int, default=16384, help="in one forward")
+        command.set_defaults(run=benchmark_speed)
     args = parser.parse_args()
     # Before numpy is imported: its libraries read these once. Hence the imports inside the commands.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):

@@ -328,7 +328,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise StrideError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    where = _device(device)
+    where = device_of(device)
     local = local_model(path)
     folder, options = local, dict[str, Any]()
     if local.endswith(".gguf"):
@@ -348,7 +348,8 @@ def load_model(
     return SplitModel(model, split, str(path))
 
 
-def _device(device: str) -> torch.device:
+def device_of(device: str) -> torch.device:
+    """The device of that name, see ``load_model``; StrideError where this machine does not have it."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -40,13 +40,22 @@ from stride_ray.small import train_model, train_tokenizer
 
 NODE, WORKER, DRIVER = KINDS = ("node", "worker", "driver")
 NODES, NAME = 2, "asked"
+IDLE = "ray::IDLE"
 # Stages in order, by the folder whose being there says that the stage has begun.
-STAGES = {"shard": "blocks", "fit": "operators", "respond": "responses", "recover": "influence", "exact": "exact"}
-# Seconds that a round may take; strikes in one, at most; seconds until a removed node is replaced, at most.
-LIMIT, STRIKES, ABSENT = 900.0, 3, 5.0
+STAGES = {
+    "shard": "blocks",
+    "fit": "operators",
+    "respond": "responses",
+    "recover": "influence",
+    "curvature": "curvature",
+    "exact": "exact",
+    "select": "chosen",
+}
+# Seconds that a round may take; strikes in one, at most; seconds until a removed node is replaced, at most; seconds
+# from the file that a strike waits for to the strike, at most.
+LIMIT, STRIKES, ABSENT, DELAY = 900.0, 3, 5.0, 1.0
 # The corpus: modules of the standard library, in pieces of so many letters; how often every prompt is asked.
 MODULES, PIECE, COPIES = ("difflib.py", "json/decoder.py", "json/encoder.py", "textwrap.py", "string.py"), 800, 8
-_ADDRESSES = itertools.count()
 _SUFFIXES = (".parquet", ".safetensors", ".jsonl")
 
 
@@ -55,7 +64,7 @@ class Round:
     """One disturbed run.
 
     Attributes:
-        strikes: what was struck and in which stage, in order.
+        strikes: what was struck (node, driver, or the task or actor of a worker) and in which stage, in order.
         drivers: how many it took.
         seconds: from the first driver's start to the last one's end.
         different: data files that differ, are missing or are too many; empty is what is wanted.
@@ -88,34 +97,65 @@ def chaos(out: str, rounds: int, seed: int = 0) -> list[Round]:
     """
     root = Path(out).resolve()
     root.mkdir(parents=True, exist_ok=True)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = _Nodes()
     try:
-        nodes = [_node(cluster) for _ in range(NODES)]
-        environment = {**os.environ, "RAY_ADDRESS": cluster.address}
-        os.environ["RAY_ADDRESS"] = cluster.address
+        os.environ["RAY_ADDRESS"] = nodes.cluster.address
         prepare(root)
-        plain, seconds = root / "undisturbed", root / "undisturbed.seconds"
-        if not seconds.exists():
-            shutil.rmtree(plain, ignore_errors=True)
-            began = time.monotonic()
-            if _driver(root, plain, environment).wait(LIMIT):
-                raise StrideError(f"The undisturbed run failed; see {plain}.log.")
-            seconds.write_text(str(time.monotonic() - began))
-        wanted, length = data_files(plain), float(seconds.read_text())
+        plain = root / "undisturbed"
+        if not (plain / "chosen").exists() and _driver(root, plain).wait(LIMIT):
+            raise StrideError(f"The undisturbed run failed; see {plain}.log.")
         found = []
         for number in tqdm(range(rounds), desc="chaos", unit=" rounds", file=sys.stderr):
-            rng = random.Random(f"{seed}/{number}")
-            found.append(_round(root, root / f"round-{number:03d}", rng, length, wanted, cluster, nodes, environment))
+            found.append(_round(root, plain, root / f"round-{number:03d}", random.Random(f"{seed}/{number}"), nodes))
             tqdm.write(f"round {number}: {told(found[-1])}")
         return found
     finally:
         os.environ.pop("RAY_ADDRESS", None)
-        cluster.shutdown()
+        nodes.cluster.shutdown()
 
 
-def _node(cluster: Cluster) -> Any:
-    """A node more, at an address of its own: a driver works for the node of its address, and its is the head's."""
-    return cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{2 + next(_ADDRESSES) % 250}")
+class _Nodes:
+    """A cluster on this machine: a head that runs no work, and NODES nodes of one CPU each, which come and go.
+
+    Every node has an address of its own: a driver works for the node of its address, and its is the head's.
+    """
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self._addresses = (f"127.0.0.{2 + at % 250}" for at in itertools.count())
+        self._alive, self._back = list[Any](), list[float]()
+        for _ in range(NODES):
+            self._add()
+
+    def _add(self) -> None:
+        self._alive.append(self.cluster.add_node(num_cpus=1, node_ip_address=next(self._addresses)))
+
+    def replace(self, now: float = float("inf")) -> None:
+        """Add those nodes again whose time has come."""
+        while self._back and now > self._back[0]:
+            self._back.pop(0)
+            self._add()
+
+    def strike(self, kind: str, rng: random.Random, driver: subprocess.Popen[bytes], now: float) -> str:
+        """Kill one of the kind; returns what it was, or nothing where there is none."""
+        if kind == DRIVER:
+            driver.kill()
+            driver.wait()
+            return DRIVER
+        if kind == NODE:
+            if not self._alive:
+                return ""
+            self.cluster.remove_node(self._alive.pop(rng.randrange(len(self._alive))), allow_graceful=False)
+            self._back = sorted([*self._back, now + rng.uniform(0, ABSENT)])
+            return NODE
+        # Workers of this cluster are children of its raylets, which this process has started.
+        titled = [(_title(each), each) for each in psutil.Process().children(recursive=True)]
+        busy = [(title, each) for title, each in titled if title.startswith("ray::") and not title.startswith(IDLE)]
+        if not busy:
+            return ""
+        title, process = rng.choice(busy)
+        process.kill()
+        return title.removeprefix("ray::").split("(")[0].split()[0]
 
 
 def prepare(root: Path) -> None:
@@ -182,59 +222,51 @@ def counted(rounds: list[Round]) -> dict[str, int]:
     return dict(sorted(Counter(f"{kind} in {stage}" for each in rounds for kind, stage in each.strikes).items()))
 
 
-def _driver(root: Path, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def _driver(root: Path, folder: Path) -> subprocess.Popen[bytes]:
     code = "import sys; from stride_ray.evaluate.chaos import drive; drive(*sys.argv[1:])"
     with open(f"{folder}.log", "ab") as log:
         command = [sys.executable, "-c", code, str(root), str(folder)]
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
-def _round(
-    root: Path,
-    folder: Path,
-    rng: random.Random,
-    length: float,
-    wanted: dict[str, str],
-    cluster: Cluster,
-    nodes: list[Any],
-    environment: dict[str, str],
-) -> Round:
-    """Start the driver, strike at the drawn moments, start it again where it died, compare."""
+def _round(root: Path, plain: Path, folder: Path, rng: random.Random, nodes: _Nodes) -> Round:
+    """Start the driver, strike at the drawn moments, start it again where it died, compare with the plain run."""
     shutil.rmtree(folder, ignore_errors=True)
     Path(f"{folder}.log").unlink(missing_ok=True)
-    moments = sorted(rng.uniform(0, length) for _ in range(rng.randint(1, STRIKES)))
+    # A moment is a stage's so many files and a little later: time depends on what else the machine does.
+    stages = sorted(rng.choices(range(len(STAGES)), k=rng.randint(1, STRIKES)))
+    folders = [[*STAGES.values()][at] for at in stages]
+    moments = [(each, rng.randrange(_written(plain / each))) for each in folders]
     if rng.random() < 0.5:
         moments.append(moments[-1])  # twice in a row
-    began, driver, drivers, strikes, failure = time.monotonic(), _driver(root, folder, environment), 1, [], ""
-    back = list[float]()  # when removed nodes are replaced
+    began, driver, drivers, strikes, failure = time.monotonic(), _driver(root, folder), 1, [], ""
+    due: float | None = None
     while not failure:
         passed = time.monotonic() - began
-        if back and passed > back[0]:
-            back.pop(0)
-            nodes.append(_node(cluster))
+        nodes.replace(passed)
         if driver.poll() is not None:
             if driver.returncode == 0:
                 break
             if driver.returncode > 0:
                 failure = f"the driver ended with {driver.returncode}, see {folder}.log"
-            driver, drivers = _driver(root, folder, environment), drivers + 1
-        if moments and passed > moments[0]:
-            moments.pop(0)
-            kind = rng.choice(KINDS)
-            if _strike(kind, rng, driver, cluster, nodes):
-                strikes.append((kind, _stage(folder)))
-            if kind == NODE and len(nodes) + len(back) < NODES:
-                back.append(passed + rng.uniform(0, ABSENT))
+            driver, drivers = _driver(root, folder), drivers + 1
+        if moments and due is None and _reached(folder, *moments[0]):
+            due = passed + rng.uniform(0, DELAY)
+        if due is not None and passed > due:
+            stage = _stage(folder)
+            if struck := nodes.strike(rng.choice(KINDS), rng, driver, passed):
+                strikes.append((struck, stage))
+                moments.pop(0)
+                due = None
         if passed > LIMIT:
             failure = f"it did not end within {LIMIT:.0f} s, see {folder}.log"
         time.sleep(0.02)
     if driver.poll() is None:
         driver.kill()
     driver.wait()
-    for _ in back:
-        nodes.append(_node(cluster))
+    nodes.replace()
     files = data_files(folder)
-    different = tuple(sorted({name for name, _ in files.items() ^ wanted.items()}))
+    different = tuple(sorted({name for name, _ in files.items() ^ data_files(plain).items()}))
     found = Round(tuple(strikes), drivers, time.monotonic() - began, different, failure)
     if found.equal:
         shutil.rmtree(folder)
@@ -242,24 +274,12 @@ def _round(
     return found
 
 
-def _strike(kind: str, rng: random.Random, driver: subprocess.Popen[bytes], cluster: Cluster, nodes: list[Any]) -> bool:
-    """Kill one; False where there is none of the kind."""
-    if kind == DRIVER:
-        driver.kill()
-        driver.wait()
-        return True
-    if kind == NODE:
-        if not nodes:
-            return False
-        cluster.remove_node(nodes.pop(rng.randrange(len(nodes))), allow_graceful=False)
-        return True
-    # Workers of this cluster are children of its raylets, which this process has started.
-    mine = psutil.Process().children(recursive=True)
-    busy = [each for each in mine if _title(each).startswith("ray::") and "IDLE" not in _title(each)]
-    if not busy:
-        return False
-    rng.choice(busy).kill()
-    return True
+def _written(folder: Path) -> int:
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
+def _reached(folder: Path, stage: str, files: int) -> bool:
+    return (folder / stage).exists() and _written(folder / stage) >= files
 
 
 def _title(process: psutil.Process) -> str:
@@ -271,6 +291,4 @@ def _title(process: psutil.Process) -> str:
 
 def _stage(folder: Path) -> str:
     begun = [stage for stage, name in STAGES.items() if (folder / name).exists()]
-    if (folder / "chosen").exists():
-        return "select"
     return begun[-1] if begun else "start"

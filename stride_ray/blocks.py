@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
 
 def fixed_lists(column: pa.ChunkedArray | pa.Array, width: int, missing: Any) -> np.ndarray:
-    """A column of fixed-size lists as an (n, width) array; null lists are filled with ``missing``."""
+    """A column of lists of ``width`` values as an (n, width) array; null lists are filled with ``missing``."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     valid = np.asarray(array.is_valid())
     values = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)

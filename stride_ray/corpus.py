@@ -97,7 +97,8 @@ def block_schema(block_tokens: int, ordinals: bool = True) -> pa.Schema:
         pa.field("source", pa.string(), nullable=False),
         pa.field("spans", pa.list_(_SPAN), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32(), block_tokens), nullable=False),
-        pa.field("loss_mask", pa.list_(pa.bool_(), block_tokens)),
+        # Not of fixed size: a null among lists of fixed size is more than most readers of Parquet can bear.
+        pa.field("loss_mask", pa.list_(pa.bool_())),
     ]
     return pa.schema([column for column in columns if ordinals or column.name != "ordinal"])
 
@@ -259,13 +260,17 @@ def _batch(spans: Sequence[Sequence[_Span]], ids: npt.NDArray[np.int32], mask: n
         ],
         fields=list(_SPAN),
     )
+    whole = mask.all(axis=1)
     columns = {
         "block_id": pa.array([block_id(b[0].source, b[0].document_id, b[0].start) for b in spans], pa.uint64()),
         "source": pa.array([max(block, key=lambda span: span.length).source for block in spans], pa.string()),
         "spans": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), members, type=schema.field("spans").type),
         "token_ids": pa.FixedSizeListArray.from_arrays(pa.array(ids), type=schema.field("token_ids").type),
-        "loss_mask": pa.FixedSizeListArray.from_arrays(
-            pa.array(mask.ravel()), type=schema.field("loss_mask").type, mask=pa.array(mask.all(axis=1))
+        "loss_mask": pa.ListArray.from_arrays(
+            pa.array(np.cumsum([0, *np.where(whole, 0, mask.shape[1])]), pa.int32()),
+            pa.array(mask[~whole].ravel()),
+            type=schema.field("loss_mask").type,
+            mask=pa.array(whole),
         ),
     }
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)

@@ -255,6 +255,11 @@ def _told(error: BaseException) -> BaseException:
         )
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return StrideError(f"Ray killed workers for lack of memory; lower compute.workers. {first_line(error)}")
+    if isinstance(error, ray.exceptions.LocalRayletDiedError):
+        return StrideError(
+            "Ray on the node that this command runs on has ended; run the same command again on a node that is up: "
+            "what is done is kept."
+        )
     return error
 
 

@@ -26,12 +26,12 @@ UNIT = 16
 
 
 def response_schema(subsets: int) -> pa.Schema:
-    """Schema of responses/<name>/part-*.parquet; responses are nats (exact) or inner products of J (linear)."""
+    """Schema of responses/<name>/part-*.parquet; a response is nats (exact), inner products of J (linear) or nan."""
     return pa.schema(
         [
             pa.field("query_id", pa.string(), nullable=False),
             pa.field("base_loss", pa.float32()),
-            pa.field("response", pa.list_(pa.float32(), subsets)),
+            pa.field("response", pa.list_(pa.float32(), subsets), nullable=False),
             pa.field("status", pa.string(), nullable=False),
             pa.field("error", pa.string()),
         ]
@@ -103,7 +103,8 @@ class Responder:
         started = time.monotonic()
         index, start = unit
         rows = self.queries.slice(start, UNIT).to_pylist()
-        answers = [checked(self.model, row) for row in rows]
+        unknown = np.full(len(self.operators.A), np.nan, np.float32)
+        answers = [{**checked(self.model, row), "response": unknown} for row in rows]
         if self.mode == "linear":
             self._linear(rows, answers)
         else:
@@ -147,5 +148,5 @@ def read_responses(store: Store, part: int) -> tuple[list[dict[str, Any]], np.nd
     """One part of a response folder: its rows without the vectors, and the vectors (rows, K) float32 (0 if failed)."""
     table = store.read_table(f"part-{part:05d}.parquet")
     width = table.schema.field("response").type.list_size
-    responses = fixed_lists(table["response"], width, np.float32(0))
+    responses = np.nan_to_num(fixed_lists(table["response"], width, np.nan))
     return table.drop_columns(["response"]).to_pylist(), responses

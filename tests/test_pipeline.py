@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import QUERIES, data_files, documents, flags, settings, write_lines
@@ -265,3 +266,12 @@ def test_a_job_exits_with_the_stages_status(finished, tmp_path):
     done = subprocess.run([sys.executable, JOBS / "fit.py", tmp_path], capture_output=True, text=True, timeout=120)
     assert (done.returncode, "stride-ray shard" in done.stderr) == (1, True)
     assert "Traceback" not in done.stderr
+
+
+def test_older_readers_of_parquet_can_read_every_table(finished):
+    """A null in a list of fixed size can be written by any Arrow, and read by none before 26."""
+    tables = sorted(Path(finished.run.url).rglob("*.parquet"))
+    assert len(tables) > 4
+    for path in tables:
+        for field in pq.read_schema(path):
+            assert not (pa.types.is_fixed_size_list(field.type) and field.nullable), f"{path.name}: {field.name}"

@@ -40,7 +40,8 @@ from stride_ray.small import train_model, train_tokenizer
 
 NODE, WORKER, DRIVER = KINDS = ("node", "worker", "driver")
 NODES, NAME = 2, "asked"
-IDLE = "ray::IDLE"
+# Ray's processes that do no work: idle workers, and agents, without which a node ends.
+IDLE = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 # Stages in order, by the folder whose being there says that the stage has begun.
 STAGES = {
     "shard": "blocks",

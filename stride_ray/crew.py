@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from stride_ray import metrics
 from stride_ray.distribute import PATIENCE, RETRIES, Pool, Unit, Worker, ready_of, result_of, settle, wrapped
 
 # Units an actor holds: the next one is there when the first is done.
@@ -80,6 +81,7 @@ class Crew:
                 except ray.exceptions.ActorUnavailableError:
                     # Its node is lost, and Ray does not know that yet: no fault of the unit's.
                     waiting.append(at)
+                    metrics.refused()
                     time.sleep(BREATH)
                     continue
                 since = time.monotonic()

@@ -23,6 +23,7 @@ from ray._private import state as ray_state
 from ray._private.grpc_utils import init_grpc_channel
 from tqdm import tqdm
 
+from stride_ray import metrics
 from stride_ray.config import ComputeConfig
 from stride_ray.errors import StrideError
 from stride_ray.storage import first_line
@@ -280,5 +281,6 @@ def progress(
     with tqdm(total=total, desc=label, unit=f" {unit}", mininterval=interval, file=sys.stderr, smoothing=0.1) as bar:
         for result in results:
             collected.append(result)
+            metrics.report(label, result)
             bar.update(count(result))
     return collected

@@ -1,0 +1,101 @@
+"""Submit a job to a Ray cluster, show its log, and end with its exit status: what a schedule runs every night.
+
+`ray job submit` ends with 1 for a job that failed, whatever its status, and with 0 for one that was stopped. This ends
+with the job's own status (`jobs/scan.py`: 2 says that there are new findings), with 130 for a stopped job, and stops
+the job when it is itself told to stop (SIGTERM). A job that was lost with its driver's node is submitted again, and
+goes on where it was.
+
+    python jobs/submit.py --address http://head:8265 -- python /opt/stride_ray/jobs/scan.py s3://bucket/run --out …
+
+Everything that `ray job submit` reads from the environment holds here: RAY_API_SERVER_ADDRESS, RAY_AUTH_MODE,
+RAY_AUTH_TOKEN.
+"""
+
+import argparse
+import asyncio
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from stride_ray.cli import exit_status
+from stride_ray.errors import StrideError
+
+# Seconds between looks at a job; until a head that does not answer is given up.
+LOOK, SILENCE = 2.0, 600.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, submit, follow; returns the job's exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--address", default=None, metavar="URL", help="of the Jobs API, as http://head:8265")
+    parser.add_argument("--working-dir", default=None, metavar="DIR", help="uploaded; the job starts in it")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the job; repeatable")
+    parser.add_argument("--tries", type=int, default=3, help="of a job that is lost with its node (default: 3)")
+    parser.add_argument("command", nargs="+", help="after --")
+    parsed = parser.parse_args(arguments)
+    return exit_status("submit", lambda: _submit(parsed))
+
+
+def _submit(parsed: argparse.Namespace) -> int:
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    pairs = [text.partition("=") for text in parsed.env]
+    if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
+        raise StrideError(f"--env {wrong[0]!r} is no NAME=VALUE.")
+    environment: dict[str, Any] = {"env_vars": {name: value for name, _, value in pairs}}
+    if parsed.working_dir:
+        environment["working_dir"] = parsed.working_dir
+    try:
+        client = JobSubmissionClient(parsed.address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StrideError(f"No Jobs API answers at {parsed.address or 'RAY_API_SERVER_ADDRESS'}: {error}.") from None
+    signal.signal(signal.SIGTERM, _stop)
+    for left in reversed(range(parsed.tries)):
+        job = client.submit_job(entrypoint=shlex.join(parsed.command), runtime_env=environment)
+        print(f"submitted {job}", file=sys.stderr)
+        try:
+            _follow(client, job)
+        except KeyboardInterrupt:
+            client.stop_job(job)
+            raise
+        found = client.get_job_info(job)
+        if found.status == JobStatus.SUCCEEDED:
+            return 0
+        if found.status == JobStatus.STOPPED:
+            print(f"submit: {job} was stopped", file=sys.stderr)
+            return 130
+        if found.driver_exit_code is not None and found.driver_exit_code > 0:
+            return int(found.driver_exit_code)
+        print(f"submit: {job} was lost ({found.message}); {left} tries left", file=sys.stderr)
+    return 1
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _follow(client: Any, job: str) -> None:
+    """Print the job's log until the job has ended."""
+
+    async def tail() -> None:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+
+    since = time.monotonic()
+    while True:
+        try:
+            asyncio.run(tail())
+            if client.get_job_status(job).is_terminal():
+                return
+            since = time.monotonic()
+        except (ConnectionError, RuntimeError) as error:
+            if time.monotonic() - since > SILENCE:
+                raise StrideError(f"The head has not answered for {SILENCE:.0f} s: {error}.") from None
+        time.sleep(LOOK)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

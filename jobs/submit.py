@@ -2,8 +2,8 @@
 
 `ray job submit` ends with 1 for a job that failed, whatever its status, and with 0 for one that was stopped. This ends
 with the job's own status (`jobs/scan.py`: 2 says that there are new findings), with 130 for a stopped job, and stops
-the job when it is itself told to stop (SIGTERM). A job that was lost with its driver's node is submitted again, and
-goes on where it was.
+the job when it is itself told to stop (SIGTERM). A job that was lost with its driver's node, or whose driver was
+killed, is submitted again, and goes on where it was.
 
     python jobs/submit.py --address http://head:8265 -- python /opt/stride_ray/jobs/scan.py s3://bucket/run --out …
 
@@ -25,6 +25,8 @@ from stride_ray.errors import StrideError
 
 # Seconds between looks at a job; until a head that does not answer is given up.
 LOOK, SILENCE = 2.0, 600.0
+# What a shell makes of a driver that a signal ended, 128 and more: lost, but for an interrupt.
+KILLED, INTERRUPTED = 128, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,9 +68,10 @@ def _submit(parsed: argparse.Namespace) -> int:
             return 0
         if found.status == JobStatus.STOPPED:
             print(f"submit: {job} was stopped", file=sys.stderr)
-            return 130
-        if found.driver_exit_code is not None and found.driver_exit_code > 0:
-            return int(found.driver_exit_code)
+            return INTERRUPTED
+        code = found.driver_exit_code
+        if code is not None and (0 < code < KILLED or code == INTERRUPTED):
+            return int(code)
         print(f"submit: {job} was lost ({found.message}); {left} tries left", file=sys.stderr)
     return 1
 

@@ -150,3 +150,59 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(client, parts, tmp_pat
         run_plainly(patch)
         assert main(["shard", str(tmp_path / "plain"), *flags(options)]) == 0
     assert data_files(tmp_path / "run") == data_files(tmp_path / "plain")
+
+
+def nightly(client, *words):
+    """jobs/submit.py, as a schedule runs it."""
+    made, upload = client
+    command = [
+        sys.executable,
+        str(ROOT / "jobs" / "submit.py"),
+        "--address",
+        made.get_address(),
+        "--working-dir",
+        upload,
+    ]
+    return subprocess.Popen(
+        [*command, "--env", "HF_HUB_OFFLINE=1", "--", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )
+
+
+@pytest.mark.parametrize("status", [0, 2, 7])
+def test_the_submitter_ends_with_the_status_of_the_job(client, status):
+    done = nightly(client, "python", "-c", f"print('seen by all'); raise SystemExit({status})")
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == status, err
+    assert "seen by all" in out
+
+
+def test_the_submitter_stops_its_job_when_it_is_told_to_stop(client):
+    watcher = nightly(client, "python", "-c", "import time; print('begun', flush=True); time.sleep(300)")
+    assert any("begun" in line for line in watcher.stdout)
+    watcher.terminate()
+    _, err = watcher.communicate(timeout=60)
+    assert watcher.returncode == 130, err
+    (job,) = [word for word in err.split() if word.startswith("raysubmit_")][:1]
+    assert await_end(client, job)[0] == JobStatus.STOPPED
+
+
+def test_the_submitter_submits_a_lost_job_again(client, tmp_path):
+    once = "import os, pathlib, signal; seen = pathlib.Path('{}'); first = not seen.exists(); seen.touch(); "
+    once += "os.kill(os.getpid(), signal.SIGKILL) if first else print('second try')"
+    done = nightly(client, "python", "-c", once.format(tmp_path / "seen"))
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    assert "second try" in out
+    assert "2 tries left" in err
+
+
+def test_the_submitter_tells_a_wrong_address():
+    command = [sys.executable, str(ROOT / "jobs" / "submit.py"), "--address", f"http://127.0.0.1:{free_port()}"]
+    done = subprocess.run([*command, "--", "true"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "No Jobs API answers at http://127.0.0.1" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -137,7 +137,7 @@ def fingerprint(table: pa.Table) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_name(name: str) -> None:
-    """Refuse what cannot be a query set's folder."""
+def check_name(name: str, of: str = "query set") -> None:
+    """Refuse what cannot be a folder's name, of a query set or of a night."""
     if not name or "/" in name or name.startswith((".", "_")):
-        raise StrideError(f"{name!r} is no name for a query set; use letters, digits, '-' and '_'.")
+        raise StrideError(f"{name!r} is no name for a {of}; use letters, digits, '-' and '_'.")

@@ -72,6 +72,7 @@ class Store:
 
     def child(self, name: str) -> "Store":
         """The folder ``name`` below this one (it need not exist)."""
+        self._refuse_above(name)
         return Store(f"{self.url}/{name}")
 
     def name_of(self, name: str) -> str:
@@ -79,8 +80,17 @@ class Store:
         return f"{safe_url(self.url)}/{name}"
 
     def path(self, name: str) -> str:
-        """The path of ``name`` as the file system itself wants it."""
+        """The path of ``name`` as the file system itself wants it.
+
+        Raises:
+            StrideError: the name leads out of the folder; names may come from an input's archive or listing.
+        """
+        self._refuse_above(name)
         return f"{self.root}/{name}"
+
+    def _refuse_above(self, name: str) -> None:
+        if ".." in name.replace("\\", "/").split("/"):
+            raise StrideError(f"{name!r} leads out of {safe_url(self.url)}; rename it in the input.")
 
     def exists(self, name: str) -> bool:
         """Whether a file of that name is there."""

@@ -14,6 +14,7 @@ import pyarrow as pa
 from stride_ray.config import digest
 from stride_ray.documents import resolve_columns
 from stride_ray.errors import StrideError
+from stride_ray.queries import check_name
 from stride_ray.report.scan import scan_page
 from stride_ray.run import Run, Stage
 from stride_ray.scan.compare import Difference, difference
@@ -61,6 +62,8 @@ def scan(
             night stays in place.
     """
     check_names([*sets, *controls])
+    if night:
+        check_name(night, "night")
     if not sets:
         raise StrideError(
             "No evaluation set is given; name a folder (--set-folder) or a file (--evaluation NAME=PATH)."

@@ -1,0 +1,147 @@
+"""Nothing that comes from storage is run, leaves its folder, or carries a secret into a file."""
+
+import ast
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import data_files, settings
+from safetensors.torch import load_file
+
+from stride_ray.attribute import attribute
+from stride_ray.cli import main
+from stride_ray.errors import StrideError
+from stride_ray.model import load_model
+from stride_ray.run import Run
+from stride_ray.shard import shard
+from stride_ray.storage import Store
+from stride_ray.tokens import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+# What runs code that it reads, or may.
+REFUSED = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
+CODE = "import pathlib; pathlib.Path({!r}).touch()\n"
+
+
+class Bomb:
+    """What touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def calls(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("stride_ray/**/*.py"), *ROOT.glob("jobs/*.py")]), ids=lambda p: p.name
+)
+def test_no_source_unpickles_or_evaluates(path):
+    tree = ast.parse(path.read_text())
+    imported = {
+        alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    }
+    imported |= {(node.module or "").split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not imported & REFUSED
+    for name, keywords in calls(tree):
+        assert name not in ("eval", "exec", "yaml.load", "yaml.unsafe_load", "os.system"), name
+        if name == "torch.load":
+            assert ast.unparse(keywords["weights_only"]) == "True"
+        if name == "np.load":
+            assert ast.unparse(keywords["allow_pickle"]) == "False"
+        assert ast.unparse(keywords.get("shell", ast.Constant(False))) == "False", name
+
+
+def test_pickled_weights_are_not_run(parts, tmp_path):
+    folder, made = tmp_path / "model", tmp_path / "made"
+    shutil.copytree(parts.model, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({**weights, "bomb": Bomb(str(made))}, folder / "pytorch_model.bin")
+    with pytest.raises(StrideError):
+        load_model(folder, device="cpu")
+    assert not made.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert made.exists()  # it would have gone off
+
+
+@pytest.fixture
+def with_code(parts, tmp_path):
+    """A model folder that names classes of its own, and the file that shows that they were looked for."""
+    folder, made = tmp_path / "model", tmp_path / "made"
+    shutil.copytree(parts.model, folder)
+    (folder / "own.py").write_text(CODE.format(str(made)))
+
+    def change(name, facts):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+    change("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}})
+    change("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.T", None]}})
+    return folder, made
+
+
+def test_code_that_comes_with_a_model_is_not_run(with_code):
+    folder, made = with_code
+    with pytest.raises(StrideError):
+        load_model(folder, device="cpu")
+    with contextlib.suppress(StrideError):  # the library's own class may read it all the same
+        load_tokenizer(str(folder))
+    assert not made.exists()
+
+
+def test_code_that_comes_with_a_model_is_run_if_asked(with_code):
+    folder, made = with_code
+    with pytest.raises(StrideError):  # there is no class of that name in it
+        load_model(folder, device="cpu", trust_remote_code=True)
+    assert made.exists()
+
+
+@pytest.mark.parametrize("name", ["../up.json", "a/../../up.json", "..", "..\\up.json"])
+def test_no_name_leads_out_of_a_folder(tmp_path, name):
+    store = Store(str(tmp_path / "run"))
+    for attempt in (lambda: store.write(name, b"x"), lambda: store.read(name), lambda: store.child(name)):
+        with pytest.raises(StrideError, match="leads out of"):
+            attempt()
+    assert not (tmp_path / "up.json").exists()
+
+
+@pytest.mark.parametrize("name", ["../other", "..", "a/b", ".hidden"])
+def test_no_query_set_and_no_night_leads_out_of_its_folder(finished, parts, tmp_path, name, capsys):
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"question": "whose quokka sold seven umbrellas", "answer": "x"}\n')
+    scan = ["scan", finished.run.url, "--evaluation", str(items), "--out", str(tmp_path / "scans"), "--night", name]
+    for command in (
+        ["attribute", finished.run.url, "--queries", str(parts.queries), "--name", name],
+        [*scan, "--set", "scan.influence=false"],
+    ):
+        assert main(command) == 1
+        assert repr(name) in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_no_secret_of_the_environment_or_of_a_url_is_written(parts, tmp_path, monkeypatch, capfd, plain):
+    secrets = {"AWS_SECRET_ACCESS_KEY": "sesame-1", "HF_TOKEN": "sesame-2", "RAY_AUTH_TOKEN": "sesame-3"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    corpus = f"ftp://me:sesame-4@localhost:1{parts.corpus}"
+    run = Run(str(tmp_path / "run"), changes=settings(parts, attribute__mode="exact"))
+    shard(run)
+    attribute(run, str(parts.queries), "asked")
+    with pytest.raises(StrideError) as told:
+        shard(Run(str(tmp_path / "other"), changes={**settings(parts), "corpus.input": [corpus + "?sig=sesame-5"]}))
+    said = capfd.readouterr()
+    assert "sesame" not in said.out + said.err + str(told.value)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(data_files(tmp_path / "run")) > 3
+    assert not [path for path in written if b"sesame" in path.read_bytes()]

@@ -95,14 +95,14 @@ def _stages(run: Run, root: Path, began: float) -> dict[str, Any]:
     return summary
 
 
-def settings(root: Path) -> dict[str, Any]:
-    """The quickstart's options, all others at their defaults."""
+def settings(root: Path | str) -> dict[str, Any]:
+    """The quickstart's options, all others at their defaults; what it works on lies under ``root``, a path or URL."""
     return {
-        "corpus.input": [str(root / "corpus")],
-        "corpus.tokenizer": str(root / "tokenizer"),
+        "corpus.input": [f"{root}/corpus"],
+        "corpus.tokenizer": f"{root}/tokenizer",
         "corpus.block_tokens": BLOCK_TOKENS,
         "corpus.shard_mb": 0.5,
-        "model.path": str(root / "model"),
+        "model.path": f"{root}/model",
     }
 
 

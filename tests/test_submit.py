@@ -1,6 +1,7 @@
 """Every script of jobs/ through Ray's Jobs API: status, logs, exit status; a stopped job goes on when resubmitted."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,26 @@ def test_every_job_that_a_run_is_made_of(client, parts, local, tmp_path):
         status, logs = await_end(client, submit(client, f"jobs/{name}.py", *words))
         assert wanted in logs, logs[-3000:]
         assert status == (JobStatus.FAILED if name == "plant" else JobStatus.SUCCEEDED)
+
+
+def test_the_commands_of_the_readme(client, parts, tmp_path):
+    made, upload = client
+    (snippet,) = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    for name in ("corpus", "model", "queries.jsonl"):
+        (bucket / name).symlink_to(parts.root / name)
+    assert "http://127.0.0.1:8265" in snippet
+    snippet = snippet.replace("http://127.0.0.1:8265", made.get_address()).replace("s3://BUCKET", str(bucket))
+    snippet = snippet.replace("--input", "--block-tokens 32 --input")  # the tiny model has room for no more
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(
+        ["bash", "-euc", snippet], cwd=upload, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "Page:" in done.stdout
+    assert list((bucket / "chosen/data").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,14 @@ that they name, chooses among them and writes the manifest, and prints seconds a
 `respond` and `fit` time responses and passes over blocks on random weights of a model's shape, on CPU or GPU, beside
 what bounds them: plain matrix products, a loop through the whole model, a forward pass.
 
+`scale` runs all stages on made-up text at several sizes: seconds and memory per stage, how they grow, and what
+`stride-ray plan` foretold from the smallest. `shard` stands beside datasets.map with the same tokenizer.
+
     python jobs/benchmark.py recover --blocks 1000000
+    python jobs/benchmark.py recover --blocks 100000000 --baseline-queries 0
     python jobs/benchmark.py select --rows 100000000 --folder /tmp/rows
+    python jobs/benchmark.py scale --blocks 1e4,1e5,1e6 --folder /tmp/scale
+    python jobs/benchmark.py shard --blocks 1e6 --folder /tmp/scale
     python jobs/benchmark.py respond --shape 135m --subsets 1000 --dtype bfloat16 --device cuda
     python jobs/benchmark.py fit --shape 286m --tokens 512 --blocks 256 --dtype bfloat16 --device cuda
 """
@@ -69,8 +75,10 @@ def benchmark_recover(args: argparse.Namespace) -> int:
     try:
         import celer
     except ImportError:
-        print("celer is not installed, so there is nothing to compare with: pip install stride-ray[benchmark]")
-        return 2
+        celer = None
+        if args.baseline_queries:
+            print("celer is not installed, so there is nothing to compare with: pip install stride-ray[benchmark]")
+            return 2
     import numpy as np
     from sklearn.linear_model import Lasso
     from threadpoolctl import threadpool_limits
@@ -102,6 +110,8 @@ def benchmark_recover(args: argparse.Namespace) -> int:
         )
         id_bytes = N * args.degree * membership.dtype.itemsize
         rows[0]["above_M"] = rows[0]["grown"] - (id_bytes if id_bytes <= 256 << 20 else 0)
+        if not baseline:
+            return _alone(args, rows[0], recovered)
         M = membership.matrix(0, N)
         for q in range(baseline):
             y = responses[q]
@@ -173,6 +183,28 @@ def benchmark_recover(args: argparse.Namespace) -> int:
     return 0
 
 
+def _alone(args: argparse.Namespace, row: dict[str, Any], recovered: list[Any]) -> int:
+    """What is printed where no other solver could hold the problem."""
+    import numpy as np
+
+    found = {
+        "blocks": args.blocks,
+        "subsets": args.subsets,
+        "degree": args.degree,
+        "queries": args.queries,
+        "seconds_per_query": row["seconds"],
+        "largest_gap": max(each.gap for each in recovered),
+        "median_rounds": float(np.median([each.rounds for each in recovered])),
+        "median_active": float(np.median([len(each.weights) for each in recovered])),
+        "peak_bytes": row["peak"],
+        "bytes_grown": row["grown"],
+    }
+    for name, value in found.items():
+        print(f"{name:20}{value}")
+    print(json.dumps(found))
+    return 0
+
+
 def benchmark_select(args: argparse.Namespace) -> int:
     """Rank and choose among made-up documents; print a line for people and the JSON line."""
     import tempfile
@@ -231,6 +263,28 @@ def benchmark_speed(args: argparse.Namespace) -> int:
     return 0
 
 
+def benchmark_scale(args: argparse.Namespace) -> int:
+    """Run the pipeline at several sizes; print the table and the JSON line."""
+    from stride_ray.evaluate.scale import measure, table
+
+    found = measure(args.folder, [int(float(size)) for size in args.blocks.split(",")])
+    print(table(found))
+    print(json.dumps(found))
+    return 0
+
+
+def benchmark_shard(args: argparse.Namespace) -> int:
+    """Shard beside datasets.map; print a line each and the JSON line."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many cores as workers, not more
+    from stride_ray.evaluate.scale import measure_shard
+
+    found = measure_shard(args.folder, args.blocks, args.workers)
+    for name, rate in found["tokens_per_second"].items():
+        print(f"{name:12}{rate:>14,.0f} tokens a second")
+    print(json.dumps(found))
+    return 0
+
+
 def main() -> int:
     """Parse the command line and run the benchmark asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,7 +294,9 @@ def main() -> int:
     command.add_argument("--subsets", type=int, default=1000, help="K")
     command.add_argument("--degree", type=int, default=10, help="d")
     command.add_argument("--queries", type=int, default=64, help="queries that ours solves")
-    command.add_argument("--baseline-queries", type=int, default=2, help="of those, queries that the others solve")
+    command.add_argument(
+        "--baseline-queries", type=int, default=2, help="of those, that the others solve, who hold M; 0: none"
+    )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--ratio", type=float, default=0.195, help="λ/λ_max; the default leaves about 55 active")
     command.add_argument("--noise", type=float, default=0.3, help="sd of the noise over that of the planted response")
@@ -265,6 +321,15 @@ def main() -> int:
         command.add_argument("--blocks", type=int, default=64)
         command.add_argument("--batch-tokens", type=int, default=16384, help="in one forward")
         command.set_defaults(run=benchmark_speed)
+    command = commands.add_parser("scale", help="seconds and memory of all stages at several sizes of the pool")
+    command.add_argument("--blocks", default="1e4,1e5,1e6", help="sizes; the smallest is plan's pilot")
+    command.add_argument("--folder", required=True, help="what is made stays: a second run goes on")
+    command.set_defaults(run=benchmark_scale)
+    command = commands.add_parser("shard", help="tokens a second beside datasets.map with the same tokenizer")
+    command.add_argument("--blocks", type=lambda text: int(float(text)), default=1_000_000)
+    command.add_argument("--workers", type=int, default=2)
+    command.add_argument("--folder", required=True)
+    command.set_defaults(run=benchmark_shard)
     args = parser.parse_args()
     # Before numpy is imported: its libraries read these once. Hence the imports inside the commands.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):

@@ -40,6 +40,7 @@ ABOUT = {
     "scan": "did evaluation items leak into the corpus, and does the model lean on them? (and: scan compare A B)",
     "select": "influence on target queries to training data, with a reason for every document and a random arm",
     "status": "what is done and what is missing in a run directory",
+    "plan": "what a larger run will read, write, hold and take, from what this one did on a sample",
     "config": "every option with its default and meaning, as TOML for --config",
     "quickstart": "everything on a small real corpus and a model trained on the spot",
 }
@@ -103,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("run", metavar="RUN", help="run directory: a path or any fsspec URL, s3://… included")
         if verb == "status":
             continue
+        if verb == "plan":
+            sub.add_argument("--name", default="queries", help="of the run's query set (default: queries)")
+            sub.add_argument("--blocks", type=_count, required=True, metavar="N", help="blocks of the larger run")
+            sub.add_argument("--queries", type=_count, required=True, metavar="Q", help="queries of the larger run")
+            sub.add_argument("--workers", type=_count, required=True, metavar="W", help="workers of the larger run")
+            continue
         if verb in ("respond", "attribute"):
             sub.add_argument("--queries", required=True, metavar="FILE", help="JSON Lines, Parquet or text files")
         if verb in ("attribute", "scan", "select"):
@@ -134,6 +141,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    """A whole number of at least 1, 1e6 among them."""
+    number = float(text)
+    if not (number >= 1 and number == int(number)):
+        raise ValueError(text)
+    return int(number)
+
+
 def _run(parsed: argparse.Namespace) -> int:
     # Stages import torch and Ray; --help and --version do not wait for them.
     if parsed.verb == "config":
@@ -148,6 +163,12 @@ def _run(parsed: argparse.Namespace) -> int:
         from stride_ray.status import status
 
         print(status(Run(parsed.run)))
+        return 0
+    if parsed.verb == "plan":
+        from stride_ray.plan import plan, table
+
+        size = (parsed.blocks, parsed.queries, parsed.workers)
+        print(table(plan(Run(parsed.run), parsed.name, *size), *size))
         return 0
     run = _opened(parsed)
     if parsed.verb == "scan":

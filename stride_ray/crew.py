@@ -105,14 +105,17 @@ class _Member:
         self.worker: Worker | None = None
 
     def work(self, number: int, what: tuple[Callable[..., Worker], tuple[Any, ...]], unit: Unit) -> dict[str, Any]:
-        return wrapped(self._work, number, what, unit)
-
-    def _work(self, number: int, what: tuple[Callable[..., Worker], tuple[Any, ...]], unit: Unit) -> dict[str, Any]:
         if number != self.map or self.worker is None:
             self.worker = None  # let go of the last map's before the next one's memory is asked for
-            make, arguments = what
-            self.map, self.worker = number, make(*arguments)
-        return self.worker(unit)
+            made = wrapped(self._make, *what)
+            if self.worker is None:
+                return made  # the sentence that says why not
+            self.map = number
+        return wrapped(self.worker, unit)
+
+    def _make(self, make: Callable[..., Worker], arguments: tuple[Any, ...]) -> dict[str, Any]:
+        self.worker = make(*arguments)
+        return {}
 
 
 def map_actors(

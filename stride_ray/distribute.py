@@ -23,7 +23,7 @@ from ray._private import state as ray_state
 from ray._private.grpc_utils import init_grpc_channel
 from tqdm import tqdm
 
-from stride_ray import metrics
+from stride_ray import costs, metrics
 from stride_ray.config import ComputeConfig
 from stride_ray.errors import StrideError
 from stride_ray.storage import first_line
@@ -31,8 +31,8 @@ from stride_ray.storage import first_line
 RETRIES = 5
 # Seconds without any result, until that is said.
 PATIENCE = 60.0
-# Key of a result that is a StrideError's sentence.
-_SENTENCE = "stride_error"
+# Keys of a result: a StrideError's sentence; what the result cost its worker.
+_SENTENCE, _COST = "stride_error", "stride_cost"
 Unit = Any
 Worker = Callable[[Unit], dict[str, Any]]
 
@@ -114,9 +114,10 @@ def pool(compute: ComputeConfig, units: int) -> Pool:
 
 
 def wrapped(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What ``work`` returns; a StrideError as a result too, for Ray would bury its sentence in tracebacks."""
+    """What ``work`` returns and what it cost; a StrideError as a result too, for Ray would bury it in tracebacks."""
+    began = time.monotonic()
     try:
-        return work(*arguments)
+        return {**work(*arguments), _COST: costs.paid(began)}
     except StrideError as error:
         return {_SENTENCE: str(error)}
 
@@ -124,6 +125,7 @@ def wrapped(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, A
 def _unwrapped(result: dict[str, Any]) -> dict[str, Any]:
     if _SENTENCE in result:
         raise StrideError(result[_SENTENCE])
+    costs.noted(result.pop(_COST, None))
     return result
 
 
@@ -278,7 +280,8 @@ def progress(
     """
     interval = 0.5 if sys.stderr.isatty() else 5.0
     collected = []
-    with tqdm(total=total, desc=label, unit=f" {unit}", mininterval=interval, file=sys.stderr, smoothing=0.1) as bar:
+    bar = tqdm(total=total, desc=label, unit=f" {unit}", mininterval=interval, file=sys.stderr, smoothing=0.1)
+    with bar, costs.phase(label, unit, total):
         for result in results:
             collected.append(result)
             metrics.report(label, result)

@@ -16,6 +16,7 @@ import torch
 
 from stride_ray.blocks import Blocks
 from stride_ray.config import Config
+from stride_ray.costs import costed
 from stride_ray.crew import Crew
 from stride_ray.curvature import SITES, load_sites, measure_curvature
 from stride_ray.distribute import connected, pool, progress
@@ -61,8 +62,10 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     if not stage.store.exists("manifest.json"):
         with connected(run.config.compute), Crew(pool(run.config.compute, len(blocks.shards()))) as crew:
             if not curvature.store.exists("manifest.json"):
-                measure_curvature(run.config, blocks, curvature, crew)
-            _score(run.config, blocks, curvature, stage, table.num_rows, crew)
+                with costed(curvature):
+                    measure_curvature(run.config, blocks, curvature, crew)
+            with costed(stage):
+                _score(run.config, blocks, curvature, stage, table.num_rows, crew)
     _clear(stage)
     return stage.store.read_json("manifest.json")
 
@@ -78,8 +81,7 @@ def _score(config: Config, blocks: Blocks, curvature: Stage, stage: Stage, queri
     done = stage.done()
     asked = [done[f"queries-{index:05d}"] for index, _ in parts]
     sizes = [marker["numbers"] for marker in asked]
-    passes = max(1, -(-max(sizes, default=0) * queries // HELD), -(-queries // MOST))
-    groups = np.array_split(np.arange(len(parts)), min(passes, len(parts)))
+    groups = np.array_split(np.arange(len(parts)), passes_over(max(sizes, default=0), queries))
     units = [(group.tolist(), index, *shard) for group in groups for index, shard in enumerate(blocks.shards())]
     missing_units = [unit for unit in units if _score_name(unit) not in done]
     results = crew.map(ScoreWorker, given, missing_units)
@@ -101,6 +103,11 @@ def _score(config: Config, blocks: Blocks, curvature: Stage, stage: Stage, queri
             "parts": len(parts),
         },
     )
+
+
+def passes_over(numbers: int, queries: int) -> int:
+    """How many passes over the pool so many queries need, whose J has so many numbers each."""
+    return min(max(1, -(-numbers * queries // HELD), -(-queries // MOST)), max(1, -(-queries // UNIT)))
 
 
 def _score_name(unit: tuple[list[int], int, int, int]) -> str:

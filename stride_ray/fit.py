@@ -22,6 +22,7 @@ from stride_ray.closed_form import (
     stream_moments,
 )
 from stride_ray.config import Config
+from stride_ray.costs import costed
 from stride_ray.crew import Crew
 from stride_ray.distribute import connected, pool, progress
 from stride_ray.errors import StrideError
@@ -68,7 +69,7 @@ def fit(run: Run) -> dict[str, Any]:
     if stage.store.exists("metadata.json"):
         _clear(stage, len(blocks.shards()))
         return stage.store.read_json("metadata.json")
-    with connected(config.compute):
+    with connected(config.compute), costed(stage):
         if config.fit.method == "closed_form":
             with Crew(pool(config.compute, len(blocks.shards()))) as crew:
                 _closed_form(config, blocks, stage, crew)

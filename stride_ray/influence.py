@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from stride_ray.blocks import Blocks, document_shares
 from stride_ray.config import Config
+from stride_ray.costs import costed
 from stride_ray.distribute import Pool, connected, map_tasks, pool, progress
 from stride_ray.fitted import membership_of
 from stride_ray.recover import Recovery, recover
@@ -81,7 +82,7 @@ def recover_influence(run: Run, name: str) -> dict[str, Any]:
     done = stage.done()
     missing = [unit for unit in units if _unit_name(unit) not in done]
     if missing:
-        with connected(run.config.compute):
+        with connected(run.config.compute), costed(stage):
             workers = Pool(pool(run.config.compute, len(missing)).workers, "cpu")
             given = (run.config, run.store, responses.store, stage, n_blocks)
             results = map_tasks(recover_unit, given, missing, workers)

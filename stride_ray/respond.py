@@ -13,6 +13,7 @@ import torch
 
 from stride_ray.blocks import fixed_lists
 from stride_ray.config import Config
+from stride_ray.costs import costed
 from stride_ray.crew import map_actors
 from stride_ray.distribute import connected, pool, progress
 from stride_ray.fitted import load_operators, load_run_model
@@ -73,7 +74,7 @@ def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     done = stage.done()
     missing = [unit for unit in units if f"part-{unit[0]:05d}" not in done]
     if missing:
-        with connected(run.config.compute):
+        with connected(run.config.compute), costed(stage):
             workers = pool(run.config.compute, len(missing))
             total = sum(min(UNIT, table.num_rows - start) for _, start in missing)
             results = map_actors(Responder, (run.config, run.store, stage, mode, workers.device), missing, workers)

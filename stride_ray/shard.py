@@ -17,6 +17,7 @@ import numpy as np
 from stride_ray.blocks import fixed_lists
 from stride_ray.config import CorpusConfig, digest
 from stride_ray.corpus import Counts, make_blocks, with_ordinals
+from stride_ray.costs import costed
 from stride_ray.distribute import connected, map_dataset, map_tasks, pool, progress
 from stride_ray.documents import Rejected, Unit, plan, read, resolve_columns
 from stride_ray.errors import StrideError
@@ -67,7 +68,7 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
     if len(numbered) == len(units) and stage.store.exists("manifest.json"):
         stage.store.remove("_tokenised")
         return stage.store.read_json("manifest.json")
-    with connected(run.config.compute):
+    with connected(run.config.compute), costed(stage):
         if missing:
             work = [{"index": i, "unit": unit.to_dict()} for i, unit in missing]
             workers = pool(run.config.compute, len(work))

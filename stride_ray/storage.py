@@ -108,6 +108,11 @@ class Store:
         names = (str(path).rstrip("/").rpartition("/")[2] for path in found)
         return sorted(name for name in names if name.endswith(ending) and not name.startswith("."))
 
+    def size(self) -> int:
+        """Bytes of all that lies in the folder and below it."""
+        with self._told("", "list"):
+            return int(self.fs.du(self.root, total=True))
+
     def read(self, name: str) -> bytes:
         """The whole file."""
         with self._told(name, "read"):

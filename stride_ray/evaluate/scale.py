@@ -1,0 +1,217 @@
+"""How seconds and memory grow with the pool: the whole pipeline on made-up text of any size, and shard beside a peer.
+
+Short blocks and a tiny model of random weights, so that a laptop can hold a million blocks: what is measured is how
+stages grow, not how fast a large model is (``speed`` measures that). Every size runs in a process of its own.
+"""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from stride_ray.attribute import attribute
+from stride_ray.blocks import Blocks
+from stride_ray.costs import NAME
+from stride_ray.errors import StrideError
+from stride_ray.plan import plan
+from stride_ray.run import Run
+from stride_ray.shard import shard
+from stride_ray.small import VOCABULARY, train_tokenizer
+
+BLOCK_TOKENS, SUBSETS, DEGREE, QUERIES, ASKED = 32, 1000, 10, 64, "asked"
+# Made-up words, how many letters they have, and words in a document; a file's documents.
+WORDS, LETTERS, DOCUMENT, FILE = 2000, (2, 9), 200, 20_000
+STAGES = {"blocks": "", "curvature": "", "exact": ASKED, "operators": "", "responses": ASKED, "influence": ASKED}
+_TOO_MANY = 1.15  # text in tokens over what the blocks need
+
+
+def words(seed: int = 0) -> np.ndarray:
+    """Made-up words, (WORDS,) str."""
+    rng = np.random.default_rng(seed)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    return np.array(["".join(rng.choice(letters, rng.integers(*LETTERS))) for _ in range(WORDS)])
+
+
+def write_text(folder: Path, tokens: int, tokenizer: Any) -> None:
+    """JSON Lines of documents of made-up words, by Zipf's law, of at least so many tokens; what is there stays."""
+    if (folder / "complete").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    known, rng = words(), np.random.default_rng(1)
+    odds = 1 / np.arange(1, WORDS + 1)
+    odds /= odds.sum()
+    sample = " ".join(rng.choice(known, 20_000, p=odds))
+    per_document = DOCUMENT * len(tokenizer(sample)["input_ids"]) / 20_000
+    documents = int(_TOO_MANY * tokens / per_document) + 1
+    for index, start in enumerate(range(0, documents, FILE)):
+        drawn = rng.choice(known, (min(FILE, documents - start), DOCUMENT), p=odds)
+        lines = (json.dumps({"text": " ".join(row)}) + "\n" for row in drawn)
+        (folder / f"part-{index:04d}.jsonl").write_text("".join(lines), "utf-8")
+    (folder / "complete").touch()
+
+
+def prepare(root: Path) -> Any:
+    """Tokenizer, tiny random model and queries; returns the tokenizer."""
+    known = words()
+    rng = np.random.default_rng(2)
+    train_tokenizer((" ".join(rng.choice(known, DOCUMENT)) for _ in range(500)), root / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
+    if not (root / "model" / "config.json").exists():
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
+        model: Any = LlamaForCausalLM(
+            LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=2 * BLOCK_TOKENS, **sizes)
+        )
+        model.save_pretrained(root / "model")
+        tokenizer.save_pretrained(root / "model")
+    queries = [{"id": str(i), "text": " ".join(rng.choice(known, 10))} for i in range(QUERIES)]
+    (root / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries), "utf-8")
+    return tokenizer
+
+
+def run_size(root: str, blocks: int) -> None:
+    """All stages, both modes, on about so many blocks; what is done stays."""
+    base, run = Path(root), Path(root) / f"run-{blocks}"
+    options = {
+        "corpus.input": [str(base / f"text-{blocks}" / "*.jsonl")],
+        "corpus.tokenizer": str(base / "model"),
+        "corpus.block_tokens": BLOCK_TOKENS,
+        "corpus.shard_mb": 8,
+        "model.path": str(base / "model"),
+        "membership.subsets": SUBSETS,
+        "membership.degree": DEGREE,
+    }
+    made = Run(str(run), changes=options)
+    shard(made)
+    queries = str(base / "queries.jsonl")
+    attribute(Run(str(run), changes={"attribute.mode": "exact"}), queries, ASKED, sys.stderr)
+    amortised = Run(str(run), changes={"attribute.mode": "amortised"})
+    from stride_ray.fit import fit
+
+    fit(amortised)
+    attribute(amortised, queries, ASKED, sys.stderr)
+
+
+def measure(folder: str, sizes: list[int]) -> dict[str, Any]:
+    """Run every size, and compare: growth from size to size, and what the smallest foretold (``plan``).
+
+    Returns:
+        ``runs``: per size, N and per stage seconds, the most MB that a worker and the driver held; ``growth``: per step
+        and stage, seconds and worker memory as ratios; ``plan``: per larger size and stage, foretold over real seconds.
+    """
+    root = Path(folder).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    tokenizer = prepare(root)
+    runs = []
+    for size in tqdm(sorted(sizes), desc="scale", unit=" sizes", file=sys.stderr):
+        write_text(root / f"text-{size}", size * BLOCK_TOKENS, tokenizer)
+        code = "import sys; from stride_ray.evaluate.scale import run_size; run_size(sys.argv[1], int(sys.argv[2]))"
+        if subprocess.run([sys.executable, "-c", code, str(root), str(size)]).returncode:
+            raise StrideError(f"The run of {size} blocks failed; what it said is above.")
+        runs.append(_found(root / f"run-{size}"))
+    steps = list(itertools.pairwise(runs))
+    growth = [
+        {stage: {key: after[stage][key] / before[stage][key] for key in ("seconds", "worker_mb")} for stage in STAGES}
+        for before, after in ((one["stages"], two["stages"]) for one, two in steps)
+    ]
+    foretold = []
+    for found in runs[1:]:
+        pilot = Run(str(root / f"run-{min(sizes)}"))
+        expected = plan(pilot, ASKED, found["blocks"], QUERIES, found["workers"])
+        ratios = {each.stage: each.seconds / found["stages"][each.stage]["seconds"] for each in expected}
+        whole = sum(each.seconds for each in expected) / sum(each["seconds"] for each in found["stages"].values())
+        foretold.append({"blocks": found["blocks"], **ratios, "together": whole})
+    return {"runs": runs, "growth": growth, "plan": foretold}
+
+
+def _found(folder: Path) -> dict[str, Any]:
+    run, stages, workers = Run(str(folder)), dict[str, Any](), 1
+    for stage, name in STAGES.items():
+        cost = run.stage(stage, name).store.read_json(NAME)
+        workers = max(workers, *(each["workers"] for each in cost["phases"].values()))
+        worker_mb = max(each["peak_mb"] for each in cost["phases"].values())
+        stages[stage] = {"seconds": cost["wall"], "worker_mb": worker_mb, "driver_mb": cost["driver_mb"]}
+    return {"blocks": len(Blocks(run.stage("blocks").store)), "workers": workers, "stages": stages}
+
+
+def table(found: dict[str, Any]) -> str:
+    """What measure found, for people."""
+    lines = ["| blocks | stage | seconds | × the size before | worker MB | × | driver MB | foretold / real |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for index, run in enumerate(found["runs"]):
+        for stage, each in run["stages"].items():
+            grown = found["growth"][index - 1][stage] if index else {"seconds": 1.0, "worker_mb": 1.0}
+            foretold = f"{found['plan'][index - 1][stage]:.2f}" if index else ""
+            lines.append(
+                f"| {run['blocks']:,} | {stage} | {each['seconds']:.1f} | {grown['seconds']:.2f} | {each['worker_mb']} "
+                f"| {grown['worker_mb']:.2f} | {each['driver_mb']} | {foretold} |"
+            )
+    return "\n".join(lines)
+
+
+def measure_shard(folder: str, blocks: int, workers: int) -> dict[str, Any]:
+    """Tokens a second from JSON Lines to blocks in Parquet: shard, and ``datasets.map`` with as many processes.
+
+    Both use the same tokenizer, join documents by its end-of-text token and cut them into blocks; the tokenizer's own
+    batch rate on one core stands beside them.
+    """
+    import datasets
+
+    root = Path(folder).resolve()
+    tokenizer = prepare(root)
+    write_text(root / f"text-{blocks}", blocks * BLOCK_TOKENS, tokenizer)
+    files = sorted(str(path) for path in (root / f"text-{blocks}").glob("*.jsonl"))
+    end = tokenizer.eos_token_id
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        stream = [i for ids in tokenizer(batch["text"])["input_ids"] for i in (*ids, end)]
+        whole = len(stream) // BLOCK_TOKENS * BLOCK_TOKENS
+        return {"token_ids": [stream[at : at + BLOCK_TOKENS] for at in range(0, whole, BLOCK_TOKENS)]}
+
+    def ours() -> int:
+        shutil.rmtree(root / "shard", ignore_errors=True)
+        options = {
+            "corpus.input": files,
+            "corpus.tokenizer": str(root / "tokenizer"),
+            "corpus.block_tokens": BLOCK_TOKENS,
+            "compute.workers": workers,
+        }
+        return int(shard(Run(str(root / "shard"), changes=options))["tokens"])
+
+    def theirs() -> int:
+        shutil.rmtree(root / "peer", ignore_errors=True)
+        loaded = datasets.load_dataset("json", data_files=files, split="train", cache_dir=str(root / "peer"))
+        mapped = loaded.map(encode, batched=True, num_proc=workers, remove_columns=["text"])
+        mapped.to_parquet(str(root / "peer" / "blocks.parquet"))
+        return len(mapped) * BLOCK_TOKENS
+
+    rates = {}
+    for name, work in (("shard", ours), ("datasets", theirs)):
+        began = time.perf_counter()
+        rates[name] = work() / (time.perf_counter() - began)
+    texts = [json.loads(line)["text"] for line in Path(files[0]).read_text("utf-8").splitlines()[:5000]]
+    began = time.perf_counter()
+    encoded = tokenizer(texts)["input_ids"]
+    rates["tokenizer"] = sum(map(len, encoded)) / (time.perf_counter() - began)
+    return {
+        "blocks": blocks,
+        "workers": workers,
+        "tokens_per_second": rates,
+        "ratio_datasets": rates["shard"] / rates["datasets"],
+        "ratio_tokenizer": rates["shard"] / (workers * rates["tokenizer"]),
+    }

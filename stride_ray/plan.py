@@ -1,0 +1,177 @@
+"""What a larger run will read, write, hold and take, worked out from what a smaller one really did (``plan``).
+
+A pilot is a finished run of the same model and options on a sample of the corpus. Each of its phases (``cost.json``) is
+split into work, which grows with blocks or queries and is shared by the workers, and the rest (start of workers and
+model, reading, publishing), which does not. Sizes on disk grow with what they hold; a worker's memory does not grow.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stride_ray.costs import NAME
+from stride_ray.errors import StrideError
+from stride_ray.exact import passes_over
+from stride_ray.run import Run, Stage
+
+
+@dataclass(frozen=True)
+class Size:
+    """A run's size: ``blocks`` N, ``queries``; exact mode's ``passes`` over the pool and ``rows`` kept per query."""
+
+    blocks: int
+    queries: int
+    passes: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage will cost.
+
+    Attributes:
+        stage: its folder in the run directory.
+        reads: bytes, of what earlier stages wrote; the corpus itself for ``blocks`` is not counted.
+        writes: bytes.
+        holds: MB, the most that a worker holds.
+        seconds: wall clock.
+        worker_seconds: work of all workers together.
+    """
+
+    stage: str
+    reads: float
+    writes: float
+    holds: int
+    seconds: float
+    worker_seconds: float
+
+
+def _blocks(old: Size, new: Size) -> float:
+    return new.blocks / old.blocks
+
+
+def _queries(old: Size, new: Size) -> float:
+    return new.queries / max(1, old.queries)
+
+
+def _once(old: Size, new: Size) -> float:
+    return 1.0
+
+
+def _passes(old: Size, new: Size) -> float:
+    return _blocks(old, new) * new.passes / max(1, old.passes)
+
+
+def _ranked(old: Size, new: Size) -> float:
+    return _queries(old, new) * new.rows / old.rows
+
+
+def _recovered(old: Size, new: Size) -> float:
+    return _queries(old, new) * _blocks(old, new)
+
+
+# How a phase's work grows, by the label of its progress line; all others do not grow.
+GROWTH: dict[str, Callable[[Size, Size], float]] = {
+    "shard": _blocks,
+    "number": _blocks,
+    "count": _blocks,
+    "queries": _queries,
+    "score": _passes,
+    "rank": _ranked,
+    "fit": _blocks,
+    "respond": _queries,
+    "recover": _recovered,
+}
+# By stage: how what it writes grows, and which earlier stages it reads whole.
+WRITES: dict[str, Callable[[Size, Size], float]] = {
+    "blocks": _blocks,
+    "exact": _ranked,
+    "responses": _queries,
+    "influence": _queries,
+}
+READS = {"curvature": ("blocks",), "exact": ("blocks",), "operators": ("blocks",), "influence": ("responses",)}
+
+
+def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list[Estimate]:
+    """Estimates for the stages that the pilot has finished, in order.
+
+    Args:
+        pilot: a finished run of the same kind on less.
+        name: of its query set.
+        blocks: N of the larger run.
+        queries: of the larger run.
+        workers: that will work side by side.
+
+    Raises:
+        StrideError: the pilot has no finished stage, or one without costs.
+    """
+    found = dict[str, tuple[Stage, dict[str, Any]]]()
+    for stage, part in (("blocks", ""), ("operators", ""), ("responses", name), ("influence", name), ("curvature", "")):
+        found |= _costs(pilot, stage, part)
+    found |= _costs(pilot, "exact", name)
+    if "blocks" not in found:
+        raise StrideError("The pilot has no costs of its own; run shard and attribute in a new run directory first.")
+    old, new = _sizes(pilot, name, found, blocks, queries)
+    written = {stage: opened.store.size() * WRITES.get(stage, _once)(old, new) for stage, (opened, _) in found.items()}
+    estimates = []
+    for stage, (_, cost) in found.items():
+        seconds, worker_seconds = 0.0, 0.0
+        for label, each in cost["phases"].items():
+            grown = each["busy"] * GROWTH.get(label, _once)(old, new)
+            rest = max(0.0, each["wall"] - each["busy"] / each["workers"])
+            seconds += rest + grown / workers
+            worker_seconds += grown
+        reads = sum(written.get(each, 0.0) for each in READS.get(stage, ())) * (new.passes if stage == "exact" else 1)
+        holds = max(each["peak_mb"] for each in cost["phases"].values())
+        estimates.append(Estimate(stage, reads, written[stage], holds, seconds, worker_seconds))
+    return estimates
+
+
+def _costs(pilot: Run, stage: str, name: str) -> dict[str, tuple[Stage, dict[str, Any]]]:
+    opened = pilot.stage(stage, name)
+    return {stage: (opened, opened.store.read_json(NAME))} if opened.store.exists(NAME) else {}
+
+
+def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: int) -> tuple[Size, Size]:
+    asked = next((found[stage][0] for stage in ("exact", "responses") if stage in found), None)
+    known = asked.store.read_json("manifest.json")["queries"] if asked else 0
+    numbers = 0
+    if "exact" in found:
+        markers = found["exact"][0].done().items()
+        numbers = max((marker["numbers"] for unit, marker in markers if unit.startswith("queries-")), default=0)
+    sizes = [(pilot.stage("blocks").store.read_json("manifest.json")["blocks"], known), (blocks, queries)]
+    old, new = (Size(n, q, passes_over(numbers, q), min(n, pilot.config.attribute.top)) for n, q in sizes)
+    return old, new
+
+
+def table(estimates: list[Estimate], blocks: int, queries: int, workers: int) -> str:
+    """A table for a person."""
+    lines = [
+        f"{blocks:,} blocks, {queries:,} queries, {workers} workers",
+        f"{'stage':<12}{'reads':>12}{'writes':>12}{'a worker holds':>16}{'work':>16}{'takes':>12}",
+    ]
+    for each in estimates:
+        lines.append(
+            f"{each.stage:<12}{_sized(each.reads):>12}{_sized(each.writes):>12}{_sized(each.holds * 1e6):>16}"
+            f"{_timed(each.worker_seconds):>16}{_timed(each.seconds):>12}"
+        )
+    total = sum(each.seconds for each in estimates)
+    lines.append(
+        f"{'together':<12}{'':>12}{_sized(sum(each.writes for each in estimates)):>12}{'':>32}{_timed(total):>12}"
+    )
+    return "\n".join(lines)
+
+
+def _sized(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def _timed(seconds: float) -> str:
+    for unit, long in (("s", 120.0), ("min", 120 * 60.0), ("h", 72 * 3600.0)):
+        if seconds < long:
+            return f"{seconds / {'s': 1, 'min': 60, 'h': 3600}[unit]:.1f} {unit}"
+    return f"{seconds / 86400:.1f} days"

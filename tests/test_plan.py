@@ -1,0 +1,114 @@
+"""What stages cost is kept, and foretells what a larger run costs."""
+
+import json
+
+import pytest
+
+from stride_ray import costs
+from stride_ray.cli import main
+from stride_ray.costs import costed, phase
+from stride_ray.errors import StrideError
+from stride_ray.plan import plan
+from stride_ray.run import Run, Stage
+from stride_ray.storage import Store
+
+
+def attempt(stage, *results, amount):
+    """One attempt at a stage: a phase whose results cost (seconds, MB, worker) each."""
+    with costed(stage), phase("score", "blocks", amount):
+        for result in results:
+            costs.noted(result)
+
+
+def test_costs_of_several_attempts_are_added(tmp_path):
+    stage = Stage(Store(str(tmp_path)), "identity")
+    attempt(stage, (2.0, 300, "a"), (3.0, 500, "b"), (1.0, 200, "a"), amount=30)
+    attempt(stage, (4.0, 400, "c"), amount=10)
+    found = json.loads((tmp_path / "cost.json").read_text())["phases"]["score"]
+    assert found.pop("wall") >= 0
+    assert found == {"amount": 40, "unit": "blocks", "busy": 10.0, "workers": 2, "peak_mb": 500}
+
+
+def test_an_attempt_that_fails_or_finds_nothing_to_do_leaves_costs_alone(tmp_path):
+    stage = Stage(Store(str(tmp_path)), "identity")
+    with pytest.raises(ValueError, match="lost"), costed(stage), phase("score", "blocks", 3):
+        raise ValueError("lost")
+    with costed(stage):
+        pass
+    assert not (tmp_path / "cost.json").exists()
+
+
+@pytest.fixture
+def pilot(tmp_path):
+    """A run of 1,000 blocks and 10 queries on two workers, as its files tell."""
+    run = Run(str(tmp_path / "pilot"), changes={"attribute.top": 100})
+
+    def stage(name, part, manifest, phases, size):
+        opened = run.stage(name, part)
+        opened.store.write_json("manifest.json", manifest)
+        told = {
+            label: {"amount": 1, "unit": "", "wall": wall, "busy": busy, "workers": 2, "peak_mb": peak}
+            for label, (wall, busy, peak) in phases.items()
+        }
+        opened.store.write_json("cost.json", {"wall": 1.0, "driver_mb": 1, "phases": told})
+        opened.store.write("data", bytes(size))
+        return opened
+
+    stage("blocks", "", {"blocks": 1000, "fingerprint": "f"}, {"shard": (15.0, 20.0, 400)}, 50_000)
+    stage("curvature", "", {}, {"count": (6.0, 2.0, 500), "precondition": (10.0, 12.0, 900)}, 1000)
+    exact = stage("exact", "asked", {"queries": 10}, {"score": (12.0, 20.0, 800), "rank": (2.0, 2.0, 300)}, 8000)
+    exact.mark("queries-00000", 0.0, numbers=2**22)
+    run.save()
+    return run
+
+
+def test_work_grows_and_the_rest_does_not(pilot):
+    blocks, curvature, exact = plan(pilot, "asked", blocks=10_000, queries=128, workers=8)
+    # shard: 5 s to start, and ten times 20 worker-seconds over eight.
+    assert blocks.seconds == pytest.approx(5 + 200 / 8)
+    assert blocks.worker_seconds == pytest.approx(200)
+    assert blocks.writes == pytest.approx(10 * pilot.stage("blocks").store.size())
+    # count grows, precondition is over a sample.
+    assert curvature.seconds == pytest.approx((5 + 20 / 8) + (4 + 12 / 8))
+    assert curvature.holds == 900
+    # 128 queries of 2^22 numbers need two passes where one holds 2^28; rank grows with queries.
+    assert exact.seconds == pytest.approx((2 + 2 * 10 * 20 / 8) + (1 + 12.8 * 2 / 8))
+    assert exact.reads == pytest.approx(2 * blocks.writes)
+
+
+def test_the_verb_prints_a_table(pilot, capsys):
+    command = ["plan", pilot.url, "--name", "asked", "--blocks", "1e6", "--queries", "128", "--workers", "8"]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1,000,000 blocks, 128 queries, 8 workers"
+    assert [line.split()[0] for line in lines[2:]] == ["blocks", "curvature", "exact", "together"]
+    assert "41.8 min" in next(line for line in lines if line.startswith("blocks"))
+
+
+def test_a_pilot_without_costs_is_told(tmp_path):
+    with pytest.raises(StrideError, match="run shard and attribute"):
+        plan(Run(str(tmp_path)), "asked", 10, 1, 1)
+
+
+@pytest.mark.parametrize("count", ["0", "-3", "1.5", "many"])
+def test_sizes_are_whole_numbers(pilot, count, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", pilot.url, "--blocks", count, "--queries", "1", "--workers", "1"])
+    assert "--blocks" in capsys.readouterr().err
+
+
+def test_a_real_run_keeps_what_every_stage_cost(finished):
+    for stage, phases in {
+        "blocks": {"shard", "number"},
+        "operators": {"count", "precondition", "fit", "reduce", "judge"},
+    }.items():
+        found = finished.run.stage(stage).store.read_json("cost.json")
+        assert set(found["phases"]) == phases
+        for each in found["phases"].values():
+            assert each["busy"] > 0
+            assert each["workers"] in (1, 2)
+            assert 100 < each["peak_mb"] < 20_000
+    expected = {each.stage: each for each in plan(finished.run, "asked", finished.manifest["blocks"], 5, 2)}
+    assert set(expected) == {"blocks", "operators", "responses", "influence"}
+    wall = finished.run.stage("blocks").store.read_json("cost.json")["wall"]
+    assert expected["blocks"].seconds == pytest.approx(wall, rel=0.5)

@@ -26,6 +26,9 @@ from stride_ray.run import Stage
 from stride_ray.storage import Store, first_line
 from stride_ray.train import Loop, Ranks, run_loop
 
+# How many times Ray Train waits for room for its workers, a minute each: as long as a cloud may take to bring a node.
+WAITS = 20
+
 
 def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Pool) -> None:
     """Train the run's operators and leave them in ``trained/`` of the stage's folder, unless they are there already.
@@ -39,7 +42,7 @@ def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Pool) 
         pool: how many workers, and on what.
 
     Raises:
-        StrideError: the loop's own, or that its workers died again and again.
+        StrideError: the loop's own, that its workers died again and again, or that there is no room for them any more.
     """
     if stage.store.exists("trained/metadata.json"):
         return
@@ -48,7 +51,7 @@ def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Pool) 
 
     loop = stage.store.child("loop")
     loop.remove("error.json")
-    backend = "nccl" if pool.device == "cuda" else "gloo"
+    backend, kind = ("nccl", "GPU") if pool.device == "cuda" else ("gloo", "CPU")
     with tempfile.TemporaryDirectory(prefix="stride_ray-") as scratch, _own_interrupt():
         trainer = _quiet(TorchTrainer)(
             _worker,
@@ -68,13 +71,20 @@ def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Pool) 
             run_config=RunConfig(
                 name=f"stride-{stage.identity}",
                 storage_path=scratch,
-                failure_config=FailureConfig(max_failures=RETRIES),
-                logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
+                # Without a limit a node that never comes back would be waited for for ever.
+                failure_config=FailureConfig(max_failures=RETRIES, controller_failure_limit=WAITS),  # type: ignore[call-arg]
+                logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
         try:
             trainer.fit()
         except Exception as error:
+            if "startup timed out" in str(error) or "WorkerGroupStartup" in f"{error!r}{error.__cause__!r}":
+                raise StrideError(
+                    f"Ray Train found no room for {pool.workers} worker(s) with a {kind} each, {WAITS + 1} times in a "
+                    "row (a node that was lost and has not come back?); its checkpoints are kept: run the same command "
+                    "again when the nodes are back, or with a lower compute.workers."
+                ) from error
             if not loop.exists("error.json"):
                 raise StrideError(
                     f"The loop's workers failed {RETRIES} times and more; its checkpoints are kept, so the same "

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 
 import numpy as np
 import psutil
@@ -12,6 +13,7 @@ import pytest
 import ray
 import torch
 import transformers as hf
+from ray.cluster_utils import Cluster
 
 from stride_ray.blocks import Blocks
 from stride_ray.config import Config
@@ -272,6 +274,43 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(made, tmp_path, 
     broken = config_of(made, model__path=str(tmp_path / "nowhere"))
     with pytest.raises(StrideError, match="nowhere"):
         train_distributed(broken, Blocks(Store(str(made / "blocks"))), stage_of(tmp_path / "other"), Pool(1, "cpu"))
+
+
+@pytest.mark.cluster
+def test_a_node_that_never_comes_back_ends_the_loop_and_fewer_workers_finish_it(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+    monkeypatch.setattr("stride_ray.train_distributed.WAITS", 2)
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    config, blocks = config_of(made, fit__steps=60), Blocks(Store(str(made / "blocks")))
+    stage, over = stage_of(tmp_path), threading.Event()
+
+    def lose_a_node():
+        while not over.wait(0.05) and not stage.store.child("loop").names("", ".safetensors"):
+            pass
+        cluster.remove_node(nodes[0], allow_graceful=False)
+
+    try:
+        ray.init(cluster.address, logging_level="ERROR")
+        killer = threading.Thread(target=lose_a_node, daemon=True)
+        killer.start()
+        started = time.monotonic()
+        with pytest.raises(StrideError, match=r"no room for 2 worker\(s\) with a CPU each, 3 times"):
+            train_distributed(config, blocks, stage, Pool(2, "cpu"))
+        assert time.monotonic() - started < 120
+        assert stage.store.child("loop").names("", ".safetensors")
+        train_distributed(config, blocks, stage, Pool(1, "cpu"))
+        alone = loop_of(made, config)
+        for _ in range(60):
+            alone.step()
+        found, _ = load_operators(stage.store.child("trained"))
+        torch.testing.assert_close(found.A, alone.operators().A, atol=2e-3, rtol=2e-2)
+    finally:
+        over.set()
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def test_losses_that_are_not_finite_are_told(made):

@@ -185,6 +185,21 @@ def test_monitors_scrape_the_pods_of_the_manifests():
         assert monitor["spec"]["podMetricsEndpoints"][0]["port"] == "metrics"
 
 
+def test_the_operations_page_quotes_what_is_really_said():
+    page = (FOLDER / "README.md").read_text()
+    (table,) = re.findall(r"## What to watch\n(.*?)\n## ", page, re.DOTALL)
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")][1:]
+    quoted = [text for row in rows for text in re.findall("`([^`]+)`", row) if " " in text]
+    source = "\n".join(path.read_text() for path in sorted((FOLDER.parent / "stride_ray").rglob("*.py")))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    assert len(quoted) > 5
+    for text in quoted:
+        # Between numbers, names and omissions, which differ.
+        pieces = re.split(r"\b\d+\b|…|\bGPUs?\b|\bCPUs?\b|model\.dtype", text)
+        for piece in (each.strip(" ,;=") for each in pieces):
+            assert piece in source, text
+
+
 def test_the_dashboard_draws_every_metric_of_ours_and_no_other():
     dashboard = json.loads((FOLDER / "grafana.json").read_text())
     drawn = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]

@@ -45,7 +45,7 @@ def report(stage: str, result: Mapping[str, Any]) -> None:
         "stride_failures": result.get("failed", 0),
     }
     for name, amount in found.items():
-        if amount:
+        if isinstance(amount, int) and amount:  # a result of another kind may have a list of that name
             _metrics()[name].inc(amount, {"stage": stage})
     if result.get("largest_gap") is not None:
         _metrics()["stride_solver_gap"].set(result["largest_gap"], {"stage": stage})

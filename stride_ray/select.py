@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 
 from stride_ray.attribute import read_influence, table_stage
 from stride_ray.config import digest
-from stride_ray.costs import costed
 from stride_ray.distribute import Pool, connected, map_tasks, pool, progress
 from stride_ray.errors import StrideError
 from stride_ray.run import Run, Stage, claim
@@ -117,7 +116,7 @@ def select_by(run: Run, targets: Sequence[Target], out: str, blocks: bool = Fals
     stage = Stage(Store(out), digest(keys))
     claim(stage, "select", keys)
     if not stage.store.exists("selection.json"):
-        with connected(run.config.compute), costed(stage):
+        with connected(run.config.compute):
             workers = Pool(pool(run.config.compute, len(units)).workers, "cpu")
             _list(how, stage, units, bool(options.near_duplicates), workers)
             if "choice" not in stage.done():

@@ -20,6 +20,7 @@ port = int(sys.argv[1])
 ray.init("local", num_cpus=1, include_dashboard=False, _metrics_export_port=port,
          _system_config={"metrics_report_interval_ms": 500})
 progress(map_tasks(unit, (), [1, 2, 3], Pool(1, "cpu")), "recover", 3, "units", lambda _: 1)
+progress(iter([{"queries": ["a", "b"], "blocks": [1]}]), "other", 1, "units", lambda _: 1)  # names of other things
 print("done", flush=True)
 sys.stdin.readline()
 """

@@ -83,8 +83,8 @@ def benchmark_recover(args: argparse.Namespace) -> int:
     from sklearn.linear_model import Lasso
     from threadpoolctl import threadpool_limits
 
-    from stride_ray.evaluate.memory import peak_bytes, resident_bytes, restart_peak
     from stride_ray.membership import Membership
+    from stride_ray.memory import peak_bytes, resident_bytes, restart_peak
     from stride_ray.recover import recover
 
     N, K = args.blocks, args.subsets
@@ -199,8 +199,13 @@ def _alone(args: argparse.Namespace, row: dict[str, Any], recovered: list[Any]) 
         "peak_bytes": row["peak"],
         "bytes_grown": row["grown"],
     }
+    return _printed(found)
+
+
+def _printed(found: dict[str, Any]) -> int:
+    """Print what was found, a line each for people, and the JSON line."""
     for name, value in found.items():
-        print(f"{name:20}{value}")
+        print(f"{name:24}{value}")
     print(json.dumps(found))
     return 0
 
@@ -210,8 +215,8 @@ def benchmark_select(args: argparse.Namespace) -> int:
     import tempfile
 
     from stride_ray.config import Config
-    from stride_ray.evaluate.memory import peak_bytes, resident_bytes, restart_peak
     from stride_ray.evaluate.rows import make_tables
+    from stride_ray.memory import peak_bytes, resident_bytes, restart_peak
     from stride_ray.selection.choice import Best, reasons, write_manifest
     from stride_ray.selection.ranking import Database, batches, rank_documents
     from stride_ray.storage import Store
@@ -256,11 +261,7 @@ def benchmark_speed(args: argparse.Namespace) -> int:
     from stride_ray.evaluate.speed import Setting, measure_passes, measure_respond
 
     given = {key: value for key, value in vars(args).items() if key not in ("command", "run")}
-    found = {"respond": measure_respond, "fit": measure_passes}[args.command](Setting(**given))
-    for name, value in found.items():
-        print(f"{name:24}{value}")
-    print(json.dumps(found))
-    return 0
+    return _printed({"respond": measure_respond, "fit": measure_passes}[args.command](Setting(**given)))
 
 
 def benchmark_scale(args: argparse.Namespace) -> int:

@@ -5,15 +5,14 @@ from these what a larger run will take. Ray-free.
 """
 
 import os
-import resource
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from stride_ray.memory import peak_mb
 from stride_ray.run import Stage
 
 NAME = "cost.json"
@@ -60,11 +59,6 @@ _current = Phase()
 def paid(began: float) -> tuple[float, int, str]:
     """What a result cost this worker since ``began`` (time.monotonic): seconds, peak MB, and which worker it is."""
     return time.monotonic() - began, peak_mb(), f"{socket.gethostname()}/{os.getpid()}"
-
-
-def peak_mb() -> int:
-    """The most memory that this process has held, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 1024)
 
 
 def noted(cost: tuple[float, int, str] | None) -> None:

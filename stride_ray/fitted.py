@@ -55,11 +55,13 @@ def load_measured_model(config: Config, device: str) -> SplitModel:
     return _between(config.model.start, config.model.path, config.model.dtype, device)
 
 
-def _settle_gpu(dtype: str) -> None:
-    """Kernels that add in one order, so that the same GPU gives the same bytes again; TF32 where it costs nothing.
+def _settle_gpu(device: str, dtype: str) -> None:
+    """On a GPU: kernels that add in one order, so the same GPU gives the same bytes again; TF32 where it costs nothing.
 
     TF32 holds what comes out of a bfloat16 model exactly, and the products of J at all sites take a third of the time.
     """
+    if not device.startswith("cuda"):
+        return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -70,8 +72,7 @@ def _settle_gpu(dtype: str) -> None:
 
 @lru_cache(maxsize=1)
 def _between(start_path: str, path: str, dtype: str, device: str) -> SplitModel:
-    if device.startswith("cuda"):
-        _settle_gpu(dtype)
+    _settle_gpu(device, dtype)
     measured, start = (load_model(each, split=1.0, dtype=dtype, device=device) for each in (path, start_path))
     ends, starts = (dict(each.model.named_parameters()) for each in (measured, start))
     if {name: p.shape for name, p in ends.items()} != {name: p.shape for name, p in starts.items()}:
@@ -87,8 +88,7 @@ def _between(start_path: str, path: str, dtype: str, device: str) -> SplitModel:
 
 @lru_cache(maxsize=1)
 def _loaded(path: str, layer: int | float, dtype: str, device: str) -> SplitModel:
-    if device.startswith("cuda"):
-        _settle_gpu(dtype)
+    _settle_gpu(device, dtype)
     return load_model(path, split=layer, dtype=dtype, device=device)
 
 

@@ -70,6 +70,15 @@ def _recovered(old: Size, new: Size) -> float:
     return _queries(old, new) * _blocks(old, new)
 
 
+# Stages in order, and whether each query set has its own.
+STAGES = {
+    "blocks": False,
+    "operators": False,
+    "responses": True,
+    "influence": True,
+    "curvature": False,
+    "exact": True,
+}
 # How a phase's work grows, by the label of its progress line; all others do not grow.
 GROWTH: dict[str, Callable[[Size, Size], float]] = {
     "shard": _blocks,
@@ -106,9 +115,8 @@ def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list
         StrideError: the pilot has no finished stage, or one without costs.
     """
     found = dict[str, tuple[Stage, dict[str, Any]]]()
-    for stage, part in (("blocks", ""), ("operators", ""), ("responses", name), ("influence", name), ("curvature", "")):
-        found |= _costs(pilot, stage, part)
-    found |= _costs(pilot, "exact", name)
+    for stage, named in STAGES.items():
+        found |= _costs(pilot, stage, name if named else "")
     if "blocks" not in found:
         raise StrideError("The pilot has no costs of its own; run shard and attribute in a new run directory first.")
     old, new = _sizes(pilot, name, found, blocks, queries)

@@ -5,7 +5,6 @@ can be read means data that can be read; a rerun does the units without one.
 """
 
 import json
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from stride_ray import __version__
 from stride_ray.config import Config, dumps, loads, stage_hash, stage_keys
 from stride_ray.errors import StrideError
+from stride_ray.memory import peak_mb
 from stride_ray.storage import Store, safe_url
 from stride_ray.units import shown
 
@@ -47,8 +47,7 @@ class Stage:
             started: ``time.monotonic()`` when its work began.
             facts: counts, content hashes and whatever the summary needs.
         """
-        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        cost = {"seconds": round(time.monotonic() - started, 3), "peak_mb": round(usage)}
+        cost = {"seconds": round(time.monotonic() - started, 3), "peak_mb": peak_mb()}
         # As it will be read: no tuples.
         marker = json.loads(json.dumps({"unit": unit, "config": self.identity, **facts, **cost}))
         self.store.write_json(f"_done/{unit}.json", marker)

@@ -8,7 +8,6 @@ follow from; scores made from something else are made again. A method that fails
 
 import hashlib
 import os
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from stride_ray.evaluate.lds import ALL, Evaluation, Interval, evaluate, subset_
 from stride_ray.evaluate.statistics import ScoreStatistics, score_statistics
 from stride_ray.evaluate.table import Entry, as_markdown, best_rival, protocol, write_tables
 from stride_ray.evaluate.truth import read_scores, write_scores
+from stride_ray.memory import peak_mb
 from stride_ray.storage import Store, first_line
 
 DEVELOPMENT, REPORT = "development", "report"
@@ -320,7 +320,7 @@ def _in_worker(
         else:
             found = METHODS[slug].run(benchmark.problem(**given))
         facts["seconds"] = time.monotonic() - started
-        facts["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        facts["peak_mb"] = peak_mb()
         if slug != CHECKPOINTS:
             _publish(store, f"{'sums' if slug == DATAMODELS else 'scores'}/{slug}.npz", found, shape)
         return facts

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from stride_ray.attribute import attribute
 from stride_ray.blocks import Blocks
 from stride_ray.costs import NAME
 from stride_ray.errors import StrideError
-from stride_ray.plan import plan
+from stride_ray.evaluate.speed import Shape, random_model
+from stride_ray.fit import fit
+from stride_ray.plan import STAGES, plan
 from stride_ray.run import Run
 from stride_ray.shard import shard
 from stride_ray.small import VOCABULARY, train_tokenizer
@@ -30,7 +31,7 @@ from stride_ray.small import VOCABULARY, train_tokenizer
 BLOCK_TOKENS, SUBSETS, DEGREE, QUERIES, ASKED = 32, 1000, 10, 64, "asked"
 # Made-up words, how many letters they have, and words in a document; a file's documents.
 WORDS, LETTERS, DOCUMENT, FILE = 2000, (2, 9), 200, 20_000
-STAGES = {"blocks": "", "curvature": "", "exact": ASKED, "operators": "", "responses": ASKED, "influence": ASKED}
+SHAPE = Shape(layers=2, split=1, width=32, inner=64, heads=2, shared=2, vocabulary=VOCABULARY)
 _TOO_MANY = 1.15  # text in tokens over what the blocks need
 
 
@@ -67,17 +68,7 @@ def prepare(root: Path) -> Any:
     train_tokenizer((" ".join(rng.choice(known, DOCUMENT)) for _ in range(500)), root / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
     if not (root / "model" / "config.json").exists():
-        torch.manual_seed(0)
-        sizes: dict[str, Any] = {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-        }
-        model: Any = LlamaForCausalLM(
-            LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=2 * BLOCK_TOKENS, **sizes)
-        )
-        model.save_pretrained(root / "model")
+        random_model(SHAPE, "cpu", "float32").model.save_pretrained(root / "model")
         tokenizer.save_pretrained(root / "model")
     queries = [{"id": str(i), "text": " ".join(rng.choice(known, 10))} for i in range(QUERIES)]
     (root / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries), "utf-8")
@@ -101,8 +92,6 @@ def run_size(root: str, blocks: int) -> None:
     queries = str(base / "queries.jsonl")
     attribute(Run(str(run), changes={"attribute.mode": "exact"}), queries, ASKED, sys.stderr)
     amortised = Run(str(run), changes={"attribute.mode": "amortised"})
-    from stride_ray.fit import fit
-
     fit(amortised)
     attribute(amortised, queries, ASKED, sys.stderr)
 
@@ -141,8 +130,8 @@ def measure(folder: str, sizes: list[int]) -> dict[str, Any]:
 
 def _found(folder: Path) -> dict[str, Any]:
     run, stages, workers = Run(str(folder)), dict[str, Any](), 1
-    for stage, name in STAGES.items():
-        cost = run.stage(stage, name).store.read_json(NAME)
+    for stage, named in STAGES.items():
+        cost = run.stage(stage, ASKED if named else "").store.read_json(NAME)
         workers = max(workers, *(each["workers"] for each in cost["phases"].values()))
         worker_mb = max(each["peak_mb"] for each in cost["phases"].values())
         stages[stage] = {"seconds": cost["wall"], "worker_mb": worker_mb, "driver_mb": cost["driver_mb"]}

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stride_ray.closed_form import add_to_subsets
-from stride_ray.evaluate.memory import peak_bytes, restart_peak
 from stride_ray.membership import Membership
+from stride_ray.memory import peak_bytes, restart_peak
 from stride_ray.model import DTYPES, SplitModel, device_of, masked_mean
 from stride_ray.operators import Operators, features, gradients, random_basis, steering
 from stride_ray.sites import EMBEDDING, HEAD, SKETCH, Site, find_sites, influence, site_gradients

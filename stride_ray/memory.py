@@ -46,5 +46,14 @@ def peak_bytes(device: Any = None) -> int:
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
     except (OSError, StopIteration):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return _lifetime_peak()
+
+
+def peak_mb() -> int:
+    """Return the most memory that this process has held since it was started, MB."""
+    return round(_lifetime_peak() / 2**20)
+
+
+def _lifetime_peak() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,9 +139,15 @@ def block_id(source: str, document_id: str, start: int) -> int:
 
     The first 8 bytes of a BLAKE2b hash as an unsigned integer; the same on every machine.
     """
-    # JSON, because joined by any separator two different triples could read the same.
-    name = json.dumps([source, document_id, start]).encode()
+    name = f"{_document_name(source, document_id)}, {start}]".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+
+
+@lru_cache(maxsize=64)
+def _document_name(source: str, document_id: str) -> str:
+    """The beginning of the JSON list [source, document_id, start]; a document may have many blocks."""
+    # JSON, because joined by any separator two different triples could read the same.
+    return json.dumps([source, document_id])[:-1]
 
 
 class _Span(NamedTuple):

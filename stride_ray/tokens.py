@@ -227,8 +227,13 @@ def _encode_batch(documents: list[Document], tokenizer: Any | None) -> list[Enco
 def _text_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     if not texts:
         return []
-    call = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-    return tokenizer(texts, padding=False, truncation=False, **call)["input_ids"]
+    call = {"add_special_tokens": False, "padding": False, "truncation": False}
+    if getattr(type(tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
+        return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **call)["input_ids"]
+    # What transformers does itself, but without the offsets of tokens, which take nearly as long as the tokens. A call
+    # settles the backend: no truncation, no padding, special tokens as the tokenizer has it.
+    tokenizer("", **call)
+    return [each.ids for each in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _checked(document: Document, ids: Sequence[int], mask: Sequence[bool] | None) -> Encoded | Rejected:

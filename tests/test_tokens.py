@@ -82,6 +82,26 @@ def test_text_is_encoded_alone_and_without_special_tokens(tokenizer, texts):
         assert tokenizer.decode(result.ids) == text
 
 
+class Sighing(PreTrainedTokenizerFast):
+    """A tokenizer that encodes in a way of its own, as that of Code Llama does."""
+
+    def _encode_plus(self, text, *args, **kwargs):
+        return super()._encode_plus(["oh, " + each for each in text], *args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [PreTrainedTokenizerFast, Sighing])
+@pytest.mark.parametrize("split", [False, True])
+def test_texts_are_encoded_as_the_tokenizer_itself_does(kind, split):
+    model = backend()
+    model.post_processor = tokenizers.processors.TemplateProcessing("<|start|> $A", special_tokens=[("<|start|>", 1)])
+    made = kind(tokenizer_object=model, eos_token="<|end|>", split_special_tokens=split)
+    texts = ["the cat<|end|>sat", "what is two", "é<|start|>"]
+    results = encode([Document(text, "s", text=text) for text in texts], load_tokenizer(made))
+    expected = made(texts, add_special_tokens=False)["input_ids"]
+    assert [result.ids.tolist() for result in results] == expected
+    assert (0 in expected[0]) != split
+
+
 @settings(deadline=None, max_examples=50)
 @given(prompt=st.text(max_size=40), answer=TEXT)
 def test_the_answer_and_its_end_count_and_nothing_else(tokenizer, prompt, answer):

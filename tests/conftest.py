@@ -52,6 +52,16 @@ QUERIES = [
 ]
 
 
+class Bomb:
+    """What touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 def sentence(subject, rng):
     """A sentence of one subject's words: what a tiny model can learn and tell apart."""
     words = SUBJECTS[subject].split()

@@ -3,13 +3,12 @@
 import ast
 import contextlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import data_files, settings
+from conftest import Bomb, data_files, settings
 from safetensors.torch import load_file
 
 from stride_ray.attribute import attribute
@@ -25,16 +24,6 @@ ROOT = Path(__file__).parent.parent
 # What runs code that it reads, or may.
 REFUSED = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
 CODE = "import pathlib; pathlib.Path({!r}).touch()\n"
-
-
-class Bomb:
-    """What touches a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def calls(tree):

@@ -279,7 +279,7 @@ def benchmark_shard(args: argparse.Namespace) -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many cores as workers, not more
     from stride_ray.evaluate.scale import measure_shard
 
-    found = measure_shard(args.folder, args.blocks, args.workers)
+    found = measure_shard(args.folder, args.blocks, args.tokens, args.workers)
     for name, rate in found["tokens_per_second"].items():
         print(f"{name:12}{rate:>14,.0f} tokens a second")
     print(json.dumps(found))
@@ -328,6 +328,7 @@ def main() -> int:
     command.set_defaults(run=benchmark_scale)
     command = commands.add_parser("shard", help="tokens a second beside datasets.map with the same tokenizer")
     command.add_argument("--blocks", type=lambda text: int(float(text)), default=1_000_000)
+    command.add_argument("--tokens", type=int, default=512, help="in a block")
     command.add_argument("--workers", type=int, default=2)
     command.add_argument("--folder", required=True)
     command.set_defaults(run=benchmark_shard)

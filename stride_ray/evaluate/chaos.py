@@ -40,8 +40,9 @@ from stride_ray.small import train_model, train_tokenizer
 
 NODE, WORKER, DRIVER = KINDS = ("node", "worker", "driver")
 NODES, NAME = 2, "asked"
-# Ray's processes that do no work: idle workers, and agents, without which a node ends.
-IDLE = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+# What Ray calls the processes that do our work: Ray Data's workers, a crew's members and tasks. Its own (agents, without
+# which a node ends; actors that count) are left alone.
+OURS = ("ray::MapWorker", "ray::_Member", "ray::_task")
 # Stages in order, by the folder whose being there says that the stage has begun.
 STAGES = {
     "shard": "blocks",
@@ -151,7 +152,7 @@ class _Nodes:
             return NODE
         # Workers of this cluster are children of its raylets, which this process has started.
         titled = [(_title(each), each) for each in psutil.Process().children(recursive=True)]
-        busy = [(title, each) for title, each in titled if title.startswith("ray::") and not title.startswith(IDLE)]
+        busy = [(title, each) for title, each in titled if title.startswith(OURS)]
         if not busy:
             return ""
         title, process = rng.choice(busy)

@@ -40,7 +40,7 @@ from stride_ray.small import train_model, train_tokenizer
 
 NODE, WORKER, DRIVER = KINDS = ("node", "worker", "driver")
 NODES, NAME = 2, "asked"
-# What Ray calls the processes that do our work: Ray Data's workers, a crew's members and tasks. Its own (agents, without
+# What Ray calls the processes that do our work: Ray Data's workers, members of a crew, tasks. Its own (agents, without
 # which a node ends; actors that count) are left alone.
 OURS = ("ray::MapWorker", "ray::_Member", "ray::_task")
 # Stages in order, by the folder whose being there says that the stage has begun.

@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import lasso_path
 
 from stride_ray.errors import StrideError
 from stride_ray.membership import Membership
@@ -230,6 +228,10 @@ def _polish(gram: NDArray, correlation: NDArray, penalty: float, weights: NDArra
 
 def _solve_small(problem: _Problem, query: _Query, tolerance: float, polish: bool) -> None:
     """Minimise over the working set, starting from its weights; then update the residual."""
+    # Not at the top: it takes a second and a half, which workers of other stages would pay.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import lasso_path
+
     scale = problem.scale
     ids = problem.membership.columns_at(query.ordinals)
     K = len(scale) - 1
@@ -250,13 +252,12 @@ def _solve_small(problem: _Problem, query: _Query, tolerance: float, polish: boo
             tol=tolerance,
             max_iter=MAX_EPOCHS,
         )
-    query.weights = path[:, 0].copy()
-    if polish:
-        query.weights = _polish(gram, correlation, query.penalty, query.weights)
+    weights = path[:, 0].copy()
+    query.weights = _polish(gram, correlation, query.penalty, weights) if polish else weights
     predicted = _predict(ids, query.weights, scale)
     query.shift = float(predicted.sum() / K)
-    query.residual = query.target - (predicted - query.shift)
-    query.residual -= query.residual.sum() / K
+    residual = query.target - (predicted - query.shift)
+    query.residual = residual - residual.sum() / K
 
 
 def _relative_gap(query: _Query, largest: float, nonnegative: bool) -> float:
@@ -264,11 +265,10 @@ def _relative_gap(query: _Query, largest: float, nonnegative: bool) -> float:
 
     The dual point is s·r with the s that maximises the dual, −½s²‖r‖² + s·yᵀr, where s·Xᵀr stays within λ.
     """
-    r, y = query.residual, query.target
-    rr, ry = float(r @ r), float(r @ y)
+    r = query.residual
+    rr, ry = float(r @ r), float(r @ query.target)
     bound = query.penalty / largest if largest > 0 else np.inf
-    s = min(ry / rr, bound) if rr > 0 else 0.0
-    s = max(s, 0.0 if nonnegative else -bound)
+    s = max(min(ry / rr, bound) if rr > 0 else 0.0, 0.0 if nonnegative else -bound)
     primal = 0.5 * rr + query.penalty * float(np.abs(query.weights).sum())
     return max(primal - (s * ry - 0.5 * s * s * rr), 0.0) / query.half
 
@@ -281,13 +281,13 @@ def _advance(problem: _Problem, query: _Query, value: NDArray, ordinal: NDArray)
         # Below this the correlations are rounding: no column tells the subsets apart (d = K), or none is positive.
         noise = 1e-13 * np.sqrt(2 * query.half * problem.membership.degree) * problem.scale.max()
         query.penalty = problem.ratio * largest if largest > noise else 0.0
-        if query.penalty == 0.0:
-            query.done = True
+        query.done = query.penalty == 0.0
+        if query.done:
             return
     # No column above the floor λ: then λ bounds them all.
     query.gap = _relative_gap(query, max(largest, query.penalty), problem.nonnegative)
-    if query.gap <= problem.tolerance or query.rounds == MAX_ROUNDS:
-        query.done = True
+    query.done = query.gap <= problem.tolerance or query.rounds == MAX_ROUNDS
+    if query.done:
         return
     if len(query.ordinals) > PRUNE_ABOVE * problem.membership.subsets:
         keep = query.weights != 0  # a column dropped wrongly comes back as a violator

@@ -251,6 +251,7 @@ def _kill_a_worker(store, killed, over):
             killed.append(workers[0].pid)
 
 
+@pytest.mark.cluster
 def test_a_killed_worker_is_replaced_and_the_result_is_the_same(made, tmp_path, some_ray, monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")  # how long a report may wait to be heard
     config = config_of(made, fit__steps=60)

@@ -336,7 +336,13 @@ def main() -> int:
     # Before numpy is imported: its libraries read these once. Hence the imports inside the commands.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[name] = "1"
-    return int(args.run(args))
+    from stride_ray.errors import StrideError
+
+    try:
+        return int(args.run(args))
+    except StrideError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -65,13 +65,13 @@ def write_text(folder: Path, tokens: int, tokenizer: Any) -> None:
 
 def prepare(root: Path) -> Any:
     """Tokenizer, tiny random model and queries; returns the tokenizer."""
-    known = words()
-    rng = np.random.default_rng(2)
+    known, rng = words(), np.random.default_rng(2)
     train_tokenizer((" ".join(rng.choice(known, DOCUMENT)) for _ in range(500)), root / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
     if not (root / "model" / "config.json").exists():
         random_model(SHAPE, "cpu", "float32").model.save_pretrained(root / "model")
         tokenizer.save_pretrained(root / "model")
+    rng = np.random.default_rng(3)  # a second run draws nothing for the tokenizer
     queries = [{"id": str(i), "text": " ".join(rng.choice(known, 10))} for i in range(QUERIES)]
     (root / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries), "utf-8")
     return tokenizer

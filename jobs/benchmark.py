@@ -336,13 +336,9 @@ def main() -> int:
     # Before numpy is imported: its libraries read these once. Hence the imports inside the commands.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[name] = "1"
-    from stride_ray.errors import StrideError
+    from stride_ray.cli import exit_status
 
-    try:
-        return int(args.run(args))
-    except StrideError as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 1
+    return exit_status("benchmark", lambda: args.run(args))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stride_ray.errors import StrideError
 from stride_ray.operators import Basis, Operators
-from stride_ray.storage import Store, first_line, safe_url
+from stride_ray.storage import Store, first_line
 
 OPERATOR, SUBSETS, META = "operator.pt", "subsets.npy", "meta.json"
 
@@ -71,51 +71,39 @@ def read_released(store: Store) -> tuple[Operators, np.ndarray, dict[str, Any]]:
         columns = np.load(io.BytesIO(store.read(SUBSETS)), allow_pickle=False)
     except ValueError as error:
         raise StrideError(f"{store.name_of(SUBSETS)} is not a plain NumPy array ({first_line(error)}).") from None
-    operators = Operators(_basis(tensors, str(facts.get("activation", "silu")), where), _stack(tensors, where))
-    K, rank = operators.A.shape[:2]
-    if operators.basis.W_in.shape[1] != rank:
-        raise StrideError(f"{where}: W_in has rank {operators.basis.W_in.shape[1]} and the operators {rank}.")
+    operators = _operators(tensors, str(facts.get("activation", "silu")))
+    if operators is None:
+        found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise StrideError(
+            f"{where} holds {found or 'nothing'}; operators are W_in (D, r) with a (K, r) and W_out (r, D), or with A "
+            "(K, r, D)."
+        )
+    K = len(operators.A)
     whole = columns.ndim == 2 and columns.dtype.kind in "iu"
     if not whole or columns.min(initial=0) < 0 or columns.max(initial=0) > K:
         raise StrideError(
-            f"{store.name_of(SUBSETS)} in {safe_url(store.url)} must hold the subsets of every block, (N, d) whole "
-            f"numbers from 0 to {K}; it holds {columns.dtype} {columns.shape}."
+            f"{store.name_of(SUBSETS)} must hold the subsets of every block, (N, d) whole numbers from 0 to {K}; it "
+            f"holds {columns.dtype} {columns.shape}."
         )
     return operators, columns, facts
 
 
-def _stack(tensors: dict[str, Tensor], where: str) -> Tensor:
-    """The one tensor that is neither W_in nor W_out."""
-    found = [tensor for name, tensor in tensors.items() if not _words(name) & {"in", "out"}]
-    if len(found) != 1:
-        raise _unknown(tensors, where)
-    return found[0]
-
-
-def _basis(tensors: dict[str, Tensor], activation: str, where: str) -> Basis:
-    shared: dict[str, Tensor] = {}
+def _operators(tensors: dict[str, Tensor], activation: str) -> Operators | None:
+    """The operators that a state dict's tensors are; None where their names or shapes are not those of operators."""
+    shared, stacks = dict[str, Tensor](), list[Tensor]()
     for name, tensor in tensors.items():
-        for role in _words(name) & {"in", "out"}:
+        words = set(re.split(r"[^a-z]+", name.lower()))
+        role = next(iter(words & {"in", "out"}), "")
+        if not role:
+            stacks.append(tensor)
+        elif tensor.ndim == 2:
             # As a weight of a linear layer, outputs come first: the paper's W_in and W_out transposed.
-            shared[role] = tensor.T if "weight" in _words(name) else tensor
-    stack = _stack(tensors, where)
-    form = {2: "gate", 3: "matrix"}.get(stack.ndim, "")
-    if "in" not in shared or ("out" in shared) != (form == "gate") or not form:
-        raise _unknown(tensors, where)
+            shared[role] = tensor.T if "weight" in words else tensor
+    form = {2: "gate", 3: "matrix"}.get(stacks[0].ndim) if len(stacks) == 1 else None
+    if form is None or set(shared) != ({"in", "out"} if form == "gate" else {"in"}):
+        return None
     W_in = shared["in"].contiguous()
     W_out = shared["out"].T.contiguous() if form == "gate" else torch.eye(len(W_in))
-    if stack.shape[-1] != W_out.shape[1] or len(W_out) != len(W_in):
-        raise _unknown(tensors, where)
-    return Basis(form, W_in, W_out, activation)
-
-
-def _words(name: str) -> set[str]:
-    return set(re.split(r"[^a-z]+", name.lower()))
-
-
-def _unknown(tensors: dict[str, Tensor], where: str) -> StrideError:
-    found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-    return StrideError(
-        f"{where} holds {found or 'nothing'}; operators are W_in (D, r) with a (K, r) and W_out (r, D), or with A "
-        "(K, r, D)."
-    )
+    operators = Operators(Basis(form, W_in, W_out, activation), stacks[0])
+    fits = operators.A.shape[1:] == operators.basis.shape and len(W_out) == len(W_in)
+    return operators if fits and W_in.shape[1] == stacks[0].shape[1] else None

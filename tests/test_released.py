@@ -71,6 +71,7 @@ def test_weights_of_linear_layers_are_turned(tmp_path):
     [
         {},
         {"W_in": torch.ones(WIDTH, RANK)},
+        {"W_in": torch.ones(WIDTH), "A": torch.ones(K, RANK, WIDTH)},
         {"W_in": torch.ones(WIDTH, RANK), "a": torch.ones(K, RANK)},
         {"W_in": torch.ones(WIDTH, RANK), "A": torch.ones(K, RANK, WIDTH + 1)},
         {"W_in": torch.ones(WIDTH, RANK), "A": torch.ones(K, RANK + 1, WIDTH)},

@@ -65,6 +65,7 @@ def write_text(folder: Path, tokens: int, tokenizer: Any) -> None:
 
 def prepare(root: Path) -> Any:
     """Tokenizer, tiny random model and queries; returns the tokenizer."""
+    root.mkdir(parents=True, exist_ok=True)
     known, rng = words(), np.random.default_rng(2)
     train_tokenizer((" ".join(rng.choice(known, DOCUMENT)) for _ in range(500)), root / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
@@ -106,7 +107,6 @@ def measure(folder: str, sizes: list[int]) -> dict[str, Any]:
         and stage, seconds and worker memory as ratios; ``plan``: per larger size and stage, foretold over real seconds.
     """
     root = Path(folder).resolve()
-    root.mkdir(parents=True, exist_ok=True)
     tokenizer = prepare(root)
     runs = []
     for size in tqdm(sorted(sizes), desc="scale", unit=" sizes", file=sys.stderr):
@@ -164,7 +164,6 @@ def measure_shard(folder: str, blocks: int, block_tokens: int, workers: int) -> 
     import datasets
 
     root = Path(folder).resolve()
-    root.mkdir(parents=True, exist_ok=True)
     tokenizer = prepare(root)
     text = root / f"text-{blocks}x{block_tokens}"
     write_text(text, blocks * block_tokens, tokenizer)

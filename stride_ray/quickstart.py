@@ -23,13 +23,11 @@ from stride_ray.small import train_model, train_tokenizer
 
 # The sample by name; a module that this Python does not have is left out, and the count printed.
 MODULES = (
-    "argparse.py bisect.py calendar.py collections/__init__.py configparser.py contextlib.py copy.py csv.py "
-    "dataclasses.py difflib.py enum.py fractions.py functools.py getopt.py glob.py gzip.py heapq.py "
-    "html/parser.py http/client.py http/server.py ipaddress.py json/__init__.py json/decoder.py json/encoder.py "
-    "json/scanner.py json/tool.py keyword.py logging/__init__.py poplib.py pprint.py queue.py random.py "
-    "sched.py secrets.py shelve.py shlex.py shutil.py socketserver.py statistics.py string.py subprocess.py "
-    "tempfile.py textwrap.py this.py threading.py timeit.py tokenize.py turtle.py urllib/parse.py "
-    "urllib/request.py uuid.py wave.py webbrowser.py"
+    "argparse.py bisect.py calendar.py contextlib.py copy.py csv.py difflib.py fractions.py getopt.py glob.py "
+    "gzip.py heapq.py html/parser.py http/server.py ipaddress.py json/__init__.py json/decoder.py "
+    "json/encoder.py json/scanner.py json/tool.py keyword.py poplib.py pprint.py queue.py random.py sched.py "
+    "secrets.py shelve.py shlex.py socketserver.py statistics.py string.py subprocess.py tempfile.py textwrap.py "
+    "this.py timeit.py tokenize.py turtle.py uuid.py wave.py webbrowser.py"
 ).split()
 
 PROMPTS = {

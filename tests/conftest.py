@@ -1,6 +1,7 @@
 """What tests share: a tiny corpus and tokenizer, a tiny Llama trained on it, one Ray, a finished run, a browser."""
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from stride_ray import crew, distribute
 from stride_ray.attribute import attribute
 from stride_ray.blocks import Blocks
 from stride_ray.distribute import Pool
@@ -217,18 +219,21 @@ def _plain_map(make, arguments, units, pool):
 
 
 def run_plainly(patch):
-    """Have the stages run without Ray: the same functions in a plain loop, which Ray must not differ from by a byte."""
+    """Have what is imported run without Ray: the same functions in a plain loop, which Ray must not differ from."""
     changes = {
-        "connected": lambda compute: contextlib.nullcontext(),
-        "pool": lambda compute, units: Pool(1, "cpu"),
-        "Crew": PlainCrew,
-        "map_actors": _plain_map,
-        "map_dataset": _plain_map,
-        "map_tasks": lambda function, given, units, pool: [function(*given, unit) for unit in units],
+        distribute.connected: lambda compute: contextlib.nullcontext(),
+        distribute.pool: lambda compute, units: Pool(1, "cpu"),
+        distribute.map_dataset: _plain_map,
+        distribute.map_tasks: lambda function, given, units, pool: [function(*given, unit) for unit in units],
+        crew.map_actors: _plain_map,
+        crew.Crew: PlainCrew,
     }
-    for module in (sys.modules[f"stride_ray.{name}"] for name in ("shard", "fit", "respond", "influence", "exact")):
-        for name in changes.keys() & vars(module).keys():
-            patch.setattr(module, name, changes[name])
+    named = {original.__name__: original for original in changes}
+    users = [module for name, module in sys.modules.items() if name.startswith("stride_ray.")]
+    for module in set(users) - {distribute, crew}:
+        for name, original in named.items():
+            if vars(module).get(name) is original:
+                patch.setattr(module, name, changes[original])
 
 
 @pytest.fixture
@@ -246,6 +251,21 @@ def finished(parts, one_ray, tmp_path_factory):
     with open(os.devnull, "w") as out:
         summary = attribute(run, parts.queries, "asked", out)
     return SimpleNamespace(folder=folder, run=run, manifest=manifest, facts=facts, summary=summary)
+
+
+def answered(folder, parts, **more):
+    """An exact answer on a run's blocks: the run, its summary, what it printed."""
+    run = Run(str(folder), changes=settings(parts, attribute__mode="exact", **more))
+    out = io.StringIO()
+    return run, attribute(run, parts.queries, "asked", out), out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def exactly(parts, sharded):
+    """An exact answer through Ray with two workers; tests only read it."""
+    folder = sharded("exact")
+    run, summary, out = answered(folder, parts)
+    return SimpleNamespace(folder=folder, run=run, summary=summary, out=out)
 
 
 @pytest.fixture(scope="session")

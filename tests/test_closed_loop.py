@@ -10,14 +10,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import write_lines
-from test_exact import answered
-from test_select import plainly, with_options
+from conftest import answered, run_plainly, write_lines
+from test_select import with_options
 from transformers import AutoModelForCausalLM
 
 from stride_ray.attribute import asked_queries
 from stride_ray.errors import StrideError
-from stride_ray.evaluate import closed_loop as module
 from stride_ray.evaluate import unigram
 from stride_ray.evaluate.closed_loop import ARMS, F1, LOSS, arm_benchmark, closed_loop, compare_arms
 from stride_ray.evaluate.finetune import FineTune
@@ -36,19 +34,12 @@ def make(benchmark):
 """
 
 
-def all_plainly(patch):
-    plainly(patch)
-    patch.setattr(module, "connected", sys.modules["stride_ray.select"].connected)
-    patch.setattr(module, "pool", sys.modules["stride_ray.select"].pool)
-    patch.setattr(module, "map_tasks", lambda work, given, units, pool: [work(*given, unit) for unit in units])
-
-
 @pytest.fixture(scope="module")
 def attributed(parts, sharded, tmp_path_factory):
     """A run with a set of questions and answers on one subject, and one of texts; and a recipe that takes seconds."""
     root = tmp_path_factory.mktemp("loop")
     patch = pytest.MonkeyPatch()
-    all_plainly(patch)
+    run_plainly(patch)
     try:
         asked = [
             {"id": f"q{i}", "prompt": "the anchor met", "completion": f" the {w}"}
@@ -136,7 +127,7 @@ def test_the_lexical_arm_is_what_lexical_search_finds(attributed, found):
 def test_a_rerun_trains_what_is_missing_and_a_plain_loop_agrees(attributed, found, tmp_path, monkeypatch):
     run, recipe = attributed
     _, result = found
-    all_plainly(monkeypatch)
+    run_plainly(monkeypatch)
     out = tmp_path / "out"
     options = with_options(run, tokens=0.3)
     one = closed_loop(options, ["asked"], str(out), seeds=1, recipe=recipe)
@@ -149,7 +140,7 @@ def test_a_rerun_trains_what_is_missing_and_a_plain_loop_agrees(attributed, foun
 
 def test_what_cannot_be_compared_is_told(attributed, tmp_path, monkeypatch):
     run, _ = attributed
-    all_plainly(monkeypatch)
+    run_plainly(monkeypatch)
     options, out = with_options(run, tokens=0.3), str(tmp_path / "out")
     for call, told in (
         (lambda: closed_loop(options, ["asked"], out, measure=["asked"]), "is to select and to measure"),
@@ -200,7 +191,7 @@ def test_the_job_and_that_it_does_not_hide_the_standard_librarys_select(
     spec = importlib.util.spec_from_file_location("select_job", JOBS / "select.py")
     job = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(job)
-    all_plainly(monkeypatch)
+    run_plainly(monkeypatch)
     command = [run.url, "--name", "asked", "--tokens", "0.3"]
     assert job.main([*command, "--out", str(out), "--retrain", "--seeds", "2", "--recipe", recipe]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["measured_on"] == result.measured_on

@@ -179,6 +179,7 @@ def test_run_again_nothing_is_scored_and_the_default_is_held_against_the_best_ri
         assert len(figures["ratio"]) == 3
 
 
+@pytest.mark.cluster
 def test_killed_and_run_again_gives_the_same_scores(made, compared, tmp_path, monkeypatch):
     out, log = tmp_path / "out", tmp_path / "log"
     command = [sys.executable, str(JOB), "--benchmark", made, "--out", str(out), "--methods", "random,tfidf"]

@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import QUERIES, settings
+from conftest import QUERIES, answered
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stride_ray import exact
-from stride_ray.attribute import attribute, block_texts, read_influence
+from stride_ray.attribute import block_texts, read_influence
 from stride_ray.blocks import Blocks
 from stride_ray.cli import main
 from stride_ray.config import Config
@@ -28,21 +28,8 @@ def tables(folder):
     return {path.name: path.read_bytes() for path in sorted((folder / "exact/asked").glob("*.parquet"))}
 
 
-def answered(folder, parts, **more):
-    run = Run(str(folder), changes=settings(parts, attribute__mode="exact", **more))
-    out = io.StringIO()
-    return run, attribute(run, parts.queries, "asked", out), out.getvalue()
-
-
-@pytest.fixture(scope="module")
-def exactly(parts, sharded):
-    """An exact answer through Ray with two workers; tests only read it."""
-    folder = sharded("exact")
-    return folder, *answered(folder, parts)
-
-
 def test_tables_have_the_form_of_the_amortised_ones(exactly):
-    _, run, summary, out = exactly
+    run, summary, out = exactly.run, exactly.summary, exactly.out
     influence, documents, recovery = (read_influence(run, "asked", t) for t in ("influence", "documents", "recovery"))
     for table, schema in ((influence, INFLUENCE), (documents, DOCUMENTS), (recovery, RECOVERY)):
         assert table.schema.equals(schema)
@@ -58,7 +45,7 @@ def test_tables_have_the_form_of_the_amortised_ones(exactly):
 
 
 def test_the_most_helpful_blocks_are_on_the_query_s_subject(exactly):
-    _, run, _, _ = exactly
+    run = exactly.run
     words = {"sea": {"wave", "harbour", "anchor", "gull", "tide", "keel"}, "kitchen": {"butter", "oven", "dough"}}
     top = read_influence(run, "asked").to_pylist()
     blocks = run.stage("blocks").store
@@ -71,7 +58,7 @@ def test_the_most_helpful_blocks_are_on_the_query_s_subject(exactly):
 
 
 def test_a_plain_loop_gives_the_same_bytes_and_passes_the_same_numbers(exactly, parts, sharded, plain, monkeypatch):
-    folder, *_ = exactly
+    folder = exactly.folder
     one = sharded("plain")
     answered(one, parts)
     assert tables(one) == tables(folder)
@@ -91,7 +78,7 @@ def test_a_plain_loop_gives_the_same_bytes_and_passes_the_same_numbers(exactly, 
 
 @pytest.mark.parametrize("at", [1, 3, 5, 7, 9, 11])
 def test_an_interrupted_stage_goes_on_where_it_stopped(at, exactly, parts, sharded, plain, monkeypatch):
-    folder, *_ = exactly
+    folder = exactly.folder
     broken, writes, write = sharded(f"broken{at}"), [], Store.write
 
     def failing(store, name, data):
@@ -112,7 +99,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(at, exactly, parts, shard
 
 
 def test_only_the_largest_are_kept(exactly, parts, sharded, plain):
-    _, run, _, _ = exactly
+    run = exactly.run
     few, _, _ = answered(sharded("few"), parts, attribute__top=5)
     kept = read_influence(few, "asked").to_pylist()
     assert len(kept) == 15
@@ -126,7 +113,7 @@ def test_only_the_largest_are_kept(exactly, parts, sharded, plain):
 
 
 def test_where_training_began_is_where_it_is_measured_from(exactly, parts, sharded, plain):
-    folder, *_ = exactly
+    folder = exactly.folder
     same, _, _ = answered(sharded("same"), parts, model__start=str(parts.model))
     facts = same.stage("curvature").store.read_json("manifest.json")["sites"]
     before = Run(str(folder), changes={"attribute.mode": "exact"})
@@ -140,16 +127,16 @@ def test_where_training_began_is_where_it_is_measured_from(exactly, parts, shard
     assert [row["influence"] for row in rows] != read_influence(before, "asked")["influence"].to_pylist()
 
 
-def test_the_command_line_needs_no_operators(exactly, parts, sharded):
+def test_the_command_line_needs_no_operators(exactly, parts, sharded, plain):
     folder = sharded("verb")
-    shutil.copy(exactly[0] / "run.toml", folder)
+    shutil.copy(exactly.folder / "run.toml", folder)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main(["attribute", str(folder), "--exact", "--queries", parts.queries, "--name", "asked"]) == 0
-    assert tables(folder) == tables(exactly[0])
+    assert tables(folder) == tables(exactly.folder)
     page = (folder / "exact/asked/page.html").read_text()
     assert "every block scored at 7 sites" in page
     assert "exact/asked" in out.getvalue()
-    told = status(exactly[1])
+    told = status(exactly.run)
     assert "curvature" in told
     assert "7 sites" in told
     assert "operators                    missing" in told

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import SUBJECTS, run_plainly, sentence, write_lines
-from test_tailpatch import plainly
 from transformers import AutoModelForCausalLM
 
 from stride_ray.attribute import asked_queries, read_influence
@@ -24,7 +23,6 @@ from stride_ray.crew import map_actors
 from stride_ray.distribute import Pool
 from stride_ray.errors import StrideError
 from stride_ray.evaluate import instructions as module
-from stride_ray.evaluate import tailpatch
 from stride_ray.evaluate.finetune import MASKED, FineTune
 from stride_ray.evaluate.instructions import (
     CHANCE,
@@ -70,13 +68,6 @@ CHANGES = {
 }
 
 
-def all_plainly(patch):
-    run_plainly(patch)
-    plainly(patch, tailpatch)
-    for name in ("connected", "pool", "map_actors"):
-        patch.setattr(module, name, getattr(tailpatch, name))
-
-
 def counted(monkeypatch):
     """The labels that the recipe's steps see while patched."""
     seen, step = [], FineTune._step
@@ -109,7 +100,7 @@ def done(parts, asked, tmp_path_factory):
     out, told = tmp_path_factory.mktemp("sft") / "out", io.StringIO()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told):
-        all_plainly(patch)
+        run_plainly(patch)
         outcome = attribute_instructions(asked, str(parts.model), str(out), OPTIONS, CHANGES)
     return SimpleNamespace(out=out, outcome=outcome, told=told.getvalue(), run=Run(str(out / "run")))
 
@@ -246,7 +237,7 @@ def test_the_table_of_which_instructions_taught_an_answer(done, monkeypatch, cap
 
 
 def test_a_rerun_goes_on_and_other_settings_are_refused(done, asked, parts, monkeypatch):
-    all_plainly(monkeypatch)
+    run_plainly(monkeypatch)
     monkeypatch.setattr(module, "fine_tune", None)
     monkeypatch.setattr(module, "tail_patch", None)
     before = {path: path.stat().st_mtime_ns for path in (done.out / "model").iterdir()}
@@ -257,14 +248,14 @@ def test_a_rerun_goes_on_and_other_settings_are_refused(done, asked, parts, monk
         attribute_instructions(*arguments, dataclasses.replace(OPTIONS, epochs=3), CHANGES)
     # What is missing is done again, to the same figures.
     monkeypatch.undo()
-    all_plainly(monkeypatch)
+    run_plainly(monkeypatch)
     (done.out / "_done/tailpatch-exact.json").unlink()
     again = attribute_instructions(*arguments, OPTIONS, CHANGES)
     assert again.lift == done.outcome.lift
 
 
 def test_the_amortised_answer_and_the_job(done, asked, parts, monkeypatch, capsys):
-    all_plainly(monkeypatch)
+    run_plainly(monkeypatch)
     options = [f"--{each.name.replace('_', '-')}={getattr(OPTIONS, each.name)}" for each in dataclasses.fields(Options)]
     command = ["--instructions", asked, "--model", str(parts.model), "--out", str(done.out), *options]
     for name, value in {**CHANGES, "attribute.mode": "amortised"}.items():

@@ -216,6 +216,7 @@ def read_agreement(truth):
     return float((signs[0] * signs[1]).mean())
 
 
+@pytest.mark.cluster
 def test_killed_anywhere_and_run_again_gives_the_same_bytes(made, retrained, tmp_path):
     undisturbed, _ = retrained
     out, log = tmp_path / "out", tmp_path / "log"

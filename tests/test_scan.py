@@ -8,8 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import write_lines
-from test_scan_lexical import plainly
+from conftest import run_plainly, write_lines
 
 from stride_ray.cli import main
 from stride_ray.errors import StrideError
@@ -36,7 +35,7 @@ ITEMS = [{"id": f"i{i}", "question": question(i), "answer": f"answer {i}"} for i
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A corpus of three files, a set of items and a run for the lexical channel alone, without Ray."""
-    plainly(monkeypatch)
+    run_plainly(monkeypatch)
     corpus = tmp_path / "corpus"
     for name in "abc":
         write_lines(corpus / f"{name}.jsonl", [{"text": f"document {name} {i} <b>of no account</b>"} for i in range(4)])

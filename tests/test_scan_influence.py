@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import documents, settings, write_lines
+from conftest import documents, run_plainly, settings, write_lines
 
 from stride_ray.errors import StrideError
 from stride_ray.run import Run
@@ -29,7 +29,7 @@ def items_of(place, name, rows):
 
 @pytest.fixture(scope="module")
 def scanned(parts, sharded, tmp_path_factory):
-    """Two nights of a tiny run with exact influence, new items on the second."""
+    """A night of a tiny run with exact influence through Ray, and one with new items in a plain loop."""
     place = tmp_path_factory.mktemp("scan")
     shutil.copytree(parts.corpus, place / "corpus")
     folder = sharded("scan")
@@ -44,7 +44,9 @@ def scanned(parts, sharded, tmp_path_factory):
     controls = items_of(place, "controls", [{"text": text} for text in documents(24, seed=5)])
     first = scan(run, [items_of(place, "asked", rows)], str(place / "scans"), [controls], "n1")
     more = items_of(place, "asked", [*rows, {"id": "later", "question": "What met the gull?", "answer": "the tide"}])
-    second = scan(run, [more], str(place / "scans"), [controls], "n2")
+    with pytest.MonkeyPatch.context() as patch:
+        run_plainly(patch)
+        second = scan(run, [more], str(place / "scans"), [controls], "n2")
     return SimpleNamespace(
         place=place, run=run, folder=folder, first=first, second=second, controls=controls, sets=more
     )
@@ -89,7 +91,7 @@ def test_only_new_items_are_asked_and_a_night_over_nothing_new_asks_none(scanned
     assert all(third_rows[name]["contrast"] == row["contrast"] for name, row in first.items())
 
 
-def test_another_checkpoint_is_asked_anew_and_words_are_not(scanned, parts, sharded):
+def test_another_checkpoint_is_asked_anew_and_words_are_not(scanned, parts, sharded, plain):
     folder = sharded("other")
     changes = settings(parts, attribute__mode="exact", corpus__input=[str(scanned.place / "corpus")], seed=7)
     run = Run(str(folder), changes=changes)
@@ -98,7 +100,7 @@ def test_another_checkpoint_is_asked_anew_and_words_are_not(scanned, parts, shar
     assert found["influence"]["checkpoint"] != scanned.first["influence"]["checkpoint"]
 
 
-def test_without_enough_controls_nothing_is_claimed(scanned):
+def test_without_enough_controls_nothing_is_claimed(scanned, plain):
     run, out = scanned.run, str(scanned.place / "few")
     with pytest.raises(StrideError, match=r"control items, and 0 are given.*--control.*scan\.influence=false"):
         scan(run, [scanned.sets], out)
@@ -111,7 +113,7 @@ def test_without_enough_controls_nothing_is_claimed(scanned):
     assert not Store(out).exists("latest.json")
 
 
-def test_a_run_without_blocks_is_told(parts, tmp_path):
+def test_a_run_without_blocks_is_told(parts, tmp_path, plain):
     run = Run(str(tmp_path / "run"), changes=settings(parts))
     items, others = (
         items_of(tmp_path, name, [{"text": f"the tide met the {name} {i}"} for i in range(20)])
@@ -122,7 +124,7 @@ def test_a_run_without_blocks_is_told(parts, tmp_path):
     assert not (tmp_path / "scans/latest.json").exists()
 
 
-def test_amortised_influence_serves_too(scanned, finished, tmp_path):
+def test_amortised_influence_serves_too(scanned, finished, tmp_path, plain):
     run = Run(str(finished.folder), changes={"attribute.mode": "amortised"})
     found = scan(run, [scanned.sets], str(tmp_path / "scans"), [scanned.controls])
     assert found["influence"]["mode"] == "amortised"

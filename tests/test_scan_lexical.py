@@ -1,15 +1,12 @@
 """The lexical channel: n-grams against a plain search, offsets in both texts, rarity, boilerplate, short items."""
 
-import contextlib
-
 import numpy as np
 import pytest
-from conftest import PlainCrew, write_lines
+from conftest import run_plainly, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stride_ray.config import ScanConfig
-from stride_ray.distribute import Pool
 from stride_ray.run import Run, Stage
 from stride_ray.scan import ngrams, search
 from stride_ray.scan.items import Item, read_set
@@ -27,16 +24,10 @@ QUESTION = (
 ANSWER = "She sold twenty four clips in May because forty eight halved is twenty four."
 
 
-def plainly(patch):
-    patch.setattr(search, "connected", lambda compute: contextlib.nullcontext())
-    patch.setattr(search, "pool", lambda compute, units: Pool(1, "cpu"))
-    patch.setattr(search, "map_actors", lambda make, given, units, workers: PlainCrew(workers).map(make, given, units))
-
-
 @pytest.fixture
 def found(tmp_path, monkeypatch):
     """Scans a corpus of texts (or files of rows) for items, without Ray; returns Lexical."""
-    plainly(monkeypatch)
+    run_plainly(monkeypatch)
 
     def scan(files, items, **options):
         for name, rows in files.items():

@@ -7,9 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import write_lines
+from conftest import run_plainly, write_lines
 from test_scan import ITEMS, question
-from test_scan_lexical import plainly
 
 from stride_ray.cli import main
 from stride_ray.errors import StrideError
@@ -43,7 +42,7 @@ def corpus(folder):
 
 @pytest.fixture
 def scanned(tmp_path, monkeypatch):
-    plainly(monkeypatch)
+    run_plainly(monkeypatch)
     corpus(tmp_path / "corpus")
     write_lines(tmp_path / "items.jsonl", ITEMS)
 

@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import documents, settings, write_lines
-from test_exact import answered
+from conftest import documents, run_plainly, settings, write_lines
 from test_faults import await_markers, kill_family
 
 from stride_ray import exact, shard
@@ -36,38 +35,14 @@ sys.exit(main(["select", *sys.argv[1:]]))
 
 
 @pytest.fixture(scope="module")
-def exactly(parts, sharded):
-    """A run that was attributed exactly, on a corpus of JSON Lines and a text file."""
-    run, _, _ = answered(sharded("select"), parts)
-    return run
-
-
-@pytest.fixture(scope="module")
 def selected(exactly, tmp_path_factory):
     """A selection through Ray; tests only read it."""
     out = tmp_path_factory.mktemp("selected") / "out"
-    return out, select(with_options(exactly, tokens=0.3), ["asked"], str(out))
+    return out, select(with_options(exactly.run, tokens=0.3), ["asked"], str(out))
 
 
 def with_options(run, **options):
     return Run(run.url, run.config, {f"select.{name}": value for name, value in options.items()})
-
-
-def plainly(patch):
-    """Selection, sharding and attribution in a plain loop."""
-    import contextlib
-
-    from conftest import PlainCrew, _plain_map
-
-    from stride_ray.distribute import Pool
-
-    for module in (selecting, shard, exact):
-        patch.setattr(module, "connected", lambda compute: contextlib.nullcontext())
-        patch.setattr(module, "pool", lambda compute, units: Pool(1, "cpu"))
-    patch.setattr(selecting, "map_tasks", lambda work, given, units, pool: [work(*given, unit) for unit in units])
-    patch.setattr(shard, "map_tasks", lambda work, given, units, pool: [work(*given, unit) for unit in units])
-    patch.setattr(shard, "map_dataset", _plain_map)
-    patch.setattr(exact, "Crew", PlainCrew)
 
 
 def data_of(out):
@@ -87,7 +62,7 @@ def lines_of(folder):
 def test_every_document_of_the_pool_has_a_row_that_says_why(exactly, selected):
     out, summary = selected
     manifest = manifest_of(out)
-    blocks = exactly.stage("blocks").store.read_json("manifest.json")
+    blocks = exactly.run.stage("blocks").store.read_json("manifest.json")
     assert (len(manifest), manifest["tokens"].sum()) == (blocks["documents"], blocks["tokens"])
     assert manifest["document_id"].is_unique
     assert list(manifest["rank"]) == list(range(1, len(manifest) + 1))
@@ -101,7 +76,7 @@ def test_every_document_of_the_pool_has_a_row_that_says_why(exactly, selected):
     assert summary["pool"] == {"documents": 49, "tokens": blocks["tokens"], "named": 49}
     assert summary["targets"] == {"asked": 3}  # two of the five failed
     # Against the tables that attribution leaves.
-    table = read_influence(exactly, "asked", "documents").to_pandas()
+    table = read_influence(exactly.run, "asked", "documents").to_pandas()
     best = table[table["influence"] > 0].groupby("document_id")["rank"].min()
     named = manifest.set_index("document_id")
     np.testing.assert_array_equal(named.loc[best.index, "score"], best)
@@ -143,19 +118,29 @@ def test_the_random_arm_is_as_large_and_of_the_same_sources(selected):
 
 def test_a_plain_loop_gives_the_same_bytes_and_a_rerun_changes_nothing(exactly, selected, tmp_path, monkeypatch):
     out, summary = selected
-    plainly(monkeypatch)
-    again = select(with_options(exactly, tokens=0.3), ["asked"], str(tmp_path / "out"))
+    run_plainly(monkeypatch)
+    again = select(with_options(exactly.run, tokens=0.3), ["asked"], str(tmp_path / "out"))
     assert again == summary
     assert data_of(tmp_path / "out") == data_of(out)
     monkeypatch.setattr(selecting, "_choose", None)  # nothing is done again
-    assert select(with_options(exactly, tokens=0.3), ["asked", "asked"], str(tmp_path / "out")) == summary
+    assert select(with_options(exactly.run, tokens=0.3), ["asked", "asked"], str(tmp_path / "out")) == summary
     assert data_of(tmp_path / "out") == data_of(out)
 
 
 def test_a_killed_driver_goes_on_where_it_was(exactly, selected, tmp_path):
     undisturbed, _ = selected
     out, log = tmp_path / "out", tmp_path / "log"
-    command = [exactly.url, "--name", "asked", "--out", str(out), "--tokens", "0.3", "--set", "attribute.mode=exact"]
+    command = [
+        exactly.run.url,
+        "--name",
+        "asked",
+        "--out",
+        str(out),
+        "--tokens",
+        "0.3",
+        "--set",
+        "attribute.mode=exact",
+    ]
     with open(log, "w") as file:
         driver = subprocess.Popen(
             [sys.executable, "-c", DRIVER, *command], stdout=file, stderr=file, start_new_session=True
@@ -175,20 +160,20 @@ def test_a_killed_driver_goes_on_where_it_was(exactly, selected, tmp_path):
 
 
 def test_blocks_hold_the_kept_documents_whole(exactly, selected, tmp_path, monkeypatch, capsys):
-    plainly(monkeypatch)
+    run_plainly(monkeypatch)
     out = str(tmp_path / "out")
-    assert main(["select", exactly.url, "--name", "asked", "--out", out, "--tokens", "0.3", "--blocks"]) == 0
+    assert main(["select", exactly.run.url, "--name", "asked", "--out", out, "--tokens", "0.3", "--blocks"]) == 0
     assert "taken by best rank" in capsys.readouterr().out
     manifest = manifest_of(tmp_path / "out")
     rows = manifest_of(selected[0])
     assert list(manifest["document_id"]) == list(rows["document_id"])
     assert list(manifest["source"]) == list(rows["source"])
     assert (manifest["kept"] == rows["kept"]).all()
-    tokenizer = load_tokenizer(exactly.stage("blocks").store.child("tokenizer").url)
+    tokenizer = load_tokenizer(exactly.run.stage("blocks").store.child("tokenizer").url)
     found = {}
     for path in sorted((tmp_path / "out/data").iterdir()):
         table = pq.read_table(path)
-        assert table.schema.equals(shard_schema(exactly))
+        assert table.schema.equals(shard_schema(exactly.run))
         for row in table.to_pylist():
             offset = 0
             for span in row["spans"]:
@@ -210,9 +195,9 @@ def shard_schema(run):
 
 
 def test_rounds_take_what_is_left_and_other_settings_are_refused(exactly, selected, tmp_path, monkeypatch):
-    plainly(monkeypatch)
+    run_plainly(monkeypatch)
     out, first = selected
-    options = with_options(exactly, tokens=0.3, earlier=[str(out)])
+    options = with_options(exactly.run, tokens=0.3, earlier=[str(out)])
     second = select(options, ["asked"], str(tmp_path / "second"))
     one, two = manifest_of(out), manifest_of(tmp_path / "second")
     assert (first["round"], second["round"]) == (1, 2)
@@ -223,22 +208,22 @@ def test_rounds_take_what_is_left_and_other_settings_are_refused(exactly, select
     assert dict(two["round"].value_counts()) == {1.0: one["kept"].sum(), 2.0: two["kept"].sum()}
     random = manifest_of(tmp_path / "second/random")
     assert not set(random[random["kept"]]["document_id"]) & set(one[one["kept"]]["document_id"])
-    third = with_options(exactly, tokens=0.3, earlier=[str(out), str(tmp_path / "second")])
+    third = with_options(exactly.run, tokens=0.3, earlier=[str(out), str(tmp_path / "second")])
     assert select(third, ["asked"], str(tmp_path / "third"))["round"] == 3
     for changes, told in (
         ({"tokens": 0.4}, r"select.tokens = 0.3, and this command has 0.4"),
         ({"tokens": 0.3, "by": "mean"}, "select.by = 'rank', and this command has 'mean'"),
     ):
         with pytest.raises(StrideError, match=told):
-            select(with_options(exactly, **changes), ["asked"], str(out))
+            select(with_options(exactly.run, **changes), ["asked"], str(out))
     with pytest.raises(StrideError, match="was made with targets = "):
-        select(with_options(exactly, tokens=0.3), ["asked"], str(out), queries={"asked": ["sea"]})
+        select(with_options(exactly.run, tokens=0.3), ["asked"], str(out), queries={"asked": ["sea"]})
     with pytest.raises(StrideError, match="was made with blocks = False"):
-        select(with_options(exactly, tokens=0.3), ["asked"], str(out), blocks=True)
+        select(with_options(exactly.run, tokens=0.3), ["asked"], str(out), blocks=True)
 
 
 def test_what_cannot_be_done_is_told(exactly, tmp_path, monkeypatch, capsys):
-    plainly(monkeypatch)
+    run_plainly(monkeypatch)
     out = str(tmp_path / "out")
     for options, names, queries, told in (
         ({}, ["asked"], None, "Say how much to take"),
@@ -250,11 +235,11 @@ def test_what_cannot_be_done_is_told(exactly, tmp_path, monkeypatch, capsys):
         ({"tokens": 9, "earlier": [str(tmp_path)]}, ["asked"], None, "is no finished selection"),
     ):
         with pytest.raises(StrideError, match=told):
-            select(with_options(exactly, **options), names, out, queries=queries)
+            select(with_options(exactly.run, **options), names, out, queries=queries)
     # What failed leaves nothing that would refuse the corrected command.
-    assert main(["select", exactly.url, "--name", "asked", "--out", out, "--documents", "1"]) == 0
+    assert main(["select", exactly.run.url, "--name", "asked", "--out", out, "--documents", "1"]) == 0
     assert "1 of 49 documents" in capsys.readouterr().out
-    assert main(["select", exactly.url, "--name", "asked", "--out", out, "--documents", "2"]) == 1
+    assert main(["select", exactly.run.url, "--name", "asked", "--out", out, "--documents", "2"]) == 1
     assert "select.documents = 1.0, and this command has 2.0" in capsys.readouterr().err
 
 
@@ -281,7 +266,7 @@ def formats(parts, tmp_path_factory):
     columns = {"corpus__columns": {"text": "text", "id": "id", "source": "source"}}
     run = Run(str(root / "run"), changes=settings(parts, **more, **columns))
     patch = pytest.MonkeyPatch()
-    plainly(patch)
+    run_plainly(patch)
     try:
         from stride_ray.queries import read_queries
 
@@ -295,7 +280,7 @@ def formats(parts, tmp_path_factory):
 
 def test_rows_keep_their_schema_whatever_they_come_from(formats, tmp_path, monkeypatch):
     run, _, about, table, lines = formats
-    plainly(monkeypatch)
+    run_plainly(monkeypatch)
     select(with_options(run, documents=24), ["asked"], str(tmp_path / "out"))
     manifest = manifest_of(tmp_path / "out")
     assert len(manifest) == 36
@@ -326,7 +311,7 @@ def test_rows_keep_their_schema_whatever_they_come_from(formats, tmp_path, monke
 
 def test_blocks_need_no_input_unless_a_packed_blocks_source_is_mapped(formats, tmp_path, monkeypatch, sharded, parts):
     run, root, *_ = formats
-    plainly(monkeypatch)
+    run_plainly(monkeypatch)
     moved = tmp_path / "moved"
     shutil.move(root / "corpus/b.jsonl.gz", moved)
     try:
@@ -346,7 +331,7 @@ def test_blocks_need_no_input_unless_a_packed_blocks_source_is_mapped(formats, t
 
 def test_near_duplicates_and_any_store(formats, monkeypatch):
     run, *_ = formats
-    plainly(monkeypatch)
+    run_plainly(monkeypatch)
     out = "memory://selected/out"
     summary = select(with_options(run, documents=30, near_duplicates=0.3), ["asked"], out, blocks=True)
     manifest = Store(out).read_table("manifest.parquet").to_pandas()

@@ -1,6 +1,5 @@
 """Tail-patch: its sign on the tiny run, that a step leaves no trace, and that workers do not matter."""
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -9,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PlainCrew
-from test_exact import answered
+from conftest import run_plainly
 
 from stride_ray.blocks import Blocks
-from stride_ray.distribute import Pool
 from stride_ray.errors import StrideError
 from stride_ray.evaluate import tailpatch
 from stride_ray.evaluate.lds import Interval, mean_interval
@@ -23,22 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import tailpatch as job
 
 
-def plainly(patch, module):
-    patch.setattr(module, "connected", lambda compute: contextlib.nullcontext())
-    patch.setattr(module, "pool", lambda compute, units: Pool(1, "cpu"))
-    patch.setattr(module, "map_actors", lambda make, given, units, workers: PlainCrew(workers).map(make, given, units))
-
-
-@pytest.fixture(scope="module")
-def exactly(parts, sharded):
-    run, _, _ = answered(sharded("tail"), parts)
-    return run
-
-
 @pytest.fixture(scope="module")
 def found(exactly):
     """Measured through Ray."""
-    return tail_patch(exactly, "asked")
+    return tail_patch(exactly.run, "asked")
 
 
 def test_a_step_on_the_top_blocks_helps_more_than_one_on_random_ones(found):
@@ -53,14 +38,14 @@ def test_a_step_on_the_top_blocks_helps_more_than_one_on_random_ones(found):
 
 
 def test_a_plain_loop_in_other_units_gives_the_same_numbers(found, exactly, monkeypatch):
-    plainly(monkeypatch, tailpatch)
+    run_plainly(monkeypatch)
     monkeypatch.setattr(tailpatch, "UNIT", 1)
-    assert tail_patch(exactly, "asked") == found
+    assert tail_patch(exactly.run, "asked") == found
 
 
 def test_a_step_is_plain_sgd_and_leaves_the_model_as_it_was(exactly):
-    blocks = exactly.stage("blocks").store
-    worker = Patcher(exactly.config, blocks, "cpu", 0.05)
+    blocks = exactly.run.stage("blocks").store
+    worker = Patcher(exactly.run.config, blocks, "cpu", 0.05)
     worker.rows = 3  # a step's blocks in several passes
     batch = Blocks(blocks).batch(np.arange(8))
     ids, mask = worker.tensors(batch.ids), worker.tensors(batch.mask)
@@ -88,7 +73,7 @@ def test_a_step_is_plain_sgd_and_leaves_the_model_as_it_was(exactly):
 
 
 def test_the_amortised_answer_the_job_and_what_is_refused(finished, exactly, monkeypatch, capsys):
-    plainly(monkeypatch, tailpatch)
+    run_plainly(monkeypatch)
     tops = top_blocks(finished.run, "asked", 3)
     assert all(len(top) <= 3 for top in tops.values())
     assert job.main([finished.run.url, "--name", "asked", "--k", "3", "--set", "attribute.mode=amortised"]) == 0
@@ -99,7 +84,7 @@ def test_the_amortised_answer_the_job_and_what_is_refused(finished, exactly, mon
     assert job.main([finished.run.url, "--name", "nothing"]) == 1
     assert "is not finished" in capsys.readouterr().err
     with pytest.raises(StrideError, match="must be positive"):
-        tail_patch(exactly, "asked", k=0)
+        tail_patch(exactly.run, "asked", k=0)
 
 
 def test_queries_without_a_helpful_block_are_left_out(found):

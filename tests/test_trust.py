@@ -1,6 +1,5 @@
 """The trust panel: halves of real operators agree, of noise they do not, and the verdict says so."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -15,8 +14,6 @@ import torch
 from conftest import SUBJECTS, run_plainly, settings, write_lines
 
 from stride_ray.attribute import attribute
-from stride_ray.distribute import Pool
-from stride_ray.evaluate import halves
 from stride_ray.evaluate.halves import some_rows, sparse_spearman
 from stride_ray.evaluate.trust import Trust, _between, _judged, trust
 from stride_ray.fit import fit
@@ -27,13 +24,6 @@ from stride_ray.run import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import trust as job
-
-
-def plainly(patch):
-    run_plainly(patch)
-    patch.setattr(halves, "connected", lambda compute: contextlib.nullcontext())
-    patch.setattr(halves, "pool", lambda compute, units: Pool(1, "cpu"))
-    patch.setattr(halves, "map_tasks", lambda function, given, units, pool: [function(*given, u) for u in units])
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +42,7 @@ def queries(tmp_path_factory):
 def amortised(parts, queries, sharded):
     """A run of enough subsets for its halves to be worth something."""
     with pytest.MonkeyPatch.context() as patch:
-        plainly(patch)
+        run_plainly(patch)
         run = Run(str(sharded("many")), changes=settings(parts, membership__subsets=96, membership__degree=12))
         fit(run)
         attribute(run, queries, "asked", io.StringIO())
@@ -70,7 +60,7 @@ def test_halves_of_real_operators_agree_and_shuffled_ones_do_not(amortised):
 
 
 def test_noise_is_called_none(amortised, queries, tmp_path, monkeypatch):
-    plainly(monkeypatch)
+    run_plainly(monkeypatch)
     for stage in ("blocks", "operators"):
         shutil.copytree(Path(amortised.url) / stage, tmp_path / "noise" / stage)
     shutil.copy(Path(amortised.url) / "run.toml", tmp_path / "noise")
@@ -90,7 +80,7 @@ def test_noise_is_called_none(amortised, queries, tmp_path, monkeypatch):
 def test_the_exact_answer_is_held_against_lexical_search_and_the_amortised_one(
     amortised, parts, queries, monkeypatch, capsys
 ):
-    plainly(monkeypatch)
+    run_plainly(monkeypatch)
     run = Run(amortised.url, changes={"attribute.mode": "exact"})
     attribute(run, queries, "asked", io.StringIO())
     found = trust(run, "asked")

@@ -12,11 +12,15 @@ what bounds them: plain matrix products, a loop through the whole model, a forwa
 `scale` runs all stages on made-up text at several sizes: seconds and memory per stage, how they grow, and what
 `stride-ray plan` foretold from the smallest. `shard` stands beside datasets.map with the same tokenizer.
 
+`peers` runs bergson and a LoGRA beside ours on an accuracy benchmark's model, pool and queries, in an environment of
+their own that it makes: seconds from start to end, memory, bytes stored, LDS.
+
     python jobs/benchmark.py recover --blocks 1000000
     python jobs/benchmark.py recover --blocks 100000000 --baseline-queries 0
     python jobs/benchmark.py select --rows 100000000 --folder /tmp/rows
     python jobs/benchmark.py scale --blocks 1e4,1e5,1e6 --folder /tmp/scale
     python jobs/benchmark.py shard --blocks 1e6 --folder /tmp/scale
+    python jobs/benchmark.py peers --benchmark continued --folder /tmp/peers --multiples 1,4,16
     python jobs/benchmark.py respond --shape 135m --subsets 1000 --dtype bfloat16 --device cuda
     python jobs/benchmark.py fit --shape 286m --tokens 512 --blocks 256 --dtype bfloat16 --device cuda
 """
@@ -286,6 +290,17 @@ def benchmark_shard(args: argparse.Namespace) -> int:
     return 0
 
 
+def benchmark_peers(args: argparse.Namespace) -> int:
+    """Run every tool; print the table and the JSON line."""
+    from stride_ray.evaluate.peers.measure import compare_peers, table
+
+    multiples = [int(each) for each in args.multiples.split(",")]
+    found = compare_peers(args.benchmark, args.folder, multiples, [each for each in args.tools.split(";") if each])
+    print(table(found))
+    print(json.dumps(found))
+    return 0
+
+
 def main() -> int:
     """Parse the command line and run the benchmark asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -332,6 +347,12 @@ def main() -> int:
     command.add_argument("--workers", type=int, default=2)
     command.add_argument("--folder", required=True)
     command.set_defaults(run=benchmark_shard)
+    command = commands.add_parser("peers", help="bergson and a LoGRA beside ours, from start to end")
+    command.add_argument("--benchmark", required=True, help="an accuracy benchmark's folder, local")
+    command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")
+    command.add_argument("--multiples", default="1", help="sizes of the pool over the benchmark's (default: 1)")
+    command.add_argument("--tools", default="", help="names as the table has them, with ; between; default: all")
+    command.set_defaults(run=benchmark_peers)
     args = parser.parse_args()
     # Before numpy is imported: its libraries read these once. Hence the imports inside the commands.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):

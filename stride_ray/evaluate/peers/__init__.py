@@ -1,0 +1,1 @@
+"""Other attribution tools beside ours, on one machine."""

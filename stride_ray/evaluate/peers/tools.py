@@ -1,0 +1,138 @@
+"""Other attribution tools and ours as commands on one model, pool and queries, and the scores that each leaves."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stride_ray.attribute import read_influence
+from stride_ray.evaluate.ours import dense
+from stride_ray.run import Run
+
+# Tokens of a batch in bergson's own quick start, and the context that lets its command line have them.
+BATCH_TOKENS = 4096
+LOGRA = Path(__file__).with_name("logra.py")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tool finds its inputs and leaves its outputs, all of them local folders.
+
+    Attributes:
+        python: the interpreter of the peers' environment.
+        model: a Hugging Face checkpoint.
+        pool, queries: datasets of the ``datasets`` library with a column ``input_ids``.
+        run: made by the tool, empty before.
+        options: of our own run on the same pool.
+        asked: our own file of queries.
+    """
+
+    python: str
+    model: str
+    pool: str
+    queries: str
+    run: str
+    options: dict[str, Any]
+    asked: str
+
+    def bergson(self, verb: str, *arguments: str, data: str = "--dataset") -> list[str]:
+        """A command of bergson's on the pool."""
+        command = [self.python, "-m", "bergson", verb, f"{self.run}/{verb}", "--model", self.model]
+        return [*command, data, self.pool, "--token_batch_size", str(BATCH_TOKENS), *arguments]
+
+    def ours(self, verb: str, *arguments: str) -> list[str]:
+        """A command of ours on the run."""
+        call = "import sys; from stride_ray.cli import main; sys.exit(main())"
+        return [sys.executable, "-c", call, verb, self.run, *arguments]
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool in one setting.
+
+    Attributes:
+        name: as the table prints it.
+        commands: what is run for a pool, one after the other.
+        scores: (Q, N) influence that it left.
+        ours: whether it is this package.
+    """
+
+    name: str
+    commands: Callable[[Place], list[list[str]]]
+    scores: Callable[[Place, int, int], np.ndarray]
+    ours: bool = False
+
+
+def _quick(place: Place) -> list[list[str]]:
+    """The README's two commands, with batch queries in place of typed ones."""
+    queries = f"{place.run}/queries"
+    projected = ("--projection_dim", "16")
+    build = [place.python, "-m", "bergson", "build", queries, "--model", place.model, "--dataset", place.queries]
+    return [
+        [*build, "--token_batch_size", str(BATCH_TOKENS), *projected],
+        place.bergson("score", "--query_path", queries, "--unit_normalize", *projected),
+    ]
+
+
+def _trackstar(place: Place) -> list[list[str]]:
+    return [place.bergson("trackstar", "--query.dataset", place.queries, data="--data.dataset")]
+
+
+def _ekfac(place: Place) -> list[list[str]]:
+    corrected = ("--method", "kfac", "--hessian_cfg.ev_correction")
+    return [place.bergson("ekfac", "--query.dataset", place.queries, *corrected, data="--data.dataset")]
+
+
+def _logra(place: Place) -> list[list[str]]:
+    return [[place.python, str(LOGRA), place.model, place.pool, place.queries, f"{place.run}/scores.npy"]]
+
+
+def _exact(place: Place) -> list[list[str]]:
+    options = [part for key, value in place.options.items() for part in ("--set", f"{key}={_told(value)}")]
+    return [
+        place.ours("shard", *options),
+        place.ours("attribute", "--queries", place.asked, "--name", "asked", "--exact"),
+    ]
+
+
+def _amortised(place: Place) -> list[list[str]]:
+    shard, attribute = _exact(place)
+    return [shard, place.ours("fit"), [*attribute[:-1], "--amortised"]]
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(value)
+    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _bergson_scores(folder: str) -> Callable[[Place, int, int], np.ndarray]:
+    def read(place: Place, queries: int, blocks: int) -> np.ndarray:
+        where = Path(place.run, folder)
+        facts = json.loads((where / "info.json").read_text())
+        rows = np.memmap(where / "scores.bin", dtype=np.dtype(facts["dtype"]), mode="r", shape=(facts["num_rows"],))
+        return np.stack([rows[f"score_{query}"][:blocks] for query in range(queries)]).astype(np.float32)
+
+    return read
+
+
+def _logra_scores(place: Place, queries: int, blocks: int) -> np.ndarray:
+    return np.load(f"{place.run}/scores.npy")
+
+
+def _our_scores(place: Place, queries: int, blocks: int) -> np.ndarray:
+    return dense(read_influence(Run(place.run), "asked"), queries, blocks)
+
+
+TOOLS = (
+    Tool("bergson, quick start", _quick, _bergson_scores("score")),
+    Tool("bergson, TrackStar", _trackstar, _bergson_scores("trackstar/scores")),
+    Tool("bergson, EK-FAC", _ekfac, _bergson_scores("ekfac/scores")),
+    Tool("dattri, LoGRA", _logra, _logra_scores),
+    Tool("STRIDE, exact", _exact, _our_scores, ours=True),
+    Tool("STRIDE, amortised", _amortised, _our_scores, ours=True),
+)

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stride_ray.errors import StrideError
 from stride_ray.fetch import local_model
+from stride_ray.fused import FusedLosses
 from stride_ray.storage import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -146,7 +147,8 @@ class SplitModel:
     ) -> Tensor:
         """Cross-entropy of each token that counts, never holding more than one chunk of logits (paper F.4).
 
-        Only positions whose next token counts are computed; under autograd a chunk is computed again, not kept.
+        Only positions whose next token counts are computed. Under autograd no chunk is kept: slopes are taken at once
+        (FusedLosses), or, where the head or a shift learns too, the chunk is computed again.
 
         Args:
             z_BTD: states as ``states`` gives them.
@@ -170,10 +172,14 @@ class SplitModel:
         z_nD = z_BTD.to(self.device).reshape(B * T, -1).index_select(0, row_n * T + position_n)
         target_n = ids_BT[row_n, position_n + 1]
         step = max(1, (self.logits_budget if budget is None else budget) // self.vocabulary)
-        parts = zip(z_nD.split(step), target_n.split(step), row_n.split(step), position_n.split(step), strict=True)
-        again = functools.partial(checkpoint, self._chunk, use_reentrant=False, preserve_rng_state=False)
-        run = again if torch.is_grad_enabled() else self._chunk
-        losses_n = torch.cat([run(*part, shift) for part in parts])
+        trained = any(parameter.requires_grad for parameter in self._head.parameters())
+        if shift is None and not trained and torch.is_grad_enabled() and z_nD.requires_grad:
+            losses_n = cast(Tensor, FusedLosses.apply(z_nD, target_n, self.logits, step))
+        else:
+            parts = zip(z_nD.split(step), target_n.split(step), row_n.split(step), position_n.split(step), strict=True)
+            again = functools.partial(checkpoint, self._chunk, use_reentrant=False, preserve_rng_state=False)
+            run = again if torch.is_grad_enabled() else self._chunk
+            losses_n = torch.cat([run(*part, shift) for part in parts])
         return losses_BT1.index_put((row_n, position_n), losses_n)
 
     def losses(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -216,7 +216,19 @@ def test_no_chunk_of_logits_exceeds_the_budget(split, monkeypatch, budget, large
     monkeypatch.setattr(split, "logits_budget", budget)
     split.losses(split.trunk(texts()).requires_grad_(), texts(), torch.ones(3, 17)).sum().backward()
     assert max(sizes) == largest
-    assert sum(sizes) == 2 * 3 * 16 * V  # each position once forward, once again backward: no logits were kept
+    assert sum(sizes) == 3 * 16 * V  # slopes were taken with the values: no logits were kept, none made again
+
+
+def test_a_head_that_learns_has_gradients_too(monkeypatch):
+    split = SplitModel(tiny(), split=2)
+    ids, mask, sizes, logits = texts(), some_mask(), [], split.logits
+    z = split.states(split.trunk(ids)).requires_grad_()
+    weight = split.model.get_output_embeddings().weight.requires_grad_()
+    monkeypatch.setattr(split, "logits", lambda z: sizes.append(len(z)) or logits(z))
+    ours = torch.autograd.grad(split.token_losses(z, ids, mask, budget=5 * V).sum(), [z, weight])
+    assert sum(sizes) == 2 * int(mask[:, 1:].sum())  # once forward, once again backward
+    whole = nnf.cross_entropy(logits(z)[:, :-1].mT, ids[:, 1:], reduction="none") * mask[:, 1:]
+    torch.testing.assert_close(ours, torch.autograd.grad(whole.sum(), [z, weight]), atol=1e-5, rtol=1e-4)
 
 
 def test_losses_are_weighted_means_trimmed_to_the_last_target(split, monkeypatch):

@@ -121,7 +121,7 @@ def _bergson_scores(folder: str) -> Callable[[Place, int, int], np.ndarray]:
 
 
 def _logra_scores(place: Place, queries: int, blocks: int) -> np.ndarray:
-    return np.load(f"{place.run}/scores.npy")
+    return np.load(f"{place.run}/scores.npy", allow_pickle=False)
 
 
 def _our_scores(place: Place, queries: int, blocks: int) -> np.ndarray:

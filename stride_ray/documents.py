@@ -42,6 +42,7 @@ _KNOWN: tuple[dict[str, str], ...] = (
 
 # Rows in which a mapped column has to turn up once before the mapping is called wrong.
 _PROBE_ROWS = 100
+_ADVICE = "Say which one does, as in --columns text=body or --columns prompt=query,answer=reply."
 
 
 @dataclass(frozen=True)
@@ -132,15 +133,19 @@ def resolve_columns(units: Sequence[Unit], columns: Mapping[str, str] | None = N
     role, name = next(iter(missing.items()))
     raise StrideError(
         f"There is no column {name!r} to take as {role}; the columns found are {_listed(names)}. "
-        f'Say which one it is, as in columns = {{{role} = "{sorted(names)[0]}"}}.'
+        f"Say which one it is, as in --columns {role}={sorted(names)[0]}."
     )
 
 
-def detect_columns(units: Sequence[Unit]) -> dict[str, str]:
+def detect_columns(units: Sequence[Unit], advice: str = _ADVICE) -> dict[str, str]:
     """Which columns make up a document, by their names in the first readable row.
 
     Known are messages; prompt with completion or answer, question with answer, instruction with output; token_ids or
     input_ids (with loss_mask where there is one); text or content; in this order.
+
+    Args:
+        units: where the rows are.
+        advice: what the reader is told where none of the known names is there.
 
     Returns:
         Role to column; empty where all units are text files.
@@ -160,8 +165,7 @@ def detect_columns(units: Sequence[Unit]) -> dict[str, str]:
             masked = "token_ids" in known and "loss_mask" in row.values
             return {**known, "loss_mask": "loss_mask"} if masked else dict(known)
     raise StrideError(
-        f"None of the columns of {row.file} is known to hold documents; found: {_listed(row.values)}. "
-        'Say which one does, as in columns = {text = "body"} or {prompt = "query", answer = "reply"}.'
+        f"None of the columns of {row.file} is known to hold a text; found: {_listed(row.values)}. {advice}"
     )
 
 

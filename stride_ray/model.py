@@ -346,7 +346,7 @@ def load_model(
         model, told = cast("tuple[Any, dict[str, Any]]", Auto.from_pretrained(folder, **options))
         model.to(where)
     except Exception as error:
-        hub = "" if os.path.exists(local) else "no path here, and the Hugging Face Hub says: "
+        hub = "" if os.path.exists(local) else f"no such path from {os.getcwd()}, and the Hugging Face Hub says: "
         raise StrideError(f"model {path} could not be loaded: {hub}{first_line(error)}") from error
     absent = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in told.get(kind) or ()]
     if absent:

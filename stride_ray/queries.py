@@ -31,6 +31,8 @@ SCHEMA = pa.schema(
     ]
 )
 
+_ADVICE = "A query has text; prompt and completion (or answer); messages; or token_ids: rename the columns."
+
 
 def read_queries(path: str, tokenizer: Any) -> pa.Table:
     """Read and tokenise queries.
@@ -47,7 +49,7 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
         StrideError: for a path without queries, or an id used twice.
     """
     units = plan([path], shard_bytes=2**26)
-    columns = {**detect_columns(units), **_id_column(units[0])}
+    columns = {**detect_columns(units, _ADVICE), **_id_column(units[0])}
     items: list[Any] = [item for unit in units for item in read(unit, columns)]
     documents = [item for item in items if not isinstance(item, Rejected)]
     encoded = iter(encode(documents, tokenizer))

@@ -173,6 +173,11 @@ def test_queries_that_cannot_be_asked(copied, parts, tmp_path, told, plain):
     assert "empty.jsonl" in told("attribute", folder, "--queries", tmp_path / "empty.jsonl")
     twice = write_lines(tmp_path / "twice.jsonl", [{"id": "x", "text": "the comet"}, {"id": "x", "text": "the tide"}])
     assert "more than one query with the id 'x'" in told("attribute", folder, "--queries", twice)
+    typo = write_lines(tmp_path / "typo.jsonl", [{"id": "x", "promt": "the comet", "completion": " met"}])
+    sentence = told("attribute", folder, "--queries", typo)
+    assert (
+        "typo.jsonl is known to hold a text; found: 'completion', 'id', 'promt'. A query has text; prompt" in sentence
+    )
     assert "no name for a query set" in told("attribute", folder, "--queries", parts.queries, "--name", "a/b")
     few = [{"id": "one", "text": "a"}, {"id": "long", "text": "the comet met the tide. " * 60}]
     out = told("attribute", folder, "--queries", write_lines(tmp_path / "few.jsonl", few), code=0)

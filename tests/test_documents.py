@@ -347,7 +347,7 @@ def test_columns_that_are_wrong_are_told(tmp_path):
     assert [row.reason for row in rows] == ["no column 'body'"] * 2
     os.remove(tmp_path / "a.parquet")
     found = plan([write_lines(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])], 100)
-    with pytest.raises(StrideError, match=r"'body', 'title'.*columns = \{text = \"body\"\}"):
+    with pytest.raises(StrideError, match=r"'body', 'title'.*--columns text=body"):
         detect_columns(found)
     for columns, words in (
         ({"text": "txt"}, "no column 'txt'.*'body', 'title'"),

@@ -46,7 +46,7 @@ def test_scores_of_a_peer_are_read_column_by_column(tmp_path):
     rows.tofile(folder / "scores.bin")
     told = {"names": names, "formats": ["float32", "bool"] * 3, "offsets": [0, 4, 8, 12, 16, 20], "itemsize": 24}
     (folder / "info.json").write_text(json.dumps({"num_rows": 5, "dtype": told}))
-    place = Place("python", "model", "pool", "queries", str(tmp_path), {}, "asked")
+    place = Place("python", "model", "pool", "queries", str(tmp_path), "run.toml", "asked")
     quick = next(tool for tool in TOOLS if tool.name == "bergson, quick start")
     np.testing.assert_array_equal(quick.scores(place, 3, 5), expected)
     for command in (each for tool in TOOLS for each in tool.commands(place)):
@@ -60,6 +60,11 @@ def test_ratios_are_of_pools_of_one_size():
         {"tool": "own", "ours": True, "blocks": 10, "seconds": 3.0},
     ]
     assert ratios(rows) == {"peer / own at 10": 10.0}
+
+
+def test_a_tool_that_is_not_known_is_told(tmp_path):
+    with pytest.raises(StrideError, match="no tool 'STRIDE' to compare with; there are: bergson, quick start; "):
+        compare_peers("nowhere", str(tmp_path), [1], ["STRIDE"])
 
 
 def test_a_tool_that_fails_is_named_with_its_last_line(tmp_path):

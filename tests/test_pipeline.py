@@ -127,7 +127,9 @@ def test_a_rerun_changes_no_byte(finished, parts):
     assert all_of(finished.folder) == before
 
 
-def test_the_command_line_in_a_plain_loop_gives_the_same_bytes(finished, parts, tmp_path, plain):
+@pytest.mark.parametrize("how", ["plain", pytest.param("one_ray", marks=pytest.mark.cluster)])
+def test_the_command_line_on_one_worker_gives_the_same_bytes(how, finished, parts, tmp_path, request):
+    request.getfixturevalue(how)
     folder = tmp_path / "run"
     options = settings(parts, compute__workers=1, compute__batch_tokens=8192)
     assert run_main("shard", folder, *flags(options))[0] == 0
@@ -137,6 +139,14 @@ def test_the_command_line_in_a_plain_loop_gives_the_same_bytes(finished, parts, 
     code, out, _ = run_main("recover", folder, "--name", "asked")
     assert (code, "5 queries, 2 failed" in out) == (0, True)
     assert data_files(folder) == data_files(finished.folder)
+
+
+def test_a_plain_loop_gives_the_same_bytes(finished, parts, tmp_path, plain):
+    run = Run(str(tmp_path / "run"), changes=settings(parts))
+    shard(run)
+    fit(run)
+    attribute(run, parts.queries, "asked", io.StringIO())
+    assert data_files(tmp_path / "run") == data_files(finished.folder)
 
 
 def test_new_files_continue_the_numbering(finished, parts, tmp_path, plain):

@@ -130,17 +130,8 @@ def test_a_plain_loop_gives_the_same_bytes_and_a_rerun_changes_nothing(exactly, 
 def test_a_killed_driver_goes_on_where_it_was(exactly, selected, tmp_path):
     undisturbed, _ = selected
     out, log = tmp_path / "out", tmp_path / "log"
-    command = [
-        exactly.run.url,
-        "--name",
-        "asked",
-        "--out",
-        str(out),
-        "--tokens",
-        "0.3",
-        "--set",
-        "attribute.mode=exact",
-    ]
+    url = exactly.run.url
+    command = [url, "--name", "asked", "--out", str(out), "--tokens", "0.3", "--set", "attribute.mode=exact"]
     with open(log, "w") as file:
         driver = subprocess.Popen(
             [sys.executable, "-c", DRIVER, *command], stdout=file, stderr=file, start_new_session=True

@@ -1,6 +1,6 @@
 """LoGRA by dattri, run by ``peers`` in the peers' environment: scores of every pool row for every query, as .npy.
 
-    python peer_logra.py MODEL POOL QUERIES SCORES
+    python logra.py MODEL POOL QUERIES SCORES
 
 The method with its defaults: 64×64 projections of every linear layer's gradient, inverse empirical Fisher.
 """

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from stride_ray.config import ComputeConfig
+from stride_ray.config import ComputeConfig, Config, dumps
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark, read_benchmark
 from stride_ray.evaluate.lds import evaluate, subset_sums
@@ -56,8 +56,11 @@ def compare_peers(
         and, at the first multiple, LDS by part and kind; and the ratios of the peers' seconds to ours.
 
     Raises:
-        StrideError: for a folder that is no benchmark, or a tool that fails.
+        StrideError: for a folder that is no benchmark, or a tool that is not known or fails.
     """
+    if unknown := set(names) - {tool.name for tool in TOOLS}:
+        known = "; ".join(tool.name for tool in TOOLS)
+        raise StrideError(f"There is no tool {min(unknown)!r} to compare with; there are: {known}.")
     benchmark, root = read_benchmark(benchmark_url), Path(folder).resolve()
     chosen = [tool for tool in TOOLS if not names or tool.name in names]
     python = environment(root / "environment") if any(not tool.ours for tool in chosen) else sys.executable
@@ -85,29 +88,28 @@ def environment(folder: Path) -> str:
 
 def inputs(benchmark: Benchmark, folder: Path, multiple: int, python: str) -> Place:
     """Model, pool and queries as each tool wants them, under ``folder``."""
-    model, pool_folder, queries_folder, asked = (
-        str(folder / name) for name in ("model", "pool", "queries", "asked.parquet")
-    )
-    place = Place(python, model, pool_folder, queries_folder, "", {}, asked)
+    names = ("model", "pool", "queries", "", "run.toml", "asked.parquet")
+    place = Place(python, *(str(folder / name) for name in names))
+    if (folder / "complete").exists():
+        return place
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(Store(benchmark.model).root, place.model, copy_function=shutil.copyfile)
+    for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+        path = Path(place.model, name)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: BATCH_TOKENS}))
     pool, queries = (
         [texts.tokens(i).tolist() for i in range(len(texts))] for texts in (benchmark.blocks, benchmark.queries)
     )
     many = [row[turn:] + row[:turn] for turn in range(multiple) for row in pool]
-    if not (folder / "complete").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(Store(benchmark.model).root, place.model, copy_function=shutil.copyfile)
-        for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
-            path = Path(place.model, name)
-            path.write_text(json.dumps(json.loads(path.read_text()) | {key: BATCH_TOKENS}))
-        datasets.Dataset.from_dict({"input_ids": many}).save_to_disk(place.pool)
-        datasets.Dataset.from_dict({"input_ids": queries}).save_to_disk(place.queries)
-        ids = [f"q{i}" for i in range(len(queries))]
-        pq.write_table(pa.table({"id": ids, "token_ids": pa.array(queries, pa.list_(pa.int32()))}), place.asked)
-        pq.write_table(pa.table({"token_ids": pa.array(many, pa.list_(pa.int32()))}), folder / "pool.parquet")
-        (folder / "complete").touch()
-    options = settings(benchmark, Store(str(folder)), ComputeConfig(), {"corpus.input": [str(folder / "pool.parquet")]})
-    ours = {key: value for key, value in options.items() if not key.startswith("compute.") and value != ""}
-    return replace(place, options=ours)
+    datasets.Dataset.from_dict({"input_ids": many}).save_to_disk(place.pool)
+    datasets.Dataset.from_dict({"input_ids": queries}).save_to_disk(place.queries)
+    ids = [f"q{i}" for i in range(len(queries))]
+    pq.write_table(pa.table({"id": ids, "token_ids": pa.array(queries, pa.list_(pa.int32()))}), place.asked)
+    pq.write_table(pa.table({"token_ids": pa.array(many, pa.list_(pa.int32()))}), folder / "pool.parquet")
+    ours = settings(benchmark, Store(str(folder)), ComputeConfig(), {"corpus.input": [str(folder / "pool.parquet")]})
+    Path(place.config).write_text(dumps(Config().updated(ours)))
+    (folder / "complete").touch()
+    return place
 
 
 def measured(tool: Tool, place: Place, folder: Path, benchmark: Benchmark, multiple: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,7 @@ class Place:
         model: a Hugging Face checkpoint.
         pool, queries: datasets of the ``datasets`` library with a column ``input_ids``.
         run: made by the tool, empty before.
-        options: of our own run on the same pool.
+        config: of our own run on the same pool, a TOML file.
         asked: our own file of queries.
     """
 
@@ -36,13 +35,13 @@ class Place:
     pool: str
     queries: str
     run: str
-    options: dict[str, Any]
+    config: str
     asked: str
 
-    def bergson(self, verb: str, *arguments: str, data: str = "--dataset") -> list[str]:
-        """A command of bergson's on the pool."""
+    def bergson(self, verb: str, *arguments: str) -> list[str]:
+        """A command of bergson's, which leaves its output in a folder of its name."""
         command = [self.python, "-m", "bergson", verb, f"{self.run}/{verb}", "--model", self.model]
-        return [*command, data, self.pool, "--token_batch_size", str(BATCH_TOKENS), *arguments]
+        return [*command, "--token_batch_size", str(BATCH_TOKENS), *arguments]
 
     def ours(self, verb: str, *arguments: str) -> list[str]:
         """A command of ours on the run."""
@@ -69,22 +68,21 @@ class Tool:
 
 def _quick(place: Place) -> list[list[str]]:
     """The README's two commands, with batch queries in place of typed ones."""
-    queries = f"{place.run}/queries"
     projected = ("--projection_dim", "16")
-    build = [place.python, "-m", "bergson", "build", queries, "--model", place.model, "--dataset", place.queries]
+    asked = ("--query_path", f"{place.run}/build", "--unit_normalize")
     return [
-        [*build, "--token_batch_size", str(BATCH_TOKENS), *projected],
-        place.bergson("score", "--query_path", queries, "--unit_normalize", *projected),
+        place.bergson("build", "--dataset", place.queries, *projected),
+        place.bergson("score", "--dataset", place.pool, *asked, *projected),
     ]
 
 
 def _trackstar(place: Place) -> list[list[str]]:
-    return [place.bergson("trackstar", "--query.dataset", place.queries, data="--data.dataset")]
+    return [place.bergson("trackstar", "--data.dataset", place.pool, "--query.dataset", place.queries)]
 
 
 def _ekfac(place: Place) -> list[list[str]]:
     corrected = ("--method", "kfac", "--hessian_cfg.ev_correction")
-    return [place.bergson("ekfac", "--query.dataset", place.queries, *corrected, data="--data.dataset")]
+    return [place.bergson("ekfac", "--data.dataset", place.pool, "--query.dataset", place.queries, *corrected)]
 
 
 def _logra(place: Place) -> list[list[str]]:
@@ -92,9 +90,8 @@ def _logra(place: Place) -> list[list[str]]:
 
 
 def _exact(place: Place) -> list[list[str]]:
-    options = [part for key, value in place.options.items() for part in ("--set", f"{key}={_told(value)}")]
     return [
-        place.ours("shard", *options),
+        place.ours("shard", "--config", place.config),
         place.ours("attribute", "--queries", place.asked, "--name", "asked", "--exact"),
     ]
 
@@ -102,12 +99,6 @@ def _exact(place: Place) -> list[list[str]]:
 def _amortised(place: Place) -> list[list[str]]:
     shard, attribute = _exact(place)
     return [shard, place.ours("fit"), [*attribute[:-1], "--amortised"]]
-
-
-def _told(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(value)
-    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _bergson_scores(folder: str) -> Callable[[Place, int, int], np.ndarray]:

@@ -51,7 +51,8 @@ def select(
     compressed as they were, and for text files JSON Lines with id, text and source; or blocks. ``manifest.parquet``
     has a row for every document of the pool (choice.MANIFEST), in the order in which they were considered, and
     ``selection.json`` the summary. ``random/`` holds the same files for documents drawn at random with the tokens of
-    each source that the selection has (a little less where documents do not add up).
+    each source that the selection has (a little less where documents do not add up). Sources of a single document, as
+    text files are, leave nothing to draw: they count as one source there.
 
     A document is known to influence tables by its id alone: documents of one id share its influence.
 
@@ -64,7 +65,8 @@ def select(
 
     Returns:
         selection.json: counts of the pool, the kept documents and tokens, also by source, of documents per reason, of
-        those that no table names or that do harm, the same of the random arm, and the files with their content hashes.
+        those that no table names or that do harm, the same of the random arm with how many of it are ``selected`` too,
+        and the files with their content hashes.
 
     Raises:
         StrideError: influence is not finished, no query is good, options that do not go together, a folder made with
@@ -161,10 +163,12 @@ def _choose(
         named = database.count(f"read_parquet('{ordered}') WHERE mean_influence IS NOT NULL")
         best = Best(options, documents, tokens, named)
         kept, content = write_manifest(best, batches(ordered), reasons(options), number, stage.store, folder)
-        drawn = Drawn(kept.source_tokens)
+        drawn = Drawn(kept.stratum_tokens)
         order = batches(random_order(database, ordered, seed))
         words = reasons(options, drawn=True)
         random, _ = write_manifest(drawn, order, words, number, stage.store.child(RANDOM), folder)
+    one, other = (dict(_kept(stage.store, arm)) for arm in ("", RANDOM))
+    both = sum(len(np.intersect1d(places, other[part])) for part, places in one.items() if part in other)
     stage.mark(
         "choice",
         started,
@@ -172,7 +176,7 @@ def _choose(
         manifest_sha256=content,
         pool={"documents": documents, "tokens": tokens, "named": named},
         kept=_told(kept),
-        random=_told(random),
+        random={**_told(random), "selected": both},
     )
 
 
@@ -200,16 +204,16 @@ def _write(how: Reading, stage: Stage, units: Sequence[Unit], workers: Pool) -> 
     done = stage.done()
     missing = []
     for arm in ("", RANDOM):
-        for part, places in _kept(stage.store.child(arm) if arm else stage.store):
+        for part, places in _kept(stage.store, arm):
             if marker_name(arm, part) not in done:
                 missing.append((arm, part, units[part], places))
     results = map_tasks(write_part, (how, stage), missing, workers)
     stage.remember(progress(results, "write", len(missing), "files", lambda _: 1))
 
 
-def _kept(store: Store) -> list[tuple[int, np.ndarray]]:
-    """The parts with kept documents, and where in them those are, ascending: 12 bytes a kept document in memory."""
-    with store.open_parquet("manifest.parquet") as file:
+def _kept(store: Store, arm: str) -> list[tuple[int, np.ndarray]]:
+    """The parts with an arm's documents, and where in them those are, ascending: 12 bytes a document in memory."""
+    with store.open_parquet(f"{arm}/manifest.parquet" if arm else "manifest.parquet") as file:
         found = list(kept_places(file))
     parts = np.concatenate([part for part, _ in found]) if found else np.zeros(0, np.int32)
     places = np.concatenate([place for _, place in found]) if found else np.zeros(0, np.int64)
@@ -252,6 +256,9 @@ def told(summary: Mapping[str, Any], out: str) -> str:
             f"{kept['harmful']} of those taken have a mean influence below zero; a smaller size leaves them out."
         )
     where = Store(out).name_of("")
-    lines.append(f"At random beside it: {random['documents']} documents, {random['tokens']} tokens.")
+    lines.append(
+        f"At random beside it: {random['documents']} documents, {random['tokens']} tokens; {random['selected']} of "
+        "these documents were selected too."
+    )
     lines.append(f"Data: {where}data/ and {where}random/data/; why, for every document: {where}manifest.parquet")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from stride_ray.config import Config, SelectConfig
 from stride_ray.errors import StrideError
 from stride_ray.influence import DOCUMENTS
 from stride_ray.selection import ranking
-from stride_ray.selection.choice import Best, Drawn, check_options, reasons, write_manifest
+from stride_ray.selection.choice import KEPT_UNNAMED, Best, Drawn, check_options, reasons, write_manifest
 from stride_ray.selection.duplicates import Taken, signature
 from stride_ray.selection.pool import POOL
 from stride_ray.selection.ranking import ORDERED, Database, Target, batches, random_order, rank_documents
@@ -97,7 +97,7 @@ def chosen(table, seed=0, **changes):
         batch = table.slice(start, 37)
         codes, alike = best.codes(batch)
         frames.append(batch.to_pandas().assign(code=codes, alike=alike or None, why=np.array(reasons(wanted))[codes]))
-    return pd.concat(frames).assign(kept=lambda frame: frame["code"] <= 1)
+    return pd.concat(frames).assign(kept=lambda frame: frame["code"] <= KEPT_UNNAMED)
 
 
 def by_hand(tables):
@@ -340,6 +340,30 @@ def test_the_random_arm_has_each_sources_tokens(tmp_path):
         assert tokens - 10 < drawn.source_tokens[source] <= tokens
     assert drawn.reasons == {"drawn at random": drawn.documents, "not drawn": N - drawn.documents}
     assert not other.equals(one)
+
+
+def test_sources_of_one_document_are_drawn_from_together(tmp_path):
+    pool = documents().to_pandas()
+    alone = pool.index[pool["source"].isin(["s1", "s2", "s3"])]
+    pool.loc[alone, "source"] = [f"file-{i}" for i in alone]
+    table = ordered(tmp_path, pool=pa.Table.from_pandas(pool, POOL, preserve_index=False))
+    strata = table.to_pandas().set_index("source")["stratum"]
+    assert strata.notna().sum() == (pool["source"] == "s0").sum()
+    assert set(strata.dropna().items()) == {("s0", "s0")}
+    drawn = Drawn({None: 500})
+    codes, _ = drawn.codes(table)
+    taken = table.filter(pa.array(codes <= KEPT_UNNAMED)).to_pandas()
+    assert not set(taken["source"]) & {"s0"}
+    assert 450 < taken["tokens"].sum() <= 500
+
+
+def test_what_only_fits_because_larger_ones_did_not_is_told(tmp_path):
+    found = chosen(ordered(tmp_path), tokens=1000)
+    passed = (found["why"] == "no room left for it in the 1000 tokens asked for").to_numpy()
+    kept, first = found["kept"].to_numpy(), int(np.argmax(passed))
+    small = "taken by best rank, fitting into the room that larger ones before it left"
+    assert set(found["why"][:first]) == {"taken by best rank"}
+    assert set(found["why"][first:][kept[first:]]) == {small}
 
 
 def test_batches_are_of_one_size_whatever_the_row_groups(tmp_path, monkeypatch):

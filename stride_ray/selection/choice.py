@@ -38,8 +38,8 @@ MANIFEST = pa.schema(
         pa.field("round", pa.int32()),
     ]
 )
-# Why a document is kept (the first two) or not, by number.
-KEPT, KEPT_UNNAMED, EARLIER, BELOW, BOTTOM, ROOM, QUOTA, LIKE, NOT_DRAWN = range(9)
+# Why a document is kept (the first three) or not, by number.
+KEPT, KEPT_SMALL, KEPT_UNNAMED, EARLIER, BELOW, BOTTOM, ROOM, QUOTA, LIKE, NOT_DRAWN = range(10)
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Tally:
     """What a choice came to.
 
     Attributes:
-        documents, tokens: taken; with the same per source.
+        documents, tokens: taken; with the same per source, and the tokens per stratum (ranking.rank_documents).
         reasons: documents per reason, in the manifest's words.
         harmful: documents taken whose mean influence is below zero.
     """
@@ -56,6 +56,7 @@ class Tally:
     tokens: int = 0
     source_documents: Counter[str] = field(default_factory=Counter)
     source_tokens: Counter[str] = field(default_factory=Counter)
+    stratum_tokens: Counter[str | None] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     harmful: int = 0
 
@@ -86,6 +87,7 @@ class Best:
         self.taken = Taken(options.near_duplicates) if options.near_duplicates else None
         self.spared = scored - math.floor(options.drop_at * scored) if options.drop == "bottom" else scored
         self.named = 0
+        self.passed_over = False
 
     def codes(self, batch: pa.Table) -> tuple[np.ndarray, list[str | None] | None]:
         """See Chooser."""
@@ -102,6 +104,7 @@ class Best:
             return codes, None
         if self.documents < 1 or not (batch["tokens"].to_numpy() <= self.tokens).any():
             codes[codes <= KEPT_UNNAMED] = ROOM
+            self.passed_over = True
             return codes, None
         return codes, self._take(batch, codes)
 
@@ -115,6 +118,7 @@ class Best:
             cost = size if self.counts_tokens else 1
             if self.documents < 1 or size > self.tokens:
                 codes[i] = ROOM
+                self.passed_over = True
                 continue
             if self.quotas and cost > self._room(sources[i]):
                 codes[i] = QUOTA
@@ -126,6 +130,8 @@ class Best:
                     codes[i] = LIKE
                     continue
                 self.taken.add(batch["document_id"][i].as_py(), stored)
+            if self.passed_over and codes[i] == KEPT:
+                codes[i] = KEPT_SMALL
             self.documents -= 1
             self.tokens -= size
             if self.quotas:
@@ -141,13 +147,13 @@ class Best:
 
 
 class Drawn:
-    """Takes documents as they come until each source has as many tokens as it is to have; a size is never exceeded.
+    """Takes documents as they come until each stratum has as many tokens as it is to have; a size is never exceeded.
 
     Args:
-        tokens: per source.
+        tokens: per stratum.
     """
 
-    def __init__(self, tokens: Mapping[str, int]) -> None:
+    def __init__(self, tokens: Mapping[str | None, int]) -> None:
         self.left = dict(tokens)
         self.missing = sum(tokens.values())
 
@@ -156,11 +162,11 @@ class Drawn:
         codes = np.full(batch.num_rows, NOT_DRAWN, np.int8)
         codes[np.asarray(batch["taken_round"].is_valid())] = EARLIER
         if self.missing:
-            sources, tokens = batch["source"].to_pylist(), batch["tokens"].to_pylist()
+            strata, tokens = batch["stratum"].to_pylist(), batch["tokens"].to_pylist()
             for i in np.flatnonzero(codes == NOT_DRAWN).tolist():
-                if tokens[i] <= self.left.get(sources[i], 0):
+                if tokens[i] <= self.left.get(strata[i], 0):
                     codes[i] = KEPT
-                    self.left[sources[i]] -= tokens[i]
+                    self.left[strata[i]] -= tokens[i]
                     self.missing -= tokens[i]
         return codes, None
 
@@ -214,6 +220,8 @@ def _count(tally: Tally, batch: pa.Table, codes: np.ndarray, kept: np.ndarray, w
             tally.tokens += row["tokens_sum"]
             tally.source_tokens[row["source"]] += row["tokens_sum"]
             tally.source_documents[row["source"]] += row["tokens_count"]
+        for row in taken.group_by("stratum").aggregate([("tokens", "sum")]).to_pylist():
+            tally.stratum_tokens[row["stratum"]] += row["tokens_sum"]
 
 
 def reasons(options: SelectConfig, drawn: bool = False) -> list[str]:
@@ -227,6 +235,7 @@ def reasons(options: SelectConfig, drawn: bool = False) -> list[str]:
     ]
     return [
         "drawn at random" if drawn else f"taken by {by}",
+        f"taken by {by}, fitting into the room that larger ones before it left",
         "taken although no query's table names it",
         "taken by an earlier selection",
         f"score below {options.drop_at:g}",

@@ -43,6 +43,7 @@ ORDERED = pa.schema(
         pa.field("share_helped", pa.float64()),
         pa.field("taken_round", pa.int32()),
         pa.field("signature", pa.binary()),
+        pa.field("stratum", pa.string()),
     ]
 )
 
@@ -175,7 +176,8 @@ def rank_documents(
 
     Returns:
         Path of a Parquet file (ORDERED) in the database's folder. ``taken_round`` is the round of the earlier selection
-        that took a document; mean_influence is null for a document that no table names.
+        that took a document; mean_influence is null for a document that no table names. ``stratum`` is what a document
+        may be drawn at random in place of another in: its source, null where that has this one document alone.
 
     Raises:
         StrideError: no room for temporary files.
@@ -201,7 +203,9 @@ def rank_documents(
         "share": "coalesce(score, 0) DESC, coalesce(mean_influence, 0) DESC",
     }
     path = database.copy(
-        f"""SELECT * FROM read_parquet('{database.folder}/joined-*.parquet')
+        f"""WITH joined AS (SELECT * FROM read_parquet('{database.folder}/joined-*.parquet')),
+                 many AS (SELECT source, source AS stratum FROM joined GROUP BY source HAVING count(*) > 1)
+            SELECT * FROM joined LEFT JOIN many USING (source)
             ORDER BY {ways[options.by]}, {draw}, document_id, source, part, place""",
         "ordered.parquet",
     )

@@ -2,7 +2,7 @@
 
 `ray job submit` ends with 1 for a job that failed, whatever its status, and with 0 for one that was stopped. This ends
 with the job's own status (`jobs/scan.py`: 2 says that there are new findings), with 130 for a stopped job, and stops
-the job when it is itself told to stop (SIGTERM). A job that was lost with its driver's node, or whose driver was
+the job when it is itself told to stop (SIGTERM, 143). A job that was lost with its driver's node, or whose driver was
 killed, is submitted again, and goes on where it was.
 
     python jobs/submit.py --address http://head:8265 -- python /opt/stride_ray/jobs/scan.py s3://bucket/run --out …
@@ -14,7 +14,6 @@ RAY_AUTH_TOKEN.
 import argparse
 import asyncio
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -54,7 +53,6 @@ def _submit(parsed: argparse.Namespace) -> int:
         client = JobSubmissionClient(parsed.address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StrideError(f"No Jobs API answers at {parsed.address or 'RAY_API_SERVER_ADDRESS'}: {error}.") from None
-    signal.signal(signal.SIGTERM, _stop)
     for left in reversed(range(parsed.tries)):
         job = client.submit_job(entrypoint=shlex.join(parsed.command), runtime_env=environment)
         print(f"submitted {job}", file=sys.stderr)
@@ -74,10 +72,6 @@ def _submit(parsed: argparse.Namespace) -> int:
             return int(code)
         print(f"submit: {job} was lost ({found.message}); {left} tries left", file=sys.stderr)
     return 1
-
-
-def _stop(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _follow(client: Any, job: str) -> None:

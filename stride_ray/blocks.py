@@ -30,6 +30,11 @@ def fixed_lists(column: pa.ChunkedArray | pa.Array, width: int, missing: Any) ->
     return filled
 
 
+def shard_count(n_blocks: int) -> int:
+    """How many shards a pool of so many blocks is summed in: 4 to 64, where it has as many blocks."""
+    return min(n_blocks, min(max(4, -(-n_blocks // 1024)), 64))
+
+
 class Blocks:
     """A finished ``blocks/`` folder.
 
@@ -86,8 +91,7 @@ class Blocks:
         many workers there were.
         """
         n = len(self)
-        count = min(n, min(max(4, -(-n // 1024)), 64))
-        edges = np.linspace(0, n, count + 1).astype(int)
+        edges = np.linspace(0, n, shard_count(n) + 1).astype(int)
         return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
 
     def sample(self, count: int, seed: int) -> np.ndarray:

@@ -1,17 +1,21 @@
 """The command line: one verb per stage, the same as the scripts in jobs/.
 
 Exit status: 0 done; 1 a sentence on standard error says what is wrong; 3 done, but the fit learned nothing that can
-be told from noise; 130 interrupted. ``scan`` has its own (scan/command.py): 2 says that there are new findings.
+be told from noise; 130 interrupted, 143 by SIGTERM. ``scan`` has its own (scan/command.py): 2 says that there are new
+findings.
 """
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from stride_ray import __version__
 from stride_ray.config import Config, dumps, loads, option_fields
-from stride_ray.errors import StrideError
+from stride_ray.errors import StrideError, Terminated
 from stride_ray.run import Run
 from stride_ray.scan import command as scan_command
 from stride_ray.storage import Store
@@ -64,15 +68,39 @@ def _scanned(given: list[str]) -> int:
 
 
 def exit_status(program: str, work: Callable[[], int | None]) -> int:
-    """Do a program's work; a StrideError becomes a sentence on standard error and 1, an interrupt 130, None 0."""
+    """Do a program's work; a StrideError becomes a sentence on standard error and 1, an interrupt 130, None 0.
+
+    SIGTERM interrupts too, with 143.
+    """
     try:
-        return work() or 0
+        with _stoppable():
+            return work() or 0
     except StrideError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
+    except Terminated:
+        print(f"{program}: told to stop (SIGTERM); run the same command again to go on", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM becomes an exception, so that what is open is closed."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def assignment(text: str) -> tuple[str, str]:
@@ -89,13 +117,13 @@ def assignment(text: str) -> tuple[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="stride-ray", description="Which training data made a language model do this."
+        prog="stride-ray", description="Which training data made a language model do this.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     declared = option_fields()
     for verb, about in ABOUT.items():
-        sub = verbs.add_parser(verb, help=about, description=about)
+        sub = verbs.add_parser(verb, help=about, description=about, allow_abbrev=False)
         if verb == "config":
             continue
         if verb == "quickstart":
@@ -143,10 +171,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _count(text: str) -> int:
     """A whole number of at least 1, 1e6 among them."""
-    number = float(text)
-    if not (number >= 1 and number == int(number)):
-        raise ValueError(text)
-    return int(number)
+    try:
+        number = float(text)
+        whole = int(number)
+    except (ValueError, OverflowError):
+        whole = 0
+    if whole < 1 or whole != number:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1, such as 5000 or 1e6")
+    return whole
 
 
 def _run(parsed: argparse.Namespace) -> int:
@@ -187,7 +219,8 @@ def _run(parsed: argparse.Namespace) -> int:
         from stride_ray.respond import respond
 
         done = respond(run, parsed.queries, parsed.name)
-        print(f"{done['queries']} queries, {done['failed']} failed, {done['mode']} responses.")
+        alike = f" (correlation with steered ones {done['correlation']:.4f})" if done.get("correlation") else ""
+        print(f"{done['queries']} queries, {done['failed']} failed, {done['mode']} responses{alike}.")
     elif parsed.verb == "recover":
         from stride_ray.influence import recover_influence
 

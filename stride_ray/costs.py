@@ -7,15 +7,18 @@ from these what a larger run will take. Ray-free.
 import os
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from stride_ray.memory import peak_mb
 from stride_ray.run import Stage
 
 NAME = "cost.json"
+# The label of what workers load and compile before their first result, which does not grow.
+START = "start"
 
 
 @dataclass
@@ -26,42 +29,82 @@ class Phase:
         amount: how many ``unit`` were counted.
         wall: seconds at the driver.
         busy: seconds of work of all workers together, without their start.
-        workers: how many took part.
+        seen: the workers that took part.
         peak_mb: the most that a worker held since it was started, MB.
+        first: of these, seconds of each worker's first result. ``results``: how many there were.
+        apart: of all seconds of work, those that are not in ``busy`` but phases of their own, by label.
     """
 
     amount: int = 0
     unit: str = ""
     wall: float = 0.0
     busy: float = 0.0
-    workers: int = 0
     peak_mb: int = 0
-    seen: set[str] = field(default_factory=set, repr=False)
+    first: float = 0.0
+    results: int = 0
+    seen: set[str] = field(default_factory=set)
+    apart: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def add(self, cost: tuple[float, int, str]) -> None:
+    def add(self, cost: "Cost") -> None:
         """Count what a worker said of a result, see ``paid``."""
-        seconds, peak, worker = cost
-        self.busy += seconds
+        seconds, peak, worker, apart = cost
+        rest = seconds - sum(apart.values())
+        self.busy += rest
+        self.first += rest if worker not in self.seen else 0.0
+        self.results += 1
         self.peak_mb = max(self.peak_mb, peak)
         self.seen.add(worker)
+        for label, part in apart.items():
+            self.apart[label] += part
 
-    def facts(self) -> dict[str, Any]:
-        """For cost.json."""
-        found = asdict(self)
-        found.pop("seen")
-        return {**found, "wall": round(self.wall, 3), "busy": round(self.busy, 3), "workers": max(1, len(self.seen))}
+    def facts(self, label: str) -> dict[str, dict[str, Any]]:
+        """For cost.json: this phase and those that were kept apart from it.
 
+        What a worker's first result took more than the others is ``start`` too: something was loaded or compiled.
+        """
+        workers = max(1, len(self.seen))
+        later = self.results - len(self.seen)
+        start = max(0.0, self.first - workers * (self.busy - self.first) / later) if later else 0.0
+        apart = {**self.apart, **({START: self.apart[START] + start} if start else {})}
+        wall = max(0.0, self.wall - sum(apart.values()) / workers)
+
+        def told(wall: float, busy: float) -> dict[str, Any]:
+            seconds = {"wall": round(wall, 3), "busy": round(busy, 3)}
+            return {"amount": self.amount, "unit": self.unit, **seconds, "workers": workers, "peak_mb": self.peak_mb}
+
+        # Each worker has its own start, however many there are: seconds, but no work to share.
+        others = {name: told(took / workers, 0.0 if name == START else took) for name, took in apart.items()}
+        return {label: told(wall, self.busy - start), **others}
+
+
+Cost = tuple[float, int, str, dict[str, float]]
 
 _open: list[dict[str, Phase]] = []  # a stage's phases by label; stages may be nested
 _current = Phase()
+_apart: defaultdict[str, float] = defaultdict(float)  # of the result that this worker is making
 
 
-def paid(began: float) -> tuple[float, int, str]:
-    """What a result cost this worker since ``began`` (time.monotonic): seconds, peak MB, and which worker it is."""
-    return time.monotonic() - began, peak_mb(), f"{socket.gethostname()}/{os.getpid()}"
+def apart(label: str, seconds: float) -> None:
+    """In a worker: so many seconds of this result grow otherwise than the rest and are a phase of their own."""
+    _apart[label] += seconds
 
 
-def noted(cost: tuple[float, int, str] | None) -> None:
+def begun() -> float:
+    """In a worker, before a result: the time (time.monotonic). What was kept apart of one that failed is forgotten."""
+    _apart.clear()
+    return time.monotonic()
+
+
+def paid(began: float) -> Cost:
+    """What a result cost this worker since it was ``begun``.
+
+    Returns:
+        Seconds, peak MB, which worker it is, and the seconds that were kept ``apart``, by label.
+    """
+    return time.monotonic() - began, peak_mb(), f"{socket.gethostname()}/{os.getpid()}", dict(_apart)
+
+
+def noted(cost: Cost | None) -> None:
     """At the driver: a result has come with this cost."""
     if cost is not None:
         _current.add(cost)
@@ -88,15 +131,14 @@ def costed(stage: Stage) -> Iterator[None]:
     _open.append({})
     try:
         yield
-        phases = {label: each.facts() for label, each in _open[-1].items()}
-        if not phases:
+        if not _open[-1]:
             return
-        earlier: dict[str, Any] = (
-            stage.store.read_json(NAME) if stage.store.exists(NAME) else {"phases": {}, "wall": 0.0}
-        )
-        for label, old in earlier["phases"].items():
-            phases[label] = _sum(old, phases[label]) if label in phases else old
-        wall = earlier["wall"] + time.monotonic() - began
+        found: dict[str, Any] = stage.store.read_json(NAME) if stage.store.exists(NAME) else {"phases": {}, "wall": 0.0}
+        phases = found["phases"]
+        for label, each in _open[-1].items():
+            for name, told in each.facts(label).items():
+                phases[name] = _sum(phases[name], told) if name in phases else told
+        wall = found["wall"] + time.monotonic() - began
         stage.store.write_json(NAME, {"wall": round(wall, 3), "driver_mb": peak_mb(), "phases": phases})
     finally:
         _open.pop()

@@ -8,8 +8,10 @@ come back in whatever order they finish: nothing that a stage writes depends on 
 import json
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,12 +63,16 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         yield
         return
     address = compute.address or os.environ.get("RAY_ADDRESS", "")
+    stop = signal.getsignal(signal.SIGTERM)
     try:
         if address and address not in ("auto", "local"):
             _check_answers(address)
         ray.init(address=address or "local", include_dashboard=None if address else False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StrideError(f"No Ray at address {address!r}: {first_line(error)}; start one or leave it out.") from None
+    # Ray's own way to be stopped leaves its native calls by an abort; the command line's (cli.exit_status) does not.
+    if callable(stop) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
@@ -115,7 +121,7 @@ def pool(compute: ComputeConfig, units: int) -> Pool:
 
 def wrapped(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """What ``work`` returns and what it cost; a StrideError as a result too, for Ray would bury it in tracebacks."""
-    began = time.monotonic()
+    began = costs.begun()
     try:
         return {**work(*arguments), _COST: costs.paid(began)}
     except StrideError as error:
@@ -131,6 +137,7 @@ def _unwrapped(result: dict[str, Any]) -> dict[str, Any]:
 
 def one_thread() -> None:
     """Floating-point sums depend on the number of threads, so every worker has one, wherever it runs."""
+    import pandas  # noqa: F401 -- pyarrow would import it at its first array and bill it to the first unit
     import torch
 
     torch.set_num_threads(1)
@@ -219,7 +226,10 @@ class _Row:
         return {"result": json.dumps(wrapped(self._work, json.loads(row["unit"])))}
 
     def _work(self, unit: Unit) -> dict[str, Any]:
-        self.worker = self.worker or self.make(*self.arguments)
+        if self.worker is None:
+            began = time.monotonic()
+            self.worker = self.make(*self.arguments)
+            costs.apart(costs.START, time.monotonic() - began)
         return self.worker(unit)
 
 

@@ -22,7 +22,7 @@ from stride_ray.closed_form import (
     stream_moments,
 )
 from stride_ray.config import Config
-from stride_ray.costs import costed
+from stride_ray.costs import apart, costed
 from stride_ray.crew import Crew
 from stride_ray.distribute import connected, pool, progress
 from stride_ray.errors import StrideError
@@ -155,7 +155,9 @@ class Accumulator(PoolWorker):
             J = gradients(self.basis, self.model, self.tensors(batch.ids), self.tensors(batch.mask))
             add_to_subsets(sums, J.flatten(1), self.membership.columns_at(batch.ordinals))
         name = f"sum-{index:03d}"
+        added = time.monotonic()
         self.stage.store.write(f"{name}.safetensors", tensor_bytes({"sums": sums[:-1].cpu()}))
+        apart("sums", time.monotonic() - added)
         return self.stage.mark(name, started, blocks=stop - start)
 
 

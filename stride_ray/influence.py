@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from stride_ray.blocks import Blocks, document_shares
 from stride_ray.config import Config
-from stride_ray.costs import costed
+from stride_ray.costs import START, apart, costed
 from stride_ray.distribute import Pool, connected, map_tasks, pool, progress
 from stride_ray.fitted import membership_of
 from stride_ray.recover import Recovery, recover
@@ -111,6 +111,10 @@ def recover_unit(
 ) -> dict[str, Any]:
     """The tables of some response parts."""
     started = time.monotonic()
+    membership = membership_of(config)
+    # Imports and compiles what recovery needs, so that its cost is told apart.
+    recover(np.arange(config.membership.subsets, dtype=float)[None], membership, 64, ratio=0.9)
+    apart(START, time.monotonic() - started)
     rows: list[dict[str, Any]] = []
     vectors = []
     for part in unit:
@@ -122,12 +126,13 @@ def recover_unit(
     options = config.recover
     recovered = recover(
         np.concatenate(vectors)[good],
-        membership_of(config),
+        membership,
         n_blocks,
         ratio=options.penalty_ratio,
         nonnegative=options.nonnegative,
         row_scaling=options.row_scaling,
     )
+    apart("columns", sum(each.seconds for each in recovered))
     asked = [row["query_id"] for row in rows if row["status"] == "ok"]
     name = _unit_name(unit)
     influence, documents = rank_tables(asked, recovered, blocks)

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from stride_ray.blocks import shard_count
 from stride_ray.costs import NAME
 from stride_ray.errors import StrideError
 from stride_ray.exact import passes_over
 from stride_ray.run import Run, Stage
+from stride_ray.storage import safe_url
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,15 @@ def _recovered(old: Size, new: Size) -> float:
     return _queries(old, new) * _blocks(old, new)
 
 
+def _solved(old: Size, new: Size) -> float:
+    # Measured (RESULTS.md, Scale): more blocks make more of them active, up to the number of subsets.
+    return _queries(old, new) * _blocks(old, new) ** 0.4
+
+
+def _shards(old: Size, new: Size) -> float:
+    return shard_count(new.blocks) / shard_count(old.blocks)
+
+
 # Stages in order, and whether each query set has its own.
 STAGES = {
     "blocks": False,
@@ -78,6 +89,11 @@ STAGES = {
     "influence": True,
     "curvature": False,
     "exact": True,
+}
+# The stages of an answer, by attribute.mode.
+MODES = {
+    "exact": ("blocks", "curvature", "exact"),
+    "amortised": ("blocks", "operators", "responses", "influence"),
 }
 # How a phase's work grows, by the label of its progress line; all others do not grow.
 GROWTH: dict[str, Callable[[Size, Size], float]] = {
@@ -89,7 +105,9 @@ GROWTH: dict[str, Callable[[Size, Size], float]] = {
     "rank": _ranked,
     "fit": _blocks,
     "respond": _queries,
-    "recover": _recovered,
+    "sums": _shards,
+    "recover": _solved,
+    "columns": _recovered,
 }
 # By stage: how what it writes grows, and which earlier stages it reads whole.
 WRITES: dict[str, Callable[[Size, Size], float]] = {
@@ -112,13 +130,19 @@ def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list
         workers: that will work side by side.
 
     Raises:
-        StrideError: the pilot has no finished stage, or one without costs.
+        StrideError: the pilot has no costs, or no finished query set of that name.
     """
     found = dict[str, tuple[Stage, dict[str, Any]]]()
     for stage, named in STAGES.items():
         found |= _costs(pilot, stage, name if named else "")
     if "blocks" not in found:
         raise StrideError("The pilot has no costs of its own; run shard and attribute in a new run directory first.")
+    if not found.keys() & {"exact", "responses"}:
+        names = {each for stage, named in STAGES.items() if named for each in pilot.store.names(stage)} - {name}
+        raise StrideError(
+            f"{safe_url(pilot.url)} has no finished query set {name!r} to go by; "
+            + (f"--name one of: {', '.join(sorted(names))}." if names else "attribute a few queries in it first.")
+        )
     old, new = _sizes(pilot, name, found, blocks, queries)
     written = {stage: opened.store.size() * WRITES.get(stage, _once)(old, new) for stage, (opened, _) in found.items()}
     estimates = []
@@ -141,8 +165,8 @@ def _costs(pilot: Run, stage: str, name: str) -> dict[str, tuple[Stage, dict[str
 
 
 def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: int) -> tuple[Size, Size]:
-    asked = next((found[stage][0] for stage in ("exact", "responses") if stage in found), None)
-    known = asked.store.read_json("manifest.json")["queries"] if asked else 0
+    asked = next(found[stage][0] for stage in ("exact", "responses") if stage in found)
+    known = asked.store.read_json("manifest.json")["queries"]
     numbers = 0
     if "exact" in found:
         markers = found["exact"][0].done().items()
@@ -156,17 +180,23 @@ def table(estimates: list[Estimate], blocks: int, queries: int, workers: int) ->
     """A table for a person."""
     lines = [
         f"{blocks:,} blocks, {queries:,} queries, {workers} workers",
-        f"{'stage':<12}{'reads':>12}{'writes':>12}{'a worker holds':>16}{'work':>16}{'takes':>12}",
+        f"{'stage':<18}{'reads':>12}{'writes':>12}{'a worker holds':>16}{'work':>16}{'takes':>12}",
     ]
     for each in estimates:
+        reads = "the corpus" if each.stage == "blocks" else _sized(each.reads)
         lines.append(
-            f"{each.stage:<12}{_sized(each.reads):>12}{_sized(each.writes):>12}{_sized(each.holds * 1e6):>16}"
+            f"{each.stage:<18}{reads:>12}{_sized(each.writes):>12}{_sized(each.holds * 1e6):>16}"
             f"{_timed(each.worker_seconds):>16}{_timed(each.seconds):>12}"
         )
-    total = sum(each.seconds for each in estimates)
-    lines.append(
-        f"{'together':<12}{'':>12}{_sized(sum(each.writes for each in estimates)):>12}{'':>32}{_timed(total):>12}"
-    )
+    for mode, stages in MODES.items():
+        parts = [each for each in estimates if each.stage in stages]
+        if {each.stage for each in parts} == set(stages):
+            writes, work, takes = (
+                sum(getattr(each, of) for each in parts) for of in ("writes", "worker_seconds", "seconds")
+            )
+            lines.append(
+                f"{'all of ' + mode:<18}{'':>12}{_sized(writes):>12}{'':>16}{_timed(work):>16}{_timed(takes):>12}"
+            )
     return "\n".join(lines)
 
 

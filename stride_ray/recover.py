@@ -12,14 +12,15 @@ a time, so that a result has the same bits whatever else is in the batch.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from stride_ray.columns import gram_of, predict, scan
 from stride_ray.errors import StrideError
 from stride_ray.membership import Membership
 
@@ -45,6 +46,7 @@ class Recovery:
         gap: duality gap of the full N-column problem over ½‖y − ȳ‖². Above the tolerance only where `rounds` reached
             MAX_ROUNDS or the tolerance is finer than floating point allows.
         rounds: passes over M's columns that this query took part in.
+        seconds: its share of these passes' time and of making the columns, the part of the work that grows with N.
     """
 
     ordinals: NDArray[np.int64]
@@ -53,6 +55,7 @@ class Recovery:
     penalty: float
     gap: float
     rounds: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,109 +84,9 @@ class _Query:
     penalty: float = -1.0  # unknown before the first pass
     gap: float = 0.0
     rounds: int = 0
+    seconds: float = 0.0
     growth: int = FIRST_GROWTH
     done: bool = False
-
-
-@njit(cache=True, nogil=True)
-def _sift_down(value: NDArray, ordinal: NDArray, at: int, size: int) -> None:
-    """Restore the min-heap below a position whose value was replaced."""
-    while 2 * at + 1 < size:
-        child = 2 * at + 1
-        if child + 1 < size and value[child + 1] < value[child]:
-            child += 1
-        if value[at] <= value[child]:
-            break
-        value[at], value[child] = value[child], value[at]
-        ordinal[at], ordinal[child] = ordinal[child], ordinal[at]
-        at = child
-
-
-@njit(cache=True, nogil=True)
-def _scan(
-    ids: NDArray,
-    first: int,
-    residual_KQ: NDArray,
-    both_signs: bool,
-    floor_Q: NDArray,
-    capacity_Q: NDArray,
-    value_QC: NDArray,
-    ordinal_QC: NDArray,
-    count_Q: NDArray,
-) -> None:
-    """Offer every column's correlation with every query's residual to that query's heap of the largest.
-
-    ids (n, width) are columns first…first+n−1; residual_KQ (K+1, Q) has a zero row for the id K. A value counts only
-    above floor_Q, which rises once the heap of capacity_Q entries is full: nearly all columns cost one comparison.
-    """
-    width, queries = ids.shape[1], residual_KQ.shape[1]
-    total = np.empty(queries)
-    for row in range(len(ids)):
-        total[:] = 0.0
-        # Each query is a vector lane and adds its terms in the same order, whatever the number of lanes.
-        for i in range(0, width - 1, 2):
-            a, b = residual_KQ[np.int64(ids[row, i])], residual_KQ[np.int64(ids[row, i + 1])]
-            for q in range(queries):
-                total[q] += a[q] + b[q]
-        if width & 1:
-            a = residual_KQ[np.int64(ids[row, width - 1])]
-            for q in range(queries):
-                total[q] += a[q]
-        found = False
-        for q in range(queries):
-            total[q] = abs(total[q]) if both_signs else total[q]
-            found |= total[q] > floor_Q[q]
-        if not found:
-            continue
-        for q in range(queries):
-            if total[q] <= floor_Q[q]:
-                continue
-            value, ordinal, size = value_QC[q], ordinal_QC[q], count_Q[q]
-            if size < capacity_Q[q]:  # a plain list until it is full
-                value[size], ordinal[size] = total[q], first + row
-                count_Q[q] = size = size + 1
-                lowest = size // 2 if size == capacity_Q[q] else -1
-            else:
-                value[0], ordinal[0] = total[q], first + row
-                lowest = 0
-            for at in range(lowest, -1, -1):
-                _sift_down(value, ordinal, at, size)
-            if lowest >= 0:
-                floor_Q[q] = max(floor_Q[q], value[0])
-
-
-@njit(cache=True, nogil=True)
-def _gram(ids: NDArray, scale: NDArray, target: NDArray) -> tuple[NDArray, NDArray]:
-    """Return XᵀX (W, W) and Xᵀy (W,) of the centred, row-scaled columns; scale and target are (K+1,), 0 at K."""
-    n, width = ids.shape
-    K = len(scale) - 1
-    gram, correlation, mean = np.empty((n, n)), np.zeros(n), np.zeros(n)
-    for a in range(n):
-        for i in range(width):
-            mean[a] += scale[ids[a, i]] / K
-            correlation[a] += scale[ids[a, i]] * target[ids[a, i]]
-    member = np.zeros(K + 1)
-    for a in range(n):
-        for i in range(width):
-            member[ids[a, i]] = scale[ids[a, i]] ** 2
-        for b in range(a, n):
-            shared = 0.0
-            for i in range(width):
-                shared += member[ids[b, i]]
-            gram[a, b] = gram[b, a] = shared - K * mean[a] * mean[b]
-        for i in range(width):
-            member[ids[a, i]] = 0.0
-    return gram, correlation
-
-
-@njit(cache=True, nogil=True)
-def _predict(ids: NDArray, weights: NDArray, scale: NDArray) -> NDArray:
-    """Return X w before centring: (K,) float64."""
-    total = np.zeros(len(scale))
-    for a in range(len(ids)):
-        for i in range(ids.shape[1]):
-            total[ids[a, i]] += weights[a]
-    return (total * scale)[:-1]
 
 
 def row_scale(membership: Membership, n_blocks: int) -> NDArray[np.float64]:
@@ -235,7 +138,7 @@ def _solve_small(problem: _Problem, query: _Query, tolerance: float, polish: boo
     scale = problem.scale
     ids = problem.membership.columns_at(query.ordinals)
     K = len(scale) - 1
-    gram, correlation = _gram(ids, scale, np.append(query.target, 0.0))
+    gram, correlation = gram_of(ids, scale, np.append(query.target, 0.0))
     # The Gram form uses no more of X than its shape and of y than ‖y‖². One placeholder row makes scikit-learn's
     # objective, (1/2n)‖y − Xw‖² + alpha‖w‖₁, ours; check_input=False keeps it from comparing the Gram matrix with X.
     with warnings.catch_warnings():
@@ -254,7 +157,7 @@ def _solve_small(problem: _Problem, query: _Query, tolerance: float, polish: boo
         )
     weights = path[:, 0].copy()
     query.weights = _polish(gram, correlation, query.penalty, weights) if polish else weights
-    predicted = _predict(ids, query.weights, scale)
+    predicted = predict(ids, query.weights, scale)
     query.shift = float(predicted.sum() / K)
     residual = query.target - (predicted - query.shift)
     query.residual = residual - residual.sum() / K
@@ -307,6 +210,7 @@ def _advance(problem: _Problem, query: _Query, value: NDArray, ordinal: NDArray)
 def _recover_batch(problem: _Problem, queries: list[_Query], stored: Iterable[tuple[int, NDArray]] | None) -> None:
     """Run rounds until every query of the batch is done; queries that are leave the passes."""
     while active := [query for query in queries if not query.done]:
+        began = time.monotonic()
         residual_KQ = np.stack([np.append(query.residual, 0.0) * problem.scale for query in active], axis=1)
         floor = np.array([max(query.penalty, 0.0) for query in active])
         capacity = np.array([len(query.ordinals) + query.growth for query in active])
@@ -314,8 +218,10 @@ def _recover_batch(problem: _Problem, queries: list[_Query], stored: Iterable[tu
         ordinal = np.empty(value.shape, np.int64)
         count = np.zeros(len(active), np.int64)
         for first, ids in problem.membership.ranges(problem.n_blocks) if stored is None else stored:
-            _scan(ids, first, residual_KQ, not problem.nonnegative, floor, capacity, value, ordinal, count)
+            scan(ids, first, residual_KQ, not problem.nonnegative, floor, capacity, value, ordinal, count)
+        share = (time.monotonic() - began) / len(active)
         for q, query in enumerate(active):
+            query.seconds += share
             _advance(problem, query, value[q, : count[q]], ordinal[q, : count[q]])
 
 
@@ -383,11 +289,13 @@ def recover(
     if not finite.all():
         raise StrideError(f"recovery: query {int(np.argmin(finite))} has a response that is not a finite number.")
 
+    began = time.monotonic()
     scale = np.append(row_scale(membership, n_blocks) if row_scaling else np.ones(K), 0.0)
     width = membership.degree if membership.form == "regular" else K
     fits = n_blocks * width * membership.dtype.itemsize <= cache_bytes
     stored = list(membership.ranges(n_blocks)) if fits else None
     problem = _Problem(membership, n_blocks, scale, ratio, nonnegative, tolerance)
+    share = (time.monotonic() - began) / max(1, len(responses))
     results: list[Recovery] = []
     for start in range(0, len(responses), BATCH):
         queries = [_start(row) for row in responses[start : start + BATCH]]
@@ -395,6 +303,6 @@ def recover(
         for query in queries:
             order = np.argsort(query.ordinals)
             order = order[query.weights[order] != 0]
-            ordinals, weights, intercept = query.ordinals[order], query.weights[order], query.mean - query.shift
-            results.append(Recovery(ordinals, weights, intercept, query.penalty, query.gap, query.rounds))
+            found = (query.ordinals[order], query.weights[order], query.mean - query.shift, query.penalty, query.gap)
+            results.append(Recovery(*found, query.rounds, share + query.seconds))
     return results

@@ -133,6 +133,23 @@ def times_of(paths):
     return found
 
 
+def test_a_driver_that_is_told_to_stop_says_so(big, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    command = [str(Path(sys.executable).with_name("stride-ray")), "shard", str(folder), *flags(big[0])]
+    with open(log, "w") as file:
+        driver = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    try:
+        await_markers(folder / "blocks/_done", 1, driver, log)
+        driver.terminate()
+        assert driver.wait(60) == 143
+    finally:
+        kill_family(driver)
+    told = log.read_text()
+    assert "told to stop (SIGTERM); run the same command again to go on" in told
+    assert "SIGABRT" not in told
+    assert "Traceback" not in told
+
+
 def test_killed_workers_are_replaced_and_a_killed_driver_goes_on_where_it_was(big, undisturbed, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     driver = start(big, folder, log)

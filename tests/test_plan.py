@@ -22,11 +22,25 @@ def attempt(stage, *results, amount):
 
 def test_costs_of_several_attempts_are_added(tmp_path):
     stage = Stage(Store(str(tmp_path)), "identity")
-    attempt(stage, (2.0, 300, "a"), (3.0, 500, "b"), (1.0, 200, "a"), amount=30)
-    attempt(stage, (4.0, 400, "c"), amount=10)
-    found = json.loads((tmp_path / "cost.json").read_text())["phases"]["score"]
+    attempt(stage, (2.0, 300, "a", {}), (4.0, 500, "b", {"start": 1.0}), (1.0, 200, "a", {}), amount=30)
+    attempt(stage, (4.0, 400, "c", {}), amount=10)
+    phases = json.loads((tmp_path / "cost.json").read_text())["phases"]
+    # One second was told apart; the workers' first results took 2 and 3 s, and the one later result took 1 s.
+    assert phases["start"] == {"amount": 30, "unit": "blocks", "wall": 2.0, "busy": 0.0, "workers": 2, "peak_mb": 500}
+    found = phases["score"]
     assert found.pop("wall") >= 0
-    assert found == {"amount": 40, "unit": "blocks", "busy": 10.0, "workers": 2, "peak_mb": 500}
+    assert found == {"amount": 40, "unit": "blocks", "busy": 7.0, "workers": 2, "peak_mb": 500}
+
+
+def test_the_starts_of_several_phases_are_added(tmp_path):
+    stage = Stage(Store(str(tmp_path)), "identity")
+    with costed(stage):
+        for label, start in (("score", 1.0), ("rank", 2.0)):
+            with phase(label, "blocks", 1):
+                costs.noted((5.0, 300, "a", {"start": start}))
+    phases = json.loads((tmp_path / "cost.json").read_text())["phases"]
+    assert phases["start"]["wall"] == 3.0
+    assert (phases["score"]["busy"], phases["rank"]["busy"]) == (4.0, 3.0)
 
 
 def test_an_attempt_that_fails_or_finds_nothing_to_do_leaves_costs_alone(tmp_path):
@@ -81,8 +95,13 @@ def test_the_verb_prints_a_table(pilot, capsys):
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "1,000,000 blocks, 128 queries, 8 workers"
-    assert [line.split()[0] for line in lines[2:]] == ["blocks", "curvature", "exact", "together"]
+    assert [line.split()[0] for line in lines[2:]] == ["blocks", "curvature", "exact", "all"]
     assert "41.8 min" in next(line for line in lines if line.startswith("blocks"))
+
+
+def test_a_query_set_that_the_pilot_does_not_have_is_told(pilot, capsys):
+    assert main(["plan", pilot.url, "--blocks", "1e6", "--queries", "128", "--workers", "8"]) == 1
+    assert "no finished query set 'queries' to go by; --name one of: asked." in capsys.readouterr().err
 
 
 def test_a_pilot_without_costs_is_told(tmp_path):
@@ -90,24 +109,27 @@ def test_a_pilot_without_costs_is_told(tmp_path):
         plan(Run(str(tmp_path)), "asked", 10, 1, 1)
 
 
-@pytest.mark.parametrize("count", ["0", "-3", "1.5", "many"])
+@pytest.mark.parametrize("count", ["0", "-3", "1.5", "1M", "inf", "nan"])
 def test_sizes_are_whole_numbers(pilot, count, capsys):
     with pytest.raises(SystemExit):
         main(["plan", pilot.url, "--blocks", count, "--queries", "1", "--workers", "1"])
-    assert "--blocks" in capsys.readouterr().err
+    assert f"--blocks: {count!r} is no whole number of at least 1" in capsys.readouterr().err
 
 
 def test_a_real_run_keeps_what_every_stage_cost(finished):
     for stage, phases in {
         "blocks": {"shard", "number"},
-        "operators": {"count", "precondition", "fit", "reduce", "judge"},
+        "operators": {"count", "precondition", "fit", "sums", "reduce", "judge"},
     }.items():
         found = finished.run.stage(stage).store.read_json("cost.json")
-        assert set(found["phases"]) == phases
-        for each in found["phases"].values():
-            assert each["busy"] > 0
+        assert set(found["phases"]) - {"start"} == phases
+        for label, each in found["phases"].items():
+            assert (each["busy"] > 0) == (label != "start")
             assert each["workers"] in (1, 2)
             assert 100 < each["peak_mb"] < 20_000
+    phases = finished.run.stage("influence", "asked").store.read_json("cost.json")["phases"]
+    assert set(phases) == {"start", "columns", "recover"}
+    assert min(phases["start"]["wall"], phases["recover"]["busy"]) > 0
     expected = {each.stage: each for each in plan(finished.run, "asked", finished.manifest["blocks"], 5, 2)}
     assert set(expected) == {"blocks", "operators", "responses", "influence"}
     wall = finished.run.stage("blocks").store.read_json("cost.json")["wall"]

@@ -206,7 +206,7 @@ def test_the_submitter_stops_its_job_when_it_is_told_to_stop(client):
     assert any("begun" in line for line in watcher.stdout)
     watcher.terminate()
     _, err = watcher.communicate(timeout=60)
-    assert watcher.returncode == 130, err
+    assert watcher.returncode == 143, err
     (job,) = [word for word in err.split() if word.startswith("raysubmit_")][:1]
     assert await_end(client, job)[0] == JobStatus.STOPPED
 

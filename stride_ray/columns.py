@@ -1,0 +1,110 @@
+"""Loops over columns of the membership matrix, compiled: what recovery spends its time in.
+
+A column is a row of ``ids``: the numbers of the subsets that its block belongs to, padded with K, "no subset". Sums are
+taken per query and in a fixed order, so that the bits of one query's result do not depend on the others.
+"""
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+
+@njit(cache=True, nogil=True)
+def _sift_down(value: NDArray, ordinal: NDArray, at: int, size: int) -> None:
+    """Restore the min-heap below a position whose value was replaced."""
+    while 2 * at + 1 < size:
+        child = 2 * at + 1
+        if child + 1 < size and value[child + 1] < value[child]:
+            child += 1
+        if value[at] <= value[child]:
+            break
+        value[at], value[child] = value[child], value[at]
+        ordinal[at], ordinal[child] = ordinal[child], ordinal[at]
+        at = child
+
+
+@njit(cache=True, nogil=True)
+def scan(
+    ids: NDArray,
+    first: int,
+    residual_KQ: NDArray,
+    both_signs: bool,
+    floor_Q: NDArray,
+    capacity_Q: NDArray,
+    value_QC: NDArray,
+    ordinal_QC: NDArray,
+    count_Q: NDArray,
+) -> None:
+    """Offer every column's correlation with every query's residual to that query's heap of the largest.
+
+    ids (n, width) are columns first…first+n−1; residual_KQ (K+1, Q) has a zero row for the id K. A value counts only
+    above floor_Q, which rises once the heap of capacity_Q entries is full: nearly all columns cost one comparison.
+    """
+    width, queries = ids.shape[1], residual_KQ.shape[1]
+    total = np.empty(queries)
+    for row in range(len(ids)):
+        total[:] = 0.0
+        # Each query is a vector lane and adds its terms in the same order, whatever the number of lanes.
+        for i in range(0, width - 1, 2):
+            a, b = residual_KQ[np.int64(ids[row, i])], residual_KQ[np.int64(ids[row, i + 1])]
+            for q in range(queries):
+                total[q] += a[q] + b[q]
+        if width & 1:
+            a = residual_KQ[np.int64(ids[row, width - 1])]
+            for q in range(queries):
+                total[q] += a[q]
+        found = False
+        for q in range(queries):
+            total[q] = abs(total[q]) if both_signs else total[q]
+            found |= total[q] > floor_Q[q]
+        if not found:
+            continue
+        for q in range(queries):
+            if total[q] <= floor_Q[q]:
+                continue
+            value, ordinal, size = value_QC[q], ordinal_QC[q], count_Q[q]
+            if size < capacity_Q[q]:  # a plain list until it is full
+                value[size], ordinal[size] = total[q], first + row
+                count_Q[q] = size = size + 1
+                lowest = size // 2 if size == capacity_Q[q] else -1
+            else:
+                value[0], ordinal[0] = total[q], first + row
+                lowest = 0
+            for at in range(lowest, -1, -1):
+                _sift_down(value, ordinal, at, size)
+            if lowest >= 0:
+                floor_Q[q] = max(floor_Q[q], value[0])
+
+
+@njit(cache=True, nogil=True)
+def gram_of(ids: NDArray, scale: NDArray, target: NDArray) -> tuple[NDArray, NDArray]:
+    """Return XᵀX (W, W) and Xᵀy (W,) of the centred, row-scaled columns; scale and target are (K+1,), 0 at K."""
+    n, width = ids.shape
+    K = len(scale) - 1
+    gram, correlation, mean = np.empty((n, n)), np.zeros(n), np.zeros(n)
+    for a in range(n):
+        for i in range(width):
+            mean[a] += scale[ids[a, i]] / K
+            correlation[a] += scale[ids[a, i]] * target[ids[a, i]]
+    member = np.zeros(K + 1)
+    for a in range(n):
+        for i in range(width):
+            member[ids[a, i]] = scale[ids[a, i]] ** 2
+        for b in range(a, n):
+            shared = 0.0
+            for i in range(width):
+                shared += member[ids[b, i]]
+            gram[a, b] = gram[b, a] = shared - K * mean[a] * mean[b]
+        for i in range(width):
+            member[ids[a, i]] = 0.0
+    return gram, correlation
+
+
+@njit(cache=True, nogil=True)
+def predict(ids: NDArray, weights: NDArray, scale: NDArray) -> NDArray:
+    """Return X w before centring: (K,) float64."""
+    total = np.zeros(len(scale))
+    for a in range(len(ids)):
+        for i in range(ids.shape[1]):
+            total[ids[a, i]] += weights[a]
+    return (total * scale)[:-1]

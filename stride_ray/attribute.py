@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from stride_ray.blocks import Blocks
+from stride_ray.errors import StrideError
 from stride_ray.exact import exact_influence
 from stride_ray.influence import recover_influence
 from stride_ray.queries import read_queries
@@ -18,6 +19,9 @@ from stride_ray.tokens import load_tokenizer
 
 # Blocks shown per query and side, in the console and on the page; queries on the page.
 CONSOLE_BLOCKS, PAGE_BLOCKS, PAGE_QUERIES = 3, 8, 1000
+# By mode, the stage with the tables, and the other mode.
+TABLES = {"exact": "exact", "amortised": "influence"}
+OTHER = {"exact": "amortised", "amortised": "exact"}
 # Points of a query's curve of influence by rank; sources of a query's breakdown.
 CURVE, SOURCES = 24, 6
 
@@ -64,7 +68,7 @@ def answer(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     if run.config.attribute.mode == "exact":
         return {**exact_influence(run, table, name), "mode": "exact"}
     responded = respond_table(run, table, name)
-    return {**recover_influence(run, name), "mode": responded["mode"]}
+    return {**responded, **recover_influence(run, name)}
 
 
 def write_page(run: Run, name: str) -> str:
@@ -87,7 +91,7 @@ def _write_page(run: Run, name: str, shown: list[dict[str, Any]], mode: str) -> 
 
 def table_stage(run: Run) -> str:
     """The stage with a query set's tables: ``exact`` or, amortised, ``influence``."""
-    return "exact" if run.config.attribute.mode == "exact" else "influence"
+    return TABLES[run.config.attribute.mode]
 
 
 def asked_queries(run: Run, name: str) -> pa.Table:
@@ -109,6 +113,13 @@ def _about(run: Run) -> dict[str, Any]:
 def read_influence(run: Run, name: str, table: str = "influence") -> pa.Table:
     """A query set's whole table: ``influence``, ``documents`` or ``recovery``."""
     verb = "attribute --exact" if run.config.attribute.mode == "exact" else "recover"
+    other = OTHER[run.config.attribute.mode]
+    here, there = (run.store.exists(f"{TABLES[mode]}/{name}/manifest.json") for mode in (OTHER[other], other))
+    if there and not here:
+        raise StrideError(
+            f"Of {name!r} there is {other} influence only, and attribute.mode, which run.toml keeps, is "
+            f"{run.config.attribute.mode}: add --{other}, or run 'stride-ray {verb} --name {name}' first."
+        )
     stage = run.require(table_stage(run), "manifest.json", f"stride-ray {verb} --name {name}", name)
     parts = stage.store.read_json("manifest.json")["parts"]
     return pa.concat_tables([stage.store.read_table(f"{table}-{part:05d}.parquet") for part in range(parts)])
@@ -203,10 +214,10 @@ def print_table(shown: list[dict[str, Any]], out: TextIO) -> None:
     """Queries with their most helpful and most harmful blocks, a line each."""
     for query in shown:
         title = " ".join((query["prompt"] + query["completion"]).split())
-        print(f"\n{query['query_id']}: {textwrap.shorten(title, 100) or '(empty)'}", file=out)
         if query["error"]:
-            print(f"  failed: {query['error']}", file=out)
+            print(f"\n{query['query_id']}: failed: {query['error']}", file=out)
             continue
+        print(f"\n{query['query_id']}: {textwrap.shorten(title, 100)}", file=out)
         rows = [*query["helping"][:CONSOLE_BLOCKS], *query["harming"][:1]]
         for row in rows:
             text = textwrap.shorten(" ".join(row["text"].split()), 70) or row["text"].strip()[:70]

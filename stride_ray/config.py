@@ -78,7 +78,7 @@ class MembershipConfig:
 class OperatorConfig:
     """The steering operators."""
 
-    form: str = _option("logit", "where an operator acts (method.md, Operators)", ("logit", "matrix", "gate"))
+    form: str = _option("logit", "acts on predictions; matrix, gate: at the split", ("logit", "matrix", "gate"))
     rank: int = _option(64, "r, width of the activation basis (paper: 16)", low=1)
     sketch: int = _option(512, "v, output directions kept of the vocabulary by the logit form", low=1)
     target: str = _option(
@@ -120,7 +120,7 @@ class RespondConfig:
 
     mode: str = _option(
         "auto",
-        "exact: steered forwards; linear: all K from one forward (and backward); auto: linear for closed_form",
+        "exact: steered forwards; linear: all K from one forward; auto: linear for closed_form or if a sample agrees",
         ("auto", "exact", "linear"),
     )
 

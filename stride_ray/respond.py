@@ -1,7 +1,8 @@
 """Stage respond: queries to response vectors, through a pool of actors that each hold the model and the operators.
 
 ``exact`` steers: a query's trunk runs once and the suffix once per operator, in batches bounded by a token budget.
-``linear`` takes all K responses from one forward (and a backward where J needs one).
+``linear`` takes all K responses from one forward (and a backward where J needs one). ``auto`` is linear for the closed
+form, whose operators are made for it, and else measures on a sample of queries whether the two agree.
 """
 
 import time
@@ -14,7 +15,7 @@ import torch
 from stride_ray.blocks import fixed_lists
 from stride_ray.config import Config
 from stride_ray.costs import costed
-from stride_ray.crew import map_actors
+from stride_ray.crew import Crew
 from stride_ray.distribute import connected, pool, progress
 from stride_ray.fitted import load_operators, load_run_model
 from stride_ray.queries import batches, check_name, checked, fingerprint, padded, read_queries
@@ -24,6 +25,8 @@ from stride_ray.tokens import load_tokenizer
 
 # Queries in a unit of work: what a killed worker loses at most.
 UNIT = 16
+# What auto measures both ways: queries, operators, and the correlation from which on linear stands for exact.
+SAMPLE, OPERATORS, ALIKE = 8, 64, 0.99
 
 
 def response_schema(subsets: int) -> pa.Schema:
@@ -48,7 +51,7 @@ def respond(run: Run, queries: str, name: str) -> dict[str, Any]:
         name: of the query set, a folder's name.
 
     Returns:
-        Counts: ``queries``, ``failed``, and the ``mode`` used.
+        Counts: ``queries``, ``failed``; the ``mode`` used; where auto measured it, the ``correlation`` of the two.
 
     Raises:
         StrideError: for a missing stage, other settings, another query set of that name, or unreadable queries.
@@ -63,9 +66,7 @@ def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     check_name(name)
     operators = run.require("operators", "metadata.json", "stride-ray fit")
     method = operators.store.read_json("metadata.json")["method"]
-    mode = run.config.respond.mode
-    if mode == "auto":
-        mode = "linear" if method == "closed_form" else "exact"
+    mode = "linear" if run.config.respond.mode == "auto" and method == "closed_form" else run.config.respond.mode
     corpus = operators.store.read_json("stage.json")["keys"]["corpus"]
     stage = run.begin("responses", name, corpus=corpus, queries=fingerprint(table))
     if not stage.store.exists("queries.parquet"):
@@ -74,26 +75,39 @@ def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     done = stage.done()
     missing = [unit for unit in units if f"part-{unit[0]:05d}" not in done]
     if missing:
-        with connected(run.config.compute), costed(stage):
-            workers = pool(run.config.compute, len(missing))
+        with connected(run.config.compute), costed(stage), Crew(pool(run.config.compute, len(missing))) as crew:
+            given = (run.config, run.store, stage, crew.device)
+            if mode == "auto" and "modes" not in done:
+                stage.remember(
+                    progress(crew.map(Comparer, given, [(0, 0)]), "compare modes", 1, "samples", lambda _: 1)
+                )
             total = sum(min(UNIT, table.num_rows - start) for _, start in missing)
-            results = map_actors(Responder, (run.config, run.store, stage, mode, workers.device), missing, workers)
+            results = crew.map(Responder, (*given, _chosen(stage, mode)), missing)
             stage.remember(progress(results, "respond", total, "queries", lambda marker: marker["queries"]))
-    markers = stage.done().values()
+    done = stage.done()
     summary = {
         "queries": table.num_rows,
-        "failed": sum(marker["failed"] for marker in markers),
-        "mode": mode,
+        "failed": sum(done[f"part-{index:05d}"]["failed"] for index, _ in units),
+        "mode": _chosen(stage, mode),
         "parts": len(units),
+        **({"correlation": done["modes"]["correlation"]} if mode == "auto" else {}),
     }
     stage.store.write_json("manifest.json", summary)
     return summary
 
 
+def _chosen(stage: Stage, mode: str) -> str:
+    """The mode; for auto what the measurement says, exact where there was nothing to measure."""
+    if mode != "auto":
+        return mode
+    correlation = stage.done()["modes"]["correlation"]
+    return "linear" if correlation is not None and correlation >= ALIKE else "exact"
+
+
 class Responder:
     """Answers units of queries; makes one Parquet file per unit."""
 
-    def __init__(self, config: Config, root: Store, stage: Stage, mode: str, device: str) -> None:
+    def __init__(self, config: Config, root: Store, stage: Stage, device: str, mode: str = "") -> None:
         self.config, self.stage, self.mode = config, stage, mode
         self.model = load_run_model(config, device)
         self.operators, _ = load_operators(root.child("operators"), self.model.device)
@@ -136,6 +150,27 @@ class Responder:
             answer |= {"status": "failed", "error": f"out of memory: {first_line(error)}; lower compute.batch_tokens"}
             return
         _fill(answer, base, found.cpu().numpy())
+
+
+class Comparer(Responder):
+    """Measures how well exact and linear responses agree: the mean over queries of their correlation."""
+
+    def __call__(self, unit: tuple[int, int]) -> dict[str, Any]:
+        """Take the first SAMPLE queries that can be asked, and OPERATORS operators; returns the marker."""
+        started = time.monotonic()
+        K, device = len(self.operators.A), self.model.device
+        some = torch.linspace(0, K - 1, min(K, OPERATORS), device=device).round().long()
+        found: list[float] = []
+        for row in self.queries.to_pylist():
+            if len(found) == SAMPLE:
+                break
+            if checked(self.model, row)["status"] == "ok":
+                ids, mask = padded([row], device)
+                linear = self.operators.linear(self.model, ids, mask)[0, some]
+                exact = self.operators.exact(self.model, ids[0], mask[0], some, self.config.compute.batch_tokens)[1]
+                found.append(float(torch.corrcoef(torch.stack([linear, exact]).double())[0, 1]))
+        correlation = float(np.mean(found)) if found and np.isfinite(found).all() else None
+        return self.stage.mark("modes", started, correlation=correlation, queries=len(found), operators=len(some))
 
 
 def _fill(answer: dict[str, Any], loss: float, response: np.ndarray) -> None:

@@ -16,7 +16,7 @@ def status(run: Run) -> str:
     """
     if not run.store.exists("run.toml"):
         raise StrideError(f"{safe_url(run.url)} is no run directory: it has no run.toml; 'stride-ray shard' makes one.")
-    lines = [f"run {safe_url(run.url)}"]
+    lines = [f"run {safe_url(run.url)}, which answers {run.config.attribute.mode} unless told otherwise"]
     for stage in STAGES:
         names = [""] if stage in ("blocks", "operators", "curvature") else run.store.names(stage) or ["(none)"]
         lines += [_line(run, stage, name) for name in names]

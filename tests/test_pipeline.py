@@ -105,6 +105,7 @@ def test_page_shows_every_query_and_runs_nothing(finished):
 
 def test_status_says_what_is_done(finished, tmp_path):
     told = status(finished.run)
+    assert "which answers amortised unless told otherwise" in told
     assert f"{finished.manifest['blocks']} blocks" in told
     assert "16 operators, closed_form" in told
     assert "responses/asked" in told
@@ -203,6 +204,27 @@ def test_exact_responses_agree_with_linear_ones(form, target, finished, parts, t
         # Against unigrams, J is not the loss's own gradient: a likeness, no equality.
         assert np.corrcoef(exact, linear)[0, 1] > (0.7 if target == "model" else 0.1)
         assert exact.std() > 0
+
+
+@pytest.mark.parametrize(("alike", "mode"), [(-1.0, "linear"), (1.0, "exact")])
+def test_auto_measures_whether_linear_responses_stand_for_steered_ones(
+    alike, mode, finished, parts, tmp_path, plain, monkeypatch
+):
+    for stage in ("blocks", "operators"):
+        shutil.copytree(finished.folder / stage, tmp_path / stage)
+    shutil.copy(finished.folder / "run.toml", tmp_path)
+    told = tmp_path / "operators/metadata.json"
+    told.write_text(told.read_text().replace('"closed_form"', '"train"'))
+    monkeypatch.setattr("stride_ray.respond.ALIKE", alike)
+    found = respond(Run(str(tmp_path)), parts.queries, "auto")
+    assert found["mode"] == mode
+    assert 0 < found["correlation"] < 1
+    respond(Run(str(tmp_path), changes={"respond.mode": mode}), parts.queries, "told")
+    one, other = ((tmp_path / f"responses/{name}/part-00000.parquet").read_bytes() for name in ("auto", "told"))
+    assert one == other
+    monkeypatch.setattr("stride_ray.respond.Comparer", None)  # what was measured is not measured again
+    (tmp_path / "responses/auto/_done/part-00000.json").unlink()
+    assert respond(Run(str(tmp_path), changes={"respond.mode": "auto"}), parts.queries, "auto") == found
 
 
 def test_a_completion_alone_has_loss(finished, parts, tmp_path, plain):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from stride_ray.attribute import read_influence, table_stage, write_page
+from stride_ray.attribute import OTHER, read_influence, table_stage, write_page
 from stride_ray.blocks import Blocks
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.halves import TOP, Halves, halves_agreement
@@ -21,7 +21,6 @@ from stride_ray.run import Run
 
 # Verdicts, see ``trust``.
 CHANCE, AGREEING, SAME = 0.05, 0.3, 0.5
-OTHER = {"exact": "amortised", "amortised": "exact"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def _judged(panel: Trust, answered: bool) -> tuple[str, str]:
     if panel.between >= max(SAME, 2 * panel.lexical_between):
         return "weak", f"different queries share {panel.between:.0%} of their top {TOP} blocks"
     told = f"the top {TOP} blocks share {panel.lexical:.0%} with lexical search, {panel.chance:.1%} by chance"
-    return "good", f"{told}, and different queries get different blocks"
+    return "good", f"{told}, and different queries get different blocks; how true it is only retraining shows"
 
 
 def _shared(left: dict[str, NDArray], right: dict[str, NDArray]) -> tuple[int, int]:

@@ -164,8 +164,10 @@ def detect_columns(units: Sequence[Unit], advice: str = _ADVICE) -> dict[str, st
         if all(name in row.values for name in known.values()):
             masked = "token_ids" in known and "loss_mask" in row.values
             return {**known, "loss_mask": "loss_mask"} if masked else dict(known)
+    pairs = [sorted(known.values(), key=row.values.__contains__) for known in _KNOWN if len(known) == 2]
+    half = next((f" {there!r} stands without {missing!r}." for missing, there in pairs if there in row.values), "")
     raise StrideError(
-        f"None of the columns of {row.file} is known to hold a text; found: {_listed(row.values)}. {advice}"
+        f"None of the columns of {row.file} is known to hold a text; found: {_listed(row.values)}.{half} {advice}"
     )
 
 

@@ -27,6 +27,7 @@ END = -1
 
 _COMPRESSIONS = (".gz", ".zst")
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
+_TABLES = (".csv", ".tsv", ".xls", ".xlsx")
 _DATASET_FILES = ("state.json", "dataset_info.json")
 # File systems put what changes with a file's content under different names; the first that is there serves.
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -180,6 +181,7 @@ def _list_files(given: str) -> list[SourceFile]:
         if fs.exists(path):  # first, for a name may hold the characters of a glob
             top = fs.info(path)
             if top["type"] != "directory":
+                _refuse_tables(given, [path])
                 return [_source_file(fs, given, path, _leaf(path), top)]
             root, found = path, fs.find(path, detail=True)
         elif any(sign in path for sign in "*?["):
@@ -197,6 +199,7 @@ def _list_files(given: str) -> list[SourceFile]:
         ) from None
     named = {_relative(file, root): file for file in found}
     kept = _resolve_datasets(fs, [name for name in named if _visible(name)], lambda name: named[name])
+    _refuse_tables(given, [named[name] for name in kept])
     files = [_source_file(fs, given, named[name], name, found[named[name]]) for name in sorted(kept)]
     if not files:
         raise StrideError(f"Input {shown(given)} matches no file; check the folder or pattern.")
@@ -205,6 +208,15 @@ def _list_files(given: str) -> list[SourceFile]:
             if found[named[name]].get("islink") and not os.path.exists(named[name]):
                 raise StrideError(f"{shown(named[name])} is a link to nothing; restore what it points to or remove it.")
     return files
+
+
+def _refuse_tables(given: str, paths: Sequence[str]) -> None:
+    """A table is no text, though one among other files may be; only an input of nothing else is refused."""
+    if paths and all(path.lower().removesuffix(compression(path)).endswith(_TABLES) for path in paths):
+        raise StrideError(
+            f"Input {shown(given)} is a table that is not read ({', '.join(_TABLES)}); make it Parquet, as in "
+            "pandas.read_csv(…).to_parquet(…), or JSON Lines."
+        )
 
 
 def _expand_glob(fs: Any, path: str) -> tuple[str, dict[str, Any]]:

@@ -135,6 +135,14 @@ def test_wrong_columns(parts, tmp_path, told):
     assert "'txt' is no role" in told("shard", tmp_path / "run", *shard_flags(parts, rows), "--columns", "txt=body")
 
 
+def test_tables_that_are_not_read(copied, parts, tmp_path, told):
+    table = tmp_path / "rows.csv"
+    table.write_text("text\nhello\n")
+    assert "rows.csv is a table that is not read" in told("shard", tmp_path / "run", *shard_flags(parts, table))
+    assert "*.csv is a table" in told("shard", tmp_path / "run", *shard_flags(parts, tmp_path / "*.csv"))
+    assert "rows.csv is a table" in told("attribute", copied("blocks"), "--queries", table, "--name", "asked")
+
+
 def test_a_tokenizer_that_is_not_the_models(copied, parts, tmp_path, told):
     other = tmp_path / "model"
     shutil.copytree(parts.model, other)
@@ -176,7 +184,7 @@ def test_queries_that_cannot_be_asked(copied, parts, tmp_path, told, plain):
     typo = write_lines(tmp_path / "typo.jsonl", [{"id": "x", "promt": "the comet", "completion": " met"}])
     sentence = told("attribute", folder, "--queries", typo)
     assert (
-        "typo.jsonl is known to hold a text; found: 'completion', 'id', 'promt'. A query has text; prompt" in sentence
+        "typo.jsonl is known to hold a text; found: 'completion', 'id', 'promt'. 'completion' stands without 'prompt'. A query has text" in sentence
     )
     assert "no name for a query set" in told("attribute", folder, "--queries", parts.queries, "--name", "a/b")
     few = [{"id": "one", "text": "a"}, {"id": "long", "text": "the comet met the tide. " * 60}]

@@ -349,6 +349,10 @@ def test_columns_that_are_wrong_are_told(tmp_path):
     found = plan([write_lines(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])], 100)
     with pytest.raises(StrideError, match=r"'body', 'title'.*--columns text=body"):
         detect_columns(found)
+    typo = plan([write_lines(tmp_path / "typo.jsonl", [{"prompt": "x", "completoin": "y"}])], 100)
+    with pytest.raises(StrideError, match="'prompt' stands without 'completion'"):
+        detect_columns(typo)
+    os.remove(tmp_path / "typo.jsonl")
     for columns, words in (
         ({"text": "txt"}, "no column 'txt'.*'body', 'title'"),
         ({"body": "text"}, "no role"),

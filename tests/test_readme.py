@@ -14,11 +14,12 @@ SNIPPETS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read
 
 # How each snippet begins, what it prints, and what it leaves.
 EXPECTED = [
+    ("source .venv", [], []),
     ("from stride_ray", ["influence"], ["mine/exact/prompts/page.html"]),
     ("echo", ["influence/ask"], []),
     ("stride-ray select", ["tokens, by rank over prompts", "At random beside it"], ["chosen/random/manifest.parquet"]),
     ("mkdir -p evaluation", ["1 new finding(s)", "status 2", "0 new finding(s)"], ["scans/latest.json"]),
-    ("stride-ray plan", ["1,000,000 blocks, 500 queries, 8 workers", "exact", "together"], []),
+    ("stride-ray plan", ["1,000,000 blocks, 500 queries, 8 workers", "all of exact", "all of amortised"], []),
 ]
 
 
@@ -39,7 +40,9 @@ def make_recipe(target: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("readme")
+    root = tmp_path_factory.mktemp("readme")
+    (root / ".venv").symlink_to(sys.prefix)
+    return root
 
 
 @pytest.fixture(scope="module")

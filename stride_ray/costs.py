@@ -19,6 +19,8 @@ from stride_ray.run import Stage
 NAME = "cost.json"
 # The label of what workers load and compile before their first result, which does not grow.
 START = "start"
+# Later results per first one that tell what a result takes; units are not all of one size.
+ENOUGH = 3
 
 
 @dataclass
@@ -60,11 +62,13 @@ class Phase:
     def facts(self, label: str) -> dict[str, dict[str, Any]]:
         """For cost.json: this phase and those that were kept apart from it.
 
-        What a worker's first result took more than the others is ``start`` too: something was loaded or compiled.
+        What the workers' first results took more than the others, where there are enough of those to tell, is
+        ``start`` too: something was loaded or compiled.
         """
         workers = max(1, len(self.seen))
         later = self.results - len(self.seen)
-        start = max(0.0, self.first - workers * (self.busy - self.first) / later) if later else 0.0
+        told_apart = later >= ENOUGH * workers
+        start = max(0.0, self.first - workers * (self.busy - self.first) / later) if told_apart else 0.0
         apart = {**self.apart, **({START: self.apart[START] + start} if start else {})}
         wall = max(0.0, self.wall - sum(apart.values()) / workers)
 

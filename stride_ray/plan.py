@@ -13,15 +13,18 @@ from stride_ray.blocks import shard_count
 from stride_ray.costs import NAME
 from stride_ray.errors import StrideError
 from stride_ray.exact import passes_over
+from stride_ray.influence import PARTS_PER_UNIT
+from stride_ray.respond import UNIT
 from stride_ray.run import Run, Stage
 from stride_ray.storage import safe_url
 
 
 @dataclass(frozen=True)
 class Size:
-    """A run's size: ``blocks`` N, ``queries``; exact mode's ``passes`` over the pool and ``rows`` kept per query."""
+    """A run's size: ``blocks`` N, ``subsets`` K, ``queries``; exact mode's ``passes`` and ``rows`` kept per query."""
 
     blocks: int
+    subsets: int
     queries: int
     passes: int
     rows: int
@@ -73,8 +76,9 @@ def _recovered(old: Size, new: Size) -> float:
 
 
 def _solved(old: Size, new: Size) -> float:
-    # Measured (RESULTS.md, Scale): more blocks make more of them active, up to the number of subsets.
-    return _queries(old, new) * _blocks(old, new) ** 0.4
+    # Measured (RESULTS.md, Scale): the more blocks, the more are active, until there are as many as subsets.
+    before, after = (min(1.0, size.blocks / (FULL * size.subsets)) for size in (old, new))
+    return _queries(old, new) * (after / before) ** 0.75
 
 
 def _shards(old: Size, new: Size) -> float:
@@ -109,6 +113,10 @@ GROWTH: dict[str, Callable[[Size, Size], float]] = {
     "recover": _solved,
     "columns": _recovered,
 }
+# The most workers that a phase can keep busy, where units are of queries.
+UNITS: dict[str, int] = {"respond": UNIT, "recover": UNIT * PARTS_PER_UNIT, "columns": UNIT * PARTS_PER_UNIT}
+# Blocks per subset from which on the solver's working sets are full.
+FULL = 100
 # By stage: how what it writes grows, and which earlier stages it reads whole.
 WRITES: dict[str, Callable[[Size, Size], float]] = {
     "blocks": _blocks,
@@ -151,12 +159,17 @@ def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list
         for label, each in cost["phases"].items():
             grown = each["busy"] * GROWTH.get(label, _once)(old, new)
             rest = max(0.0, each["wall"] - each["busy"] / each["workers"])
-            seconds += rest + grown / workers
+            seconds += rest + grown / min(workers, _units(label, queries, workers))
             worker_seconds += grown
         reads = sum(written.get(each, 0.0) for each in READS.get(stage, ())) * (new.passes if stage == "exact" else 1)
         holds = max(each["peak_mb"] for each in cost["phases"].values())
         estimates.append(Estimate(stage, reads, written[stage], holds, seconds, worker_seconds))
     return estimates
+
+
+def _units(label: str, queries: int, workers: int) -> int:
+    """How many units a phase has, where it is of queries; as many as workers elsewhere."""
+    return max(1, -(-queries // UNITS[label])) if label in UNITS else workers
 
 
 def _costs(pilot: Run, stage: str, name: str) -> dict[str, tuple[Stage, dict[str, Any]]]:
@@ -172,7 +185,10 @@ def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: i
         markers = found["exact"][0].done().items()
         numbers = max((marker["numbers"] for unit, marker in markers if unit.startswith("queries-")), default=0)
     sizes = [(pilot.stage("blocks").store.read_json("manifest.json")["blocks"], known), (blocks, queries)]
-    old, new = (Size(n, q, passes_over(numbers, q), min(n, pilot.config.attribute.top)) for n, q in sizes)
+    options = pilot.config
+    old, new = (
+        Size(n, options.membership.subsets, q, passes_over(numbers, q), min(n, options.attribute.top)) for n, q in sizes
+    )
     return old, new
 
 

@@ -36,7 +36,7 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) 
     """Publish the sites and a manifest."""
     counts = token_counts(blocks, crew)
     sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
-    given = (config, blocks.store, crew.device)
+    given = (config, blocks, crew.device)
     sums = dict[str, Moments]()
 
     def add_up(found: dict[str, Any]) -> dict[str, Any]:
@@ -92,8 +92,8 @@ class MomentWorker(PoolWorker):
 
     load = staticmethod(load_measured_model)
 
-    def __init__(self, config: Config, store: Store, device: str) -> None:
-        super().__init__(config, store, device)
+    def __init__(self, config: Config, blocks: Blocks, device: str) -> None:
+        super().__init__(config, blocks, device)
         self.names = find_sites(self.model)
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
@@ -113,8 +113,8 @@ class ScaleWorker(PoolWorker):
 
     load = staticmethod(load_measured_model)
 
-    def __init__(self, config: Config, store: Store, device: str, curvature: Store) -> None:
-        super().__init__(config, store, device)
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store) -> None:
+        super().__init__(config, blocks, device)
         self.sites = load_sites(curvature, UNSCALED, self.model.device)
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:

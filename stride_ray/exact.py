@@ -72,7 +72,7 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
 
 def _score(config: Config, blocks: Blocks, curvature: Stage, stage: Stage, queries: int, crew: Crew) -> None:
     """Queries' J, then all blocks against them, then the ranked tables."""
-    given = (config, blocks.store, crew.device, curvature.store, stage)
+    given = (config, blocks, crew.device, curvature.store, stage)
     parts = [(index, start) for index, start in enumerate(range(0, queries, UNIT))]
     done = stage.done()
     missing = [part for part in parts if f"queries-{part[0]:05d}" not in done]
@@ -89,7 +89,7 @@ def _score(config: Config, blocks: Blocks, curvature: Stage, stage: Stage, queri
     progress(results, "score", total, "blocks", lambda marker: marker["blocks"])
     answers = [marker["answers"] for marker in asked]
     left = [part for part, _ in parts if f"{part:05d}" not in done]
-    told = crew.map(partial, (rank_unit, config, blocks.store, stage, units, answers), left)
+    told = crew.map(partial, (rank_unit, config, blocks, stage, units, answers), left)
     stage.remember(progress(told, "rank", len(left), "parts", lambda _: 1))
     markers = [marker for name, marker in stage.done().items() if name.isdigit()]
     kept = [rows for marker in markers for rows in marker["nonzeros"]]
@@ -119,8 +119,8 @@ class Scorer(PoolWorker):
 
     load = staticmethod(load_measured_model)
 
-    def __init__(self, config: Config, store: Store, device: str, curvature: Store, stage: Stage) -> None:
-        super().__init__(config, store, device)
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
+        super().__init__(config, blocks, device)
         self.stage = stage
         self.sites = load_sites(curvature, SITES, self.model.device)
 
@@ -132,8 +132,8 @@ class Scorer(PoolWorker):
 class QueryWorker(Scorer):
     """Publishes H^-½ J of some queries, with their losses and errors."""
 
-    def __init__(self, config: Config, store: Store, device: str, curvature: Store, stage: Stage) -> None:
-        super().__init__(config, store, device, curvature, stage)
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
+        super().__init__(config, blocks, device, curvature, stage)
         self.table = stage.store.read_table("queries.parquet")
         self.trained = load_run_model(config, device)
 
@@ -168,8 +168,8 @@ class QueryWorker(Scorer):
 class ScoreWorker(Scorer):
     """Scores a shard's blocks for a group of queries and publishes each query's largest influences among them."""
 
-    def __init__(self, config: Config, store: Store, device: str, curvature: Store, stage: Stage) -> None:
-        super().__init__(config, store, device, curvature, stage)
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
+        super().__init__(config, blocks, device, curvature, stage)
         self.group: list[int] = []
         self.queries: dict[str, torch.Tensor] = {}
 
@@ -201,7 +201,7 @@ class ScoreWorker(Scorer):
 
 def rank_unit(
     config: Config,
-    pool_store: Store,
+    blocks: Blocks,
     stage: Stage,
     units: list[tuple[list[int], int, int, int]],
     answers: list[list[dict[str, Any]]],
@@ -222,7 +222,7 @@ def rank_unit(
         kept = np.sort(kept[weights[kept] != 0])
         kept = kept[np.argsort(at[kept])]
         found.append(Recovery(at[kept], weights[kept], 0.0, 0.0, 0.0, 0))
-    ranked, documents = rank_tables(good, found, Blocks(pool_store))
+    ranked, documents = rank_tables(good, found, blocks)
     counts = iter(len(each.ordinals) for each in found)
     told = [{**answer, "nonzeros": next(counts) if answer["status"] == "ok" else None} for answer in answers[part]]
     name = f"{part:05d}"

@@ -37,7 +37,7 @@ from stride_ray.judge import judge
 from stride_ray.operators import Operators, gradients
 from stride_ray.passes import PoolWorker, check_tokenizer, over_sample, token_counts
 from stride_ray.run import Run, Stage
-from stride_ray.storage import Store, tensor_bytes, tensors_from
+from stride_ray.storage import tensor_bytes, tensors_from
 
 # Tokens that the second moments are estimated from.
 MOMENT_TOKENS = 32_768
@@ -94,7 +94,7 @@ def _closed_form(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> No
     done = stage.done()
     missing = [unit for unit in units if f"sum-{unit[0]:03d}" not in done]
     if missing:
-        sums = crew.map(Accumulator, (config, blocks.store, stage, crew.device), missing)
+        sums = crew.map(Accumulator, (config, blocks, stage, crew.device), missing)
         progress(sums, "fit", sum(u[2] - u[1] for u in missing), "blocks", lambda marker: marker["blocks"])
     progress(crew.map(partial, (reduce_sums, config, stage, len(units)), [len(blocks)]), "reduce", 1, "", _one)
 
@@ -107,7 +107,7 @@ def _fit_basis(config: Config, blocks: Blocks, crew: Crew) -> Any:
     """Token counts over the whole pool and second moments over a sample, then the basis."""
     counts = token_counts(blocks, crew) if config.operators.form == "logit" else np.zeros(0, dtype=np.int64)
     sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
-    moments = over_sample(crew, Moments, (config, blocks.store, crew.device), sample, "precondition")
+    moments = over_sample(crew, Moments, (config, blocks, crew.device), sample, "precondition")
     positions = sum(m["positions"] for m in moments)
     stream, gradient = (sum(m[name] for m in moments) / positions for name in ("stream", "gradient"))
     full = np.zeros(moments[0]["vocabulary"], dtype=np.int64)
@@ -139,8 +139,8 @@ class Moments(PoolWorker):
 class Accumulator(PoolWorker):
     """Adds the J of a shard's blocks to their subsets' sums and publishes them."""
 
-    def __init__(self, config: Config, store: Store, stage: Stage, device: str) -> None:
-        super().__init__(config, store, device)
+    def __init__(self, config: Config, blocks: Blocks, stage: Stage, device: str) -> None:
+        super().__init__(config, blocks, device)
         self.stage = stage
         self.basis = load_basis(stage.store, "basis").to(self.model.device)
         self.membership = membership_of(config)
@@ -175,7 +175,7 @@ def reduce_sums(config: Config, stage: Stage, shards: int, n_blocks: int) -> dic
 def _finish(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> dict[str, Any]:
     """Judge what was fitted, publish it as final, and clear the scaffolding."""
     folder = "trained" if config.fit.method == "train" else "fitted"
-    judged = crew.map(Judge, (config, blocks.store, stage, crew.device), [folder])
+    judged = crew.map(Judge, (config, blocks, stage, crew.device), [folder])
     (facts,) = progress(judged, "judge", 1, "fit", _one)
     _clear(stage, len(blocks.shards()))
     return facts
@@ -191,8 +191,8 @@ def _clear(stage: Stage, shards: int) -> None:
 class Judge(PoolWorker):
     """Measures fitted operators and publishes them as the stage's result."""
 
-    def __init__(self, config: Config, store: Store, stage: Stage, device: str) -> None:
-        super().__init__(config, store, device)
+    def __init__(self, config: Config, blocks: Blocks, stage: Stage, device: str) -> None:
+        super().__init__(config, blocks, device)
         self.stage = stage
 
     def __call__(self, folder: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from stride_ray.crew import Crew
 from stride_ray.distribute import progress
 from stride_ray.errors import StrideError
 from stride_ray.fitted import load_run_model
-from stride_ray.storage import Store, safe_url
+from stride_ray.storage import safe_url
 from stride_ray.tokens import load_tokenizer
 
 # Cuts of a sample, whatever the number of workers: sums are taken in their order.
@@ -45,14 +45,13 @@ def token_counts(blocks: Blocks, crew: Crew) -> np.ndarray:
     parts = [part["name"] for part in blocks.manifest["parts"]]
     vocabulary = blocks.manifest["max_token_id"] + 1
     counted = progress(
-        crew.map(partial, (count_tokens, blocks.store, vocabulary), parts), "count", len(parts), "parts", lambda _: 1
+        crew.map(partial, (count_tokens, blocks, vocabulary), parts), "count", len(parts), "parts", lambda _: 1
     )
     return sum((found["counts"] for found in counted), np.zeros(vocabulary, dtype=np.int64))
 
 
-def count_tokens(store: Store, vocabulary: int, part: str) -> dict[str, Any]:
+def count_tokens(blocks: Blocks, vocabulary: int, part: str) -> dict[str, Any]:
     """How often each token is a real token of a part: {"counts": (vocabulary,) int64}."""
-    blocks = Blocks(store)
     index = [p["name"] for p in blocks.manifest["parts"]].index(part)
     first = sum(p["blocks"] for p in blocks.manifest["parts"][:index])
     last = first + blocks.manifest["parts"][index]["blocks"]
@@ -94,14 +93,16 @@ def in_order(results: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 class PoolWorker:
     """A worker that holds the run's model and reads the pool, ``rows`` blocks at a time.
 
+    It reads the pool as the stage found it: blocks that are added meanwhile are no part of it.
+
     Attributes:
         load: which model, if not the run's own.
     """
 
     load = staticmethod(load_run_model)
 
-    def __init__(self, config: Config, store: Store, device: str) -> None:
-        self.config, self.blocks = config, Blocks(store)
+    def __init__(self, config: Config, blocks: Blocks, device: str) -> None:
+        self.config, self.blocks = config, blocks
         self.model = self.load(config, device)
         self.model.check_ids(torch.tensor([[self.blocks.manifest["max_token_id"]]]))
         self.rows = max(1, config.compute.batch_tokens // self.blocks.block_tokens)

@@ -57,7 +57,7 @@ def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Pool) 
             _worker,
             train_loop_config={
                 "config": config,
-                "blocks": blocks.store,
+                "blocks": blocks,
                 "stage": stage.store,
                 "device": pool.device,
                 "folder": os.getcwd(),
@@ -116,13 +116,12 @@ def _worker(given: dict[str, Any]) -> None:
             raise  # others may be waiting for this rank, for ever
 
 
-def train_rank(config: Config, blocks: Store, stage: Store, device: str, ranks: Ranks, report: Any = None) -> None:
+def train_rank(config: Config, blocks: Blocks, stage: Store, device: str, ranks: Ranks, report: Any = None) -> None:
     """What each rank does, with the process group formed already where there are several; see train_distributed."""
     model = load_run_model(config, device)
-    pool = Blocks(blocks)
-    model.check_ids(torch.tensor([[pool.manifest["max_token_id"]]]))
+    model.check_ids(torch.tensor([[blocks.manifest["max_token_id"]]]))
     start = load_operators(stage.child("fitted"))[0] if config.fit.start == "closed_form" else None
-    loop = Loop(config, model, pool, membership_of(config), start, ranks)
+    loop = Loop(config, model, blocks, membership_of(config), start, ranks)
     log = run_loop(loop, stage.child("loop"), report)
     if ranks.rank == 0:
         stage.write_json("training.json", log)

@@ -173,6 +173,23 @@ def test_new_files_continue_the_numbering(finished, parts, tmp_path, plain):
         fit(run)
 
 
+def test_blocks_that_are_added_while_a_fit_is_under_way_are_no_part_of_it(
+    finished, parts, tmp_path, plain, monkeypatch
+):
+    shutil.copytree(parts.corpus, tmp_path / "corpus")
+    shutil.copytree(finished.folder / "blocks", tmp_path / "run/blocks")
+    run = Run(str(tmp_path / "run"), changes=settings(parts, corpus__input=[str(tmp_path / "corpus")]))
+
+    def add(config, blocks):
+        write_lines(tmp_path / "corpus/0.jsonl", [{"text": text} for text in documents(9, seed=7)])
+        assert shard(run)["blocks"] > len(blocks)
+
+    monkeypatch.setattr("stride_ray.fit.check_tokenizer", add)
+    assert fit(run)["blocks"] == finished.manifest["blocks"]
+    old, new = data_files(finished.folder), data_files(tmp_path / "run")
+    assert new["operators/operators.safetensors"] == old["operators/operators.safetensors"]
+
+
 def test_a_changed_file_is_refused(finished, parts, tmp_path):
     shutil.copytree(parts.corpus, tmp_path / "corpus")
     shutil.copytree(finished.folder / "blocks", tmp_path / "run/blocks")

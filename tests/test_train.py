@@ -196,7 +196,7 @@ def test_stopped_and_resumed_gives_the_same_bits(made, tmp_path, form, optimizer
 def _rank(rank, world, config, root, address):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    train_rank(config, Store(f"{root}/blocks"), Store(f"{root}/ranks"), "cpu", Ranks(rank, world))
+    train_rank(config, Blocks(Store(f"{root}/blocks")), Store(f"{root}/ranks"), "cpu", Ranks(rank, world))
     torch.distributed.destroy_process_group()
 
 

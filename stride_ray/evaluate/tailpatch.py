@@ -23,7 +23,6 @@ from stride_ray.lexical import similar_blocks
 from stride_ray.passes import PoolWorker
 from stride_ray.queries import padded
 from stride_ray.run import Run
-from stride_ray.storage import Store
 
 # Queries in a unit of work; steps on random blocks that a query's is compared with; resamplings of the interval.
 UNIT, DRAWS = 4, 4
@@ -113,7 +112,7 @@ def tail_patch(run: Run, name: str, k: int = 10, learning_rate: float = 0.01, se
     config = run.config.updated({"model.dtype": "float32"})
     with connected(config.compute):
         workers = pool(config.compute, len(units))
-        given = (config, blocks.store, workers.device, learning_rate)
+        given = (config, blocks, workers.device, learning_rate)
         results = map_actors(Patcher, given, units, workers)
         done = progress(results, "tail-patch", len(queries), "queries", lambda found: len(found["queries"]))
     found = sorted((each for unit in done for each in unit["queries"]), key=lambda each: each["place"])
@@ -158,8 +157,8 @@ def lexical_top(blocks: Blocks, queries: Sequence[dict[str, Any]], k: int) -> di
 class Patcher(PoolWorker):
     """Takes steps for units of queries; after each the parameters are what they were, bit for bit."""
 
-    def __init__(self, config: Config, store: Store, device: str, learning_rate: float) -> None:
-        super().__init__(config, store, device)
+    def __init__(self, config: Config, blocks: Blocks, device: str, learning_rate: float) -> None:
+        super().__init__(config, blocks, device)
         self.learning_rate = learning_rate
         self.kept = [parameter.detach().clone() for parameter in self.model.model.parameters()]
 

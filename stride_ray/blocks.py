@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stride_ray.errors import StrideError
 from stride_ray.storage import ROW_GROUP, Store
 
 
@@ -71,6 +72,11 @@ class Blocks:
         while len(seen):
             table, first = next(self._groups(int(seen[0]), len(self), list(columns)))
             inside = seen < first + table.num_rows
+            if not inside.any():
+                raise StrideError(
+                    f"{self.store.name_of('')} has fewer blocks than its manifest says; restore the part with block "
+                    f"{int(seen[0])}."
+                )
             tables.append(table.take(pa.array(seen[inside] - first)))
             seen = seen[~inside]
         if not tables:

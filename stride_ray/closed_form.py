@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from stride_ray.model import SplitModel
@@ -38,6 +39,8 @@ def stream_moments(
     return (z.T @ z).cpu().numpy(), (g.T @ g).cpu().numpy(), len(z)
 
 
+# The driver does this: its last digits must not depend on how many cores it has.
+@threadpool_limits.wrap(limits=1)
 def inverse_root(moment: np.ndarray, damping: float = 1.0) -> Tensor:
     """Eigenvalues λ_i become (λ_i + damping · mean λ)^−½: (D, D) float64 in, float32 out."""
     values, vectors = np.linalg.eigh(moment)
@@ -46,6 +49,7 @@ def inverse_root(moment: np.ndarray, damping: float = 1.0) -> Tensor:
     return torch.from_numpy((vectors * damped) @ vectors.T).float()
 
 
+@threadpool_limits.wrap(limits=1)
 def preconditioned_basis(
     form: str,
     rank: int,

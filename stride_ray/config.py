@@ -208,7 +208,7 @@ class ComputeConfig:
 class Config:
     """A run's whole configuration."""
 
-    seed: int = _option(0, "of everything random: membership, bases, sketches, the loop's order")
+    seed: int = _option(0, "of everything random: membership, bases, sketches, the loop's order", low=0)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     membership: MembershipConfig = field(default_factory=MembershipConfig)

@@ -11,9 +11,10 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private import state as ray_state
 
 from stride_ray import metrics
-from stride_ray.distribute import PATIENCE, RETRIES, Pool, Unit, Worker, ready_of, result_of, settle, wrapped
+from stride_ray.distribute import PATIENCE, RETRIES, Pool, Unit, Worker, killed, ready_of, result_of, settle, wrapped
 
 # Units an actor holds: the next one is there when the first is done.
 HELD = 2
@@ -61,6 +62,7 @@ class Crew:
         running: dict[Any, int] = {}  # a call to its unit's place
         left = set(waiting)
         given: dict[Any, float] = {}
+        lives: dict[Any, int] = {}  # of actors that could not be reached since the last result
         since, longest = time.monotonic(), 0.0
         while left:
             stalled = time.monotonic() - since >= max(PATIENCE, SLOW * longest)
@@ -70,21 +72,24 @@ class Crew:
                     calls.append(actor.work.remote(*what, units[at]))
                     running[calls[-1]], given[calls[-1]] = at, time.monotonic()
             for call in ready_of([each for calls in self._calls.values() for each in calls], since):
-                for calls in self._calls.values():
-                    if call in calls:
-                        calls.remove(call)
+                actor, calls = next((each for each in self._calls.items() if call in each[1]), (None, [call]))
+                calls.remove(call)
                 at = running.pop(call, -1)  # -1: an earlier map's, which another actor had answered
                 if at not in left:
                     continue
                 try:
                     result = result_of(call)
                 except ray.exceptions.ActorUnavailableError:
-                    # Its node is lost, and Ray does not know that yet: no fault of the unit's.
+                    # Its node is lost, and Ray does not know that yet: no fault of the unit's. But where its process
+                    # has come up again and again and nothing is ever done, the unit is what kills it.
+                    restarts = ray_state.actors(actor._actor_id.hex())["NumRestarts"] if actor else 0
+                    if restarts - lives.setdefault(actor, restarts) > RETRIES:
+                        raise killed(f"Ray started the worker again {restarts} times") from None
                     waiting.append(at)
                     metrics.refused()
                     time.sleep(BREATH)
                     continue
-                since = time.monotonic()
+                since, lives = time.monotonic(), {}
                 longest = max(longest, since - given[call])
                 left.remove(at)
                 yield result

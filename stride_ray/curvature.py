@@ -24,7 +24,7 @@ from stride_ray.sites import (
     site_gradients,
     site_moments,
 )
-from stride_ray.storage import Store, tensor_bytes, tensors_from
+from stride_ray.storage import Store, tensor_bytes
 
 # Tokens that second moments are taken over, and blocks that sites' scales are.
 MOMENT_TOKENS, SCALE_BLOCKS = 131_072, 256
@@ -80,7 +80,7 @@ def save_sites(store: Store, name: str, sites: list[Site]) -> None:
 
 def load_sites(store: Store, name: str, device: Any) -> tuple[Site, ...]:
     """Read what save_sites wrote."""
-    tensors = tensors_from(store.read(f"{name}.safetensors"))
+    tensors = store.read_tensors(f"{name}.safetensors")
     facts = store.read_json(f"{name}.json")
     return tuple(
         Site(**each, **{part: tensors[f"{i}.{part}"] for part in TENSORS}).to(device) for i, each in enumerate(facts)

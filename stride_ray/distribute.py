@@ -203,10 +203,13 @@ def map_dataset(
         fn_constructor_args=(make, arguments, os.getcwd()),
         compute=ray.data.ActorPoolStrategy(size=pool.workers),
         num_cpus=pool.options["num_cpus"],
+        max_task_retries=RETRIES,
     )
     try:
         for row in results.iter_rows():
             yield _unwrapped(json.loads(row["result"]))
+    except ray.exceptions.ActorUnavailableError as error:
+        raise killed(f"Ray says: {first_line(error)}") from None
     except ray.exceptions.RayError as error:
         raise _told(error) from None
 
@@ -258,14 +261,18 @@ def result_of(reference: Any) -> dict[str, Any]:
         raise _told(error) from None
 
 
+def killed(why: str) -> StrideError:
+    """The sentence for a unit that nobody survives."""
+    return StrideError(
+        f"A unit of work killed its worker {RETRIES} times and more (out of memory?); lower compute.batch_tokens or "
+        f"compute.workers and run the same command again: what is done is kept. {why}"
+    )
+
+
 def _told(error: BaseException) -> BaseException:
     """A sentence for what happens to workers from outside; anything else is a defect and keeps its traceback."""
     if isinstance(error, (ray.exceptions.ActorDiedError, ray.exceptions.WorkerCrashedError)):
-        return StrideError(
-            f"A unit of work killed its worker {RETRIES} times and more (out of memory?); lower "
-            f"compute.batch_tokens or compute.workers and run the same command again: what is done is kept. "
-            f"Ray says: {first_line(error)}"
-        )
+        return killed(f"Ray says: {first_line(error)}")
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return StrideError(f"Ray killed workers for lack of memory; lower compute.workers. {first_line(error)}")
     if isinstance(error, ray.exceptions.LocalRayletDiedError):

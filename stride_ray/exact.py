@@ -28,7 +28,7 @@ from stride_ray.queries import batches, check_name, checked, fingerprint, padded
 from stride_ray.recover import Recovery
 from stride_ray.run import Run, Stage
 from stride_ray.sites import Site, influence, site_gradients
-from stride_ray.storage import Store, tensor_bytes, tensors_from
+from stride_ray.storage import Store, tensor_bytes
 
 # Queries whose J are made in one unit; numbers in all J that one pass over the pool holds (1 GiB), and its queries.
 UNIT, HELD, MOST = 16, 2**28, 256
@@ -193,7 +193,7 @@ class ScoreWorker(Scorer):
 
     def _load(self, group: list[int]) -> dict[str, torch.Tensor]:
         """H^-½ J of a group's queries by site; nothing where all of them failed."""
-        stored = [tensors_from(self.stage.store.read(f"queries-{part:05d}.safetensors")) for part in group]
+        stored = [self.stage.store.read_tensors(f"queries-{part:05d}.safetensors") for part in group]
         full = [tensors for tensors in stored if tensors]
         names = full[0] if full else {}
         return {name: torch.cat([tensors[name] for tensors in full]).to(self.model.device) for name in names}
@@ -213,7 +213,7 @@ def rank_unit(
     good = [answer["query_id"] for answer in answers[part] if answer["status"] == "ok"]
     before = sum(answer["status"] == "ok" for each in group if each < part for answer in answers[each])
     rows = slice(before, before + len(good))
-    shards = [tensors_from(stage.store.read(f"{_score_name(u)}.safetensors")) for u in units if u[0] == group]
+    shards = [stage.store.read_tensors(f"{_score_name(u)}.safetensors") for u in units if u[0] == group]
     ordinals = torch.cat([shard["ordinals"][rows] for shard in shards], 1).numpy()
     values = torch.cat([shard["influence"][rows] for shard in shards], 1).double().numpy()
     found = []

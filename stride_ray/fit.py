@@ -37,7 +37,7 @@ from stride_ray.judge import judge
 from stride_ray.operators import Operators, gradients
 from stride_ray.passes import PoolWorker, check_tokenizer, over_sample, token_counts
 from stride_ray.run import Run, Stage
-from stride_ray.storage import tensor_bytes, tensors_from
+from stride_ray.storage import tensor_bytes
 
 # Tokens that the second moments are estimated from.
 MOMENT_TOKENS = 32_768
@@ -165,7 +165,7 @@ def reduce_sums(config: Config, stage: Stage, shards: int, n_blocks: int) -> dic
     """Add the shards' sums in order, divide by subset sizes, publish the operators as ``fitted/``."""
     total: Any = 0.0
     for index in range(shards):
-        total = total + tensors_from(stage.store.read(f"sum-{index:03d}.safetensors"))["sums"]
+        total = total + stage.store.read_tensors(f"sum-{index:03d}.safetensors")["sums"]
     basis = load_basis(stage.store, "basis")
     A = operators_from_sums(total, membership_of(config).sizes(n_blocks), basis.shape)
     save_operators(stage.store.child("fitted"), Operators(basis, A), {})

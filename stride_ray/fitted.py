@@ -13,7 +13,7 @@ from stride_ray.errors import StrideError
 from stride_ray.membership import Membership
 from stride_ray.model import SplitModel, load_model
 from stride_ray.operators import Basis, Operators
-from stride_ray.storage import Store, tensor_bytes, tensors_from
+from stride_ray.storage import Store, tensor_bytes
 
 # Where on the way from the model that training began from to the trained one exact influence is measured.
 LATE = 0.75
@@ -100,7 +100,7 @@ def save_basis(store: Store, name: str, basis: Basis) -> None:
 
 def load_basis(store: Store, name: str) -> Basis:
     """Read what save_basis wrote."""
-    return Basis(**store.read_json(f"{name}.json"), **tensors_from(store.read(f"{name}.safetensors")))
+    return Basis(**store.read_json(f"{name}.json"), **store.read_tensors(f"{name}.safetensors"))
 
 
 def save_operators(store: Store, operators: Operators, facts: dict[str, Any]) -> None:
@@ -114,7 +114,7 @@ def save_operators(store: Store, operators: Operators, facts: dict[str, Any]) ->
 def load_operators(store: Store, device: str = "cpu") -> tuple[Operators, dict[str, Any]]:
     """Read what save_operators wrote, with the facts."""
     metadata = store.read_json("metadata.json")
-    tensors = tensors_from(store.read("operators.safetensors"))
+    tensors = store.read_tensors("operators.safetensors")
     A = tensors.pop("A")
     operators = Operators(Basis(**metadata["basis"], **tensors), A, metadata["scale"])
     return operators.to(torch.device(device)), metadata

@@ -12,6 +12,7 @@ from stride_ray.config import Config
 from stride_ray.crew import Crew
 from stride_ray.distribute import progress
 from stride_ray.errors import StrideError
+from stride_ray.fetch import local_model
 from stride_ray.fitted import load_run_model
 from stride_ray.storage import safe_url
 from stride_ray.tokens import load_tokenizer
@@ -21,7 +22,10 @@ SLICES = 16
 
 
 def check_tokenizer(config: Config, blocks: Blocks) -> None:
-    """Refuse a model whose own tokenizer gives ids another meaning than the one that cut the blocks."""
+    """Refuse a model that is not there, or whose own tokenizer gives ids another meaning than that of the blocks."""
+    for path in (config.model.path, config.model.start):
+        if path and "://" not in path:
+            local_model(path)
     if config.model.path in ("", config.corpus.tokenizer):
         return
     try:
@@ -105,6 +109,12 @@ class PoolWorker:
         self.config, self.blocks = config, blocks
         self.model = self.load(config, device)
         self.model.check_ids(torch.tensor([[self.blocks.manifest["max_token_id"]]]))
+        context, length = self.model.context, blocks.block_tokens
+        if context is not None and length > context:
+            raise StrideError(
+                f"Blocks of {length} tokens are longer than the context of {config.model.path}, {context}; shard with "
+                "a smaller corpus.block_tokens."
+            )
         self.rows = max(1, config.compute.batch_tokens // self.blocks.block_tokens)
 
     def taken(self, ordinals: np.ndarray) -> Iterator[Batch]:

@@ -16,6 +16,9 @@ from stride_ray.memory import peak_mb
 from stride_ray.storage import Store, safe_url
 from stride_ray.units import shown
 
+# What a stage writes before its first unit of work.
+PREPARED = {"stage.json", "plan.json", "tokenizer", "queries.parquet"}
+
 
 class Stage:
     """One stage's folder in a run: its data, and a done-marker per finished unit."""
@@ -123,13 +126,19 @@ def claim(opened: Stage, stage: str, keys: Mapping[str, Any]) -> None:
     """Take a stage's folder for work with ``keys``, all that its output depends on.
 
     Raises:
-        StrideError: when the folder was made with others, naming the first that differs.
+        StrideError: when the folder was made with others, naming the first that differs, or holds something else.
     """
-    made = opened.store.exists("stage.json")
-    # A command that failed at once (no such model) leaves nothing but this file; the corrected one may go on.
-    if made and opened.store.names() != ["stage.json"]:
+    there = set(opened.store.names())
+    if there and "stage.json" not in there and not opened.store.exists("stage.json"):
+        raise StrideError(
+            f"{safe_url(opened.store.url)} holds something else than stride_ray's {stage}; give a folder that is new."
+        )
+    if not there <= PREPARED:
         _refuse_other(opened, keys)
-    else:
+    elif not there or opened.store.read_json("stage.json")["keys"] != json.loads(json.dumps(keys)):
+        # A command that failed at once (no such model) leaves nothing that took work; the corrected one may go on.
+        for name in sorted(there):
+            opened.store.remove(name)
         opened.store.write_json("stage.json", {"stage": stage, "code_version": __version__, "keys": keys})
 
 

@@ -28,7 +28,7 @@ from stride_ray.selection.choice import (
     write_manifest,
 )
 from stride_ray.selection.pool import Reading, list_part, part_name, reading
-from stride_ray.selection.ranking import Database, Target, batches, random_order, rank_documents
+from stride_ray.selection.ranking import PLAIN, Database, Target, batches, random_order, rank_documents
 from stride_ray.selection.writing import marker_name, write_part
 from stride_ray.storage import Store, safe_url
 from stride_ray.units import Unit, shown
@@ -160,7 +160,7 @@ def _choose(
         before = [(store, "manifest.parquet") for store, _, _ in earlier]
         ordered = rank_documents(database, targets, listed, before, options, seed)
         _check_quotas(database, ordered, read_quotas(options), stage)
-        named = database.count(f"read_parquet('{ordered}') WHERE mean_influence IS NOT NULL")
+        named = database.count(f"read_parquet('{ordered}', {PLAIN}) WHERE mean_influence IS NOT NULL")
         best = Best(options, documents, tokens, named)
         kept, content = write_manifest(best, batches(ordered), reasons(options), number, stage.store, folder)
         drawn = Drawn(kept.stratum_tokens)
@@ -182,8 +182,9 @@ def _choose(
 
 def _check_quotas(database: Database, ordered: str, quotas: Mapping[str, float], stage: Stage) -> None:
     for source in quotas:
-        if source != "*" and not database.count(f"read_parquet('{ordered}') WHERE source = ?", [source]):
-            stage.store.remove("")  # nothing but the list of documents, which would refuse the corrected command
+        if source != "*" and not database.count(f"read_parquet('{ordered}', {PLAIN}) WHERE source = ?", [source]):
+            for name in ("_pool", "_done", "stage.json"):  # all that is there; it would refuse the corrected command
+                stage.store.remove(name)
             raise StrideError(f"There is a quota for the source {source!r}, and no document of the pool has it.")
 
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -54,15 +55,16 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
         raise StrideError("No corpus is given; name files, folders or URLs with --input (corpus.input).")
     if not config.tokenizer:
         raise StrideError("No tokenizer is given; name one with --tokenizer, or the model with --model.")
+    _refuse_inside(run, config.input)
     tokenizer = load_tokenizer(config.tokenizer)
     units = plan(config.input, int(config.shard_mb * 1e6))
     if not run.stage("blocks").store.exists("plan.json"):
         resolve_columns(units, config.columns)  # a wrong mapping is told before the directory is claimed for it
     stage = run.begin("blocks")
-    units, columns = _register(stage, config, units)
-    _save_tokenizer(stage, tokenizer)
     staged = Stage(stage.store.child("_tokenised"), stage.identity)
     numbered = stage.done()
+    units, columns = _register(stage, config, units, bool(staged.done() or numbered))
+    _save_tokenizer(stage, tokenizer)
     known = staged.done().keys() | numbered.keys()
     missing = [(i, unit) for i, unit in enumerate(units) if _part(i) not in known]
     if len(numbered) == len(units) and stage.store.exists("manifest.json"):
@@ -72,7 +74,9 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
         if missing:
             work = [{"index": i, "unit": unit.to_dict()} for i, unit in missing]
             workers = pool(run.config.compute, len(work))
-            results = map_dataset(Tokenise, (config, columns, staged), work, workers)
+            # The copy, which is what later stages read text with, whatever has become of the original.
+            copy = stage.store.child("tokenizer").url
+            results = map_dataset(Tokenise, (replace(config, tokenizer=copy), columns, staged), work, workers)
             markers = progress(results, "shard", len(work), "units", lambda _: 1)
             staged.remember(markers)
             _show_example(markers, out or sys.stdout)
@@ -92,13 +96,25 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
     return manifest
 
 
+def _refuse_inside(run: Run, inputs: Iterable[str]) -> None:
+    """A run directory in its own input would be read as text by the next command."""
+    if run.store.local:
+        for given in inputs:
+            folder, here = Path(given).resolve(), Path(run.store.root).resolve()
+            if "://" not in given and folder.is_dir() and here.is_relative_to(folder):
+                raise StrideError(f"The run directory {run.url} lies in its own input {given}; put it elsewhere.")
+
+
 def _part(index: int) -> str:
     return f"part-{index:05d}"
 
 
-def _register(stage: Stage, config: CorpusConfig, units: list[Unit]) -> tuple[list[Unit], dict[str, str]]:
-    """The units in the order of their numbering: those known already, then new ones; kept in plan.json."""
-    if not stage.store.exists("plan.json"):
+def _register(stage: Stage, config: CorpusConfig, units: list[Unit], begun: bool) -> tuple[list[Unit], dict[str, str]]:
+    """The units in the order of their numbering: those known already, then new ones; kept in plan.json.
+
+    Until a unit is done the input may still be put right.
+    """
+    if not begun or not stage.store.exists("plan.json"):
         columns = resolve_columns(units, config.columns)
         stage.store.write_json("plan.json", {"columns": columns, "units": [unit.to_dict() for unit in units]})
         return units, columns

@@ -29,7 +29,11 @@ def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    # Whole or not at all: its files are written one by one.
+    partial = folder.with_name(f".{folder.name}.partial")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def train_model(blocks: Blocks, tokenizer: Path, folder: Path, epochs: int, seed: int = 0) -> None:

@@ -58,7 +58,10 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = str(url).rstrip("/") or "/"
         try:
-            self.fs, self.root = file_system(self.url)
+            if "://" in self.url:
+                self.fs, self.root = file_system(self.url)
+            else:  # a local name may hold "::", which fsspec would take for a chain of URLs
+                self.fs, self.root = LocalFileSystem(), LocalFileSystem._strip_protocol(self.url)
         except (ValueError, ImportError) as error:
             raise StrideError(f"{safe_url(self.url)} is not a path or URL that can be opened: {error}.") from None
         self.local = isinstance(self.fs, LocalFileSystem)
@@ -94,12 +97,12 @@ class Store:
 
     def exists(self, name: str) -> bool:
         """Whether a file of that name is there."""
-        with self._told(name, "read"):
+        with self.told(name, "read"):
             return bool(self.fs.exists(self.path(name)))
 
     def names(self, folder: str = "", ending: str = "") -> list[str]:
         """Names directly inside ``folder``, sorted, without hidden and half-written ones."""
-        with self._told(folder, "list"):
+        with self.told(folder, "list"):
             where = self.path(folder).rstrip("/")
             try:
                 found = self.fs.ls(where, detail=False)
@@ -110,12 +113,12 @@ class Store:
 
     def size(self) -> int:
         """Bytes of all that lies in the folder and below it."""
-        with self._told("", "list"):
+        with self.told("", "list"):
             return int(self.fs.du(self.root, total=True))
 
     def read(self, name: str) -> bytes:
         """The whole file."""
-        with self._told(name, "read"):
+        with self.told(name, "read"):
             return self.fs.cat_file(self.path(name))
 
     def read_text(self, name: str) -> str:
@@ -128,7 +131,7 @@ class Store:
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Publish a whole file atomically, replacing an older one."""
         path = self.path(name)
-        with self._told(name, "write"):
+        with self.told(name, "write"):
             if not self.local:
                 self.fs.pipe_file(path, bytes(data))
                 return
@@ -156,7 +159,7 @@ class Store:
         with open(path, "rb") as file:
             for chunk in iter(lambda: file.read(1 << 20), b""):
                 digest.update(chunk)
-        with self._told(name, "write"):
+        with self.told(name, "write"):
             if not self.local:
                 self.fs.put_file(path, target)
                 return digest.hexdigest()
@@ -175,7 +178,7 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Delete a file or a folder with all it holds, if it is there."""
-        with self._told(name, "delete"):
+        with self.told(name, "delete"):
             if not self.fs.exists(self.path(name)):
                 return
             if self.local:
@@ -199,9 +202,25 @@ class Store:
         """Many JSON records, fetched at once where the file system can."""
         if self.local or not names:
             return [self.read_json(name) for name in names]
-        with self._told(names[0], "read"):
+        with self.told(names[0], "read"):
             found = self.fs.cat([self.path(name) for name in names])
         return [self._json(name, found[self.path(name)]) for name in names]
+
+    def read_tensors(self, name: str) -> dict[str, Any]:
+        """The torch tensors of a safetensors file.
+
+        Raises:
+            StrideError: for a file that is missing, or cut short.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            return load(self.read(name))
+        except SafetensorError as error:
+            raise StrideError(
+                f"{self.name_of(name)} cannot be read ({first_line(error)}); restore or delete it."
+            ) from None
 
     def write_json(self, name: str, value: Any) -> None:
         """Publish a JSON record, keys in the order given."""
@@ -227,7 +246,7 @@ class Store:
         Raises:
             StrideError: for a file that is missing or not Parquet.
         """
-        with self._told(name, "read"):
+        with self.told(name, "read"):
             handle = open(self.path(name), "rb") if self.local else self.fs.open(self.path(name), "rb")  # noqa: SIM115
         with handle:
             try:
@@ -237,7 +256,7 @@ class Store:
                 raise StrideError(f"{self.name_of(name)} cannot be read as Parquet: {first_line(error)}") from None
 
     @contextmanager
-    def _told(self, name: str, deed: str) -> Iterator[None]:
+    def told(self, name: str, deed: str) -> Iterator[None]:
         """Turn what file systems raise into one sentence."""
         place = self.name_of(name)
         try:
@@ -272,10 +291,3 @@ def tensor_bytes(tensors: dict[str, Any], metadata: dict[str, str] | None = None
     from safetensors.torch import save
 
     return save({name: value.contiguous() for name, value in tensors.items()}, metadata)
-
-
-def tensors_from(data: bytes) -> dict[str, Any]:
-    """The tensors of a safetensors file."""
-    from safetensors.torch import load
-
-    return load(data)

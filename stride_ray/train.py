@@ -28,7 +28,7 @@ from stride_ray.membership import Membership
 from stride_ray.model import SplitModel
 from stride_ray.objective import added_squares, linearity_loss, projection, stability_losses, steered_losses
 from stride_ray.operators import Basis, Operators, random_basis
-from stride_ray.storage import Store, tensor_bytes, tensors_from
+from stride_ray.storage import Store, tensor_bytes
 from stride_ray.walk import OWN, Step, Walk, own_and_other, plan_step
 
 # Share of the steps in which the learning rate rises; after that it falls to zero (paper's Appendix F.5).
@@ -363,7 +363,7 @@ def run_loop(loop: Loop, store: Store, report: Report | None = None) -> list[dic
     """
     steps, first = loop.config.fit.steps, not loop.ranks.rank
     if names := store.names("", ".safetensors"):
-        loop.load(tensors_from(store.read(names[-1])))
+        loop.load(store.read_tensors(names[-1]))
     log = [e for e in (store.read_json("log.json") if store.exists("log.json") else []) if e["step"] <= loop.done]
     started, begun = time.monotonic(), loop.done
     while loop.done < steps:

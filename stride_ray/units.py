@@ -207,6 +207,8 @@ def _list_files(given: str) -> list[SourceFile]:
         for name in kept:
             if found[named[name]].get("islink") and not os.path.exists(named[name]):
                 raise StrideError(f"{shown(named[name])} is a link to nothing; restore what it points to or remove it.")
+    if strange := [name for name in kept if found[named[name]]["type"] != "file"]:
+        raise StrideError(f"{shown(named[min(strange)])} is no file that can be read to its end (a pipe?); remove it.")
     return files
 
 

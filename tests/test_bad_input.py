@@ -17,12 +17,14 @@ import pytest
 from conftest import documents, flags, save_tokenizer, settings, write_lines
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from stride_ray.blocks import Blocks
 from stride_ray.cli import main
 from stride_ray.config import ComputeConfig
 from stride_ray.crew import Crew
 from stride_ray.distribute import Pool, map_dataset, map_tasks
 from stride_ray.distribute import pool as workers_of
 from stride_ray.errors import StrideError
+from stride_ray.storage import Store
 
 JOBS = Path(__file__).parent.parent / "jobs"
 # What stages print about their progress, beside which a sentence stands on its own line.
@@ -141,6 +143,41 @@ def test_tables_that_are_not_read(copied, parts, tmp_path, told):
     assert "rows.csv is a table that is not read" in told("shard", tmp_path / "run", *shard_flags(parts, table))
     assert "*.csv is a table" in told("shard", tmp_path / "run", *shard_flags(parts, tmp_path / "*.csv"))
     assert "rows.csv is a table" in told("attribute", copied("blocks"), "--queries", table, "--name", "asked")
+
+
+def test_a_pipe_and_a_run_directory_in_the_input(parts, tmp_path, told):
+    shutil.copytree(parts.corpus, tmp_path / "corpus")
+    assert "lies in its own input" in told("shard", tmp_path / "corpus/run", *shard_flags(parts, tmp_path / "corpus"))
+    os.mkfifo(tmp_path / "corpus/pipe")
+    assert "pipe is no file" in told("shard", tmp_path / "run", *shard_flags(parts, tmp_path / "corpus"))
+
+
+def test_a_mistyped_model_leaves_nothing_behind(copied, parts, tmp_path, told, plain):
+    folder = copied("blocks", "operators")
+    before = (folder / "run.toml").read_bytes()
+    keep = ["--set", f"corpus.tokenizer={parts.model}", "--queries", parts.queries, "--name", "asked", "--exact"]
+    assert "does not exist" in told("attribute", folder, *keep, "--model", tmp_path / "nowhere")
+    assert "does not exist" in told("attribute", folder, *keep, "--set", f"model.start={tmp_path}/nowhere")
+    assert (folder / "run.toml").read_bytes() == before
+    told("attribute", folder, *keep, code=0)
+
+
+def test_a_tokenizer_that_does_not_do_can_be_replaced(parts, tmp_path, told, plain):
+    other = tmp_path / "other"
+    shutil.copytree(parts.tokenizer, other)
+    settings_file = other / "tokenizer_config.json"
+    settings_file.write_text(settings_file.read_text().replace('"eos_token"', '"no_token"'))
+    options = [*shard_flags(parts, parts.corpus), "--set"]
+    assert "end-of-text" in told("shard", tmp_path / "run", *options, f"corpus.tokenizer={other}")
+    told("shard", tmp_path / "run", *options, f"corpus.tokenizer={parts.tokenizer}", code=0)
+
+
+def test_blocks_that_are_lost_are_told_and_not_waited_for(finished, tmp_path):
+    shutil.copytree(finished.folder / "blocks", tmp_path / "blocks")
+    part = tmp_path / "blocks" / finished.manifest["parts"][0]["name"]
+    pq.write_table(pq.read_table(part).slice(0, 1), part)
+    with pytest.raises(StrideError, match="fewer blocks than its manifest says"):
+        Blocks(Store(str(tmp_path / "blocks"))).take(range(finished.manifest["blocks"]), ["block_id"])
 
 
 def test_a_tokenizer_that_is_not_the_models(copied, parts, tmp_path, told):

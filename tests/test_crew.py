@@ -1,5 +1,7 @@
 """A crew of actors: every unit once, in whatever order; units of slow and lost actors go to others."""
 
+import os
+import signal
 import sys
 import time
 
@@ -10,6 +12,7 @@ from ray.cluster_utils import Cluster
 from stride_ray import crew, distribute
 from stride_ray.crew import Crew
 from stride_ray.distribute import Pool
+from stride_ray.errors import StrideError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 
@@ -45,6 +48,24 @@ def test_units_of_a_slow_actor_are_given_to_one_that_has_nothing_to_do(one_ray, 
         # The slow one still has its call; the next map does without it.
         assert sorted(each["unit"] for each in members.map(Slow, (tmp_path, 0.0), range(1, 9))) == list(range(1, 9))
     assert time.monotonic() - started < 300
+
+
+class Killer:
+    """Ends its process over unit 1."""
+
+    def __call__(self, unit):
+        if unit["unit"] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"unit": unit}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("how", ["crew", "dataset"])
+def test_a_unit_that_always_kills_its_worker_is_told(how, one_ray):
+    units = [{"unit": i} for i in range(4)]
+    mapped = {"crew": crew.map_actors, "dataset": distribute.map_dataset}[how](Killer, (), units, Pool(2, "cpu"))
+    with pytest.raises(StrideError, match="killed its worker 5 times and more"):
+        list(mapped)
 
 
 @pytest.mark.cluster

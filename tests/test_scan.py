@@ -217,6 +217,9 @@ def test_the_command_line_and_its_exit_statuses(place, capsys):
     assert "items: 6 items, 1 lexical, 0 influence, 0 both, 5 clean; 1 new" in capsys.readouterr().out
     assert main([*common, "--evaluation", f"items={place / 'items.jsonl'}", "--night", "n2"]) == 0
     assert "0 new finding(s)" in capsys.readouterr().out
+    percent = [*common, "--overlap", "30", "--evaluation", f"items={place / 'items.jsonl'}", "--night", "n3"]
+    assert main(percent) == 1
+    assert "scan.overlap is 30; it is a share" in capsys.readouterr().err
     assert main([*common, "--night", "n3"]) == 1
     assert "No evaluation set is given" in capsys.readouterr().err
     with pytest.raises(SystemExit) as bad:

@@ -232,6 +232,12 @@ def test_what_cannot_be_done_is_told(exactly, tmp_path, monkeypatch, capsys):
     ):
         with pytest.raises(StrideError, match=told):
             select(with_options(exactly.run, **options), names, out, queries=queries)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("a year's work")
+    for mine in (str(tmp_path / "mine"), exactly.run.url):
+        with pytest.raises(StrideError, match="holds something else than stride_ray's select"):
+            select(with_options(exactly.run, tokens=9, quotas={"nowhere": "0.5"}), ["asked"], mine)
+    assert (tmp_path / "mine/thesis.txt").read_text() == "a year's work"
     # What failed leaves nothing that would refuse the corrected command.
     assert main(["select", exactly.run.url, "--name", "asked", "--out", out, "--documents", "1"]) == 0
     assert "1 of 49 documents" in capsys.readouterr().out

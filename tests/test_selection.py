@@ -366,6 +366,14 @@ def test_what_only_fits_because_larger_ones_did_not_is_told(tmp_path):
     assert set(found["why"][first:][kept[first:]]) == {small}
 
 
+@pytest.mark.parametrize("folder", ["tokens=0.2", "v[1]", "source=wiki"])
+def test_folders_names_are_no_columns_and_no_patterns(tmp_path, folder):
+    plain = ordered(tmp_path)
+    (tmp_path / "v1").mkdir()
+    odd = ordered(tmp_path, store=Store(str(tmp_path / folder)))
+    assert odd.equals(plain)
+
+
 def test_batches_are_of_one_size_whatever_the_row_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(ranking, "BATCH", 64)
     table = ordered(tmp_path)

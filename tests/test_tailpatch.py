@@ -44,10 +44,10 @@ def test_a_plain_loop_in_other_units_gives_the_same_numbers(found, exactly, monk
 
 
 def test_a_step_is_plain_sgd_and_leaves_the_model_as_it_was(exactly):
-    blocks = exactly.run.stage("blocks").store
+    blocks = Blocks(exactly.run.stage("blocks").store)
     worker = Patcher(exactly.run.config, blocks, "cpu", 0.05)
     worker.rows = 3  # a step's blocks in several passes
-    batch = Blocks(blocks).batch(np.arange(8))
+    batch = blocks.batch(np.arange(8))
     ids, mask = worker.tensors(batch.ids), worker.tensors(batch.mask)
     query = {"token_ids": batch.ids[0].tolist(), "loss_mask": batch.mask[0].tolist()}
     model = worker.model.model

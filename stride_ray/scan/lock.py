@@ -4,6 +4,7 @@ Locally the file is created exclusively. An object store that knows conditional 
 one that does not, the owner writes, waits a moment and reads again, and the last writer has won.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -109,18 +110,8 @@ class Lock:
         """Make the file where there is none; whether it is ours."""
         path = self.store.path(NAME)
         if self.store.local:
-            os.makedirs(self.store.root, exist_ok=True)
-            # A file linked to its name is whole at once, and linking fails where the name is taken.
-            partial = f"{path}.{uuid.uuid4().hex}"
-            with open(partial, "wb") as file:
-                file.write(self._record())
-            try:
-                os.link(partial, path)
-            except FileExistsError:
-                return False
-            finally:
-                os.remove(partial)
-            return True
+            with self.store.told(NAME, "write"):
+                return self._link(path)
         if self.store.exists(NAME):
             return False
         try:
@@ -132,6 +123,21 @@ class Lock:
         time.sleep(SETTLE)
         held = self._read()
         return held is not None and held["owner"] == self.owner
+
+    def _link(self, path: str) -> bool:
+        """On a local disk: a file linked to its name is whole at once, and linking fails where the name is taken."""
+        os.makedirs(self.store.root, exist_ok=True)
+        partial = f"{path}.{uuid.uuid4().hex}"
+        try:
+            with open(partial, "wb") as file:
+                file.write(self._record())
+            os.link(partial, path)
+        except FileExistsError:
+            return False
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(partial)
+        return True
 
     def _read(self) -> dict[str, Any] | None:
         if not self.store.exists(NAME):

@@ -62,6 +62,9 @@ def scan(
             night stays in place.
     """
     check_names([*sets, *controls])
+    for key, share in (("overlap", run.config.scan.overlap), ("false_discovery", run.config.scan.false_discovery)):
+        if not 0 <= share <= 1:
+            raise StrideError(f"scan.{key} is {share:g}; it is a share, from 0 to 1.")
     if night:
         check_name(night, "night")
     if not sets:

@@ -1,5 +1,7 @@
 """Influence tables to one order of all documents, best first: SQL by DuckDB, within a fixed memory, spilling to disk.
 
+Folders' names are names, though DuckDB takes ``[`` for a pattern and ``tokens=0.2`` for a column of every file in it.
+
 Nothing depends on threads, partitions or the order of files: influence is summed in fixed-point numbers, whose sums
 do not depend on their order, and ties fall by a draw from (seed, source, document id), not by the alphabet.
 """
@@ -23,6 +25,8 @@ from stride_ray.storage import Store, first_line
 
 # DuckDB's own memory; with Python and Arrow beside it the process stays within 2 GiB.
 MEMORY, THREADS = "900MB", 2
+# Of every file that is read: no columns from the folders' names.
+PLAIN = "hive_partitioning = false"
 # Bits of a fixed-point influence, relative to the largest: sums of 2^60 of them still fit in 128 bits.
 BITS = 50
 # Documents whose rows are grouped and joined at once; rows held of each pass while they are cut.
@@ -93,12 +97,12 @@ class Database:
     def files(self, store: Store, names: Sequence[str]) -> list[str]:
         """Parquet files of a store as DuckDB reads them: local ones itself, others by their fsspec file system."""
         if store.local:
-            return [store.path(name) for name in names]
+            return [glob.escape(store.path(name)) for name in names]
         protocol = get_protocol(store.url)
         if protocol not in self._known:
             self.sql.register_filesystem(store.fs)
             self._known.add(protocol)
-        return [f"{protocol}://{store.path(name).removeprefix(protocol + '://')}" for name in names]
+        return [f"{protocol}://{glob.escape(store.path(name).removeprefix(protocol + '://'))}" for name in names]
 
     def copy(self, query: str, name: str, parameters: Sequence[object] = ()) -> str:
         """The rows of a query, in its order, as a Parquet file in the folder; returns its path."""
@@ -126,10 +130,10 @@ class Database:
         """What ``cut`` kept for a pass, as a table to select from; a table without rows where there is nothing."""
         path = os.path.join(self.folder, name)
         if os.path.exists(f"{path}-0.parquet"):
-            return f"read_parquet('{path}-0.parquet')"
+            return f"read_parquet('{path}-0.parquet', {PLAIN})"
         if os.path.isdir(f"{path}/pass={index}"):
-            return f"read_parquet('{path}/pass={index}/*.parquet', hive_partitioning = false)"
-        return f"(SELECT * FROM read_parquet('{path}/*/*.parquet', hive_partitioning = false) LIMIT 0)"
+            return f"read_parquet('{path}/pass={index}/*.parquet', {PLAIN})"
+        return f"(SELECT * FROM read_parquet('{path}/*/*.parquet', {PLAIN}) LIMIT 0)"
 
     def count(self, what: str, parameters: Sequence[object] = ()) -> int:
         """How many rows ``SELECT … FROM what`` has."""
@@ -182,11 +186,11 @@ def rank_documents(
     Raises:
         StrideError: no room for temporary files.
     """
-    passes = max(1, -(-database.count("read_parquet(?)", [database.files(*pool)]) // PASS))
+    passes = max(1, -(-database.count(f"read_parquet(?, {PLAIN})", [database.files(*pool)]) // PASS))
     scale = 2.0 ** (BITS - math.ceil(math.log2(max(map(_largest, targets), default=0.0) or 1.0)))
     for number, target in enumerate(targets):
         _cut_rows(database, number, target, scale, passes)
-    listed = "SELECT document_id, source, part, place, tokens, signature FROM read_parquet(?)"
+    listed = f"SELECT document_id, source, part, place, tokens, signature FROM read_parquet(?, {PLAIN})"
     database.cut(listed, "pool", passes, [database.files(*pool)])
     for index in range(passes):
         _sum_influence(database, targets, index)
@@ -203,7 +207,7 @@ def rank_documents(
         "share": "coalesce(score, 0) DESC, coalesce(mean_influence, 0) DESC",
     }
     path = database.copy(
-        f"""WITH joined AS (SELECT * FROM read_parquet('{database.folder}/joined-*.parquet')),
+        f"""WITH joined AS (SELECT * FROM read_parquet('{database.folder}/joined-*.parquet', {PLAIN})),
                  many AS (SELECT source, source AS stratum FROM joined GROUP BY source HAVING count(*) > 1)
             SELECT * FROM joined LEFT JOIN many USING (source)
             ORDER BY {ways[options.by]}, {draw}, document_id, source, part, place""",
@@ -213,7 +217,7 @@ def rank_documents(
         # The largest of n keys -ln(place) / τ + Gumbel noise is place i with odds i^(-1/τ).
         uniform = f"(md5_number_lower('gumbel/{seed}/' || source || '/' || document_id) + 0.5) / 18446744073709551616.0"
         path = database.copy(
-            f"""SELECT * EXCLUDE (file_row_number) FROM read_parquet('{path}', file_row_number = true)
+            f"""SELECT * EXCLUDE (file_row_number) FROM read_parquet('{path}', file_row_number = true, {PLAIN})
                 ORDER BY -ln(file_row_number + 1) / {options.temperature!r} - ln(-ln(least({uniform}, 1 - 1e-16))) DESC,
                 document_id, source, part, place""",
             "drawn.parquet",
@@ -224,7 +228,7 @@ def rank_documents(
 def random_order(database: Database, ordered: str, seed: int) -> str:
     """The documents of an ordered file in a random order that follows from (seed, source, document id)."""
     return database.copy(
-        f"""SELECT * FROM read_parquet('{ordered}')
+        f"""SELECT * FROM read_parquet('{ordered}', {PLAIN})
             ORDER BY md5_number_lower('random/{seed}/' || source || '/' || document_id), document_id, source, part,
             place""",
         "random.parquet",
@@ -254,7 +258,7 @@ def _cut_rows(database: Database, number: int, target: Target, scale: float, pas
     database.sql.register("asked", asked)
     database.cut(
         f"""SELECT document_id, rank, round(influence * {scale!r})::BIGINT AS influence
-            FROM read_parquet(?) SEMI JOIN asked USING (query_id)""",
+            FROM read_parquet(?, {PLAIN}) SEMI JOIN asked USING (query_id)""",
         f"rows-{number}",
         passes,
         [files],
@@ -281,14 +285,13 @@ def _place(database: Database, sets: int, passes: int, seed: int) -> None:
     """Cut ``places``: the place of each document in each set's own ranking, where it helps any of its queries."""
     for number in range(sets):
         path = database.copy(
-            f"""SELECT document_id FROM read_parquet('{database.folder}/summed-*.parquet')
+            f"""SELECT document_id FROM read_parquet('{database.folder}/summed-*.parquet', {PLAIN})
                 WHERE target = {number} AND best IS NOT NULL
                 ORDER BY best, mean DESC, md5_number_lower('{seed}/' || document_id), document_id""",
             f"places-{number}.parquet",
         )
-        numbered = (
-            f"SELECT document_id, file_row_number + 1 AS place FROM read_parquet('{path}', file_row_number = true)"
-        )
+        rows = f"read_parquet('{path}', file_row_number = true, {PLAIN})"
+        numbered = f"SELECT document_id, file_row_number + 1 AS place FROM {rows}"
         database.cut(numbered, f"places-{number}", passes)
 
 
@@ -300,7 +303,7 @@ def _combine(database: Database, sets: int, by: tuple[str, bool], scale: float, 
         f"""CREATE OR REPLACE TABLE found AS SELECT document_id, min(best) AS best_rank,
                 sum(mean)::DOUBLE / {sets * scale!r} AS mean_influence,
                 sum(share)::DOUBLE / {sets * 2.0**BITS!r} AS share_helped, {score} AS score
-            FROM read_parquet('{database.folder}/summed-{index}.parquet') GROUP BY document_id"""
+            FROM read_parquet('{database.folder}/summed-{index}.parquet', {PLAIN}) GROUP BY document_id"""
     )
     if places:
         # Each set ranks the documents on its own, and a document's score is its best place, not its best rank: a set
@@ -318,7 +321,7 @@ def _join(database: Database, earlier: Sequence[tuple[Store, str]], passes: int,
     database.run("CREATE OR REPLACE TABLE taken (source VARCHAR, document_id VARCHAR, round INTEGER)")
     for store, name in earlier:
         database.run(
-            f"""INSERT INTO taken SELECT source, document_id, round FROM read_parquet(?)
+            f"""INSERT INTO taken SELECT source, document_id, round FROM read_parquet(?, {PLAIN})
                 WHERE round IS NOT NULL AND {_pass_of(passes)} = {index}""",
             [database.files(store, [name])],
         )

@@ -19,7 +19,7 @@ EXPECTED = [
     ("echo", ["influence/ask"], []),
     ("stride-ray select", ["tokens, by rank over prompts", "At random beside it"], ["chosen/random/manifest.parquet"]),
     ("mkdir -p evaluation", ["1 new finding(s)", "status 2", "0 new finding(s)"], ["scans/latest.json"]),
-    ("stride-ray plan", ["1,000,000 blocks, 500 queries, 8 workers", "all of exact", "all of amortised"], []),
+    ("stride-ray plan", ["1,000,000 blocks, 500 queries, 8 workers", "all of exact"], []),
 ]
 
 

@@ -112,13 +112,13 @@ def _about(run: Run) -> dict[str, Any]:
 
 def read_influence(run: Run, name: str, table: str = "influence") -> pa.Table:
     """A query set's whole table: ``influence``, ``documents`` or ``recovery``."""
-    verb = "attribute --exact" if run.config.attribute.mode == "exact" else "recover"
-    other = OTHER[run.config.attribute.mode]
-    here, there = (run.store.exists(f"{TABLES[mode]}/{name}/manifest.json") for mode in (OTHER[other], other))
+    mode = run.config.attribute.mode
+    verb, other = "attribute --exact" if mode == "exact" else "recover", OTHER[mode]
+    here, there = (run.store.exists(f"{TABLES[each]}/{name}/manifest.json") for each in (mode, other))
     if there and not here:
         raise StrideError(
-            f"Of {name!r} there is {other} influence only, and attribute.mode, which run.toml keeps, is "
-            f"{run.config.attribute.mode}: add --{other}, or run 'stride-ray {verb} --name {name}' first."
+            f"Of {name!r} there is {other} influence only, and attribute.mode, which run.toml keeps, is {mode}: "
+            f"add --{other}, or run 'stride-ray {verb} --name {name}' first."
         )
     stage = run.require(table_stage(run), "manifest.json", f"stride-ray {verb} --name {name}", name)
     parts = stage.store.read_json("manifest.json")["parts"]

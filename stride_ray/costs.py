@@ -21,6 +21,8 @@ NAME = "cost.json"
 START = "start"
 # Later results per first one that tell what a result takes; units are not all of one size.
 ENOUGH = 3
+# What a result says: seconds, peak MB, which worker, and the seconds that it kept ``apart``.
+Cost = tuple[float, int, str, dict[str, float]]
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Phase:
     seen: set[str] = field(default_factory=set)
     apart: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def add(self, cost: "Cost") -> None:
+    def add(self, cost: Cost) -> None:
         """Count what a worker said of a result, see ``paid``."""
         seconds, peak, worker, apart = cost
         rest = seconds - sum(apart.values())
@@ -69,7 +71,9 @@ class Phase:
         later = self.results - len(self.seen)
         told_apart = later >= ENOUGH * workers
         start = max(0.0, self.first - workers * (self.busy - self.first) / later) if told_apart else 0.0
-        apart = {**self.apart, **({START: self.apart[START] + start} if start else {})}
+        apart = dict(self.apart)
+        if start:
+            apart[START] = apart.get(START, 0.0) + start
         wall = max(0.0, self.wall - sum(apart.values()) / workers)
 
         def told(wall: float, busy: float) -> dict[str, Any]:
@@ -80,8 +84,6 @@ class Phase:
         others = {name: told(took / workers, 0.0 if name == START else took) for name, took in apart.items()}
         return {label: told(wall, self.busy - start), **others}
 
-
-Cost = tuple[float, int, str, dict[str, float]]
 
 _open: list[dict[str, Phase]] = []  # a stage's phases by label; stages may be nested
 _current = Phase()

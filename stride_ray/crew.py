@@ -72,8 +72,8 @@ class Crew:
                     calls.append(actor.work.remote(*what, units[at]))
                     running[calls[-1]], given[calls[-1]] = at, time.monotonic()
             for call in ready_of([each for calls in self._calls.values() for each in calls], since):
-                actor, calls = next((each for each in self._calls.items() if call in each[1]), (None, [call]))
-                calls.remove(call)
+                actor = next(actor for actor, calls in self._calls.items() if call in calls)
+                self._calls[actor].remove(call)
                 at = running.pop(call, -1)  # -1: an earlier map's, which another actor had answered
                 if at not in left:
                     continue
@@ -82,7 +82,7 @@ class Crew:
                 except ray.exceptions.ActorUnavailableError:
                     # Its node is lost, and Ray does not know that yet: no fault of the unit's. But where its process
                     # has come up again and again and nothing is ever done, the unit is what kills it.
-                    restarts = ray_state.actors(actor._actor_id.hex())["NumRestarts"] if actor else 0
+                    restarts = ray_state.actors(actor._actor_id.hex())["NumRestarts"]
                     if restarts - lives.setdefault(actor, restarts) > RETRIES:
                         raise killed(f"Ray started the worker again {restarts} times") from None
                     waiting.append(at)

@@ -20,7 +20,7 @@ from stride_ray.costs import costed
 from stride_ray.crew import Crew
 from stride_ray.curvature import SITES, load_sites, measure_curvature
 from stride_ray.distribute import connected, pool, progress
-from stride_ray.fitted import load_measured_model, load_run_model
+from stride_ray.fitted import load_measured_model, load_run_model, measured_weights
 from stride_ray.influence import RECOVERY, rank_tables
 from stride_ray.model import masked_mean
 from stride_ray.passes import PoolWorker, check_tokenizer
@@ -55,8 +55,9 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
     corpus = blocks.manifest["fingerprint"]
     check_tokenizer(run.config, blocks)
-    curvature = run.begin("curvature", corpus=corpus)
-    stage = run.begin("exact", name, corpus=corpus, queries=fingerprint(table))
+    weights = measured_weights(run.config)
+    curvature = run.begin("curvature", corpus=corpus, weights=weights)
+    stage = run.begin("exact", name, corpus=corpus, queries=fingerprint(table), weights=weights)
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", table)
     if not stage.store.exists("manifest.json"):

@@ -1,13 +1,18 @@
-"""Where a model is on this machine: what lies in an object store is fetched to a cache, whole or not at all."""
+"""Where a model is on this machine, and which: an object store's is fetched to a cache, whole or not at all."""
 
 import contextlib
 import hashlib
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from stride_ray.config import digest
 from stride_ray.errors import StrideError
 from stride_ray.storage import file_system, first_line
+
+# A file up to LARGE bytes is hashed whole; of a larger one, WINDOWS pieces of WINDOW bytes at even distances.
+LARGE, WINDOWS, WINDOW = 2**26, 256, 2**16
 
 
 def local_model(path: str | Path) -> str:
@@ -29,14 +34,68 @@ def local_model(path: str | Path) -> str:
     return text
 
 
+def model_state(path: str | Path) -> str:
+    """Sixteen hexadecimal digits that change with a model's files, wherever they lie under the same name.
+
+    Of a local model they come from names, sizes and content (a large file's at WINDOWS places: training moves all
+    weights, and a change of a few bytes by hand may go unseen), of one in an object store from its ETags, of a hub id
+    from the commit. Raises StrideError where there is no such model.
+    """
+    if "://" in (text := os.fspath(path)):
+        try:
+            files, found = _listed(text)
+            return digest(sorted((name, _version(files, entry)) for name, entry in found.items()))
+        except StrideError:
+            raise
+        except Exception as error:
+            raise StrideError(f"model {text} cannot be listed: {first_line(error)}") from error
+    local = Path(local_model(path))
+    if not local.exists():
+        return digest(_commit(text))
+    whole = [local] if local.is_file() else [each for each in local.iterdir() if each.is_file()]
+    return digest(sorted((each.name, each.stat().st_size, _content(each)) for each in whole))
+
+
+def _content(path: Path) -> str:
+    size, found = path.stat().st_size, hashlib.sha256()
+    with open(path, "rb") as file:
+        if size <= LARGE:
+            found.update(file.read())
+        else:
+            for i in range(WINDOWS):
+                file.seek((size - WINDOW) * i // (WINDOWS - 1))
+                found.update(file.read(WINDOW))
+    return found.hexdigest()
+
+
+def _commit(hub_id: str) -> str:
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    try:
+        return extract_commit_hash(cached_file(hub_id, "config.json"), None) or ""
+    except Exception as error:  # the hub's own
+        where = f"no such path from {os.getcwd()}, and the Hugging Face Hub says: {first_line(error)}"
+        raise StrideError(f"model {hub_id} could not be loaded: {where}") from error
+
+
+def _listed(url: str) -> tuple[Any, dict[str, Any]]:
+    """The file system of a model's URL and its files by name; StrideError where these are no model."""
+    files, root = file_system(url)
+    found = {e["name"].rsplit("/", 1)[-1]: e for e in files.ls(root, detail=True) if e["type"] == "file"}
+    if "config.json" not in found and not (found and url.endswith(".gguf")):
+        raise StrideError(f"{url} is not a model folder: it has no config.json")
+    return files, found
+
+
+def _version(files: Any, entry: dict[str, Any]) -> str:
+    return str(entry.get("ETag") or files.ukey(entry["name"]))
+
+
 def _fetched(url: str) -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stride_ray" / "models"
     try:
-        files, root = file_system(url)
-        found = {e["name"].rsplit("/", 1)[-1]: e for e in files.ls(root, detail=True) if e["type"] == "file"}
-        if "config.json" not in found and not (found and url.endswith(".gguf")):
-            raise StrideError(f"{url} is not a model folder: it has no config.json")
-        state = sorted((name, files.ukey(entry["name"])) for name, entry in found.items())
+        files, found = _listed(url)
+        state = sorted((name, _version(files, entry)) for name, entry in found.items())
         target = cache / hashlib.sha256(repr((url, state)).encode()).hexdigest()[:16]
         if not target.exists():
             cache.mkdir(parents=True, exist_ok=True)

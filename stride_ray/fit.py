@@ -30,6 +30,7 @@ from stride_ray.fitted import (
     load_basis,
     load_operators,
     membership_of,
+    run_weights,
     save_basis,
     save_operators,
 )
@@ -65,7 +66,7 @@ def fit(run: Run) -> dict[str, Any]:
         )
     membership_of(config)  # a degree above the number of subsets is told before anything starts
     check_tokenizer(config, blocks)
-    stage = run.begin("operators", corpus=blocks.manifest["fingerprint"])
+    stage = run.begin("operators", corpus=blocks.manifest["fingerprint"], weights=run_weights(config))
     if stage.store.exists("metadata.json"):
         _clear(stage, len(blocks.shards()))
         return stage.store.read_json("metadata.json")

@@ -10,6 +10,7 @@ import transformers
 
 from stride_ray.config import Config
 from stride_ray.errors import StrideError
+from stride_ray.fetch import model_state
 from stride_ray.membership import Membership
 from stride_ray.model import SplitModel, load_model
 from stride_ray.operators import Basis, Operators
@@ -31,10 +32,8 @@ def load_run_model(config: Config, device: str) -> SplitModel:
     A process keeps the last one that it loaded.
 
     Raises:
-        StrideError: as load_model does, and where no model is configured.
+        StrideError: as load_model does.
     """
-    if not config.model.path:
-        raise StrideError("No model is configured; give --model, a Hugging Face folder or hub id (model.path).")
     transformers.utils.logging.disable_progress_bar()
     split = config.model.split
     layer: int | float = 1.0 if config.operators.form == "logit" else (split if split < 1 else int(split))
@@ -53,6 +52,19 @@ def load_measured_model(config: Config, device: str) -> SplitModel:
     if not config.model.start:
         return load_run_model(config, device)
     return _between(config.model.start, config.model.path, config.model.dtype, device)
+
+
+def run_weights(config: Config) -> str:
+    """Which model the operators steer, as fetch.model_state tells it; StrideError where none is configured."""
+    if not config.model.path:
+        raise StrideError("No model is configured; give --model, a Hugging Face folder or hub id (model.path).")
+    return model_state(config.model.path)
+
+
+def measured_weights(config: Config) -> str:
+    """As run_weights, which model exact influence is measured at (load_measured_model)."""
+    state = run_weights(config)
+    return f"{state}-{model_state(config.model.start)}" if config.model.start else state
 
 
 def _settle_gpu(device: str, dtype: str) -> None:

@@ -77,7 +77,7 @@ def recover_influence(run: Run, name: str) -> dict[str, Any]:
     keys = responses.store.read_json("stage.json")["keys"]
     # The blocks that the operators were fitted on: whatever was sharded since then comes after them.
     n_blocks = run.require("operators", "metadata.json", "stride-ray fit").store.read_json("metadata.json")["blocks"]
-    stage = run.begin("influence", name, corpus=keys["corpus"], queries=keys["queries"])
+    stage = run.begin("influence", name, **{key: keys[key] for key in ("corpus", "queries", "weights")})
     units = [list(range(start, min(start + PARTS_PER_UNIT, parts))) for start in range(0, parts, PARTS_PER_UNIT)]
     done = stage.done()
     missing = [unit for unit in units if _unit_name(unit) not in done]

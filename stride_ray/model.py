@@ -351,6 +351,8 @@ def load_model(
     absent = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in told.get(kind) or ()]
     if absent:
         raise StrideError(f"model {path} lacks {len(absent)} weights ({min(absent)}, …); give a complete causal model")
+    if spoilt := next((name for name, weights in model.named_parameters() if not weights.isfinite().all()), ""):
+        raise StrideError(f"model {path} holds numbers in {spoilt} that are not finite in {dtype}; give a sound one")
     return SplitModel(model, split, str(path))
 
 

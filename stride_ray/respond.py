@@ -17,7 +17,7 @@ from stride_ray.config import Config
 from stride_ray.costs import costed
 from stride_ray.crew import Crew
 from stride_ray.distribute import connected, pool, progress
-from stride_ray.fitted import load_operators, load_run_model
+from stride_ray.fitted import load_operators, load_run_model, run_weights
 from stride_ray.queries import batches, check_name, checked, fingerprint, padded, read_queries
 from stride_ray.run import Run, Stage
 from stride_ray.storage import Store, first_line
@@ -64,11 +64,12 @@ def respond(run: Run, queries: str, name: str) -> dict[str, Any]:
 def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     """As respond, for a table of tokenised queries (queries.SCHEMA)."""
     check_name(name)
-    operators = run.require("operators", "metadata.json", "stride-ray fit")
+    weights = run_weights(run.config)
+    operators = run.require("operators", "metadata.json", "stride-ray fit", weights=weights)
     method = operators.store.read_json("metadata.json")["method"]
     mode = "linear" if run.config.respond.mode == "auto" and method == "closed_form" else run.config.respond.mode
     corpus = operators.store.read_json("stage.json")["keys"]["corpus"]
-    stage = run.begin("responses", name, corpus=corpus, queries=fingerprint(table))
+    stage = run.begin("responses", name, corpus=corpus, queries=fingerprint(table), weights=weights)
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", table)
     units = [(index, start) for index, start in enumerate(range(0, table.num_rows, UNIT))]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stride_ray import __version__
-from stride_ray.config import Config, dumps, loads, stage_hash, stage_keys
+from stride_ray.config import Config, digest, dumps, loads, stage_hash, stage_keys
 from stride_ray.errors import StrideError
 from stride_ray.memory import peak_mb
 from stride_ray.storage import Store, safe_url
@@ -96,7 +96,7 @@ class Run:
             StrideError: when the folder was made with other settings, naming the first key that differs.
         """
         opened = self.stage(stage, name)
-        claim(opened, stage, {**stage_keys(self.config, stage), **extra})
+        opened = claim(opened, stage, {**stage_keys(self.config, stage), **extra})
         self.save()
         return opened
 
@@ -109,8 +109,8 @@ class Run:
         if not self.store.exists("run.toml") or self.store.read("run.toml").decode() != text:
             self.store.write("run.toml", text.encode())
 
-    def require(self, stage: str, needed_file: str, command: str, name: str = "") -> Stage:
-        """A finished upstream stage, for reading.
+    def require(self, stage: str, needed_file: str, command: str, name: str = "", **extra: Any) -> Stage:
+        """A finished upstream stage, for reading; ``extra`` as in ``begin``, where the caller knows it.
 
         Raises:
             StrideError: when it is not finished, saying which command makes it, or was made with other settings.
@@ -118,12 +118,49 @@ class Run:
         opened = self.stage(stage, name)
         if not opened.store.exists(needed_file):
             raise StrideError(f"{safe_url(opened.store.url)} is not finished; run '{command}' first.")
-        _refuse_other(opened, stage_keys(self.config, stage))
+        _refuse_other(opened, {**stage_keys(self.config, stage), **extra})
         return opened
 
 
-def claim(opened: Stage, stage: str, keys: Mapping[str, Any]) -> None:
-    """Take a stage's folder for work with ``keys``, all that its output depends on.
+class _Claimed(Store):
+    """A folder that one claim to a stage covers: written to only while the claim stands.
+
+    A second command with other settings may take a folder in which no unit is done yet; the first, which may still be
+    at work, must not mix its files with the second's.
+    """
+
+    def __init__(self, url: str, at: str, keys: str) -> None:
+        super().__init__(url)
+        self._at, self._keys = at, keys
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Claimed, (self.url, self._at, self._keys)
+
+    def child(self, name: str) -> Store:
+        return _Claimed(super().child(name).url, self._at, self._keys)
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        self._check()
+        super().write(name, data)
+
+    def put(self, name: str, path: str) -> str:
+        self._check()
+        return super().put(name, path)
+
+    def remove(self, name: str) -> None:
+        self._check()
+        super().remove(name)
+
+    def _check(self) -> None:
+        if digest(Store(self._at).read_json("stage.json")["keys"]) != self._keys:
+            raise StrideError(
+                f"{safe_url(self._at)} was taken by another command, with other settings, while this one worked; "
+                "nothing more was written. Give each a run directory or name of its own."
+            )
+
+
+def claim(opened: Stage, stage: str, keys: Mapping[str, Any]) -> Stage:
+    """Take a stage's folder for work with ``keys``, all that its output depends on; returns it for writing.
 
     Raises:
         StrideError: when the folder was made with others, naming the first that differs, or holds something else.
@@ -140,12 +177,17 @@ def claim(opened: Stage, stage: str, keys: Mapping[str, Any]) -> None:
         for name in sorted(there):
             opened.store.remove(name)
         opened.store.write_json("stage.json", {"stage": stage, "code_version": __version__, "keys": keys})
+    return Stage(_Claimed(opened.store.url, opened.store.url, digest(keys)), opened.identity)
 
 
 def _refuse_other(opened: Stage, wanted: Mapping[str, Any]) -> None:
     """Raise StrideError where a folder was made with settings other than ``wanted``, naming the first such key."""
     made_with = opened.store.read_json("stage.json")["keys"]
-    contents = {"corpus": "other blocks than are there now", "queries": "other queries than this command's"}
+    contents = {
+        "corpus": "other blocks than are there now",
+        "queries": "other queries than this command's",
+        "weights": "another model than now lies at model.path (or model.start)",
+    }
     for key, now in wanted.items():
         if made_with.get(key) != now:
             how = f"with {key} = {made_with.get(key)!r}, and this command has {now!r}"

@@ -115,8 +115,7 @@ def select_by(run: Run, targets: Sequence[Target], out: str, blocks: bool = Fals
         "select.earlier": [safe_url(url) for url in options.earlier],
         "earlier": [identity for _, _, identity in earlier],
     }
-    stage = Stage(Store(out), digest(keys))
-    claim(stage, "select", keys)
+    stage = claim(Stage(Store(out), digest(keys)), "select", keys)
     if not stage.store.exists("selection.json"):
         with connected(run.config.compute):
             workers = Pool(pool(run.config.compute, len(units)).workers, "cpu")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import documents, flags, save_tokenizer, settings, write_lines
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -86,6 +87,21 @@ def test_stages_out_of_order(copied, parts, tmp_path, told):
     assert "run 'stride-ray fit' first" in told("attribute", folder, "--queries", parts.queries)
     assert "run 'stride-ray shard' first" in told("attribute", tmp_path / "new", "--queries", parts.queries)
     assert "run 'stride-ray respond --name queries' first" in told("recover", folder)
+
+
+def test_another_model_under_the_same_name(copied, parts, tmp_path, told, plain):
+    folder, model = copied("blocks"), tmp_path / "model"
+    shutil.copytree(parts.model, model)
+    given = flags(settings(parts, model__path=model, corpus__tokenizer=parts.model))
+    asked = ["--queries", parts.queries, "--name", "asked"]
+    told("fit", folder, *given, code=0)
+    told("attribute", folder, "--exact", *asked, code=0)
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(model)).save_pretrained(model)
+    for verb, stage in (("fit", "operators"), ("respond", "operators"), ("attribute", "curvature")):
+        mode = ["--exact"] if verb == "attribute" else []
+        sentence = told(verb, folder, *mode, *(asked if verb != "fit" else []))
+        assert f"{stage} was made from another model than now lies at model.path" in sentence
 
 
 def test_unreadable_file(parts, tmp_path, told, plain):

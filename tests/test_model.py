@@ -14,8 +14,9 @@ import torch.nn.functional as nnf
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+from stride_ray import fetch
 from stride_ray.errors import StrideError
-from stride_ray.fetch import local_model
+from stride_ray.fetch import local_model, model_state
 from stride_ray.model import SplitModel, load_model, resolve_split
 
 V, D, L = 100, 32, 3
@@ -319,6 +320,46 @@ def test_load_a_url(folder, tmp_path, monkeypatch):
         local_model("memory://nowhere/m")
 
 
+def test_a_models_state_is_its_files(folder, tmp_path, monkeypatch):
+    copy = tmp_path / "m"
+    shutil.copytree(folder, copy)
+    (copy / "checkpoint-1").mkdir()
+    assert model_state(copy) == model_state(folder)
+    monkeypatch.setattr(fetch, "LARGE", 1000)  # at some places only
+    sampled = model_state(copy)
+    model = tiny()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.001)
+    model.save_pretrained(copy)
+    assert (copy / "model.safetensors").stat().st_size == (folder / "model.safetensors").stat().st_size
+    assert model_state(copy) != sampled
+    store = fsspec.filesystem("memory")
+    store.put(str(folder), "/bucket/state", recursive=True)
+    before = model_state("memory://bucket/state")
+    assert model_state("memory://bucket/state") == before
+    store.pipe("/bucket/state/model.safetensors", (copy / "model.safetensors").read_bytes())
+    assert model_state("memory://bucket/state") != before
+    with pytest.raises(StrideError, match="memory://nowhere/m cannot be listed"):
+        model_state("memory://nowhere/m")
+    with pytest.raises(StrideError, match=r"model nobody/nothing could not be loaded: no such path"):
+        model_state("nobody/nothing")
+
+
+def test_a_hub_models_state_is_its_commit(tmp_path, monkeypatch):
+    cached = tmp_path / "models--someone--model"
+    for commit in ("1" * 40, "2" * 40):
+        (cached / "snapshots" / commit).mkdir(parents=True)
+        (cached / "snapshots" / commit / "config.json").write_text("{}")
+    (cached / "refs").mkdir()
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = set()
+    for commit in ("1" * 40, "2" * 40):
+        (cached / "refs/main").write_text(commit)
+        found.add(model_state("someone/model"))
+    assert len(found) == 2
+
+
 PAPER = [(0.62, 12, 7), (0.62, 16, 10), (0.62, 20, 12), (0.62, 24, 15)]
 
 
@@ -375,7 +416,7 @@ def test_a_hub_id_without_a_network(monkeypatch):
 
 
 def test_unusable_checkpoints(folder, tmp_path):
-    for name in ("lacking", "unknown", "empty"):
+    for name in ("lacking", "unknown", "empty", "spoilt"):
         shutil.copytree(folder, tmp_path / name)
     file = tmp_path / "lacking" / "model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if "layers.1.mlp" not in k}, file, metadata={"format": "pt"})
@@ -388,6 +429,11 @@ def test_unusable_checkpoints(folder, tmp_path):
     (tmp_path / "empty" / "model.safetensors").unlink()
     with pytest.raises(StrideError, match="could not be loaded"):
         load_model(tmp_path / "empty")
+    weights = load_file(tmp_path / "spoilt/model.safetensors")
+    weights["model.embed_tokens.weight"][V - 1, 0] = torch.nan
+    save_file(weights, tmp_path / "spoilt/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StrideError, match=r"numbers in model\.embed_tokens\.weight that are not finite in bfloat16"):
+        load_model(tmp_path / "spoilt", dtype="bfloat16")
 
 
 def test_a_model_that_cannot_be_cut_is_refused():

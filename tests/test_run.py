@@ -1,5 +1,6 @@
 """Run directories: run.toml, what a stage refuses, and done-markers."""
 
+import pickle
 import time
 
 import pytest
@@ -99,3 +100,23 @@ def test_a_run_may_lie_in_memory():
     assert Run("memory://runs/one").config.seed == 9
     assert list(Run("memory://runs/one").stage("blocks").done()) == ["unit"]
     run.store.remove("")
+
+
+def test_who_lost_a_folder_to_another_command_writes_nothing_more(url, tmp_path):
+    first = Run(url, changes={"seed": 1}).begin("operators", corpus="c")
+    first.store.write("basis.json", b"of the first")
+    first.store.remove("basis.json")
+    second = Run(url, changes={"seed": 2}).begin("operators", corpus="c")  # no unit is done: it may
+    travelled = pickle.loads(pickle.dumps(first))  # as to a worker
+    (tmp_path / "data").write_bytes(b"data")
+    for write in (
+        lambda: travelled.store.write("basis.json", b"x"),
+        lambda: travelled.store.child("fitted").put("A.safetensors", str(tmp_path / "data")),
+        lambda: travelled.mark("unit", time.monotonic()),
+        lambda: travelled.store.remove("stage.json"),
+    ):
+        with pytest.raises(StrideError, match="operators was taken by another command, with other settings"):
+            write()
+    assert second.store.names() == ["stage.json"]
+    second.mark("unit", time.monotonic())
+    assert list(Run(url, changes={"seed": 2}).begin("operators", corpus="c").done()) == ["unit"]

@@ -207,8 +207,7 @@ def _train(
         "queries": fingerprint(questions),
         "arms": {arm: digest(facts["files"]) for arm, facts in arms.items()},
     }
-    stage = Stage(store.child("_retrain"), digest(keys))
-    claim(stage, "closed loop", keys)
+    stage = claim(Stage(store.child("_retrain"), digest(keys)), "closed loop", keys)
     tokenizer = run.stage("blocks").store.child("tokenizer").url
     load_recipe(recipe, arm_benchmark(store, ARMS[SELECTED], model, start))  # a sentence now
     units = [(arm, seed, f"{ARMS[arm].replace('/', '-')}-seed-{seed}") for arm in arms for seed in range(seeds)]

@@ -151,8 +151,7 @@ def attribute_instructions(
     files = draw(instructions, options, seed)
     keys = {**stage_keys(run.config, "blocks"), **asdict(options), "batch": BATCH, "seed": seed, "model": model}
     keys["instructions"] = digest(files)
-    stage = Stage(store, digest(keys))
-    claim(stage, "sft", keys)
+    stage = claim(Stage(store, digest(keys)), "sft", keys)
     for name, rows in files.items():
         if not store.exists(name):  # a new time would tell shard that its input changed
             store.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

@@ -24,6 +24,7 @@ from stride_ray.attribute import answer, table_stage
 from stride_ray.config import digest
 from stride_ray.documents import Document
 from stride_ray.errors import StrideError
+from stride_ray.fitted import measured_weights, run_weights
 from stride_ray.queries import SCHEMA as QUERIES
 from stride_ray.queries import failed, row
 from stride_ray.readers import Rejected
@@ -52,7 +53,7 @@ LEAST, FAINT = 20, 1e-3
 
 
 def checkpoint(run: Run) -> str:
-    """What influence depends on beside the items: the run's model, settings and blocks, as 16 hexadecimal digits.
+    """What influence depends on beside the items: the run's weights, settings and blocks, as 16 hexadecimal digits.
 
     Raises:
         StrideError: where the run has no blocks yet.
@@ -60,7 +61,8 @@ def checkpoint(run: Run) -> str:
     manifest = run.require("blocks", "manifest.json", "stride-ray shard").store.read_json("manifest.json")
     mode = run.config.attribute.mode
     identity = run.stage("exact" if mode == "exact" else "influence").identity
-    return digest([mode, identity, manifest["fingerprint"]])
+    weights = measured_weights(run.config) if mode == "exact" else run_weights(run.config)
+    return digest([mode, identity, manifest["fingerprint"], weights])
 
 
 def item_ties(run: Run, stage: Stage, items: Sequence[Item], controls: Sequence[Item]) -> tuple[pa.Table, int]:

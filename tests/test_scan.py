@@ -207,6 +207,48 @@ def test_the_webhook_is_told_and_its_failure_leaves_the_report(place, hook):
     assert "no http address" in night(place, "n4", webhook="file:///etc/passwd")["webhook"]
 
 
+def test_what_was_not_told_is_told_the_next_night(place, hook):
+    url = f"http://127.0.0.1:{hook.server_port}/scan"
+    night(place, "n1", webhook=url)
+    hook.answer = 500
+    leak(place, 4)
+    assert (night(place, "n2", webhook=url)["status"], night(place, "n3", webhook=url)["new"]) == (1, 1)
+    hook.answer = 204
+    fourth = night(place, "n4", webhook=url)
+    assert (fourth["status"], fourth["since"], fourth["before"]) == (2, "n1", "n3")
+    assert [found["item_id"] for found in hook.got[-1]["findings"]] == ["i4"]
+    assert "since n1" in (place / "scans/nights/n4/report.md").read_text()
+    assert (night(place, "n5", webhook=url)["status"], hook.got[-1]["new"]) == (0, 0)
+
+
+@pytest.mark.parametrize("last", ["manifest.json", "latest.json", "told.json"])
+def test_a_night_that_was_killed_after_its_manifest_is_finished_and_told(place, monkeypatch, last):
+    night(place, "n1")
+    leak(place, 4)
+    write = Store.write_json
+
+    def killed(store, name, value):
+        if name == f"nights/n2/{nightly.TOLD}" or (name == "latest.json" and last == "manifest.json"):
+            raise KeyboardInterrupt
+        write(store, name, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            night(place, "n2")
+    if last == "told.json":  # another name, as a rerun without --night has it
+        assert (night(place, "n3")["status"], night(place, "n4")["status"]) == (2, 0)
+        return
+    before = data(place / "scans/nights/n2")
+    again = night(place, "n2")
+    assert (again["status"], again["new"], again["night"]) == (2, 1, "n2")
+    assert data(place / "scans/nights/n2") == before
+    assert json.loads((place / "scans/latest.json").read_text()) == {"night": "n2"}
+    assert night(place, "n3")["status"] == 0
+    with pytest.raises(StrideError, match="n2 is finished"):
+        night(place, "n2")
+
+
 def test_the_command_line_and_its_exit_statuses(place, capsys):
     leak(place, 2)
     (place / "sets").mkdir()

@@ -1,5 +1,5 @@
 // Shows a night's findings by set and night, its items, and what speaks against each.
-const { columns: names, rows, evidence, trend, asked, before, options } = data;
+const { columns: names, rows, evidence, trend, asked, since, options } = data;
 const items = rows.map((row, i) => ({ ...Object.fromEntries(names.map((name, k) => [name, row[k]])), ...evidence[i] }));
 const CHANNELS = ["lexical", "influence"];
 // Plots of sets that are shown at once.
@@ -164,7 +164,7 @@ function show(item, section) {
   section.append(make("h2", "", `${item.set} / ${item.item}`));
   const line = holding("p", "", make("span", `tag ${item.verdict}`, item.verdict), " ");
   const told = {
-    new: before ? `New since ${before}.` : "New: this is the first scan.",
+    new: since ? `New since ${since}.` : "New: this is the first scan.",
     changed: `Changed; it was ${item.note}.`,
     resolved: `Resolved; it was ${item.note}.`,
   };

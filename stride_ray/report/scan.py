@@ -47,7 +47,7 @@ def scan_page(
         table: its verdicts.
         lexical: what the lexical channel found.
         items: all that were scanned.
-        found: against the scan before.
+        found: against the last scan that was told.
         history: manifests of nights before, oldest first.
 
     Returns:
@@ -65,7 +65,7 @@ def scan_page(
         "evidence": shown,
         "trend": trend,
         "asked": facts["influence"] is not None,
-        "before": facts["before"],
+        "since": facts["since"],
         "options": facts["options"],
     }
     total = sum(row["mark"] != "resolved" for row in findings)
@@ -91,11 +91,11 @@ def _listed(
     """Rows of findings (new, changed, as before, resolved) and of clean items, those nearest to a finding first."""
     now = {row["key"]: row for row in table.to_pylist()}
     marks: dict[str, tuple[str, str]] = {row["key"]: ("new", "") for row in found.new}
-    marks |= {row["key"]: ("changed", f"{row['before']} in {facts['before']}") for row in found.changed}
+    marks |= {row["key"]: ("changed", f"{row['before']} in {facts['since']}") for row in found.changed}
     resolved = {row["key"]: row for row in found.resolved}
     for key, row in resolved.items():
         named = len(f"{row['set']} / {row['item_id']}: ")
-        marks[key] = ("resolved", f"{line(row)[named:]} in {facts['before']}")
+        marks[key] = ("resolved", f"{line(row)[named:]} in {facts['since']}")
     places = {"new": 0, "changed": 1, "": 2}
     listed = [row for row in now.values() if row["verdict"] != CLEAN]
     listed.sort(key=lambda row: places[marks.get(row["key"], ("", ""))[0]])

@@ -1,8 +1,11 @@
 """One night's scan: evaluation sets against a corpus and the model trained on it, and a dated folder that says so.
 
-A scan's folder holds ``nights/<date>/`` (manifest.json, written last, verdicts.parquet, matches.parquet, report.md,
-report.html), ``latest.json`` (which night is the last good one), ``state/`` (what need not be done again) and
-``scan.lock`` while a scan is under way.
+A scan's folder holds ``nights/<date>/`` (verdicts.parquet, matches.parquet, report.md, report.html, manifest.json, which
+makes it a finished night, and told.json, which says that exit status and webhook were given), ``latest.json`` (which
+night is the last good one), ``state/`` (what need not be done again) and ``scan.lock`` while a scan is under way.
+
+What is new in a night is so since the last one that was told: a finding whose message failed, or whose scan was killed
+before it, is told the next time.
 """
 
 import time
@@ -27,11 +30,12 @@ from stride_ray.scan.summary import headline, markdown
 from stride_ray.scan.verdicts import counts, verdicts
 from stride_ray.scan.webhook import post
 from stride_ray.storage import Store, safe_url
-from stride_ray.units import Unit, plan
+from stride_ray.units import Unit, plan, shown
 
 CLEAN, FAILED, FOUND = 0, 1, 2
 # Nights that the page's plots go back, this one among them.
 NIGHTS = 60
+TOLD = "told.json"
 
 
 def scan(
@@ -50,7 +54,8 @@ def scan(
         sets: evaluation sets.
         out: the scan's folder, any fsspec URL; the same every night.
         controls: items like these that nobody has published: the influence channel's null, which it cannot do without.
-        night: name of the dated folder; empty: today (UTC), with a number where today has one already.
+        night: name of the dated folder; empty: today (UTC), with a number where today has one already. One that is
+            finished but was not told is told, as it is.
         webhook: where to POST the summary; empty: nowhere.
 
     Returns:
@@ -87,13 +92,22 @@ def scan(
     if webhook:
         payload = {**manifest, "folder": folder, "status": status, "findings": found.new, "text": headline(manifest)}
         failure = post(webhook, payload)
-        store.write_json(f"nights/{manifest['night']}/webhook.json", {"failure": failure})
+    if not failure:
+        store.write_json(f"nights/{manifest['night']}/{TOLD}", {"webhook": shown(webhook)})
     return {**manifest, "folder": folder, "status": FAILED if failure else status, "webhook": failure}
 
 
 def last_night(store: Store) -> str:
     """The name of a scan folder's last good night; empty where there is none."""
     return store.read_json("latest.json")["night"] if store.exists("latest.json") else ""
+
+
+def _last_told(store: Store, night: str) -> str:
+    """The last night up to ``night`` whose outcome was told; empty where none was, or it is gone."""
+    while night and not store.exists(f"nights/{night}/{TOLD}"):
+        manifest = f"nights/{night}/manifest.json"
+        night = store.read_json(manifest)["before"] if store.exists(manifest) else ""
+    return night
 
 
 def earlier_nights(store: Store, night: str) -> list[dict[str, Any]]:
@@ -141,20 +155,22 @@ def _night(
     state = store.child("state")
     name = night or _today(store)
     if store.exists(f"nights/{name}/manifest.json"):
-        raise StrideError(f"{store.name_of('nights')}/{name} is finished; give another name for this night.")
+        return _untold(store, name)
     corpus = corpus_of(run, state)
     stage = Stage(state.child("lexical"), digest(["lexical", options.words, options.shortest, *RAW.names]))
     done = search(stage, corpus, items, options.words, options.shortest, run.config.compute)
     lexical = lexical_matches(stage, corpus, items, options)
     ties, influence = _influence(run, state, items, controls) if options.influence else (None, None)
     previous = last_night(store)
-    before = store.read_table(f"nights/{previous}/verdicts.parquet") if previous else None
+    before = _table(store, previous)
     known = dict(zip(before["key"].to_pylist(), before["verdict"].to_pylist(), strict=True)) if before else {}
     table = verdicts(items, lexical, ties, options.false_discovery, known)
-    found = difference(before, table)
+    since = _last_told(store, previous)
+    found = difference(before if since == previous else _table(store, since), table)
     manifest = {
         "night": name,
         "before": previous,
+        "since": since,
         "run": safe_url(run.url),
         "new": len(found.new),
         "changed": len(found.changed),
@@ -177,6 +193,20 @@ def _night(
     folder.write_json("manifest.json", manifest)
     store.write_json("latest.json", {"night": name})
     return manifest, found
+
+
+def _untold(store: Store, night: str) -> tuple[dict[str, Any], Difference]:
+    """A finished night that nobody was told of, for what was missing after its manifest."""
+    if store.exists(f"nights/{night}/{TOLD}"):
+        raise StrideError(f"{store.name_of('nights')}/{night} is finished; give another name for this night.")
+    manifest = store.read_json(f"nights/{night}/manifest.json")
+    if last_night(store) == manifest["before"]:
+        store.write_json("latest.json", {"night": night})
+    return manifest, difference(_table(store, manifest["since"]), store.read_table(f"nights/{night}/verdicts.parquet"))
+
+
+def _table(store: Store, night: str) -> pa.Table | None:
+    return store.read_table(f"nights/{night}/verdicts.parquet") if night else None
 
 
 def _today(store: Store) -> str:

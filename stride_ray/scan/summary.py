@@ -30,7 +30,7 @@ def markdown(facts: dict[str, Any], found: Difference) -> str:
 
     Args:
         facts: the night's manifest (nightly.scan).
-        found: against the scan before.
+        found: against the last scan that was told.
     """
     lines = [f"# Contamination scan, {facts['night']}", "", headline(facts), "", NOTE, ""]
     lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
@@ -45,7 +45,7 @@ def markdown(facts: dict[str, Any], found: Difference) -> str:
 
 def headline(facts: dict[str, Any]) -> str:
     """The outcome in a sentence."""
-    since = f" since {facts['before']}" if facts["before"] else " (the first scan)"
+    since = f" since {facts['since']}" if facts["since"] else " (the first scan)"
     total = sum(sum(each["verdicts"][name] for name in ("lexical", "influence", "both")) for each in facts["sets"])
     items = sum(each["items"] for each in facts["sets"])
     return (

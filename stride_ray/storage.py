@@ -135,9 +135,9 @@ class Store:
             if not self.local:
                 self.fs.pipe_file(path, bytes(data))
                 return
-            folder, _, leaf = path.rpartition("/")
+            folder = path.rpartition("/")[0]
             os.makedirs(folder, exist_ok=True)
-            partial = f"{folder}/.{leaf}.{uuid.uuid4().hex}.partial"
+            partial = f"{folder}/.{uuid.uuid4().hex}.partial"  # the whole name may be as long as the system lets it
             try:
                 with open(partial, "wb") as file:
                     file.write(data)
@@ -163,9 +163,9 @@ class Store:
             if not self.local:
                 self.fs.put_file(path, target)
                 return digest.hexdigest()
-            folder, _, leaf = target.rpartition("/")
+            folder = target.rpartition("/")[0]
             os.makedirs(folder, exist_ok=True)
-            partial = f"{folder}/.{leaf}.{uuid.uuid4().hex}.partial"
+            partial = f"{folder}/.{uuid.uuid4().hex}.partial"
             try:
                 shutil.move(path, partial)  # a copy where the two are on different disks
                 with open(partial, "rb") as file:

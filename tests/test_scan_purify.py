@@ -16,6 +16,7 @@ from stride_ray.run import Run
 from stride_ray.scan.items import read_set
 from stride_ray.scan.nightly import scan
 from stride_ray.scan.purify import purify
+from stride_ray.storage import Store
 
 LINES = [
     {"text": "one, untouched", "n": 1.50},
@@ -78,8 +79,7 @@ def test_spans_are_cut_and_the_rest_is_kept(scanned):
     assert (root / "clean/e.txt").read_text() == "A text.\n?\nThe end."
     with pa.ipc.open_stream(str(root / "clean/f.arrow")) as reader:
         assert reader.read_all()["text"].to_pylist() == table.read()["text"].to_pylist()
-    assert json.loads((root / "clean/purified.json").read_text())["night"] == "n1"
-    (root / "clean/purified.json").unlink()
+    assert json.loads((root / "clean/.purified/stage.json").read_text())["keys"]["run"] == str(root / "run")
     _, again = scan_of("clean", "n1")
     assert [each["verdicts"]["clean"] for each in again["sets"]] == [6]
     assert again["corpus"]["documents"] == found["corpus"]["documents"]
@@ -94,8 +94,48 @@ def test_whole_documents_are_left_out(scanned):
     for name, lines in (("a.jsonl", 2), ("clean.jsonl", 1)):
         assert len((root / "clean" / name).read_text().splitlines()) == lines
     assert pq.read_table(root / "clean/d.parquet")["n"].to_pylist() == [1, 3]
-    with pytest.raises(StrideError, match="is not empty"):
+    with pytest.raises(StrideError, match="made with whole = True, and this command has False"):
         purify(run, str(root / "scans-corpus"), "n1", str(root / "clean"))
+    with pytest.raises(StrideError, match="is not empty"):
+        purify(run, str(root / "scans-corpus"), "n1", str(root))
+
+
+@pytest.mark.parametrize("at", [0, 3, 7])
+def test_killed_and_run_again_it_ends_with_the_same_files(scanned, monkeypatch, at):
+    root, scan_of = scanned
+    (root / "corpus" / ("n" * 250 + ".txt")).write_text("a name as long as it may be")
+    run, _ = scan_of("corpus", "n1")
+    whole = purify(run, str(root / "scans-corpus"), "n1", str(root / "whole"))
+    put, calls = Store.put, []
+
+    def killed(store, name, path):
+        calls.append(name)
+        if len(calls) > at:
+            raise KeyboardInterrupt
+        return put(store, name, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", killed)
+        with pytest.raises(KeyboardInterrupt):
+            purify(run, str(root / "scans-corpus"), "n1", str(root / "clean"))
+    scan_of("corpus", "n2")
+    assert purify(run, str(root / "scans-corpus"), "n2", str(root / "clean")) == whole
+    names = [path.name for path in (root / "clean").iterdir()]
+    assert sorted(names) == sorted(path.name for path in (root / "whole").iterdir())
+    for name in names:
+        if name != ".purified":
+            assert (root / "clean" / name).read_bytes() == (root / "whole" / name).read_bytes()
+
+
+def test_input_that_changed_since_the_night_is_refused(scanned):
+    root, scan_of = scanned
+    run, _ = scan_of("corpus", "n1")
+    write_lines(root / "corpus/a.jsonl", [{"text": "one more line"}, *LINES])
+    with pytest.raises(StrideError, match="not as the night n1 scanned it"):
+        purify(run, str(root / "scans-corpus"), "n1", str(root / "clean"))
+    assert not (root / "clean").exists()
+    scan_of("corpus", "n2")
+    assert purify(run, str(root / "scans-corpus"), "n2", str(root / "clean"))["spans"] == 11
 
 
 def test_prompts_and_chats_lose_spans_and_token_ids_are_refused(scanned, parts):

@@ -86,7 +86,16 @@ def manifest(name, sets, before="", influence=INFLUENCE):
         }
         for each, table in sets
     ]
-    facts = {"night": name, "before": before, "since": before, "run": "a/run <b>", "new": 0, "changed": 0, "resolved": 0, "sets": told}
+    facts = {
+        "night": name,
+        "before": before,
+        "since": before,
+        "run": "a/run <b>",
+        "new": 0,
+        "changed": 0,
+        "resolved": 0,
+        "sets": told,
+    }
     return {**facts, "corpus": {**CORPUS, "beyond": 0, "common": 0}, "influence": influence, "options": OPTIONS}
 
 

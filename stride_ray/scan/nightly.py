@@ -257,6 +257,7 @@ def _told(each: EvaluationSet, table: pa.Table, lexical: Lexical, found: Differe
 
 def _counted(corpus: Corpus, lexical: Lexical) -> dict[str, Any]:
     return {
+        "state": corpus.state,
         "units": len(corpus.units),
         "documents": lexical.documents,
         "rejected": lexical.rejected,

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
@@ -17,13 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from stride_ray.config import digest
 from stride_ray.errors import StrideError
 from stride_ray.readers import raw_lines
-from stride_ray.run import Run
+from stride_ray.run import Run, Stage, claim
 from stride_ray.scan.nightly import corpus_of
 from stride_ray.storage import Store
 from stride_ray.units import END, SourceFile, Unit, compression, filesystem, shown
 
+# The target's hidden folder that says how it came about, which who reads the target does not take for documents.
+RECORD = ".purified"
 # Spans of one document: part's name to (start, stop) pairs.
 Spans = dict[str, list[tuple[int, int]]]
 
@@ -35,50 +39,63 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
         run: the one that was scanned.
         scans: the scan's folder.
         night: which of its nights.
-        target: an empty folder for the cleaned files, under the names that they have in the input.
+        target: an empty folder for the cleaned files, under the names that they have in the input. The same again
+            does what is missing.
         whole: leave out documents that hold a finding, not just the spans.
 
     Returns:
         Counts: ``files``, ``documents`` (changed or left out), ``spans``, ``characters`` taken out of spans.
 
     Raises:
-        StrideError: the input is not as it was scanned, or documents are token ids, which have no spans.
+        StrideError: the input is not as it was scanned, documents are token ids, which have no spans, or the folder
+            holds something else.
     """
     store = Store(scans)
     matches = store.read_table(f"nights/{night}/matches.parquet")
     found: dict[str, dict[int, Spans]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for row in matches.filter(matches["finding"]).to_pylist():
+    rows = matches.filter(matches["finding"]).select(["file", "place", "part", "start", "stop"]).to_pylist()
+    for row in rows:
         found[row["file"]][row["place"]][row["part"]].append((row["start"], row["stop"]))
     corpus = corpus_of(run, store.child("state"))
+    if corpus.state != store.read_json(f"nights/{night}/manifest.json")["corpus"]["state"]:
+        raise StrideError(f"The input is not as the night {night} scanned it; scan it anew and purify by that night.")
     if not whole and "token_ids" in corpus.columns and found:
         raise StrideError("Documents of token ids cannot lose spans; leave out whole documents (--purify-documents).")
     results = Store(target)
-    if results.names():
+    if results.names() and not results.exists(f"{RECORD}/stage.json"):
         raise StrideError(f"{results.name_of('')} is not empty; give a new folder for the cleaned corpus.")
-    files = {file.name: unit for unit in corpus.units for file in unit.files}
-    counts = {"files": 0, "documents": 0, "spans": 0, "characters": 0}
+    # Not the night's name: a scan that is run again to go on with this makes a night of its own.
+    keys = {"run": shown(run.url), "whole": whole, "input": corpus.state, "findings": digest(rows)}
+    stage = claim(Stage(results.child(RECORD), digest(keys)), "purify", keys)
+    files = sorted((file.name, unit) for unit in corpus.units for file in unit.files)
+    files = list(dict(files).items())  # one of a file's units will do: it is written whole
+    done = stage.done()
     with tempfile.TemporaryDirectory() as folder:
-        for name, unit in sorted(files.items()):
+        for number, (name, unit) in enumerate(files):
+            if f"{number:07d}" in done:
+                continue
+            started, counts = time.monotonic(), Counter[str]()
             file = next(each for each in unit.files if each.name == name)
             leaks = found.get(name, {})
             path = os.path.join(folder, "file")
-            if not leaks:
-                _copy(file, path)
-            elif not (whole and unit.kind == "text"):
-                _WRITERS[unit.kind](unit, file, path, _Cleaner(corpus.columns, dict(leaks), whole, counts))
-            else:
+            if leaks and whole and unit.kind == "text":
                 counts["documents"] += 1
-                continue
-            results.put(name, path)
-            counts["files"] += 1
-    results.write_json("purified.json", {"night": night, "run": shown(run.url), "whole": whole, **counts})
-    return counts
+            else:
+                if leaks:
+                    _WRITERS[unit.kind](unit, file, path, _Cleaner(corpus.columns, dict(leaks), whole, counts))
+                else:
+                    _copy(file, path)
+                results.put(name, path)
+                counts["files"] += 1
+            stage.mark(f"{number:07d}", started, counts=counts)
+    total = sum((Counter(marker["counts"]) for marker in stage.done().values()), Counter[str]())
+    return {what: total[what] for what in ("files", "documents", "spans", "characters")}
 
 
 class _Cleaner:
     """Takes the spans of a file's documents out of their rows' values."""
 
-    def __init__(self, columns: dict[str, str], leaks: dict[int, Spans], whole: bool, counts: dict[str, int]) -> None:
+    def __init__(self, columns: dict[str, str], leaks: dict[int, Spans], whole: bool, counts: Counter[str]) -> None:
         self.columns, self.leaks, self.whole, self.counts = columns, leaks, whole, counts
 
     def cleaned(self, place: int, values: dict[str, Any]) -> dict[str, Any] | None:

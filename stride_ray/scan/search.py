@@ -64,6 +64,11 @@ class Corpus(NamedTuple):
     columns: dict[str, str]
     tokenizer: str
 
+    @property
+    def state(self) -> str:
+        """Sixteen hexadecimal digits that change with its files, their content, and the columns."""
+        return digest(sorted(meeting(unit, self.columns) for unit in self.units))
+
 
 def meeting(unit: Unit, columns: dict[str, str]) -> str:
     """A unit's name in the state: it changes with the unit's place, its files' content and the columns."""

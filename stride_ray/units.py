@@ -119,6 +119,23 @@ def plan(inputs: Sequence[str], shard_bytes: int, skip: Collection[str] = ()) ->
     return units
 
 
+def refuse_changed(unit: Unit) -> None:
+    """Raise StrideError where a unit's files are not (by size and version) those that it was planned with."""
+    for file in unit.files:
+        fs, path = filesystem(file.url)
+        try:
+            now = _source_file(fs, file.url, path, file.name, fs.info(path))
+        except FileNotFoundError:
+            raise StrideError(f"Cannot read {shown(file.url)} (it is gone); restore it, or select blocks.") from None
+        except Exception as error:  # every remote file system raises classes of its own
+            raise StrideError(f"{shown(file.url)} cannot be read ({told(error, file.url)}).") from None
+        if (now.size, now.version) != (file.size, file.version):
+            raise StrideError(
+                f"{shown(file.url)} was changed since it was sharded: its size or its time is another; restore both, "
+                "or select blocks (--blocks), which need no input."
+            )
+
+
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and the path inside it.
 
@@ -182,6 +199,8 @@ def _list_files(given: str) -> list[SourceFile]:
             top = fs.info(path)
             if top["type"] != "directory":
                 _refuse_tables(given, [path])
+                if isinstance(fs, LocalFileSystem):
+                    _refuse_strange(path)
                 return [_source_file(fs, given, path, _leaf(path), top)]
             root, found = path, fs.find(path, detail=True)
         elif any(sign in path for sign in "*?["):
@@ -205,11 +224,18 @@ def _list_files(given: str) -> list[SourceFile]:
         raise StrideError(f"Input {shown(given)} matches no file; check the folder or pattern.")
     if isinstance(fs, LocalFileSystem):
         for name in kept:
-            if found[named[name]].get("islink") and not os.path.exists(named[name]):
-                raise StrideError(f"{shown(named[name])} is a link to nothing; restore what it points to or remove it.")
-    if strange := [name for name in kept if found[named[name]]["type"] != "file"]:
-        raise StrideError(f"{shown(named[min(strange)])} is no file that can be read to its end (a pipe?); remove it.")
+            _refuse_strange(named[name])
     return files
+
+
+def _refuse_strange(path: str) -> None:
+    """A local path of which a listing does not tell that it is a whole file."""
+    if not os.path.exists(path):
+        raise StrideError(f"{shown(path)} is a link to nothing; restore what it points to or remove it.")
+    if os.path.isdir(path):
+        raise StrideError(f"{shown(path)} is a link to a folder; name that folder as an input of its own.")
+    if not os.path.isfile(path):
+        raise StrideError(f"{shown(path)} is no file that can be read twice (a pipe?); give a file.")
 
 
 def _refuse_tables(given: str, paths: Sequence[str]) -> None:
@@ -249,6 +275,8 @@ def _leaf(path: str) -> str:
 
 def _source_file(fs: Any, given: str, path: str, name: str, info: dict[str, Any]) -> SourceFile:
     size = info.get("size")
+    if info.get("islink"):  # fsspec tells the link's own time
+        info = {**info, "mtime": os.stat(path).st_mtime if os.path.exists(path) else None}
     version = next((str(info[key]).strip('"') for key in _VERSION_KEYS if info.get(key) is not None), "")
     # A name that is no valid Unicode (possible on Linux) could not be written to a table.
     name = name.encode("utf-8", "backslashreplace").decode()

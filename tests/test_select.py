@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -323,13 +324,16 @@ def test_blocks_need_no_input_unless_a_packed_blocks_source_is_mapped(formats, t
             select(with_options(run, documents=24), ["asked"], str(tmp_path / "out"))
     finally:
         shutil.move(moved, root / "corpus/b.jsonl.gz")
-    before = (root / "corpus/b.jsonl.gz").read_bytes()
-    (root / "corpus/b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "other", "id": "x", "source": "s0"}\n'))
-    try:
-        with pytest.raises(StrideError, match="is no longer where it was sharded from"):
+    file = root / "corpus/b.jsonl.gz"
+    before, times = file.read_bytes(), file.stat()
+    edited = gzip.compress(gzip.decompress(before).replace(b"the", b"The"))
+    other = gzip.compress(b'{"text": "other", "id": "x", "source": "s0"}\n')
+    for content in (edited, other):
+        file.write_bytes(content)
+        with pytest.raises(StrideError, match="was changed since it was sharded"):
             select(with_options(run, documents=24), ["asked"], str(tmp_path / "out"))
-    finally:
-        (root / "corpus/b.jsonl.gz").write_bytes(before)
+    file.write_bytes(before)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     select(with_options(run, documents=24), ["asked"], str(tmp_path / "out"))
 
 

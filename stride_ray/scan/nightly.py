@@ -1,8 +1,8 @@
 """One night's scan: evaluation sets against a corpus and the model trained on it, and a dated folder that says so.
 
-A scan's folder holds ``nights/<date>/`` (verdicts.parquet, matches.parquet, report.md, report.html, manifest.json, which
-makes it a finished night, and told.json, which says that exit status and webhook were given), ``latest.json`` (which
-night is the last good one), ``state/`` (what need not be done again) and ``scan.lock`` while a scan is under way.
+A scan's folder holds ``nights/<date>/`` (verdicts.parquet, matches.parquet, report.md, report.html, then manifest.json,
+which makes it a finished night, then told.json, which says that exit status and webhook were given), ``latest.json``
+(which night is the last good one), ``state/`` (what need not be done again) and, while a scan works, ``scan.lock``.
 
 What is new in a night is so since the last one that was told: a finding whose message failed, or whose scan was killed
 before it, is told the next time.

@@ -19,6 +19,7 @@ from stride_ray.errors import StrideError
 from stride_ray.run import Run, Stage
 from stride_ray.selection.duplicates import SIGNATURE, signature
 from stride_ray.storage import Store
+from stride_ray.units import refuse_changed
 
 POOL = pa.schema(
     [
@@ -93,7 +94,10 @@ def list_part(how: Reading, stage: Stage, signed: bool, work: tuple[int, Unit]) 
     started = time.monotonic()
     part, unit = work
     rows: list[dict[str, Any]] = []
-    placed = _placed(how, unit) if _needs_input(how, unit) else None
+    placed = None
+    if _needs_input(how, unit):
+        refuse_changed(unit)
+        placed = _placed(how, unit)
     for number, piece in enumerate(pieces(how, part, tokens=signed)):
         source, place = piece.source, number
         if placed is not None:

@@ -23,7 +23,7 @@ from stride_ray.run import Stage
 from stride_ray.selection.pool import Reading, part_name, pieces
 from stride_ray.storage import Store, first_line
 from stride_ray.tokens import Encoded, end_of_text_id, load_tokenizer, pad_id
-from stride_ray.units import END, compression, filesystem, shown
+from stride_ray.units import END, compression, filesystem, refuse_changed, shown
 
 # Rows of a data set held in memory at once.
 _ROWS = 1024
@@ -48,6 +48,7 @@ def write_part(how: Reading, stage: Stage, work: tuple[str, int, Unit, np.ndarra
         if how.as_blocks:
             ending, counted = ".parquet", {"blocks": _blocks(how, stage.store, part, wanted, path)}
         else:
+            refuse_changed(unit)
             ending, count = _rows(unit, wanted, path)
             counted = {"rows": count}
             if count != len(wanted):

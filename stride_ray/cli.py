@@ -6,6 +6,7 @@ findings.
 """
 
 import argparse
+import errno
 import signal
 import sys
 import threading
@@ -50,9 +51,19 @@ ABOUT = {
 }
 
 
+# What is wrong with a disk, a path or a limit, and not with this package.
+OUTSIDE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if strange := next((each for each in given if any("\ud800" <= c <= "\udfff" for c in each)), None):
+        print(f"stride-ray: the argument {strange!r} is no valid UTF-8; rename what it names", file=sys.stderr)
+        return 1
     if given[:1] == ["scan"]:
         return scan_command.status_of(lambda: _scanned(given))
     parsed = _parser().parse_args(given)
@@ -77,6 +88,13 @@ def exit_status(program: str, work: Callable[[], int | None]) -> int:
             return work() or 0
     except StrideError as error:
         print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in OUTSIDE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        told = f"{error.strerror}{where}; put that right and run the same command again: what is done is kept"
+        print(f"{program}: {told}", file=sys.stderr)
         return 1
     except Terminated:
         print(f"{program}: told to stop (SIGTERM); run the same command again to go on", file=sys.stderr)

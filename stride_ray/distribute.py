@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from stride_ray import costs, metrics
 from stride_ray.config import ComputeConfig
-from stride_ray.errors import StrideError
+from stride_ray.errors import StrideError, Terminated
 from stride_ray.storage import first_line
 
 RETRIES = 5
@@ -68,6 +68,8 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         if address and address not in ("auto", "local"):
             _check_answers(address)
         ray.init(address=address or "local", include_dashboard=None if address else False, logging_level=logging.ERROR)
+    except SystemExit:  # what Ray makes of SIGTERM while it starts
+        raise Terminated from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StrideError(f"No Ray at address {address!r}: {first_line(error)}; start one or leave it out.") from None
     # Ray's own way to be stopped leaves its native calls by an abort; the command line's (cli.exit_status) does not.

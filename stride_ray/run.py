@@ -40,7 +40,11 @@ class Stage:
 
     def remember(self, markers: Sequence[dict[str, Any]]) -> None:
         """Keep what workers said of finished units: a listing may be late, and need not be read again."""
-        self._known.update({each["unit"]: each for each in markers if each["config"] == self.identity})
+        for each in markers:
+            if not isinstance(each, dict) or "config" not in each:
+                raise StrideError(f"{self.store.name_of('_done')} holds a marker that is none ({each!r}); delete it.")
+            if each["config"] == self.identity:
+                self._known[each["unit"]] = each
 
     def mark(self, unit: str, started: float, **facts: Any) -> dict[str, Any]:
         """Say that ``unit`` is complete, what it cost in seconds and memory; its data files must be published already.
@@ -79,6 +83,7 @@ class Run:
         if not config.corpus.tokenizer:
             config = config.updated({"corpus.tokenizer": config.model.path})
         self.config = config
+        self._before: bytes | None = None  # run.toml as the last ``begin`` found it
 
     def stage(self, stage: str, name: str = "") -> Stage:
         """A stage's folder, for reading; ``name`` is the query set of responses and influence."""
@@ -97,8 +102,17 @@ class Run:
         """
         opened = self.stage(stage, name)
         opened = claim(opened, stage, {**stage_keys(self.config, stage), **extra})
+        self._before = self.store.read("run.toml") if self.store.exists("run.toml") else None
         self.save()
         return opened
+
+    def forget(self, opened: Stage) -> None:
+        """Undo ``begin`` for a stage that came to nothing: its folder goes, and run.toml is as it was."""
+        opened.store.remove("")
+        if self._before is None:
+            self.store.remove("run.toml")
+        else:
+            self.store.write("run.toml", self._before)
 
     def save(self) -> None:
         """Write run.toml: the configuration, the code's version and, once known, the corpus fingerprint."""

@@ -30,7 +30,7 @@ from stride_ray.selection.choice import (
 from stride_ray.selection.pool import Reading, list_part, part_name, reading
 from stride_ray.selection.ranking import PLAIN, Database, Target, batches, random_order, rank_documents
 from stride_ray.selection.writing import marker_name, write_part
-from stride_ray.storage import Store, safe_url
+from stride_ray.storage import Store, refuse_inside, safe_url
 from stride_ray.units import Unit, shown
 
 # The arm beside the selection, a folder in it; sources told of in a summary, those with the most tokens.
@@ -103,6 +103,7 @@ def select_by(run: Run, targets: Sequence[Target], out: str, blocks: bool = Fals
     """As ``select``, by any tables that look like influence's (influence.DOCUMENTS)."""
     options = run.config.select
     check_options(options)
+    refuse_inside(Store(out), run.config.corpus.input, "The selection")
     how, units = reading(run, blocks)
     earlier = [_earlier(url) for url in options.earlier]
     chosen = {key: value for key, value in run.config.flat().items() if key.startswith("select.")}

@@ -23,7 +23,7 @@ from stride_ray.distribute import connected, map_dataset, map_tasks, pool, progr
 from stride_ray.documents import Rejected, Unit, plan, read, resolve_columns
 from stride_ray.errors import StrideError
 from stride_ray.run import Run, Stage
-from stride_ray.storage import first_line
+from stride_ray.storage import first_line, refuse_inside
 from stride_ray.tokens import (
     Encoded,
     encode_stream,
@@ -55,7 +55,7 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
         raise StrideError("No corpus is given; name files, folders or URLs with --input (corpus.input).")
     if not config.tokenizer:
         raise StrideError("No tokenizer is given; name one with --tokenizer, or the model with --model.")
-    _refuse_inside(run, config.input)
+    refuse_inside(run.store, config.input, "The run directory")
     tokenizer = load_tokenizer(config.tokenizer)
     units = plan(config.input, int(config.shard_mb * 1e6))
     if not run.stage("blocks").store.exists("plan.json"):
@@ -83,7 +83,7 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
         markers_by_part = {**staged.done(), **numbered}
         counts = [markers_by_part[_part(i)]["counts"]["blocks"] for i in range(len(units))]
         if not sum(counts):
-            stage.store.remove("")  # nothing but the plan, which would refuse the corrected command
+            run.forget(stage)  # nothing but the plan and the options, which would refuse the corrected command
             raise StrideError(_nothing(config, markers_by_part))
         first = np.concatenate([[0], np.cumsum(counts)]).tolist()
         todo = [(i, first[i]) for i in range(len(units)) if _part(i) not in numbered]
@@ -94,15 +94,6 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
     stage.store.remove("_tokenised")
     run.save()
     return manifest
-
-
-def _refuse_inside(run: Run, inputs: Iterable[str]) -> None:
-    """A run directory in its own input would be read as text by the next command."""
-    if run.store.local:
-        for given in inputs:
-            folder, here = Path(given).resolve(), Path(run.store.root).resolve()
-            if "://" not in given and folder.is_dir() and here.is_relative_to(folder):
-                raise StrideError(f"The run directory {run.url} lies in its own input {given}; put it elsewhere.")
 
 
 def _part(index: int) -> str:

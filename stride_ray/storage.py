@@ -11,9 +11,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -278,6 +279,18 @@ class Store:
             if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp", "s3fs"):
                 raise StrideError(f"Cannot {deed} {place}: {first_line(error)}") from None
             raise
+
+
+def refuse_inside(store: Store, inputs: Iterable[str], what: str) -> None:
+    """Raise StrideError where an output folder lies in an input, whose next reader would take it for text."""
+    for given in inputs:
+        if "://" in given or not store.local:
+            inside = store.url.startswith(given.rstrip("/") + "/")
+        else:
+            folder = Path(given).resolve()
+            inside = folder.is_dir() and Path(store.root).resolve().is_relative_to(folder)
+        if inside:
+            raise StrideError(f"{what} {safe_url(store.url)} lies in the input {safe_url(given)}; put it elsewhere.")
 
 
 def first_line(error: BaseException) -> str:

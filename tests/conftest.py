@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from stride_ray import crew, distribute
 from stride_ray.attribute import attribute
 from stride_ray.blocks import Blocks
+from stride_ray.cli import main
 from stride_ray.distribute import Pool
 from stride_ray.fit import fit
 from stride_ray.run import Run
@@ -52,6 +53,10 @@ QUERIES = [
     {"id": "blank", "text": " "},
     {"id": "kitchen", "text": "the butter met the oven and the dough"},
 ]
+
+
+# What stages print about their progress, beside which a sentence stands on its own line.
+PROGRESS = ("it/s]", "units/s]", "blocks/s]", "parts/s]", "queries/s]", "/s]", "Writing model")
 
 
 class Bomb:
@@ -360,3 +365,36 @@ def everything(blocks):
     ids = np.concatenate([np.array(table["token_ids"].to_pylist()) for table in tables if table.num_rows])
     masks = [mask or [True] * ids.shape[1] for table in tables for mask in table["loss_mask"].to_pylist()]
     return ids, np.array(masks)
+
+
+@pytest.fixture
+def told(capfd, record_property):
+    """Runs the command line and returns its sentence, after checking that it is one (--junitxml lists them all)."""
+
+    def run(*arguments, code=1):
+        capfd.readouterr()
+        assert main([str(argument) for argument in arguments]) == code
+        out, err = capfd.readouterr()
+        lines = [line for line in err.split("\n") if line.strip() and not any(mark in line for mark in PROGRESS)]
+        assert "Traceback" not in out + err
+        if code == 1:
+            assert len(lines) == 1, err
+            assert lines[0].startswith("stride-ray: ")
+        sentence = " ".join(lines)
+        record_property("sentence", sentence)
+        return sentence if code == 1 else out + err
+
+    return run
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A run directory with the finished run's blocks (and operators)."""
+
+    def copy(*stages):
+        for stage in stages:
+            shutil.copytree(finished.folder / stage, tmp_path / "run" / stage)
+        shutil.copy(finished.folder / "run.toml", tmp_path / "run")
+        return tmp_path / "run"
+
+    return copy

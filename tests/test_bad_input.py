@@ -2,9 +2,7 @@
 
 import json
 import os
-import resource
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -28,41 +26,6 @@ from stride_ray.errors import StrideError
 from stride_ray.storage import Store
 
 JOBS = Path(__file__).parent.parent / "jobs"
-# What stages print about their progress, beside which a sentence stands on its own line.
-PROGRESS = ("it/s]", "units/s]", "blocks/s]", "parts/s]", "queries/s]", "/s]", "Writing model")
-
-
-@pytest.fixture
-def told(capfd, record_property):
-    """Runs the command line and returns its sentence, after checking that it is one (--junitxml lists them all)."""
-
-    def run(*arguments, code=1):
-        capfd.readouterr()
-        assert main([str(argument) for argument in arguments]) == code
-        out, err = capfd.readouterr()
-        lines = [line for line in err.split("\n") if line.strip() and not any(mark in line for mark in PROGRESS)]
-        assert "Traceback" not in out + err
-        if code == 1:
-            assert len(lines) == 1, err
-            assert lines[0].startswith("stride-ray: ")
-        sentence = " ".join(lines)
-        record_property("sentence", sentence)
-        return sentence if code == 1 else out + err
-
-    return run
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    """A run directory with the finished run's blocks (and operators)."""
-
-    def copy(*stages):
-        for stage in stages:
-            shutil.copytree(finished.folder / stage, tmp_path / "run" / stage)
-        shutil.copy(finished.folder / "run.toml", tmp_path / "run")
-        return tmp_path / "run"
-
-    return copy
 
 
 def shard_flags(parts, *inputs, **more):
@@ -163,7 +126,7 @@ def test_tables_that_are_not_read(copied, parts, tmp_path, told):
 
 def test_a_pipe_and_a_run_directory_in_the_input(parts, tmp_path, told):
     shutil.copytree(parts.corpus, tmp_path / "corpus")
-    assert "lies in its own input" in told("shard", tmp_path / "corpus/run", *shard_flags(parts, tmp_path / "corpus"))
+    assert "lies in the input" in told("shard", tmp_path / "corpus/run", *shard_flags(parts, tmp_path / "corpus"))
     os.mkfifo(tmp_path / "corpus/pipe")
     assert "pipe is no file" in told("shard", tmp_path / "run", *shard_flags(parts, tmp_path / "corpus"))
 
@@ -310,38 +273,6 @@ def test_a_workers_sentence_survives_the_way_back(one_ray):
         list(crew.map(lambda: fail, (), [1]))
     with pytest.raises(StrideError, match=r"^one sentence$"):
         list(map_dataset(lambda: fail, (), [{"unit": 1}], one))
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 64 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk to fill: mount says {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
-def test_no_room_on_the_disk(parts, small_disk, told, plain):
-    sentence = told("shard", small_disk / "run", *shard_flags(parts, parts.corpus))
-    assert "No room left to write" in sentence
-    assert "run the same command again" in sentence
-    assert not list(small_disk.rglob("*.partial"))
-
-
-def test_a_file_that_may_not_grow(parts, tmp_path, told, plain):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
-        sentence = told("shard", tmp_path / "run", *shard_flags(parts, parts.corpus))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
-    assert "File too large" in sentence
-    assert not list(tmp_path.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("kind", ["closed", "silent", "nonsense"])

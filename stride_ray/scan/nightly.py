@@ -29,7 +29,7 @@ from stride_ray.scan.search import RAW, Corpus, search
 from stride_ray.scan.summary import headline, markdown
 from stride_ray.scan.verdicts import counts, verdicts
 from stride_ray.scan.webhook import post
-from stride_ray.storage import Store, safe_url
+from stride_ray.storage import Store, refuse_inside, safe_url
 from stride_ray.units import Unit, plan, shown
 
 CLEAN, FAILED, FOUND = 0, 1, 2
@@ -84,6 +84,7 @@ def scan(
             "(--set scan.influence=false)."
         )
     store = Store(out)
+    refuse_inside(store, run.config.corpus.input, "The scan's folder")
     with Lock(store, 60 * run.config.scan.lease) as lock:
         manifest, found = _night(run, sets, store, controls, night, lock)
     folder = f"{safe_url(out)}/nights/{manifest['night']}"

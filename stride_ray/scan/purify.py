@@ -23,7 +23,7 @@ from stride_ray.errors import StrideError
 from stride_ray.readers import raw_lines
 from stride_ray.run import Run, Stage, claim
 from stride_ray.scan.nightly import corpus_of
-from stride_ray.storage import Store
+from stride_ray.storage import Store, refuse_inside
 from stride_ray.units import END, SourceFile, Unit, compression, filesystem, shown
 
 # The target's hidden folder that says how it came about, which who reads the target does not take for documents.
@@ -62,6 +62,7 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
     if not whole and "token_ids" in corpus.columns and found:
         raise StrideError("Documents of token ids cannot lose spans; leave out whole documents (--purify-documents).")
     results = Store(target)
+    refuse_inside(results, run.config.corpus.input, "The cleaned corpus")
     if results.names() and not results.exists(f"{RECORD}/stage.json"):
         raise StrideError(f"{results.name_of('')} is not empty; give a new folder for the cleaned corpus.")
     # Not the night's name: a scan that is run again to go on with this makes a night of its own.

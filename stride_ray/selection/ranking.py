@@ -76,14 +76,19 @@ class Database:
 
     Args:
         folder: an empty local folder, for what does not fit in memory.
+
+    Raises (every method): StrideError where there is no room, or the folder's name is one that DuckDB cannot read from.
     """
 
     def __init__(self, folder: str) -> None:
+        if set(folder) & set("'*?["):
+            raise StrideError(
+                f"Temporary files cannot lie in {folder}, of whose name DuckDB makes a pattern; set TMPDIR."
+            )
         self.folder = folder
-        self.sql = duckdb.connect(
-            os.path.join(folder, "select.duckdb"),
-            config={"memory_limit": MEMORY, "threads": THREADS, "temp_directory": os.path.join(folder, "spill")},
-        )
+        config = {"memory_limit": MEMORY, "threads": THREADS, "temp_directory": os.path.join(folder, "spill")}
+        with _told():
+            self.sql = duckdb.connect(os.path.join(folder, "select.duckdb"), config=config)
         self.sql.execute("SET enable_progress_bar = false")
         self.sql.execute(f"SET partitioned_write_flush_threshold = {FLUSH}")
         self._known: set[str] = set()
@@ -92,7 +97,8 @@ class Database:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.sql.close()
+        with _told():
+            self.sql.close()
 
     def files(self, store: Store, names: Sequence[str]) -> list[str]:
         """Parquet files of a store as DuckDB reads them: local ones itself, others by their fsspec file system."""

@@ -1,0 +1,127 @@
+"""Disks without room, names that nobody can write, folders in each other: one sentence, and nothing is lost."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import flags, settings, write_lines
+from test_bad_input import shard_flags
+
+from stride_ray.config import ComputeConfig
+from stride_ray.distribute import connected
+from stride_ray.errors import StrideError, Terminated
+from stride_ray.run import Run
+from stride_ray.selection.ranking import Database
+from stride_ray.storage import Store, refuse_inside
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 64 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small disk to fill: mount says {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_no_room_on_the_disk(parts, small_disk, told, plain):
+    sentence = told("shard", small_disk / "run", *shard_flags(parts, parts.corpus))
+    assert "No room left to write" in sentence
+    assert "run the same command again" in sentence
+    assert not list(small_disk.rglob("*.partial"))
+
+
+def test_a_file_that_may_not_grow(parts, tmp_path, told, plain):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+        sentence = told("shard", tmp_path / "run", *shard_flags(parts, parts.corpus))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert "File too large" in sentence
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_no_room_for_temporary_files(small_disk, tmp_path):
+    (small_disk / "full").write_bytes(bytes(64 * 1024))
+    with pytest.raises(StrideError, match="needs room for its temporary files"):
+        Database(str(small_disk))
+    with pytest.raises(StrideError, match="set TMPDIR"):
+        Database(str(tmp_path / "it's"))
+
+
+def test_a_quickstart_that_cannot_be_written(small_disk, told, plain):
+    (small_disk / "file").write_text("")
+    assert "Not a directory" in told("quickstart", small_disk / "file")
+    (small_disk / "full").write_bytes(bytes(64 * 1024))
+    assert "No space left on device" in told("quickstart", small_disk / "folder")
+
+
+def test_an_argument_that_is_no_text(told):
+    assert "is no valid UTF-8" in told("shard", "run", "--input", "caf\udce9")
+
+
+def test_options_that_gave_no_block_are_not_kept(parts, tmp_path, told, plain):
+    file = write_lines(tmp_path / "c.jsonl", [{"body": "", "text": "the tide met the gull"}])
+    run = tmp_path / "run"
+    given = ["--tokenizer", parts.tokenizer, "--input", file]
+    assert "gives no block" in told("shard", run, *given, "--columns", "text=body")
+    told("shard", run, *given, code=0)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/run.toml").write_text("seed = 7\n")
+    assert "gives no block" in told("shard", tmp_path / "own", *given, "--columns", "text=body")
+    assert (tmp_path / "own/run.toml").read_text() == "seed = 7\n"
+
+
+def test_a_marker_that_is_none(tmp_path):
+    stage = Run(str(tmp_path)).begin("blocks")
+    stage.store.write("_done/part-00000.json", b"null")
+    with pytest.raises(StrideError, match="blocks/_done holds a marker that is none"):
+        stage.done()
+
+
+def test_output_inside_the_input(parts, tmp_path, told, plain):
+    inside = tmp_path / "corpus"
+    write_lines(inside / "a.jsonl", [{"text": "the tide met the gull"}])
+    items = write_lines(tmp_path / "items.jsonl", [{"question": "which gull?", "answer": "that one"}])
+    given = [*flags(settings(parts, corpus__input=[str(inside)])), "--set", "scan.influence=false"]
+    sentence = told("scan", tmp_path / "run", *given, "--evaluation", items, "--out", inside / "scans")
+    assert f"The scan's folder {inside}/scans lies in the input {inside}" in sentence
+    out = ["--out", tmp_path / "scans", "--purify", inside / "clean"]
+    assert "The cleaned corpus" in told("scan", tmp_path / "run", *given, "--evaluation", items, *out)
+    for folder, given_input, refused in (
+        ("s3://b/corpus/out", "s3://b/corpus/", True),
+        ("s3://b/corpus-2", "s3://b/corpus", False),
+        ("s3://b/corpus", str(inside), False),
+        (str(inside), str(inside), True),
+        (str(tmp_path), str(inside), False),
+    ):
+        try:
+            refuse_inside(Store(folder), [given_input], "It")
+        except StrideError:
+            assert refused, folder
+        else:
+            assert not refused, folder
+
+
+def test_a_signal_while_ray_starts(monkeypatch):
+    def start(*args, **kwargs):  # Ray's own handler
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("ray.init", start)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Terminated), connected(ComputeConfig()):
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, before)

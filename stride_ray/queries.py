@@ -43,7 +43,8 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
         tokenizer: the corpus's.
 
     Returns:
-        SCHEMA; queries without an id are numbered q0, q1, …; ``status`` is "ok" or "failed".
+        SCHEMA; queries without an id are numbered q0, q1, … (q1~ where another is called q1); ``status`` is "ok" or
+        "failed".
 
     Raises:
         StrideError: for a path without queries, or an id used twice.
@@ -54,14 +55,18 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
     documents = [item for item in items if not isinstance(item, Rejected)]
     encoded = iter(encode(documents, tokenizer))
     named = "id" in columns
+    given = {item.document_id for item in items} if named else set()
     table = []
     for index, item in enumerate(items):
         result = item if isinstance(item, Rejected) else next(encoded)
+        number = f"q{index}"
+        while number in given:  # another query's own id
+            number += "~"
         if isinstance(result, Rejected):
-            known = result.document_id or (result.file if named and isinstance(item, Document) else f"q{index}")
+            known = result.document_id or (result.file if named and isinstance(item, Document) else number)
             table.append(failed(known, result.told()))
             continue
-        table.append(row(result.document_id if named else f"q{index}", result))
+        table.append(row(result.document_id if named else number, result))
     twice = [name for name, count in collections.Counter(r["query_id"] for r in table).items() if count > 1]
     if twice:
         raise StrideError(f"{safe_url(path)} has more than one query with the id {twice[0]!r}; ids must differ.")

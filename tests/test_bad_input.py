@@ -23,7 +23,9 @@ from stride_ray.crew import Crew
 from stride_ray.distribute import Pool, map_dataset, map_tasks
 from stride_ray.distribute import pool as workers_of
 from stride_ray.errors import StrideError
+from stride_ray.queries import read_queries
 from stride_ray.storage import Store
+from stride_ray.tokens import load_tokenizer
 
 JOBS = Path(__file__).parent.parent / "jobs"
 
@@ -206,6 +208,16 @@ def test_queries_that_cannot_be_asked(copied, parts, tmp_path, told, plain):
     assert "has 1 token(s)" in out
     assert "the model's context is 128" in out
     assert "2 queries (2 failed)" in out
+
+
+def test_a_query_without_an_id_beside_one_that_has_its_number(finished, tmp_path):
+    rows = [{"id": "q1", "text": "the tide met the gull"}, {"id": None, "text": "the comet met the orbit"}]
+    tokenizer = load_tokenizer(finished.run.stage("blocks").store.child("tokenizer").url)
+    found = read_queries(write_lines(tmp_path / "q.jsonl", rows), tokenizer)
+    assert list(zip(found["query_id"].to_pylist(), found["status"].to_pylist(), strict=True)) == [
+        ("q1", "ok"),
+        ("q1~", "failed"),
+    ]
 
 
 def test_another_query_set_of_that_name(finished, parts, tmp_path, told):

@@ -86,9 +86,12 @@ class Database:
                 f"Temporary files cannot lie in {folder}, of whose name DuckDB makes a pattern; set TMPDIR."
             )
         self.folder = folder
-        config = {"memory_limit": MEMORY, "threads": THREADS, "temp_directory": os.path.join(folder, "spill")}
+        spill = os.path.join(folder, "spill")
         with _told():
-            self.sql = duckdb.connect(os.path.join(folder, "select.duckdb"), config=config)
+            self.sql = duckdb.connect(
+                os.path.join(folder, "select.duckdb"),
+                config={"memory_limit": MEMORY, "threads": THREADS, "temp_directory": spill},
+            )
         self.sql.execute("SET enable_progress_bar = false")
         self.sql.execute(f"SET partitioned_write_flush_threshold = {FLUSH}")
         self._known: set[str] = set()

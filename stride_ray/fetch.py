@@ -11,6 +11,8 @@ from stride_ray.config import digest
 from stride_ray.errors import StrideError
 from stride_ray.storage import file_system, first_line
 
+# What a model is, of the files that lie beside it: a tokenizer's, a card and logs change nothing that it computes.
+WEIGHTS = ("config.json", ".safetensors", ".bin", ".gguf", ".py")
 # A file up to LARGE bytes is hashed whole; of a larger one, WINDOWS pieces of WINDOW bytes at even distances.
 LARGE, WINDOWS, WINDOW = 2**26, 256, 2**16
 
@@ -35,7 +37,7 @@ def local_model(path: str | Path) -> str:
 
 
 def model_state(path: str | Path) -> str:
-    """Sixteen hexadecimal digits that change with a model's files, wherever they lie under the same name.
+    """Sixteen hexadecimal digits that change with a model's files (WEIGHTS), wherever they lie.
 
     Of a local model they come from names, sizes and content (a large file's at WINDOWS places: training moves all
     weights, and a change of a few bytes by hand may go unseen), of one in an object store from its ETags, of a hub id
@@ -44,7 +46,7 @@ def model_state(path: str | Path) -> str:
     if "://" in (text := os.fspath(path)):
         try:
             files, found = _listed(text)
-            return digest(sorted((name, _version(files, entry)) for name, entry in found.items()))
+            return digest(sorted((n, _version(files, entry)) for n, entry in found.items() if n.endswith(WEIGHTS)))
         except StrideError:
             raise
         except Exception as error:
@@ -52,8 +54,9 @@ def model_state(path: str | Path) -> str:
     local = Path(local_model(path))
     if not local.exists():
         return digest(_commit(text))
-    whole = [local] if local.is_file() else [each for each in local.iterdir() if each.is_file()]
-    return digest(sorted((each.name, each.stat().st_size, _content(each)) for each in whole))
+    beside = [local] if local.is_file() else [each for each in local.iterdir() if each.is_file()]
+    weights = sorted(each for each in beside if each.name.endswith(WEIGHTS))
+    return digest([(each.name, each.stat().st_size, _content(each)) for each in weights])
 
 
 def _content(path: Path) -> str:

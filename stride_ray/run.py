@@ -35,16 +35,16 @@ class Stage:
         """Markers of the finished units, by unit name, in name order."""
         names = self.store.names("_done", ".json")
         unread = [name for name in names if name.removesuffix(".json") not in self._known]
-        self.remember(self.store.read_jsons([f"_done/{name}" for name in unread]))
+        markers = self.store.read_jsons([f"_done/{name}" for name in unread])
+        for name, marker in zip(unread, markers, strict=True):
+            if not isinstance(marker, dict) or not {"unit", "config"} <= marker.keys():
+                raise StrideError(f"{self.store.name_of(f'_done/{name}')} is no done-marker; restore or delete it.")
+        self.remember(markers)
         return dict(sorted(self._known.items()))
 
     def remember(self, markers: Sequence[dict[str, Any]]) -> None:
         """Keep what workers said of finished units: a listing may be late, and need not be read again."""
-        for each in markers:
-            if not isinstance(each, dict) or "config" not in each:
-                raise StrideError(f"{self.store.name_of('_done')} holds a marker that is none ({each!r}); delete it.")
-            if each["config"] == self.identity:
-                self._known[each["unit"]] = each
+        self._known.update({each["unit"]: each for each in markers if each["config"] == self.identity})
 
     def mark(self, unit: str, started: float, **facts: Any) -> dict[str, Any]:
         """Say that ``unit`` is complete, what it cost in seconds and memory; its data files must be published already.

@@ -17,6 +17,7 @@ def test_a_models_state_is_its_files(tmp_path, monkeypatch):
     tiny().save_pretrained(folder)
     shutil.copytree(folder, copy)
     (copy / "checkpoint-1").mkdir()
+    (copy / "README.md").write_text("a card")
     assert model_state(copy) == model_state(folder)
     monkeypatch.setattr(fetch, "LARGE", 1000)  # at some places only
     sampled = model_state(copy)

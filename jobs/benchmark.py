@@ -35,6 +35,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from stride_ray.arguments import count, counts
+
 if TYPE_CHECKING:
     import scipy.sparse
     from numpy.typing import NDArray
@@ -272,7 +274,7 @@ def benchmark_scale(args: argparse.Namespace) -> int:
     """Run the pipeline at several sizes; print the table and the JSON line."""
     from stride_ray.evaluate.scale import measure, table
 
-    found = measure(args.folder, [int(float(size)) for size in args.blocks.split(",")])
+    found = measure(args.folder, args.blocks)
     print(table(found))
     print(json.dumps(found))
     return 0
@@ -294,8 +296,7 @@ def benchmark_peers(args: argparse.Namespace) -> int:
     """Run every tool; print the table and the JSON line."""
     from stride_ray.evaluate.peers.measure import compare_peers, table
 
-    multiples = [int(each) for each in args.multiples.split(",")]
-    found = compare_peers(args.benchmark, args.folder, multiples, [each for each in args.tools.split(";") if each])
+    found = compare_peers(args.benchmark, args.folder, args.multiples, [each for each in args.tools.split(";") if each])
     print(table(found))
     print(json.dumps(found))
     return 0
@@ -306,10 +307,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("recover", help="recovery of influence against scikit-learn and celer")
-    command.add_argument("--blocks", type=int, required=True, help="N, columns of M")
-    command.add_argument("--subsets", type=int, default=1000, help="K")
-    command.add_argument("--degree", type=int, default=10, help="d")
-    command.add_argument("--queries", type=int, default=64, help="queries that ours solves")
+    command.add_argument("--blocks", type=count, required=True, help="N, columns of M")
+    command.add_argument("--subsets", type=count, default=1000, help="K")
+    command.add_argument("--degree", type=count, default=10, help="d")
+    command.add_argument("--queries", type=count, default=64, help="queries that ours solves")
     command.add_argument(
         "--baseline-queries", type=int, default=2, help="of those, that the others solve, who hold M; 0: none"
     )
@@ -319,8 +320,8 @@ def main() -> int:
     command.add_argument("--gap", type=float, default=1e-9, help="duality gap over ½‖y−ȳ‖² that every solver reaches")
     command.set_defaults(run=benchmark_recover)
     command = commands.add_parser("select", help="selection from made-up influence tables of any size")
-    command.add_argument("--rows", type=int, required=True, help="rows of influence")
-    command.add_argument("--documents", type=int, default=5_000_000, help="in the pool")
+    command.add_argument("--rows", type=count, required=True, help="rows of influence")
+    command.add_argument("--documents", type=count, default=5_000_000, help="in the pool")
     command.add_argument("--by", default="rank", choices=("rank", "mean", "share"))
     command.add_argument("--folder", required=True, help="for the tables and what spills; some 3 GB for 1e8 rows")
     command.set_defaults(run=benchmark_select)
@@ -330,27 +331,29 @@ def main() -> int:
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
         command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
         command.add_argument("--form", default="gate", choices=("gate", "matrix"), help="of the operators")
-        command.add_argument("--rank", type=int, default=16, help="r")
-        command.add_argument("--subsets", type=int, default=64, help="K")
-        command.add_argument("--tokens", type=int, default=128, help="in a query and in a block")
-        command.add_argument("--queries", type=int, default=4)
-        command.add_argument("--blocks", type=int, default=64)
-        command.add_argument("--batch-tokens", type=int, default=16384, help="in one forward")
+        command.add_argument("--rank", type=count, default=16, help="r")
+        command.add_argument("--subsets", type=count, default=64, help="K")
+        command.add_argument("--tokens", type=count, default=128, help="in a query and in a block")
+        command.add_argument("--queries", type=count, default=4)
+        command.add_argument("--blocks", type=count, default=64)
+        command.add_argument("--batch-tokens", type=count, default=16384, help="in one forward")
         command.set_defaults(run=benchmark_speed)
     command = commands.add_parser("scale", help="seconds and memory of all stages at several sizes of the pool")
-    command.add_argument("--blocks", default="1e4,1e5,1e6", help="sizes; the smallest is plan's pilot")
+    command.add_argument("--blocks", type=counts, default="1e4,1e5,1e6", help="sizes; the smallest is plan's pilot")
     command.add_argument("--folder", required=True, help="what is made stays: a second run goes on")
     command.set_defaults(run=benchmark_scale)
     command = commands.add_parser("shard", help="tokens a second beside datasets.map with the same tokenizer")
-    command.add_argument("--blocks", type=lambda text: int(float(text)), default=1_000_000)
-    command.add_argument("--tokens", type=int, default=512, help="in a block")
-    command.add_argument("--workers", type=int, default=2)
+    command.add_argument("--blocks", type=count, default=1_000_000)
+    command.add_argument("--tokens", type=count, default=512, help="in a block")
+    command.add_argument("--workers", type=count, default=2)
     command.add_argument("--folder", required=True)
     command.set_defaults(run=benchmark_shard)
     command = commands.add_parser("peers", help="bergson and a LoGRA beside ours, from start to end")
     command.add_argument("--benchmark", required=True, help="an accuracy benchmark's folder, local")
     command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")
-    command.add_argument("--multiples", default="1", help="sizes of the pool over the benchmark's (default: 1)")
+    command.add_argument(
+        "--multiples", type=counts, default="1", help="sizes of the pool over the benchmark's (default: 1)"
+    )
     command.add_argument("--tools", default="", help="names as the table has them, with ; between; default: all")
     command.set_defaults(run=benchmark_peers)
     args = parser.parse_args()

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from stride_ray import __version__
+from stride_ray.arguments import count
 from stride_ray.config import Config, dumps, loads, option_fields
 from stride_ray.errors import StrideError, Terminated
 from stride_ray.run import Run
@@ -152,9 +153,9 @@ def _parser() -> argparse.ArgumentParser:
             continue
         if verb == "plan":
             sub.add_argument("--name", default="queries", help="of the run's query set (default: queries)")
-            sub.add_argument("--blocks", type=_count, required=True, metavar="N", help="blocks of the larger run")
-            sub.add_argument("--queries", type=_count, required=True, metavar="Q", help="queries of the larger run")
-            sub.add_argument("--workers", type=_count, required=True, metavar="W", help="workers of the larger run")
+            sub.add_argument("--blocks", type=count, required=True, metavar="N", help="blocks of the larger run")
+            sub.add_argument("--queries", type=count, required=True, metavar="Q", help="queries of the larger run")
+            sub.add_argument("--workers", type=count, required=True, metavar="W", help="workers of the larger run")
             continue
         if verb in ("respond", "attribute"):
             sub.add_argument("--queries", required=True, metavar="FILE", help="JSON Lines, Parquet or text files")
@@ -185,18 +186,6 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "shard":
             sub.add_argument("--model", dest="model.path", help="take the tokenizer from this model", metavar="PATH")
     return parser
-
-
-def _count(text: str) -> int:
-    """A whole number of at least 1, 1e6 among them."""
-    try:
-        number = float(text)
-        whole = int(number)
-    except (ValueError, OverflowError):
-        whole = 0
-    if whole < 1 or whole != number:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1, such as 5000 or 1e6")
-    return whole
 
 
 def _run(parsed: argparse.Namespace) -> int:

@@ -1,10 +1,12 @@
 """What stages cost is kept, and foretells what a larger run costs."""
 
 import json
+from argparse import ArgumentTypeError
 
 import pytest
 
 from stride_ray import costs
+from stride_ray.arguments import count, counts
 from stride_ray.cli import main
 from stride_ray.costs import costed, phase
 from stride_ray.errors import StrideError
@@ -134,3 +136,10 @@ def test_a_real_run_keeps_what_every_stage_cost(finished):
     assert set(expected) == {"blocks", "operators", "responses", "influence"}
     wall = finished.run.stage("blocks").store.read_json("cost.json")["wall"]
     assert expected["blocks"].seconds == pytest.approx(wall, rel=0.5)
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "1.5", "many", "1e999", ""])
+def test_what_is_no_count_is_told(text):
+    assert (count("1e6"), counts("1e4,20")) == (1_000_000, [10_000, 20])
+    with pytest.raises(ArgumentTypeError, match="no whole number of at least 1"):
+        counts(f"4,{text}")

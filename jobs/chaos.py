@@ -2,7 +2,7 @@
 
 Nodes are removed without grace, workers and drivers killed, in every stage, sometimes twice in a row; all on this
 machine. Prints a line a round and a table; the last line is one JSON object. Exit status: 0 only if every round ended
-with equal bytes, else 1.
+with equal bytes, else 1. Run again, it does the rounds that are missing.
 
     python jobs/chaos.py --rounds 50 --out FOLDER [--seed 0]
 """

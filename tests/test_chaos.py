@@ -46,4 +46,6 @@ def test_one_round(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["equal"] == found["rounds"] == 1
     assert sum(found["strikes"].values()) > 0
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert json.loads(again.stdout.splitlines()[-1]) == found  # the same seconds: nothing was done again
     assert {name.split(" in ")[1] for name in found["strikes"]} <= {*STAGES, "start"}

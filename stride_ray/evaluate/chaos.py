@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,9 @@ def chaos(out: str, rounds: int, seed: int = 0) -> list[Round]:
     """Run undisturbed once, then ``rounds`` times disturbed; prints a line a round.
 
     Args:
-        out: a local folder; the corpus, the model and the undisturbed run are made there, and stay. So do the folders
-            of rounds that differ; the others are removed.
+        out: a local folder; the corpus, the model, the undisturbed run and what is told of each round are made there,
+            and stay: a second command does the rounds that are missing. So do the folders of rounds that differ; the
+            others are removed.
         rounds: how many.
         seed: of what is struck when.
 
@@ -108,12 +109,25 @@ def chaos(out: str, rounds: int, seed: int = 0) -> list[Round]:
             raise StrideError(f"The undisturbed run failed; see {plain}.log.")
         found = []
         for number in tqdm(range(rounds), desc="chaos", unit=" rounds", file=sys.stderr):
-            found.append(_round(root, plain, root / f"round-{number:03d}", random.Random(f"{seed}/{number}"), nodes))
+            record = root / f"seed-{seed}-round-{number:03d}.json"
+            if not record.exists():
+                rng = random.Random(f"{seed}/{number}")
+                made = _round(root, plain, root / f"round-{number:03d}", rng, nodes)
+                partial = record.with_suffix(".partial")
+                partial.write_text(json.dumps(asdict(made)))
+                partial.replace(record)
+            found.append(_read(record))
             tqdm.write(f"round {number}: {told(found[-1])}")
         return found
     finally:
         os.environ.pop("RAY_ADDRESS", None)
         nodes.cluster.shutdown()
+
+
+def _read(record: Path) -> Round:
+    facts = json.loads(record.read_text())
+    strikes = tuple((kind, stage) for kind, stage in facts.pop("strikes"))
+    return Round(strikes=strikes, different=tuple(facts.pop("different")), **facts)
 
 
 class _Nodes:

@@ -2,9 +2,10 @@
 
 The paper recovers influence by coordinate descent over all N columns of M. Here M is never stored and N may be 1e9, so
 the solver is a working-set method. One pass over M's columns, shared by a batch of queries, yields every query's
-largest correlations |Mᵀr|. The columns that violate optimality join that query's working set, scikit-learn solves the
-small problem, and so on, until the duality gap of the full problem is below the tolerance. The pass knows max|Mᵀr| over
-all N columns, so the gap is that of the full problem: a certificate, not an estimate.
+largest correlations |Mᵀr|. The columns that violate optimality join that query's working set, coordinate descent over
+its columns' few ones solves the small problem, and so on, until the duality gap of the full problem is below the
+tolerance. The pass knows max|Mᵀr| over all N columns, so the gap is that of the full problem: a certificate, not an
+estimate.
 
 Queries share passes but never arithmetic: sums run per query in a fixed order and everything else is done one query at
 a time, so that a result has the same bits whatever else is in the batch.
@@ -13,24 +14,25 @@ a time, so that a result has the same bits whatever else is in the batch.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
 
-from stride_ray.columns import gram_of, predict, scan
+from stride_ray.columns import descend, gram_of, predict, scan
 from stride_ray.errors import StrideError
 from stride_ray.membership import Membership
 
 BATCH = 64  # queries that share a pass: their residuals (K·64·8 bytes) should stay in a core's L2 cache
-FIRST_GROWTH, LAST_GROWTH = 64, 256  # most columns that join a working set in its first round and, doubling, later
+FIRST_GROWTH, LAST_GROWTH = 128, 512  # most columns that join a working set in its first round and, doubling, later
 PRUNE_ABOVE = 1.5  # times K: a working set beyond it drops its zeros, which bounds the Gram matrix at any λ
 MAX_ROUNDS = 500
-MAX_EPOCHS = 200  # of coordinate descent in one small solve; what is left over, the next round takes up
+MAX_EPOCHS = 200  # of coordinate descent in one small problem; what is left over, the next round takes up
 MAX_POLISH = 20  # linear solves after it ...
-POLISH_BELOW = 512  # ... in working sets of this size, where they cost nothing, and in larger ones that hardly grow
+POLISH_BELOW = 512  # ... in working sets of this size, where they cost nothing, and in larger ones once ...
+POLISH_WITHIN = 1e-3  # ... the relative gap is this small: before, the next round's working set is another
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def _polish(gram: NDArray, correlation: NDArray, penalty: float, weights: NDArra
         start = polished[support]
         signs = np.sign(start)
         try:
-            end = np.linalg.solve(gram[np.ix_(support, support)], correlation[support] - penalty * signs)
+            factor = cho_factor(gram[np.ix_(support, support)], overwrite_a=True, check_finite=False)
+            end = cho_solve(factor, correlation[support] - penalty * signs, check_finite=False)
         except np.linalg.LinAlgError:  # duplicate columns: the minimiser is not unique, and descent has found one
             break
         if not np.isfinite(end).all():
@@ -131,36 +134,17 @@ def _polish(gram: NDArray, correlation: NDArray, penalty: float, weights: NDArra
 
 def _solve_small(problem: _Problem, query: _Query, tolerance: float, polish: bool) -> None:
     """Minimise over the working set, starting from its weights; then update the residual."""
-    # Not at the top: it takes a second and a half, which workers of other stages would pay.
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import lasso_path
-
     scale = problem.scale
-    ids = problem.membership.columns_at(query.ordinals)
-    K = len(scale) - 1
-    gram, correlation = gram_of(ids, scale, np.append(query.target, 0.0))
-    # The Gram form uses no more of X than its shape and of y than ‖y‖². One placeholder row makes scikit-learn's
-    # objective, (1/2n)‖y − Xw‖² + alpha‖w‖₁, ours; check_input=False keeps it from comparing the Gram matrix with X.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the full problem's gap is what decides
-        _, path, _ = lasso_path(
-            np.zeros((1, len(ids)), order="F"),
-            np.array([np.sqrt(2 * query.half)]),
-            alphas=[query.penalty],
-            precompute=gram,
-            Xy=correlation,
-            coef_init=query.weights,
-            positive=problem.nonnegative,
-            check_input=False,
-            tol=tolerance,
-            max_iter=MAX_EPOCHS,
-        )
-    weights = path[:, 0].copy()
-    query.weights = _polish(gram, correlation, query.penalty, weights) if polish else weights
+    ids = problem.membership.columns_at(query.ordinals).astype(np.int64)
+    target = np.append(query.target, 0.0)
+    descend(ids, scale, target[:-1], query.weights, query.penalty, problem.nonnegative, tolerance, MAX_EPOCHS)
+    if polish and len(support := np.flatnonzero(query.weights)):
+        gram, correlation = gram_of(ids[support], scale, target)
+        query.weights[support] = _polish(gram, correlation, query.penalty, query.weights[support])
     predicted = predict(ids, query.weights, scale)
-    query.shift = float(predicted.sum() / K)
+    query.shift = float(predicted.sum() / (len(scale) - 1))
     residual = query.target - (predicted - query.shift)
-    query.residual = residual - residual.sum() / K
+    query.residual = residual - residual.sum() / len(residual)
 
 
 def _relative_gap(query: _Query, largest: float, nonnegative: bool) -> float:
@@ -203,7 +187,7 @@ def _advance(problem: _Problem, query: _Query, value: NDArray, ordinal: NDArray)
     query.growth = min(2 * query.growth, LAST_GROWTH)
     # Early small problems need not be solved finer than the full one is; without fresh columns precision is what lacks.
     inner = max(0.1 * problem.tolerance, 1e-2 * query.gap if len(joining) else 0.0)
-    polish = len(query.ordinals) <= POLISH_BELOW or 10 * len(joining) <= len(query.ordinals)
+    polish = len(query.ordinals) <= POLISH_BELOW or query.gap <= POLISH_WITHIN
     _solve_small(problem, query, min(inner, 1e-4), polish)
 
 

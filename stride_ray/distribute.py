@@ -72,6 +72,10 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         raise Terminated from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StrideError(f"No Ray at address {address!r}: {first_line(error)}; start one or leave it out.") from None
+    except Exception as error:
+        if type(error) is not Exception:  # Ray's own about a start that took too long is of no class of its own
+            raise
+        raise StrideError(f"Ray did not start here ({first_line(error)}); run the same command again.") from None
     # Ray's own way to be stopped leaves its native calls by an abort; the command line's (cli.exit_status) does not.
     if callable(stop) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)

@@ -125,3 +125,16 @@ def test_a_signal_while_ray_starts(monkeypatch):
             pass
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_ray_that_does_not_start(monkeypatch):
+    def late(*args, **kwargs):  # as a machine with too much to do makes it
+        raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.setattr("ray.init", late)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with (
+        pytest.raises(StrideError, match="Ray did not start here .The current node timed out"),
+        connected(ComputeConfig()),
+    ):
+        pass

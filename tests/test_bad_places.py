@@ -134,7 +134,7 @@ def test_a_ray_that_does_not_start(monkeypatch):
     monkeypatch.setattr("ray.init", late)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with (
-        pytest.raises(StrideError, match="Ray did not start here .The current node timed out"),
+        pytest.raises(StrideError, match=r"Ray did not start here \(The current node timed out"),
         connected(ComputeConfig()),
     ):
         pass

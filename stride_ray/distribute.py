@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import ray
 import ray.exceptions
 from ray._private import state as ray_state
 from ray._private.grpc_utils import init_grpc_channel
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 from tqdm import tqdm
 
 from stride_ray import costs, metrics
@@ -33,6 +35,8 @@ from stride_ray.storage import first_line
 RETRIES = 5
 # Seconds without any result, until that is said.
 PATIENCE = 60.0
+# Where in Ray's store of keys and values ours are.
+NAMESPACE = "stride_ray"
 # Keys of a result: a StrideError's sentence; what the result cost its worker.
 _SENTENCE, _COST = "stride_error", "stride_cost"
 Unit = Any
@@ -202,37 +206,47 @@ def map_dataset(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    rows = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
+    given = [{"at": at, "unit": json.dumps(unit)} for at, unit in enumerate(units)]
+    rows = ray.data.from_items(given, override_num_blocks=len(units))
     row: Any = _Row
+    tries = f"tries/{uuid.uuid4().hex}/"
     results = rows.map(
         row,
-        fn_constructor_args=(make, arguments, os.getcwd()),
+        fn_constructor_args=(make, arguments, os.getcwd(), tries),
         compute=ray.data.ActorPoolStrategy(size=pool.workers),
         num_cpus=pool.options["num_cpus"],
-        max_task_retries=RETRIES,
     )
     try:
         for row in results.iter_rows():
             yield _unwrapped(json.loads(row["result"]))
-    except ray.exceptions.ActorUnavailableError as error:
-        raise killed(f"Ray says: {first_line(error)}") from None
     except ray.exceptions.RayError as error:
         raise _told(error) from None
+    finally:
+        _internal_kv_del(tries, del_by_prefix=True, namespace=NAMESPACE)
 
 
 class _Row:
     """A worker as Ray Data wants it: rows in, rows out; JSON, since Arrow would unify the dicts' fields.
 
-    It is made on the first row: what a constructor raises reaches nobody but as an actor's death.
+    It is made on the first row: what a constructor raises reaches nobody but as an actor's death. Ray Data tries a row
+    for ever, which a node that is lost and not yet known to be wants; how often a row was begun is kept in Ray's own
+    store, so that one which kills its worker each time ends.
     """
 
-    def __init__(self, make: Callable[..., Worker], arguments: tuple[Any, ...], folder: str) -> None:
+    def __init__(self, make: Callable[..., Worker], arguments: tuple[Any, ...], folder: str, tries: str) -> None:
         settle(folder)
-        self.make, self.arguments = make, arguments
+        self.make, self.arguments, self.tries = make, arguments, tries
         self.worker: Worker | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(wrapped(self._work, json.loads(row["unit"])))}
+        return {"result": json.dumps(wrapped(self._begun, f"{self.tries}{row['at']}", json.loads(row["unit"])))}
+
+    def _begun(self, key: str, unit: Unit) -> dict[str, Any]:
+        tried = int(_internal_kv_get(key, namespace=NAMESPACE) or 0)
+        if tried > RETRIES:
+            raise killed(f"It was begun {tried} times.")
+        _internal_kv_put(key, str(tried + 1), namespace=NAMESPACE)
+        return self._work(unit)
 
     def _work(self, unit: Unit) -> dict[str, Any]:
         if self.worker is None:

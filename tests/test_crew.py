@@ -8,6 +8,7 @@ import time
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.experimental.internal_kv import _internal_kv_list
 
 from stride_ray import crew, distribute
 from stride_ray.crew import Crew
@@ -50,6 +51,14 @@ def test_units_of_a_slow_actor_are_given_to_one_that_has_nothing_to_do(one_ray, 
     assert time.monotonic() - started < 300
 
 
+class Sleepy:
+    """Takes a moment."""
+
+    def __call__(self, unit):
+        time.sleep(0.2)
+        return {"unit": unit["unit"]}
+
+
 class Killer:
     """Ends its process over unit 1."""
 
@@ -66,22 +75,27 @@ def test_a_unit_that_always_kills_its_worker_is_told(how, one_ray):
     mapped = {"crew": crew.map_actors, "dataset": distribute.map_dataset}[how](Killer, (), units, Pool(2, "cpu"))
     with pytest.raises(StrideError, match="killed its worker 5 times and more"):
         list(mapped)
+    assert not _internal_kv_list("", namespace=distribute.NAMESPACE)
 
 
 @pytest.mark.cluster
-def test_a_crew_goes_on_with_half_its_nodes(impatient, tmp_path):
+@pytest.mark.parametrize("how", ["crew", "dataset"])
+def test_half_the_nodes_are_lost_and_the_rest_goes_on(how, impatient):
     ray.shutdown()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    nodes = [cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{at}") for at in (2, 3)]
+    units = [{"unit": i} for i in range(40)]
     try:
         ray.init(cluster.address, logging_level="ERROR")
-        with Crew(Pool(2, "cpu")) as members:
-            found = []
-            for each in members.map(Slow, (tmp_path, 0.0), range(20)):
-                found.append(each["unit"])
-                if len(found) == 4:
-                    cluster.remove_node(nodes[0], allow_graceful=False)
-            assert sorted(found) == list(range(20))
+        mapped = {"crew": crew.map_actors, "dataset": distribute.map_dataset}[how](Sleepy, (), units, Pool(2, "cpu"))
+        found = []
+        for each in mapped:
+            found.append(each["unit"])
+            if len(found) == 4:
+                cluster.remove_node(nodes[0], allow_graceful=False)
+            if len(found) == 8:  # Ray Data wants as many actors as it was told of
+                cluster.add_node(num_cpus=1, node_ip_address="127.0.0.4")
+        assert sorted(found) == list(range(40))
     finally:
         ray.shutdown()
         cluster.shutdown()

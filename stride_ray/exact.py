@@ -26,7 +26,7 @@ from stride_ray.model import masked_mean
 from stride_ray.passes import PoolWorker, check_tokenizer
 from stride_ray.queries import batches, check_name, checked, fingerprint, padded
 from stride_ray.recover import Recovery
-from stride_ray.run import Run, Stage
+from stride_ray.run import Run, Stage, unless_finished
 from stride_ray.sites import Site, influence, site_gradients
 from stride_ray.storage import Store, tensor_bytes
 
@@ -61,7 +61,12 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", table)
     if not stage.store.exists("manifest.json"):
-        with connected(run.config.compute), Crew(pool(run.config.compute, len(blocks.shards()))) as crew:
+        workers = len(blocks.shards())
+        with (
+            unless_finished(stage, "manifest.json"),
+            connected(run.config.compute),
+            Crew(pool(run.config.compute, workers)) as crew,
+        ):
             if not curvature.store.exists("manifest.json"):
                 with costed(curvature):
                     measure_curvature(run.config, blocks, curvature, crew)

@@ -37,7 +37,7 @@ from stride_ray.fitted import (
 from stride_ray.judge import judge
 from stride_ray.operators import Operators, gradients
 from stride_ray.passes import PoolWorker, check_tokenizer, over_sample, token_counts
-from stride_ray.run import Run, Stage
+from stride_ray.run import Run, Stage, unless_finished
 from stride_ray.storage import tensor_bytes
 
 # Tokens that the second moments are estimated from.
@@ -70,19 +70,26 @@ def fit(run: Run) -> dict[str, Any]:
     if stage.store.exists("metadata.json"):
         _clear(stage, len(blocks.shards()))
         return stage.store.read_json("metadata.json")
-    with connected(config.compute), costed(stage):
-        if config.fit.method == "closed_form":
-            with Crew(pool(config.compute, len(blocks.shards()))) as crew:
-                _closed_form(config, blocks, stage, crew)
-                return _finish(config, blocks, stage, crew)
-        from stride_ray.train_distributed import train_distributed
+    with unless_finished(stage, "metadata.json"), connected(config.compute), costed(stage):
+        _fit(config, blocks, stage)
+    return stage.store.read_json("metadata.json")
 
-        if config.fit.start == "closed_form":
-            with Crew(pool(config.compute, len(blocks.shards()))) as crew:
-                _closed_form(config, blocks, stage, crew)
-        train_distributed(config, blocks, stage, pool(config.compute, config.fit.blocks_per_step))
-        with Crew(pool(config.compute, 1)) as crew:
-            return _finish(config, blocks, stage, crew)
+
+def _fit(config: Config, blocks: Blocks, stage: Stage) -> None:
+    """Fit by the run's method, and publish what was judged."""
+    if config.fit.method == "closed_form":
+        with Crew(pool(config.compute, len(blocks.shards()))) as crew:
+            _closed_form(config, blocks, stage, crew)
+            _finish(config, blocks, stage, crew)
+        return
+    from stride_ray.train_distributed import train_distributed
+
+    if config.fit.start == "closed_form":
+        with Crew(pool(config.compute, len(blocks.shards()))) as crew:
+            _closed_form(config, blocks, stage, crew)
+    train_distributed(config, blocks, stage, pool(config.compute, config.fit.blocks_per_step))
+    with Crew(pool(config.compute, 1)) as crew:
+        _finish(config, blocks, stage, crew)
 
 
 def _closed_form(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
@@ -173,13 +180,12 @@ def reduce_sums(config: Config, stage: Stage, shards: int, n_blocks: int) -> dic
     return {"subsets": len(A)}
 
 
-def _finish(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> dict[str, Any]:
+def _finish(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
     """Judge what was fitted, publish it as final, and clear the scaffolding."""
     folder = "trained" if config.fit.method == "train" else "fitted"
     judged = crew.map(Judge, (config, blocks, stage, crew.device), [folder])
-    (facts,) = progress(judged, "judge", 1, "fit", _one)
+    progress(judged, "judge", 1, "fit", _one)
     _clear(stage, len(blocks.shards()))
-    return facts
 
 
 def _clear(stage: Stage, shards: int) -> None:

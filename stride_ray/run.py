@@ -6,7 +6,8 @@ can be read means data that can be read; a rerun does the units without one.
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from stride_ray import __version__
@@ -192,6 +193,19 @@ def claim(opened: Stage, stage: str, keys: Mapping[str, Any]) -> Stage:
             opened.store.remove(name)
         opened.store.write_json("stage.json", {"stage": stage, "code_version": __version__, "keys": keys})
     return Stage(_Claimed(opened.store.url, opened.store.url, digest(keys)), opened.identity)
+
+
+@contextmanager
+def unless_finished(stage: Stage, by: str) -> Iterator[None]:
+    """Forgive what goes wrong once the file ``by`` says that the stage is finished.
+
+    The same command may have been started twice: the faster one has cleared away what the slower one works with.
+    """
+    try:
+        yield
+    except StrideError:
+        if not stage.store.exists(by):
+            raise
 
 
 def _refuse_other(opened: Stage, wanted: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from stride_ray.attribute import read_influence, table_stage
 from stride_ray.config import digest
 from stride_ray.distribute import Pool, connected, map_tasks, pool, progress
 from stride_ray.errors import StrideError
-from stride_ray.run import Run, Stage, claim
+from stride_ray.run import Run, Stage, claim, unless_finished
 from stride_ray.selection.choice import (
     Best,
     Drawn,
@@ -118,13 +118,13 @@ def select_by(run: Run, targets: Sequence[Target], out: str, blocks: bool = Fals
     }
     stage = claim(Stage(Store(out), digest(keys)), "select", keys)
     if not stage.store.exists("selection.json"):
-        with connected(run.config.compute):
+        with unless_finished(stage, "selection.json"), connected(run.config.compute):
             workers = Pool(pool(run.config.compute, len(units)).workers, "cpu")
             _list(how, stage, units, bool(options.near_duplicates), workers)
             if "choice" not in stage.done():
                 _choose(run, targets, earlier, stage, len(units))
             _write(how, stage, units, workers)
-        stage.store.write_json("selection.json", _summary(run, targets, stage, blocks))
+            stage.store.write_json("selection.json", _summary(run, targets, stage, blocks))
     stage.store.remove("_pool")
     return stage.store.read_json("selection.json")
 

@@ -25,7 +25,7 @@ from stride_ray.fitted import load_operators
 from stride_ray.influence import DOCUMENTS, INFLUENCE, RECOVERY, recover_influence
 from stride_ray.queries import read_queries
 from stride_ray.respond import read_responses, respond, response_schema
-from stride_ray.run import Run
+from stride_ray.run import Run, unless_finished
 from stride_ray.shard import shard
 from stride_ray.status import status
 
@@ -188,6 +188,24 @@ def test_blocks_that_are_added_while_a_fit_is_under_way_are_no_part_of_it(
     assert fit(run)["blocks"] == finished.manifest["blocks"]
     old, new = data_files(finished.folder), data_files(tmp_path / "run")
     assert new["operators/operators.safetensors"] == old["operators/operators.safetensors"]
+
+
+def test_the_same_command_twice_at_once_ends_well_for_the_slower_too(finished, parts, tmp_path, plain, monkeypatch):
+    shutil.copytree(finished.folder / "blocks", tmp_path / "run/blocks")
+    module = sys.modules["stride_ray.fit"]
+    reduce = module.reduce_sums
+
+    def overtaken(*given):
+        monkeypatch.setattr(module, "reduce_sums", reduce)
+        fit(Run(str(tmp_path / "run")))  # the other one, which clears away the sums
+        return reduce(*given)
+
+    monkeypatch.setattr(module, "reduce_sums", overtaken)
+    facts = fit(Run(str(tmp_path / "run"), changes=settings(parts)))
+    assert facts == finished.facts
+    assert not list((tmp_path / "run/operators").glob("sum-*"))
+    with pytest.raises(StrideError, match="sum-000"), unless_finished(finished.run.stage("operators"), "no.json"):
+        reduce(finished.run.config, finished.run.stage("operators"), 1, 1)
 
 
 def test_a_changed_file_is_refused(finished, parts, tmp_path):

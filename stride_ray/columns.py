@@ -184,7 +184,7 @@ def _gap(
     penalty: float,
     nonnegative: bool,
 ) -> float:
-    """The duality gap of descend's problem, of the residual (K+1,) plus the shift."""
+    """The duality gap of descend's problem at the residual (K+1,) plus the shift."""
     n, width = ids.shape
     largest, size, rr, ry = penalty, 0.0, 0.0, 0.0
     for a in range(n):
@@ -196,7 +196,15 @@ def _gap(
     for k in range(len(scale) - 1):
         rr += (residual[k] + shift) ** 2
         ry += (residual[k] + shift) * target[k]
-    if rr == 0.0:
-        return penalty * size
-    dual = max(min(ry / rr, penalty / largest), 0.0 if nonnegative else -penalty / largest)
-    return 0.5 * rr + penalty * size - dual * ry + 0.5 * dual * dual * rr
+    return gap_of(rr, ry, largest, size, penalty, nonnegative)
+
+
+@njit(cache=True, nogil=True)
+def gap_of(rr: float, ry: float, largest: float, size: float, penalty: float, nonnegative: bool) -> float:
+    """The duality gap of ½‖y − Xw‖² + penalty·‖w‖₁, from ‖r‖², rᵀy, max|Xᵀr| (nonnegative: max Xᵀr) and ‖w‖₁.
+
+    The dual point is s·r with the s that maximises the dual, −½s²‖r‖² + s·yᵀr, where s·Xᵀr stays within the penalty.
+    """
+    bound = penalty / largest if largest > 0.0 else np.inf
+    dual = max(min(ry / rr, bound) if rr > 0.0 else 0.0, 0.0 if nonnegative else -bound)
+    return max(0.5 * rr + penalty * size - (dual * ry - 0.5 * dual * dual * rr), 0.0)

@@ -77,8 +77,13 @@ def _commit(hub_id: str) -> str:
     try:
         return extract_commit_hash(cached_file(hub_id, "config.json"), None) or ""
     except Exception as error:  # the hub's own
-        where = f"no such path from {os.getcwd()}, and the Hugging Face Hub says: {first_line(error)}"
-        raise StrideError(f"model {hub_id} could not be loaded: {where}") from error
+        raise unloadable(hub_id, hub_id, error) from error
+
+
+def unloadable(path: str | Path, local: str, error: Exception) -> StrideError:
+    """The sentence for a model that cannot be loaded from where ``local_model`` says that it is."""
+    hub = "" if os.path.exists(local) else f"no such path from {os.getcwd()}, and the Hugging Face Hub says: "
+    return StrideError(f"model {path} could not be loaded: {hub}{first_line(error)}")
 
 
 def _listed(url: str) -> tuple[Any, dict[str, Any]]:

@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from stride_ray.errors import StrideError
-from stride_ray.fetch import local_model
+from stride_ray.fetch import local_model, unloadable
 from stride_ray.fused import FusedLosses
 from stride_ray.storage import first_line
 
@@ -346,8 +346,7 @@ def load_model(
         model, told = cast("tuple[Any, dict[str, Any]]", Auto.from_pretrained(folder, **options))
         model.to(where)
     except Exception as error:
-        hub = "" if os.path.exists(local) else f"no such path from {os.getcwd()}, and the Hugging Face Hub says: "
-        raise StrideError(f"model {path} could not be loaded: {hub}{first_line(error)}") from error
+        raise unloadable(path, local, error) from error
     absent = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in told.get(kind) or ()]
     if absent:
         raise StrideError(f"model {path} lacks {len(absent)} weights ({min(absent)}, …); give a complete causal model")

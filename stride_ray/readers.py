@@ -89,15 +89,16 @@ def rows(unit: Unit, columns: Collection[str] | None) -> Iterator[Row | Rejected
         else:
             yield from _arrow_rows(unit, columns)
     except (OSError, asyncio.TimeoutError) as error:
-        raise _unfetched(unit.files[0], error) from None
+        raise unfetched(unit.files[0], error) from None
     except Exception as error:
         # botocore and aiohttp raise classes of their own; importing them to name them would tie us to S3.
         if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "adlfs"):
-            raise _unfetched(unit.files[0], error) from None
+            raise unfetched(unit.files[0], error) from None
         raise
 
 
-def _unfetched(file: SourceFile, error: BaseException) -> StrideError:
+def unfetched(file: SourceFile, error: BaseException) -> StrideError:
+    """The sentence for a file that its file system does not give."""
     if isinstance(error, FileNotFoundError):
         why = "it is gone"
     elif isinstance(error, PermissionError):
@@ -236,7 +237,7 @@ def _text_rows(unit: Unit) -> Iterator[Row | Rejected]:
         # Not ``cat``, which would expand the characters of a glob in a name.
         for file, data in zip(files, fs.cat_ranges(paths, None, None, on_error="return"), strict=True):
             if isinstance(data, BaseException):
-                raise _unfetched(file, data)
+                raise unfetched(file, data)
             try:
                 text = b"".join(_inflated([data], compression(file.name))).decode("utf-8-sig")
             except UnicodeDecodeError as error:

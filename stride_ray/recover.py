@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
-from stride_ray.columns import descend, gram_of, predict, scan
+from stride_ray.columns import descend, gap_of, gram_of, predict, scan
 from stride_ray.errors import StrideError
 from stride_ray.membership import Membership
 
@@ -136,10 +136,9 @@ def _solve_small(problem: _Problem, query: _Query, tolerance: float, polish: boo
     """Minimise over the working set, starting from its weights; then update the residual."""
     scale = problem.scale
     ids = problem.membership.columns_at(query.ordinals).astype(np.int64)
-    target = np.append(query.target, 0.0)
-    descend(ids, scale, target[:-1], query.weights, query.penalty, problem.nonnegative, tolerance, MAX_EPOCHS)
+    descend(ids, scale, query.target, query.weights, query.penalty, problem.nonnegative, tolerance, MAX_EPOCHS)
     if polish and len(support := np.flatnonzero(query.weights)):
-        gram, correlation = gram_of(ids[support], scale, target)
+        gram, correlation = gram_of(ids[support], scale, np.append(query.target, 0.0))
         query.weights[support] = _polish(gram, correlation, query.penalty, query.weights[support])
     predicted = predict(ids, query.weights, scale)
     query.shift = float(predicted.sum() / (len(scale) - 1))
@@ -148,16 +147,10 @@ def _solve_small(problem: _Problem, query: _Query, tolerance: float, polish: boo
 
 
 def _relative_gap(query: _Query, largest: float, nonnegative: bool) -> float:
-    """Return the duality gap of the full problem over ½‖y − ȳ‖², given max|Xᵀr| (nonnegative: max Xᵀr) over N columns.
-
-    The dual point is s·r with the s that maximises the dual, −½s²‖r‖² + s·yᵀr, where s·Xᵀr stays within λ.
-    """
-    r = query.residual
-    rr, ry = float(r @ r), float(r @ query.target)
-    bound = query.penalty / largest if largest > 0 else np.inf
-    s = max(min(ry / rr, bound) if rr > 0 else 0.0, 0.0 if nonnegative else -bound)
-    primal = 0.5 * rr + query.penalty * float(np.abs(query.weights).sum())
-    return max(primal - (s * ry - 0.5 * s * s * rr), 0.0) / query.half
+    """Return the full problem's duality gap over ½‖y − ȳ‖², given max|Xᵀr| (nonnegative: max Xᵀr) over N columns."""
+    rr, ry = float(query.residual @ query.residual), float(query.residual @ query.target)
+    size = float(np.abs(query.weights).sum())
+    return gap_of(rr, ry, largest, size, query.penalty, nonnegative) / query.half
 
 
 def _advance(problem: _Problem, query: _Query, value: NDArray, ordinal: NDArray) -> None:

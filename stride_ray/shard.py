@@ -115,7 +115,7 @@ def _register(stage: Stage, config: CorpusConfig, units: list[Unit], begun: bool
     for unit in units:
         for file in unit.files:
             before = files.get(file.name)
-            if before and (before.size, before.version) != (file.size, file.version):
+            if before and before.content != file.content:
                 raise StrideError(
                     f"{file.name} was changed since it was sharded; put new text into new files, or shard into a new "
                     "run directory."

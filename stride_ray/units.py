@@ -50,6 +50,11 @@ class SourceFile(NamedTuple):
     size: int
     version: str
 
+    @property
+    def content(self) -> tuple[int, str]:
+        """What tells that the file is still the one that it was, as well as its file system knows."""
+        return self.size, self.version
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -119,21 +124,10 @@ def plan(inputs: Sequence[str], shard_bytes: int, skip: Collection[str] = ()) ->
     return units
 
 
-def refuse_changed(unit: Unit) -> None:
-    """Raise StrideError where a unit's files are not (by size and version) those that it was planned with."""
-    for file in unit.files:
-        fs, path = filesystem(file.url)
-        try:
-            now = _source_file(fs, file.url, path, file.name, fs.info(path))
-        except FileNotFoundError:
-            raise StrideError(f"Cannot read {shown(file.url)} (it is gone); restore it, or select blocks.") from None
-        except Exception as error:  # every remote file system raises classes of its own
-            raise StrideError(f"{shown(file.url)} cannot be read ({told(error, file.url)}).") from None
-        if (now.size, now.version) != (file.size, file.version):
-            raise StrideError(
-                f"{shown(file.url)} was changed since it was sharded: its size or its time is another; restore both, "
-                "or select blocks (--blocks), which need no input."
-            )
+def current(file: SourceFile) -> SourceFile:
+    """The file as it is now; raises what its file system does."""
+    fs, path = filesystem(file.url)
+    return _source_file(fs, file.url, path, file.name, fs.info(path))
 
 
 def filesystem(url: str) -> tuple[Any, str]:

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from stride_ray.errors import StrideError
-from stride_ray.units import plan, refuse_changed
+from stride_ray.selection.pool import refuse_changed
+from stride_ray.units import plan
 
 
 def test_the_version_of_a_link_is_its_targets(tmp_path):

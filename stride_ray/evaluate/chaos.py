@@ -37,6 +37,7 @@ from stride_ray.run import Run
 from stride_ray.select import select
 from stride_ray.shard import shard
 from stride_ray.small import train_model, train_tokenizer
+from stride_ray.storage import Store
 
 NODE, WORKER, DRIVER = KINDS = ("node", "worker", "driver")
 NODES, NAME = 2, "asked"
@@ -100,7 +101,7 @@ def chaos(out: str, rounds: int, seed: int = 0) -> list[Round]:
     """
     root = Path(out).resolve()
     root.mkdir(parents=True, exist_ok=True)
-    nodes = _Nodes()
+    store, nodes = Store(str(root)), _Nodes()
     try:
         os.environ["RAY_ADDRESS"] = nodes.cluster.address
         prepare(root)
@@ -109,14 +110,12 @@ def chaos(out: str, rounds: int, seed: int = 0) -> list[Round]:
             raise StrideError(f"The undisturbed run failed; see {plain}.log.")
         found = []
         for number in tqdm(range(rounds), desc="chaos", unit=" rounds", file=sys.stderr):
-            record = root / f"seed-{seed}-round-{number:03d}.json"
-            if not record.exists():
+            record = f"seed-{seed}-round-{number:03d}.json"
+            if not store.exists(record):
                 rng = random.Random(f"{seed}/{number}")
                 made = _round(root, plain, root / f"round-{number:03d}", rng, nodes)
-                partial = record.with_suffix(".partial")
-                partial.write_text(json.dumps(asdict(made)))
-                partial.replace(record)
-            found.append(_read(record))
+                store.write_json(record, asdict(made))
+            found.append(_restored(store.read_json(record)))
             tqdm.write(f"round {number}: {told(found[-1])}")
         return found
     finally:
@@ -124,8 +123,7 @@ def chaos(out: str, rounds: int, seed: int = 0) -> list[Round]:
         nodes.cluster.shutdown()
 
 
-def _read(record: Path) -> Round:
-    facts = json.loads(record.read_text())
+def _restored(facts: dict[str, Any]) -> Round:
     strikes = tuple((kind, stage) for kind, stage in facts.pop("strikes"))
     return Round(strikes=strikes, different=tuple(facts.pop("different")), **facts)
 

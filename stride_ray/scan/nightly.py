@@ -144,7 +144,7 @@ def corpus_of(run: Run, state: Store) -> Corpus:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return b is not None and (a.size, a.version, a.url) == (b.size, b.version, b.url)
+    return b is not None and (a.content, a.url) == (b.content, b.url)
 
 
 def _night(

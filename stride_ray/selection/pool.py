@@ -16,10 +16,11 @@ from stride_ray.blocks import fixed_lists
 from stride_ray.corpus import block_id
 from stride_ray.documents import Document, Unit, read_placed
 from stride_ray.errors import StrideError
+from stride_ray.readers import unfetched
 from stride_ray.run import Run, Stage
 from stride_ray.selection.duplicates import SIGNATURE, signature
 from stride_ray.storage import Store
-from stride_ray.units import refuse_changed
+from stride_ray.units import current, shown
 
 POOL = pa.schema(
     [
@@ -94,10 +95,7 @@ def list_part(how: Reading, stage: Stage, signed: bool, work: tuple[int, Unit]) 
     started = time.monotonic()
     part, unit = work
     rows: list[dict[str, Any]] = []
-    placed = None
-    if _needs_input(how, unit):
-        refuse_changed(unit)
-        placed = _placed(how, unit)
+    placed = _placed(how, unit) if _needs_input(how, unit) else None
     for number, piece in enumerate(pieces(how, part, tokens=signed)):
         source, place = piece.source, number
         if placed is not None:
@@ -162,7 +160,24 @@ def _needs_input(how: Reading, unit: Unit) -> bool:
     return not how.as_blocks or (how.packed and "source" in how.columns and unit.kind != "text")
 
 
+def refuse_changed(unit: Unit) -> None:
+    """Raise StrideError where a unit's files are not those that were sharded, or cannot be looked at."""
+    for file in unit.files:
+        try:
+            now = current(file)
+        except StrideError:
+            raise
+        except Exception as error:  # every remote file system raises classes of its own
+            raise unfetched(file, error) from None
+        if now.content != file.content:
+            raise StrideError(
+                f"{shown(file.url)} was changed since it was sharded: its size or its time is another; restore both, "
+                "or select blocks (--blocks), which need no input."
+            )
+
+
 def _placed(how: Reading, unit: Unit) -> Iterator[tuple[int, Document]]:
+    refuse_changed(unit)
     for place, item in read_placed(unit, how.columns):
         if isinstance(item, Document):
             yield place, item

@@ -20,10 +20,10 @@ from stride_ray.documents import Unit
 from stride_ray.errors import StrideError
 from stride_ray.readers import Row, raw_lines, rows
 from stride_ray.run import Stage
-from stride_ray.selection.pool import Reading, part_name, pieces
+from stride_ray.selection.pool import Reading, part_name, pieces, refuse_changed
 from stride_ray.storage import Store, first_line
 from stride_ray.tokens import Encoded, end_of_text_id, load_tokenizer, pad_id
-from stride_ray.units import END, compression, filesystem, refuse_changed, shown
+from stride_ray.units import END, compression, filesystem, shown
 
 # Rows of a data set held in memory at once.
 _ROWS = 1024

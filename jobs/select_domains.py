@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 
 from stride_ray.attribute import answer
 from stride_ray.cli import assignment, exit_status
+from stride_ray.encoded import Encoded
 from stride_ray.evaluate.closed_loop import LOSS, ClosedLoop, compare_arms
 from stride_ray.evaluate.lds import mean_interval
 from stride_ray.evaluate.retrain import read_array
@@ -31,7 +32,6 @@ from stride_ray.queries import SCHEMA, row
 from stride_ray.run import Run
 from stride_ray.shard import shard
 from stride_ray.storage import Store
-from stride_ray.tokens import Encoded
 
 DEVELOPMENT, REPORT = "development", "report"
 # The run's one query set, and the length of a benchmark's rows.

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from stride_ray.encoded import Encoded
 from stride_ray.errors import StrideError
 from stride_ray.readers import Rejected
-from stride_ray.tokens import Encoded
 
 LAYOUTS = ("pack", "split")
 
@@ -128,12 +128,6 @@ def make_blocks(
     return pa.Table.from_batches(batches, block_schema(block_tokens, ordinals=False)), counts
 
 
-def with_ordinals(table: pa.Table, first: int) -> pa.Table:
-    """The table with its ordinal column: ``first``, ``first + 1``, … in the order of rows."""
-    ordinals = pa.array(np.arange(first, first + table.num_rows, dtype=np.int64))
-    return table.add_column(1, pa.field("ordinal", pa.int64(), nullable=False), ordinals)
-
-
 def block_id(source: str, document_id: str, start: int) -> int:
     """A block's identity, from its first span: that document's source and id, and the token where the span starts.
 
@@ -143,11 +137,11 @@ def block_id(source: str, document_id: str, start: int) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4 * _BATCH_BLOCKS)  # a block is named when its batch is full
 def _document_name(source: str, document_id: str) -> str:
     """The beginning of the JSON list [source, document_id, start]; a document may have many blocks."""
-    # JSON, because joined by any separator two different triples could read the same.
-    return json.dumps([source, document_id])[:-1]
+    # JSON, because joined by any separator two different triples could read the same. A string by itself is faster.
+    return f"[{json.dumps(source)}, {json.dumps(document_id)}"
 
 
 class _Span(NamedTuple):
@@ -166,11 +160,12 @@ def iter_blocks(
     if block_tokens < 1:
         raise StrideError(f"Blocks of {block_tokens} tokens cannot be made; give block_tokens = 1 or more.")
     builder = _Builder(block_tokens, pad)
+    end, uncounted = np.array([end_of_text], np.int32), np.zeros(1, np.bool_)
     for document in _distinct(items, counts):
         ids, mask = document.ids, document.mask
         if layout == "pack" and ids[-1] != end_of_text:
-            ids = np.append(ids, np.int32(end_of_text))
-            mask = None if mask is None else np.append(mask, False)
+            ids = np.concatenate([ids, end])
+            mask = None if mask is None else np.concatenate([mask, uncounted])
         counts.documents += 1
         counts.tokens += len(ids)
         counts.target_tokens += len(ids) if mask is None else int(mask.sum())

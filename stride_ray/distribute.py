@@ -148,9 +148,11 @@ def _unwrapped(result: dict[str, Any]) -> dict[str, Any]:
 def one_thread() -> None:
     """Floating-point sums depend on the number of threads, so every worker has one, wherever it runs."""
     import pandas  # noqa: F401 -- pyarrow would import it at its first array and bill it to the first unit
-    import torch
 
-    torch.set_num_threads(1)
+    # torch takes seconds to import, and not all work needs it: it reads this when it is.
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 def settle(folder: str) -> None:

@@ -29,12 +29,12 @@ from stride_ray.errors import StrideError
 from stride_ray.fitted import (
     load_basis,
     load_operators,
-    membership_of,
     run_weights,
     save_basis,
     save_operators,
 )
 from stride_ray.judge import judge
+from stride_ray.membership import membership_of
 from stride_ray.operators import Operators, gradients
 from stride_ray.passes import PoolWorker, check_tokenizer, over_sample, token_counts
 from stride_ray.run import Run, Stage, unless_finished

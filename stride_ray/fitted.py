@@ -11,19 +11,12 @@ import transformers
 from stride_ray.config import Config
 from stride_ray.errors import StrideError
 from stride_ray.fetch import model_state
-from stride_ray.membership import Membership
 from stride_ray.model import SplitModel, load_model
 from stride_ray.operators import Basis, Operators
 from stride_ray.storage import Store, tensor_bytes
 
 # Where on the way from the model that training began from to the trained one exact influence is measured.
 LATE = 0.75
-
-
-def membership_of(config: Config) -> Membership:
-    """The run's membership matrix."""
-    wanted = config.membership
-    return Membership(wanted.subsets, wanted.degree, config.seed, wanted.form)
 
 
 def load_run_model(config: Config, device: str) -> SplitModel:

@@ -10,9 +10,9 @@ from stride_ray.blocks import Blocks, document_shares
 from stride_ray.config import Config
 from stride_ray.costs import START, apart, costed
 from stride_ray.distribute import Pool, connected, map_tasks, pool, progress
-from stride_ray.fitted import membership_of
+from stride_ray.membership import membership_of
 from stride_ray.recover import Recovery, recover
-from stride_ray.respond import read_responses
+from stride_ray.responses import read_responses
 from stride_ray.run import Run, Stage
 from stride_ray.storage import Store
 

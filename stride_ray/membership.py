@@ -15,6 +15,7 @@ import scipy.sparse
 from numba import njit
 from numpy.typing import NDArray
 
+from stride_ray.config import Config
 from stride_ray.errors import StrideError
 
 FORMS = ("regular", "bernoulli")
@@ -308,3 +309,9 @@ class Membership:
             other = self.columns_at(right).astype(np.int64)
             overlaps[at : at + n] = np.take_along_axis(member, other, axis=1).sum(axis=1)
         return overlaps
+
+
+def membership_of(config: Config) -> Membership:
+    """The run's membership matrix."""
+    wanted = config.membership
+    return Membership(wanted.subsets, wanted.degree, config.seed, wanted.form)

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from stride_ray.corpus import Encoded
 from stride_ray.documents import Document, Rejected, Unit, detect_columns, plan, read
+from stride_ray.encoded import Encoded
 from stride_ray.errors import StrideError
 from stride_ray.model import SplitModel
 from stride_ray.readers import Row, rows

@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from stride_ray.blocks import fixed_lists
 from stride_ray.config import Config
 from stride_ray.costs import costed
 from stride_ray.crew import Crew
 from stride_ray.distribute import connected, pool, progress
 from stride_ray.fitted import load_operators, load_run_model, run_weights
 from stride_ray.queries import batches, check_name, checked, fingerprint, padded, read_queries
-from stride_ray.run import Run, Stage
+from stride_ray.responses import response_schema
+from stride_ray.run import Run, Stage, part_name
 from stride_ray.storage import Store, first_line
 from stride_ray.tokens import load_tokenizer
 
@@ -27,19 +27,6 @@ from stride_ray.tokens import load_tokenizer
 UNIT = 16
 # What auto measures both ways: queries, operators, and the correlation from which on linear stands for exact.
 SAMPLE, OPERATORS, ALIKE = 8, 64, 0.99
-
-
-def response_schema(subsets: int) -> pa.Schema:
-    """Schema of responses/<name>/part-*.parquet; a response is nats (exact), inner products of J (linear) or nan."""
-    return pa.schema(
-        [
-            pa.field("query_id", pa.string(), nullable=False),
-            pa.field("base_loss", pa.float32()),
-            pa.field("response", pa.list_(pa.float32(), subsets), nullable=False),
-            pa.field("status", pa.string(), nullable=False),
-            pa.field("error", pa.string()),
-        ]
-    )
 
 
 def respond(run: Run, queries: str, name: str) -> dict[str, Any]:
@@ -74,7 +61,7 @@ def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
         stage.store.write_table("queries.parquet", table)
     units = [(index, start) for index, start in enumerate(range(0, table.num_rows, UNIT))]
     done = stage.done()
-    missing = [unit for unit in units if f"part-{unit[0]:05d}" not in done]
+    missing = [unit for unit in units if part_name(unit[0]) not in done]
     if missing:
         with connected(run.config.compute), costed(stage), Crew(pool(run.config.compute, len(missing))) as crew:
             given = (run.config, run.store, stage, crew.device)
@@ -88,7 +75,7 @@ def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     done = stage.done()
     summary = {
         "queries": table.num_rows,
-        "failed": sum(done[f"part-{index:05d}"]["failed"] for index, _ in units),
+        "failed": sum(done[part_name(index)]["failed"] for index, _ in units),
         "mode": _chosen(stage, mode),
         "parts": len(units),
         **({"correlation": done["modes"]["correlation"]} if mode == "auto" else {}),
@@ -127,7 +114,7 @@ class Responder:
             for row, answer in zip(rows, answers, strict=True):
                 if answer["status"] == "ok":
                     self._exact(row, answer)
-        name, schema = f"part-{index:05d}", response_schema(len(self.operators.A))
+        name, schema = part_name(index), response_schema(len(self.operators.A))
         digest = self.stage.store.write_table(f"{name}.parquet", pa.Table.from_pylist(answers, schema))
         failed = sum(answer["status"] != "ok" for answer in answers)
         return self.stage.mark(name, started, queries=len(rows), failed=failed, sha256=digest)
@@ -179,11 +166,3 @@ def _fill(answer: dict[str, Any], loss: float, response: np.ndarray) -> None:
         answer |= {"base_loss": loss, "response": response}
     else:
         answer |= {"status": "failed", "error": "the response is not finite; the model overflows on this text"}
-
-
-def read_responses(store: Store, part: int) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """One part of a response folder: its rows without the vectors, and the vectors (rows, K) float32 (0 if failed)."""
-    table = store.read_table(f"part-{part:05d}.parquet")
-    width = table.schema.field("response").type.list_size
-    responses = np.nan_to_num(fixed_lists(table["response"], width, np.nan))
-    return table.drop_columns(["response"]).to_pylist(), responses

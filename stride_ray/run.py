@@ -208,6 +208,11 @@ def unless_finished(stage: Stage, by: str) -> Iterator[None]:
             raise
 
 
+def part_name(index: int) -> str:
+    """The name of a numbered unit of work's file, without the suffix, and of its marker."""
+    return f"part-{index:05d}"
+
+
 def _refuse_other(opened: Stage, wanted: Mapping[str, Any]) -> None:
     """Raise StrideError where a folder was made with settings other than ``wanted``, naming the first such key."""
     made_with = opened.store.read_json("stage.json")["keys"]

@@ -16,7 +16,7 @@ from stride_ray.attribute import read_influence, table_stage
 from stride_ray.config import digest
 from stride_ray.distribute import Pool, connected, map_tasks, pool, progress
 from stride_ray.errors import StrideError
-from stride_ray.run import Run, Stage, claim, unless_finished
+from stride_ray.run import Run, Stage, claim, part_name, unless_finished
 from stride_ray.selection.choice import (
     Best,
     Drawn,
@@ -27,7 +27,7 @@ from stride_ray.selection.choice import (
     reasons,
     write_manifest,
 )
-from stride_ray.selection.pool import Reading, list_part, part_name, reading
+from stride_ray.selection.pool import Reading, list_part, reading
 from stride_ray.selection.ranking import PLAIN, Database, Target, batches, random_order, rank_documents
 from stride_ray.selection.writing import marker_name, write_part
 from stride_ray.storage import Store, refuse_inside, safe_url

@@ -17,15 +17,16 @@ import numpy as np
 
 from stride_ray.blocks import fixed_lists
 from stride_ray.config import CorpusConfig, digest
-from stride_ray.corpus import Counts, make_blocks, with_ordinals
+from stride_ray.corpus import Counts, make_blocks
 from stride_ray.costs import costed
 from stride_ray.distribute import connected, map_dataset, map_tasks, pool, progress
 from stride_ray.documents import Rejected, Unit, plan, read, resolve_columns
+from stride_ray.encoded import Encoded
 from stride_ray.errors import StrideError
-from stride_ray.run import Run, Stage
+from stride_ray.ordinals import number_part
+from stride_ray.run import Run, Stage, part_name
 from stride_ray.storage import first_line, refuse_inside
 from stride_ray.tokens import (
-    Encoded,
     encode_stream,
     end_of_text_id,
     load_tokenizer,
@@ -66,7 +67,7 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
     units, columns = _register(stage, config, units, bool(staged.done() or numbered))
     _save_tokenizer(stage, tokenizer)
     known = staged.done().keys() | numbered.keys()
-    missing = [(i, unit) for i, unit in enumerate(units) if _part(i) not in known]
+    missing = [(i, unit) for i, unit in enumerate(units) if part_name(i) not in known]
     if len(numbered) == len(units) and stage.store.exists("manifest.json"):
         stage.store.remove("_tokenised")
         return stage.store.read_json("manifest.json")
@@ -81,12 +82,12 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
             staged.remember(markers)
             _show_example(markers, out or sys.stdout)
         markers_by_part = {**staged.done(), **numbered}
-        counts = [markers_by_part[_part(i)]["counts"]["blocks"] for i in range(len(units))]
+        counts = [markers_by_part[part_name(i)]["counts"]["blocks"] for i in range(len(units))]
         if not sum(counts):
             run.forget(stage)  # nothing but the plan and the options, which would refuse the corrected command
             raise StrideError(_nothing(config, markers_by_part))
         first = np.concatenate([[0], np.cumsum(counts)]).tolist()
-        todo = [(i, first[i]) for i in range(len(units)) if _part(i) not in numbered]
+        todo = [(i, first[i]) for i in range(len(units)) if part_name(i) not in numbered]
         results = map_tasks(number_part, (stage, staged), todo, pool(run.config.compute, len(todo)))
         stage.remember(progress(results, "number", len(todo), "parts", lambda _: 1))
     manifest = _manifest(stage, config, tokenizer, len(units))
@@ -94,10 +95,6 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
     stage.store.remove("_tokenised")
     run.save()
     return manifest
-
-
-def _part(index: int) -> str:
-    return f"part-{index:05d}"
 
 
 def _register(stage: Stage, config: CorpusConfig, units: list[Unit], begun: bool) -> tuple[list[Unit], dict[str, str]]:
@@ -157,7 +154,7 @@ class Tokenise:
         encoded = self._watched(encode_stream(read(Unit.from_dict(work["unit"]), self.columns), self.tokenizer))
         layout, tokens = self.config.layout, self.config.block_tokens
         table, counts = make_blocks(encoded, layout, tokens, self.end_of_text, pad_id(self.tokenizer))
-        name = _part(work["index"])
+        name = part_name(work["index"])
         self.staged.store.write_table(f"{name}.parquet", table)
         ids = fixed_lists(table["token_ids"], tokens, 0)
         facts = {"counts": counts.to_dict(), "max_token_id": int(ids.max(initial=0))}
@@ -174,25 +171,12 @@ class Tokenise:
             yield item
 
 
-def number_part(stage: Stage, staged: Stage, unit: tuple[int, int]) -> dict[str, Any]:
-    """Give a part's blocks their ordinals and publish it."""
-    started = time.monotonic()
-    index, first = unit
-    name = _part(index)
-    marker = staged.store.read_json(f"_done/{name}.json")
-    table = with_ordinals(staged.store.read_table(f"{name}.parquet"), first)
-    content = stage.store.write_table(f"{name}.parquet", table)
-    return stage.mark(
-        name, started, counts=marker["counts"], max_token_id=marker["max_token_id"], first_ordinal=first, sha256=content
-    )
-
-
 def _manifest(stage: Stage, config: CorpusConfig, tokenizer: Any, units: int) -> dict[str, Any]:
     done = stage.done()
-    markers = [done[_part(i)] for i in range(units)]
+    markers = [done[part_name(i)] for i in range(units)]
     counts = sum((Counts.from_dict(marker["counts"]) for marker in markers), Counts())
     parts = [
-        {"name": f"{_part(i)}.parquet", "blocks": m["counts"]["blocks"], "sha256": m["sha256"]}
+        {"name": f"{part_name(i)}.parquet", "blocks": m["counts"]["blocks"], "sha256": m["sha256"]}
         for i, m in enumerate(markers)
     ]
     return {

@@ -10,17 +10,16 @@ import re
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from stride_ray.documents import Document
+from stride_ray.encoded import Encoded
 from stride_ray.errors import StrideError
 from stride_ray.readers import Rejected
 from stride_ray.storage import first_line
@@ -32,23 +31,6 @@ _BATCH_DOCUMENTS = 512
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SHOWN_COUNTED = ("⟦", "⟧")
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """A document as tokens.
-
-    Attributes:
-        document_id: as in Document.
-        source: as in Document.
-        ids: token ids, int32 [tokens], at least one.
-        mask: which tokens count, bool [tokens], one at least; None: all.
-    """
-
-    document_id: str
-    source: str
-    ids: npt.NDArray[np.int32]
-    mask: npt.NDArray[np.bool_] | None = None
 
 
 def load_tokenizer(path: "str | os.PathLike[str] | tokenizers.Tokenizer | PreTrainedTokenizerBase") -> Any:

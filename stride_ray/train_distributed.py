@@ -21,7 +21,8 @@ from stride_ray.blocks import Blocks
 from stride_ray.config import Config
 from stride_ray.distribute import RETRIES, Pool, settle
 from stride_ray.errors import StrideError
-from stride_ray.fitted import load_operators, load_run_model, membership_of, save_operators
+from stride_ray.fitted import load_operators, load_run_model, save_operators
+from stride_ray.membership import membership_of
 from stride_ray.run import Stage
 from stride_ray.storage import Store, first_line
 from stride_ray.train import Loop, Ranks, run_loop

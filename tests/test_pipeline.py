@@ -24,7 +24,8 @@ from stride_ray.fit import fit
 from stride_ray.fitted import load_operators
 from stride_ray.influence import DOCUMENTS, INFLUENCE, RECOVERY, recover_influence
 from stride_ray.queries import read_queries
-from stride_ray.respond import read_responses, respond, response_schema
+from stride_ray.respond import respond
+from stride_ray.responses import read_responses, response_schema
 from stride_ray.run import Run, unless_finished
 from stride_ray.shard import shard
 from stride_ray.status import status

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from stride_ray.documents import Document, Rejected
+from stride_ray.encoded import Encoded
 from stride_ray.errors import StrideError
 from stride_ray.tokens import (
-    Encoded,
     encode,
     encode_stream,
     end_of_text_id,

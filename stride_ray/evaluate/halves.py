@@ -13,10 +13,9 @@ from scipy.stats import rankdata
 
 from stride_ray.config import Config
 from stride_ray.distribute import Pool, connected, map_tasks, pool, progress
-from stride_ray.fitted import membership_of
-from stride_ray.membership import Membership
+from stride_ray.membership import Membership, membership_of
 from stride_ray.recover import Recovery, recover
-from stride_ray.respond import read_responses
+from stride_ray.responses import read_responses
 from stride_ray.run import Run
 
 # Blocks that are compared; queries recovered from halves, at most; shuffled matrices (with 19 the smallest p is 0.05).

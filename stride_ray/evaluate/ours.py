@@ -20,8 +20,8 @@ from stride_ray.attribute import answer, read_influence
 from stride_ray.baselines.problem import Texts
 from stride_ray.blocks import Blocks
 from stride_ray.config import ComputeConfig, Config, digest
-from stride_ray.corpus import Encoded
 from stride_ray.distribute import pool
+from stride_ray.encoded import Encoded
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark
 from stride_ray.fit import fit

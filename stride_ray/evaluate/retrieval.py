@@ -11,14 +11,14 @@ import pyarrow as pa
 from scipy.stats import binomtest, hypergeom
 
 from stride_ray.blocks import Blocks
-from stride_ray.corpus import Encoded
+from stride_ray.encoded import Encoded
 from stride_ray.evaluate.halves import TOP, most_helpful
-from stride_ray.fitted import membership_of
 from stride_ray.lexical import similar_blocks
-from stride_ray.membership import Membership
+from stride_ray.membership import Membership, membership_of
 from stride_ray.queries import SCHEMA, row
 from stride_ray.recover import recover
-from stride_ray.respond import read_responses, respond_table
+from stride_ray.respond import respond_table
+from stride_ray.responses import read_responses
 from stride_ray.run import Run
 
 

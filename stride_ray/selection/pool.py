@@ -17,7 +17,7 @@ from stride_ray.corpus import block_id
 from stride_ray.documents import Document, Unit, read_placed
 from stride_ray.errors import StrideError
 from stride_ray.readers import unfetched
-from stride_ray.run import Run, Stage
+from stride_ray.run import Run, Stage, part_name
 from stride_ray.selection.duplicates import SIGNATURE, signature
 from stride_ray.storage import Store
 from stride_ray.units import current, shown
@@ -110,11 +110,6 @@ def list_part(how: Reading, stage: Stage, signed: bool, work: tuple[int, Unit]) 
     content = stage.store.write_table(f"_pool/{part_name(part)}.parquet", table)
     tokens = sum(row["tokens"] for row in rows)
     return stage.mark(f"pool-{part:05d}", started, documents=len(rows), tokens=tokens, sha256=content)
-
-
-def part_name(part: int) -> str:
-    """The name, without ending, of a part's files."""
-    return f"part-{part:05d}"
 
 
 def pieces(how: Reading, part: int, tokens: bool) -> Iterator[Piece]:

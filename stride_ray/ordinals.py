@@ -1,0 +1,31 @@
+"""Blocks get their ordinals: what shard does once it knows how many blocks each part has.
+
+Apart from shard, so that workers need no tokenizer's libraries, which take longer to import than parts to number.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stride_ray.run import Stage, part_name
+
+
+def with_ordinals(table: pa.Table, first: int) -> pa.Table:
+    """The table with its ordinal column: ``first``, ``first + 1``, … in the order of rows."""
+    ordinals = pa.array(np.arange(first, first + table.num_rows, dtype=np.int64))
+    return table.add_column(1, pa.field("ordinal", pa.int64(), nullable=False), ordinals)
+
+
+def number_part(stage: Stage, staged: Stage, unit: tuple[int, int]) -> dict[str, Any]:
+    """Give a part's blocks their ordinals and publish it."""
+    started = time.monotonic()
+    index, first = unit
+    name = part_name(index)
+    marker = staged.store.read_json(f"_done/{name}.json")
+    table = with_ordinals(staged.store.read_table(f"{name}.parquet"), first)
+    content = stage.store.write_table(f"{name}.parquet", table)
+    return stage.mark(
+        name, started, counts=marker["counts"], max_token_id=marker["max_token_id"], first_ordinal=first, sha256=content
+    )

@@ -9,6 +9,8 @@ that they name, chooses among them and writes the manifest, and prints seconds a
 `respond` and `fit` time responses and passes over blocks on random weights of a model's shape, on CPU or GPU, beside
 what bounds them: plain matrix products, a loop through the whole model, a forward pass.
 
+`loop` fits operators in one pass and by the paper's trained loop, as long as that needs, on an accuracy benchmark.
+
 `scale` runs all stages on made-up text at several sizes: seconds and memory per stage, how they grow, and what
 `stride-ray plan` foretold from the smallest. `shard` stands beside datasets.map with the same tokenizer.
 
@@ -21,6 +23,7 @@ their own that it makes: seconds from start to end, memory, bytes stored, LDS.
     python jobs/benchmark.py scale --blocks 1e4,1e5,1e6 --folder /tmp/scale
     python jobs/benchmark.py shard --blocks 1e6 --folder /tmp/scale
     python jobs/benchmark.py peers --benchmark continued --folder /tmp/peers --multiples 1,4,16
+    python jobs/benchmark.py loop --benchmark continued --folder /tmp/loop --form matrix
     python jobs/benchmark.py respond --shape 135m --subsets 1000 --dtype bfloat16 --device cuda
     python jobs/benchmark.py fit --shape 286m --tokens 512 --blocks 256 --dtype bfloat16 --device cuda
 """
@@ -270,6 +273,16 @@ def benchmark_speed(args: argparse.Namespace) -> int:
     return _printed({"respond": measure_respond, "fit": measure_passes}[args.command](Setting(**given)))
 
 
+def benchmark_loop(args: argparse.Namespace) -> int:
+    """Fit in one pass and by loops; print the table and the JSON line."""
+    from stride_ray.evaluate.loop import measure_loop, table
+
+    found = measure_loop(args.benchmark, args.folder, args.form, args.steps, args.most_steps)
+    print(table(found))
+    print(json.dumps(found))
+    return 0
+
+
 def benchmark_scale(args: argparse.Namespace) -> int:
     """Run the pipeline at several sizes; print the table and the JSON line."""
     from stride_ray.evaluate.scale import measure, table
@@ -338,6 +351,13 @@ def main() -> int:
         command.add_argument("--blocks", type=count, default=64)
         command.add_argument("--batch-tokens", type=count, default=16384, help="in one forward")
         command.set_defaults(run=benchmark_speed)
+    command = commands.add_parser("loop", help="the one-pass fit beside the trained loop, on an accuracy benchmark")
+    command.add_argument("--benchmark", required=True, help="its folder")
+    command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")
+    command.add_argument("--form", default="matrix", choices=("gate", "matrix", "logit"), help="of the operators")
+    command.add_argument("--steps", type=count, default=100, help="of the first loop; then twice as many, and so on")
+    command.add_argument("--most-steps", type=count, default=1600, help="of the longest")
+    command.set_defaults(run=benchmark_loop)
     command = commands.add_parser("scale", help="seconds and memory of all stages at several sizes of the pool")
     command.add_argument("--blocks", type=counts, default="1e4,1e5,1e6", help="sizes; the smallest is plan's pilot")
     command.add_argument("--folder", required=True, help="what is made stays: a second run goes on")

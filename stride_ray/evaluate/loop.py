@@ -1,0 +1,103 @@
+"""The one-pass fit beside the paper's trained loop on an accuracy benchmark: seconds to fit, and LDS, of each.
+
+How long a loop must run is its own affair: its steps are doubled until that no longer makes members and others clearly
+more different under steering (``judge``), and what is compared is the shortest run at that level. Learning rates decay
+over a run, so each length is trained from its beginning. Nothing here looks at the retraining results but the LDS.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from stride_ray.config import ComputeConfig
+from stride_ray.costs import NAME
+from stride_ray.distribute import connected
+from stride_ray.evaluate.benchmark import Benchmark, read_benchmark
+from stride_ray.evaluate.lds import Figure, evaluate, subset_sums
+from stride_ray.evaluate.ours import BLOCKS, Variant, cut_pool, score
+from stride_ray.run import Run
+from stride_ray.storage import Store
+
+# What the paper's loop is given beside its form and steps; linear responses, so that fits alone are compared.
+_LOOP: dict[str, Any] = {"fit.method": "train", "respond.mode": "linear", "recover.row_scaling": False}
+_ONCE: dict[str, Any] = {"fit.method": "closed_form"}
+
+
+def measure_loop(benchmark_url: str, folder: str, form: str, steps: int, most_steps: int) -> dict[str, Any]:
+    """Fit operators of one form in one pass, and by loops of ``steps``, twice as many, and so on.
+
+    Args:
+        benchmark_url: with retraining results.
+        folder: what is made and measured stays: a second run goes on.
+        form: gate, matrix or logit.
+        steps: of the first loop.
+        most_steps: of the longest.
+
+    Returns:
+        ``once`` and ``loops``: each with seconds of its fit, its judge's gap in nats with the gap's standard error, and
+        LDS per part; ``plateau``: the steps that were enough, None where the longest loop was still gaining;
+        ``ratio_loop``: seconds of that loop (of the longest where there is no plateau) over the one pass's.
+    """
+    benchmark = read_benchmark(benchmark_url)
+    benchmark.retrained()
+    store = Store(folder).child(benchmark.fingerprint)
+    with connected(ComputeConfig()):
+        once = _measured(benchmark, store, f"once {form}", {**_ONCE, "operators.form": form})
+        loops: list[dict[str, Any]] = []
+        plateau = None
+        while plateau is None and steps <= most_steps:
+            changes = {**_LOOP, "operators.form": form, "fit.steps": steps}
+            loops.append({"steps": steps, **_measured(benchmark, store, f"loop {form} {steps}", changes)})
+            steps *= 2
+            if len(loops) > 1 and not _gained(*loops[-2:]):
+                plateau = loops[-2]["steps"]
+    compared = loops[-1] if plateau is None else loops[-2]
+    ratio = compared["seconds"] / once["seconds"]
+    return {"form": form, "once": once, "loops": loops, "plateau": plateau, "ratio_loop": ratio}
+
+
+def _gained(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
+    """Whether the gap grew by more than two standard errors of the difference."""
+    error = (before["gap_error"] ** 2 + after["gap_error"] ** 2) ** 0.5
+    return after["gap"] - before["gap"] > 2 * error
+
+
+def _measured(benchmark: Benchmark, store: Store, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """One variant through the pipeline, or what was measured of it before."""
+    variant = Variant(name, {"attribute.mode": "amortised", **changes})
+    kept = f"{variant.slug}.json"
+    if store.exists(kept):
+        return store.read_json(kept)
+    runs = store.child("runs")
+    if not runs.exists(f"{BLOCKS}/blocks/manifest.json"):
+        cut_pool(benchmark, runs, ComputeConfig())
+    scores, _, remarks = score(benchmark, variant, runs, ComputeConfig())
+    operators = Run(f"{runs.url}/{variant.slug}").stage("operators").store
+    facts = operators.read_json("metadata.json")
+    truth = benchmark.retrained()
+    found = evaluate({name: subset_sums(scores, truth.subsets)}, truth, benchmark.kinds, benchmark.parts)
+    measured = {
+        "seconds": operators.read_json(NAME)["wall"],
+        "gap": facts["gap"],
+        "gap_error": facts["gap_error"],
+        "lds": {f"{part}, {kind}": _told(found.figure(name, kind, part)) for kind, part in found.cells},
+        "remarks": remarks,
+    }
+    store.write_json(kept, measured)
+    return measured
+
+
+def _told(figure: Figure) -> dict[str, float]:
+    return {key: round(value, 4) for key, value in asdict(figure.lds).items()}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """What measure_loop found, for people."""
+    cells = list(found["once"]["lds"])
+    lines = [f"| {found['form']} | seconds | gap, nats | {' | '.join(cells)} |", "|---" * (3 + len(cells)) + "|"]
+    for name, each in [("one pass", found["once"]), *((f"{one['steps']} steps", one) for one in found["loops"])]:
+        lds = (f"{each['lds'][cell]['value']:.3f}" for cell in cells)
+        lines.append(
+            f"| {name} | {each['seconds']:.1f} | {each['gap']:.4f} ± {each['gap_error']:.4f} | {' | '.join(lds)} |"
+        )
+    return "\n".join(lines)

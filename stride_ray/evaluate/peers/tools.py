@@ -77,11 +77,14 @@ def _quick(place: Place) -> list[list[str]]:
 
 
 def _trackstar(place: Place) -> list[list[str]]:
-    return [place.bergson("trackstar", "--data.dataset", place.pool, "--query.dataset", place.queries)]
+    # Chang et al. (2024) compare unit vectors, which bergson does not do by itself.
+    given = ("--data.dataset", place.pool, "--query.dataset", place.queries, "--unit_normalize")
+    return [place.bergson("trackstar", *given)]
 
 
 def _ekfac(place: Place) -> list[list[str]]:
-    corrected = ("--method", "kfac", "--hessian_cfg.ev_correction")
+    # The first has the corrected eigenvalues fitted, the second has them used.
+    corrected = ("--method", "kfac", "--hessian_cfg.ev_correction", "--preprocess_cfg.ev_correction")
     return [place.bergson("ekfac", "--data.dataset", place.pool, "--query.dataset", place.queries, *corrected)]
 
 

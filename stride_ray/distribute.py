@@ -145,19 +145,22 @@ def _unwrapped(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def one_thread() -> None:
-    """Floating-point sums depend on the number of threads, so every worker has one, wherever it runs."""
+def use_threads(count: int) -> None:
+    """As many threads as that, for what is imported already and for what is later."""
+    # torch takes seconds to import, and not all work needs it: it reads this when it is.
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(count))
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(count)
+
+
+def settle(folder: str, threads: int = 1) -> None:
+    """Make this process the driver's equal: its working folder, where relative paths start, and its threads.
+
+    Floating-point sums depend on the number of threads, so every worker has one, wherever it runs.
+    """
     import pandas  # noqa: F401 -- pyarrow would import it at its first array and bill it to the first unit
 
-    # torch takes seconds to import, and not all work needs it: it reads this when it is.
-    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(1)
-
-
-def settle(folder: str) -> None:
-    """Make this process the driver's equal: one thread, and its working folder, where relative paths start."""
-    one_thread()
+    use_threads(threads)
     if os.path.isdir(folder):
         os.chdir(folder)
 

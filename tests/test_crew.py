@@ -40,7 +40,7 @@ def test_workers_that_run_no_model_import_no_torch():
     code = (
         "import sys, stride_ray.influence, stride_ray.ordinals;"
         "import stride_ray.selection.pool, stride_ray.selection.writing;"
-        "from stride_ray.distribute import one_thread; one_thread(); print('torch' in sys.modules);"
+        "from stride_ray.distribute import use_threads; use_threads(1); print('torch' in sys.modules);"
         "import torch; print(torch.get_num_threads())"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from stride_ray.baselines.problem import Problem, Texts
 from stride_ray.errors import StrideError
-from stride_ray.evaluate.lds import ALL
+from stride_ray.evaluate.lds import ALL, evaluate, subset_sums
 from stride_ray.evaluate.truth import Truth, read_truth
 from stride_ray.storage import Store
 
@@ -62,6 +62,17 @@ class Benchmark:
                 "'python jobs/retrain.py'."
             )
         return self.truth
+
+    def lds(self, scores: np.ndarray) -> dict[str, list[float]]:
+        """LDS of (Q, N) scores, with its interval's ends, by "part, kind".
+
+        Raises:
+            StrideError: where there are no retraining results.
+        """
+        truth = self.retrained()
+        found = evaluate({"": subset_sums(scores, truth.subsets)}, truth, self.kinds, self.parts)
+        figures = {f"{part}, {kind}": found.figure("", kind, part).lds for kind, part in found.cells}
+        return {cell: [lds.value, lds.low, lds.high] for cell, lds in figures.items()}
 
     def problem(
         self,

@@ -303,10 +303,7 @@ def _in_worker(
     folder: str, made_from: tuple[str, str], store: Store, slug: str, given: dict[str, Any], cores: int, device: str
 ) -> dict[str, Any]:
     """Do one unit in a worker; a failure comes back as its reason, which Ray would bury in tracebacks."""
-    import torch
-
-    settle(folder)
-    torch.set_num_threads(cores)
+    settle(folder, cores)
     keep_to(device)
     try:
         benchmark = reread_benchmark(*made_from)

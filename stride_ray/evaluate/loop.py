@@ -6,14 +6,12 @@ over a run, so each length is trained from its beginning. Nothing here looks at 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from stride_ray.config import ComputeConfig
 from stride_ray.costs import NAME
 from stride_ray.distribute import connected
 from stride_ray.evaluate.benchmark import Benchmark, read_benchmark
-from stride_ray.evaluate.lds import Figure, evaluate, subset_sums
 from stride_ray.evaluate.ours import BLOCKS, Variant, cut_pool, score
 from stride_ray.run import Run
 from stride_ray.storage import Store
@@ -41,16 +39,15 @@ def measure_loop(benchmark_url: str, folder: str, form: str, steps: int, most_st
     benchmark = read_benchmark(benchmark_url)
     benchmark.retrained()
     store = Store(folder).child(benchmark.fingerprint)
-    with connected(ComputeConfig()):
-        once = _measured(benchmark, store, f"once {form}", {**_ONCE, "operators.form": form})
-        loops: list[dict[str, Any]] = []
-        plateau = None
-        while plateau is None and steps <= most_steps:
-            changes = {**_LOOP, "operators.form": form, "fit.steps": steps}
-            loops.append({"steps": steps, **_measured(benchmark, store, f"loop {form} {steps}", changes)})
-            steps *= 2
-            if len(loops) > 1 and not _gained(*loops[-2:]):
-                plateau = loops[-2]["steps"]
+    once = _measured(benchmark, store, f"once {form}", {**_ONCE, "operators.form": form})
+    loops: list[dict[str, Any]] = []
+    plateau = None
+    while plateau is None and steps <= most_steps:
+        changes = {**_LOOP, "operators.form": form, "fit.steps": steps}
+        loops.append({"steps": steps, **_measured(benchmark, store, f"loop {form} {steps}", changes)})
+        steps *= 2
+        if len(loops) > 1 and not _gained(*loops[-2:]):
+            plateau = loops[-2]["steps"]
     compared = loops[-1] if plateau is None else loops[-2]
     ratio = compared["seconds"] / once["seconds"]
     return {"form": form, "once": once, "loops": loops, "plateau": plateau, "ratio_loop": ratio}
@@ -68,27 +65,22 @@ def _measured(benchmark: Benchmark, store: Store, name: str, changes: Mapping[st
     kept = f"{variant.slug}.json"
     if store.exists(kept):
         return store.read_json(kept)
-    runs = store.child("runs")
-    if not runs.exists(f"{BLOCKS}/blocks/manifest.json"):
-        cut_pool(benchmark, runs, ComputeConfig())
-    scores, _, remarks = score(benchmark, variant, runs, ComputeConfig())
+    runs, compute = store.child("runs"), ComputeConfig()
+    with connected(compute):
+        if not runs.exists(f"{BLOCKS}/blocks/manifest.json"):
+            cut_pool(benchmark, runs, compute)
+        scores, _, remarks = score(benchmark, variant, runs, compute)
     operators = Run(f"{runs.url}/{variant.slug}").stage("operators").store
     facts = operators.read_json("metadata.json")
-    truth = benchmark.retrained()
-    found = evaluate({name: subset_sums(scores, truth.subsets)}, truth, benchmark.kinds, benchmark.parts)
     measured = {
         "seconds": operators.read_json(NAME)["wall"],
         "gap": facts["gap"],
         "gap_error": facts["gap_error"],
-        "lds": {f"{part}, {kind}": _told(found.figure(name, kind, part)) for kind, part in found.cells},
+        "lds": benchmark.lds(scores),
         "remarks": remarks,
     }
     store.write_json(kept, measured)
     return measured
-
-
-def _told(figure: Figure) -> dict[str, float]:
-    return {key: round(value, 4) for key, value in asdict(figure.lds).items()}
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -96,7 +88,7 @@ def table(found: Mapping[str, Any]) -> str:
     cells = list(found["once"]["lds"])
     lines = [f"| {found['form']} | seconds | gap, nats | {' | '.join(cells)} |", "|---" * (3 + len(cells)) + "|"]
     for name, each in [("one pass", found["once"]), *((f"{one['steps']} steps", one) for one in found["loops"])]:
-        lds = (f"{each['lds'][cell]['value']:.3f}" for cell in cells)
+        lds = (f"{each['lds'][cell][0]:.3f}" for cell in cells)
         lines.append(
             f"| {name} | {each['seconds']:.1f} | {each['gap']:.4f} ± {each['gap_error']:.4f} | {' | '.join(lds)} |"
         )

@@ -26,7 +26,6 @@ import torch
 from stride_ray.config import ComputeConfig, Config, dumps
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark, read_benchmark
-from stride_ray.evaluate.lds import evaluate, subset_sums
 from stride_ray.evaluate.ours import settings
 from stride_ray.evaluate.peers.tools import BATCH_TOKENS, TOOLS, Place, Tool
 from stride_ray.storage import Store
@@ -134,7 +133,7 @@ def measured(tool: Tool, place: Place, folder: Path, benchmark: Benchmark, multi
         if multiple == 1:
             scores = tool.scores(here, len(benchmark.queries), len(benchmark.blocks))
             np.save(folder / "scores.npy", scores)
-            row["lds"] = _lds(benchmark, scores)
+            row["lds"] = benchmark.lds(scores)
         result.write_text(json.dumps(row))
     return json.loads(result.read_text())
 
@@ -167,17 +166,6 @@ def _held(process: Any) -> int:
         return process.memory_full_info().pss
     except psutil.Error:
         return 0
-
-
-def _lds(benchmark: Benchmark, scores: np.ndarray) -> dict[str, list[float]]:
-    """LDS with its interval, by part and kind."""
-    truth = benchmark.retrained()
-    found = evaluate({"": subset_sums(scores, truth.subsets)}, truth, benchmark.kinds, benchmark.parts)
-    told = {}
-    for kind, part in found.cells:
-        lds = found.figure("", kind, part).lds
-        told[f"{part}, {kind}"] = [lds.value, lds.low, lds.high]
-    return told
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

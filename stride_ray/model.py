@@ -35,7 +35,9 @@ from stride_ray.fused import FusedLosses
 from stride_ray.storage import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOGITS_BUDGET = 2**26  # elements of one chunk of logits: 256 MiB in float32, a few times that while it is in use
+# Elements of one chunk of logits, a few times that while it is in use. A CPU gains nothing from more than 64 MiB: the
+# system takes large blocks back when they are freed, and clears every page of the next one.
+LOGITS_BUDGET = {"cpu": 2**24, "cuda": 2**26}
 Shift = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -63,7 +65,6 @@ class SplitModel:
         """Freeze a Hugging Face model and cut it, see ``resolve_split``; StrideError where it cannot be cut."""
         self.name = name
         self.model = model.requires_grad_(False).eval()
-        self.logits_budget = LOGITS_BUDGET
         config = model.config.get_text_config(decoder=True)
         self._head = model.get_output_embeddings()
         if self._head is None:
@@ -73,6 +74,7 @@ class SplitModel:
         self.split_layer = resolve_split(split, self.n_layers)
         embedding = model.get_input_embeddings().weight
         self.device, self.dtype = embedding.device, embedding.dtype
+        self.logits_budget = LOGITS_BUDGET.get(self.device.type, LOGITS_BUDGET["cpu"])
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         self._embedded = int(embedding.shape[0])
         # Any id will do where the stream is given, except that some models look for the padding id.

@@ -21,6 +21,9 @@ from stride_ray.model import DTYPES, SplitModel, device_of, masked_mean
 from stride_ray.operators import Operators, features, gradients, random_basis, steering
 from stride_ray.sites import EMBEDDING, HEAD, SKETCH, Site, find_sites, influence, site_gradients
 
+RUNS = 3
+ENOUGH = 30.0  # seconds of measured runs, after which no other is begun
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -199,13 +202,16 @@ def measure_passes(setting: Setting) -> dict[str, Any]:
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What ``work`` returns and the seconds of its second run; the first one warms up."""
+    """What ``work`` returns and its seconds, after a run that warms up: the median of up to three."""
     work()
     _wait(device)
-    began = time.perf_counter()
-    result = work()
-    _wait(device)
-    return result, time.perf_counter() - began
+    seconds: list[float] = []
+    while len(seconds) < RUNS and sum(seconds) < ENOUGH:
+        began = time.perf_counter()
+        result = work()
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    return result, float(np.median(seconds))
 
 
 def _wait(device: torch.device) -> None:

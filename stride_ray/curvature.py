@@ -124,7 +124,7 @@ class ScaleWorker(PoolWorker):
         for batch in self.taken(ordinals):
             each, losses = site_gradients(self.model, self.sites, *self.trimmed(batch))
             for site, J in each:
-                squares[site.name] += float(J.double().square().sum())
+                squares[site.name] += float(site.whitened(J).double().square().sum())
             counted = batch.mask[:, 1:].sum(1)
             loss += float((losses.nan_to_num().cpu().double() * torch.from_numpy(counted)).sum())
             targets += int(counted.sum())

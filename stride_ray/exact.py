@@ -131,12 +131,12 @@ class Scorer(PoolWorker):
         self.sites = load_sites(curvature, SITES, self.model.device)
 
     def gradients(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> Iterator[tuple[Site, torch.Tensor]]:
-        """H^-½ J of each sequence, site by site."""
+        """J of each sequence, site by site."""
         return site_gradients(self.model, self.sites, ids_BT, mask_BT)[0]
 
 
 class QueryWorker(Scorer):
-    """Publishes H^-½ J of some queries, with their losses and errors."""
+    """Publishes H⁻¹ J of some queries, with their losses and errors."""
 
     def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
         super().__init__(config, blocks, device, curvature, stage)
@@ -154,7 +154,7 @@ class QueryWorker(Scorer):
         for batch in batches(rows, waiting, self.config.compute.batch_tokens):
             ids, mask = padded([rows[i] for i in batch], self.model.device)
             for site, J in self.gradients(ids, mask):
-                found.setdefault(site.name, []).append(J.cpu())
+                found.setdefault(site.name, []).append(site.solved(J).flatten(1).cpu())
             losses = self.trained.token_losses(self.trained.read(ids), ids, mask)
             for i, loss in zip(batch, masked_mean(losses, mask).tolist(), strict=True):
                 answers[i]["base_loss"] = loss
@@ -198,7 +198,7 @@ class ScoreWorker(Scorer):
         return self.stage.mark(name, started, blocks=stop - start)
 
     def _load(self, group: list[int]) -> dict[str, torch.Tensor]:
-        """H^-½ J of a group's queries by site; nothing where all of them failed."""
+        """H⁻¹ J of a group's queries by site; nothing where all of them failed."""
         stored = [self.stage.store.read_tensors(f"queries-{part:05d}.safetensors") for part in group]
         full = [tensors for tensors in stored if tensors]
         names = full[0] if full else {}

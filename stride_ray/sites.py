@@ -14,11 +14,13 @@ the others). The sites of a model are
 
 The influence of block i on query x is Σ_sites J(x)ᵀ H⁻¹ J_i, H the Kronecker product of the two sides' damped second
 moments over the pool (measured point 4), in units of a block's mean influence on itself. A site's say is that of its
-directions that H knows: nothing weighs the sites, but for the origin.
+directions that H knows: nothing weighs the sites, but for the origin. H⁻¹ is applied to the few queries, not to the
+pool: at an MLP as wide as four streams it would cost five times the gradient that it is applied to.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,6 @@ from transformers.pytorch_utils import Conv1D
 from stride_ray.closed_form import inverse_root
 from stride_ray.errors import StrideError
 from stride_ray.model import SplitModel, masked_mean
-from stride_ray.operators import LOGIT_BUDGET
 
 EMBEDDING, HEAD, ORIGIN = "embedding", "head", "origin"
 # Damping: eigenvalues λ become λ + damping · mean λ. Less helped the layers and did nothing for the two ends.
@@ -40,11 +41,13 @@ RARE = 1e-4
 SKETCH = 4096
 # What a block that harms counts of what it would as a helper: harm is the noisier side.
 HARM = 0.5
+# From the final states (B, T, D) to the sequences' losses (B,) and their gradients at the states.
+Head = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Site:
-    """One site with its preconditioner.
+    """One site with its preconditioner H^-½.
 
     Attributes:
         name: of the module, or "embedding", "head" or "origin".
@@ -64,6 +67,18 @@ class Site:
     def to(self, device: Any) -> "Site":
         """A copy on a device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in ("W_in", "W_out", "unigram")})
+
+    def whitened(self, J: Tensor) -> Tensor:
+        """H^-½ J of gradients as ``site_gradients`` gives them, which hold what H^-½ has per token already."""
+        if self.name == EMBEDDING:
+            return J @ self.W_out
+        if self.name in (HEAD, ORIGIN):
+            return J @ self.W_in
+        return self.W_in @ J @ self.W_out
+
+    def solved(self, J: Tensor) -> Tensor:
+        """What H⁻¹ makes of a query's J: its products with blocks' J are influence, but for the scale."""
+        return self.whitened(self.whitened(J))
 
 
 @dataclass(frozen=True)
@@ -117,7 +132,7 @@ def find_sites(model: SplitModel) -> tuple[str, ...]:
 
 
 def tapped(
-    model: SplitModel, sites: Iterable[str], ids_BT: Tensor, mask_BT: Tensor
+    model: SplitModel, sites: Iterable[str], ids_BT: Tensor, mask_BT: Tensor, head: Head | None = None
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
     """What every site reads and the gradient at what it writes, from one forward and one backward pass.
 
@@ -126,6 +141,7 @@ def tapped(
         sites: names as find_sites gives them.
         ids_BT: (B, T) int64 token ids.
         mask_BT: (B, T) bool targets.
+        head: what becomes of the final states: each sequence's loss, and their gradient at the states; None: no more.
 
     Returns:
         By site, u (B, T, F) and ∂(each sequence's masked mean loss)/∂(what is written) (B, T, D), float32; for the
@@ -154,19 +170,25 @@ def tapped(
     try:
         with torch.enable_grad():
             z = model.read(ids_BT)
-            losses = masked_mean(model.token_losses(z, ids_BT, mask_BT), mask_BT)
-            total = losses[mask_BT[:, 1:].any(1)].sum()
-            gradients = (
-                torch.autograd.grad(total, [wrote[name] for name in wanted]) if wanted and total.requires_grad else None
-            )
     finally:
         for handle in handles:
             handle.remove()
-    zeros = {name: torch.zeros_like(wrote[name]) for name in wanted}
-    found = dict(zip(wanted, gradients, strict=True)) if gradients else zeros
+    losses, slope = (head or partial(_losses, model, ids_BT, mask_BT))(z.detach())
+    gradients = torch.autograd.grad(z, [wrote[name] for name in wanted], slope) if wanted else []
+    found = dict(zip(wanted, gradients, strict=True))
     taps = {name: (read[name], found[name].float()) for name in wanted}
     taps |= {name: (z.detach().float(), torch.empty(0, device=model.device)) for name in sites if name not in wanted}
-    return taps, losses.detach()
+    return taps, losses
+
+
+def _losses(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (B,) of final states, and the gradient of each at its states (B, T, D)."""
+    with torch.enable_grad():
+        leaf = z_BTD.requires_grad_(True)
+        losses = masked_mean(model.token_losses(leaf, ids_BT, mask_BT), mask_BT)
+        total = losses[mask_BT[:, 1:].any(1)].sum()
+    slope = torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(leaf)
+    return losses.detach(), slope
 
 
 def _counted(mask_BT: Tensor) -> Tensor:
@@ -237,59 +259,90 @@ def origin_weight(layers: float, loss: float, unigram: Tensor) -> float:
 def site_gradients(
     model: SplitModel, sites: tuple[Site, ...], ids_BT: Tensor, mask_BT: Tensor
 ) -> tuple[Iterator[tuple[Site, Tensor]], Tensor]:
-    """H^-½ J of each sequence, site by site: an iterator over (site, (B, P) float32), and the losses (B,)."""
-    taps, losses = tapped(model, tuple(site.name for site in sites), ids_BT, mask_BT)
+    """J of each sequence, site by site, and the sequences' losses (B,) float32.
+
+    Of the preconditioner only what is per token is applied: ``Site.whitened`` applies the rest, once to blocks for
+    their length, twice to queries for influence.
+
+    Returns:
+        An iterator over (site, J) with J float32 of shape (B, F, D), or (B, V, D), or (B, v, D) of a sketch.
+    """
+    ends: dict[str, Tensor] = {}
+    head = partial(_head_gradients, model, sites, ids_BT, mask_BT, ends)
+    taps, losses = tapped(model, [site.name for site in sites], ids_BT, mask_BT, head if _at_head(sites) else None)
 
     def each() -> Iterator[tuple[Site, Tensor]]:
         for site in sites:
             u, g = taps.pop(site.name)
             if site.name in (HEAD, ORIGIN):
-                yield site, _head_gradients(model, site, u, ids_BT, mask_BT)
+                yield site, ends.pop(site.name)
             elif site.name == EMBEDDING:
-                yield site, _token_gradients(site, u, g)
+                yield site, _by_token(site.W_in, u, g)
             else:
-                yield site, ((u @ site.W_in).transpose(1, 2) @ (g @ site.W_out)).flatten(1)
+                yield site, u.transpose(1, 2) @ g
 
     return each(), losses
 
 
-def _token_gradients(site: Site, ids_BT: Tensor, g_BTD: Tensor) -> Tensor:
-    """Σ_t W_in[x_t] ⊗ (g_t W_out) of each sequence: (B, V·D), or (B, v·D) of a sketch."""
-    g = g_BTD @ site.W_out
-    u = site.W_in[ids_BT]
-    if u.dim() == 3:
-        return (u.transpose(1, 2) @ g).flatten(1)
-    B, V, D = len(g), len(site.W_in), g.shape[2]
-    rows = (ids_BT + V * torch.arange(B, device=g.device).unsqueeze(1)).flatten()
-    return g.new_zeros(B * V, D).index_add_(0, rows, (g * u.unsqueeze(2)).flatten(0, 1)).view(B, -1)
+def _at_head(sites: Iterable[Site]) -> bool:
+    return any(site.name in (HEAD, ORIGIN) for site in sites)
 
 
-def _head_gradients(model: SplitModel, site: Site, z_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Σ_t ω_t (z_t W_in) ⊗ ((p_t − y_t) W_out) of each sequence, a few sequences' logits at a time; origin: π for p."""
-    omega = _omega(mask_BT)
-    rows = max(1, LOGIT_BUDGET // (model.vocabulary * max(1, ids_BT.shape[1])))
-    found = []
-    for z, ids, weight in zip(z_BTD[:, :-1].split(rows), ids_BT[:, 1:].split(rows), omega.split(rows), strict=True):
-        known = len(site.unigram) > 0
-        g = site.unigram.repeat(*z.shape[:2], 1) if known else model.logits(z).float().softmax(-1)
-        g.scatter_add_(2, ids.unsqueeze(2), -torch.ones_like(ids, dtype=g.dtype).unsqueeze(2))
-        W_out = site.W_out[: model.vocabulary]
-        g = g * W_out if W_out.dim() == 1 else g @ W_out
-        found.append(((z @ site.W_in * weight.unsqueeze(2)).transpose(1, 2) @ g).flatten(1))
-    return torch.cat(found)
+def _by_token(weights: Tensor, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
+    """Σ_t weights[id_t] ⊗ x_t of each sequence: (B, V, D) from weights (V,), or (B, v, D) from a sketch (V, v)."""
+    each = weights[ids_BT]
+    if each.dim() == 3:
+        return each.transpose(1, 2) @ x_BTD
+    B, V, D = len(ids_BT), len(weights), x_BTD.shape[2]
+    rows = (ids_BT + V * torch.arange(B, device=x_BTD.device).unsqueeze(1)).flatten()
+    return x_BTD.new_zeros(B * V, D).index_add_(0, rows, (x_BTD * each.unsqueeze(2)).flatten(0, 1)).view(B, V, D)
+
+
+def _head_gradients(
+    model: SplitModel, sites: Iterable[Site], ids_BT: Tensor, mask_BT: Tensor, found: dict[str, Tensor], z_BTD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``_losses``, with J of head and origin, (B, V, D) or (B, v, D), from the same look at the logits into ``found``.
+
+    Head: Σ_t ω_t ((p_t − y_t) W_out) ⊗ z_t; origin: π for p_t. A few sequences' logits at a time.
+    """
+    omega, ids = _omega(mask_BT), ids_BT[:, 1:]
+    rows = max(1, model.logits_budget // (model.vocabulary * max(1, ids_BT.shape[1])))
+    pieces: dict[str, list[Tensor]] = {site.name: [] for site in sites if site.name in (HEAD, ORIGIN)}
+    losses, slopes = [], []
+    for z, target, weight in zip(z_BTD[:, :-1].split(rows), ids.split(rows), omega.split(rows), strict=True):
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_(True)
+            logits = model.logits(leaf).float()
+        log_p, at = logits.detach().log_softmax(-1), target.unsqueeze(2)
+        losses.append(-(log_p.gather(2, at).squeeze(2) * weight).sum(1))
+        g = log_p.exp_().scatter_add_(2, at, -torch.ones_like(at, dtype=log_p.dtype)).mul_(weight.unsqueeze(2))
+        slopes.append(torch.autograd.grad(logits, leaf, g)[0])
+        read = z.detach().float()
+        for site in sites:
+            W_out = site.W_out[: model.vocabulary]
+            if site.name == HEAD:
+                weighed = g.mul_(W_out) if W_out.dim() == 1 else g @ W_out
+                pieces[HEAD].append(weighed.transpose(1, 2) @ read)
+            elif site.name == ORIGIN:
+                known = site.unigram * W_out if W_out.dim() == 1 else site.unigram @ W_out
+                seen = read * weight.unsqueeze(2)
+                pieces[ORIGIN].append(known.unsqueeze(1) * seen.sum(1, keepdim=True) - _by_token(W_out, target, seen))
+    found |= {name: torch.cat(each) for name, each in pieces.items()}
+    slope = torch.nn.functional.pad(torch.cat(slopes), (0, 0, 0, 1))
+    return torch.cat(losses).masked_fill(~mask_BT[:, 1:].any(1), torch.nan), slope
 
 
 def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor]]) -> Tensor:
     """Influence of B blocks on Q queries.
 
     Args:
-        queries: by site's name, (Q, P) float32 H^-½ J of the queries.
-        gradients: of the blocks, site by site.
+        queries: by site's name, (Q, P) float32 H⁻¹ J of the queries (``Site.solved``), P = F·D.
+        gradients: J of the blocks, site by site.
 
     Returns:
         (Q, B) float32; positive: training on the block lowers the query's loss. Harm counts half (HARM).
     """
     total: Any = 0.0
     for site, J in gradients:
-        total = total + queries[site.name] @ J.T / site.scale
+        total = total + queries[site.name] @ J.flatten(1).T / site.scale
     return torch.where(total > 0, total, HARM * total)

@@ -186,7 +186,7 @@ def measure_passes(setting: Setting) -> dict[str, Any]:
         note(form, closed_form)
     sites = _plain_sites(model)
     asked = {
-        site.name: J.clone()
+        site.name: site.solved(J).flatten(1)
         for site, J in site_gradients(model, sites, ids[: setting.queries], mask[: setting.queries])[0]
     }
 

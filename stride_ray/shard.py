@@ -23,7 +23,7 @@ from stride_ray.distribute import connected, map_dataset, map_tasks, pool, progr
 from stride_ray.documents import Rejected, Unit, plan, read, resolve_columns
 from stride_ray.encoded import Encoded
 from stride_ray.errors import StrideError
-from stride_ray.ordinals import number_part
+from stride_ray.ordinals import leave, number_part
 from stride_ray.run import Run, Stage, part_name
 from stride_ray.storage import first_line, refuse_inside
 from stride_ray.tokens import (
@@ -155,7 +155,7 @@ class Tokenise:
         layout, tokens = self.config.layout, self.config.block_tokens
         table, counts = make_blocks(encoded, layout, tokens, self.end_of_text, pad_id(self.tokenizer))
         name = part_name(work["index"])
-        self.staged.store.write_table(f"{name}.parquet", table)
+        leave(self.staged.store, name, table)
         ids = fixed_lists(table["token_ids"], tokens, 0)
         facts = {"counts": counts.to_dict(), "max_token_id": int(ids.max(initial=0))}
         marker = self.staged.mark(name, started, **facts)

@@ -222,7 +222,7 @@ def _checked(document: Document, ids: Sequence[int], mask: Sequence[bool] | None
     if not len(ids):
         return Rejected(document.document_id, None, "no tokens")
     if mask is None:
-        return Encoded(document.document_id, document.source, np.asarray(ids, np.int32))
+        return Encoded(document.document_id, document.source, np.fromiter(ids, np.int32, len(ids)))
     if not any(mask):
         return Rejected(document.document_id, None, "no token counts: its loss mask is false throughout")
     return Encoded(document.document_id, document.source, np.asarray(ids, np.int32), np.asarray(mask, np.bool_))

@@ -16,8 +16,9 @@ from stride_ray.corpus import Counts, block_id, block_schema, iter_blocks, make_
 from stride_ray.documents import plan, read
 from stride_ray.encoded import Encoded
 from stride_ray.errors import StrideError
-from stride_ray.ordinals import with_ordinals
+from stride_ray.ordinals import leave, left, with_ordinals
 from stride_ray.readers import Rejected
+from stride_ray.storage import Store
 from stride_ray.tokens import encode_stream
 
 END, PAD = 9, 0
@@ -204,3 +205,13 @@ def test_block_ids_do_not_depend_on_the_place_and_are_unique_over_units(tmp_path
         seen.append([number for table in tables for number in table["block_id"].to_pylist()])
     assert seen[0] == seen[1]
     assert len(set(seen[0])) == len(seen[0]) > 50
+
+
+def test_what_is_left_for_numbering_comes_back_whole_and_a_torn_file_is_a_sentence(tmp_path):
+    table, _ = make_blocks([Encoded("a", "s", np.arange(20, dtype=np.int32))], "split", 8, 0, 0)
+    store = Store(str(tmp_path))
+    leave(store, "00000", table)
+    assert left(store, "00000").equals(table)
+    (tmp_path / "00000.arrow").write_bytes((tmp_path / "00000.arrow").read_bytes()[:-20])
+    with pytest.raises(StrideError, match=r"00000.arrow cannot be read .*; delete its folder and run again"):
+        left(store, "00000")

@@ -96,8 +96,11 @@ class Blocks:
         Sums over the pool are taken per shard and then over shards in order, so that they do not depend on how
         many workers there were.
         """
-        n = len(self)
-        edges = np.linspace(0, n, shard_count(n) + 1).astype(int)
+        return self.cut(shard_count(len(self)))
+
+    def cut(self, count: int) -> list[tuple[int, int]]:
+        """The pool as so many ordinal ranges of nearly equal size."""
+        edges = np.linspace(0, len(self), count + 1).astype(int)
         return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
 
     def sample(self, count: int, seed: int) -> np.ndarray:

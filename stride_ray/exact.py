@@ -61,7 +61,7 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", table)
     if not stage.store.exists("manifest.json"):
-        workers = len(blocks.shards())
+        workers = unit_count(len(blocks))
         with (
             unless_finished(stage, "manifest.json"),
             connected(run.config.compute),
@@ -88,7 +88,8 @@ def _score(config: Config, blocks: Blocks, curvature: Stage, stage: Stage, queri
     asked = [done[f"queries-{index:05d}"] for index, _ in parts]
     sizes = [marker["numbers"] for marker in asked]
     groups = np.array_split(np.arange(len(parts)), passes_over(max(sizes, default=0), queries))
-    units = [(group.tolist(), index, *shard) for group in groups for index, shard in enumerate(blocks.shards())]
+    ranges = list(enumerate(blocks.cut(unit_count(len(blocks)))))
+    units = [(group.tolist(), index, *ordinals) for group in groups for index, ordinals in ranges]
     missing_units = [unit for unit in units if _score_name(unit) not in done]
     results = crew.map(ScoreWorker, given, missing_units)
     total = sum(unit[3] - unit[2] for unit in missing_units)
@@ -109,6 +110,11 @@ def _score(config: Config, blocks: Blocks, curvature: Stage, stage: Stage, queri
             "parts": len(parts),
         },
     )
+
+
+def unit_count(n_blocks: int) -> int:
+    """How many units a pool is scored in: a thousand blocks each, in eights, so that few workers end together."""
+    return min(n_blocks, 8 * min(max(1, -(-n_blocks // 8192)), 16))
 
 
 def passes_over(numbers: int, queries: int) -> int:
@@ -172,7 +178,7 @@ class QueryWorker(Scorer):
 
 
 class ScoreWorker(Scorer):
-    """Scores a shard's blocks for a group of queries and publishes each query's largest influences among them."""
+    """Scores a unit's blocks for a group of queries and publishes each query's largest influences among them."""
 
     def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
         super().__init__(config, blocks, device, curvature, stage)
@@ -213,7 +219,7 @@ def rank_unit(
     answers: list[list[dict[str, Any]]],
     part: int,
 ) -> dict[str, Any]:
-    """The ranked tables of one part's queries from all shards' largest influences and every part's answers."""
+    """The ranked tables of one part's queries from all units' largest influences and every part's answers."""
     started = time.monotonic()
     group = next(unit[0] for unit in units if part in unit[0])
     good = [answer["query_id"] for answer in answers[part] if answer["status"] == "ok"]

@@ -267,9 +267,9 @@ def site_gradients(
     Returns:
         An iterator over (site, J) with J float32 of shape (B, F, D), or (B, V, D), or (B, v, D) of a sketch.
     """
-    ends: dict[str, Tensor] = {}
-    head = partial(_head_gradients, model, sites, ids_BT, mask_BT, ends)
-    taps, losses = tapped(model, [site.name for site in sites], ids_BT, mask_BT, head if _at_head(sites) else None)
+    names, ends = [site.name for site in sites], dict[str, Tensor]()
+    head = partial(_head_gradients, model, sites, ids_BT, mask_BT, ends) if {HEAD, ORIGIN} & set(names) else None
+    taps, losses = tapped(model, names, ids_BT, mask_BT, head)
 
     def each() -> Iterator[tuple[Site, Tensor]]:
         for site in sites:
@@ -284,18 +284,21 @@ def site_gradients(
     return each(), losses
 
 
-def _at_head(sites: Iterable[Site]) -> bool:
-    return any(site.name in (HEAD, ORIGIN) for site in sites)
+def _by_token(weights: Tensor, ids_BT: Tensor, x_BTD: Tensor, begun: Tensor | None = None) -> Tensor:
+    """Σ_t weights[id_t] ⊗ x_t of each sequence: (B, V, D) from weights (V,), or (B, v, D) from a sketch (V, v).
 
-
-def _by_token(weights: Tensor, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
-    """Σ_t weights[id_t] ⊗ x_t of each sequence: (B, V, D) from weights (V,), or (B, v, D) from a sketch (V, v)."""
+    What was ``begun``, of the result's shape, is added to, in place.
+    """
     each = weights[ids_BT]
     if each.dim() == 3:
-        return each.transpose(1, 2) @ x_BTD
+        found = each.transpose(1, 2) @ x_BTD
+        return found if begun is None else begun.add_(found)
     B, V, D = len(ids_BT), len(weights), x_BTD.shape[2]
+    if begun is None:
+        begun = x_BTD.new_zeros(B, V, D)
     rows = (ids_BT + V * torch.arange(B, device=x_BTD.device).unsqueeze(1)).flatten()
-    return x_BTD.new_zeros(B * V, D).index_add_(0, rows, (x_BTD * each.unsqueeze(2)).flatten(0, 1)).view(B, V, D)
+    begun.view(B * V, D).index_add_(0, rows, (x_BTD * each.unsqueeze(2)).flatten(0, 1))
+    return begun
 
 
 def _head_gradients(
@@ -326,8 +329,10 @@ def _head_gradients(
             elif site.name == ORIGIN:
                 known = site.unigram * W_out if W_out.dim() == 1 else site.unigram @ W_out
                 seen = read * weight.unsqueeze(2)
-                pieces[ORIGIN].append(known.unsqueeze(1) * seen.sum(1, keepdim=True) - _by_token(W_out, target, seen))
-    found |= {name: torch.cat(each) for name, each in pieces.items()}
+                expected = known.unsqueeze(1) * seen.sum(1, keepdim=True)
+                pieces[ORIGIN].append(_by_token(W_out, target, -seen, expected))
+    # A copy of J is worth avoiding where there was one look.
+    found |= {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in pieces.items()}
     slope = torch.nn.functional.pad(torch.cat(slopes), (0, 0, 0, 1))
     return torch.cat(losses).masked_fill(~mask_BT[:, 1:].any(1), torch.nan), slope
 

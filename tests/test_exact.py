@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUERIES, answered
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stride_ray import exact
@@ -16,6 +18,7 @@ from stride_ray.blocks import Blocks
 from stride_ray.cli import main
 from stride_ray.config import Config
 from stride_ray.errors import StrideError
+from stride_ray.exact import unit_count
 from stride_ray.fitted import load_measured_model, load_run_model
 from stride_ray.influence import DOCUMENTS, INFLUENCE, RECOVERY
 from stride_ray.run import Run
@@ -165,3 +168,10 @@ def test_a_start_of_another_shape_is_refused(parts, tmp_path):
     config = Config().updated({"model.path": str(parts.model), "model.start": str(tmp_path / "start")})
     with pytest.raises(StrideError, match=r"model\.start .*start and the model .* do not have the same parameters"):
         load_measured_model(config, "cpu")
+
+
+@given(st.integers(1, 10**7))
+def test_units_are_of_about_a_thousand_blocks_in_eights_and_not_too_many(n):
+    count = unit_count(n)
+    assert count == n or (count % 8 == 0 and count <= 128)
+    assert n / count <= 1024 or count == 128

@@ -106,8 +106,10 @@ def test_a_model_whose_layers_end_in_nothing_linear_has_no_sites(made):
         find_sites(model)
 
 
-def test_j_is_the_gradient_of_the_weight(made, texts):
+@pytest.mark.parametrize("budget", [1, 2 * V * T, 10**6])  # one sequence's logits at a time, two, all
+def test_j_is_the_gradient_of_the_weight(made, texts, budget):
     model, names = made
+    model.logits_budget = budget
     ids, mask = texts
     each, losses = site_gradients(model, raw_sites(model, names), ids, mask)
     for site, J in each:

@@ -90,7 +90,8 @@ def test_exact_influence_foretells_preconditioned_steps(toy):
             changes[weight] = left * read if name == HEAD else left @ read
         return changes
 
-    asked = {site.name: J for site, J in site_gradients(model, tuple(sites.values()), queries, mask[:Q])[0]}
+    each = site_gradients(model, tuple(sites.values()), queries, mask[:Q])[0]
+    asked = {site.name: site.solved(J).flatten(1) for site, J in each}
     scores = influence(asked, site_gradients(model, tuple(sites.values()), blocks, mask)[0])
     signed = torch.where(scores > 0, scores, scores / HARM).numpy()
     truth = truth_of(model.model, toy, step, 1e-8)

@@ -5,6 +5,7 @@ batch of queries costs one forward and one backward pass over the pool, whatever
 influences per query are kept.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -30,8 +31,8 @@ from stride_ray.run import Run, Stage, unless_finished
 from stride_ray.sites import Site, influence, site_gradients
 from stride_ray.storage import Store, tensor_bytes
 
-# Queries whose J are made in one unit; numbers in all J that one pass over the pool holds (1 GiB), and its queries.
-UNIT, HELD, MOST = 16, 2**28, 256
+# Queries whose J are made in one unit, and the most in one pass over the pool.
+UNIT, MOST = 16, 256
 
 
 def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
@@ -87,7 +88,8 @@ def _score(config: Config, blocks: Blocks, curvature: Stage, stage: Stage, queri
     done = stage.done()
     asked = [done[f"queries-{index:05d}"] for index, _ in parts]
     sizes = [marker["numbers"] for marker in asked]
-    groups = np.array_split(np.arange(len(parts)), passes_over(max(sizes, default=0), queries))
+    passes = passes_over(max(sizes, default=0), queries, config.compute.query_gb)
+    groups = np.array_split(np.arange(len(parts)), passes)
     ranges = list(enumerate(blocks.cut(unit_count(len(blocks)))))
     units = [(group.tolist(), index, *ordinals) for group in groups for index, ordinals in ranges]
     missing_units = [unit for unit in units if _score_name(unit) not in done]
@@ -117,13 +119,15 @@ def unit_count(n_blocks: int) -> int:
     return min(n_blocks, 8 * min(max(1, -(-n_blocks // 8192)), 16))
 
 
-def passes_over(numbers: int, queries: int) -> int:
-    """How many passes over the pool so many queries need, whose J has so many numbers each."""
-    return min(max(1, -(-numbers * queries // HELD), -(-queries // MOST)), max(1, -(-queries // UNIT)))
+def passes_over(numbers: int, queries: int, query_gb: float) -> int:
+    """How many passes over the pool so many queries need, whose J has so many float32 numbers each."""
+    room = math.ceil(4 * numbers * queries / max(1, query_gb * 2**30))
+    return min(max(1, room, -(-queries // MOST)), max(1, -(-queries // UNIT)))
 
 
 def _score_name(unit: tuple[list[int], int, int, int]) -> str:
-    return f"scores-{unit[0][0]:05d}-{unit[1]:03d}"
+    # First and last of its parts: with another query_gb other parts go together.
+    return f"scores-{unit[0][0]:05d}-{unit[0][-1]:05d}-{unit[1]:03d}"
 
 
 class Scorer(PoolWorker):

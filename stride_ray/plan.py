@@ -184,12 +184,13 @@ def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: i
     if "exact" in found:
         markers = found["exact"][0].done().items()
         numbers = max((marker["numbers"] for unit, marker in markers if unit.startswith("queries-")), default=0)
-    sizes = [(pilot.stage("blocks").store.read_json("manifest.json")["blocks"], known), (blocks, queries)]
-    options = pilot.config
-    old, new = (
-        Size(n, options.membership.subsets, q, passes_over(numbers, q), min(n, options.attribute.top)) for n, q in sizes
-    )
-    return old, new
+    options, pool = pilot.config, pilot.stage("blocks").store.read_json("manifest.json")["blocks"]
+
+    def size(n: int, q: int) -> Size:
+        passes = passes_over(numbers, q, options.compute.query_gb)
+        return Size(n, options.membership.subsets, q, passes, min(n, options.attribute.top))
+
+    return size(pool, known), size(blocks, queries)
 
 
 def table(estimates: list[Estimate], blocks: int, queries: int, workers: int) -> str:

@@ -1,8 +1,9 @@
 """The one-pass fit beside the paper's trained loop on an accuracy benchmark: seconds to fit, and LDS, of each.
 
-How long a loop must run is its own affair: its steps are doubled until that no longer makes members and others clearly
-more different under steering (``judge``), and what is compared is the shortest run at that level. Learning rates decay
-over a run, so each length is trained from its beginning. Nothing here looks at the retraining results but the LDS.
+How long a loop must run is its own affair: its steps are doubled until four times as many do not make members and
+others clearly more different under steering (``judge``), and what is compared is the shortest run at that level; a run
+twice as long may well fail to show what one four times as long does. Learning rates decay over a run, so each length is
+trained from its beginning. Nothing here looks at the retraining results but the LDS.
 """
 
 from collections.abc import Mapping
@@ -46,9 +47,9 @@ def measure_loop(benchmark_url: str, folder: str, form: str, steps: int, most_st
         changes = {**_LOOP, "operators.form": form, "fit.steps": steps}
         loops.append({"steps": steps, **_measured(benchmark, store, f"loop {form} {steps}", changes)})
         steps *= 2
-        if len(loops) > 1 and not _gained(*loops[-2:]):
-            plateau = loops[-2]["steps"]
-    compared = loops[-1] if plateau is None else loops[-2]
+        if len(loops) > 2 and not _gained(loops[-3], loops[-1]):
+            plateau = loops[-3]["steps"]
+    compared = loops[-1] if plateau is None else loops[-3]
     ratio = compared["seconds"] / once["seconds"]
     return {"form": form, "once": once, "loops": loops, "plateau": plateau, "ratio_loop": ratio}
 

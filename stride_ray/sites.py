@@ -20,7 +20,6 @@ pool: at an MLP as wide as four streams it would cost five times the gradient th
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,8 +40,6 @@ RARE = 1e-4
 SKETCH = 4096
 # What a block that harms counts of what it would as a helper: harm is the noisier side.
 HARM = 0.5
-# From the final states (B, T, D) to the sequences' losses (B,) and their gradients at the states.
-Head = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -132,23 +129,19 @@ def find_sites(model: SplitModel) -> tuple[str, ...]:
 
 
 def tapped(
-    model: SplitModel, sites: Iterable[str], ids_BT: Tensor, mask_BT: Tensor, head: Head | None = None
-) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """What every site reads and the gradient at what it writes, from one forward and one backward pass.
+    model: SplitModel, sites: Iterable[str], ids_BT: Tensor
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """A forward pass, and what every site but head and origin reads and writes in it.
 
     Args:
         model: on whose device everything is.
         sites: names as find_sites gives them.
         ids_BT: (B, T) int64 token ids.
-        mask_BT: (B, T) bool targets.
-        head: what becomes of the final states: each sequence's loss, and their gradient at the states; None: no more.
 
     Returns:
-        By site, u (B, T, F) and ∂(each sequence's masked mean loss)/∂(what is written) (B, T, D), float32; for the
-        embedding the ids in place of u, for head and origin the final states and an empty tensor. And the losses,
-        (B,) float32, nan without a target.
+        The final states (B, T, D), with the graph that leads to them; by site u (B, T, F) float32, for the embedding
+        the ids instead; by site what it writes (B, T, D), in the graph.
     """
-    sites = list(sites)
     wanted = [name for name in sites if name not in (HEAD, ORIGIN)]
     read: dict[str, Tensor] = {EMBEDDING: ids_BT.to(model.device)}
     wrote: dict[str, Tensor] = {}
@@ -173,22 +166,22 @@ def tapped(
     finally:
         for handle in handles:
             handle.remove()
-    losses, slope = (head or partial(_losses, model, ids_BT, mask_BT))(z.detach())
-    gradients = torch.autograd.grad(z, [wrote[name] for name in wanted], slope) if wanted else []
-    found = dict(zip(wanted, gradients, strict=True))
-    taps = {name: (read[name], found[name].float()) for name in wanted}
-    taps |= {name: (z.detach().float(), torch.empty(0, device=model.device)) for name in sites if name not in wanted}
-    return taps, losses
+    return z, read, {name: wrote[name] for name in wanted}
 
 
-def _losses(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (B,) of final states, and the gradient of each at its states (B, T, D)."""
+def _written(z_BTD: Tensor, wrote: dict[str, Tensor], slope_BTD: Tensor) -> dict[str, Tensor]:
+    """Gradients (B, T, D) float32 at what sites write, from those at the final states."""
+    gradients = torch.autograd.grad(z_BTD, list(wrote.values()), slope_BTD) if wrote else []
+    return {name: g.float() for name, g in zip(wrote, gradients, strict=True)}
+
+
+def _slope(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor) -> Tensor:
+    """The gradient of each sequence's masked mean loss at its final states, (B, T, D)."""
     with torch.enable_grad():
-        leaf = z_BTD.requires_grad_(True)
+        leaf = z_BTD.detach().requires_grad_(True)
         losses = masked_mean(model.token_losses(leaf, ids_BT, mask_BT), mask_BT)
         total = losses[mask_BT[:, 1:].any(1)].sum()
-    slope = torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(leaf)
-    return losses.detach(), slope
+    return torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(leaf)
 
 
 def _counted(mask_BT: Tensor) -> Tensor:
@@ -206,13 +199,16 @@ def site_moments(
     model: SplitModel, sites: Iterable[str], ids_BT: Tensor, mask_BT: Tensor
 ) -> tuple[dict[str, Moments], int]:
     """A batch's sums of second moments by site, and how many positions they are over."""
-    taps, _ = tapped(model, sites, ids_BT, mask_BT)
+    sites = list(sites)
+    z, read, wrote = tapped(model, sites, ids_BT)
+    written = _written(z, wrote, _slope(model, ids_BT, mask_BT, z))
+    read[HEAD] = z.detach().float()
     counted = _counted(mask_BT)
     sums = {}
-    for name, (u, g) in taps.items():
-        read = u[:, :-1][counted] if name != EMBEDDING else torch.empty(0, 0, device=model.device)
-        written = g[:, :-1][counted] if name != HEAD else _omega(mask_BT)[counted].unsqueeze(1)
-        sums[name] = Moments(*((x.T @ x).double().cpu().numpy() for x in (read, written)))
+    for name in sites:
+        u = read[name][:, :-1][counted] if name != EMBEDDING else torch.empty(0, 0, device=model.device)
+        g = written[name][:, :-1][counted] if name != HEAD else _omega(mask_BT)[counted].unsqueeze(1)
+        sums[name] = Moments(*((x.T @ x).double().cpu().numpy() for x in (u, g)))
     return sums, int(counted.sum())
 
 
@@ -267,19 +263,18 @@ def site_gradients(
     Returns:
         An iterator over (site, J) with J float32 of shape (B, F, D), or (B, V, D), or (B, v, D) of a sketch.
     """
-    names, ends = [site.name for site in sites], dict[str, Tensor]()
-    head = partial(_head_gradients, model, sites, ids_BT, mask_BT, ends) if {HEAD, ORIGIN} & set(names) else None
-    taps, losses = tapped(model, names, ids_BT, mask_BT, head)
+    z, read, wrote = tapped(model, [site.name for site in sites], ids_BT)
+    ends, losses, slope = _head_gradients(model, sites, ids_BT, mask_BT, z.detach())
+    written = _written(z, wrote, slope)
 
     def each() -> Iterator[tuple[Site, Tensor]]:
+        # Each is let go when it was used: together they take as much memory as the model's forward.
         for site in sites:
-            u, g = taps.pop(site.name)
             if site.name in (HEAD, ORIGIN):
                 yield site, ends.pop(site.name)
-            elif site.name == EMBEDDING:
-                yield site, _by_token(site.W_in, u, g)
-            else:
-                yield site, u.transpose(1, 2) @ g
+                continue
+            u, g = read.pop(site.name), written.pop(site.name)
+            yield site, _by_token(site.W_in, u, g) if site.name == EMBEDDING else u.transpose(1, 2) @ g
 
     return each(), losses
 
@@ -302,9 +297,9 @@ def _by_token(weights: Tensor, ids_BT: Tensor, x_BTD: Tensor, begun: Tensor | No
 
 
 def _head_gradients(
-    model: SplitModel, sites: Iterable[Site], ids_BT: Tensor, mask_BT: Tensor, found: dict[str, Tensor], z_BTD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``_losses``, with J of head and origin, (B, V, D) or (B, v, D), from the same look at the logits into ``found``.
+    model: SplitModel, sites: Iterable[Site], ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """J of head and origin, (B, V, D) or (B, v, D), the losses (B,) and their ``_slope``, from one look at the logits.
 
     Head: Σ_t ω_t ((p_t − y_t) W_out) ⊗ z_t; origin: π for p_t. A few sequences' logits at a time.
     """
@@ -332,9 +327,9 @@ def _head_gradients(
                 expected = known.unsqueeze(1) * seen.sum(1, keepdim=True)
                 pieces[ORIGIN].append(_by_token(W_out, target, -seen, expected))
     # A copy of J is worth avoiding where there was one look.
-    found |= {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in pieces.items()}
+    found = {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in pieces.items()}
     slope = torch.nn.functional.pad(torch.cat(slopes), (0, 0, 0, 1))
-    return torch.cat(losses).masked_fill(~mask_BT[:, 1:].any(1), torch.nan), slope
+    return found, torch.cat(losses).masked_fill(~mask_BT[:, 1:].any(1), torch.nan), slope
 
 
 def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor]]) -> Tensor:

@@ -174,3 +174,10 @@ def test_units_are_of_about_a_thousand_blocks_in_eights_and_not_too_many(n):
     count = unit_count(n)
     assert count == n or (count % 8 == 0 and count <= 128)
     assert n / count <= 1024 or count == 128
+
+
+def test_passes_follow_from_room_and_from_the_most_queries_of_one():
+    assert exact.passes_over(2**28, 64, 1.0) == 4  # no pass is for less than a unit of 16 queries
+    assert exact.passes_over(2**28, 64, 32.0) == 2  # 64 GiB, 32 at a time
+    assert exact.passes_over(10, 600, 1.0) == 3  # at most 256 queries in one
+    assert exact.passes_over(10, 0, 0.0) == 1

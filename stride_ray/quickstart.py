@@ -44,7 +44,7 @@ PROMPTS = {
     "calendar": "def isleap(year):\n    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)",
 }
 
-BLOCK_TOKENS, EPOCHS = 128, 3
+BLOCK_TOKENS, EPOCHS = 128, 2
 
 
 def quickstart(folder: str) -> dict[str, Any]:

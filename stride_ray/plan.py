@@ -78,7 +78,7 @@ def _recovered(old: Size, new: Size) -> float:
 def _solved(old: Size, new: Size) -> float:
     # Measured (RESULTS.md, Scale): the more blocks, the more are active, until there are as many as subsets.
     before, after = (min(1.0, size.blocks / (FULL * size.subsets)) for size in (old, new))
-    return _queries(old, new) * (after / before) ** 0.75
+    return _queries(old, new) * (after / before) ** 0.5
 
 
 def _shards(old: Size, new: Size) -> float:

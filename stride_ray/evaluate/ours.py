@@ -92,6 +92,12 @@ def _ablation(name: str, **changes: Any) -> Variant:
     return Variant(f"STRIDE trained, {name}", {**TRAINED, **given}, ablation=True, note=note)
 
 
+def _way(name: str, **changes: Any) -> Variant:
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    note = "closed-form operators, one pass, Lasso; what faster or slower responses and forms do to accuracy"
+    return Variant(f"STRIDE amortised, {name}", {"attribute.mode": "amortised", **given}, ablation=True, note=note)
+
+
 VARIANTS: tuple[Variant, ...] = (
     Variant("STRIDE", default=True, note="exact: every inner product, no option turned"),
     Variant("STRIDE amortised, logit", {"attribute.mode": "amortised"}, note="closed-form operators, Lasso"),
@@ -107,6 +113,11 @@ VARIANTS: tuple[Variant, ...] = (
     _ablation("split 0.25", model__split=0.25),
     _ablation("split 0.9", model__split=0.9),
     _ablation("Bernoulli membership", membership__form="bernoulli"),
+    Variant("STRIDE in bfloat16", {"model.dtype": "bfloat16"}, ablation=True, note="exact, the model in bfloat16"),
+    _way("logit, exact responses", respond__mode="exact"),
+    _way("matrix, rank 16", operators__form="matrix", operators__rank=16),
+    _way("matrix, rank 16, exact responses", operators__form="matrix", operators__rank=16, respond__mode="exact"),
+    _way("gate, rank 16", operators__form="gate", operators__rank=16),
 )
 
 

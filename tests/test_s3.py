@@ -175,8 +175,7 @@ def test_a_store_that_does_not_answer_ends_within_a_minute(monkeypatch):
 
 
 @pytest.mark.parametrize("server", ["moto", "swift", "rclone"])
-def test_of_many_that_want_a_lock_one_gets_it(bucket, server, monkeypatch):
-    monkeypatch.setattr(lock, "SETTLE", 0.5)
+def test_of_many_that_want_a_lock_one_gets_it(bucket, server):
     with bucket(server) as url:
         store, got, refused = Store(f"{url}/e"), [], []
         gate = threading.Barrier(4)
@@ -186,7 +185,7 @@ def test_of_many_that_want_a_lock_one_gets_it(bucket, server, monkeypatch):
             try:
                 with Lock(Store(store.url), 30.0) as held:
                     got.append(held)
-                    time.sleep(2.0)
+                    time.sleep(lock.SETTLE)
                     held.check()
             except StrideError as error:
                 refused.append(str(error))

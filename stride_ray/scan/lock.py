@@ -1,7 +1,8 @@
 """One scan at a time: a lock file with an owner and a lease, renewed by its owner, that others take over once it ends.
 
 Locally the file is created exclusively. An object store that knows conditional writes (S3 itself) creates it so; on
-one that does not, the owner writes, waits a moment and reads again, and the last writer has won.
+one that does not, the owner looks, writes, waits a moment and reads again, and the last writer has won. That holds as
+long as nobody writes long after looking; whoever was displaced all the same is told so by ``check``.
 """
 
 import contextlib
@@ -20,6 +21,8 @@ from stride_ray.storage import Store
 NAME = "scan.lock"
 # Seconds between writing a lock without a conditional create, and reading whose it is.
 SETTLE = 2.0
+# How often a slow or half-written answer of an object store is asked for again.
+LOOKS = 3
 
 
 def _machine() -> str:
@@ -64,19 +67,16 @@ class Lock:
 
     def __enter__(self) -> "Lock":
         for _ in range(3):
-            if self._create():
-                self._thread.start()
-                return self
-            held = self._read()
-            if held is None:
-                continue  # let go of in between
-            if held["expires"] > time.time() and not _ended(held):
+            held = self._look()
+            if held is not None and held["expires"] > time.time() and not _ended(held):
                 until = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(held["expires"]))
                 raise StrideError(
                     f"{self.store.name_of(NAME)} is held by {held['owner']} until {until} at the earliest: another "
                     "scan is under way; wait for it (or, where that one was killed, until then)."
                 )
-            self._take_away()
+            if self._link(held) if self.store.local else self._claim(held):
+                self._thread.start()
+                return self
         raise StrideError(f"{self.store.name_of(NAME)} changes hands faster than it can be taken; try again.")
 
     def __exit__(
@@ -97,8 +97,8 @@ class Lock:
         held = self._read()
         if self.lost or held is None or held["owner"] != self.owner:
             raise StrideError(
-                f"{self.store.name_of(NAME)} was taken over by another scan after this one's lease ran out; run the "
-                "same command again: what is done is kept."
+                f"{self.store.name_of(NAME)} was taken over by another scan, which did not see this one in time; "
+                "run the same command again: what is done is kept."
             )
 
     def _record(self) -> bytes:
@@ -106,16 +106,22 @@ class Lock:
         told = {"owner": self.owner, "pid": os.getpid(), "machine": _machine(), "since": now}
         return json.dumps({**told, "expires": now + self.lease}).encode()
 
-    def _create(self) -> bool:
-        """Make the file where there is none; whether it is ours."""
-        path = self.store.path(NAME)
-        if self.store.local:
-            with self.store.told(NAME, "write"):
-                return self._link(path)
-        if self.store.exists(NAME):
-            return False
+    def _look(self) -> dict[str, Any] | None:
+        """Who holds the lock; asked again where the answer took so long that it may be of the past."""
+        for _ in range(LOOKS):
+            asked = time.monotonic()
+            held = self._read()
+            if self.store.local or time.monotonic() - asked < SETTLE / 2:
+                break
+        return held
+
+    def _claim(self, ended: dict[str, Any] | None) -> bool:
+        """In an object store: make the file, or write over one that ended; whether it is ours after a moment."""
         try:
-            self.store.fs.pipe_file(path, self._record(), mode="create")
+            if ended is not None:
+                self.store.write(NAME, self._record())
+            else:
+                self.store.fs.pipe_file(self.store.path(NAME), self._record(), mode="create")
         except FileExistsError:
             return False
         except Exception:  # whatever a store says that knows no conditional create
@@ -124,47 +130,49 @@ class Lock:
         held = self._read()
         return held is not None and held["owner"] == self.owner
 
-    def _link(self, path: str) -> bool:
+    def _link(self, ended: dict[str, Any] | None) -> bool:
         """On a local disk: a file linked to its name is whole at once, and linking fails where the name is taken."""
-        os.makedirs(self.store.root, exist_ok=True)
+        path = self.store.path(NAME)
         partial = f"{path}.{uuid.uuid4().hex}"
-        try:
-            with open(partial, "wb") as file:
-                file.write(self._record())
-            os.link(partial, path)
-        except FileExistsError:
-            return False
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(partial)
+        with self.store.told(NAME, "write"):
+            os.makedirs(self.store.root, exist_ok=True)
+            try:
+                if ended is not None:
+                    os.rename(path, partial)  # of several that try, one succeeds
+                with open(partial, "wb") as file:
+                    file.write(self._record())
+                os.link(partial, path)
+            except (FileExistsError, FileNotFoundError):
+                return False
+            finally:
+                with contextlib.suppress(OSError):
+                    os.remove(partial)
         return True
 
     def _read(self) -> dict[str, Any] | None:
-        if not self.store.exists(NAME):
-            return None
-        try:
-            held = self.store.read_json(NAME)
-            return {**held, "owner": str(held["owner"]), "expires": float(held["expires"])}
-        except (StrideError, KeyError, TypeError, ValueError):
-            return {"owner": "nobody", "expires": 0.0} if self.store.exists(NAME) else None
-
-    def _take_away(self) -> None:
-        """Remove a lock whose lease has ended; of several that try, one succeeds."""
-        if not self.store.local:
-            self.store.remove(NAME)
-            return
-        path = self.store.path(NAME)
-        aside = f"{path}.{uuid.uuid4().hex}"
-        try:
-            os.rename(path, aside)
-        except FileNotFoundError:
-            return
-        os.remove(aside)
+        """What the file says; one that stays unreadable as JSON is nobody's, as some stores show half-written ones."""
+        for left in reversed(range(LOOKS)):
+            if not self.store.exists(NAME):
+                return None
+            try:
+                held = json.loads(self.store.read(NAME))
+                return {**held, "owner": str(held["owner"]), "expires": float(held["expires"])}
+            except StrideError:
+                if not left:
+                    raise
+            except (KeyError, TypeError, ValueError):
+                if self.store.local:
+                    break
+            time.sleep(SETTLE / 4)
+        return {"owner": "nobody", "expires": 0.0}
 
     def _renew(self) -> None:
         while not self._stop.wait(self.lease / 3):
-            held = self._read()
-            if held is None or held["owner"] != self.owner:
-                self.lost = True
-                return
-            self.store.write(NAME, self._record())
+            with contextlib.suppress(
+                StrideError
+            ):  # a store that is away for a while; the next time comes before the end
+                held = self._read()
+                if held is None or held["owner"] != self.owner:
+                    self.lost = True
+                    return
+                self.store.write(NAME, self._record())

@@ -59,6 +59,11 @@ QUERIES = [
 PROGRESS = ("it/s]", "units/s]", "blocks/s]", "parts/s]", "queries/s]", "/s]", "Writing model")
 
 
+def pytest_collection_modifyitems(items):
+    """The file that takes longest first, so that it does not run last with nothing beside it."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 class Bomb:
     """What touches a file when it is unpickled."""
 

@@ -145,6 +145,7 @@ class AttributeConfig:
         ("exact", "amortised"),
     )
     top: int = _option(2000, "exact: blocks kept per query, those of largest influence, helpful or harmful", low=1)
+    layers: float = _option(0.0, "exact: last layers looked at, fewer are faster; below 1: a share; 0: all", low=0.0)
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "responses": ("operators", ("respond",)),
     "influence": ("responses", ("recover",)),
-    "curvature": ("blocks", ("seed", "model.path", "model.start", "model.dtype")),
+    "curvature": ("blocks", ("seed", "model.path", "model.start", "model.dtype", "attribute.layers")),
     "exact": ("curvature", ("attribute.top",)),
 }
 

@@ -19,6 +19,7 @@ from stride_ray.sites import (
     Site,
     distribution,
     find_sites,
+    last_layers,
     origin_weight,
     preconditioned,
     site_gradients,
@@ -94,7 +95,8 @@ class MomentWorker(PoolWorker):
 
     def __init__(self, config: Config, blocks: Blocks, device: str) -> None:
         super().__init__(config, blocks, device)
-        self.names = find_sites(self.model)
+        self.names = find_sites(self.model, config.attribute.layers)
+        self.layers = last_layers(config.attribute.layers, self.model.n_layers)
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Do one unit; returns its findings."""
@@ -104,7 +106,7 @@ class MomentWorker(PoolWorker):
             sums, count = site_moments(self.model, self.names, *self.trimmed(batch))
             total = {name: total[name] + sums[name] if name in total else sums[name] for name in sums}
             positions += count
-        facts = {"index": index, "blocks": len(ordinals), "positions": positions, "layers": len(self.model.layers)}
+        facts = {"index": index, "blocks": len(ordinals), "positions": positions, "layers": self.layers}
         return {**facts, "moments": total, "vocabulary": self.model.vocabulary}
 
 

@@ -13,11 +13,13 @@ the others). The sites of a model are
         only where training began from random weights, whose first and largest steps these were
 
 The influence of block i on query x is Σ_sites J(x)ᵀ H⁻¹ J_i, H the Kronecker product of the two sides' damped second
-moments over the pool (measured point 4), in units of a block's mean influence on itself. A site's say is that of its
+moments over the pool (measured point 4), in units of a block's mean influence on itself. Sites of the last layers alone
+cost less than half: nothing goes back through the layers before them. A site's say is that of its
 directions that H knows: nothing weighs the sites, but for the origin. H⁻¹ is applied to the few queries, not to the
 pool: at an MLP as wide as four streams it would cost five times the gradient that it is applied to.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -95,12 +97,28 @@ class Moments:
         return Moments(self.read / positions, self.written / positions)
 
 
-def find_sites(model: SplitModel) -> tuple[str, ...]:
-    """The model's own sites in order: "embedding", modules of the layers, "head".
+def last_layers(wanted: float, n_layers: int) -> int:
+    """How many of the last layers ``attribute.layers`` means: 0 all, below 1 a share (rounded up), else a number.
 
     Raises:
-        StrideError: where no layer has a linear map into the residual stream.
+        StrideError: for more than there are.
     """
+    if wanted > n_layers:
+        raise StrideError(f"attribute.layers is {wanted:g}, and the model has {n_layers} layers; ask for fewer, or 0.")
+    return math.ceil(wanted * n_layers) if 0 < wanted < 1 else int(wanted) or n_layers
+
+
+def find_sites(model: SplitModel, wanted: float = 0.0) -> tuple[str, ...]:
+    """The model's own sites in order: "embedding", modules of the layers, "head".
+
+    Args:
+        model: whose.
+        wanted: the last layers only, and no embedding, see last_layers; 0: all.
+
+    Raises:
+        StrideError: where no layer has a linear map into the residual stream, or there are fewer than wanted.
+    """
+    first = model.n_layers - last_layers(wanted, model.n_layers)
     names = {id(module): name for name, module in model.model.named_modules()}
     last: dict[tuple[int, str], str] = {}
 
@@ -125,7 +143,8 @@ def find_sites(model: SplitModel) -> tuple[str, ...]:
             handle.remove()
     if not last:
         raise StrideError(f"{model.name}: no layer ends in a linear map; exact influence needs one, use the amortised")
-    return EMBEDDING, *last.values(), HEAD
+    found = (name for (layer, _), name in last.items() if layer >= first)
+    return (*(() if wanted else (EMBEDDING,)), *found, HEAD)
 
 
 def tapped(
@@ -146,20 +165,19 @@ def tapped(
     read: dict[str, Tensor] = {EMBEDDING: ids_BT.to(model.device)}
     wrote: dict[str, Tensor] = {}
 
-    def root(module: nn.Module, given: tuple, output: Tensor) -> Tensor:
-        # All parameters are frozen: the graph begins at the embedding.
-        wrote[EMBEDDING] = output.detach().requires_grad_(True)
-        return wrote[EMBEDDING]
-
     def keep(name: str) -> Callable:
-        def hook(module: nn.Module, given: tuple, output: Tensor) -> None:
-            read[name], wrote[name] = given[0].detach().float(), output
+        def hook(module: nn.Module, given: tuple, output: Tensor) -> Tensor:
+            if name != EMBEDDING:
+                read[name] = given[0].detach().float()
+            # All parameters are frozen: the graph begins at the first site.
+            wrote[name] = output if output.requires_grad else output.detach().requires_grad_(True)
+            return wrote[name]
 
         return hook
 
-    handles = [model.model.get_input_embeddings().register_forward_hook(root)]
-    modules = [name for name in wanted if name != EMBEDDING]
-    handles += [model.model.get_submodule(name).register_forward_hook(keep(name)) for name in modules]
+    ends = {EMBEDDING: model.model.get_input_embeddings()}
+    modules = {name: ends.get(name) or model.model.get_submodule(name) for name in wanted}
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     try:
         with torch.enable_grad():
             z = model.read(ids_BT)

@@ -290,7 +290,7 @@ def test_methods_are_known_by_name():
     assert everything[:3] == ["random", "tfidf", "bm25"]
     assert {"datamodels", "stride", "stride-as-published"} <= set(everything)
     extra = [each.slug for each in ours.VARIANTS if each.ablation]
-    assert len(extra) == 15
+    assert len(extra) == 17
     assert not set(extra) & set(everything)
     assert chosen_methods(["random", "random"], True) == ["random", *extra]
     assert chosen_methods(None, True) == everything + extra

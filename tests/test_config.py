@@ -115,6 +115,7 @@ DEPENDING = {
     **{name: {"responses", "influence"} for name in OPTIONS if name.startswith("respond.")},
     **{name: {"influence"} for name in OPTIONS if name.startswith("recover.")},
     "attribute.top": {"exact"},
+    "attribute.layers": {"curvature", "exact"},
 }
 
 

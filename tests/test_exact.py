@@ -129,6 +129,21 @@ def test_where_training_began_is_where_it_is_measured_from(exactly, parts, shard
     assert [row["influence"] for row in rows] != read_influence(before, "asked")["influence"].to_pylist()
 
 
+def test_the_last_layers_alone_are_another_answer_of_the_same_form(exactly, parts, sharded, plain):
+    last, _, _ = answered(sharded("last"), parts, attribute__layers=0.5)
+    facts = last.stage("curvature").store.read_json("manifest.json")["sites"]
+    assert {name.partition("layers.1.")[1] for name in facts if "." in name} == {"layers.1."}
+    assert "embedding" not in facts
+    assert sum(facts.values()) == pytest.approx(1)
+    found, whole = (read_influence(run, "asked") for run in (last, exactly.run))
+    assert found.schema.equals(whole.schema)
+    tops = [{(row["query_id"], row["ordinal"]) for row in t.to_pylist() if row["rank"] <= 5} for t in (found, whole)]
+    assert len(tops[0] & tops[1]) >= 5
+    assert found["influence"].to_pylist() != whole["influence"].to_pylist()
+    with pytest.raises(StrideError, match=r"attribute\.layers"):
+        Run(last.url, changes={"attribute.layers": 1}).begin("curvature")
+
+
 def test_the_command_line_needs_no_operators(exactly, parts, sharded, plain):
     folder = sharded("verb")
     shutil.copy(exactly.folder / "run.toml", folder)

@@ -25,6 +25,7 @@ from stride_ray.sites import (
     preconditioned,
     site_gradients,
     site_moments,
+    tapped,
 )
 
 V, D, F, B, T = 60, 16, 24, 5, 9
@@ -104,6 +105,29 @@ def test_a_model_whose_layers_end_in_nothing_linear_has_no_sites(made):
     model.width += 1  # no map is as wide as the stream
     with pytest.raises(StrideError, match="no layer ends in a linear map"):
         find_sites(model)
+
+
+@pytest.mark.parametrize(("wanted", "first"), [(1, 3), (0.5, 3), (0.1, 3), (0.51, 1), (2, 1)])
+def test_sites_of_the_last_layers_alone_have_the_same_gradients(made, texts, wanted, first):
+    model, names = made
+    assert find_sites(model, wanted) == names[first:]
+    whole, losses = site_gradients(model, raw_sites(model, names), *texts)
+    expected = {site.name: J for site, J in whole}
+    some, again = site_gradients(model, raw_sites(model, names[first:]), *texts)
+    found = {site.name: J for site, J in some}
+    assert tuple(found) == names[first:]
+    for name, J in found.items():
+        torch.testing.assert_close(J, expected[name])
+    torch.testing.assert_close(losses, again, equal_nan=True)
+    with torch.no_grad():
+        z, _, wrote = tapped(model, names[first:], texts[0])
+    assert all(each.requires_grad for each in (z, *wrote.values()))
+    assert wrote[names[first]].is_leaf  # nothing goes back further
+
+
+def test_more_layers_than_there_are_is_told(made):
+    with pytest.raises(StrideError, match=r"attribute.layers is 3, and the model has 2 layers; ask for fewer, or 0"):
+        find_sites(made[0], 3)
 
 
 @pytest.mark.parametrize("budget", [1, 2 * V * T, 10**6])  # one sequence's logits at a time, two, all

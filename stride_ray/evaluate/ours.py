@@ -113,6 +113,10 @@ VARIANTS: tuple[Variant, ...] = (
     _ablation("split 0.25", model__split=0.25),
     _ablation("split 0.9", model__split=0.9),
     _ablation("Bernoulli membership", membership__form="bernoulli"),
+    Variant("STRIDE, last half of the layers", {"attribute.layers": 0.5}, ablation=True, note="exact, faster"),
+    Variant(
+        "STRIDE, last quarter of the layers", {"attribute.layers": 0.25}, ablation=True, note="exact, faster still"
+    ),
     Variant("STRIDE in bfloat16", {"model.dtype": "bfloat16"}, ablation=True, note="exact, the model in bfloat16"),
     _way("logit, exact responses", respond__mode="exact"),
     _way("matrix, rank 16", operators__form="matrix", operators__rank=16),

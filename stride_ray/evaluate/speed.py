@@ -147,7 +147,9 @@ def measure_respond(setting: Setting) -> dict[str, Any]:
 
 
 def measure_passes(setting: Setting) -> dict[str, Any]:
-    """Passes over blocks: the closed form of each form of operators, and every block against queries at all sites.
+    """Passes over blocks: the closed form of each form of operators, and every block against queries.
+
+    Against queries twice: at all sites (``exact``), and at those of the last layers (``exact_last_quarter``).
 
     Returns:
         Blocks a second of a plain forward with loss (``forward``) and of each pass, ratios of seconds to the forward's
@@ -184,17 +186,17 @@ def measure_passes(setting: Setting) -> dict[str, Any]:
                 add_to_subsets(sums, gradients(basis, model, ids[at], mask[at]).flatten(1), columns[at])
 
         note(form, closed_form)
-    sites = _plain_sites(model)
-    asked = {
-        site.name: site.solved(J).flatten(1)
-        for site, J in site_gradients(model, sites, ids[: setting.queries], mask[: setting.queries])[0]
-    }
+    some = (ids[: setting.queries], mask[: setting.queries])
+    # All layers last: the bytes of a query are told of them.
+    for name, layers in (("exact_last_quarter", 0.25), ("exact", 0.0)):
+        sites = _plain_sites(model, layers)
+        asked = {site.name: site.solved(J).flatten(1) for site, J in site_gradients(model, sites, *some)[0]}
 
-    def exact() -> None:
-        for at in batches:
-            influence(asked, site_gradients(model, sites, ids[at], mask[at])[0])
+        def exact(sites: Any = sites, asked: Any = asked) -> None:
+            for at in batches:
+                influence(asked, site_gradients(model, sites, ids[at], mask[at])[0])
 
-    note("exact", exact)
+        note(name, exact)
     speed = {name: each["blocks_per_second"] for name, each in found.items()}
     ratios = {f"ratio_{name}": speed["forward"] / each for name, each in speed.items() if name != "forward"}
     numbers = sum(J.shape[1] for J in asked.values())
@@ -287,13 +289,13 @@ def _layer_numbers(shape: Shape) -> int:
     return 2 * shape.width * (shape.width + keys) + 3 * shape.width * shape.inner
 
 
-def _plain_sites(model: SplitModel) -> tuple[Site, ...]:
+def _plain_sites(model: SplitModel, layers: float) -> tuple[Site, ...]:
     """Sites with preconditioners of the right shapes: speed does not depend on what is in them."""
     generator = torch.Generator().manual_seed(3)
     V, D = model.vocabulary, model.width
     tokens = torch.ones(V) if V <= SKETCH else torch.randn(V, SKETCH, generator=generator) / SKETCH**0.5
     sites = []
-    for name in find_sites(model):
+    for name in find_sites(model, layers):
         if name == EMBEDDING:
             site = Site(name, tokens, torch.eye(D))
         elif name == HEAD:

@@ -99,6 +99,10 @@ def _exact(place: Place) -> list[list[str]]:
     ]
 
 
+def _last_quarter(place: Place) -> list[list[str]]:
+    return [[*command, "--set", "attribute.layers=0.25"] for command in _exact(place)]
+
+
 def _amortised(place: Place) -> list[list[str]]:
     shard, attribute = _exact(place)
     return [shard, place.ours("fit"), [*attribute[:-1], "--amortised"]]
@@ -128,5 +132,6 @@ TOOLS = (
     Tool("bergson, EK-FAC", _ekfac, _bergson_scores("ekfac/scores")),
     Tool("dattri, LoGRA", _logra, _logra_scores),
     Tool("STRIDE, exact", _exact, _our_scores, ours=True),
+    Tool("STRIDE, exact, last quarter of the layers", _last_quarter, _our_scores, ours=True),
     Tool("STRIDE, amortised", _amortised, _our_scores, ours=True),
 )

@@ -268,7 +268,9 @@ def benchmark_select(args: argparse.Namespace) -> int:
 def benchmark_speed(args: argparse.Namespace) -> int:
     """Time responses or passes over the pool; print what was found, a line each, and the JSON line."""
     from stride_ray.evaluate.speed import Setting, measure_passes, measure_respond
+    from stride_ray.memory import keep_freed
 
+    keep_freed()  # as every worker does
     given = {key: value for key, value in vars(args).items() if key not in ("command", "run")}
     return _printed({"respond": measure_respond, "fit": measure_passes}[args.command](Setting(**given)))
 

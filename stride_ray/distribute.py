@@ -30,6 +30,7 @@ from tqdm import tqdm
 from stride_ray import costs, metrics
 from stride_ray.config import ComputeConfig
 from stride_ray.errors import StrideError, Terminated
+from stride_ray.memory import keep_freed
 from stride_ray.storage import first_line
 
 RETRIES = 5
@@ -154,13 +155,14 @@ def use_threads(count: int) -> None:
 
 
 def settle(folder: str, threads: int = 1) -> None:
-    """Make this process the driver's equal: its working folder, where relative paths start, and its threads.
+    """Make this process the driver's equal: its working folder, where relative paths start, its threads, its memory.
 
     Floating-point sums depend on the number of threads, so every worker has one, wherever it runs.
     """
     import pandas  # noqa: F401 -- pyarrow would import it at its first array and bill it to the first unit
 
     use_threads(threads)
+    keep_freed()
     if os.path.isdir(folder):
         os.chdir(folder)
 

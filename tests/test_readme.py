@@ -74,7 +74,7 @@ def test_readme_has_both_set_up_commands():
         "make quickstart",
         "make test",
     ]
-    assert "-m pytest" in make_recipe("test")
+    assert make_recipe("test").endswith("-m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder")
 
 
 @pytest.mark.parametrize("index", [i for i, (_, body) in enumerate(SNIPPETS) if not body.startswith("make")])

@@ -1,9 +1,9 @@
 """Job: source retrieval on Python's standard library, printed as a table.
 
 The documents are its modules of 1 to 8 kB (without tests and encodings' tables; small documents, so that chance is
-small), cut into blocks of 128 tokens. 100 blocks are taken out; a model is trained on the rest, operators are fitted
-to it, and then 100 blocks of the pool (verbatim) and the 100 taken out (unseen blocks of documents whose other blocks
-are in the pool) are attributed. Ends with one JSON object.
+small), cut into blocks of 128 tokens. 100 blocks are taken out; a model is trained on the rest, operators of subsets
+are fitted to it, and then 100 blocks of the pool (verbatim) and the 100 taken out (unseen blocks of documents whose
+other blocks are in the pool) are attributed. Ends with one JSON object.
 
     python jobs/retrieval.py FOLDER [--queries 100]
 """
@@ -52,6 +52,7 @@ def main() -> int:
         "corpus.tokenizer": str(root / "tokenizer"),
         "corpus.block_tokens": BLOCK_TOKENS,
         "model.path": str(root / "model"),
+        "operators.rows": "subsets",
     }
     run = Run(str(root / "run"), changes=settings)
     with connected(run.config.compute):

@@ -6,7 +6,7 @@ tail-patch, and how often near copies planted in the training set are found; the
 that was killed goes on where it stopped. Exit status: 0 done, 1 with a sentence on standard error, 130 interrupted.
 
     python jobs/sft.py --instructions FILE --model MODEL --out FOLDER [--examples 200 --queries 8 --epochs 1]
-        [--set attribute.mode=amortised]
+        [--set attribute.exact=true]
 """
 
 import argparse

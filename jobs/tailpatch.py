@@ -2,7 +2,7 @@
 
 Exit status as stride-ray's: 0 done, 1 with a sentence on standard error, 130 interrupted.
 
-    python jobs/tailpatch.py RUN --name NAME [--k 10] [--learning-rate 0.01] [--set attribute.mode=amortised]
+    python jobs/tailpatch.py RUN --name NAME [--k 10] [--learning-rate 0.01] [--set attribute.exact=true]
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Exit status as stride-ray's: 0 done, 1 with a sentence on standard error, 130 interrupted.
 
-    python jobs/trust.py RUN --name NAME [--mode amortised]
+    python jobs/trust.py RUN --name NAME [--exact | --no-exact]
 """
 
 import argparse
@@ -21,11 +21,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the run directory, a path or fsspec URL")
     parser.add_argument("--name", required=True, help="of the query set")
-    parser.add_argument("--mode", choices=("exact", "amortised"), help="of the answer (default: the run's)")
+    parser.add_argument(
+        "--exact", action=argparse.BooleanOptionalAction, help="of the exact answer, or not (default: the run's)"
+    )
     parsed = parser.parse_args(arguments)
 
     def work() -> None:
-        found = trust(Run(parsed.run, changes={"attribute.mode": parsed.mode} if parsed.mode else {}), parsed.name)
+        found = trust(
+            Run(parsed.run, changes={} if parsed.exact is None else {"attribute.exact": parsed.exact}), parsed.name
+        )
         print(found.as_table())
         print(json.dumps(dataclasses.asdict(found)).replace("NaN", "null"))
 

@@ -1,4 +1,4 @@
-"""Stage attribute: queries to ranked tables, a console table and a page, amortised (respond, recover) or exact."""
+"""Stage attribute: queries to ranked tables, a console table and a page: respond, recover and rescore, or exact."""
 
 import sys
 import textwrap
@@ -9,10 +9,11 @@ import pyarrow as pa
 
 from stride_ray.blocks import Blocks
 from stride_ray.errors import StrideError
-from stride_ray.exact import exact_influence
-from stride_ray.influence import recover_influence
+from stride_ray.estimates import recover_estimates
+from stride_ray.fit import fit
 from stride_ray.queries import read_queries
 from stride_ray.report.page import attribution_page
+from stride_ray.rescore import exact_influence, rescore
 from stride_ray.respond import respond_table
 from stride_ray.run import Run
 from stride_ray.tokens import load_tokenizer
@@ -20,8 +21,9 @@ from stride_ray.tokens import load_tokenizer
 # Blocks shown per query and side, in the console and on the page; queries on the page.
 CONSOLE_BLOCKS, PAGE_BLOCKS, PAGE_QUERIES = 3, 8, 1000
 # By mode, the stage with the tables, and the other mode.
-TABLES = {"exact": "exact", "amortised": "influence"}
-OTHER = {"exact": "amortised", "amortised": "exact"}
+TABLES = {"exact": "exact", "estimated": "influence"}
+OTHER = {"exact": "estimated", "estimated": "exact"}
+FLAGS = {"exact": "--exact", "estimated": "--no-exact"}
 # Points of a query's curve of influence by rank; sources of a query's breakdown.
 CURVE, SOURCES = 24, 6
 
@@ -30,13 +32,13 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
     """Which training blocks made the model answer like this, for every query.
 
     Args:
-        run: with finished ``operators/``; for exact, ``blocks/`` will do.
+        run: with finished ``blocks/``.
         queries: JSON Lines or Parquet with text, prompt and completion, or messages (queries.read_queries).
         name: of the query set; tables go to ``influence/<name>/`` or ``exact/<name>/``.
         out: where the console table is written; None: standard output.
 
     Returns:
-        recover_influence's or exact_influence's summary with ``mode`` and ``page``, the page's URL.
+        The summary of rescore or exact_influence with ``mode``, exact or estimated, and ``page``, the page's URL.
 
     Raises:
         StrideError: as read_queries and answer.
@@ -47,78 +49,95 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
     summary = answer(run, table, name)
     shown = shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS)
     print_table(shown[:20], out)
-    page = _write_page(run, name, shown, summary["mode"])
+    page = _write_page(run, name, shown)
     stage = run.stage(table_stage(run), name)
-    gap = f", largest relative duality gap {summary['largest_gap']:.1e}" if "largest_gap" in summary else ""
+    gap = f", largest relative duality gap {summary['largest_gap']:.1e}" if summary.get("largest_gap") else ""
+    how = "" if summary["exact"] == summary["rows"] else f"; the others are estimates{_believable(summary)}"
     print(
         f"\n{summary['queries']} queries ({summary['failed']} failed), {summary['rows']} influences, "
-        f"median {summary['median_nonzeros']:g} blocks a query{gap}.\n"
+        f"median {summary['median_nonzeros']:g} blocks a query{gap}; {summary['exact']} of them are exact{how}.\n"
         f"Tables: {stage.store.name_of('influence-*.parquet')}\nPage:   {page}",
         file=out,
     )
     return {**summary, "page": page}
 
 
+def _believable(summary: dict[str, Any]) -> str:
+    """How well estimates correlate with exact influence, as far as they tell themselves."""
+    if summary.get("reliability") is None:
+        return ""
+    return f" that correlate with exact influence at about {summary['reliability'] ** 0.5:.2f} (split halves)"
+
+
 def answer(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
-    """Ranked tables for tokenised queries (queries.SCHEMA), as ``attribute.mode`` says; returns the stage's summary.
+    """Ranked tables for tokenised queries (queries.SCHEMA); returns the last stage's summary and ``mode``.
+
+    Operators are fitted first where that is not done yet.
 
     Raises:
-        StrideError: as respond_table and recover_influence, or exact_influence.
+        StrideError: as respond_table, recover_estimates and rescore, or exact_influence.
     """
-    if run.config.attribute.mode == "exact":
+    if run.config.attribute.exact:
         return {**exact_influence(run, table, name), "mode": "exact"}
-    responded = respond_table(run, table, name)
-    return {**responded, **recover_influence(run, name)}
+    if not run.store.exists("operators/metadata.json"):
+        fit(run)
+    respond_table(run, table, name)
+    estimated = recover_estimates(run, name)
+    return {"largest_gap": estimated["largest_gap"], **rescore(run, name), "mode": "estimated"}
+
+
+def mode_of(run: Run) -> str:
+    """How the run answers: ``exact`` or ``estimated``."""
+    return "exact" if run.config.attribute.exact else "estimated"
 
 
 def write_page(run: Run, name: str) -> str:
     """Write the page of a query set's tables anew, with what the trust panel found meanwhile; returns its URL."""
-    mode = (
-        "exact"
-        if table_stage(run) == "exact"
-        else run.stage("responses", name).store.read_json("manifest.json")["mode"]
-    )
-    return _write_page(run, name, shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS), mode)
+    return _write_page(run, name, shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS))
 
 
-def _write_page(run: Run, name: str, shown: list[dict[str, Any]], mode: str) -> str:
+def _write_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
     store = run.stage(table_stage(run), name).store
-    facts = {**_about(run), **store.read_json("manifest.json"), "mode": mode, "name": name, "run": run.url}
+    facts = {**_about(run), **store.read_json("manifest.json"), "mode": mode_of(run), "name": name, "run": run.url}
+    facts["believable"] = _believable(facts)
     trust = store.read_json("trust.json") if store.exists("trust.json") else None
     store.write("page.html", attribution_page(shown, facts, trust).encode())
     return store.name_of("page.html")
 
 
 def table_stage(run: Run) -> str:
-    """The stage with a query set's tables: ``exact`` or, amortised, ``influence``."""
-    return TABLES[run.config.attribute.mode]
+    """The stage with a query set's tables: ``exact``, or ``influence`` where the rest is estimated."""
+    return TABLES[mode_of(run)]
 
 
 def asked_queries(run: Run, name: str) -> pa.Table:
     """The queries (queries.SCHEMA) that a query set's tables answer."""
-    stage = "exact" if run.config.attribute.mode == "exact" else "responses"
-    return run.stage(stage, name).store.read_table("queries.parquet")
+    return run.stage(table_stage(run), name).store.read_table("queries.parquet")
 
 
 def _about(run: Run) -> dict[str, Any]:
     """What the page says of how its numbers came about: model, blocks, how, learned, verdict."""
-    if run.config.attribute.mode == "exact":
+    if run.config.attribute.exact:
         facts = run.stage("curvature").store.read_json("manifest.json")
         how = f"every block scored at {len(facts['sites'])} sites of the model"
         return {"model": run.config.model.path, "blocks": facts["blocks"], "how": how, "learned": True, "verdict": ""}
     facts = run.stage("operators").store.read_json("metadata.json")
-    return {**facts, "how": f"{facts['subsets']} subsets, {facts['method']} fit"}
+    if facts.get("form") != "sites":
+        return {**facts, "how": f"{facts['subsets']} subsets, {facts['method']} fit"}
+    what = "for each block" if facts["rows"] == "blocks" else f"for each of {facts['subsets']} subsets of the blocks"
+    size = f"{facts['row_bytes'] / 1024:.1f} KiB, one bit a coordinate"
+    return {**facts, "how": f"operators {what} at {len(facts['sites'])} sites of the model, {size}"}
 
 
 def read_influence(run: Run, name: str, table: str = "influence") -> pa.Table:
     """A query set's whole table: ``influence``, ``documents`` or ``recovery``."""
-    mode = run.config.attribute.mode
-    verb, other = "attribute --exact" if mode == "exact" else "recover", OTHER[mode]
+    mode = mode_of(run)
+    verb, other = "attribute --exact" if mode == "exact" else "rescore", OTHER[mode]
     here, there = (run.store.exists(f"{TABLES[each]}/{name}/manifest.json") for each in (mode, other))
     if there and not here:
         raise StrideError(
-            f"Of {name!r} there is {other} influence only, and attribute.mode, which run.toml keeps, is {mode}: "
-            f"add --{other}, or run 'stride-ray {verb} --name {name}' first."
+            f"Of {name!r} there is {other} influence only, and run.toml keeps attribute.exact = "
+            f"{str(mode == 'exact').lower()}: add {FLAGS[other]}, or run 'stride-ray {verb} --name {name}' first."
         )
     stage = run.require(table_stage(run), "manifest.json", f"stride-ray {verb} --name {name}", name)
     parts = stage.store.read_json("manifest.json")["parts"]

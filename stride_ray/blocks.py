@@ -36,6 +36,16 @@ def shard_count(n_blocks: int) -> int:
     return min(n_blocks, min(max(4, -(-n_blocks // 1024)), 64))
 
 
+def unit_count(n_blocks: int) -> int:
+    """How many units of work a pass over so many blocks is cut into: a function of N alone.
+
+    A thousand blocks each, at least eight units; eight thousand where N is so large that there are thousands of units.
+    """
+    if n_blocks <= 8:
+        return max(1, n_blocks)
+    return max(8, -(-n_blocks // min(8192, max(1024, n_blocks // 8192))))
+
+
 class Blocks:
     """A finished ``blocks/`` folder.
 

@@ -25,24 +25,35 @@ from stride_ray.storage import Store
 # The handful of options that a verb shows; all others are set by --set section.key=value or in --config FILE.
 SHOWN: dict[str, tuple[str, ...]] = {
     "shard": ("corpus.input", "corpus.tokenizer", "corpus.columns", "corpus.layout", "corpus.block_tokens"),
-    "fit": ("model.path", "model.dtype", "membership.subsets", "membership.degree", "operators.form", "fit.method"),
+    "fit": (
+        "model.path",
+        "model.dtype",
+        "operators.form",
+        "operators.budget_gb",
+        "operators.rows",
+        "membership.subsets",
+        "membership.degree",
+    ),
     "respond": ("respond.mode",),
     "recover": ("recover.penalty_ratio",),
-    "attribute": ("model.path", "attribute.top", "recover.penalty_ratio"),
+    "rescore": ("attribute.candidates",),
+    "attribute": ("model.path", "attribute.candidates", "attribute.top"),
     "scan": ("scan.words", "scan.overlap", "scan.influence", "scan.false_discovery", "scan.alarm"),
     "select": ("select.by", "select.documents", "select.tokens", "select.drop", "select.drop_at", "select.earlier"),
 }
 EVERYWHERE = ("compute.address", "compute.workers", "compute.device")
 MODES = {
-    "exact": "score every block in one pass over the pool; needs no operators (the default)",
-    "amortised": "respond and recover: seconds a query once 'fit' is done",
+    "--exact": ("true", "score every block exactly, in a pass over the pool; needs no operators"),
+    "--no-exact": ("false", "estimates from the operators, exact influence of the candidates (the default)"),
 }
 ABOUT = {
     "shard": "documents to blocks: tokenise a corpus and cut it into blocks in Parquet",
     "fit": "blocks to operators: one pass over the pool, or the paper's training loop",
     "respond": "queries to responses: how each operator moves each query's loss",
-    "recover": "responses to influence: a Lasso per query, ranked tables of blocks and documents",
-    "attribute": "tables, a console summary and a page: which blocks made the model answer like this",
+    "recover": "responses to estimates of every query's influence; a Lasso per query where operators are of subsets",
+    "rescore": "estimates to ranked tables: exact influence of every query's candidates, estimates for the rest",
+    "attribute": "respond, recover and rescore at once, with a console summary and a page: which blocks made the model "
+    "answer like this",
     "scan": "did evaluation items leak into the corpus, and does the model lean on them? (and: scan compare A B)",
     "select": "influence on target queries to training data, with a reason for every document and a random arm",
     "status": "what is done and what is missing in a run directory",
@@ -161,9 +172,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--queries", required=True, metavar="FILE", help="JSON Lines, Parquet or text files")
         if verb in ("attribute", "scan", "select"):
             either = sub.add_mutually_exclusive_group()
-            for mode, about in MODES.items():
-                either.add_argument(f"--{mode}", dest="attribute.mode", action="store_const", const=mode, help=about)
-        if verb in ("respond", "recover", "attribute"):
+            for flag, (value, about) in MODES.items():
+                either.add_argument(flag, dest="attribute.exact", action="store_const", const=value, help=about)
+        if verb in ("respond", "recover", "rescore", "attribute"):
             sub.add_argument("--name", default="queries", help="name of the query set, a folder's (default: queries)")
         if verb == "scan":
             scan_command.add_arguments(sub)
@@ -229,13 +240,18 @@ def _run(parsed: argparse.Namespace) -> int:
         alike = f" (correlation with steered ones {done['correlation']:.4f})" if done.get("correlation") else ""
         print(f"{done['queries']} queries, {done['failed']} failed, {done['mode']} responses{alike}.")
     elif parsed.verb == "recover":
-        from stride_ray.influence import recover_influence
+        from stride_ray.estimates import recover_estimates
 
-        done = recover_influence(run, parsed.name)
+        done = recover_estimates(run, parsed.name)
         print(
-            f"{done['queries']} queries, {done['failed']} failed; median {done['median_nonzeros']:g} blocks with "
-            f"influence, largest relative duality gap {done['largest_gap']:.1e}."
+            f"{done['queries']} queries, {done['failed']} failed; median {done['median_nonzeros']:g} blocks with an "
+            f"estimate, largest relative duality gap {done['largest_gap']:.1e}."
         )
+    elif parsed.verb == "rescore":
+        from stride_ray.rescore import rescore
+
+        done = rescore(run, parsed.name)
+        print(f"{done['queries']} queries, {done['failed']} failed; {done['exact']} of {done['rows']} rows are exact.")
     elif parsed.verb == "select":
         from stride_ray.select import select, told
 

@@ -78,7 +78,20 @@ class MembershipConfig:
 class OperatorConfig:
     """The steering operators."""
 
-    form: str = _option("logit", "acts on predictions; matrix, gate: at the split", ("logit", "matrix", "gate"))
+    form: str = _option(
+        "sites",
+        "sites: at every layer, one bit a coordinate; the paper's: logit, on predictions; matrix, gate: at the split",
+        ("sites", "logit", "matrix", "gate"),
+    )
+    rows: str = _option(
+        "auto",
+        "sites: an operator a block, or a subset (membership.subsets); auto: blocks, if the budget has room for them",
+        ("auto", "blocks", "subsets"),
+    )
+    budget_gb: float = _option(2.0, "sites: GB that the operators may take on disk; more: more accurate", low=0.0)
+    layers: float = _option(
+        0.0, "sites of so many of the last layers, fewer are faster; below 1: a share; 0: all", low=0.0
+    )
     rank: int = _option(64, "r, width of the activation basis (paper: 16)", low=1)
     sketch: int = _option(512, "v, output directions kept of the vocabulary by the logit form", low=1)
     target: str = _option(
@@ -129,8 +142,8 @@ class RespondConfig:
 class RecoverConfig:
     """Response vector to sparse influence."""
 
-    penalty_ratio: float = _option(0.1, "Lasso penalty as a share of the smallest that gives no influence at all")
-    nonnegative: bool = _option(False, "only helpful influence (w >= 0)")
+    penalty_ratio: float = _option(0.05, "Lasso penalty as a share of the smallest that gives no influence at all")
+    nonnegative: bool = _option(True, "only helpful influence (w >= 0)")
     row_scaling: bool = _option(True, "divide M's rows by their subset's size: operators are means over subsets")
 
 
@@ -138,14 +151,13 @@ class RecoverConfig:
 class AttributeConfig:
     """How queries are answered."""
 
-    mode: str = _option(
-        "exact",
-        "exact: every inner product, a pass over the pool for each batch of queries, no operators; amortised: respond "
-        "and recover, instant once operators are fitted, and less accurate",
-        ("exact", "amortised"),
+    exact: bool = _option(
+        False, "score every block exactly, in a pass over the pool for each batch of queries; needs no operators"
     )
-    top: int = _option(2000, "exact: blocks kept per query, those of largest influence, helpful or harmful", low=1)
-    layers: float = _option(0.0, "exact: last layers looked at, fewer are faster; below 1: a share; 0: all", low=0.0)
+    candidates: int = _option(
+        25, "blocks of largest estimated influence whose influence is then computed exactly; 0: estimates alone", low=0
+    )
+    top: int = _option(2000, "blocks kept per query, those of largest influence, helpful or harmful", low=1)
 
 
 @dataclass(frozen=True)
@@ -248,13 +260,11 @@ class Config:
 # keys of the stages before it.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "blocks": ("", ("corpus.columns", "corpus.tokenizer", "corpus.layout", "corpus.block_tokens", "corpus.shard_mb")),
-    "operators": (
-        "blocks",
-        ("seed", "model.path", "model.split", "model.dtype", "membership", "operators", "fit"),
-    ),
-    "responses": ("operators", ("respond",)),
-    "influence": ("responses", ("recover",)),
-    "curvature": ("blocks", ("seed", "model.path", "model.start", "model.dtype", "attribute.layers")),
+    "curvature": ("blocks", ("seed", "model.path", "model.start", "model.dtype", "operators.layers")),
+    "operators": ("curvature", ("model.split", "membership", "operators", "fit")),
+    "responses": ("operators", ("respond", "attribute.top")),
+    "estimates": ("responses", ("recover",)),
+    "influence": ("estimates", ("attribute.candidates",)),
     "exact": ("curvature", ("attribute.top",)),
 }
 

@@ -8,6 +8,7 @@ import torch
 
 from stride_ray.blocks import Blocks
 from stride_ray.config import Config
+from stride_ray.costs import costed
 from stride_ray.crew import Crew
 from stride_ray.fitted import load_measured_model
 from stride_ray.passes import PoolWorker, over_sample, token_counts
@@ -31,6 +32,13 @@ from stride_ray.storage import Store, tensor_bytes
 MOMENT_TOKENS, SCALE_BLOCKS = 131_072, 256
 TENSORS = ("W_in", "W_out", "unigram")
 SITES, UNSCALED = "sites", "unscaled"
+
+
+def finish_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
+    """Measure the preconditioner where that is not done yet."""
+    if not stage.store.exists("manifest.json"):
+        with costed(stage):
+            measure_curvature(config, blocks, stage, crew)
 
 
 def measure_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
@@ -95,8 +103,8 @@ class MomentWorker(PoolWorker):
 
     def __init__(self, config: Config, blocks: Blocks, device: str) -> None:
         super().__init__(config, blocks, device)
-        self.names = find_sites(self.model, config.attribute.layers)
-        self.layers = last_layers(config.attribute.layers, self.model.n_layers)
+        self.names = find_sites(self.model, config.operators.layers)
+        self.layers = last_layers(config.operators.layers, self.model.n_layers)
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Do one unit; returns its findings."""

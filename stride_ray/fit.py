@@ -1,9 +1,10 @@
 """Stage fit: blocks to operators.
 
-The closed form is a map–reduce over a fixed cut of the pool: token counts and second moments give the basis, each
-shard adds its blocks' J to their subsets' sums, and the sums are taken in shard order, so any number of workers
-gives the same operators. The paper's loop (``train.py``) ends in the same files. Either way the stage ends with the
-number that says whether anything was learned: the mean response on members minus non-members.
+Operators at every site, the default, are in fit_sites.py. Of the paper's forms the closed form is a map–reduce over a
+fixed cut of the pool: token counts and second moments give the basis, each shard adds its blocks' J to their subsets'
+sums, and the sums are taken in shard order, so any number of workers gives the same operators; the paper's loop
+(``train.py``) ends in the same files. Either way the stage ends with the number that says whether anything was learned:
+the mean response on members minus non-members.
 """
 
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stride_ray.blocks import Blocks
+from stride_ray.blocks import Blocks, unit_count
 from stride_ray.closed_form import (
     add_to_subsets,
     operators_from_sums,
@@ -24,12 +25,14 @@ from stride_ray.closed_form import (
 from stride_ray.config import Config
 from stride_ray.costs import apart, costed
 from stride_ray.crew import Crew
+from stride_ray.curvature import finish_curvature
 from stride_ray.distribute import connected, pool, progress
 from stride_ray.errors import StrideError
+from stride_ray.fit_sites import clear_sums, fit_sites
 from stride_ray.fitted import (
     load_basis,
     load_operators,
-    run_weights,
+    measured_weights,
     save_basis,
     save_operators,
 )
@@ -58,21 +61,36 @@ def fit(run: Run) -> dict[str, Any]:
             subsets, or resources that the cluster cannot give.
     """
     blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
-    config = run.config
-    if len(blocks) < config.membership.subsets:
+    config, of_sites = run.config, run.config.operators.form == "sites"
+    if not of_sites and len(blocks) < config.membership.subsets:
         raise StrideError(
             f"The pool has {len(blocks)} blocks and membership.subsets asks for {config.membership.subsets} subsets; "
             "there must be at least as many blocks as subsets: lower --subsets or shard more text."
         )
     membership_of(config)  # a degree above the number of subsets is told before anything starts
     check_tokenizer(config, blocks)
-    stage = run.begin("operators", corpus=blocks.manifest["fingerprint"], weights=run_weights(config))
+    about = {"corpus": blocks.manifest["fingerprint"], "weights": measured_weights(config)}
+    curvature = run.begin("curvature", **about) if of_sites else None
+    stage = run.begin("operators", **about)
     if stage.store.exists("metadata.json"):
-        _clear(stage, len(blocks.shards()))
+        _clear(stage)
         return stage.store.read_json("metadata.json")
-    with unless_finished(stage, "metadata.json"), connected(config.compute), costed(stage):
-        _fit(config, blocks, stage)
+    with unless_finished(stage, "metadata.json"), connected(config.compute):
+        if curvature is not None:
+            _fit_sites(config, blocks, curvature, stage)
+        else:
+            with costed(stage):
+                _fit(config, blocks, stage)
     return stage.store.read_json("metadata.json")
+
+
+def _fit_sites(config: Config, blocks: Blocks, curvature: Stage, stage: Stage) -> None:
+    """The preconditioner, then rows at every site."""
+    units = unit_count(len(blocks))
+    with Crew(pool(config.compute, units)) as crew:
+        finish_curvature(config, blocks, curvature, crew)
+        with costed(stage):
+            fit_sites(config, blocks, curvature.store, stage, crew, units)
 
 
 def _fit(config: Config, blocks: Blocks, stage: Stage) -> None:
@@ -185,13 +203,13 @@ def _finish(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
     folder = "trained" if config.fit.method == "train" else "fitted"
     judged = crew.map(Judge, (config, blocks, stage, crew.device), [folder])
     progress(judged, "judge", 1, "fit", _one)
-    _clear(stage, len(blocks.shards()))
+    _clear(stage)
 
 
-def _clear(stage: Stage, shards: int) -> None:
+def _clear(stage: Stage) -> None:
     """Remove the scaffolding of a finished fit, some of which an interrupted one may have left."""
-    sums = [f"sum-{index:03d}.safetensors" for index in range(shards)]
-    for name in ("fitted", "trained", "loop", "basis.json", "basis.safetensors", *sums):
+    clear_sums(stage)
+    for name in ("fitted", "trained", "loop", "basis.json", "basis.safetensors"):
         stage.store.remove(name)
 
 

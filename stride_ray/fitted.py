@@ -47,16 +47,15 @@ def load_measured_model(config: Config, device: str) -> SplitModel:
     return _between(config.model.start, config.model.path, config.model.dtype, device)
 
 
-def run_weights(config: Config) -> str:
-    """Which model the operators steer, as fetch.model_state tells it; StrideError where none is configured."""
+def measured_weights(config: Config) -> str:
+    """Which model influence is measured at (load_measured_model), as fetch.model_state tells it.
+
+    Raises:
+        StrideError: where none is configured.
+    """
     if not config.model.path:
         raise StrideError("No model is configured; give --model, a Hugging Face folder or hub id (model.path).")
-    return model_state(config.model.path)
-
-
-def measured_weights(config: Config) -> str:
-    """As run_weights, which model exact influence is measured at (load_measured_model)."""
-    state = run_weights(config)
+    state = model_state(config.model.path)
     return f"{state}-{model_state(config.model.start)}" if config.model.start else state
 
 

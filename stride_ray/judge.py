@@ -39,7 +39,7 @@ def judge(
         ``learned`` (the first-order gap of a closed form, or the steered one of a trained fit, is above two standard
         errors) and ``verdict``, a sentence.
     """
-    sample = _with_targets(blocks, blocks.sample(SAMPLE, config.seed + 1))
+    sample = with_targets(blocks, blocks.sample(SAMPLE, config.seed + 1))
     inside = _inside(membership, sample)
     linear = torch.cat([_linear(model, operators, blocks, part) for part in np.array_split(sample, 16) if len(part)])
     gap_linear, error_linear = gap(linear.cpu().numpy(), inside)
@@ -85,7 +85,7 @@ def gap(responses: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
     return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
-def _with_targets(blocks: Blocks, ordinals: np.ndarray) -> np.ndarray:
+def with_targets(blocks: Blocks, ordinals: np.ndarray) -> np.ndarray:
     """Those blocks that have a token to predict (a long prompt may fill a block)."""
     found = ordinals[blocks.batch(ordinals).mask[:, 1:].any(axis=1)]
     if not len(found):

@@ -12,8 +12,9 @@ from typing import Any
 from stride_ray.blocks import shard_count
 from stride_ray.costs import NAME
 from stride_ray.errors import StrideError
-from stride_ray.exact import passes_over
-from stride_ray.influence import PARTS_PER_UNIT
+from stride_ray.estimates import PARTS_PER_UNIT
+from stride_ray.fit_sites import rows_for
+from stride_ray.rescore import passes_over
 from stride_ray.respond import UNIT
 from stride_ray.run import Run, Stage
 from stride_ray.storage import safe_url
@@ -21,11 +22,19 @@ from stride_ray.storage import safe_url
 
 @dataclass(frozen=True)
 class Size:
-    """A run's size: ``blocks`` N, ``subsets`` K, ``queries``; exact mode's ``passes`` and ``rows`` kept per query."""
+    """A run's size.
+
+    Attributes:
+        blocks: N. ``subsets``: K of the Lasso. ``queries``: how many.
+        store: bytes of operators at every site; 0 for the paper's forms.
+        passes: over the pool, where every block is scored exactly.
+        rows: kept per query.
+    """
 
     blocks: int
     subsets: int
     queries: int
+    store: float
     passes: int
     rows: int
 
@@ -81,6 +90,14 @@ def _solved(old: Size, new: Size) -> float:
     return _queries(old, new) * (after / before) ** 0.5
 
 
+def _stored(old: Size, new: Size) -> float:
+    return new.store / old.store if old.store else 1.0
+
+
+def _multiplied(old: Size, new: Size) -> float:
+    return _queries(old, new) * _stored(old, new)
+
+
 def _shards(old: Size, new: Size) -> float:
     return shard_count(new.blocks) / shard_count(old.blocks)
 
@@ -88,43 +105,64 @@ def _shards(old: Size, new: Size) -> float:
 # Stages in order, and whether each query set has its own.
 STAGES = {
     "blocks": False,
+    "curvature": False,
     "operators": False,
     "responses": True,
+    "estimates": True,
     "influence": True,
-    "curvature": False,
     "exact": True,
 }
-# The stages of an answer, by attribute.mode.
+# The stages of the two ways to an answer, and of the one, those that a further batch of queries takes.
 MODES = {
+    "estimated": ("blocks", "curvature", "operators", "responses", "estimates", "influence"),
+    "a further batch": ("responses", "estimates", "influence"),
     "exact": ("blocks", "curvature", "exact"),
-    "amortised": ("blocks", "operators", "responses", "influence"),
 }
-# How a phase's work grows, by the label of its progress line; all others do not grow.
+# How a phase's work grows, by the label of its progress line, which a stage may come before; all others do not grow.
 GROWTH: dict[str, Callable[[Size, Size], float]] = {
     "shard": _blocks,
     "number": _blocks,
     "count": _blocks,
     "queries": _queries,
     "score": _passes,
+    "influence/score": _queries,
+    "gather": _queries,
     "rank": _ranked,
     "fit": _blocks,
     "respond": _queries,
+    "multiply": _multiplied,
     "sums": _shards,
     "recover": _solved,
     "columns": _recovered,
 }
-# The most workers that a phase can keep busy, where units are of queries.
-UNITS: dict[str, int] = {"respond": UNIT, "recover": UNIT * PARTS_PER_UNIT, "columns": UNIT * PARTS_PER_UNIT}
+# Queries in a unit, which bounds the workers that a phase can keep busy.
+UNITS: dict[str, int] = {
+    "queries": UNIT,
+    "respond": UNIT,
+    "recover": UNIT * PARTS_PER_UNIT,
+    "columns": UNIT * PARTS_PER_UNIT,
+    "rank": UNIT,
+    "gather": UNIT,
+}
 # Blocks per subset from which on the solver's working sets are full.
 FULL = 100
 # By stage: how what it writes grows, and which earlier stages it reads whole.
 WRITES: dict[str, Callable[[Size, Size], float]] = {
     "blocks": _blocks,
     "exact": _ranked,
-    "responses": _queries,
-    "influence": _queries,
+    "operators": _stored,
+    "responses": _ranked,
+    "estimates": _ranked,
+    "influence": _ranked,
 }
-READS = {"curvature": ("blocks",), "exact": ("blocks",), "operators": ("blocks",), "influence": ("responses",)}
+READS = {
+    "curvature": ("blocks",),
+    "operators": ("blocks",),
+    "responses": ("operators",),
+    "estimates": ("responses",),
+    "influence": ("estimates",),
+    "exact": ("blocks",),
+}
 
 
 def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list[Estimate]:
@@ -157,7 +195,7 @@ def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list
     for stage, (_, cost) in found.items():
         seconds, worker_seconds = 0.0, 0.0
         for label, each in cost["phases"].items():
-            grown = each["busy"] * GROWTH.get(label, _once)(old, new)
+            grown = each["busy"] * GROWTH.get(f"{stage}/{label}", GROWTH.get(label, _once))(old, new)
             rest = max(0.0, each["wall"] - each["busy"] / each["workers"])
             seconds += rest + grown / min(workers, _units(label, queries, workers))
             worker_seconds += grown
@@ -188,7 +226,9 @@ def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: i
 
     def size(n: int, q: int) -> Size:
         passes = passes_over(numbers, q, options.compute.query_gb)
-        return Size(n, options.membership.subsets, q, passes, min(n, options.attribute.top))
+        _, K, room = rows_for(options, n)
+        store = K * room if options.operators.form == "sites" else 0.0
+        return Size(n, options.membership.subsets, q, store, passes, min(n, options.attribute.top))
 
     return size(pool, known), size(blocks, queries)
 

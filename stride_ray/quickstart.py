@@ -80,7 +80,7 @@ def _stages(run: Run, root: Path, began: float) -> dict[str, Any]:
     train_model(Blocks(run.stage("blocks").store), root / "tokenizer", root / "model", EPOCHS)
     _say(5, f"blocks to steering operators, one pass -> {root / 'run' / 'operators'}")
     print(fit(run)["verdict"])
-    _say(6, f"which blocks made the model answer like this -> {root / 'run' / 'exact'}")
+    _say(6, f"which blocks made the model answer like this -> {root / 'run' / 'influence'}")
     queries = root / "prompts.jsonl"
     queries.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in PROMPTS.items()))
     summary = attribute(run, str(queries), "prompts")

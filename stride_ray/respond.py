@@ -1,5 +1,6 @@
 """Stage respond: queries to response vectors, through a pool of actors that each hold the model and the operators.
 
+Operators at every site respond to first order (respond_sites.py). For the paper's forms there are two modes:
 ``exact`` steers: a query's trunk runs once and the suffix once per operator, in batches bounded by a token budget.
 ``linear`` takes all K responses from one forward (and a backward where J needs one). ``auto`` is linear for the closed
 form, whose operators are made for it, and else measures on a sample of queries whether the two agree.
@@ -12,14 +13,17 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from stride_ray.blocks import Blocks, unit_count
 from stride_ray.config import Config
 from stride_ray.costs import costed
 from stride_ray.crew import Crew
 from stride_ray.distribute import connected, pool, progress
-from stride_ray.fitted import load_operators, load_run_model, run_weights
+from stride_ray.fitted import load_operators, load_run_model, measured_weights
 from stride_ray.queries import batches, check_name, checked, fingerprint, padded, read_queries
+from stride_ray.respond_sites import clear_scaffolding, respond_sites
 from stride_ray.responses import response_schema
-from stride_ray.run import Run, Stage, part_name
+from stride_ray.row_store import RowStore
+from stride_ray.run import Run, Stage, part_name, unless_finished
 from stride_ray.storage import Store, first_line
 from stride_ray.tokens import load_tokenizer
 
@@ -51,14 +55,45 @@ def respond(run: Run, queries: str, name: str) -> dict[str, Any]:
 def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     """As respond, for a table of tokenised queries (queries.SCHEMA)."""
     check_name(name)
-    weights = run_weights(run.config)
+    weights = measured_weights(run.config)
     operators = run.require("operators", "metadata.json", "stride-ray fit", weights=weights)
-    method = operators.store.read_json("metadata.json")["method"]
-    mode = "linear" if run.config.respond.mode == "auto" and method == "closed_form" else run.config.respond.mode
     corpus = operators.store.read_json("stage.json")["keys"]["corpus"]
     stage = run.begin("responses", name, corpus=corpus, queries=fingerprint(table), weights=weights)
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", table)
+    if run.config.operators.form == "sites":
+        return _respond_sites(run, operators.store, stage, table.num_rows)
+    return _respond_steered(run, operators.store, stage, table)
+
+
+def _respond_sites(run: Run, operators: Store, stage: Stage, queries: int) -> dict[str, Any]:
+    """Products with the rows of operators at every site."""
+    if not stage.store.exists("manifest.json"):
+        with (
+            unless_finished(stage, "manifest.json"),
+            connected(run.config.compute),
+            costed(stage),
+            Crew(pool(run.config.compute, unit_count(len(RowStore(operators))))) as crew,
+        ):
+            respond_sites(run.config, Blocks(run.stage("blocks").store), operators, stage, queries, crew)
+            markers = [marker for name, marker in stage.done().items() if name.startswith("part-")]
+            reliable = [each for marker in markers for each in marker["reliability"]]
+            summary = {
+                "queries": queries,
+                "failed": sum(marker["failed"] for marker in markers),
+                "mode": "linear",
+                "parts": len(markers),
+                "reliability": float(np.median(reliable)) if reliable else None,
+            }
+            stage.store.write_json("manifest.json", summary)
+    clear_scaffolding(stage)
+    return stage.store.read_json("manifest.json")
+
+
+def _respond_steered(run: Run, operators: Store, stage: Stage, table: pa.Table) -> dict[str, Any]:
+    """Responses of the paper's forms."""
+    method = operators.read_json("metadata.json")["method"]
+    mode = "linear" if run.config.respond.mode == "auto" and method == "closed_form" else run.config.respond.mode
     units = [(index, start) for index, start in enumerate(range(0, table.num_rows, UNIT))]
     done = stage.done()
     missing = [unit for unit in units if part_name(unit[0]) not in done]

@@ -57,7 +57,7 @@ def select(
     A document is known to influence tables by its id alone: documents of one id share its influence.
 
     Args:
-        run: with blocks and, as ``attribute.mode`` says, exact or amortised influence of each of the names.
+        run: with blocks and, as ``attribute.exact`` says, estimated or exact influence of each of the names.
         names: the target query sets; each has an equal say. Failed queries do not count.
         out: a path or fsspec URL. The same command again does what is missing.
         blocks: write token blocks in the run's layout in place of the input's rows; needs no input.

@@ -40,7 +40,7 @@ DAMPING, END_DAMPING = 0.01, 0.1
 RARE = 1e-4
 # Directions of a larger vocabulary that are kept, as random combinations.
 SKETCH = 4096
-# What a block that harms counts of what it would as a helper: harm is the noisier side.
+# Negative scores are halved: they are noisier.
 HARM = 0.5
 
 
@@ -73,7 +73,7 @@ class Site:
             return J @ self.W_out
         if self.name in (HEAD, ORIGIN):
             return J @ self.W_in
-        return self.W_in @ J @ self.W_out
+        return self.W_in.T @ J @ self.W_out
 
     def solved(self, J: Tensor) -> Tensor:
         """What H⁻¹ makes of a query's J: its products with blocks' J are influence, but for the scale."""
@@ -98,13 +98,13 @@ class Moments:
 
 
 def last_layers(wanted: float, n_layers: int) -> int:
-    """How many of the last layers ``attribute.layers`` means: 0 all, below 1 a share (rounded up), else a number.
+    """How many of the last layers ``operators.layers`` means: 0 all, below 1 a share (rounded up), else a number.
 
     Raises:
         StrideError: for more than there are.
     """
     if wanted > n_layers:
-        raise StrideError(f"attribute.layers is {wanted:g}, and the model has {n_layers} layers; ask for fewer, or 0.")
+        raise StrideError(f"operators.layers is {wanted:g}, and the model has {n_layers} layers; ask for fewer, or 0.")
     return math.ceil(wanted * n_layers) if 0 < wanted < 1 else int(wanted) or n_layers
 
 
@@ -142,7 +142,9 @@ def find_sites(model: SplitModel, wanted: float = 0.0) -> tuple[str, ...]:
         for handle in handles:
             handle.remove()
     if not last:
-        raise StrideError(f"{model.name}: no layer ends in a linear map; exact influence needs one, use the amortised")
+        raise StrideError(
+            f"{model.name}: no layer ends in a linear map; influence at sites needs one; use operators.form = logit"
+        )
     found = (name for (layer, _), name in last.items() if layer >= first)
     return (*(() if wanted else (EMBEDDING,)), *found, HEAD)
 
@@ -187,7 +189,7 @@ def tapped(
     return z, read, {name: wrote[name] for name in wanted}
 
 
-def _written(z_BTD: Tensor, wrote: dict[str, Tensor], slope_BTD: Tensor) -> dict[str, Tensor]:
+def written_gradients(z_BTD: Tensor, wrote: dict[str, Tensor], slope_BTD: Tensor) -> dict[str, Tensor]:
     """Gradients (B, T, D) float32 at what sites write, from those at the final states."""
     gradients = torch.autograd.grad(z_BTD, list(wrote.values()), slope_BTD) if wrote else []
     return {name: g.float() for name, g in zip(wrote, gradients, strict=True)}
@@ -219,7 +221,7 @@ def site_moments(
     """A batch's sums of second moments by site, and how many positions they are over."""
     sites = list(sites)
     z, read, wrote = tapped(model, sites, ids_BT)
-    written = _written(z, wrote, _slope(model, ids_BT, mask_BT, z))
+    written = written_gradients(z, wrote, _slope(model, ids_BT, mask_BT, z))
     read[HEAD] = z.detach().float()
     counted = _counted(mask_BT)
     sums = {}
@@ -282,8 +284,8 @@ def site_gradients(
         An iterator over (site, J) with J float32 of shape (B, F, D), or (B, V, D), or (B, v, D) of a sketch.
     """
     z, read, wrote = tapped(model, [site.name for site in sites], ids_BT)
-    ends, losses, slope = _head_gradients(model, sites, ids_BT, mask_BT, z.detach())
-    written = _written(z, wrote, slope)
+    ends, losses, slope = head_gradients(model, sites, ids_BT, mask_BT, z.detach())
+    written = written_gradients(z, wrote, slope)
 
     def each() -> Iterator[tuple[Site, Tensor]]:
         # Each is let go when it was used: together they take as much memory as the model's forward.
@@ -292,12 +294,12 @@ def site_gradients(
                 yield site, ends.pop(site.name)
                 continue
             u, g = read.pop(site.name), written.pop(site.name)
-            yield site, _by_token(site.W_in, u, g) if site.name == EMBEDDING else u.transpose(1, 2) @ g
+            yield site, by_token(site.W_in, u, g) if site.name == EMBEDDING else u.transpose(1, 2) @ g
 
     return each(), losses
 
 
-def _by_token(weights: Tensor, ids_BT: Tensor, x_BTD: Tensor, begun: Tensor | None = None) -> Tensor:
+def by_token(weights: Tensor, ids_BT: Tensor, x_BTD: Tensor, begun: Tensor | None = None) -> Tensor:
     """Σ_t weights[id_t] ⊗ x_t of each sequence: (B, V, D) from weights (V,), or (B, v, D) from a sketch (V, v).
 
     What was ``begun``, of the result's shape, is added to, in place.
@@ -314,7 +316,7 @@ def _by_token(weights: Tensor, ids_BT: Tensor, x_BTD: Tensor, begun: Tensor | No
     return begun
 
 
-def _head_gradients(
+def head_gradients(
     model: SplitModel, sites: Iterable[Site], ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """J of head and origin, (B, V, D) or (B, v, D), the losses (B,) and their ``_slope``, from one look at the logits.
@@ -343,7 +345,7 @@ def _head_gradients(
                 known = site.unigram * W_out if W_out.dim() == 1 else site.unigram @ W_out
                 seen = read * weight.unsqueeze(2)
                 expected = known.unsqueeze(1) * seen.sum(1, keepdim=True)
-                pieces[ORIGIN].append(_by_token(W_out, target, -seen, expected))
+                pieces[ORIGIN].append(by_token(W_out, target, -seen, expected))
     # A copy of J is worth avoiding where there was one look.
     found = {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in pieces.items()}
     slope = torch.nn.functional.pad(torch.cat(slopes), (0, 0, 0, 1))
@@ -363,4 +365,9 @@ def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor
     total: Any = 0.0
     for site, J in gradients:
         total = total + queries[site.name] @ J.flatten(1).T / site.scale
-    return torch.where(total > 0, total, HARM * total)
+    return harm_halved(total)
+
+
+def harm_halved(influence: Tensor) -> Tensor:
+    """Negative influence times HARM."""
+    return torch.where(influence > 0, influence, HARM * influence)

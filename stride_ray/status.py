@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from stride_ray.attribute import mode_of
 from stride_ray.config import STAGES
 from stride_ray.errors import StrideError
 from stride_ray.run import Run
@@ -16,7 +17,7 @@ def status(run: Run) -> str:
     """
     if not run.store.exists("run.toml"):
         raise StrideError(f"{safe_url(run.url)} is no run directory: it has no run.toml; 'stride-ray shard' makes one.")
-    lines = [f"run {safe_url(run.url)}, which answers {run.config.attribute.mode} unless told otherwise"]
+    lines = [f"run {safe_url(run.url)}, whose answers are {mode_of(run)} (attribute.exact)"]
     for stage in STAGES:
         names = [""] if stage in ("blocks", "operators", "curvature") else run.store.names(stage) or ["(none)"]
         lines += [_line(run, stage, name) for name in names]

@@ -151,7 +151,10 @@ def settings(parts, **more):
         "membership.degree": 4,
         "operators.rank": 8,
         "operators.sketch": 16,
-        "attribute.mode": "amortised",
+        "operators.form": "logit",
+        "recover.penalty_ratio": 0.1,
+        "recover.nonnegative": False,
+        "attribute.candidates": 0,
         "compute.workers": 2,
         **{name.replace("__", "."): value for name, value in more.items()},
     }
@@ -171,6 +174,7 @@ def verbs(run, queries, options):
         ["fit", run],
         ["respond", run, "--queries", queries, *asked],
         ["recover", run, *asked],
+        ["rescore", run, *asked],
         ["attribute", run, "--queries", queries, *asked, "--exact"],
     ]
 
@@ -180,7 +184,7 @@ def data_files(folder):
     wanted = (
         "blocks/part-*",
         "operators/*.safetensors",
-        *(f"{stage}/*/*.parquet" for stage in ("responses", "influence", "exact")),
+        *(f"{stage}/*/*.parquet" for stage in ("responses", "estimates", "influence", "exact")),
     )
     return {str(p.relative_to(folder)): p.read_bytes() for pattern in wanted for p in sorted(folder.glob(pattern))}
 
@@ -265,7 +269,7 @@ def finished(parts, one_ray, tmp_path_factory):
 
 def answered(folder, parts, **more):
     """An exact answer on a run's blocks: the run, its summary, what it printed."""
-    run = Run(str(folder), changes=settings(parts, attribute__mode="exact", **more))
+    run = Run(str(folder), changes=settings(parts, attribute__exact=True, **more))
     out = io.StringIO()
     return run, attribute(run, parts.queries, "asked", out), out.getvalue()
 

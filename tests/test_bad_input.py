@@ -49,7 +49,7 @@ def test_stages_out_of_order(copied, parts, tmp_path, told):
     assert "run 'stride-ray shard' first" in told("fit", tmp_path / "new")
     folder = copied("blocks")
     assert "run 'stride-ray fit' first" in told("respond", folder, "--queries", parts.queries)
-    assert "run 'stride-ray fit' first" in told("attribute", folder, "--queries", parts.queries)
+    assert "run 'stride-ray recover --name queries' first" in told("rescore", folder)
     assert "run 'stride-ray shard' first" in told("attribute", tmp_path / "new", "--queries", parts.queries)
     assert "run 'stride-ray respond --name queries' first" in told("recover", folder)
 

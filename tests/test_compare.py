@@ -270,9 +270,9 @@ def test_variants_of_one_configuration_run_once(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ours, "cut_pool", lambda *given: None)
     monkeypatch.setattr(ours, "score", scored)
-    mode = Config().attribute.mode
-    again = ours.Variant("STRIDE again", {"attribute.mode": mode})
-    both = ours.Variant("STRIDE again + TF-IDF", {"attribute.mode": mode}, plus="tfidf")
+    exact = Config().attribute.exact
+    again = ours.Variant("STRIDE again", {"attribute.exact": exact})
+    both = ours.Variant("STRIDE again + TF-IDF", {"attribute.exact": exact}, plus="tfidf")
     monkeypatch.setattr(ours, "VARIANTS", (ours.VARIANTS[0], again, both))
     compare(made, str(tmp_path / "out"), ["stride", "stride-again", "stride-again-tf-idf"])
     assert calls == ["STRIDE"]
@@ -290,7 +290,7 @@ def test_methods_are_known_by_name():
     assert everything[:3] == ["random", "tfidf", "bm25"]
     assert {"datamodels", "stride", "stride-as-published"} <= set(everything)
     extra = [each.slug for each in ours.VARIANTS if each.ablation]
-    assert len(extra) == 17
+    assert {"stride-trained-base", "stride-exact-last-half-of-the-layers", "stride-logit-exact-responses"} < set(extra)
     assert not set(extra) & set(everything)
     assert chosen_methods(["random", "random"], True) == ["random", *extra]
     assert chosen_methods(None, True) == everything + extra
@@ -317,7 +317,7 @@ def test_the_default_runs_on_a_pool_smaller_than_its_subsets_and_without_a_token
         path.unlink()
     benchmark, runs = read_benchmark(str(bare)), Store(str(tmp_path / "runs"))
     changes = {"membership.degree": 4, "operators.rank": 8, "operators.sketch": 16}
-    variant = replace(ours.VARIANTS[0], changes=changes | {"attribute.mode": "amortised"})
+    variant = replace(ours.VARIANTS[0], changes={**changes, **ours.SUBSETS})
     ours.cut_pool(benchmark, runs, ComputeConfig())
     assert "has no tokenizer that knows token" in capsys.readouterr().err
     found, peak, remark = ours.score(benchmark, variant, runs, ComputeConfig())

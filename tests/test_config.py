@@ -103,19 +103,20 @@ def changed(name):
     return {"text": "b"} if isinstance(default, dict) else ["x"] if isinstance(default, list) else "x"
 
 
-ALWAYS = {"blocks", "operators", "responses", "influence", "curvature", "exact"}
-AMORTISED, EXACT = ("operators", "responses", "influence"), ("curvature", "exact")
+FITTED, EXACT = ("operators", "responses", "estimates", "influence"), ("curvature", "exact")
+ALWAYS = {"blocks", *FITTED, *EXACT}
 # The stages whose output depends on an option; none for what changes no result.
 DEPENDING = {
     **{name: ALWAYS for name in OPTIONS if name.startswith("corpus.") and name != "corpus.input"},
-    **{name: {*AMORTISED} for name in OPTIONS if name.partition(".")[0] in ("membership", "operators", "fit")},
-    **{name: {*AMORTISED, *EXACT} for name in ("seed", "model.path", "model.dtype")},
-    "model.split": {*AMORTISED},
-    "model.start": {*EXACT},
-    **{name: {"responses", "influence"} for name in OPTIONS if name.startswith("respond.")},
-    **{name: {"influence"} for name in OPTIONS if name.startswith("recover.")},
-    "attribute.top": {"exact"},
-    "attribute.layers": {"curvature", "exact"},
+    **{name: {*FITTED} for name in OPTIONS if name.partition(".")[0] in ("membership", "operators", "fit")},
+    **{name: {*FITTED, *EXACT} for name in ("seed", "model.path", "model.dtype")},
+    "model.split": {*FITTED},
+    "model.start": {*FITTED, *EXACT},
+    **{name: {"responses", "estimates", "influence"} for name in OPTIONS if name.startswith("respond.")},
+    **{name: {"estimates", "influence"} for name in OPTIONS if name.startswith("recover.")},
+    "attribute.top": {"responses", "estimates", "influence", "exact"},
+    "attribute.candidates": {"influence"},
+    "operators.layers": {*FITTED, *EXACT},
 }
 
 
@@ -129,7 +130,7 @@ def test_a_stage_depends_on_its_own_keys_and_those_before(name):
 
 def test_compute_and_input_are_no_ones_identity():
     assert {name for name in OPTIONS if name not in DEPENDING} == {
-        "attribute.mode",
+        "attribute.exact",
         "corpus.input",
         *(name for name in OPTIONS if name.startswith(("compute.", "scan.", "select."))),
     }

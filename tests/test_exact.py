@@ -12,13 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stride_ray import exact
+from stride_ray import rescore, scoring
 from stride_ray.attribute import block_texts, read_influence
-from stride_ray.blocks import Blocks
+from stride_ray.blocks import Blocks, unit_count
 from stride_ray.cli import main
 from stride_ray.config import Config
 from stride_ray.errors import StrideError
-from stride_ray.exact import unit_count
 from stride_ray.fitted import load_measured_model, load_run_model
 from stride_ray.influence import DOCUMENTS, INFLUENCE, RECOVERY
 from stride_ray.run import Run
@@ -31,7 +30,7 @@ def tables(folder):
     return {path.name: path.read_bytes() for path in sorted((folder / "exact/asked").glob("*.parquet"))}
 
 
-def test_tables_have_the_form_of_the_amortised_ones(exactly):
+def test_tables_have_the_form_of_estimated_ones(exactly):
     run, summary, out = exactly.run, exactly.summary, exactly.out
     influence, documents, recovery = (read_influence(run, "asked", t) for t in ("influence", "documents", "recovery"))
     for table, schema in ((influence, INFLUENCE), (documents, DOCUMENTS), (recovery, RECOVERY)):
@@ -65,10 +64,11 @@ def test_a_plain_loop_gives_the_same_bytes_and_passes_the_same_numbers(exactly, 
     one = sharded("plain")
     answered(one, parts)
     assert tables(one) == tables(folder)
-    monkeypatch.setattr(exact, "UNIT", 2)  # three units of queries ...
+    monkeypatch.setattr(rescore, "UNIT", 2)
+    monkeypatch.setattr(scoring, "UNIT", 2)  # three units of queries ...
     two = sharded("passes")
     several, _, _ = answered(two, parts, compute__query_gb=1e-9)  # ... each in a pass of its own
-    single = Run(str(one), changes={"attribute.mode": "exact"})
+    single = Run(str(one), changes={"attribute.exact": True})
     assert len(Store(str(two / "exact/asked/_done")).names()) > len(Store(str(one / "exact/asked/_done")).names())
     # Other batches round otherwise, in the last digits of float32.
     first, second = (
@@ -118,7 +118,7 @@ def test_where_training_began_is_where_it_is_measured_from(exactly, parts, shard
     folder = exactly.folder
     same, _, _ = answered(sharded("same"), parts, model__start=str(parts.model))
     facts = same.stage("curvature").store.read_json("manifest.json")["sites"]
-    before = Run(str(folder), changes={"attribute.mode": "exact"})
+    before = Run(str(folder), changes={"attribute.exact": True})
     without = before.stage("curvature").store.read_json("manifest.json")["sites"]
     assert sum(facts.values()) == pytest.approx(1)
     assert sum(without.values()) == pytest.approx(1)
@@ -130,7 +130,7 @@ def test_where_training_began_is_where_it_is_measured_from(exactly, parts, shard
 
 
 def test_the_last_layers_alone_are_another_answer_of_the_same_form(exactly, parts, sharded, plain):
-    last, _, _ = answered(sharded("last"), parts, attribute__layers=0.5)
+    last, _, _ = answered(sharded("last"), parts, operators__layers=0.5)
     facts = last.stage("curvature").store.read_json("manifest.json")["sites"]
     assert {name.partition("layers.1.")[1] for name in facts if "." in name} == {"layers.1."}
     assert "embedding" not in facts
@@ -140,8 +140,8 @@ def test_the_last_layers_alone_are_another_answer_of_the_same_form(exactly, part
     tops = [{(row["query_id"], row["ordinal"]) for row in t.to_pylist() if row["rank"] <= 5} for t in (found, whole)]
     assert len(tops[0] & tops[1]) >= 5
     assert found["influence"].to_pylist() != whole["influence"].to_pylist()
-    with pytest.raises(StrideError, match=r"attribute\.layers"):
-        Run(last.url, changes={"attribute.layers": 1}).begin("curvature")
+    with pytest.raises(StrideError, match=r"operators\.layers"):
+        Run(last.url, changes={"operators.layers": 1}).begin("curvature")
 
 
 def test_the_command_line_needs_no_operators(exactly, parts, sharded, plain):
@@ -184,15 +184,15 @@ def test_a_start_of_another_shape_is_refused(parts, tmp_path):
         load_measured_model(config, "cpu")
 
 
-@given(st.integers(1, 10**7))
-def test_units_are_of_about_a_thousand_blocks_in_eights_and_not_too_many(n):
+@given(st.integers(1, 10**10))
+def test_units_are_of_a_thousand_to_eight_thousand_blocks_however_large_the_pool(n):
     count = unit_count(n)
-    assert count == n or (count % 8 == 0 and count <= 128)
-    assert n / count <= 1024 or count == 128
+    assert count == min(n, 8) or (n / count <= 8192 and n / (count - 1) >= 1024)
+    assert unit_count(10**9) > 100_000
 
 
 def test_passes_follow_from_room_and_from_the_most_queries_of_one():
-    assert exact.passes_over(2**28, 64, 1.0) == 4  # no pass is for less than a unit of 16 queries
-    assert exact.passes_over(2**28, 64, 32.0) == 2  # 64 GiB, 32 at a time
-    assert exact.passes_over(10, 600, 1.0) == 3  # at most 256 queries in one
-    assert exact.passes_over(10, 0, 0.0) == 1
+    assert rescore.passes_over(2**28, 64, 1.0) == 4  # no pass is for less than a unit of 16 queries
+    assert rescore.passes_over(2**28, 64, 32.0) == 2  # 64 GiB, 32 at a time
+    assert rescore.passes_over(10, 600, 1.0) == 3  # at most 256 queries in one
+    assert rescore.passes_over(10, 0, 0.0) == 1

@@ -249,24 +249,23 @@ def test_a_rerun_goes_on_and_other_settings_are_refused(done, asked, parts, monk
     # What is missing is done again, to the same figures.
     monkeypatch.undo()
     run_plainly(monkeypatch)
-    (done.out / "_done/tailpatch-exact.json").unlink()
+    (done.out / "_done/tailpatch-estimated.json").unlink()
     again = attribute_instructions(*arguments, OPTIONS, CHANGES)
     assert again.lift == done.outcome.lift
 
 
-def test_the_amortised_answer_and_the_job(done, asked, parts, monkeypatch, capsys):
+def test_the_exact_answer_and_the_job(done, asked, parts, monkeypatch, capsys):
     run_plainly(monkeypatch)
     options = [f"--{each.name.replace('_', '-')}={getattr(OPTIONS, each.name)}" for each in dataclasses.fields(Options)]
     command = ["--instructions", asked, "--model", str(parts.model), "--out", str(done.out), *options]
-    for name, value in {**CHANGES, "attribute.mode": "amortised"}.items():
+    for name, value in {**CHANGES, "attribute.exact": True}.items():
         command += ["--set", f"{name}={value}"]
     assert job.main(command) == 0
     out = capsys.readouterr().out
     told = json.loads(out.splitlines()[-1])
     assert told["loss"] == dataclasses.asdict(done.outcome)["loss"]
     assert "| planted | " in out
-    assert "members minus non-members" in out
-    assert (done.out / "run/influence" / NAME / "page.html").exists()
+    assert (done.out / "run/exact" / NAME / "page.html").exists()
     assert job.main([*command, "--examples", "1000"]) == 1
     assert "has 60 instructions with a prompt and an answer, not 1007" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ from conftest import settings
 from stride_ray.blocks import Blocks
 from stride_ray.cli import main
 from stride_ray.errors import StrideError
-from stride_ray.fitted import load_operators, load_run_model, run_weights, save_operators
+from stride_ray.fitted import load_operators, load_run_model, measured_weights, save_operators
 from stride_ray.judge import gap, judge
 from stride_ray.membership import membership_of
 from stride_ray.run import Run
@@ -79,7 +79,7 @@ def test_a_fit_that_learned_nothing_exits_with_3(finished, parts, tmp_path, plai
     folder = tmp_path / "run"
     shutil.copytree(finished.folder / "blocks", folder / "blocks")
     run = Run(str(folder), changes=settings(parts))
-    stage = run.begin("operators", corpus=finished.manifest["fingerprint"], weights=run_weights(run.config))
+    stage = run.begin("operators", corpus=finished.manifest["fingerprint"], weights=measured_weights(run.config))
     operators, _ = load_operators(finished.run.store.child("operators"))
     save_operators(stage.store.child("fitted"), replace(operators, A=-operators.A, scale=1.0), {})
     for _ in range(2):

@@ -20,10 +20,12 @@ from stride_ray.attribute import attribute, read_influence
 from stride_ray.blocks import Blocks
 from stride_ray.cli import main
 from stride_ray.errors import StrideError
+from stride_ray.estimates import recover_estimates
 from stride_ray.fit import fit
 from stride_ray.fitted import load_operators
-from stride_ray.influence import DOCUMENTS, INFLUENCE, RECOVERY, recover_influence
+from stride_ray.influence import DOCUMENTS, INFLUENCE, RECOVERY
 from stride_ray.queries import read_queries
+from stride_ray.rescore import rescore
 from stride_ray.respond import respond
 from stride_ray.responses import read_responses, response_schema
 from stride_ray.run import Run, unless_finished
@@ -106,7 +108,7 @@ def test_page_shows_every_query_and_runs_nothing(finished):
 
 def test_status_says_what_is_done(finished, tmp_path):
     told = status(finished.run)
-    assert "which answers amortised unless told otherwise" in told
+    assert "whose answers are estimated" in told
     assert f"{finished.manifest['blocks']} blocks" in told
     assert "16 operators, closed_form" in told
     assert "responses/asked" in told
@@ -140,6 +142,7 @@ def test_the_command_line_on_one_worker_gives_the_same_bytes(how, finished, part
     assert run_main("respond", folder, "--queries", parts.queries, "--name", "asked")[0] == 0
     code, out, _ = run_main("recover", folder, "--name", "asked")
     assert (code, "5 queries, 2 failed" in out) == (0, True)
+    assert "0 of " in run_main("rescore", folder, "--name", "asked")[1]
     assert data_files(folder) == data_files(finished.folder)
 
 
@@ -168,7 +171,8 @@ def test_new_files_continue_the_numbering(finished, parts, tmp_path, plain):
     assert table["ordinal"].to_pylist() == list(range(manifest["blocks"]))
     assert len(set(table["block_id"].to_pylist())) == manifest["blocks"]
     # Operators that were fitted before go on speaking of the blocks that they were fitted on.
-    recover_influence(run, "asked")
+    recover_estimates(run, "asked")
+    rescore(run, "asked")
     assert data_files(tmp_path / "run") == {**new, **old}
     with pytest.raises(StrideError, match="was made from other blocks"):
         fit(run)

@@ -129,11 +129,12 @@ def test_a_real_run_keeps_what_every_stage_cost(finished):
             assert (each["busy"] > 0) == (label != "start")
             assert each["workers"] in (1, 2)
             assert 100 < each["peak_mb"] < 20_000
-    phases = finished.run.stage("influence", "asked").store.read_json("cost.json")["phases"]
+    assert set(finished.run.stage("influence", "asked").store.read_json("cost.json")["phases"]) == {"rank"}
+    phases = finished.run.stage("estimates", "asked").store.read_json("cost.json")["phases"]
     assert set(phases) == {"start", "columns", "recover"}
     assert min(phases["start"]["wall"], phases["recover"]["busy"]) > 0
     expected = {each.stage: each for each in plan(finished.run, "asked", finished.manifest["blocks"], 5, 2)}
-    assert set(expected) == {"blocks", "operators", "responses", "influence"}
+    assert set(expected) == {"blocks", "operators", "responses", "estimates", "influence"}
     wall = finished.run.stage("blocks").store.read_json("cost.json")["wall"]
     assert expected["blocks"].seconds == pytest.approx(wall, rel=0.5)
 

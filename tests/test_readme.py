@@ -15,11 +15,11 @@ SNIPPETS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read
 # How each snippet begins, what it prints, and what it leaves.
 EXPECTED = [
     ("source .venv", [], []),
-    ("from stride_ray", ["influence"], ["mine/exact/prompts/page.html"]),
-    ("echo", ["influence/ask"], []),
+    ("from stride_ray", ["influence"], ["mine/influence/prompts/page.html"]),
+    ("echo", ["influence/ask", "exact/ask"], ["mine/exact/ask/page.html"]),
     ("stride-ray select", ["tokens, by rank over prompts", "At random beside it"], ["chosen/random/manifest.parquet"]),
     ("mkdir -p evaluation", ["1 new finding(s)", "status 2", "0 new finding(s)"], ["scans/latest.json"]),
-    ("stride-ray plan", ["1,000,000 blocks, 500 queries, 8 workers", "all of exact"], []),
+    ("stride-ray plan", ["1,000,000 blocks, 500 queries, 8 workers", "all of estimated", "a further batch"], []),
 ]
 
 
@@ -54,7 +54,7 @@ def quickstart(folder):
 
 
 def test_quickstart_finds_the_files_that_the_prompts_came_from(quickstart, folder):
-    tables = sorted((folder / "quickstart/run/exact/prompts").glob("influence-*.parquet"))
+    tables = sorted((folder / "quickstart/run/influence/prompts").glob("influence-*.parquet"))
     rows = [row for table in tables for row in pq.read_table(table).to_pylist()]
     top = {}
     for row in rows:
@@ -64,7 +64,7 @@ def test_quickstart_finds_the_files_that_the_prompts_came_from(quickstart, folde
     assert "json/decoder.py" in top["json-error"]
     assert "http/server.py" in top["http"]
     assert "page.html" in quickstart
-    page = (folder / "quickstart/run/exact/prompts/page.html").read_text("utf-8")
+    page = (folder / "quickstart/run/influence/prompts/page.html").read_text("utf-8")
     assert "difflib.py" in page
     assert "Trust: " in page
 

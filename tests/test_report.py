@@ -16,8 +16,10 @@ FACTS = {
     "queries": 1000,
     "failed": 1,
     "median_nonzeros": 16.0,
-    "how": "every block scored",
-    "mode": "exact",
+    "how": "operators for each block",
+    "rows": 16000,
+    "exact": 2000,
+    "believable": " that correlate with exact influence at about 0.97",
     "learned": True,
     "verdict": "",
 }
@@ -36,6 +38,7 @@ def shown(queries, letters=2000):
                 "ordinal": 8 * i + k,
                 "document_id": f"document-{8 * i + k}{HOSTILE if i == 0 else ''}",
                 "source": f"source-{i % 3}",
+                "exact": k != 1,
                 "text": f"zebra{i} block {8 * i + k} {HOSTILE} " + "filler words here " * (letters // 18),
             }
             for k in range(8)
@@ -57,7 +60,9 @@ def test_data_cannot_leave_its_place():
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL).group(1)
     read = json.loads(data)
     assert HOSTILE in read["texts"]["0"]
-    assert read["queries"][0]["helping"][0] == [1, 8.0, 1.0, 0, f"document-0{HOSTILE}", "source-0"]
+    assert read["queries"][0]["helping"][0] == [1, 8.0, 1.0, 0, f"document-0{HOSTILE}", "source-0", True]
+    assert re.search(r"2000 of\s16000 influences are exact; the others are estimates that correlate with", page)
+    assert "Every influence is exact." in attribution_page(shown(3), {**FACTS, "exact": 16000})
     assert "a/run &lt;b&gt;" in page
     assert "&lt;i&gt;0.1" in page
     assert "default-src &#39;none&#39;" in page
@@ -81,6 +86,8 @@ def test_in_a_browser_it_searches_sorts_and_runs_nothing_of_the_corpus(browser, 
     assert page.locator("#count").text_content() == "1–25 of 1000"
     assert page.locator("#query mark").first.text_content() == "zebra0"
     assert page.locator("#query .helping details").count() == 4
+    told = page.locator("#query .helping details summary").all_text_contents()
+    assert ["estimate" in each for each in told] == [False, True, False, False]
     page.keyboard.press("/")
     page.keyboard.type("zebra77")
     assert page.locator("#count").text_content() == "1–11 of 11"  # 77, 770 to 779

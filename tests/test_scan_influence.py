@@ -33,7 +33,7 @@ def scanned(parts, sharded, tmp_path_factory):
     place = tmp_path_factory.mktemp("scan")
     shutil.copytree(parts.corpus, place / "corpus")
     folder = sharded("scan")
-    changes = settings(parts, attribute__mode="exact", corpus__input=[str(place / "corpus")])
+    changes = settings(parts, attribute__exact=True, corpus__input=[str(place / "corpus")])
     run = Run(str(folder), changes=changes)
     half = len(LEAKED) // 2
     rows = [
@@ -93,7 +93,7 @@ def test_only_new_items_are_asked_and_a_night_over_nothing_new_asks_none(scanned
 
 def test_another_checkpoint_is_asked_anew_and_words_are_not(scanned, parts, sharded, plain):
     folder = sharded("other")
-    changes = settings(parts, attribute__mode="exact", corpus__input=[str(scanned.place / "corpus")], seed=7)
+    changes = settings(parts, attribute__exact=True, corpus__input=[str(scanned.place / "corpus")], seed=7)
     run = Run(str(folder), changes=changes)
     found = scan(run, [scanned.sets], str(scanned.place / "scans"), [scanned.controls], "n4")
     assert found["did"] == {"searched_units": 0, "searched_items": 0, "asked_items": 4}
@@ -124,10 +124,10 @@ def test_a_run_without_blocks_is_told(parts, tmp_path, plain):
     assert not (tmp_path / "scans/latest.json").exists()
 
 
-def test_amortised_influence_serves_too(scanned, finished, tmp_path, plain):
-    run = Run(str(finished.folder), changes={"attribute.mode": "amortised"})
+def test_estimated_influence_serves_too(scanned, finished, tmp_path, plain):
+    run = Run(str(finished.folder), changes={"attribute.exact": False})
     found = scan(run, [scanned.sets], str(tmp_path / "scans"), [scanned.controls])
-    assert found["influence"]["mode"] == "amortised"
+    assert found["influence"]["mode"] == "estimated"
     assert found["influence"]["controls"] == 24
 
 

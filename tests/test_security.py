@@ -124,7 +124,7 @@ def test_no_secret_of_the_environment_or_of_a_url_is_written(parts, tmp_path, mo
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     corpus = f"ftp://me:sesame-4@localhost:1{parts.corpus}"
-    run = Run(str(tmp_path / "run"), changes=settings(parts, attribute__mode="exact"))
+    run = Run(str(tmp_path / "run"), changes=settings(parts, attribute__exact=True))
     shard(run)
     attribute(run, str(parts.queries), "asked")
     with pytest.raises(StrideError) as told:

@@ -15,7 +15,7 @@ import pytest
 from conftest import documents, run_plainly, settings, write_lines
 from test_faults import await_markers, kill_family
 
-from stride_ray import exact, shard
+from stride_ray import rescore, shard
 from stride_ray import select as selecting
 from stride_ray.attribute import read_influence
 from stride_ray.cli import main
@@ -134,7 +134,7 @@ def test_a_killed_driver_goes_on_where_it_was(exactly, selected, tmp_path):
     undisturbed, _ = selected
     out, log = tmp_path / "out", tmp_path / "log"
     url = exactly.run.url
-    command = [url, "--name", "asked", "--out", str(out), "--tokens", "0.3", "--set", "attribute.mode=exact"]
+    command = [url, "--name", "asked", "--out", str(out), "--tokens", "0.3", "--set", "attribute.exact=true"]
     with open(log, "w") as file:
         driver = subprocess.Popen(
             [sys.executable, "-c", DRIVER, *command], stdout=file, stderr=file, start_new_session=True
@@ -241,7 +241,7 @@ def test_what_cannot_be_done_is_told(exactly, tmp_path, monkeypatch, capsys):
     assert "1 of 49 documents" in capsys.readouterr().out
     assert main(["select", exactly.run.url, "--name", "asked", "--out", out, "--documents", "2"]) == 1
     assert "select.documents = 1.0, and this command has 2.0" in capsys.readouterr().err
-    other = ["--out", str(tmp_path / "other"), "--documents", "1", "--amortised"]
+    other = ["--out", str(tmp_path / "other"), "--documents", "1", "--no-exact"]
     assert main(["select", exactly.run.url, "--name", "asked", *other]) == 1
     told = capsys.readouterr().err
     assert "Of 'asked' there is exact influence only" in told
@@ -267,7 +267,7 @@ def formats(parts, tmp_path_factory):
 
     datasets.Dataset.from_list(about[24:]).save_to_disk(root / "corpus/saved")
     queries = write_lines(root / "queries.jsonl", [{"id": "sea", "text": "the anchor met the tide and the gull"}])
-    more = {"corpus__input": [str(root / "corpus")], "corpus__shard_mb": 0.001, "attribute__mode": "exact"}
+    more = {"corpus__input": [str(root / "corpus")], "corpus__shard_mb": 0.001, "attribute__exact": True}
     columns = {"corpus__columns": {"text": "text", "id": "id", "source": "source"}}
     run = Run(str(root / "run"), changes=settings(parts, **more, **columns))
     patch = pytest.MonkeyPatch()
@@ -277,7 +277,7 @@ def formats(parts, tmp_path_factory):
 
         shard.shard(run)
         asked = read_queries(queries, load_tokenizer(run.stage("blocks").store.child("tokenizer").url))
-        exact.exact_influence(run, asked, "asked")
+        rescore.exact_influence(run, asked, "asked")
     finally:
         patch.undo()
     return run, root, about, table, lines

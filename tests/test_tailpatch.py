@@ -72,11 +72,11 @@ def test_a_step_is_plain_sgd_and_leaves_the_model_as_it_was(exactly):
     assert np.isnan(worker._change(query, base, np.zeros(0, int)))
 
 
-def test_the_amortised_answer_the_job_and_what_is_refused(finished, exactly, monkeypatch, capsys):
+def test_the_estimated_answer_the_job_and_what_is_refused(finished, exactly, monkeypatch, capsys):
     run_plainly(monkeypatch)
     tops = top_blocks(finished.run, "asked", 3)
     assert all(len(top) <= 3 for top in tops.values())
-    assert job.main([finished.run.url, "--name", "asked", "--k", "3", "--set", "attribute.mode=amortised"]) == 0
+    assert job.main([finished.run.url, "--name", "asked", "--k", "3", "--set", "attribute.exact=false"]) == 0
     out = capsys.readouterr().out
     told = json.loads(out.splitlines()[-1])
     assert out.startswith("| top blocks by | lift")

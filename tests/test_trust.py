@@ -39,7 +39,7 @@ def queries(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def amortised(parts, queries, sharded):
+def estimated(parts, queries, sharded):
     """A run of enough subsets for its halves to be worth something."""
     with pytest.MonkeyPatch.context() as patch:
         run_plainly(patch)
@@ -49,8 +49,8 @@ def amortised(parts, queries, sharded):
     return run
 
 
-def test_halves_of_real_operators_agree_and_shuffled_ones_do_not(amortised):
-    found = trust(amortised, "asked")  # through Ray
+def test_halves_of_real_operators_agree_and_shuffled_ones_do_not(estimated):
+    found = trust(estimated, "asked")  # through Ray
     assert found.halves.spearman > found.halves.control_spearman + 0.05
     assert found.halves.overlap > found.halves.control_overlap
     assert found.halves.p == pytest.approx(0.05)
@@ -59,12 +59,12 @@ def test_halves_of_real_operators_agree_and_shuffled_ones_do_not(amortised):
     assert "WARNING" not in found.fit
 
 
-def test_noise_is_called_none(amortised, queries, tmp_path, monkeypatch):
+def test_noise_is_called_none(estimated, queries, tmp_path, monkeypatch):
     run_plainly(monkeypatch)
     for stage in ("blocks", "operators"):
-        shutil.copytree(Path(amortised.url) / stage, tmp_path / "noise" / stage)
-    shutil.copy(Path(amortised.url) / "run.toml", tmp_path / "noise")
-    run = Run(str(tmp_path / "noise"), changes={"attribute.mode": "amortised"})
+        shutil.copytree(Path(estimated.url) / stage, tmp_path / "noise" / stage)
+    shutil.copy(Path(estimated.url) / "run.toml", tmp_path / "noise")
+    run = Run(str(tmp_path / "noise"), changes={"attribute.exact": False})
     store = run.stage("operators").store
     operators, facts = load_operators(store)
     noise = torch.randn(operators.A.shape, generator=torch.Generator().manual_seed(3)) * operators.A.std()
@@ -77,23 +77,23 @@ def test_noise_is_called_none(amortised, queries, tmp_path, monkeypatch):
     assert "by chance" in found.verdict
 
 
-def test_the_exact_answer_is_held_against_lexical_search_and_the_amortised_one(
-    amortised, parts, queries, monkeypatch, capsys
+def test_the_exact_answer_is_held_against_lexical_search_and_the_estimated_one(
+    estimated, parts, queries, monkeypatch, capsys
 ):
     run_plainly(monkeypatch)
-    run = Run(amortised.url, changes={"attribute.mode": "exact"})
+    run = Run(estimated.url, changes={"attribute.exact": True})
     attribute(run, queries, "asked", io.StringIO())
     found = trust(run, "asked")
     assert found.halves is None
     assert found.other_mode > 2 * found.chance
-    assert trust(amortised, "asked").other_mode > 2 * found.chance
+    assert trust(estimated, "asked").other_mode > 2 * found.chance
     assert found.lexical > found.chance
     assert found.level == "good"
-    assert job.main([amortised.url, "--name", "asked", "--mode", "exact"]) == 0
+    assert job.main([estimated.url, "--name", "asked", "--exact"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1])["level"] == "good"
     assert lines[-2].startswith("Trust: good, because")
-    assert job.main([amortised.url, "--name", "nothing"]) == 1
+    assert job.main([estimated.url, "--name", "nothing"]) == 1
     assert "is not finished" in capsys.readouterr().err
 
 

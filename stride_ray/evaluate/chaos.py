@@ -29,9 +29,10 @@ from stride_ray.blocks import Blocks
 from stride_ray.config import ComputeConfig
 from stride_ray.distribute import connected
 from stride_ray.errors import StrideError
+from stride_ray.estimates import recover_estimates
 from stride_ray.fit import fit
-from stride_ray.influence import recover_influence
 from stride_ray.quickstart import PROMPTS
+from stride_ray.rescore import rescore
 from stride_ray.respond import respond
 from stride_ray.run import Run
 from stride_ray.select import select
@@ -206,14 +207,15 @@ def settings(root: Path) -> dict[str, Any]:
 
 def drive(root: str, folder: str) -> None:
     """What the driver does: all stages, one after the other."""
-    run = Run(folder, changes={**settings(Path(root)), "attribute.mode": "amortised"})
+    run = Run(folder, changes=settings(Path(root)))
     queries = f"{root}/queries.jsonl"
     with connected(run.config.compute), open(os.devnull, "w") as nowhere:
         shard(run, nowhere)
         fit(run)
         respond(run, queries, NAME)
-        recover_influence(run, NAME)
-        exact = Run(folder, changes={"attribute.mode": "exact"})
+        recover_estimates(run, NAME)
+        rescore(run, NAME)
+        exact = Run(folder, changes={"attribute.exact": True})
         attribute(exact, queries, NAME, nowhere)
         select(exact, [NAME], f"{folder}/chosen")
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 from scipy.stats import binomtest, hypergeom
 
-from stride_ray.attribute import asked_queries, attribute, read_influence
+from stride_ray.attribute import asked_queries, attribute, mode_of, read_influence
 from stride_ray.baselines.problem import Texts
 from stride_ray.blocks import Blocks
 from stride_ray.config import digest, stage_keys
@@ -165,7 +165,7 @@ def attribute_instructions(
             workers = pool(run.config.compute, 1)
             given = (fine_tune, stage, blocks.store, _good(asked), options, start, seed, workers.device)
             list(map_actors(partial, given, [model], workers))  # an actor ends; a task's process would keep its memory
-        if run.config.attribute.mode == "amortised":
+        if not run.config.attribute.exact:
             print(fit(run)["verdict"])
         summary = attribute(run, f"{store.url}/{QUERIES}", NAME, io.StringIO())
         print_taught(run, files[TRAIN])
@@ -363,7 +363,7 @@ def _line(text: str, width: int) -> str:
 
 def _lifts(run: Run, stage: Stage) -> dict[str, dict[str, float]]:
     """Tail-patch's lift by method and query, kept in a marker."""
-    name = f"tailpatch-{run.config.attribute.mode}"
+    name = f"tailpatch-{mode_of(run)}"
     if name not in stage.done():
         started = time.monotonic()
         found = tail_patch(run, NAME, PATCH, seed=run.config.seed)

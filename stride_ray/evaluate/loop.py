@@ -13,7 +13,7 @@ from stride_ray.config import ComputeConfig
 from stride_ray.costs import NAME
 from stride_ray.distribute import connected
 from stride_ray.evaluate.benchmark import Benchmark, read_benchmark
-from stride_ray.evaluate.ours import BLOCKS, Variant, cut_pool, score
+from stride_ray.evaluate.ours import BLOCKS, FORMS, Variant, cut_pool, score
 from stride_ray.run import Run
 from stride_ray.storage import Store
 
@@ -62,7 +62,7 @@ def _gained(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
 
 def _measured(benchmark: Benchmark, store: Store, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """One variant through the pipeline, or what was measured of it before."""
-    variant = Variant(name, {"attribute.mode": "amortised", **changes})
+    variant = Variant(name, {**FORMS, **changes})
     kept = f"{variant.slug}.json"
     if store.exists(kept):
         return store.read_json(kept)

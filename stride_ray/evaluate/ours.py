@@ -71,13 +71,15 @@ class Variant:
 
 # The paper's way; with these steps it takes minutes on two cores where blocks are 1,600 and queries 100.
 PUBLISHED: dict[str, Any] = {
-    "attribute.mode": "amortised",
     "operators.form": "gate",
     "operators.rank": 16,
     "fit.method": "train",
     "fit.steps": 200,
     "respond.mode": "exact",
     "recover.row_scaling": False,
+    "recover.penalty_ratio": 0.1,
+    "recover.nonnegative": False,
+    "attribute.candidates": 0,
 }
 FEW = 100
 TRAINED: dict[str, Any] = {**PUBLISHED, "operators.form": "matrix", "fit.steps": FEW, "respond.mode": "linear"}
@@ -92,15 +94,38 @@ def _ablation(name: str, **changes: Any) -> Variant:
     return Variant(f"STRIDE trained, {name}", {**TRAINED, **given}, ablation=True, note=note)
 
 
+# The paper's forms in closed form: one pass, Lasso, nothing rescored.
+FORMS: dict[str, Any] = {
+    "operators.form": "logit",
+    "recover.penalty_ratio": 0.1,
+    "recover.nonnegative": False,
+    "attribute.candidates": 0,
+}
+SUBSETS: dict[str, Any] = {"operators.rows": "subsets", "operators.budget_gb": 0.0232, "attribute.candidates": 0}
+
+
+def _exact(name: str, **changes: Any) -> Variant:
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    return Variant(
+        f"STRIDE exact, {name}", {"attribute.exact": True, **given}, ablation=True, note="every block exactly"
+    )
+
+
 def _way(name: str, **changes: Any) -> Variant:
     given = {key.replace("__", "."): value for key, value in changes.items()}
     note = "closed-form operators, one pass, Lasso; what faster or slower responses and forms do to accuracy"
-    return Variant(f"STRIDE amortised, {name}", {"attribute.mode": "amortised", **given}, ablation=True, note=note)
+    return Variant(f"STRIDE, {name}", {**FORMS, **given}, ablation=True, note=note)
 
 
 VARIANTS: tuple[Variant, ...] = (
-    Variant("STRIDE", default=True, note="exact: every inner product, no option turned"),
-    Variant("STRIDE amortised, logit", {"attribute.mode": "amortised"}, note="closed-form operators, Lasso"),
+    Variant("STRIDE", default=True, note="one-bit operators at every site, 25 candidates exact; no option turned"),
+    Variant("STRIDE exact", {"attribute.exact": True}, note="every block exactly, a pass over the pool a batch"),
+    Variant("STRIDE, estimates alone", {"attribute.candidates": 0}, note="no candidate is rescored"),
+    Variant("STRIDE, subsets", SUBSETS, note="K = 1000 operators of subsets in 25 MB, Lasso; no candidate is rescored"),
+    Variant(
+        "STRIDE, subsets, 100 candidates", {**SUBSETS, "attribute.candidates": 100}, ablation=True, note="rescored"
+    ),
+    Variant("STRIDE, logit", FORMS, note="closed-form operators in logit space, Lasso"),
     Variant("STRIDE + TF-IDF", plus="tfidf", note="standardised sum"),
     Variant("STRIDE as published", PUBLISHED, paper=True, note="rank-16 gates, 200 steps of the trained loop"),
     _ablation("base"),
@@ -113,11 +138,33 @@ VARIANTS: tuple[Variant, ...] = (
     _ablation("split 0.25", model__split=0.25),
     _ablation("split 0.9", model__split=0.9),
     _ablation("Bernoulli membership", membership__form="bernoulli"),
-    Variant("STRIDE, last half of the layers", {"attribute.layers": 0.5}, ablation=True, note="exact, faster"),
-    Variant(
-        "STRIDE, last quarter of the layers", {"attribute.layers": 0.25}, ablation=True, note="exact, faster still"
+    _exact("last half of the layers", operators__layers=0.5),
+    _exact("last quarter of the layers", operators__layers=0.25),
+    _exact("bfloat16", model__dtype="bfloat16"),
+    *(
+        Variant(
+            f"STRIDE, {size} kB a block, {candidates} candidates",
+            {
+                "operators.rows": "blocks",
+                "operators.budget_gb": size * 1e3 * 1600 / 2**30,
+                "attribute.candidates": candidates,
+            },
+            ablation=True,
+            note="what bytes and candidates do to accuracy; sizes are for a pool of 1,600 blocks",
+        )
+        for size in (0.3, 1, 5, 10, 20, 48)
+        for candidates in (0, 25, 100, 400)
     ),
-    Variant("STRIDE in bfloat16", {"model.dtype": "bfloat16"}, ablation=True, note="exact, the model in bfloat16"),
+    *(
+        Variant(
+            f"STRIDE, subsets of {size} kB, {candidates} candidates",
+            {**SUBSETS, "operators.budget_gb": size * 1e6 / 2**30, "attribute.candidates": candidates},
+            ablation=True,
+            note="K = 1000",
+        )
+        for size in (1, 5, 20, 100)
+        for candidates in (0, 100)
+    ),
     _way("logit, exact responses", respond__mode="exact"),
     _way("matrix, rank 16", operators__form="matrix", operators__rank=16),
     _way("matrix, rank 16, exact responses", operators__form="matrix", operators__rank=16, respond__mode="exact"),
@@ -156,13 +203,15 @@ def score(benchmark: Benchmark, variant: Variant, runs: Store, compute: ComputeC
     runs.remove(variant.slug)
     changes, remarks = dict(variant.changes), []
     n_blocks = len(benchmark.blocks)
-    if n_blocks < Config().updated(changes).membership.subsets:
+    settled = Config().updated(changes)
+    of_subsets = settled.operators.form != "sites" or settled.operators.rows == "subsets"
+    if of_subsets and n_blocks < settled.membership.subsets:
         changes["membership.subsets"] = n_blocks
         remarks.append(f"{n_blocks} subsets, as many as blocks")
     run = Run(f"{runs.url}/{variant.slug}", changes=settings(benchmark, runs, compute, changes))
     copy_folder(runs.child(f"{BLOCKS}/blocks"), run.store.child("blocks"))
     check_blocks(Blocks(run.stage("blocks").store), benchmark)
-    if run.config.attribute.mode != "exact" and not fit(run)["learned"]:
+    if not run.config.attribute.exact and not fit(run)["learned"]:
         remarks.append("the fit says that it learned nothing")
     answer(run, query_table(benchmark.queries), QUERIES)
     failed = [each for each in read_influence(run, QUERIES, "recovery").to_pylist() if each["status"] != "ok"]

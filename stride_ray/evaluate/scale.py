@@ -93,10 +93,9 @@ def run_size(root: str, blocks: int) -> None:
     made = Run(str(run), changes=options)
     shard(made)
     queries = str(base / "queries.jsonl")
-    attribute(Run(str(run), changes={"attribute.mode": "exact"}), queries, ASKED, sys.stderr)
-    amortised = Run(str(run), changes={"attribute.mode": "amortised"})
-    fit(amortised)
-    attribute(amortised, queries, ASKED, sys.stderr)
+    fit(made)
+    attribute(made, queries, ASKED, sys.stderr)
+    attribute(Run(str(run), changes={"attribute.exact": True}), queries, ASKED, sys.stderr)
 
 
 def measure(folder: str, sizes: list[int]) -> dict[str, Any]:

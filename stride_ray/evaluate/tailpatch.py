@@ -87,7 +87,7 @@ def tail_patch(run: Run, name: str, k: int = 10, learning_rate: float = 0.01, se
     whatever ``model.dtype`` is (in bfloat16 it would be rounded away). It needs three times the model's memory.
 
     Args:
-        run: with finished influence of that name, exact or amortised as ``attribute.mode`` says.
+        run: with finished influence of that name, estimated or exact as ``attribute.exact`` says.
         name: the query set.
         k: the blocks of a step: a query's largest influences, the positive ones only, so there may be fewer.
         learning_rate: of the step, small enough that the loss is nearly linear in it; lifts grow with it.

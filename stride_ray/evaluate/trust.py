@@ -1,8 +1,8 @@
 """The trust panel: what can be said of an attribution without retraining anything, ending in one plain verdict.
 
-Amortised: do two halves of the subsets name the same blocks, and more so than halves of membership matrices that the
-responses were not made with? Exact: do different queries get different blocks, and some that lexical search finds too?
-Passing is necessary and no more: how well influence foretells retraining, only retraining can say.
+Estimated from subsets: do two halves of the subsets name the same blocks, and more so than halves of membership
+matrices that the responses were not made with? Else: do different queries get different blocks, and some that lexical
+search finds too? Passing is necessary and no more: how well influence foretells retraining, only retraining can say.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from stride_ray.attribute import OTHER, read_influence, table_stage, write_page
+from stride_ray.attribute import OTHER, mode_of, read_influence, table_stage, write_page
 from stride_ray.blocks import Blocks
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.halves import TOP, Halves, halves_agreement
@@ -28,10 +28,10 @@ class Trust:
     """The panel.
 
     Attributes:
-        mode: exact or amortised. ``queries``, ``failed``: how many there are, and how many of them failed.
+        mode: exact or estimated. ``queries``, ``failed``: how many there are, and how many of them failed.
         blocks: N.
         fit: the fit's own verdict; empty in exact mode, which has no fit. ``learned``: what it says.
-        halves: agreement of halves; None in exact mode.
+        halves: agreement of halves; None where operators are not of subsets.
         other_mode: mean overlap of the top TOP with the other mode's; None where that has no answer to these queries.
         lexical: mean overlap with TF-IDF's top TOP. ``lexical_p``: one-sided binomial test of it against chance.
         chance: mean overlap with blocks drawn at random, expected.
@@ -80,12 +80,13 @@ class Trust:
 
 
 def trust(run: Run, name: str) -> Trust:
-    """Check a query set's influence, exact or amortised as ``attribute.mode`` says, and judge it; its page shows that.
+    """Check a query set's influence, estimated or exact as ``attribute.exact`` says, and judge it; its page shows that.
 
-    ``none``: no query has a helpful block; or, amortised, the fit learned nothing, or halves of the subsets agree no
-    better than chance (p above 0.05). ``weak``: half of the queries failed; or, amortised, halves share less than 0.3
-    of the top ten; or, exact, the top ten share no more with TF-IDF's than chance (p above 0.05), or different
-    queries share half of theirs and twice what they share of TF-IDF's. Else ``good``. The thresholds are conventions.
+    ``none``: no query has a helpful block; or, estimated, the fit learned nothing, or halves of the subsets agree no
+    better than chance (p above 0.05). ``weak``: half of the queries failed; or halves of the subsets share less than
+    0.3 of the top ten; or, without subsets, the top ten share no more with TF-IDF's than chance (p above 0.05), or
+    different queries share half of theirs and twice what they share of TF-IDF's. Else ``good``. The thresholds are
+    conventions.
 
     Args:
         run: with finished influence of that name.
@@ -94,13 +95,13 @@ def trust(run: Run, name: str) -> Trust:
     Raises:
         StrideError: influence is not finished, or every query failed.
     """
-    mode = run.config.attribute.mode
+    mode = mode_of(run)
     blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
     queries = answered_queries(run, name)
     total = read_influence(run, name, "recovery").num_rows
     tops, lexical = top_blocks(run, name, TOP), lexical_top(blocks, queries, TOP)
     fit: dict[str, Any] = {"verdict": "", "learned": True}
-    if mode == "amortised":
+    if mode == "estimated":
         fit = run.stage("operators").store.read_json("metadata.json")
     n_blocks = int(fit.get("blocks", len(blocks)))
     chance = min(TOP, n_blocks) / n_blocks
@@ -112,7 +113,7 @@ def trust(run: Run, name: str) -> Trust:
         blocks=n_blocks,
         fit=fit["verdict"],
         learned=bool(fit["learned"]),
-        halves=halves_agreement(run, name, n_blocks) if mode == "amortised" else None,
+        halves=halves_agreement(run, name, n_blocks) if mode == "estimated" and fit.get("rows") != "blocks" else None,
         other_mode=_other_mode(run, name, tops),
         lexical=shared / max(offered, 1),
         lexical_p=float(binomtest(shared, offered, chance, "greater").pvalue) if offered else 1.0,
@@ -168,7 +169,7 @@ def _between(tops: dict[str, NDArray]) -> float:
 
 def _other_mode(run: Run, name: str, tops: dict[str, NDArray]) -> float | None:
     """Mean overlap with the top of the other mode's answer to the same queries, where there is one."""
-    other = Run(run.url, run.config, {"attribute.mode": OTHER[run.config.attribute.mode]})
+    other = Run(run.url, run.config, {"attribute.exact": not run.config.attribute.exact})
     try:
         stages = [each.require(table_stage(each), "manifest.json", "", name) for each in (run, other)]
         asked = [stage.store.read_json("stage.json")["keys"] for stage in stages]

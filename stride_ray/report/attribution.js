@@ -35,8 +35,9 @@ function shared(node, text, others) {
 function side(query, name, words) {
   const column = make("div", name);
   column.append(make("h3", "", name === "helping" ? "Helping blocks" : "Harming blocks"));
-  query[name].forEach(([rank, influence, share, ordinal, documentId, source], i) => {
-    const about = `${source === documentId ? "" : source + " · "}block ${ordinal} · rank ${rank}`;
+  query[name].forEach(([rank, influence, share, ordinal, documentId, source, exact], i) => {
+    const how = exact ? "exact" : "estimate";
+    const about = `${source === documentId ? "" : source + " · "}block ${ordinal} · rank ${rank} · ${how}`;
     const details = entry(signed(influence), share, documentId, about, i === 0);
     details.append(shared(make("pre"), texts[ordinal], words));
     column.append(details);

@@ -56,7 +56,7 @@ def attribution_page(queries: list[dict[str, Any]], facts: dict[str, Any], trust
     Args:
         queries: attribute.shown_queries.
         facts: of the run and the fit: name, run, model, blocks, how, mode, verdict, learned, and the summary
-            of recover_influence or exact_influence.
+            of rescore or exact_influence.
         trust: what trust.trust found: ``level``, ``verdict``, ``rows`` (check, found, by chance); None: not asked.
     """
     texts = {row["ordinal"]: row["text"] for each in queries for row in (*each["helping"], *each["harming"])}
@@ -75,5 +75,5 @@ def attribution_page(queries: list[dict[str, Any]], facts: dict[str, Any], trust
 
 
 def _row(row: dict[str, Any]) -> list[Any]:
-    """A block's row for the script: rank, influence, share, ordinal, document, source."""
-    return [row[key] for key in ("rank", "influence", "share", "ordinal", "document_id", "source")]
+    """A block's row for the script: rank, influence, share, ordinal, document, source, whether it is exact."""
+    return [row[key] for key in ("rank", "influence", "share", "ordinal", "document_id", "source", "exact")]

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.attribute import answer, table_stage
+from stride_ray.attribute import answer, mode_of, table_stage
 from stride_ray.config import digest
 from stride_ray.documents import Document
 from stride_ray.errors import StrideError
-from stride_ray.fitted import measured_weights, run_weights
+from stride_ray.fitted import measured_weights
 from stride_ray.queries import SCHEMA as QUERIES
 from stride_ray.queries import failed, row
 from stride_ray.readers import Rejected
@@ -59,17 +59,15 @@ def checkpoint(run: Run) -> str:
         StrideError: where the run has no blocks yet.
     """
     manifest = run.require("blocks", "manifest.json", "stride-ray shard").store.read_json("manifest.json")
-    mode = run.config.attribute.mode
-    identity = run.stage("exact" if mode == "exact" else "influence").identity
-    weights = measured_weights(run.config) if mode == "exact" else run_weights(run.config)
-    return digest([mode, identity, manifest["fingerprint"], weights])
+    identity, weights = run.stage(table_stage(run)).identity, measured_weights(run.config)
+    return digest([mode_of(run), identity, manifest["fingerprint"], weights])
 
 
 def item_ties(run: Run, stage: Stage, items: Sequence[Item], controls: Sequence[Item]) -> tuple[pa.Table, int]:
     """Every item's and control's contrast (TIES), measured where the state does not hold it yet.
 
     Args:
-        run: with blocks; the attribution is its exact one, or amortised where the run says so.
+        run: with blocks; the attribution is the run's own, estimated or exact.
         stage: the state's folder of this checkpoint and these controls.
         items: to be asked about.
         controls: to compare with.

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from stride_ray.attribute import mode_of
 from stride_ray.config import digest
 from stride_ray.documents import resolve_columns
 from stride_ray.errors import StrideError
@@ -233,7 +234,7 @@ def _influence(
     return ties, {
         "checkpoint": made_of,
         "model": safe_url(run.config.model.path),
-        "mode": run.config.attribute.mode,
+        "mode": mode_of(run),
         "blocks": run.stage("blocks").store.read_json("manifest.json")["blocks"],
         "controls": sum(ties["control"].to_pylist()),
         "failed": failed,

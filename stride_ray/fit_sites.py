@@ -1,0 +1,295 @@
+"""Fit of operators at every site: the preconditioner, then one pass over the pool that leaves one-bit rows.
+
+The best operator of a subset is the mean of its members' whitened gradients (method.md, measured point 1), at every
+site at once (point 6), seen through a sketch (sketch.py) and kept in one bit a coordinate (one_bit.py). Where the
+budget has room for it each block is a subset of its own and the rows are an index of the pool; else a row is a
+subset's.
+
+Example: 1,600 blocks and ``operators.budget_gb = 2``. A block could take 1.3 MB, but beyond 40 KiB accuracy gains
+little: rows are of blocks, 40 KiB each, and the store takes 65 MB. With ``budget_gb = 0.023`` and ``rows = "subsets"``
+the same pool gets 1,000 rows of 24 KiB.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stride_ray.blocks import Blocks
+from stride_ray.closed_form import add_to_subsets
+from stride_ray.config import Config
+from stride_ray.crew import Crew
+from stride_ray.curvature import SITES, load_sites, save_sites
+from stride_ray.distribute import progress
+from stride_ray.errors import StrideError
+from stride_ray.fitted import load_measured_model
+from stride_ray.judge import SAMPLE, gap, with_targets
+from stride_ray.membership import Membership, membership_of
+from stride_ray.one_bit import Rows, packed_queries, packed_rows, products, row_bytes, word_starts
+from stride_ray.passes import PoolWorker
+from stride_ray.row_store import FORMAT, RowStore, write_rows
+from stride_ray.run import Stage
+from stride_ray.sites import Site
+from stride_ray.sketch import largest_shape, sketch_shapes, sketched, sketched_gradients
+from stride_ray.storage import Store, tensor_bytes
+
+# Bytes of a row beyond which accuracy gains little, for blocks and for subsets, whose sums are held in float32 while
+# they are added up; and below which a row for each block is worth less than rows for subsets (RESULTS.md, Operators).
+MOST, MOST_SUBSET, LEAST = 40 * 1024, 24 * 1024, 1024
+# Subsets' sums: most shards that are added up, and rows in one file of a shard's.
+SHARDS, ROWS = 16, 128
+# Share of blocks whose gradients are not finite from which on the fit is refused.
+NOT_FINITE = 0.05
+SKETCH, LAYOUT = "sketch", "layout.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What rows there are and how their coordinates are spread.
+
+    Attributes:
+        rows: "blocks" or "subsets". ``subsets``: K, how many rows.
+        sites: their names. ``shapes``: a and b of each one's sketch. ``sizes``: their products.
+        row_bytes: bytes of a row.
+    """
+
+    rows: str
+    subsets: int
+    sites: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    sizes: tuple[int, ...]
+    row_bytes: int
+
+
+def rows_for(config: Config, n_blocks: int) -> tuple[bool, int, float]:
+    """Whether rows are of blocks, how many there are, and the bytes that each may take."""
+    options, budget = config.operators, config.operators.budget_gb * 2**30
+    if options.rows == "blocks" or (options.rows == "auto" and budget / n_blocks >= LEAST):
+        return True, n_blocks, min(budget / n_blocks, MOST)
+    K = config.membership.subsets
+    return False, K, min(budget / K, MOST_SUBSET)
+
+
+def layout_of(config: Config, n_blocks: int, sites: tuple[Site, ...], shares: dict[str, float]) -> Layout:
+    """The rows that the budget has room for.
+
+    Raises:
+        StrideError: for a budget that gives a site not even one coordinate, or fewer blocks than subsets.
+    """
+    of_blocks, K, room = rows_for(config, n_blocks)
+    if n_blocks < K:
+        raise StrideError(
+            f"The pool has {n_blocks} blocks and membership.subsets asks for {K} subsets; there must be at least as "
+            "many blocks as subsets: lower --subsets or shard more text."
+        )
+    # A site's section ends at a whole word, and has a scale.
+    coordinates = int(8 * (room - (8 + 4) * len(sites)))
+    if coordinates < len(sites):
+        fewer = "" if of_blocks else ", or lower membership.subsets"
+        raise StrideError(
+            f"operators.budget_gb = {config.operators.budget_gb:g} leaves {room:.0f} bytes to each of {K} rows, and a "
+            f"row takes at least {row_bytes([1] * len(sites))}, a coordinate for each of {len(sites)} sites: "
+            f"raise it{fewer}."
+        )
+    shapes = sketch_shapes([largest_shape(site) for site in sites], [shares[site.name] for site in sites], coordinates)
+    sizes = tuple(a * b for a, b in shapes)
+    names = tuple(site.name for site in sites)
+    return Layout("blocks" if of_blocks else "subsets", K, names, tuple(shapes), sizes, row_bytes(sizes))
+
+
+def make_sketch(config: Config, curvature: Store, stage: Stage, n_blocks: int) -> dict[str, Any]:
+    """Publish the sketch and the layout of rows."""
+    sites = load_sites(curvature, SITES, "cpu")
+    layout = layout_of(config, n_blocks, sites, curvature.read_json("manifest.json")["sites"])
+    save_sites(stage.store, SKETCH, list(sketched(sites, layout.shapes, config.seed)))
+    stage.store.write_json(LAYOUT, asdict(layout))
+    return {"row_bytes": layout.row_bytes}
+
+
+def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, crew: Crew, units: int) -> None:
+    """Publish the rows and, last, ``metadata.json``.
+
+    Args:
+        config: of the run.
+        blocks: the pool.
+        curvature: of the finished stage.
+        stage: ``operators``, begun.
+        crew: that does it.
+        units: ordinal ranges of the pool that rows of blocks are made in.
+
+    Raises:
+        StrideError: as layout_of, or where too many blocks' gradients are not finite.
+    """
+    if not stage.store.exists(LAYOUT):
+        progress(crew.map(partial, (make_sketch, config, curvature, stage), [len(blocks)]), "sketch", 1, "", _one)
+    layout = stage.store.read_json(LAYOUT)
+    given = (config, blocks, stage, crew.device)
+    if layout["rows"] == "blocks":
+        names = _over_pool(RowWorker, "rows", given, blocks.cut(units), stage, crew)
+        parts = names
+    else:
+        names = _over_pool(SumWorker, "sum", given, blocks.cut(min(SHARDS, len(blocks.shards()))), stage, crew)
+        ranges = list(enumerate(range(0, layout["subsets"], ROWS)))
+        parts = [f"rows-{index:05d}" for index, _ in ranges]
+        left = [each for each, name in zip(ranges, parts, strict=True) if name not in stage.done()]
+        reduce = (mean_rows, config, blocks, stage, names)
+        stage.remember(progress(crew.map(partial, reduce, left), "reduce", len(left), "parts", _one))
+    done = stage.done()
+    failed = sum(done[name]["not_finite"] for name in names)
+    if failed > NOT_FINITE * len(blocks):
+        raise StrideError(
+            f"The gradients of {failed} of {len(blocks)} blocks are not finite (the first: block "
+            f"{min(done[name]['first'] for name in names if done[name]['not_finite'])}): the model overflows on this "
+            "text; use model.dtype = float32 or bfloat16, or look at these blocks."
+        )
+    facts = {
+        "format": FORMAT,
+        "form": "sites",
+        **layout,
+        "method": "closed_form",
+        "blocks": len(blocks),
+        "not_finite": failed,
+        "parts": [{"name": name, **{key: done[name][key] for key in ("first", "count", "hash")}} for name in parts],
+    }
+    judged = crew.map(SiteJudge, given, [facts])
+    progress(judged, "judge", 1, "fit", _one)
+    clear_sums(stage)
+
+
+def _over_pool(
+    make: Any, name: str, given: tuple[Any, ...], ranges: list[tuple[int, int]], stage: Stage, crew: Crew
+) -> list[str]:
+    """Have a worker do what is missing of the pool's ordinal ranges; returns the units' names."""
+    units = [(f"{name}-{index:05d}", *ordinals) for index, ordinals in enumerate(ranges)]
+    done = stage.done()
+    left = [unit for unit in units if unit[0] not in done]
+    results = crew.map(make, given, left)
+    total = sum(stop - start for _, start, stop in left)
+    stage.remember(progress(results, "fit", total, "blocks", lambda marker: marker["blocks"]))
+    return [name for name, _, _ in units]
+
+
+def _one(_: Any) -> int:
+    return 1
+
+
+class SketchWorker(PoolWorker):
+    """A worker that takes sketches of blocks' gradients."""
+
+    load = staticmethod(load_measured_model)
+
+    def __init__(self, config: Config, blocks: Blocks, stage: Stage, device: str) -> None:
+        super().__init__(config, blocks, device)
+        self.stage = stage
+        self.sketches = load_sites(stage.store, SKETCH, self.model.device)
+
+    def sections(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
+        """Sketches (B, a·b) by site of each sequence."""
+        return sketched_gradients(self.model, self.sketches, ids, mask)[0]
+
+
+def finite_rows(sections: list[Tensor]) -> Tensor:
+    """(B,) bool: whether a sequence's gradients are finite."""
+    return torch.stack([section.sum(1) for section in sections]).isfinite().all(0)
+
+
+class RowWorker(SketchWorker):
+    """Publishes a row for each of a range's blocks."""
+
+    def __call__(self, unit: tuple[str, int, int]) -> dict[str, Any]:
+        """Do one unit; returns its marker."""
+        started = time.monotonic()
+        name, start, stop = unit
+        pieces, failed = [], 0
+        for batch in self.blocks.batches(start, stop, self.rows):
+            sections = self.sections(*self.trimmed(batch))
+            failed += int((~finite_rows(sections)).sum())
+            pieces.append(packed_rows([section.cpu().numpy() for section in sections]))
+        rows = Rows(np.concatenate([p.bits for p in pieces]), np.concatenate([p.scales for p in pieces]))
+        facts = {"hash": write_rows(self.stage.store, name, rows), "first": start, "count": len(rows)}
+        return self.stage.mark(name, started, blocks=stop - start, not_finite=failed, **facts)
+
+
+class SumWorker(SketchWorker):
+    """Adds the sketches of a shard's blocks to their subsets' sums and publishes these, ROWS subsets a file."""
+
+    def __call__(self, unit: tuple[str, int, int]) -> dict[str, Any]:
+        """Do one unit; returns its marker."""
+        started = time.monotonic()
+        name, start, stop = unit
+        membership, failed = membership_of(self.config), 0
+        sums = torch.zeros(membership.subsets + 1, sum(self.stage.store.read_json(LAYOUT)["sizes"]))
+        for batch in self.blocks.batches(start, stop, self.rows):
+            sections = self.sections(*self.trimmed(batch))
+            good = finite_rows(sections)
+            failed += int((~good).sum())
+            Z = torch.cat(sections, 1).cpu()
+            Z[~good.cpu()] = 0.0
+            add_to_subsets(sums, Z, membership.columns_at(batch.ordinals))
+        for index, rows in enumerate(sums[:-1].split(ROWS)):
+            self.stage.store.write(f"{name}-{index:05d}.safetensors", tensor_bytes({"sums": rows}))
+        return self.stage.mark(name, started, blocks=stop - start, not_finite=failed, first=start)
+
+
+def mean_rows(config: Config, blocks: Blocks, stage: Stage, shards: list[str], unit: tuple[int, int]) -> dict[str, Any]:
+    """Rows of ROWS subsets: the shards' sums added in order, over the subsets' sizes."""
+    started = time.monotonic()
+    index, first = unit
+    total: Any = 0.0
+    for shard in shards:
+        total = total + stage.store.read_tensors(f"{shard}-{index:05d}.safetensors")["sums"]
+    sizes = membership_of(config).sizes(len(blocks))[first : first + ROWS]
+    means = total.numpy() / np.maximum(sizes, 1)[:, None].astype(np.float32)
+    ends = np.cumsum(stage.store.read_json(LAYOUT)["sizes"])[:-1]
+    rows, name = packed_rows(np.split(means, ends, axis=1)), f"rows-{index:05d}"
+    facts = {"hash": write_rows(stage.store, name, rows), "first": first, "count": len(rows)}
+    return stage.mark(name, started, **facts)
+
+
+def clear_sums(stage: Stage) -> None:
+    """Remove subsets' sums, which a finished fit does not need."""
+    for name in stage.store.names(ending=".safetensors"):
+        if name.startswith("sum-"):
+            stage.store.remove(name)
+
+
+class SiteJudge(SketchWorker):
+    """Measures whether rows answer to their own blocks, and publishes the store's metadata."""
+
+    def __call__(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Do it; returns the metadata."""
+        sample = with_targets(self.blocks, self.blocks.sample(SAMPLE, self.config.seed + 1))
+        pieces = [self.sections(*self.trimmed(batch)) for batch in self.taken(sample)]
+        sections = [torch.cat(each).cpu().numpy() for each in zip(*pieces, strict=True)]
+        weights = [
+            (section / site.scale).astype(np.float32) for section, site in zip(sections, self.sketches, strict=True)
+        ]
+        good = np.stack([np.isfinite(each).all(1) for each in weights]).all(0)
+        queries = packed_queries([each[good] for each in weights])
+        rows, inside = self._rows(facts, sample[good])
+        halves = products(rows, queries, word_starts(facts["sizes"]))
+        found, error = gap(halves.sum(2), inside)
+        learned = bool(found > 2 * error)
+        told = f"own blocks minus others {found:+.4g} ± {error:.2g}"
+        verdict = (
+            f"The operators answer to their own blocks: {told} of a block's mean influence on itself."
+            if learned
+            else f"WARNING: these operators do not tell their own blocks from others; estimates mean nothing: {told}."
+        )
+        judged = {"gap": found, "gap_error": error, "learned": learned, "verdict": verdict, "model": self.model.name}
+        self.stage.store.write_json("metadata.json", {**facts, **judged})
+        return {**facts, **judged}
+
+    def _rows(self, facts: dict[str, Any], sample: np.ndarray) -> tuple[Rows, np.ndarray]:
+        """The sample's own rows or all subsets', and which row is whose: (n, rows) bool."""
+        store = RowStore(self.stage.store, facts)
+        if store.of_blocks:
+            return store.take(sample), np.eye(len(sample), dtype=bool)
+        membership: Membership = membership_of(self.config)
+        inside = np.zeros((len(sample), membership.subsets + 1), dtype=bool)
+        np.put_along_axis(inside, membership.columns_at(sample).astype(np.int64), True, axis=1)
+        return store.take(np.arange(len(store))), inside[:, :-1]

@@ -1,0 +1,237 @@
+"""Stage rescore: exact influence of a query's candidates, estimates for the rest, and the ranked tables.
+
+Exact is J(x)ᵀ H⁻¹ J_i (sites.py): a K-FAC influence function at layers' outputs (Grosse et al. 2023, arXiv 2308.03296).
+Of a query's candidates it costs a forward and a backward pass per candidate. With every block as a candidate
+(``exact_influence``) no operators, responses or estimates are needed, and a batch of queries costs one pass over the
+pool.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stride_ray.blocks import Blocks, unit_count
+from stride_ray.config import Config
+from stride_ray.costs import costed
+from stride_ray.crew import Crew
+from stride_ray.curvature import finish_curvature
+from stride_ray.distribute import connected, pool, progress
+from stride_ray.estimates import read_estimates
+from stride_ray.fitted import measured_weights
+from stride_ray.passes import check_tokenizer
+from stride_ray.queries import check_name, fingerprint
+from stride_ray.ranking import rank_unit
+from stride_ray.run import Run, Stage, unless_finished
+from stride_ray.scoring import UNIT, QueryWorker, ScoreWorker, Scoring, query_name
+from stride_ray.storage import Store
+
+# The most queries in one pass over the pool, and candidates in a unit of work.
+MOST, CANDIDATES = 256, 128
+
+
+def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
+    """Score every block for every query and write the ranked tables.
+
+    The tables of ``exact/<name>/`` are those of rescore, with the blocks of largest influence (``attribute.top``) and
+    nothing in the solver's columns.
+
+    Args:
+        run: with finished ``blocks/``.
+        table: tokenised queries (queries.SCHEMA).
+        name: of the query set.
+
+    Returns:
+        Counts: ``queries``, ``failed``, ``rows``, ``median_nonzeros``, ``parts``.
+
+    Raises:
+        StrideError: for a missing stage, other settings, another query set of that name, or a model without sites.
+    """
+    check_name(name)
+    blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
+    corpus = blocks.manifest["fingerprint"]
+    check_tokenizer(run.config, blocks)
+    weights = measured_weights(run.config)
+    curvature = run.begin("curvature", corpus=corpus, weights=weights)
+    stage = run.begin("exact", name, corpus=corpus, queries=fingerprint(table), weights=weights)
+    if not stage.store.exists("queries.parquet"):
+        stage.store.write_table("queries.parquet", table)
+    if not stage.store.exists("manifest.json"):
+        with (
+            unless_finished(stage, "manifest.json"),
+            connected(run.config.compute),
+            Crew(pool(run.config.compute, unit_count(len(blocks)))) as crew,
+        ):
+            finish_curvature(run.config, blocks, curvature, crew)
+            with costed(stage):
+                answers, groups = _query_gradients(run.config, blocks, curvature.store, stage, table.num_rows, crew)
+                ranges = list(enumerate(blocks.cut(unit_count(len(blocks)))))
+                units = [Scoring(_unit_name(g, i), g, *ordinals) for g in groups for i, ordinals in ranges]
+                _score(run.config, blocks, curvature.store, stage, units, crew)
+                _rank(run.config, blocks, stage, units, answers, crew)
+    _clear(stage)
+    return stage.store.read_json("manifest.json")
+
+
+def rescore(run: Run, name: str) -> dict[str, Any]:
+    """Compute the influence of every query's candidates exactly, and write the ranked tables.
+
+    ``influence-*.parquet`` holds the blocks with influence, most helpful first and most harmful last, and says of each
+    whether it is exact or estimated; ``documents-*`` the same summed to documents, each block's influence shared by
+    tokens; ``recovery-*`` a row per query with the solver's figures, how many blocks are named and how many of them are
+    exact, and the error of a failed query. Candidates are the ``attribute.candidates`` blocks of largest estimate.
+
+    Args:
+        run: with finished estimates of that name.
+        name: the query set.
+
+    Returns:
+        As exact_influence, with ``exact``, how many of the rows are.
+
+    Raises:
+        StrideError: for a missing stage, other settings, or a model without sites.
+    """
+    estimates = run.require("estimates", "manifest.json", f"stride-ray recover --name {name}", name)
+    keys = estimates.store.read_json("stage.json")["keys"]
+    about = {key: keys[key] for key in ("corpus", "queries", "weights")}
+    blocks = Blocks(run.stage("blocks").store)
+    wanted = run.config.attribute.candidates
+    curvature = run.begin("curvature", corpus=keys["corpus"], weights=keys["weights"]) if wanted else None
+    stage = run.begin("influence", name, **about)
+    if not stage.store.exists("queries.parquet"):
+        stage.store.write_table("queries.parquet", run.stage("responses", name).store.read_table("queries.parquet"))
+    if not stage.store.exists("manifest.json"):
+        with (
+            unless_finished(stage, "manifest.json"),
+            connected(run.config.compute),
+            Crew(pool(run.config.compute, unit_count(len(blocks)))) as crew,
+        ):
+            if curvature is not None:
+                finish_curvature(run.config, blocks, curvature, crew)
+            with costed(stage):
+                _rescore(run.config, blocks, curvature.store if curvature else None, stage, estimates, crew)
+    _clear(stage)
+    return stage.store.read_json("manifest.json")
+
+
+def _rescore(
+    config: Config, blocks: Blocks, curvature: Store | None, stage: Stage, estimates: Stage, crew: Crew
+) -> None:
+    rows = read_estimates(estimates)
+    answers = [rows[at : at + UNIT] for at in range(0, len(rows), UNIT)]
+    units: list[Scoring] = []
+    if curvature is not None:
+        answers, groups = _query_gradients(config, blocks, curvature, stage, len(rows), crew, answers)
+        units = [unit for group in groups for unit in candidate_units(group, answers, config.attribute.candidates)]
+        _score(config, blocks, curvature, stage, units, crew)
+    _rank(config, blocks, stage, units, answers, crew)
+
+
+def candidate_units(group: tuple[int, ...], answers: list[list[dict[str, Any]]], candidates: int) -> list[Scoring]:
+    """Units over the union of a group's candidates, of CANDIDATES blocks each; only a query's own are scored for it."""
+    good = [row for part in group for row in answers[part] if row["status"] == "ok"]
+    chosen = [_largest(row["ordinals"], row["estimates"], candidates) for row in good]
+    union = np.unique(np.concatenate([np.zeros(0, np.int64), *chosen]))
+    units = []
+    for index, at in enumerate(range(0, len(union), CANDIDATES)):
+        some = union[at : at + CANDIDATES]
+        pairs = [(row, np.flatnonzero(np.isin(some, mine))) for row, mine in enumerate(chosen)]
+        rows = np.concatenate([np.full(len(places), row) for row, places in pairs])
+        wanted = np.stack([rows, np.concatenate([places for _, places in pairs])]).astype(np.int32)
+        units.append(Scoring(_unit_name(group, index), group, ordinals=some, wanted=wanted))
+    return units
+
+
+def _largest(ordinals: np.ndarray, estimates: np.ndarray, count: int) -> np.ndarray:
+    """The ordinals of largest estimate, helpful or harmful; ties by ordinal."""
+    return ordinals[np.lexsort((ordinals, -np.abs(estimates)))[:count]]
+
+
+def _query_gradients(
+    config: Config,
+    blocks: Blocks,
+    curvature: Store,
+    stage: Stage,
+    queries: int,
+    crew: Crew,
+    estimated: list[list[dict[str, Any]]] | None = None,
+) -> tuple[list[list[dict[str, Any]]], list[tuple[int, ...]]]:
+    """Publish all queries' H⁻¹J.
+
+    Returns:
+        What is known of each part's queries, with their estimates where there are some, a query that failed before
+        or here failed; and groups of parts whose H⁻¹J fit in ``compute.query_gb``.
+    """
+    parts = list(enumerate(range(0, queries, UNIT)))
+    done = stage.done()
+    missing = [part for part in parts if query_name(part[0]) not in done]
+    results = crew.map(QueryWorker, (config, blocks, crew.device, curvature, stage), missing)
+    stage.remember(progress(results, "queries", len(missing), "parts", lambda _: 1))
+    done = stage.done()
+    markers = [done[query_name(index)] for index, _ in parts]
+    answers = [marker["answers"] for marker in markers]
+    if estimated is not None:
+        answers = [
+            [{**row, **mine} for row, mine in zip(rows, some, strict=True)]
+            for rows, some in zip(estimated, answers, strict=True)
+        ]
+    passes = passes_over(max((marker["numbers"] for marker in markers), default=0), queries, config.compute.query_gb)
+    return answers, [tuple(group.tolist()) for group in np.array_split(np.arange(len(parts)), passes) if len(group)]
+
+
+def passes_over(numbers: int, queries: int, query_gb: float) -> int:
+    """How many passes over the pool so many queries need, whose J has so many float32 numbers each."""
+    room = math.ceil(4 * numbers * queries / max(1, query_gb * 2**30))
+    return min(max(1, room, -(-queries // MOST)), max(1, -(-queries // UNIT)))
+
+
+def _unit_name(group: tuple[int, ...], index: int) -> str:
+    # First and last of its parts: with another query_gb other parts go together.
+    return f"scores-{group[0]:05d}-{group[-1]:05d}-{index:05d}"
+
+
+def _score(config: Config, blocks: Blocks, curvature: Store, stage: Stage, units: list[Scoring], crew: Crew) -> None:
+    """Score what is missing."""
+    done = stage.done()
+    missing = [unit for unit in units if unit.name not in done]
+    results = crew.map(ScoreWorker, (config, blocks, crew.device, curvature, stage), missing)
+    progress(results, "score", sum(unit.blocks for unit in missing), "blocks", lambda marker: marker["blocks"])
+
+
+def _rank(
+    config: Config,
+    blocks: Blocks,
+    stage: Stage,
+    units: list[Scoring],
+    answers: list[list[dict[str, Any]]],
+    crew: Crew,
+) -> None:
+    """Write what is missing of the tables, and the manifest."""
+    done = stage.done()
+    left = [part for part in range(len(answers)) if f"{part:05d}" not in done]
+    groups = [(unit.group, unit.name) for unit in units]
+    told = crew.map(partial, (rank_unit, config, blocks, stage, groups, answers), left)
+    stage.remember(progress(told, "rank", len(left), "parts", lambda _: 1))
+    markers = [marker for name, marker in stage.done().items() if name.isdigit()]
+    kept = [rows for marker in markers for rows in marker["nonzeros"]]
+    reliable = [each for marker in markers for each in marker["reliability"] if each is not None]
+    stage.store.write_json(
+        "manifest.json",
+        {
+            "queries": sum(marker["queries"] for marker in markers),
+            "failed": sum(marker["failed"] for marker in markers),
+            "rows": sum(kept),
+            "exact": sum(rows for marker in markers for rows in marker["exact"]),
+            "median_nonzeros": float(np.median(kept)) if kept else 0.0,
+            **({"reliability": float(np.median(reliable))} if reliable else {}),
+            "parts": len(answers),
+        },
+    )
+
+
+def _clear(stage: Stage) -> None:
+    """Remove the scaffolding of finished queries."""
+    for name in stage.store.names(ending=".safetensors"):
+        stage.store.remove(name)

@@ -1,0 +1,228 @@
+"""Responses of operators at every site: a forward and a backward pass per query, then its product with every row.
+
+Actors hold slices of the store. Where rows are subsets all K products of a query are kept, for Lasso to work on; where
+they are blocks the ``attribute.top`` of largest influence.
+"""
+
+import time
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from stride_ray.blocks import Blocks
+from stride_ray.config import Config
+from stride_ray.crew import Crew
+from stride_ray.distribute import progress
+from stride_ray.fit_sites import SketchWorker, finite_rows
+from stride_ray.fitted import load_run_model
+from stride_ray.model import masked_mean
+from stride_ray.one_bit import Queries, packed_queries, products
+from stride_ray.queries import batches, checked, padded
+from stride_ray.responses import response_schema
+from stride_ray.row_store import RowStore
+from stride_ray.run import Stage, part_name
+from stride_ray.sites import HARM, harm_halved
+from stride_ray.storage import Store, tensor_bytes
+
+# Queries in a unit of work, and the most that share a pass over the rows.
+UNIT, MOST = 16, 256
+# Bytes of rows in a unit of the pass, and units at least, so that few workers end together.
+SLICE, SLICES = 2**28, 8
+RESPONSES = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("base_loss", pa.float32()),
+        pa.field("rows", pa.list_(pa.int64()), nullable=False),
+        pa.field("response", pa.list_(pa.float32()), nullable=False),
+        pa.field("reliability", pa.float32()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+NOT_FINITE = "its gradient is not finite; the model overflows on this text"
+
+
+def respond_sites(config: Config, blocks: Blocks, operators: Store, stage: Stage, queries: int, crew: Crew) -> None:
+    """Publish the responses, ``part-*.parquet``.
+
+    ``response`` holds the products with rows, in units of a block's mean influence on itself: with all K where rows are
+    subsets (responses.response_schema), with the ``rows`` named where they are blocks (RESPONSES). ``reliability``: how
+    well the two halves of a product agree over rows (their correlation r over all rows, 2r / (1 + r) for the whole;
+    Spearman–Brown), an estimate of the squared correlation with the products of whole gradients.
+
+    Args:
+        config: of the run.
+        blocks: the pool.
+        operators: the finished store of rows.
+        stage: ``responses/<name>``, begun, with ``queries.parquet``.
+        queries: how many there are.
+        crew: that does it.
+    """
+    parts = list(range(-(-queries // UNIT)))
+    done = stage.done()
+    missing = [part for part in parts if code_name(part) not in done and part_name(part) not in done]
+    given = (config, blocks, Stage(operators, ""), crew.device, stage)
+    coded = crew.map(QueryCoder, given, missing)
+    stage.remember(progress(coded, "queries", len(missing), "parts", lambda _: 1))
+    store = RowStore(operators)
+    groups = [parts[at : at + MOST // UNIT] for at in range(0, len(parts), MOST // UNIT)]
+    slices = list(enumerate(sliced(store.facts["parts"], store.facts["row_bytes"])))
+    done = stage.done()
+    open_groups = [group for group in groups if any(part_name(part) not in done for part in group)]
+    units = [(group, *each) for group in open_groups for each in slices]
+    missing_units = [unit for unit in units if scan_name(unit[0], unit[1]) not in done]
+    total = sum(part["count"] for _, _, some in missing_units for part in some)
+    results = crew.map(RowScanner, (config, operators, stage), missing_units)
+    stage.remember(progress(results, "multiply", total, "rows", lambda marker: marker["rows"]))
+    left = [(part, group, len(slices)) for group in open_groups for part in group if part_name(part) not in done]
+    gathered = crew.map(partial, (gather, stage, config.attribute.top if store.of_blocks else 0), left)
+    stage.remember(progress(gathered, "gather", len(left), "parts", lambda _: 1))
+
+
+def clear_scaffolding(stage: Stage) -> None:
+    """Remove codes and products, which finished responses do not need."""
+    for name in stage.store.names(ending=".safetensors"):
+        stage.store.remove(name)
+
+
+def code_name(part: int) -> str:
+    """The name of some queries' codes, and of their marker."""
+    return f"codes-{part:05d}"
+
+
+def scan_name(group: list[int], index: int) -> str:
+    """The name of a group's products with a slice of the rows, and of their marker."""
+    return f"scan-{group[0]:05d}-{index:05d}"
+
+
+def sliced(parts: list[dict[str, Any]], row_bytes: int) -> list[list[dict[str, Any]]]:
+    """Consecutive parts of the store, about SLICE bytes together, in SLICES slices at least where there are as many."""
+    total = sum(part["count"] for part in parts) * row_bytes
+    count = min(len(parts), max(SLICES, -(-total // SLICE)))
+    return [[parts[i] for i in some] for some in np.array_split(np.arange(len(parts)), count)]
+
+
+class QueryCoder(SketchWorker):
+    """Publishes some queries' sketches in four bits a coordinate, with their losses and errors."""
+
+    def __init__(self, config: Config, blocks: Blocks, operators: Stage, device: str, stage: Stage) -> None:
+        super().__init__(config, blocks, operators, device)
+        self.responses = stage
+        self.table = stage.store.read_table("queries.parquet")
+        self.trained = load_run_model(config, device)
+
+    def __call__(self, part: int) -> dict[str, Any]:
+        """Do one unit; returns its marker."""
+        started = time.monotonic()
+        rows = self.table.slice(part * UNIT, UNIT).to_pylist()
+        answers = [{**checked(self.model, row), "base_loss": None} for row in rows]
+        waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
+        sections: list[list[np.ndarray]] = [[] for _ in self.sketches]
+        for batch in batches(rows, waiting, self.config.compute.batch_tokens):
+            ids, mask = padded([rows[i] for i in batch], self.model.device)
+            found = self.sections(ids, mask)
+            finite = finite_rows(found).tolist()
+            losses = masked_mean(self.trained.token_losses(self.trained.read(ids), ids, mask), mask).tolist()
+            for i, loss, good in zip(batch, losses, finite, strict=True):
+                answers[i] |= {"base_loss": loss} if good else {"status": "failed", "error": NOT_FINITE}
+            for kept, section, site in zip(sections, found, self.sketches, strict=True):
+                kept.append((section[torch.tensor(finite)] / site.scale).cpu().numpy())
+        empty = [np.zeros((0, site_size(site)), np.float32) for site in self.sketches]
+        coded = packed_queries([np.concatenate([none, *kept]) for none, kept in zip(empty, sections, strict=True)])
+        tensors = {each.name: torch.from_numpy(getattr(coded, each.name)) for each in fields(Queries)}
+        self.responses.store.write(f"{code_name(part)}.safetensors", tensor_bytes(tensors))
+        return self.responses.mark(code_name(part), started, answers=answers)
+
+
+def site_size(sketch: Any) -> int:
+    """Coordinates of a site's sketch."""
+    return int(sketch.W_in.shape[-1] * sketch.W_out.shape[-1])
+
+
+def read_codes(store: Store, parts: list[int]) -> Queries:
+    """The codes of all queries of some parts that did not fail, in order."""
+    read = [store.read_tensors(f"{code_name(part)}.safetensors") for part in parts]
+    return Queries(*(np.concatenate([each[f.name].numpy() for each in read]) for f in fields(Queries)))
+
+
+class RowScanner:
+    """Multiplies a group's queries with a slice of the rows and publishes what is kept of it."""
+
+    def __init__(self, config: Config, operators: Store, stage: Stage) -> None:
+        self.top, self.stage = config.attribute.top, stage
+        self.rows = RowStore(operators)
+        self.group: list[int] = []
+
+    def __call__(self, unit: tuple[list[int], int, list[dict[str, Any]]]) -> dict[str, Any]:
+        """Do one unit; returns its marker."""
+        started = time.monotonic()
+        group, index, parts = unit
+        if group != self.group:
+            self.group, self.queries = group, read_codes(self.stage.store, group)
+        values, moments = [], np.zeros((len(self.queries), 6))
+        for part in parts:
+            halves = products(self.rows.read(part), self.queries, self.rows.starts)
+            moments += half_moments(halves)
+            values.append(halves.sum(2).astype(np.float32))
+        found = torch.from_numpy(np.concatenate(values, 1))
+        numbers = torch.arange(parts[0]["first"], parts[0]["first"] + found.shape[1]).expand(found.shape)
+        if self.rows.of_blocks and found.shape[1] > self.top:
+            # Ties go by number, whatever the slice.
+            order = harm_halved(found).abs().argsort(dim=1, descending=True, stable=True)[:, : self.top]
+            found, numbers = found.gather(1, order), numbers.gather(1, order)
+        kept = {"rows": numbers.contiguous(), "values": found, "moments": torch.from_numpy(moments)}
+        name = scan_name(group, index)
+        self.stage.store.write(f"{name}.safetensors", tensor_bytes(kept))
+        return self.stage.mark(name, started, rows=sum(part["count"] for part in parts))
+
+
+def half_moments(halves: np.ndarray) -> np.ndarray:
+    """(Q, 6): of halves (Q, n, 2) n, Σa, Σb, Σa², Σb² and Σab, by query."""
+    a, b = halves[..., 0], halves[..., 1]
+    n = np.full(len(a), float(a.shape[1]))
+    return np.stack([n, a.sum(1), b.sum(1), (a * a).sum(1), (b * b).sum(1), (a * b).sum(1)], 1)
+
+
+def reliability(moments: np.ndarray) -> np.ndarray:
+    """Split-half reliability from half_moments, 2r / (1 + r), 0 where r is not positive: (Q,)."""
+    n, a, b, aa, bb, ab = moments.T
+    spread = np.sqrt(np.maximum((n * aa - a * a) * (n * bb - b * b), 0.0))
+    r = np.divide(n * ab - a * b, spread, out=np.zeros(len(n)), where=spread > 0)
+    return np.where(r > 0, 2 * r / (1 + r), 0.0)
+
+
+def gather(stage: Stage, top: int, unit: tuple[int, list[int], int]) -> dict[str, Any]:
+    """The responses of one part's queries from all slices of the rows; the ``top`` largest, or all where that is 0."""
+    started = time.monotonic()
+    part, group, slices = unit
+    markers = stage.done()
+    answers = [markers[code_name(each)]["answers"] for each in group]
+    before = sum(a["status"] == "ok" for each, some in zip(group, answers, strict=True) if each < part for a in some)
+    mine = answers[group.index(part)]
+    at = slice(before, before + sum(answer["status"] == "ok" for answer in mine))
+    read = [stage.store.read_tensors(f"{scan_name(group, index)}.safetensors") for index in range(slices)]
+    numbers = np.concatenate([each["rows"][at].numpy() for each in read], 1)
+    values = np.concatenate([each["values"][at].numpy() for each in read], 1)
+    moments: Any = sum(each["moments"][at].numpy() for each in read)
+    found = iter(zip(numbers, values, reliability(moments), strict=True))
+    rows = []
+    for answer in mine:
+        row = {**answer, "rows": [], "response": [], "reliability": None}
+        if answer["status"] == "ok":
+            number, value, row["reliability"] = next(found)
+            size = np.abs(np.where(value > 0, value, HARM * value))
+            order = np.sort(np.lexsort((number, -size))[: top or None])
+            order = order[np.argsort(number[order], kind="stable")]
+            row |= {"rows": number[order], "response": value[order]}
+        rows.append(row)
+    schema = RESPONSES if top else response_schema(numbers.shape[1]).append(RESPONSES.field("reliability"))
+    for row in rows if not top else ():
+        row["response"] = row["response"] if len(row["response"]) else np.full(numbers.shape[1], np.nan, np.float32)
+    digest = stage.store.write_table(f"{part_name(part)}.parquet", pa.Table.from_pylist(rows, schema))
+    failed = sum(row["status"] != "ok" for row in rows)
+    agree = [float(row["reliability"]) for row in rows if row["status"] == "ok"]
+    return stage.mark(part_name(part), started, queries=len(rows), failed=failed, reliability=agree, sha256=digest)

@@ -1,0 +1,309 @@
+"""Operators at every site through the pipeline: rows, responses, estimates, rescoring; resume, bytes and bad stores."""
+
+import contextlib
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import QUERIES, documents, settings, write_lines
+
+from stride_ray import fit_sites, rescore, respond_sites
+from stride_ray.attribute import attribute, read_influence
+from stride_ray.blocks import Blocks
+from stride_ray.cli import main
+from stride_ray.errors import StrideError
+from stride_ray.fit import fit
+from stride_ray.row_store import RowStore
+from stride_ray.run import Run
+from stride_ray.storage import Store
+
+CANDIDATES = 5
+
+
+def options(parts, **more):
+    """The options of a tiny run with operators at every site."""
+    chosen = {"operators__form": "sites", "attribute__candidates": CANDIDATES, "recover__nonnegative": True}
+    return settings(parts, **{**chosen, **more})
+
+
+def asked(folder, parts, queries=None, **more):
+    """A run's answer: fit, respond, recover, rescore."""
+    run = Run(str(folder), changes=options(parts, **more))
+    out = io.StringIO()
+    summary = attribute(run, queries or parts.queries, "asked", out)
+    return run, summary, out.getvalue()
+
+
+def data(folder):
+    """Bytes of all that an answer leaves."""
+    patterns = ("operators/*.safetensors", *(f"{stage}/asked/*.parquet" for stage in ("responses", "estimates")))
+    paths = (path for pattern in (*patterns, "influence/asked/*.parquet") for path in sorted(folder.glob(pattern)))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def by_block(table):
+    return {(row["query_id"], row["ordinal"]): row for row in table.to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def estimated(parts, sharded):
+    """An answer through Ray with two workers; tests only read it."""
+    folder = sharded("estimated")
+    return (folder, *asked(folder, parts))
+
+
+def test_candidates_are_exact_and_the_rest_close_to_it(estimated, exactly):
+    _, run, summary, out = estimated
+    table, exact = read_influence(run, "asked"), by_block(read_influence(exactly.run, "asked"))
+    for query in ("sea", "kitchen", "script"):
+        rows = [row for row in table.to_pylist() if row["query_id"] == query]
+        scored = [row for row in rows if row["exact"]]
+        assert len(scored) == CANDIDATES
+        for row in scored:
+            assert row["influence"] == pytest.approx(exact[query, row["ordinal"]]["influence"], rel=1e-4, abs=1e-6)
+        mine = np.array([row["influence"] for row in rows])
+        true = np.array([exact[query, row["ordinal"]]["influence"] for row in rows])
+        assert np.corrcoef(mine, true)[0, 1] > 0.97
+        rest = [not row["exact"] for row in rows]
+        assert (mine[rest] @ true[rest]) / (true[rest] @ true[rest]) == pytest.approx(1, abs=0.4)
+        best = max((key for key in exact if key[0] == query), key=lambda key: exact[key]["influence"])
+        assert best[1] in {row["ordinal"] for row in scored}
+    assert (summary["queries"], summary["failed"], summary["exact"]) == (5, 2, 3 * CANDIDATES)
+    assert summary["mode"] == "estimated"
+    assert f"{3 * CANDIDATES} of them are exact; the others are estimates that correlate with exact influence" in out
+    recovery = read_influence(run, "asked", "recovery").to_pylist()
+    assert [row["exact"] for row in recovery] == [CANDIDATES, None, CANDIDATES, None, CANDIDATES]
+    assert all(0.9 < row["reliability"] <= 1 for row in recovery if row["status"] == "ok")
+    assert not list((estimated[0]).glob("*/asked/*.safetensors"))
+
+
+def test_the_store_is_what_its_page_says(estimated):
+    _, run, _, _ = estimated
+    store = RowStore(run.store.child("operators"))
+    blocks = Blocks(run.stage("blocks").store)
+    assert len(store) == len(blocks) == store.facts["blocks"]
+    assert store.of_blocks
+    assert sum(part["count"] for part in store.facts["parts"]) == len(blocks)
+    rows = store.read(store.facts["parts"][0])
+    assert rows.bits.shape[1] == store.starts[-1]
+    assert rows.scales.shape[1] == len(store.facts["sites"]) == 7
+    assert rows.bits[0].nbytes + rows.scales[0].nbytes == store.facts["row_bytes"] <= fit_sites.MOST
+    whole = store.take(np.arange(len(store)))
+    some = store.take(np.array([0, 5, len(store) - 1]))
+    assert np.array_equal(some.bits, whole.bits[[0, 5, -1]])
+    assert fit(run)["learned"]
+
+
+def test_a_plain_loop_gives_the_same_bytes(estimated, parts, sharded, plain):
+    other = sharded("plain")
+    asked(other, parts)
+    assert data(other) == data(estimated[0])
+
+
+@pytest.mark.parametrize("at", [1, 4, 9, 14, 19, 24, 29])
+def test_an_interrupted_answer_goes_on_where_it_stopped(at, estimated, parts, sharded, plain, monkeypatch):
+    broken, writes, write = sharded(f"broken{at}"), [], Store.write
+
+    def failing(store, name, content):
+        writes.append(name)
+        if len(writes) == 2 * at:
+            raise KeyboardInterrupt
+        return write(store, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", failing)
+        with pytest.raises(KeyboardInterrupt):
+            asked(broken, parts)
+    asked(broken, parts)
+    assert data(broken) == data(estimated[0])
+    assert not list(broken.glob("*/asked/*.safetensors"))
+
+
+def test_a_query_gets_the_same_rows_alone_and_in_company(estimated, parts, sharded, tmp_path, plain):
+    alone = write_lines(tmp_path / "one.jsonl", [query for query in QUERIES if query["id"] == "kitchen"])
+    run, _, _ = asked(sharded("alone"), parts, alone)
+    mine = by_block(read_influence(run, "asked"))
+    others = {key: row for key, row in by_block(read_influence(estimated[1], "asked")).items() if key[0] == "kitchen"}
+    assert mine.keys() == others.keys()
+    for key, row in mine.items():  # padding to another query's length rounds otherwise
+        assert row["influence"] == pytest.approx(others[key]["influence"], rel=0.02, abs=1e-3)
+        assert row["exact"] == others[key]["exact"]
+
+
+def test_units_and_slices_decide_nothing(estimated, parts, sharded, plain, monkeypatch):
+    monkeypatch.setattr(respond_sites, "SLICES", 3)
+    monkeypatch.setattr(rescore, "CANDIDATES", 4)
+    run, _, _ = asked(sharded("slices"), parts)
+    mine, others = (by_block(read_influence(each, "asked")) for each in (run, estimated[1]))
+    assert {key: row["exact"] for key, row in mine.items()} == {key: row["exact"] for key, row in others.items()}
+    for key, row in mine.items():
+        assert row["influence"] == pytest.approx(others[key]["influence"], rel=1e-4, abs=1e-5)
+
+
+def test_more_candidates_than_blocks_make_all_exact(parts, sharded, exactly, plain):
+    run, summary, out = asked(sharded("everything"), parts, attribute__candidates=10_000)
+    table, exact = by_block(read_influence(run, "asked")), by_block(read_influence(exactly.run, "asked"))
+    assert summary["exact"] == summary["rows"] == len(exact)
+    assert table.keys() == exact.keys()
+    for key, row in table.items():
+        assert row["influence"] == pytest.approx(exact[key]["influence"], rel=1e-4, abs=1e-6)
+    assert "the others are estimates" not in out
+
+
+def test_no_candidates_need_no_gradients_of_queries(parts, sharded, plain):
+    run, summary, _ = asked(sharded("estimates"), parts, attribute__candidates=0)
+    assert summary["exact"] == 0
+    assert not any(read_influence(run, "asked")["exact"].to_pylist())
+    assert "0 of" in run_verb("rescore", run.url, "--name", "asked")[1]
+
+
+def test_rows_of_subsets_go_through_the_lasso(parts, sharded, exactly, plain):
+    more = {"operators__rows": "subsets", "membership__subsets": 40, "attribute__candidates": 3}
+    run, summary, _ = asked(sharded("subsets"), parts, **more)
+    facts = run.stage("operators").store.read_json("metadata.json")
+    assert (facts["rows"], facts["subsets"], facts["learned"]) == ("subsets", 40, True)
+    assert summary["largest_gap"] < 1e-8
+    assert summary["exact"] == 9
+    assert not [name for name in run.store.names("operators") if name.startswith("sum-")]
+    exact = by_block(read_influence(exactly.run, "asked"))
+    rows = [row for row in read_influence(run, "asked").to_pylist() if not row["exact"]]
+    assert all(row["influence"] > 0 for row in rows)
+    mine = np.array([row["influence"] for row in rows])
+    true = np.array([exact[row["query_id"], row["ordinal"]]["influence"] for row in rows])
+    # Estimates of subsets are in the unit of exact influence as well.
+    assert 0.4 < (mine @ true) / (mine @ mine) < 2.5
+
+
+def test_subsets_fitted_in_pieces_are_those_fitted_at_once(parts, sharded, plain, monkeypatch):
+    more = {"operators__rows": "subsets", "membership__subsets": 16}
+    runs = []
+    for name, shards, rows in (("few", 2, 5), ("many", 16, 128)):
+        monkeypatch.setattr(fit_sites, "SHARDS", shards)
+        monkeypatch.setattr(fit_sites, "ROWS", rows)
+        runs.append(Run(str(sharded(name)), changes=options(parts, **more)))
+        fit(runs[-1])
+    one, two = (RowStore(run.store.child("operators")).take(np.arange(16)) for run in runs)
+    np.testing.assert_allclose(one.scales, two.scales, rtol=1e-4)
+    differing = np.unpackbits((one.bits ^ two.bits).view(np.uint8)).mean()
+    assert differing < 1e-3
+
+
+def test_the_budget_decides_between_blocks_and_subsets(parts, sharded, plain):
+    run = Run(str(sharded("budget")), changes=options(parts))
+    n = len(Blocks(run.stage("blocks").store))
+    for share, rows in ((1.01, "blocks"), (0.99, "subsets")):
+        config = run.config.updated({"operators.budget_gb": share * n * fit_sites.LEAST / 2**30})
+        of_blocks, K, room = fit_sites.rows_for(config, n)
+        assert (of_blocks, K) == ((True, n) if rows == "blocks" else (False, 16))
+        assert room <= fit_sites.MOST
+
+
+def run_verb(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(each) for each in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def spoil(name, change):
+    def spoiled(folder):
+        path = folder / "operators" / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return spoiled
+
+
+def flipped(content):
+    at = len(content) // 2
+    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+
+
+def of_another_format(content):
+    return json.dumps({**json.loads(content), "format": 99}).encode()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (spoil("rows-00000.safetensors", flipped), "rows-00000.safetensors is not what fit wrote"),
+        (spoil("rows-00001.safetensors", lambda content: content[:100]), "cut short or changed; restore it"),
+        (spoil("rows-00001.safetensors", lambda content: b""), r"is not what fit wrote \(0 bytes"),
+        (spoil("metadata.json", of_another_format), "is of format 99, and this version of stride_ray reads format 1"),
+        (lambda folder: (folder / "operators/rows-00002.safetensors").unlink(), "no such file"),
+    ],
+)
+def test_a_damaged_store_is_told_in_a_sentence(damage, sentence, estimated, parts, tmp_path, plain):
+    folder = tmp_path / "run"
+    shutil.copytree(estimated[0], folder)
+    for stage in ("responses", "estimates", "influence"):
+        shutil.rmtree(folder / stage)
+    damage(folder)
+    with pytest.raises(StrideError, match=sentence):
+        attribute(Run(str(folder)), parts.queries, "asked", io.StringIO())
+
+
+def test_a_budget_without_a_coordinate_a_site_is_refused(parts, sharded, told):
+    folder = sharded("poor")
+    changes = [f"--set={key}={value}" for key, value in {**options(parts), "operators.rows": "blocks"}.items() if value]
+    changes = [each for each in changes if "corpus.input" not in each]
+    sentence = told("fit", folder, *changes, "--set", "operators.budget_gb=1e-7")
+    assert (
+        "leaves 1 bytes to each of 99 rows, and a row takes at least 84, a coordinate for each of 7 sites" in sentence
+    )
+    code, _, err = run_verb("fit", folder, *changes, "--set", "operators.budget_gb=1")
+    assert code == 0, err  # nothing refuses the corrected command
+
+
+def test_blocks_that_overflow_are_counted_and_too_many_end_the_fit(parts, sharded, plain, monkeypatch):
+    real, spoiled = fit_sites.sketched_gradients, {"share": 0.0}
+
+    def overflowing(model, sketches, ids, mask):
+        pieces, losses = real(model, sketches, ids, mask)
+        for row in range(int(np.ceil(spoiled["share"] * len(ids)))):
+            pieces[0][row, 0] = float("nan")
+        return pieces, losses
+
+    monkeypatch.setattr(fit_sites, "sketched_gradients", overflowing)
+    spoiled["share"] = 0.01
+    folder = sharded("overflow")
+    run = Run(str(folder), changes=options(parts, compute__batch_tokens=10**6, attribute__candidates=0))
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_sites, "NOT_FINITE", 1.0)
+        fit(run)
+    facts = run.stage("operators").store.read_json("metadata.json")
+    assert 0 < facts["not_finite"] < facts["blocks"]
+    spoiled["share"] = 1.0
+    with pytest.raises(StrideError, match=r"gradients of \d+ of \d+ blocks are not finite \(the first: block 0\)"):
+        fit(Run(str(sharded("worse")), changes=options(parts)))
+
+
+def test_operators_of_a_smaller_pool_answer_for_their_own_blocks(parts, sharded, tmp_path, plain):
+    """What was sharded after the fit has no row; that is no reason to fail."""
+    text = write_lines(tmp_path / "more/c.jsonl", [{"text": each} for each in documents(8, seed=9)])
+    folder = tmp_path / "grown"
+    run = Run(str(folder), changes=options(parts))
+    assert (
+        main(
+            [
+                "shard",
+                str(folder),
+                *(f"--set={k}={v}" for k, v in (("corpus.input", parts.corpus),)),
+                "--tokenizer",
+                str(parts.tokenizer),
+                "--block-tokens",
+                "32",
+            ]
+        )
+        == 0
+    )
+    run = Run(
+        str(folder), changes={**options(parts), "corpus.shard_mb": 16.0, "corpus.tokenizer": str(parts.tokenizer)}
+    )
+    fit(run)
+    before = len(Blocks(run.stage("blocks").store))
+    assert main(["shard", str(folder), "--input", str(parts.corpus), "--input", text]) == 0
+    assert len(Blocks(run.stage("blocks").store)) > before
+    attribute(Run(str(folder)), parts.queries, "asked", io.StringIO())
+    assert max(read_influence(Run(str(folder)), "asked")["ordinal"].to_pylist()) < before

@@ -7,7 +7,8 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.blocks import Blocks
+from stride_ray.blocks import Blocks, unit_count
+from stride_ray.crew import crew_for
 from stride_ray.errors import StrideError
 from stride_ray.estimates import recover_estimates
 from stride_ray.fit import fit
@@ -81,9 +82,10 @@ def answer(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
         return {**exact_influence(run, table, name), "mode": "exact"}
     if not run.store.exists("operators/metadata.json"):
         fit(run)
-    respond_table(run, table, name)
-    estimated = recover_estimates(run, name)
-    return {"largest_gap": estimated["largest_gap"], **rescore(run, name), "mode": "estimated"}
+    with crew_for(run.config.compute, unit_count(len(Blocks(run.stage("blocks").store)))):
+        respond_table(run, table, name)
+        estimated = recover_estimates(run, name)
+        return {"largest_gap": estimated["largest_gap"], **rescore(run, name), "mode": "estimated"}
 
 
 def mode_of(run: Run) -> str:

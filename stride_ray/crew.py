@@ -7,6 +7,7 @@ first result counts.
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -14,7 +15,21 @@ import ray.exceptions
 from ray._private import state as ray_state
 
 from stride_ray import metrics
-from stride_ray.distribute import PATIENCE, RETRIES, Pool, Unit, Worker, killed, ready_of, result_of, settle, wrapped
+from stride_ray.config import ComputeConfig
+from stride_ray.distribute import (
+    PATIENCE,
+    RETRIES,
+    Pool,
+    Unit,
+    Worker,
+    connected,
+    killed,
+    pool,
+    ready_of,
+    result_of,
+    settle,
+    wrapped,
+)
 
 # Units an actor holds: the next one is there when the first is done.
 HELD = 2
@@ -121,6 +136,29 @@ class _Member:
     def _make(self, make: Callable[..., Worker], arguments: tuple[Any, ...]) -> dict[str, Any]:
         self.worker = make(*arguments)
         return {}
+
+
+_open: list[Crew] = []  # the crew of the block that is being executed, if there is one
+
+
+@contextmanager
+def crew_for(compute: ComputeConfig, units: int) -> Iterator[Crew]:
+    """Ray and a crew for ``units`` pieces of work: those of the block around this one, where it has them, or new ones.
+
+    Stages that follow each other within a block thus share processes, which take seconds to start and load a model.
+
+    Raises:
+        StrideError: as connected and pool.
+    """
+    if _open:
+        yield _open[-1]
+        return
+    with connected(compute), Crew(pool(compute, units)) as crew:
+        _open.append(crew)
+        try:
+            yield crew
+        finally:
+            _open.pop()
 
 
 def map_actors(

@@ -27,10 +27,11 @@ from stride_ray.sites import (
     site_moments,
 )
 from stride_ray.storage import Store, tensor_bytes
+from stride_ray.vocabulary import TokenSide
 
 # Tokens that second moments are taken over, and blocks that sites' scales are.
 MOMENT_TOKENS, SCALE_BLOCKS = 131_072, 256
-TENSORS = ("W_in", "W_out", "unigram")
+TENSORS, TOKENS = ("W_in", "W_out", "unigram"), ("weights", "buckets", "directions")
 SITES, UNSCALED = "sites", "unscaled"
 
 
@@ -83,6 +84,7 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) 
 def save_sites(store: Store, name: str, sites: list[Site]) -> None:
     """Publish sites as ``name``.safetensors and ``name``.json."""
     tensors = {f"{i}.{part}": getattr(site, part).cpu() for i, site in enumerate(sites) for part in TENSORS}
+    tensors |= {f"{i}.{part}": getattr(site.tokens, part).cpu() for i, site in enumerate(sites) for part in TOKENS}
     store.write(f"{name}.safetensors", tensor_bytes(tensors))
     store.write_json(f"{name}.json", [{key: getattr(site, key) for key in ("name", "scale")} for site in sites])
 
@@ -92,7 +94,12 @@ def load_sites(store: Store, name: str, device: Any) -> tuple[Site, ...]:
     tensors = store.read_tensors(f"{name}.safetensors")
     facts = store.read_json(f"{name}.json")
     return tuple(
-        Site(**each, **{part: tensors[f"{i}.{part}"] for part in TENSORS}).to(device) for i, each in enumerate(facts)
+        Site(
+            **each,
+            **{part: tensors[f"{i}.{part}"] for part in TENSORS},
+            tokens=TokenSide(*(tensors[f"{i}.{part}"] for part in TOKENS)),
+        ).to(device)
+        for i, each in enumerate(facts)
     )
 
 

@@ -6,6 +6,7 @@ mean influence on itself; those of the paper's forms are in that of their respon
 """
 
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import pyarrow as pa
 
 from stride_ray.config import Config
 from stride_ray.costs import START, apart, costed
-from stride_ray.distribute import Pool, connected, map_tasks, pool, progress
+from stride_ray.crew import crew_for
+from stride_ray.distribute import Pool, map_tasks, progress
 from stride_ray.membership import Membership, membership_of
 from stride_ray.recover import recover
 from stride_ray.responses import read_responses
@@ -66,11 +68,14 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
     done = stage.done()
     missing = [unit for unit in units if part_name(unit[0] // PARTS_PER_UNIT) not in done]
     if missing:
-        with connected(run.config.compute), costed(stage):
-            workers = Pool(pool(run.config.compute, len(missing)).workers, "cpu")
+        with costed(stage), crew_for(run.config.compute, len(missing)) as crew:
             work = take_estimates if facts.get("rows") == "blocks" else solve_estimates
             given = (run.config, responses, stage, facts["blocks"])
-            stage.remember(progress(map_tasks(work, given, missing, workers), "recover", len(missing), "units", _one))
+            # Where the crew has GPUs, the machines' CPUs are free, and there are more of them.
+            spare = crew.device == "cuda" and work is solve_estimates
+            cpus = Pool(crew.pool.workers, "cpu")
+            results = map_tasks(work, given, missing, cpus) if spare else crew.map(partial, (work, *given), missing)
+            stage.remember(progress(results, "recover", len(missing), "units", _one))
     done = stage.done()
     markers = [done[part_name(index)] for index in range(len(units))]
     nonzeros = [n for marker in markers for n in marker["nonzeros"]]

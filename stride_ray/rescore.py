@@ -16,9 +16,9 @@ import pyarrow as pa
 from stride_ray.blocks import Blocks, unit_count
 from stride_ray.config import Config
 from stride_ray.costs import costed
-from stride_ray.crew import Crew
+from stride_ray.crew import Crew, crew_for
 from stride_ray.curvature import finish_curvature
-from stride_ray.distribute import connected, pool, progress
+from stride_ray.distribute import progress
 from stride_ray.estimates import read_estimates
 from stride_ray.fitted import measured_weights
 from stride_ray.passes import check_tokenizer
@@ -61,8 +61,7 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     if not stage.store.exists("manifest.json"):
         with (
             unless_finished(stage, "manifest.json"),
-            connected(run.config.compute),
-            Crew(pool(run.config.compute, unit_count(len(blocks)))) as crew,
+            crew_for(run.config.compute, unit_count(len(blocks))) as crew,
         ):
             finish_curvature(run.config, blocks, curvature, crew)
             with costed(stage):
@@ -105,8 +104,7 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
     if not stage.store.exists("manifest.json"):
         with (
             unless_finished(stage, "manifest.json"),
-            connected(run.config.compute),
-            Crew(pool(run.config.compute, unit_count(len(blocks)))) as crew,
+            crew_for(run.config.compute, unit_count(len(blocks))) as crew,
         ):
             if curvature is not None:
                 finish_curvature(run.config, blocks, curvature, crew)

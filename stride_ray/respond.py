@@ -16,8 +16,8 @@ import torch
 from stride_ray.blocks import Blocks, unit_count
 from stride_ray.config import Config
 from stride_ray.costs import costed
-from stride_ray.crew import Crew
-from stride_ray.distribute import connected, pool, progress
+from stride_ray.crew import crew_for
+from stride_ray.distribute import progress
 from stride_ray.fitted import load_operators, load_run_model, measured_weights
 from stride_ray.queries import batches, check_name, checked, fingerprint, padded, read_queries
 from stride_ray.respond_sites import clear_scaffolding, respond_sites
@@ -71,9 +71,8 @@ def _respond_sites(run: Run, operators: Store, stage: Stage, queries: int) -> di
     if not stage.store.exists("manifest.json"):
         with (
             unless_finished(stage, "manifest.json"),
-            connected(run.config.compute),
             costed(stage),
-            Crew(pool(run.config.compute, unit_count(len(RowStore(operators))))) as crew,
+            crew_for(run.config.compute, unit_count(len(RowStore(operators)))) as crew,
         ):
             respond_sites(run.config, Blocks(run.stage("blocks").store), operators, stage, queries, crew)
             markers = [marker for name, marker in stage.done().items() if name.startswith("part-")]
@@ -98,7 +97,7 @@ def _respond_steered(run: Run, operators: Store, stage: Stage, table: pa.Table) 
     done = stage.done()
     missing = [unit for unit in units if part_name(unit[0]) not in done]
     if missing:
-        with connected(run.config.compute), costed(stage), Crew(pool(run.config.compute, len(missing))) as crew:
+        with costed(stage), crew_for(run.config.compute, len(missing)) as crew:
             given = (run.config, run.store, stage, crew.device)
             if mode == "auto" and "modes" not in done:
                 stage.remember(

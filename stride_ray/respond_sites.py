@@ -4,6 +4,7 @@ Actors hold slices of the store. Where rows are subsets all K products of a quer
 they are blocks the ``attribute.top`` of largest influence.
 """
 
+import math
 import time
 from dataclasses import fields
 from functools import partial
@@ -26,6 +27,7 @@ from stride_ray.responses import response_schema
 from stride_ray.row_store import RowStore
 from stride_ray.run import Stage, part_name
 from stride_ray.sites import HARM, harm_halved
+from stride_ray.sketch import whole_shape
 from stride_ray.storage import Store, tensor_bytes
 
 # Queries in a unit of work, and the most that share a pass over the rows.
@@ -140,7 +142,7 @@ class QueryCoder(SketchWorker):
 
 def site_size(sketch: Any) -> int:
     """Coordinates of a site's sketch."""
-    return int(sketch.W_in.shape[-1] * sketch.W_out.shape[-1])
+    return math.prod(whole_shape(sketch))
 
 
 def read_codes(store: Store, parts: list[int]) -> Queries:

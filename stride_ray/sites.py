@@ -32,14 +32,13 @@ from transformers.pytorch_utils import Conv1D
 from stride_ray.closed_form import inverse_root
 from stride_ray.errors import StrideError
 from stride_ray.model import SplitModel, masked_mean
+from stride_ray.vocabulary import TokenSide, token_side
 
 EMBEDDING, HEAD, ORIGIN = "embedding", "head", "origin"
 # Damping: eigenvalues λ become λ + damping · mean λ. Less helped the layers and did nothing for the two ends.
 DAMPING, END_DAMPING = 0.01, 0.1
 # Added to the unigram distribution before its square root divides what is per token: rare tokens count more.
 RARE = 1e-4
-# Directions of a larger vocabulary that are kept, as random combinations.
-SKETCH = 4096
 # Negative scores are halved: they are noisier.
 HARM = 0.5
 
@@ -50,9 +49,9 @@ class Site:
 
     Attributes:
         name: of the module, or "embedding", "head" or "origin".
-        W_in: (F, F) float32, whitens what is read; for the embedding as W_out of the head.
-        W_out: (D, D) float32, whitens the gradient at what is written; for head and origin (V,) weights of the
-            logits, or (V, v) weights times a sketch where V > 4096.
+        W_in: (F, F) float32, whitens what is read; empty for the embedding, which reads tokens.
+        W_out: (D, D) float32, whitens the gradient at what is written; empty for head and origin, which write logits.
+        tokens: the side of the embedding, head and origin that is per token; else of no tokens.
         unigram: (V,) π for the origin, else empty.
         scale: what products of J are divided by: mean |H^-½ J_i|² of all sites together, over the site's weight.
     """
@@ -60,12 +59,15 @@ class Site:
     name: str
     W_in: Tensor
     W_out: Tensor
+    tokens: TokenSide = field(default_factory=lambda: TokenSide(torch.empty(0)))
     unigram: Tensor = field(default_factory=lambda: torch.empty(0))
     scale: float = 1.0
 
     def to(self, device: Any) -> "Site":
         """A copy on a device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in ("W_in", "W_out", "unigram")})
+        return replace(
+            self, **{name: getattr(self, name).to(device) for name in ("W_in", "W_out", "tokens", "unigram")}
+        )
 
     def whitened(self, J: Tensor) -> Tensor:
         """H^-½ J of gradients as ``site_gradients`` gives them, which hold what H^-½ has per token already."""
@@ -245,14 +247,12 @@ def preconditioned(name: str, moments: Moments, counts: Tensor, seed: int) -> Si
         return Site(name, inverse_root(moments.read, DAMPING), inverse_root(moments.written, DAMPING))
     unigram = distribution(counts)
     weights = (unigram + RARE).rsqrt()
-    if len(weights) > SKETCH:
-        generator = torch.Generator().manual_seed(seed)
-        weights = weights.unsqueeze(1) * torch.randn(len(weights), SKETCH, generator=generator) / SKETCH**0.5
     if name == EMBEDDING:
-        return Site(name, weights, inverse_root(moments.written, END_DAMPING))
+        return Site(name, torch.empty(0), inverse_root(moments.written, END_DAMPING), token_side(weights, seed))
     # In a layer's gradients a token's weight in the loss is whitened away; here it must be, too.
-    weights = weights / float(moments.written[0, 0]) ** 0.5
-    return Site(name, inverse_root(moments.read, END_DAMPING), weights, unigram if name == ORIGIN else torch.empty(0))
+    side = token_side(weights / float(moments.written[0, 0]) ** 0.5, seed)
+    W_in = inverse_root(moments.read, END_DAMPING)
+    return Site(name, W_in, torch.empty(0), side, unigram if name == ORIGIN else torch.empty(0))
 
 
 def distribution(counts: Tensor) -> Tensor:
@@ -281,7 +281,8 @@ def site_gradients(
     their length, twice to queries for influence.
 
     Returns:
-        An iterator over (site, J) with J float32 of shape (B, F, D), or (B, V, D), or (B, v, D) of a sketch.
+        An iterator over (site, J) with J float32 of shape (B, F, D); of embedding, head and origin (B, n, D), n the
+        coordinates of tokens.
     """
     z, read, wrote = tapped(model, [site.name for site in sites], ids_BT)
     ends, losses, slope = head_gradients(model, sites, ids_BT, mask_BT, z.detach())
@@ -294,32 +295,15 @@ def site_gradients(
                 yield site, ends.pop(site.name)
                 continue
             u, g = read.pop(site.name), written.pop(site.name)
-            yield site, by_token(site.W_in, u, g) if site.name == EMBEDDING else u.transpose(1, 2) @ g
+            yield site, site.tokens.summed(u, g) if site.name == EMBEDDING else u.transpose(1, 2) @ g
 
     return each(), losses
-
-
-def by_token(weights: Tensor, ids_BT: Tensor, x_BTD: Tensor, begun: Tensor | None = None) -> Tensor:
-    """Σ_t weights[id_t] ⊗ x_t of each sequence: (B, V, D) from weights (V,), or (B, v, D) from a sketch (V, v).
-
-    What was ``begun``, of the result's shape, is added to, in place.
-    """
-    each = weights[ids_BT]
-    if each.dim() == 3:
-        found = each.transpose(1, 2) @ x_BTD
-        return found if begun is None else begun.add_(found)
-    B, V, D = len(ids_BT), len(weights), x_BTD.shape[2]
-    if begun is None:
-        begun = x_BTD.new_zeros(B, V, D)
-    rows = (ids_BT + V * torch.arange(B, device=x_BTD.device).unsqueeze(1)).flatten()
-    begun.view(B * V, D).index_add_(0, rows, (x_BTD * each.unsqueeze(2)).flatten(0, 1))
-    return begun
 
 
 def head_gradients(
     model: SplitModel, sites: Iterable[Site], ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """J of head and origin, (B, V, D) or (B, v, D), the losses (B,) and their ``_slope``, from one look at the logits.
+    """J of head and origin, (B, n, D) each, the losses (B,) and their ``_slope``, from one look at the logits.
 
     Head: Σ_t ω_t ((p_t − y_t) W_out) ⊗ z_t; origin: π for p_t. A few sequences' logits at a time.
     """
@@ -337,15 +321,12 @@ def head_gradients(
         slopes.append(torch.autograd.grad(logits, leaf, g)[0])
         read = z.detach().float()
         for site in sites:
-            W_out = site.W_out[: model.vocabulary]
             if site.name == HEAD:
-                weighed = g.mul_(W_out) if W_out.dim() == 1 else g @ W_out
-                pieces[HEAD].append(weighed.transpose(1, 2) @ read)
+                pieces[HEAD].append(site.tokens.of(g).transpose(1, 2) @ read)
             elif site.name == ORIGIN:
-                known = site.unigram * W_out if W_out.dim() == 1 else site.unigram @ W_out
-                seen = read * weight.unsqueeze(2)
+                known, seen = site.tokens.of(site.unigram.clone()), read * weight.unsqueeze(2)
                 expected = known.unsqueeze(1) * seen.sum(1, keepdim=True)
-                pieces[ORIGIN].append(by_token(W_out, target, -seen, expected))
+                pieces[ORIGIN].append(site.tokens.summed(target, -seen, expected))
     # A copy of J is worth avoiding where there was one look.
     found = {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in pieces.items()}
     slope = torch.nn.functional.pad(torch.cat(slopes), (0, 0, 0, 1))

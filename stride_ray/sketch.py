@@ -23,11 +23,11 @@ from stride_ray.sites import (
     HEAD,
     ORIGIN,
     Site,
-    by_token,
     head_gradients,
     tapped,
     written_gradients,
 )
+from stride_ray.vocabulary import projected
 
 # Most directions kept of the logits, over the width of the stream.
 WIDEST = 4
@@ -35,7 +35,7 @@ WIDEST = 4
 
 def whole_shape(site: Site) -> tuple[int, int]:
     """F and D of a site: the lengths of the two sides of its whitened gradient."""
-    inner, outer = site.W_in.shape[-1], site.W_out.shape[-1]
+    inner, outer = (side.shape[-1] or len(site.tokens) for side in (site.W_in, site.W_out))
     return inner, outer
 
 
@@ -93,9 +93,8 @@ def sketched(sites: Sequence[Site], shapes: Sequence[tuple[int, int]], seed: int
         seed: of the directions; site i draws from [seed, i] alone.
 
     Returns:
-        Sites with W_in (F, a) and W_out (D, b); the side of the vocabulary, which is per token, (V, a) for the
-        embedding and (V, b) for head and origin. ``scale`` holds the factor a·b/(F·D), so that products over it are
-        estimates of those of the whole gradients.
+        Sites with W_in (F, a) and W_out (D, b), and the coordinates of tokens projected likewise. ``scale`` holds the
+        factor a·b/(F·D), so that products over it are estimates of those of the whole gradients.
     """
     found = []
     for index, (site, shape) in enumerate(zip(sites, shapes, strict=True)):
@@ -104,13 +103,16 @@ def sketched(sites: Sequence[Site], shapes: Sequence[tuple[int, int]], seed: int
         # Whole sides are rotated too: one bit a coordinate wants coordinates of like size, not tokens that are absent.
         P_in, P_out = (orthonormal(length, kept, generator) for length, kept in zip(whole, shape, strict=True))
         share = shape[0] * shape[1] / (whole[0] * whole[1])
-        W_in, W_out = _projected(site.W_in, P_in), _projected(site.W_out, P_out)
-        found.append(replace(site, W_in=W_in, W_out=W_out, scale=site.scale * share))
+        found.append(_projected(site, P_in, P_out, site.scale * share))
     return tuple(found)
 
 
-def _projected(W: Tensor, P: Tensor) -> Tensor:
-    return W.unsqueeze(1) * P if W.dim() == 1 else W @ P
+def _projected(site: Site, P_in: Tensor, P_out: Tensor, scale: float) -> Site:
+    if site.name == EMBEDDING:
+        return replace(site, tokens=projected(site.tokens, P_in), W_out=site.W_out @ P_out, scale=scale)
+    if site.name in (HEAD, ORIGIN):
+        return replace(site, W_in=site.W_in @ P_in, tokens=projected(site.tokens, P_out), scale=scale)
+    return replace(site, W_in=site.W_in @ P_in, W_out=site.W_out @ P_out, scale=scale)
 
 
 def sketched_gradients(
@@ -129,6 +131,6 @@ def sketched_gradients(
             Z = ends.pop(site.name) @ site.W_in
         else:
             u, g = read.pop(site.name), written.pop(site.name) @ site.W_out
-            Z = by_token(site.W_in, u, g) if site.name == EMBEDDING else (u @ site.W_in).transpose(1, 2) @ g
+            Z = site.tokens.summed(u, g) if site.name == EMBEDDING else (u @ site.W_in).transpose(1, 2) @ g
         pieces.append(Z.flatten(1))
     return pieces, losses

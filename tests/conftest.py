@@ -241,6 +241,7 @@ def run_plainly(patch):
         distribute.map_tasks: lambda function, given, units, pool: [function(*given, unit) for unit in units],
         crew.map_actors: _plain_map,
         crew.Crew: PlainCrew,
+        crew.crew_for: lambda compute, units: PlainCrew(Pool(1, "cpu")),
     }
     named = {original.__name__: original for original in changes}
     users = [module for name, module in sys.modules.items() if name.startswith("stride_ray.")]

@@ -35,7 +35,7 @@ STAGES = [
     ("shard", "blocks/_tokenised/_done", "ray::MapWorker"),
     ("fit", "operators/_done", "ray::_Member.work"),
     ("respond", "responses/asked/_done", "ray::_Member.work"),
-    ("recover", "estimates/asked/_done", "ray::_task"),
+    ("recover", "estimates/asked/_done", "ray::_Member.work"),
 ]
 UNITS = {"shard": 120, "fit": 4, "respond": 20, "recover": 5}
 

@@ -27,6 +27,7 @@ from stride_ray.sites import (
     site_moments,
     tapped,
 )
+from stride_ray.vocabulary import SKETCH, TokenSide, projected, token_side
 
 V, D, F, B, T = 60, 16, 24, 5, 9
 
@@ -71,10 +72,13 @@ def texts():
 
 def raw_sites(model, names):
     """Sites that whiten nothing."""
-    reads = {EMBEDDING: torch.ones(V), HEAD: torch.eye(D), **{name: torch.eye(D) for name in names if "attn" in name}}
-    return tuple(
-        Site(name, reads.get(name, torch.eye(F)), torch.ones(V) if name == HEAD else torch.eye(D)) for name in names
-    )
+    none, tokens = torch.empty(0), TokenSide(torch.ones(V))
+    ends = {
+        EMBEDDING: Site(EMBEDDING, none, torch.eye(D), tokens),
+        HEAD: Site(HEAD, torch.eye(D), none, tokens),
+    }
+    reads = {name: torch.eye(D if "attn" in name else F) for name in names}
+    return tuple(ends.get(name) or Site(name, reads[name], torch.eye(D)) for name in names)
 
 
 def weight_gradient(model, name, ids, mask):
@@ -170,11 +174,11 @@ def test_influence_is_the_preconditioned_inner_product(made, texts):
     found = influence(asked, site_gradients(model, sites, ids, mask)[0])
     total = torch.zeros(2, B)
     for site in sites:
-        per_token = torch.diag(site.W_in) if site.name == EMBEDDING else site.W_in
+        per_token = torch.diag(site.tokens.weights) if site.name == EMBEDDING else site.W_in
         H_in = torch.linalg.inv(per_token @ per_token.T)
         for q, sign in enumerate((1, -1)):
             G = sign * weight_gradient(model, site.name, ids[0], mask[0])
-            out = site.W_out.square() if site.name == HEAD else site.W_out @ site.W_out.T
+            out = site.tokens.weights.square() if site.name == HEAD else site.W_out @ site.W_out.T
             right = G * out if site.name == HEAD else G @ out
             solved = torch.linalg.solve(H_in, right)
             for i in range(B):
@@ -194,18 +198,49 @@ def test_damping_bounds_the_inverse():
     assert inverse_root(np.zeros((3, 3)), 0.1).isfinite().all()
 
 
-def test_a_large_vocabulary_is_sketched(monkeypatch):
-    monkeypatch.setattr("stride_ray.sites.SKETCH", 8)
+def test_a_large_vocabulary_is_folded(monkeypatch):
+    monkeypatch.setattr("stride_ray.vocabulary.SKETCH", 8)
     counts = torch.arange(V)
     moments = Moments(np.eye(D), np.eye(1))
-    one, two = (preconditioned(HEAD, moments, counts, seed) for seed in (0, 0))
-    embedding = preconditioned(EMBEDDING, Moments(np.empty((0, 0)), np.eye(D)), counts, 0)
-    torch.testing.assert_close(embedding.W_in, one.W_out)
-    assert one.W_out.shape == (V, 8)
-    torch.testing.assert_close(one.W_out, two.W_out)
-    assert not torch.equal(one.W_out, preconditioned(HEAD, moments, counts, 1).W_out)
-    rare, common = one.W_out[0].norm(), one.W_out[-1].norm()
-    assert rare > common
+    one, two, three = (preconditioned(HEAD, moments, counts, seed).tokens for seed in (0, 0, 1))
+    embedding = preconditioned(EMBEDDING, Moments(np.empty((0, 0)), np.eye(D)), counts, 0).tokens
+    for part in ("weights", "buckets"):
+        assert torch.equal(getattr(embedding, part), getattr(one, part))
+        assert torch.equal(getattr(one, part), getattr(two, part))
+        assert not torch.equal(getattr(one, part), getattr(three, part))
+    assert len(one) == 8
+    assert torch.bincount(one.buckets).tolist() == [8] * 4 + [7] * 4  # dealt out evenly
+    assert one.weights[0].abs() > one.weights[-1].abs()  # rare tokens count more
+
+
+def test_folds_keep_inner_products():
+    generator = torch.Generator().manual_seed(0)
+    many, errors = 3 * SKETCH, []
+    x, y = torch.randn(2, 20, many, generator=generator)
+    y = y + x
+    for seed in range(5):
+        side = token_side(torch.ones(many), seed)
+        found = (side.of(x.clone()) * side.of(y.clone())).sum(1)
+        errors.append(found / (x * y).sum(1) - 1)
+    errors = torch.cat(errors)
+    assert abs(float(errors.mean())) < 4 * float(errors.std()) / 10
+    assert float(errors.std()) < 3 / SKETCH**0.5
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("directed", [False, True])
+def test_sums_over_tokens_are_products_with_one_hot_rows(folded, directed, texts, monkeypatch):
+    monkeypatch.setattr("stride_ray.vocabulary.SKETCH", 8 if folded else V)
+    ids, generator = texts[0], torch.Generator().manual_seed(1)
+    side = token_side(torch.rand(V, generator=generator), 0)
+    if directed:
+        side = projected(side, torch.randn(8 if folded else V, 5, generator=generator))
+    x = torch.randn(*ids.shape, D, generator=generator)
+    one_hot = side.of(torch.nn.functional.one_hot(ids, V).float())
+    assert one_hot.shape[-1] == len(side)
+    expected = one_hot.transpose(1, 2) @ x
+    torch.testing.assert_close(side.summed(ids, x), expected)
+    torch.testing.assert_close(side.summed(ids, x, torch.ones_like(expected)), expected + 1)
 
 
 def test_the_origin_is_the_head_with_unigrams_for_predictions(made, texts):
@@ -230,13 +265,13 @@ def test_the_origin_weighs_less_the_more_the_model_knows():
     assert origin_weight(4, 2 * entropy, unigram) == 4
 
 
-def test_a_sketched_embedding_gives_the_sketch_of_its_gradient(made, texts, monkeypatch):
+def test_a_folded_embedding_gives_the_fold_of_its_gradient(made, texts, monkeypatch):
     model, _ = made
     ids, mask = texts
-    monkeypatch.setattr("stride_ray.sites.SKETCH", 8)
+    monkeypatch.setattr("stride_ray.vocabulary.SKETCH", 8)
     site = preconditioned(EMBEDDING, Moments(np.empty((0, 0)), np.eye(D)), torch.ones(V), 0)
-    whole = Site(EMBEDDING, torch.ones(V), torch.eye(D))
+    whole = Site(EMBEDDING, torch.empty(0), torch.eye(D), TokenSide(torch.ones(V)))
     ((_, J),), _ = site_gradients(model, (site,), ids, mask)
     ((_, plain),), _ = site_gradients(model, (whole,), ids, mask)
-    expected = site.W_in.T @ plain @ site.W_out
+    expected = site.tokens.of(plain.transpose(1, 2).clone()).transpose(1, 2) @ site.W_out
     torch.testing.assert_close(site.whitened(J), expected, atol=1e-5, rtol=1e-4)

@@ -54,12 +54,18 @@ def test_small_sketches_estimate_inner_products(made, texts, sites):  # noqa: F8
         assert float((found - true).norm() / true.norm()) < 0.15, site.name
 
 
+def site_tensors(site):
+    """What is drawn of a sketch: both sides."""
+    return [each for each in (site.W_in, site.W_out, site.tokens.directions) if each.numel()]
+
+
 def test_sites_draw_their_own_directions(sites):
     one, two = (sketched(sites, [(4, 4)] * len(sites), seed) for seed in (0, 0))
     other = sketched(sites, [(4, 4)] * len(sites), 1)
     for a, b, c in zip(one, two, other, strict=True):
-        assert torch.equal(a.W_in, b.W_in)
-        assert not torch.equal(a.W_in, c.W_in)
+        for mine, same, others in zip(*(site_tensors(each) for each in (a, b, c)), strict=True):
+            assert torch.equal(mine, same)
+            assert not torch.equal(mine, others)
 
 
 @given(

@@ -19,7 +19,8 @@ from stride_ray.membership import Membership
 from stride_ray.memory import peak_bytes, restart_peak
 from stride_ray.model import DTYPES, SplitModel, device_of, masked_mean
 from stride_ray.operators import Operators, features, gradients, random_basis, steering
-from stride_ray.sites import EMBEDDING, HEAD, SKETCH, Site, find_sites, influence, site_gradients
+from stride_ray.sites import EMBEDDING, HEAD, Site, find_sites, influence, site_gradients
+from stride_ray.vocabulary import token_side
 
 RUNS = 3
 ENOUGH = 30.0  # seconds of measured runs, after which no other is begun
@@ -291,15 +292,13 @@ def _layer_numbers(shape: Shape) -> int:
 
 def _plain_sites(model: SplitModel, layers: float) -> tuple[Site, ...]:
     """Sites with preconditioners of the right shapes: speed does not depend on what is in them."""
-    generator = torch.Generator().manual_seed(3)
-    V, D = model.vocabulary, model.width
-    tokens = torch.ones(V) if V <= SKETCH else torch.randn(V, SKETCH, generator=generator) / SKETCH**0.5
+    D, tokens = model.width, token_side(torch.ones(model.vocabulary), 3)
     sites = []
     for name in find_sites(model, layers):
         if name == EMBEDDING:
-            site = Site(name, tokens, torch.eye(D))
+            site = Site(name, torch.empty(0), torch.eye(D), tokens)
         elif name == HEAD:
-            site = Site(name, torch.eye(D), tokens)
+            site = Site(name, torch.eye(D), torch.empty(0), tokens)
         else:
             written, read = model.model.get_submodule(name).weight.shape
             site = Site(name, torch.eye(read), torch.eye(written))

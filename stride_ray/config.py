@@ -212,8 +212,9 @@ class ComputeConfig:
     address: str = _option("", "Ray address; empty: RAY_ADDRESS, else a local Ray started for this command")
     workers: int = _option(0, "parallel workers (0: one per CPU, or per GPU on cuda)", low=0)
     device: str = _option("auto", "auto: the GPUs that the Ray cluster has or can scale to", ("auto", "cpu", "cuda"))
-    batch_tokens: int = _option(8192, "tokens in one forward pass; lower it when memory runs out", low=1)
-    query_gb: float = _option(1.0, "exact: GB of queries' gradients that share a pass over the pool", low=0.0)
+    worker_gb: float = _option(4.0, "GB of memory that a worker may take, for which batches are sized", low=0.1)
+    batch_tokens: int = _option(0, "tokens in one forward pass; 0: what worker_gb has room for, 8192 at most", low=0)
+    query_gb: float = _option(1.0, "GB of queries' whole gradients that are held at once", low=0.0)
 
 
 @dataclass(frozen=True)

@@ -291,7 +291,7 @@ def result_of(reference: Any) -> dict[str, Any]:
 def killed(why: str) -> StrideError:
     """The sentence for a unit that nobody survives."""
     return StrideError(
-        f"A unit of work killed its worker {RETRIES} times and more (out of memory?); lower compute.batch_tokens or "
+        f"A unit of work killed its worker {RETRIES} times and more (out of memory?); lower compute.worker_gb or "
         f"compute.workers and run the same command again: what is done is kept. {why}"
     )
 

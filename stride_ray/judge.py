@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stride_ray.blocks import Blocks
+from stride_ray.budget import rows_at_once
 from stride_ray.config import Config
 from stride_ray.errors import StrideError
 from stride_ray.membership import Membership
@@ -135,15 +136,14 @@ def _steered(
     """Steer each block with some of its own subsets' operators and others: gap, error, member response, loss."""
     inside = _inside(membership, ordinals)
     responses = np.full(inside.shape, np.nan)
+    tokens = blocks.block_tokens * rows_at_once(config, model, blocks.block_tokens)
     losses = []
     ids, mask = _tensors(model, blocks, ordinals)
     mask = mask & (mask[:, 1:].cumsum(1) <= TARGETS)[:, [0, *range(mask.shape[1] - 1)]]
     for row, member in enumerate(inside):
         order = np.random.default_rng([config.seed, int(ordinals[row])]).permutation(len(member))
         chosen = np.concatenate([order[member[order]][:SUBSETS], order[~member[order]][:SUBSETS]])
-        base, found = operators.exact(
-            model, ids[row], mask[row], torch.from_numpy(chosen).to(model.device), config.compute.batch_tokens
-        )
+        base, found = operators.exact(model, ids[row], mask[row], torch.from_numpy(chosen).to(model.device), tokens)
         responses[row, chosen] = found.cpu().numpy()
         losses.append(base)
     mean_gap, error = gap(responses, inside)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from stride_ray.blocks import Batch, Blocks
+from stride_ray.budget import rows_at_once
 from stride_ray.config import Config
 from stride_ray.crew import Crew
 from stride_ray.distribute import progress
@@ -101,6 +102,7 @@ class PoolWorker:
 
     Attributes:
         load: which model, if not the run's own.
+        rows: blocks in a batch. ``tokens``: in a batch of queries.
     """
 
     load = staticmethod(load_run_model)
@@ -115,7 +117,8 @@ class PoolWorker:
                 f"Blocks of {length} tokens are longer than the context of {config.model.path}, {context}; shard with "
                 "a smaller corpus.block_tokens."
             )
-        self.rows = max(1, config.compute.batch_tokens // self.blocks.block_tokens)
+        self.rows = rows_at_once(config, self.model, self.blocks.block_tokens)
+        self.tokens = self.rows * self.blocks.block_tokens
 
     def taken(self, ordinals: np.ndarray) -> Iterator[Batch]:
         """Some blocks, wherever in the pool, ``rows`` at a time."""

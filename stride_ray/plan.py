@@ -218,14 +218,13 @@ def _costs(pilot: Run, stage: str, name: str) -> dict[str, tuple[Stage, dict[str
 def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: int) -> tuple[Size, Size]:
     asked = next(found[stage][0] for stage in ("exact", "responses") if stage in found)
     known = asked.store.read_json("manifest.json")["queries"]
-    numbers = 0
-    if "exact" in found:
-        markers = found["exact"][0].done().items()
-        numbers = max((marker["numbers"] for unit, marker in markers if unit.startswith("queries-")), default=0)
+    gradient = 0
+    if "curvature" in found:
+        gradient = found["curvature"][0].store.read_json("manifest.json")["gradient_bytes"]
     options, pool = pilot.config, pilot.stage("blocks").store.read_json("manifest.json")["blocks"]
 
     def size(n: int, q: int) -> Size:
-        passes = passes_over(numbers, q, options.compute.query_gb)
+        passes = passes_over(gradient, q, options.compute.query_gb)
         _, K, room = rows_for(options, n)
         store = K * room if options.operators.form == "sites" else 0.0
         return Size(n, options.membership.subsets, q, store, passes, min(n, options.attribute.top))

@@ -25,7 +25,7 @@ from stride_ray.passes import check_tokenizer
 from stride_ray.queries import check_name, fingerprint
 from stride_ray.ranking import rank_unit
 from stride_ray.run import Run, Stage, unless_finished
-from stride_ray.scoring import UNIT, QueryWorker, ScoreWorker, Scoring, query_name
+from stride_ray.scoring import UNIT, QueryWorker, ScoreWorker, Scoring, queries_a_unit, query_name
 from stride_ray.storage import Store
 
 # The most queries in one pass over the pool, and candidates in a unit of work.
@@ -118,10 +118,11 @@ def _rescore(
     config: Config, blocks: Blocks, curvature: Store | None, stage: Stage, estimates: Stage, crew: Crew
 ) -> None:
     rows = read_estimates(estimates)
-    answers = [rows[at : at + UNIT] for at in range(0, len(rows), UNIT)]
     units: list[Scoring] = []
-    if curvature is not None:
-        answers, groups = _query_gradients(config, blocks, curvature, stage, len(rows), crew, answers)
+    if curvature is None:
+        answers = [rows[at : at + UNIT] for at in range(0, len(rows), UNIT)]
+    else:
+        answers, groups = _query_gradients(config, blocks, curvature, stage, len(rows), crew, rows)
         units = [unit for group in groups for unit in candidate_units(group, answers, config.attribute.candidates)]
         _score(config, blocks, curvature, stage, units, crew)
     _rank(config, blocks, stage, units, answers, crew)
@@ -154,7 +155,7 @@ def _query_gradients(
     stage: Stage,
     queries: int,
     crew: Crew,
-    estimated: list[list[dict[str, Any]]] | None = None,
+    estimated: list[dict[str, Any]] | None = None,
 ) -> tuple[list[list[dict[str, Any]]], list[tuple[int, ...]]]:
     """Publish all queries' H⁻¹J.
 
@@ -162,27 +163,26 @@ def _query_gradients(
         What is known of each part's queries, with their estimates where there are some, a query that failed before
         or here failed; and groups of parts whose H⁻¹J fit in ``compute.query_gb``.
     """
-    parts = list(enumerate(range(0, queries, UNIT)))
+    size = curvature.read_json("manifest.json")["gradient_bytes"]
+    unit = queries_a_unit(size)
+    parts = [(index, start, unit) for index, start in enumerate(range(0, queries, unit))]
     done = stage.done()
     missing = [part for part in parts if query_name(part[0]) not in done]
     results = crew.map(QueryWorker, (config, blocks, crew.device, curvature, stage), missing)
     stage.remember(progress(results, "queries", len(missing), "parts", lambda _: 1))
     done = stage.done()
-    markers = [done[query_name(index)] for index, _ in parts]
-    answers = [marker["answers"] for marker in markers]
+    answers = [done[query_name(index)]["answers"] for index, _, _ in parts]
     if estimated is not None:
-        answers = [
-            [{**row, **mine} for row, mine in zip(rows, some, strict=True)]
-            for rows, some in zip(estimated, answers, strict=True)
-        ]
-    passes = passes_over(max((marker["numbers"] for marker in markers), default=0), queries, config.compute.query_gb)
+        known = iter(estimated)
+        answers = [[{**next(known), **answer} for answer in some] for some in answers]
+    passes = passes_over(size, queries, config.compute.query_gb)
     return answers, [tuple(group.tolist()) for group in np.array_split(np.arange(len(parts)), passes) if len(group)]
 
 
-def passes_over(numbers: int, queries: int, query_gb: float) -> int:
-    """How many passes over the pool so many queries need, whose J has so many float32 numbers each."""
-    room = math.ceil(4 * numbers * queries / max(1, query_gb * 2**30))
-    return min(max(1, room, -(-queries // MOST)), max(1, -(-queries // UNIT)))
+def passes_over(gradient_bytes: int, queries: int, query_gb: float) -> int:
+    """How many passes over the pool so many queries need, whose H⁻¹J takes so many bytes each."""
+    room = math.ceil(gradient_bytes * queries / max(1, query_gb * 2**30))
+    return min(max(1, room, -(-queries // MOST)), max(1, -(-queries // queries_a_unit(gradient_bytes))))
 
 
 def _unit_name(group: tuple[int, ...], index: int) -> str:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from stride_ray.blocks import Blocks, unit_count
+from stride_ray.budget import rows_at_once
 from stride_ray.config import Config
 from stride_ray.costs import costed
 from stride_ray.crew import crew_for
@@ -134,6 +135,8 @@ class Responder:
         self.model = load_run_model(config, device)
         self.operators, _ = load_operators(root.child("operators"), self.model.device)
         self.queries = stage.store.read_table("queries.parquet")
+        length = Blocks(root.child("blocks")).block_tokens
+        self.tokens = length * rows_at_once(config, self.model, length)
 
     def __call__(self, unit: tuple[int, int]) -> dict[str, Any]:
         """Do one unit; returns its marker or findings."""
@@ -156,7 +159,7 @@ class Responder:
     def _linear(self, rows: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
         """Batches of queries, padded on the right, up to the token budget."""
         waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
-        for batch in batches(rows, waiting, self.config.compute.batch_tokens):
+        for batch in batches(rows, waiting, self.tokens):
             ids, mask = padded([rows[i] for i in batch], self.model.device)
             losses = self.model.losses(self.model.trunk(ids), ids, mask)
             found = self.operators.linear(self.model, ids, mask)
@@ -167,7 +170,7 @@ class Responder:
         ids, mask = padded([row], self.model.device)
         everyone = torch.arange(len(self.operators.A), device=self.model.device)
         try:
-            base, found = self.operators.exact(self.model, ids[0], mask[0], everyone, self.config.compute.batch_tokens)
+            base, found = self.operators.exact(self.model, ids[0], mask[0], everyone, self.tokens)
         except torch.OutOfMemoryError as error:
             answer |= {"status": "failed", "error": f"out of memory: {first_line(error)}; lower compute.batch_tokens"}
             return
@@ -189,7 +192,7 @@ class Comparer(Responder):
             if checked(self.model, row)["status"] == "ok":
                 ids, mask = padded([row], device)
                 linear = self.operators.linear(self.model, ids, mask)[0, some]
-                exact = self.operators.exact(self.model, ids[0], mask[0], some, self.config.compute.batch_tokens)[1]
+                exact = self.operators.exact(self.model, ids[0], mask[0], some, self.tokens)[1]
                 found.append(float(torch.corrcoef(torch.stack([linear, exact]).double())[0, 1]))
         correlation = float(np.mean(found)) if found and np.isfinite(found).all() else None
         return self.stage.mark("modes", started, correlation=correlation, queries=len(found), operators=len(some))

@@ -124,7 +124,7 @@ class QueryCoder(SketchWorker):
         answers = [{**checked(self.model, row), "base_loss": None} for row in rows]
         waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
         sections: list[list[np.ndarray]] = [[] for _ in self.sketches]
-        for batch in batches(rows, waiting, self.config.compute.batch_tokens):
+        for batch in batches(rows, waiting, self.tokens):
             ids, mask = padded([rows[i] for i in batch], self.model.device)
             found = self.sections(ids, mask)
             finite = finite_rows(found).tolist()

@@ -23,8 +23,8 @@ from stride_ray.run import Stage
 from stride_ray.sites import Site, influence, site_gradients
 from stride_ray.storage import Store, tensor_bytes
 
-# Queries whose H⁻¹J are made in one unit.
-UNIT = 16
+# Queries whose H⁻¹J are made in one unit at most, and the bytes of these.
+UNIT, UNIT_BYTES = 16, 2**29
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Scoring:
     def blocks(self) -> int:
         """How many blocks it takes gradients of."""
         return self.stop - self.start if self.ordinals is None else len(self.ordinals)
+
+
+def queries_a_unit(gradient_bytes: int) -> int:
+    """How many queries' H⁻¹J of so many bytes each are made in one unit."""
+    return max(1, min(UNIT, UNIT_BYTES // max(1, gradient_bytes)))
 
 
 def query_name(part: int) -> str:
@@ -80,15 +85,15 @@ class QueryWorker(Scorer):
         self.table = stage.store.read_table("queries.parquet")
         self.trained = load_run_model(config, device)
 
-    def __call__(self, unit: tuple[int, int]) -> dict[str, Any]:
+    def __call__(self, unit: tuple[int, int, int]) -> dict[str, Any]:
         """Do one unit; returns its marker."""
         started = time.monotonic()
-        index, start = unit
-        rows = self.table.slice(start, UNIT).to_pylist()
+        index, start, count = unit
+        rows = self.table.slice(start, count).to_pylist()
         answers = [{**checked(self.model, row), "base_loss": None} for row in rows]
         found: dict[str, list[torch.Tensor]] = {}
         waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
-        for batch in batches(rows, waiting, self.config.compute.batch_tokens):
+        for batch in batches(rows, waiting, self.tokens):
             ids, mask = padded([rows[i] for i in batch], self.model.device)
             for site, J in self.gradients(ids, mask):
                 found.setdefault(site.name, []).append(site.solved(J).flatten(1).cpu())
@@ -105,8 +110,7 @@ class QueryWorker(Scorer):
                 answers[i] |= {"status": "failed", "error": error}
         name = query_name(index)
         self.stage.store.write(f"{name}.safetensors", tensor_bytes({k: v[finite] for k, v in tensors.items()}))
-        numbers = sum(J.shape[1] for J in tensors.values())
-        return self.stage.mark(name, started, answers=answers, numbers=numbers)
+        return self.stage.mark(name, started, answers=answers)
 
 
 class ScoreWorker(Scorer):

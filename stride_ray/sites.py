@@ -217,21 +217,32 @@ def _omega(mask_BT: Tensor) -> Tensor:
     return omega / omega.sum(1, keepdim=True).clamp(min=1)
 
 
-def site_moments(
-    model: SplitModel, sites: Iterable[str], ids_BT: Tensor, mask_BT: Tensor
-) -> tuple[dict[str, Moments], int]:
-    """A batch's sums of second moments by site, and how many positions they are over."""
+def add_moments(
+    totals: dict[str, tuple[Tensor, Tensor]], model: SplitModel, sites: Iterable[str], ids_BT: Tensor, mask_BT: Tensor
+) -> int:
+    """Add a batch's second moments at some sites to ``totals``, in place; returns how many positions they are over.
+
+    ``totals`` holds Σ u uᵀ and Σ g gᵀ by site, float32 (see Moments): at 135 million parameters 0.4 GB.
+    """
     sites = list(sites)
     z, read, wrote = tapped(model, sites, ids_BT)
     written = written_gradients(z, wrote, _slope(model, ids_BT, mask_BT, z))
     read[HEAD] = z.detach().float()
     counted = _counted(mask_BT)
-    sums = {}
     for name in sites:
-        u = read[name][:, :-1][counted] if name != EMBEDDING else torch.empty(0, 0, device=model.device)
-        g = written[name][:, :-1][counted] if name != HEAD else _omega(mask_BT)[counted].unsqueeze(1)
-        sums[name] = Moments(*((x.T @ x).double().cpu().numpy() for x in (u, g)))
-    return sums, int(counted.sum())
+        u, g = read.pop(name), written.pop(name, None)
+        u = u[:, :-1][counted] if name != EMBEDDING else torch.empty(0, 0, device=model.device)
+        g = g[:, :-1][counted] if g is not None else _omega(mask_BT)[counted].unsqueeze(1)
+        if name not in totals:
+            totals[name] = (u.new_zeros(u.shape[1], u.shape[1]), g.new_zeros(g.shape[1], g.shape[1]))
+        for total, x in zip(totals[name], (u, g), strict=True):
+            total.addmm_(x.T, x)
+    return int(counted.sum())
+
+
+def moments_of(totals: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Moments]:
+    """Sums that ``add_moments`` made, in float64."""
+    return {name: Moments(*(each.double().cpu().numpy() for each in both)) for name, both in totals.items()}
 
 
 def preconditioned(name: str, moments: Moments, counts: Tensor, seed: int) -> Site:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from stride_ray.blocks import Batch, Blocks
+from stride_ray.budget import rows_at_once
 from stride_ray.config import Config
 from stride_ray.errors import StrideError
 from stride_ray.judge import STRENGTHS, gap
@@ -128,7 +129,7 @@ class Loop:
         self.config, self.model, self.membership, self.ranks = config, model, membership, ranks
         self.walk = Walk(blocks, config.seed, config.fit.blocks_per_step)
         self.done = 0
-        self._at_once = max(1, config.compute.batch_tokens // blocks.block_tokens)
+        self._at_once = rows_at_once(config, self.model, blocks.block_tokens)
         self._sample = blocks.batch(blocks.sample(EVALUATED, config.seed + 2))
         self._pairs = own_and_other(membership, self._sample.ordinals, config.seed, EVALUATED_SUBSETS)
         # Far fewer columns than rows: about as many explain any responses, and the loss would say nothing.

@@ -64,7 +64,6 @@ def test_a_plain_loop_gives_the_same_bytes_and_passes_the_same_numbers(exactly, 
     one = sharded("plain")
     answered(one, parts)
     assert tables(one) == tables(folder)
-    monkeypatch.setattr(rescore, "UNIT", 2)
     monkeypatch.setattr(scoring, "UNIT", 2)  # three units of queries ...
     two = sharded("passes")
     several, _, _ = answered(two, parts, compute__query_gb=1e-9)  # ... each in a pass of its own
@@ -192,7 +191,9 @@ def test_units_are_of_a_thousand_to_eight_thousand_blocks_however_large_the_pool
 
 
 def test_passes_follow_from_room_and_from_the_most_queries_of_one():
-    assert rescore.passes_over(2**28, 64, 1.0) == 4  # no pass is for less than a unit of 16 queries
-    assert rescore.passes_over(2**28, 64, 32.0) == 2  # 64 GiB, 32 at a time
-    assert rescore.passes_over(10, 600, 1.0) == 3  # at most 256 queries in one
-    assert rescore.passes_over(10, 0, 0.0) == 1
+    assert rescore.passes_over(2**25, 64, 1.0) == 2  # 2 GiB, 32 at a time
+    assert rescore.passes_over(2**25, 64, 1e-9) == 4  # no pass is for less than a unit of 16 queries
+    assert rescore.passes_over(2**28, 64, 1e-9) == 32  # ... or of the two that a unit has room for
+    assert rescore.passes_over(40, 600, 1.0) == 3  # at most 256 queries in one
+    assert rescore.passes_over(40, 0, 0.0) == 1
+    assert [scoring.queries_a_unit(size) for size in (1, 2**27, 2**29, 2**40)] == [16, 4, 1, 1]

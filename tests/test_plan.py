@@ -71,9 +71,10 @@ def pilot(tmp_path):
         return opened
 
     stage("blocks", "", {"blocks": 1000, "fingerprint": "f"}, {"shard": (15.0, 20.0, 400)}, 50_000)
-    stage("curvature", "", {}, {"count": (6.0, 2.0, 500), "precondition": (10.0, 12.0, 900)}, 1000)
-    exact = stage("exact", "asked", {"queries": 10}, {"score": (12.0, 20.0, 800), "rank": (2.0, 2.0, 300)}, 8000)
-    exact.mark("queries-00000", 0.0, numbers=2**22)
+    stage(
+        "curvature", "", {"gradient_bytes": 2**24}, {"count": (6.0, 2.0, 500), "precondition": (10.0, 12.0, 900)}, 1000
+    )
+    stage("exact", "asked", {"queries": 10}, {"score": (12.0, 20.0, 800), "rank": (2.0, 2.0, 300)}, 8000)
     run.save()
     return run
 

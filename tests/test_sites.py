@@ -19,12 +19,13 @@ from stride_ray.sites import (
     RARE,
     Moments,
     Site,
+    add_moments,
     find_sites,
     influence,
+    moments_of,
     origin_weight,
     preconditioned,
     site_gradients,
-    site_moments,
     tapped,
 )
 from stride_ray.vocabulary import SKETCH, TokenSide, projected, token_side
@@ -79,6 +80,13 @@ def raw_sites(model, names):
     }
     reads = {name: torch.eye(D if "attn" in name else F) for name in names}
     return tuple(ends.get(name) or Site(name, reads[name], torch.eye(D)) for name in names)
+
+
+def site_moments(model, names, ids, mask):
+    """Sums of a batch's moments by site, and positions."""
+    totals = {}
+    count = add_moments(totals, model, names, ids, mask)
+    return moments_of(totals), count
 
 
 def weight_gradient(model, name, ids, mask):

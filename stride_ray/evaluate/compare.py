@@ -23,6 +23,7 @@ import ray.exceptions
 
 import stride_ray
 from stride_ray.baselines import METHODS
+from stride_ray.budget import MOST
 from stride_ray.config import ComputeConfig
 from stride_ray.distribute import connected, keep_to, pool, settle
 from stride_ray.errors import StrideError
@@ -284,7 +285,7 @@ class _Shelf:
 
     def order(self, unit: Unit, cores: int, device: str) -> tuple[Any, ...]:
         """The arguments of ``_in_worker``."""
-        given: dict[str, Any] = {"batch_tokens": self.compute.batch_tokens}
+        given: dict[str, Any] = {"batch_tokens": self.compute.batch_tokens or MOST}
         if CHECKPOINTS in unit.needs and (made := self.marker(self.units[CHECKPOINTS])):
             given |= {"checkpoints": tuple(made["folders"]), "learning_rates": tuple(made["rates"])}
         made_from = (self.benchmark.url, self.benchmark.fingerprint)

@@ -1,0 +1,69 @@
+"""Batches that follow from a stated budget of memory, and that a pass keeps what was counted."""
+
+import pytest
+import torch
+from test_sites import llama
+
+from stride_ray import budget
+from stride_ray.budget import kept_bytes, rows_at_once
+from stride_ray.config import Config
+from stride_ray.memory import peak_bytes, resident_bytes, restart_peak
+from stride_ray.model import SplitModel
+from stride_ray.sites import find_sites, tapped
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return SplitModel(llama(), split=1)
+
+
+def config(**compute):
+    return Config().updated({f"compute.{name}": value for name, value in compute.items()})
+
+
+def test_what_is_kept_grows_with_the_text_and_does_not_depend_on_the_moment(model):
+    short, long = kept_bytes(model, 8), kept_bytes(model, 64)
+    assert 6 < long / short < 12
+    again = SplitModel(model.model, split=1)
+    assert kept_bytes(again, 64) == long
+
+
+def test_a_stated_number_of_tokens_wins(model):
+    assert rows_at_once(config(batch_tokens=100), model, 32) == 3
+    assert rows_at_once(config(batch_tokens=10), model, 32) == 1
+
+
+def test_a_small_model_gets_the_largest_batch_and_a_small_budget_one_text(model):
+    assert rows_at_once(config(), model, 32) == budget.MOST // 32
+    assert rows_at_once(config(worker_gb=0.1), model, 32) == 1
+
+
+def test_batches_grow_with_the_budget(model, monkeypatch):
+    monkeypatch.setattr(budget, "LIBRARIES", 0)
+    each = budget.PASS * kept_bytes(model, 64)
+    weights = budget.WEIGHTS * sum(p.numel() * p.element_size() for p in model.model.parameters())
+    monkeypatch.setitem(budget._kept[model], 64, 2**30)
+    for rows in (1, 3, 7):
+        room = (weights + (rows + 0.5) * budget.PASS * 2**30) / 2**30
+        assert rows_at_once(config(worker_gb=room, query_gb=0), model, 64) == rows
+    assert each > 0
+
+
+def test_a_pass_takes_about_what_was_counted():
+    """A model large enough for its activations to be seen in the process's memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+    big = SplitModel(LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)), split=1)
+    rows, tokens = 64, 128
+    ids, names = torch.zeros(rows, tokens, dtype=torch.long), find_sites(big)
+    counted = rows * kept_bytes(big, tokens)
+    held = tapped(big, names, ids)  # so that libraries have loaded what they load
+    del held
+    restart_peak()
+    before = resident_bytes()
+    z, _, wrote = tapped(big, names, ids)
+    torch.autograd.grad(z.sum(), list(wrote.values()))
+    grown = peak_bytes() - before
+    assert 0.5 * counted < grown < 2 * budget.PASS * counted

@@ -53,7 +53,7 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
     page = _write_page(run, name, shown)
     stage = run.stage(table_stage(run), name)
     gap = f", largest relative duality gap {summary['largest_gap']:.1e}" if summary.get("largest_gap") else ""
-    how = "" if summary["exact"] == summary["rows"] else f"; the others are estimates{_believable(summary)}"
+    how = "" if summary["exact"] == summary["rows"] else f"; the others are estimates{believable(summary)}"
     print(
         f"\n{summary['queries']} queries ({summary['failed']} failed), {summary['rows']} influences, "
         f"median {summary['median_nonzeros']:g} blocks a query{gap}; {summary['exact']} of them are exact{how}.\n"
@@ -63,11 +63,11 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
     return {**summary, "page": page}
 
 
-def _believable(summary: dict[str, Any]) -> str:
-    """How well estimates correlate with exact influence, as far as they tell themselves."""
+def believable(summary: dict[str, Any]) -> str:
+    """How well estimates correlate with exact influence by their split-half reliability; empty where none is known."""
     if summary.get("reliability") is None:
         return ""
-    return f" that correlate with exact influence at about {summary['reliability'] ** 0.5:.2f} (split halves)"
+    return f", which correlate with exact influence at about {summary['reliability'] ** 0.5:.2f} (split halves)"
 
 
 def answer(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def write_page(run: Run, name: str) -> str:
 def _write_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
     store = run.stage(table_stage(run), name).store
     facts = {**_about(run), **store.read_json("manifest.json"), "mode": mode_of(run), "name": name, "run": run.url}
-    facts["believable"] = _believable(facts)
+    facts["believable"] = believable(facts)
     trust = store.read_json("trust.json") if store.exists("trust.json") else None
     store.write("page.html", attribution_page(shown, facts, trust).encode())
     return store.name_of("page.html")

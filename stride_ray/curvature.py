@@ -35,6 +35,7 @@ from stride_ray.vocabulary import TokenSide
 # Tokens that second moments are taken over, and blocks that sites' scales are.
 MOMENT_TOKENS, SCALE_BLOCKS = 131_072, 256
 TENSORS, TOKENS = ("W_in", "W_out", "unigram"), ("weights", "buckets", "directions")
+SIDES = ("read", "written")
 SITES, UNSCALED = "sites", "unscaled"
 
 
@@ -53,12 +54,14 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) 
     sums = dict[str, Moments]()
 
     def add_up(found: dict[str, Any]) -> dict[str, Any]:
-        # One by one: at 135 million parameters a slice's moments are 0.4 GB.
-        for name, each in moments_of(found.pop("moments")).items():
+        tensors = stage.store.read_tensors(found["file"])
+        totals = {name: (tensors[f"{name}.read"], tensors[f"{name}.written"]) for name in found["sites"]}
+        for name, each in moments_of(totals).items():
             sums[name] = sums[name] + each if name in sums else each
+        stage.store.remove(found["file"])
         return found
 
-    results = over_sample(crew, MomentWorker, given, sample, "precondition", add_up)
+    results = over_sample(crew, MomentWorker, (*given, stage.store), sample, "precondition", add_up)
     positions = sum(found["positions"] for found in results)
     counted = torch.zeros(results[0]["vocabulary"], dtype=torch.long)
     counted[: len(counts)] = torch.from_numpy(counts[: len(counted)])
@@ -108,12 +111,13 @@ def load_sites(store: Store, name: str, device: Any) -> tuple[Site, ...]:
 
 
 class MomentWorker(PoolWorker):
-    """Second moments at all sites over some blocks."""
+    """Publishes second moments at all sites over some blocks."""
 
     load = staticmethod(load_measured_model)
 
-    def __init__(self, config: Config, blocks: Blocks, device: str) -> None:
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store) -> None:
         super().__init__(config, blocks, device)
+        self.store = curvature
         self.names = find_sites(self.model, config.operators.layers)
         self.layers = last_layers(config.operators.layers, self.model.n_layers)
 
@@ -123,9 +127,12 @@ class MomentWorker(PoolWorker):
         totals, positions = dict[str, tuple[torch.Tensor, torch.Tensor]](), 0
         for batch in self.taken(ordinals):
             positions += add_moments(totals, self.model, self.names, *self.trimmed(batch))
+        # By way of a file: at 135 million parameters they are 0.4 GB, and Ray would keep every slice's in memory.
+        file = f"moments-{index:02d}.safetensors"
+        sides = {f"{name}.{side}": x for name, both in totals.items() for side, x in zip(SIDES, both, strict=True)}
+        self.store.write(file, tensor_bytes({name: x.cpu() for name, x in sides.items()}))
         facts = {"index": index, "blocks": len(ordinals), "positions": positions, "layers": self.layers}
-        moments = {name: tuple(each.cpu() for each in both) for name, both in totals.items()}
-        return {**facts, "moments": moments, "vocabulary": self.model.vocabulary}
+        return {**facts, "file": file, "sites": list(totals), "vocabulary": self.model.vocabulary}
 
 
 class ScaleWorker(PoolWorker):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stride_ray.attribute import mode_of
+from stride_ray.attribute import believable, mode_of
 from stride_ray.config import STAGES
 from stride_ray.errors import StrideError
 from stride_ray.run import Run
@@ -43,9 +43,14 @@ def _figures(stage: str, facts: dict[str, Any]) -> str:
         return f"{facts['blocks']} blocks, {facts['documents']} documents, {facts['rejected']} rejected"
     if stage == "operators":
         learned = "" if facts["learned"] else " (WARNING: learned nothing)"
+        if facts.get("form") == "sites":
+            size = f"{facts['row_bytes'] / 1024:.1f} KiB each, {facts['subsets'] * facts['row_bytes'] / 1e6:.3g} MB"
+            return f"{facts['subsets']} operators of {facts['rows']} at {len(facts['sites'])} sites, {size}{learned}"
         return f"{facts['subsets']} operators, {facts['method']}{learned}"
     if stage == "curvature":
         return f"{len(facts['sites'])} sites"
     if stage == "responses":
-        return f"{facts['queries']} queries, {facts['failed']} failed, {facts['mode']}"
-    return f"{facts['rows']} influences of {facts['queries']} queries, median {facts['median_nonzeros']:g} a query"
+        return f"{facts['queries']} queries, {facts['failed']} failed, {facts['mode']}{believable(facts)}"
+    exact = f" ({facts['exact']} of them exact)" if "exact" in facts else ""
+    median = f"median {facts['median_nonzeros']:g} a query"
+    return f"{facts['rows']} influences{exact} of {facts['queries']} queries, {median}"

@@ -17,6 +17,7 @@ from stride_ray.errors import StrideError
 from stride_ray.fit import fit
 from stride_ray.row_store import RowStore
 from stride_ray.run import Run
+from stride_ray.status import status
 from stride_ray.storage import Store
 
 CANDIDATES = 5
@@ -72,7 +73,7 @@ def test_candidates_are_exact_and_the_rest_close_to_it(estimated, exactly):
         assert best[1] in {row["ordinal"] for row in scored}
     assert (summary["queries"], summary["failed"], summary["exact"]) == (5, 2, 3 * CANDIDATES)
     assert summary["mode"] == "estimated"
-    assert f"{3 * CANDIDATES} of them are exact; the others are estimates that correlate with exact influence" in out
+    assert f"{3 * CANDIDATES} of them are exact; the others are estimates, which correlate with exact influence" in out
     recovery = read_influence(run, "asked", "recovery").to_pylist()
     assert [row["exact"] for row in recovery] == [CANDIDATES, None, CANDIDATES, None, CANDIDATES]
     assert all(0.9 < row["reliability"] <= 1 for row in recovery if row["status"] == "ok")
@@ -94,6 +95,10 @@ def test_the_store_is_what_its_page_says(estimated):
     some = store.take(np.array([0, 5, len(store) - 1]))
     assert np.array_equal(some.bits, whole.bits[[0, 5, -1]])
     assert fit(run)["learned"]
+    told = status(run)
+    assert f"{len(blocks)} operators of blocks at 7 sites, {store.facts['row_bytes'] / 1024:.1f} KiB each" in told
+    assert "linear, which correlate with exact influence at about 0.9" in told
+    assert f"({3 * CANDIDATES} of them exact)" in told
 
 
 def test_a_plain_loop_gives_the_same_bytes(estimated, parts, sharded, plain):

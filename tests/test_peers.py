@@ -63,8 +63,8 @@ def test_ratios_are_of_pools_of_one_size():
 
 
 def test_a_tool_that_is_not_known_is_told(tmp_path):
-    with pytest.raises(StrideError, match="no tool 'STRIDE' to compare with; there are: bergson, quick start; "):
-        compare_peers("nowhere", str(tmp_path), [1], ["STRIDE"])
+    with pytest.raises(StrideError, match="no tool 'stride' to compare with; there are: bergson, quick start; "):
+        compare_peers("nowhere", str(tmp_path), [1], ["stride"])
 
 
 def test_a_tool_that_fails_is_named_with_its_last_line(tmp_path):

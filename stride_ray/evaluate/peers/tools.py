@@ -58,12 +58,14 @@ class Tool:
         commands: what is run for a pool, one after the other.
         scores: (Q, N) influence that it left.
         ours: whether it is this package.
+        further: what is run for another batch of queries on the same pool; None: all but what is kept by itself.
     """
 
     name: str
     commands: Callable[[Place], list[list[str]]]
     scores: Callable[[Place, int, int], np.ndarray]
     ours: bool = False
+    further: Callable[[Place], list[list[str]]] | None = None
 
 
 def _quick(place: Place) -> list[list[str]]:
@@ -92,20 +94,19 @@ def _logra(place: Place) -> list[list[str]]:
     return [[place.python, str(LOGRA), place.model, place.pool, place.queries, f"{place.run}/scores.npy"]]
 
 
-def _exact(place: Place) -> list[list[str]]:
-    return [
+def _batch(name: str, *options: str) -> Callable[[Place], list[list[str]]]:
+    return lambda place: [place.ours("attribute", "--queries", place.asked, "--name", name, *options)]
+
+
+def _ours(*options: str) -> Callable[[Place], list[list[str]]]:
+    return lambda place: [
         place.ours("shard", "--config", place.config),
-        place.ours("attribute", "--queries", place.asked, "--name", "asked", "--exact"),
+        *_batch("asked", *options)(place),
     ]
 
 
 def _last_quarter(place: Place) -> list[list[str]]:
-    return [[*command, "--set", "attribute.layers=0.25"] for command in _exact(place)]
-
-
-def _amortised(place: Place) -> list[list[str]]:
-    shard, attribute = _exact(place)
-    return [shard, place.ours("fit"), [*attribute[:-1], "--amortised"]]
+    return [[*command, "--set", "operators.layers=0.25"] for command in _ours("--exact")(place)]
 
 
 def _bergson_scores(folder: str) -> Callable[[Place, int, int], np.ndarray]:
@@ -131,7 +132,7 @@ TOOLS = (
     Tool("bergson, TrackStar", _trackstar, _bergson_scores("trackstar/scores")),
     Tool("bergson, EK-FAC", _ekfac, _bergson_scores("ekfac/scores")),
     Tool("dattri, LoGRA", _logra, _logra_scores),
-    Tool("STRIDE, exact", _exact, _our_scores, ours=True),
+    Tool("STRIDE", _ours(), _our_scores, ours=True, further=_batch("again")),
+    Tool("STRIDE, exact", _ours("--exact"), _our_scores, ours=True, further=_batch("again", "--exact")),
     Tool("STRIDE, exact, last quarter of the layers", _last_quarter, _our_scores, ours=True),
-    Tool("STRIDE, amortised", _amortised, _our_scores, ours=True),
 )

@@ -28,8 +28,8 @@ from stride_ray.run import Run, Stage, unless_finished
 from stride_ray.scoring import UNIT, QueryWorker, ScoreWorker, Scoring, queries_a_unit, query_name
 from stride_ray.storage import Store
 
-# The most queries in one pass over the pool, and candidates in a unit of work.
-MOST, CANDIDATES = 256, 128
+# The most queries in one pass over the pool; the most candidates in a unit of work, and units of a group at least.
+MOST, CANDIDATES, UNITS = 256, 128, 8
 
 
 def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
@@ -129,13 +129,13 @@ def _rescore(
 
 
 def candidate_units(group: tuple[int, ...], answers: list[list[dict[str, Any]]], candidates: int) -> list[Scoring]:
-    """Units over the union of a group's candidates, of CANDIDATES blocks each; only a query's own are scored for it."""
+    """Units over the union of a group's candidates, CANDIDATES blocks at most; only a query's own are scored for it."""
     good = [row for part in group for row in answers[part] if row["status"] == "ok"]
     chosen = [_largest(row["ordinals"], row["estimates"], candidates) for row in good]
     union = np.unique(np.concatenate([np.zeros(0, np.int64), *chosen]))
-    units = []
-    for index, at in enumerate(range(0, len(union), CANDIDATES)):
-        some = union[at : at + CANDIDATES]
+    units, size = [], max(1, min(CANDIDATES, -(-len(union) // UNITS)))
+    for index, at in enumerate(range(0, len(union), size)):
+        some = union[at : at + size]
         pairs = [(row, np.flatnonzero(np.isin(some, mine))) for row, mine in enumerate(chosen)]
         rows = np.concatenate([np.full(len(places), row) for row, places in pairs])
         wanted = np.stack([rows, np.concatenate([places for _, places in pairs])]).astype(np.int32)

@@ -153,13 +153,15 @@ class ScoreWorker(Scorer):
         """H⁻¹ J of a group's queries by site; nothing where all of them failed."""
         stored = [self.stage.store.read_tensors(f"{query_name(part)}.safetensors") for part in group]
         full = [tensors for tensors in stored if tensors]
-        names = full[0] if full else {}
-        return {name: torch.cat([tensors[name] for tensors in full]).to(self.model.device) for name in names}
+        names = list(full[0]) if full else []
+        # Each is let go when it was copied: together they may be half of what a worker has.
+        return {name: torch.cat([tensors.pop(name) for tensors in full]).to(self.model.device) for name in names}
 
 
 def _wanted(scores: torch.Tensor, unit: Scoring) -> dict[str, torch.Tensor]:
     kept = torch.full_like(scores, torch.nan)
-    rows, places = torch.from_numpy(np.asarray(unit.wanted)).long()
+    # What Ray hands over must not be written to, which torch does not know of.
+    rows, places = torch.tensor(unit.wanted).long()
     kept[rows, places] = scores[rows, places]
-    ordinals = torch.from_numpy(np.asarray(unit.ordinals)).expand(scores.shape).contiguous()
+    ordinals = torch.tensor(unit.ordinals).expand(scores.shape).contiguous()
     return {"ordinals": ordinals, "influence": kept}

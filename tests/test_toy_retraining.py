@@ -15,7 +15,17 @@ from stride_ray.baselines.problem import Problem, Texts
 from stride_ray.evaluate.lds import evaluate, subset_sums
 from stride_ray.evaluate.truth import Truth
 from stride_ray.model import SplitModel
-from stride_ray.sites import EMBEDDING, HARM, HEAD, find_sites, influence, preconditioned, site_gradients, site_moments
+from stride_ray.sites import (
+    EMBEDDING,
+    HARM,
+    HEAD,
+    add_moments,
+    find_sites,
+    influence,
+    moments_of,
+    preconditioned,
+    site_gradients,
+)
 
 V, T, N, Q, S = 50, 12, 60, 8, 40
 
@@ -73,7 +83,9 @@ def test_exact_influence_foretells_preconditioned_steps(toy):
     folder, blocks, queries, _ = toy
     model = SplitModel(LlamaForCausalLM.from_pretrained(folder), split=1)
     names, mask = find_sites(model), torch.ones_like(blocks, dtype=torch.bool)
-    sums, positions = site_moments(model, names, blocks, mask)
+    totals = {}
+    positions = add_moments(totals, model, names, blocks, mask)
+    sums = moments_of(totals)
     counts = torch.bincount(blocks.flatten(), minlength=V)
     sites = {name: preconditioned(name, sums[name] / positions, counts, 0) for name in names}
 
@@ -83,10 +95,12 @@ def test_exact_influence_foretells_preconditioned_steps(toy):
             ends = {HEAD: "lm_head.weight", EMBEDDING: "model.embed_tokens.weight"}
             weight = ends.get(name, f"{name}.weight")
             if name == EMBEDDING:
-                changes[weight] = site.W_in.square().unsqueeze(1) * gradients[weight] @ site.W_out @ site.W_out.T
+                changes[weight] = (
+                    site.tokens.weights.square().unsqueeze(1) * gradients[weight] @ site.W_out @ site.W_out.T
+                )
                 continue
             read = gradients[weight] @ site.W_in @ site.W_in.T
-            left = site.W_out.square().unsqueeze(1) if name == HEAD else site.W_out @ site.W_out.T
+            left = site.tokens.weights.square().unsqueeze(1) if name == HEAD else site.W_out @ site.W_out.T
             changes[weight] = left * read if name == HEAD else left @ read
         return changes
 

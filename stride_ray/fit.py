@@ -28,7 +28,7 @@ from stride_ray.crew import Crew
 from stride_ray.curvature import finish_curvature
 from stride_ray.distribute import connected, pool, progress
 from stride_ray.errors import StrideError
-from stride_ray.fit_sites import clear_sums, fit_sites
+from stride_ray.fit_sites import fit_sites
 from stride_ray.fitted import (
     load_basis,
     load_operators,
@@ -208,7 +208,7 @@ def _finish(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
 
 def _clear(stage: Stage) -> None:
     """Remove the scaffolding of a finished fit, some of which an interrupted one may have left."""
-    clear_sums(stage)
+    stage.clear_tensors("sum-")
     for name in ("fitted", "trained", "loop", "basis.json", "basis.safetensors"):
         stage.store.remove(name)
 

@@ -27,8 +27,8 @@ from stride_ray.curvature import SITES, load_sites, save_sites
 from stride_ray.distribute import progress
 from stride_ray.errors import StrideError
 from stride_ray.fitted import load_measured_model
-from stride_ray.judge import SAMPLE, gap, with_targets
-from stride_ray.membership import Membership, membership_of
+from stride_ray.judge import SAMPLE, gap, members, with_targets
+from stride_ray.membership import membership_of
 from stride_ray.one_bit import Rows, packed_queries, packed_rows, products, row_bytes, word_starts
 from stride_ray.passes import PoolWorker
 from stride_ray.row_store import FORMAT, RowStore, write_rows
@@ -157,7 +157,7 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, cr
     }
     judged = crew.map(SiteJudge, given, [facts])
     progress(judged, "judge", 1, "fit", _one)
-    clear_sums(stage)
+    stage.clear_tensors("sum-")
 
 
 def _over_pool(
@@ -250,13 +250,6 @@ def mean_rows(config: Config, blocks: Blocks, stage: Stage, shards: list[str], u
     return stage.mark(name, started, **facts)
 
 
-def clear_sums(stage: Stage) -> None:
-    """Remove subsets' sums, which a finished fit does not need."""
-    for name in stage.store.names(ending=".safetensors"):
-        if name.startswith("sum-"):
-            stage.store.remove(name)
-
-
 class SiteJudge(SketchWorker):
     """Measures whether rows answer to their own blocks, and publishes the store's metadata."""
 
@@ -289,7 +282,4 @@ class SiteJudge(SketchWorker):
         store = RowStore(self.stage.store, facts)
         if store.of_blocks:
             return store.take(sample), np.eye(len(sample), dtype=bool)
-        membership: Membership = membership_of(self.config)
-        inside = np.zeros((len(sample), membership.subsets + 1), dtype=bool)
-        np.put_along_axis(inside, membership.columns_at(sample).astype(np.int64), True, axis=1)
-        return store.take(np.arange(len(store))), inside[:, :-1]
+        return store.take(np.arange(len(store))), members(membership_of(self.config), sample)

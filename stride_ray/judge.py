@@ -41,7 +41,7 @@ def judge(
         errors) and ``verdict``, a sentence.
     """
     sample = with_targets(blocks, blocks.sample(SAMPLE, config.seed + 1))
-    inside = _inside(membership, sample)
+    inside = members(membership, sample)
     linear = torch.cat([_linear(model, operators, blocks, part) for part in np.array_split(sample, 16) if len(part)])
     gap_linear, error_linear = gap(linear.cpu().numpy(), inside)
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:STEERED])
@@ -97,7 +97,7 @@ def with_targets(blocks: Blocks, ordinals: np.ndarray) -> np.ndarray:
     return found
 
 
-def _inside(membership: Membership, ordinals: np.ndarray) -> np.ndarray:
+def members(membership: Membership, ordinals: np.ndarray) -> np.ndarray:
     """(n, K) bool membership of some blocks."""
     inside = np.zeros((len(ordinals), membership.subsets + 1), dtype=bool)
     np.put_along_axis(inside, membership.columns_at(ordinals).astype(np.int64), True, axis=1)
@@ -134,7 +134,7 @@ def _steered(
     config: Config,
 ) -> tuple[float, float, float, float]:
     """Steer each block with some of its own subsets' operators and others: gap, error, member response, loss."""
-    inside = _inside(membership, ordinals)
+    inside = members(membership, ordinals)
     responses = np.full(inside.shape, np.nan)
     tokens = blocks.block_tokens * rows_at_once(config, model, blocks.block_tokens)
     losses = []

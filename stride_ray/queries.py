@@ -31,6 +31,8 @@ SCHEMA = pa.schema(
     ]
 )
 
+# What is wrong with a query whose losses are finite and whose gradients are not.
+NOT_FINITE = "its gradient is not finite; the model overflows on this text"
 _ADVICE = "A query has text; prompt and completion (or answer); messages; or token_ids: rename the columns."
 
 

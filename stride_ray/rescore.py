@@ -70,7 +70,7 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
                 units = [Scoring(_unit_name(g, i), g, *ordinals) for g in groups for i, ordinals in ranges]
                 _score(run.config, blocks, curvature.store, stage, units, crew)
                 _rank(run.config, blocks, stage, units, answers, crew)
-    _clear(stage)
+    stage.clear_tensors()
     return stage.store.read_json("manifest.json")
 
 
@@ -110,7 +110,7 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
                 finish_curvature(run.config, blocks, curvature, crew)
             with costed(stage):
                 _rescore(run.config, blocks, curvature.store if curvature else None, stage, estimates, crew)
-    _clear(stage)
+    stage.clear_tensors()
     return stage.store.read_json("manifest.json")
 
 
@@ -227,9 +227,3 @@ def _rank(
             "parts": len(answers),
         },
     )
-
-
-def _clear(stage: Stage) -> None:
-    """Remove the scaffolding of finished queries."""
-    for name in stage.store.names(ending=".safetensors"):
-        stage.store.remove(name)

@@ -21,7 +21,7 @@ from stride_ray.crew import crew_for
 from stride_ray.distribute import progress
 from stride_ray.fitted import load_operators, load_run_model, measured_weights
 from stride_ray.queries import batches, check_name, checked, fingerprint, padded, read_queries
-from stride_ray.respond_sites import clear_scaffolding, respond_sites
+from stride_ray.respond_sites import respond_sites
 from stride_ray.responses import response_schema
 from stride_ray.row_store import RowStore
 from stride_ray.run import Run, Stage, part_name, unless_finished
@@ -86,7 +86,7 @@ def _respond_sites(run: Run, operators: Store, stage: Stage, queries: int) -> di
                 "reliability": float(np.median(reliable)) if reliable else None,
             }
             stage.store.write_json("manifest.json", summary)
-    clear_scaffolding(stage)
+    stage.clear_tensors()
     return stage.store.read_json("manifest.json")
 
 

@@ -22,7 +22,7 @@ from stride_ray.fit_sites import SketchWorker, finite_rows
 from stride_ray.fitted import load_run_model
 from stride_ray.model import masked_mean
 from stride_ray.one_bit import Queries, packed_queries, products
-from stride_ray.queries import batches, checked, padded
+from stride_ray.queries import NOT_FINITE, batches, checked, padded
 from stride_ray.responses import response_schema
 from stride_ray.row_store import RowStore
 from stride_ray.run import Stage, part_name
@@ -45,7 +45,6 @@ RESPONSES = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
-NOT_FINITE = "its gradient is not finite; the model overflows on this text"
 
 
 def respond_sites(config: Config, blocks: Blocks, operators: Store, stage: Stage, queries: int, crew: Crew) -> None:
@@ -83,12 +82,6 @@ def respond_sites(config: Config, blocks: Blocks, operators: Store, stage: Stage
     left = [(part, group, len(slices)) for group in open_groups for part in group if part_name(part) not in done]
     gathered = crew.map(partial, (gather, stage, config.attribute.top if store.of_blocks else 0), left)
     stage.remember(progress(gathered, "gather", len(left), "parts", lambda _: 1))
-
-
-def clear_scaffolding(stage: Stage) -> None:
-    """Remove codes and products, which finished responses do not need."""
-    for name in stage.store.names(ending=".safetensors"):
-        stage.store.remove(name)
 
 
 def code_name(part: int) -> str:

@@ -62,6 +62,12 @@ class Stage:
         self.remember([marker])
         return marker
 
+    def clear_tensors(self, beginning: str = "") -> None:
+        """Remove the safetensors files whose name begins so: what a finished stage does not need."""
+        for name in self.store.names(ending=".safetensors"):
+            if name.startswith(beginning):
+                self.store.remove(name)
+
 
 class Run:
     """A run directory at any fsspec URL, with its configuration.

@@ -18,7 +18,7 @@ from stride_ray.curvature import SITES, load_sites
 from stride_ray.fitted import load_measured_model, load_run_model
 from stride_ray.model import masked_mean
 from stride_ray.passes import PoolWorker
-from stride_ray.queries import batches, checked, padded
+from stride_ray.queries import NOT_FINITE, batches, checked, padded
 from stride_ray.run import Stage
 from stride_ray.sites import Site, influence, site_gradients
 from stride_ray.storage import Store, tensor_bytes
@@ -106,8 +106,7 @@ class QueryWorker(Scorer):
             finite &= J.isfinite().all(1)
         for i, good in zip(waiting, finite.tolist(), strict=True):
             if not good:
-                error = "its gradient is not finite; the model overflows on this text"
-                answers[i] |= {"status": "failed", "error": error}
+                answers[i] |= {"status": "failed", "error": NOT_FINITE}
         name = query_name(index)
         self.stage.store.write(f"{name}.safetensors", tensor_bytes({k: v[finite] for k, v in tensors.items()}))
         return self.stage.mark(name, started, answers=answers)

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stride_ray.config import digest
 from stride_ray.errors import StrideError
 from stride_ray.storage import ROW_GROUP, Store
 
@@ -67,6 +68,13 @@ class Blocks:
     def __len__(self) -> int:
         return int(self._first[-1])
 
+    def beginning(self, n_blocks: int) -> str:
+        """The fingerprint of the pool when it had its first ``n_blocks`` blocks; empty where no part ends there."""
+        parts = int(np.searchsorted(self._first, n_blocks))
+        if parts == len(self._first) or self._first[parts] != n_blocks:
+            return ""
+        return digest([part["sha256"] for part in self.manifest["parts"][:parts]])
+
     def batches(self, start: int, stop: int, rows: int) -> Iterator[Batch]:
         """Blocks ``start`` to ``stop`` in batches of at most ``rows``; a batch never crosses a row group."""
         for table, first in self._groups(start, stop, ["token_ids", "loss_mask"]):
@@ -108,9 +116,9 @@ class Blocks:
         """
         return self.cut(shard_count(len(self)))
 
-    def cut(self, count: int) -> list[tuple[int, int]]:
-        """The pool as so many ordinal ranges of nearly equal size."""
-        edges = np.linspace(0, len(self), count + 1).astype(int)
+    def cut(self, count: int, first: int = 0) -> list[tuple[int, int]]:
+        """The pool from block ``first`` on as so many ordinal ranges of nearly equal size."""
+        edges = np.linspace(first, len(self), count + 1).astype(int)
         return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
 
     def sample(self, count: int, seed: int) -> np.ndarray:

@@ -12,8 +12,8 @@ from stride_ray.config import Config
 from stride_ray.costs import costed
 from stride_ray.crew import Crew
 from stride_ray.fitted import load_measured_model
-from stride_ray.passes import PoolWorker, over_sample, token_counts
-from stride_ray.run import Stage
+from stride_ray.passes import PoolWorker, corpus_of, over_sample, token_counts
+from stride_ray.run import Run, Stage
 from stride_ray.sites import (
     HEAD,
     ORIGIN,
@@ -37,6 +37,11 @@ MOMENT_TOKENS, SCALE_BLOCKS = 131_072, 256
 TENSORS, TOKENS = ("W_in", "W_out", "unigram"), ("weights", "buckets", "directions")
 SIDES = ("read", "written")
 SITES, UNSCALED = "sites", "unscaled"
+
+
+def begin_curvature(run: Run, blocks: Blocks, weights: str) -> Stage:
+    """The stage's folder. A preconditioner of the pool as it was serves the grown pool: the unit of influence stays."""
+    return run.begin("curvature", corpus=corpus_of(run.stage("curvature"), "manifest.json", blocks), weights=weights)
 
 
 def finish_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:

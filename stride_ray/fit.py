@@ -8,6 +8,7 @@ the mean response on members minus non-members.
 """
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from stride_ray.closed_form import (
 from stride_ray.config import Config
 from stride_ray.costs import apart, costed
 from stride_ray.crew import Crew
-from stride_ray.curvature import finish_curvature
+from stride_ray.curvature import begin_curvature, finish_curvature
 from stride_ray.distribute import connected, pool, progress
 from stride_ray.errors import StrideError
 from stride_ray.fit_sites import fit_sites
@@ -39,7 +40,7 @@ from stride_ray.fitted import (
 from stride_ray.judge import judge
 from stride_ray.membership import membership_of
 from stride_ray.operators import Operators, gradients
-from stride_ray.passes import PoolWorker, check_tokenizer, over_sample, token_counts
+from stride_ray.passes import PoolWorker, check_tokenizer, corpus_of, over_sample, token_counts
 from stride_ray.run import Run, Stage, unless_finished
 from stride_ray.storage import tensor_bytes
 
@@ -48,7 +49,7 @@ MOMENT_TOKENS = 32_768
 
 
 def fit(run: Run) -> dict[str, Any]:
-    """Fit the run's operators, or take up where an interrupted fit stopped.
+    """Fit the run's operators, take up where an interrupted fit stopped, or add the blocks sharded since it ended.
 
     Args:
         run: with a finished ``blocks/``.
@@ -69,13 +70,15 @@ def fit(run: Run) -> dict[str, Any]:
         )
     membership_of(config)  # a degree above the number of subsets is told before anything starts
     check_tokenizer(config, blocks)
-    about = {"corpus": blocks.manifest["fingerprint"], "weights": measured_weights(config)}
-    curvature = run.begin("curvature", **about) if of_sites else None
-    stage = run.begin("operators", **about)
-    if stage.store.exists("metadata.json"):
+    weights = measured_weights(config)
+    curvature = begin_curvature(run, blocks, weights) if of_sites else None
+    corpus = corpus_of(run.stage("operators"), "metadata.json", blocks)
+    stage = run.begin("operators", corpus=corpus, weights=weights)
+    finished = stage.store.exists("metadata.json")
+    if finished and not grown(stage.store.read_json("metadata.json"), blocks):
         _clear(stage)
         return stage.store.read_json("metadata.json")
-    with unless_finished(stage, "metadata.json"), connected(config.compute):
+    with nullcontext() if finished else unless_finished(stage, "metadata.json"), connected(config.compute):
         if curvature is not None:
             _fit_sites(config, blocks, curvature, stage)
         else:
@@ -84,13 +87,29 @@ def fit(run: Run) -> dict[str, Any]:
     return stage.store.read_json("metadata.json")
 
 
+def grown(facts: dict[str, Any], blocks: Blocks) -> bool:
+    """Whether the pool has blocks that operators with this metadata.json were not fitted on, and may be now.
+
+    Raises:
+        StrideError: it has, and operators of subsets cannot be added to.
+    """
+    before = facts["blocks"]
+    if before == len(blocks):
+        return False
+    if facts.get("rows") != "blocks":
+        raise StrideError(
+            f"Operators were fitted on the first {before:,} blocks, and the pool has {len(blocks):,} now; an operator "
+            "of a subset is a mean over it and cannot be added to: fit into a new run directory, or delete operators/."
+        )
+    return True
+
+
 def _fit_sites(config: Config, blocks: Blocks, curvature: Stage, stage: Stage) -> None:
     """The preconditioner, then rows at every site."""
-    units = unit_count(len(blocks))
-    with Crew(pool(config.compute, units)) as crew:
+    with Crew(pool(config.compute, unit_count(len(blocks)))) as crew:
         finish_curvature(config, blocks, curvature, crew)
         with costed(stage):
-            fit_sites(config, blocks, curvature.store, stage, crew, units)
+            fit_sites(config, blocks, curvature.store, stage, crew)
 
 
 def _fit(config: Config, blocks: Blocks, stage: Stage) -> None:

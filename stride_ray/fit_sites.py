@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stride_ray.blocks import Blocks
+from stride_ray.blocks import Blocks, unit_count
 from stride_ray.closed_form import add_to_subsets
 from stride_ray.config import Config
 from stride_ray.crew import Crew
@@ -110,8 +110,8 @@ def make_sketch(config: Config, curvature: Store, stage: Stage, n_blocks: int) -
     return {"row_bytes": layout.row_bytes}
 
 
-def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, crew: Crew, units: int) -> None:
-    """Publish the rows and, last, ``metadata.json``.
+def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, crew: Crew) -> None:
+    """Publish the rows and, last, ``metadata.json``; where that is there, add the rows of blocks that came since.
 
     Args:
         config: of the run.
@@ -119,7 +119,6 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, cr
         curvature: of the finished stage.
         stage: ``operators``, begun.
         crew: that does it.
-        units: ordinal ranges of the pool that rows of blocks are made in.
 
     Raises:
         StrideError: as layout_of, or where too many blocks' gradients are not finite.
@@ -127,23 +126,30 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, cr
     if not stage.store.exists(LAYOUT):
         progress(crew.map(partial, (make_sketch, config, curvature, stage), [len(blocks)]), "sketch", 1, "", _one)
     layout = stage.store.read_json(LAYOUT)
-    given = (config, blocks, stage, crew.device)
+    known = stage.store.read_json("metadata.json") if stage.store.exists("metadata.json") else {}
+    given, first = (config, blocks, stage, crew.device), known.get("blocks", 0)
     if layout["rows"] == "blocks":
-        names = _over_pool(RowWorker, "rows", given, blocks.cut(units), stage, crew)
+        layout["subsets"] = len(blocks)
+        ranges = blocks.cut(unit_count(len(blocks) - first), first)
+        # A name says which blocks: were the pool to grow meanwhile, it would be cut elsewhere.
+        names = [f"rows-{start:09d}-{stop:09d}" for start, stop in ranges]
+        _over_pool(RowWorker, names, ranges, given, stage, crew)
         parts = names
     else:
-        names = _over_pool(SumWorker, "sum", given, blocks.cut(min(SHARDS, len(blocks.shards()))), stage, crew)
-        ranges = list(enumerate(range(0, layout["subsets"], ROWS)))
-        parts = [f"rows-{index:05d}" for index, _ in ranges]
-        left = [each for each, name in zip(ranges, parts, strict=True) if name not in stage.done()]
+        ranges = blocks.cut(min(SHARDS, len(blocks.shards())))
+        names = [f"sum-{index:05d}" for index in range(len(ranges))]
+        _over_pool(SumWorker, names, ranges, given, stage, crew)
+        some = list(enumerate(range(0, layout["subsets"], ROWS)))
+        parts = [f"rows-{index:05d}" for index, _ in some]
+        left = [each for each, name in zip(some, parts, strict=True) if name not in stage.done()]
         reduce = (mean_rows, config, blocks, stage, names)
         stage.remember(progress(crew.map(partial, reduce, left), "reduce", len(left), "parts", _one))
     done = stage.done()
     failed = sum(done[name]["not_finite"] for name in names)
-    if failed > NOT_FINITE * len(blocks):
+    if failed > NOT_FINITE * (len(blocks) - first):
         raise StrideError(
-            f"The gradients of {failed} of {len(blocks)} blocks are not finite (the first: block "
-            f"{min(done[name]['first'] for name in names if done[name]['not_finite'])}): the model overflows on this "
+            f"The gradients of {failed} of {len(blocks) - first} blocks are not finite (the first: block "
+            f"{min(done[name]['spoilt'] for name in names if done[name]['not_finite'])}): the model overflows on this "
             "text; use model.dtype = float32 or bfloat16, or look at these blocks."
         )
     facts = {
@@ -152,8 +158,10 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, cr
         **layout,
         "method": "closed_form",
         "blocks": len(blocks),
-        "not_finite": failed,
-        "parts": [{"name": name, **{key: done[name][key] for key in ("first", "count", "hash")}} for name in parts],
+        "corpus": blocks.manifest["fingerprint"],
+        "not_finite": failed + known.get("not_finite", 0),
+        "parts": known.get("parts", [])
+        + [{"name": name, **{key: done[name][key] for key in ("first", "count", "hash")}} for name in parts],
     }
     judged = crew.map(SiteJudge, given, [facts])
     progress(judged, "judge", 1, "fit", _one)
@@ -161,16 +169,19 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, cr
 
 
 def _over_pool(
-    make: Any, name: str, given: tuple[Any, ...], ranges: list[tuple[int, int]], stage: Stage, crew: Crew
-) -> list[str]:
-    """Have a worker do what is missing of the pool's ordinal ranges; returns the units' names."""
-    units = [(f"{name}-{index:05d}", *ordinals) for index, ordinals in enumerate(ranges)]
+    make: Any, names: list[str], ranges: list[tuple[int, int]], given: tuple[Any, ...], stage: Stage, crew: Crew
+) -> None:
+    """Have a worker do what is missing of the pool's ordinal ranges."""
     done = stage.done()
-    left = [unit for unit in units if unit[0] not in done]
+    left = [(name, *ordinals) for name, ordinals in zip(names, ranges, strict=True) if name not in done]
     results = crew.map(make, given, left)
     total = sum(stop - start for _, start, stop in left)
     stage.remember(progress(results, "fit", total, "blocks", lambda marker: marker["blocks"]))
-    return [name for name, _, _ in units]
+
+
+def _failed(ordinals: list[int]) -> dict[str, Any]:
+    """What a marker says of blocks whose gradients are not finite: how many, and the first."""
+    return {"not_finite": len(ordinals), "spoilt": min(ordinals, default=None)}
 
 
 def _one(_: Any) -> int:
@@ -204,14 +215,14 @@ class RowWorker(SketchWorker):
         """Do one unit; returns its marker."""
         started = time.monotonic()
         name, start, stop = unit
-        pieces, failed = [], 0
+        pieces, failed = [], list[int]()
         for batch in self.blocks.batches(start, stop, self.rows):
             sections = self.sections(*self.trimmed(batch))
-            failed += int((~finite_rows(sections)).sum())
+            failed += batch.ordinals[(~finite_rows(sections)).cpu().numpy()].tolist()
             pieces.append(packed_rows([section.cpu().numpy() for section in sections]))
         rows = Rows(np.concatenate([p.bits for p in pieces]), np.concatenate([p.scales for p in pieces]))
         facts = {"hash": write_rows(self.stage.store, name, rows), "first": start, "count": len(rows)}
-        return self.stage.mark(name, started, blocks=stop - start, not_finite=failed, **facts)
+        return self.stage.mark(name, started, blocks=stop - start, **_failed(failed), **facts)
 
 
 class SumWorker(SketchWorker):
@@ -221,18 +232,18 @@ class SumWorker(SketchWorker):
         """Do one unit; returns its marker."""
         started = time.monotonic()
         name, start, stop = unit
-        membership, failed = membership_of(self.config), 0
+        membership, failed = membership_of(self.config), list[int]()
         sums = torch.zeros(membership.subsets + 1, sum(self.stage.store.read_json(LAYOUT)["sizes"]))
         for batch in self.blocks.batches(start, stop, self.rows):
             sections = self.sections(*self.trimmed(batch))
-            good = finite_rows(sections)
-            failed += int((~good).sum())
+            spoilt = ~finite_rows(sections).cpu()
+            failed += batch.ordinals[spoilt.numpy()].tolist()
             Z = torch.cat(sections, 1).cpu()
-            Z[~good.cpu()] = 0.0
+            Z[spoilt] = 0.0
             add_to_subsets(sums, Z, membership.columns_at(batch.ordinals))
         for index, rows in enumerate(sums[:-1].split(ROWS)):
             self.stage.store.write(f"{name}-{index:05d}.safetensors", tensor_bytes({"sums": rows}))
-        return self.stage.mark(name, started, blocks=stop - start, not_finite=failed, first=start)
+        return self.stage.mark(name, started, blocks=stop - start, **_failed(failed))
 
 
 def mean_rows(config: Config, blocks: Blocks, stage: Stage, shards: list[str], unit: tuple[int, int]) -> dict[str, Any]:

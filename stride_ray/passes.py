@@ -15,6 +15,7 @@ from stride_ray.distribute import progress
 from stride_ray.errors import StrideError
 from stride_ray.fetch import local_model
 from stride_ray.fitted import load_run_model
+from stride_ray.run import Stage
 from stride_ray.storage import safe_url
 from stride_ray.tokens import load_tokenizer
 
@@ -43,6 +44,15 @@ def check_tokenizer(config: Config, blocks: Blocks) -> None:
             f"{token!r}; to the model {safe_url(config.model.path)} it is {names[i]!r}. Shard into a new run directory "
             "with the model's own tokenizer (--model)."
         )
+
+
+def corpus_of(stage: Stage, manifest: str, blocks: Blocks) -> str:
+    """The fingerprint of the blocks that a stage is of: all there are, or, of a finished one, those there were then."""
+    if stage.store.exists(manifest):
+        before = blocks.beginning(stage.store.read_json(manifest)["blocks"])
+        if before and stage.store.read_json("stage.json")["keys"].get("corpus") == before:
+            return before
+    return blocks.manifest["fingerprint"]
 
 
 def token_counts(blocks: Blocks, crew: Crew) -> np.ndarray:

@@ -17,7 +17,7 @@ from stride_ray.blocks import Blocks, unit_count
 from stride_ray.config import Config
 from stride_ray.costs import costed
 from stride_ray.crew import Crew, crew_for
-from stride_ray.curvature import finish_curvature
+from stride_ray.curvature import begin_curvature, finish_curvature
 from stride_ray.distribute import progress
 from stride_ray.estimates import read_estimates
 from stride_ray.fitted import measured_weights
@@ -54,7 +54,7 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     corpus = blocks.manifest["fingerprint"]
     check_tokenizer(run.config, blocks)
     weights = measured_weights(run.config)
-    curvature = run.begin("curvature", corpus=corpus, weights=weights)
+    curvature = begin_curvature(run, blocks, weights)
     stage = run.begin("exact", name, corpus=corpus, queries=fingerprint(table), weights=weights)
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", table)
@@ -97,7 +97,7 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
     about = {key: keys[key] for key in ("corpus", "queries", "weights")}
     blocks = Blocks(run.stage("blocks").store)
     wanted = run.config.attribute.candidates
-    curvature = run.begin("curvature", corpus=keys["corpus"], weights=keys["weights"]) if wanted else None
+    curvature = begin_curvature(run, blocks, keys["weights"]) if wanted else None
     stage = run.begin("influence", name, **about)
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", run.stage("responses", name).store.read_table("queries.parquet"))
@@ -165,16 +165,17 @@ def _query_gradients(
     """
     size = curvature.read_json("manifest.json")["gradient_bytes"]
     unit = queries_a_unit(size)
-    parts = [(index, start, unit) for index, start in enumerate(range(0, queries, unit))]
+    known = [{"error": None}] * queries if estimated is None else estimated
+    errors = [tuple(row["error"] for row in known[start : start + unit]) for start in range(0, queries, unit)]
+    parts = [(index, index * unit, unit, failed) for index, failed in enumerate(errors)]
     done = stage.done()
     missing = [part for part in parts if query_name(part[0]) not in done]
     results = crew.map(QueryWorker, (config, blocks, crew.device, curvature, stage), missing)
     stage.remember(progress(results, "queries", len(missing), "parts", lambda _: 1))
     done = stage.done()
-    answers = [done[query_name(index)]["answers"] for index, _, _ in parts]
-    if estimated is not None:
-        known = iter(estimated)
-        answers = [[{**next(known), **answer} for answer in some] for some in answers]
+    answers = [done[query_name(index)]["answers"] for index, *_ in parts]
+    before = iter(known)
+    answers = [[{**next(before), **answer} for answer in some] for some in answers]
     passes = passes_over(size, queries, config.compute.query_gb)
     return answers, [tuple(group.tolist()) for group in np.array_split(np.arange(len(parts)), passes) if len(group)]
 

@@ -6,6 +6,7 @@ Operators at every site respond to first order (respond_sites.py). For the paper
 form, whose operators are made for it, and else measures on a sample of queries whether the two agree.
 """
 
+import sys
 import time
 from typing import Any
 
@@ -19,6 +20,7 @@ from stride_ray.config import Config
 from stride_ray.costs import costed
 from stride_ray.crew import crew_for
 from stride_ray.distribute import progress
+from stride_ray.errors import StrideError
 from stride_ray.fitted import load_operators, load_run_model, measured_weights
 from stride_ray.queries import batches, check_name, checked, fingerprint, padded, read_queries
 from stride_ray.respond_sites import respond_sites
@@ -58,13 +60,32 @@ def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     check_name(name)
     weights = measured_weights(run.config)
     operators = run.require("operators", "metadata.json", "stride-ray fit", weights=weights)
-    corpus = operators.store.read_json("stage.json")["keys"]["corpus"]
+    facts = operators.store.read_json("metadata.json")
+    # What rows were added for since the fit began is told by the rows alone.
+    corpus = facts.get("corpus", operators.store.read_json("stage.json")["keys"]["corpus"])
+    told_of_new_blocks(run, facts)
     stage = run.begin("responses", name, corpus=corpus, queries=fingerprint(table), weights=weights)
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", table)
     if run.config.operators.form == "sites":
         return _respond_sites(run, operators.store, stage, table.num_rows)
     return _respond_steered(run, operators.store, stage, table)
+
+
+def told_of_new_blocks(run: Run, facts: dict[str, Any]) -> None:
+    """Refuse a pool with blocks that have no rows and may be given some; say so where they may not.
+
+    Raises:
+        StrideError: naming them, and the command that adds them.
+    """
+    before, now = facts["blocks"], len(Blocks(run.stage("blocks").store))
+    if before == now:
+        return
+    store = run.store.name_of("operators")
+    which = f"Blocks {before:,} to {now - 1:,} were sharded after the fit and are not in {store}"
+    if facts.get("rows") == "blocks":
+        raise StrideError(f"{which}; add them with 'stride-ray fit', which keeps what is there.")
+    print(f"{which}: no answer names them. To have them in, fit into a new run directory.", file=sys.stderr)
 
 
 def _respond_sites(run: Run, operators: Store, stage: Stage, queries: int) -> dict[str, Any]:

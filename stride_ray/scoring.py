@@ -85,11 +85,14 @@ class QueryWorker(Scorer):
         self.table = stage.store.read_table("queries.parquet")
         self.trained = load_run_model(config, device)
 
-    def __call__(self, unit: tuple[int, int, int]) -> dict[str, Any]:
-        """Do one unit; returns its marker."""
+    def __call__(self, unit: tuple[int, int, int, tuple[str | None, ...]]) -> dict[str, Any]:
+        """Do one unit: its number, first query, how many, and the errors of those that failed before, else None."""
         started = time.monotonic()
-        index, start, count = unit
-        rows = self.table.slice(start, count).to_pylist()
+        index, start, count, errors = unit
+        rows = [
+            row if error is None else {**row, "status": "failed", "error": error}
+            for row, error in zip(self.table.slice(start, count).to_pylist(), errors, strict=True)
+        ]
         answers = [{**checked(self.model, row), "base_loss": None} for row in rows]
         found: dict[str, list[torch.Tensor]] = {}
         waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]

@@ -15,12 +15,15 @@ from stride_ray.blocks import Blocks
 from stride_ray.cli import main
 from stride_ray.errors import StrideError
 from stride_ray.fit import fit
+from stride_ray.queries import NOT_FINITE
 from stride_ray.row_store import RowStore
 from stride_ray.run import Run
+from stride_ray.shard import shard
 from stride_ray.status import status
 from stride_ray.storage import Store
 
 CANDIDATES = 5
+FIRST = "rows-000000000"
 
 
 def options(parts, **more):
@@ -214,7 +217,7 @@ def run_verb(*arguments):
 
 def spoil(name, change):
     def spoiled(folder):
-        path = folder / "operators" / name
+        path = next(iter(sorted((folder / "operators").glob(name))))
         path.write_bytes(change(path.read_bytes()))
 
     return spoiled
@@ -232,11 +235,11 @@ def of_another_format(content):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (spoil("rows-00000.safetensors", flipped), "rows-00000.safetensors is not what fit wrote"),
-        (spoil("rows-00001.safetensors", lambda content: content[:100]), "cut short or changed; restore it"),
-        (spoil("rows-00001.safetensors", lambda content: b""), r"is not what fit wrote \(0 bytes"),
+        (spoil(f"{FIRST}*", flipped), rf"{FIRST}-\d+.safetensors is not what fit wrote"),
+        (spoil("rows-*", lambda content: content[:100]), "cut short or changed; restore it"),
+        (spoil("rows-*", lambda content: b""), r"is not what fit wrote \(0 bytes"),
         (spoil("metadata.json", of_another_format), "is of format 99, and this version of stride_ray reads format 1"),
-        (lambda folder: (folder / "operators/rows-00002.safetensors").unlink(), "no such file"),
+        (lambda folder: next((folder / "operators").glob("rows-*")).unlink(), "no such file"),
     ],
 )
 def test_a_damaged_store_is_told_in_a_sentence(damage, sentence, estimated, parts, tmp_path, plain):
@@ -284,31 +287,100 @@ def test_blocks_that_overflow_are_counted_and_too_many_end_the_fit(parts, sharde
         fit(Run(str(sharded("worse")), changes=options(parts)))
 
 
-def test_operators_of_a_smaller_pool_answer_for_their_own_blocks(parts, sharded, tmp_path, plain):
-    """What was sharded after the fit has no row; that is no reason to fail."""
-    text = write_lines(tmp_path / "more/c.jsonl", [{"text": each} for each in documents(8, seed=9)])
-    folder = tmp_path / "grown"
-    run = Run(str(folder), changes=options(parts))
-    assert (
-        main(
-            [
-                "shard",
-                str(folder),
-                *(f"--set={k}={v}" for k, v in (("corpus.input", parts.corpus),)),
-                "--tokenizer",
-                str(parts.tokenizer),
-                "--block-tokens",
-                "32",
-            ]
-        )
-        == 0
+@pytest.fixture(scope="module")
+def smaller(parts, sharded, tmp_path_factory):
+    """A function: a run fitted on a pool that has grown since, and how many blocks it had."""
+    text = write_lines(
+        tmp_path_factory.mktemp("more") / "more.jsonl", [{"text": each} for each in documents(12, seed=9)]
     )
-    run = Run(
-        str(folder), changes={**options(parts), "corpus.shard_mb": 16.0, "corpus.tokenizer": str(parts.tokenizer)}
-    )
-    fit(run)
-    before = len(Blocks(run.stage("blocks").store))
-    assert main(["shard", str(folder), "--input", str(parts.corpus), "--input", text]) == 0
-    assert len(Blocks(run.stage("blocks").store)) > before
+
+    def made(name, **more):
+        folder = sharded(name)
+        run = Run(str(folder), changes=options(parts, **more))
+        fit(run)
+        before = len(Blocks(run.stage("blocks").store))
+        shard(Run(str(folder), changes={"corpus.input": [parts.corpus, text]}), io.StringIO())
+        assert len(Blocks(run.stage("blocks").store)) > before
+        return folder, before
+
+    return made
+
+
+def test_a_grown_pool_is_told_and_its_new_blocks_are_added(parts, smaller, told, plain):
+    folder, before = smaller("grown")
+    old = {path.name: path.read_bytes() for path in (folder / "operators").glob("rows-*")}
+    sketch = (folder / "operators/sketch.safetensors").read_bytes()
+    now = len(Blocks(Run(str(folder)).stage("blocks").store))
+    sentence = f"Blocks {before} to {now - 1} were sharded after the fit and are not in "
+    assert sentence in told("attribute", folder, "--queries", parts.queries, "--name", "asked")
+    fit(Run(str(folder)))
+    for name, content in old.items():
+        assert (folder / "operators" / name).read_bytes() == content
+    assert (folder / "operators/sketch.safetensors").read_bytes() == sketch
+    store = RowStore(Run(str(folder)).store.child("operators"))
+    assert len(store) == store.facts["blocks"] == sum(part["count"] for part in store.facts["parts"]) == now
+    attribute(Run(str(folder)), parts.queries, "asked", io.StringIO())
+    named = read_influence(Run(str(folder)), "asked")["ordinal"].to_pylist()
+    assert before <= max(named) < now
+    # Exact influence is in the same unit, over all blocks.
+    attribute(Run(str(folder), changes={"attribute.exact": True}), parts.queries, "asked", io.StringIO())
+    exact = by_block(read_influence(Run(str(folder)), "asked"))
+    mine = read_influence(Run(str(folder), changes={"attribute.exact": False}), "asked").to_pylist()
+    new = [row for row in mine if row["ordinal"] >= before]
+    true = np.array([exact[row["query_id"], row["ordinal"]]["influence"] for row in new])
+    assert np.corrcoef([row["influence"] for row in new], true)[0, 1] > 0.97
+
+
+def test_an_interrupted_addition_goes_on_where_it_stopped(parts, smaller, plain, monkeypatch):
+    whole, _ = smaller("whole")
+    fit(Run(str(whole)))
+    broken, _ = smaller("halved")
+    writes, write = [], Store.write
+
+    def failing(store, name, content):
+        writes.append(name)
+        if len(writes) == 9:
+            raise KeyboardInterrupt
+        return write(store, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", failing)
+        with pytest.raises(KeyboardInterrupt):
+            fit(Run(str(broken)))
+    fit(Run(str(broken)))
+    rows = "rows-*.safetensors"
+    wanted = {path.name: path.read_bytes() for path in (whole / "operators").glob(rows)}
+    assert {path.name: path.read_bytes() for path in (broken / "operators").glob(rows)} == wanted
+    facts = [json.loads((folder / "operators/metadata.json").read_text()) for folder in (whole, broken)]
+    assert facts[0] == facts[1]
+
+
+def test_operators_of_subsets_answer_for_their_own_blocks_and_are_not_added_to(parts, smaller, plain, capsys):
+    folder, before = smaller("grown-subsets", operators__rows="subsets", membership__subsets=20)
     attribute(Run(str(folder)), parts.queries, "asked", io.StringIO())
     assert max(read_influence(Run(str(folder)), "asked")["ordinal"].to_pylist()) < before
+    assert f"Blocks {before} to" in capsys.readouterr().err
+    with pytest.raises(StrideError, match=f"fitted on the first {before} blocks.*cannot be added to"):
+        fit(Run(str(folder)))
+
+
+def test_a_query_that_failed_once_stays_failed(parts, sharded, plain, monkeypatch):
+    """Its sketch overflows, its whole gradient does not: influence of the others must not slip into its place."""
+    real = respond_sites.finite_rows
+
+    def overflowing(sections):
+        good = real(sections)
+        good[0] = False  # the first of a batch of queries
+        return good
+
+    monkeypatch.setattr(respond_sites, "finite_rows", overflowing)
+    folder = sharded("once")
+    run, summary, _ = asked(folder, parts)
+    recovery = {row["query_id"]: row for row in read_influence(run, "asked", "recovery").to_pylist()}
+    assert (recovery["sea"]["status"], recovery["sea"]["error"]) == ("failed", NOT_FINITE)
+    assert recovery["kitchen"]["status"] == "ok"
+    assert summary["failed"] == 3
+    rows = [row for row in read_influence(run, "asked").to_pylist() if row["query_id"] == "kitchen"]
+    monkeypatch.setattr(respond_sites, "finite_rows", real)
+    other, _, _ = asked(sharded("twice"), parts)
+    assert rows == [row for row in read_influence(other, "asked").to_pylist() if row["query_id"] == "kitchen"]

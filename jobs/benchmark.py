@@ -14,9 +14,13 @@ what bounds them: plain matrix products, a loop through the whole model, a forwa
 `scale` runs all stages on made-up text at several sizes: seconds and memory per stage, how they grow, and what
 `stride-ray plan` foretold from the smallest. `shard` stands beside datasets.map with the same tokenizer.
 
+`recall` fills an accuracy benchmark's pool up with blocks of other texts and tells how many of the exact best blocks
+are among the candidates of estimates and of words, as the pool grows.
+
 `peers` runs bergson and a LoGRA beside ours on an accuracy benchmark's model, pool and queries, in an environment of
 their own that it makes: seconds from start to end, memory, bytes stored, LDS.
 
+    python jobs/benchmark.py recall --benchmark continued --texts texts/ --blocks 1600,6400,25600 --folder /tmp/recall
     python jobs/benchmark.py recover --blocks 1000000
     python jobs/benchmark.py recover --blocks 100000000 --baseline-queries 0
     python jobs/benchmark.py select --rows 100000000 --folder /tmp/rows
@@ -307,6 +311,16 @@ def benchmark_shard(args: argparse.Namespace) -> int:
     return 0
 
 
+def benchmark_recall(args: argparse.Namespace) -> int:
+    """Recall of the exact best blocks by pool size; print the table and the JSON line."""
+    from stride_ray.evaluate.recall import measure_recall, table
+
+    found = measure_recall(args.benchmark, args.texts, args.folder, args.blocks, args.row_bytes)
+    print(table(found))
+    print(json.dumps(found))
+    return 0
+
+
 def benchmark_peers(args: argparse.Namespace) -> int:
     """Run every tool; print the table and the JSON line."""
     from stride_ray.evaluate.peers.measure import compare_peers, table
@@ -370,6 +384,13 @@ def main() -> int:
     command.add_argument("--workers", type=count, default=2)
     command.add_argument("--folder", required=True)
     command.set_defaults(run=benchmark_shard)
+    command = commands.add_parser("recall", help="how many of the exact best blocks shortlists hold")
+    command.add_argument("--benchmark", required=True, help="an accuracy benchmark's folder, local")
+    command.add_argument("--texts", required=True, nargs="+", help="what its pool is filled up with")
+    command.add_argument("--blocks", type=counts, default="1600,6400,25600", help="sizes of the pool")
+    command.add_argument("--row-bytes", type=counts, default="320,1250,5000,20000", help="of a block's operator")
+    command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")
+    command.set_defaults(run=benchmark_recall)
     command = commands.add_parser("peers", help="bergson and a LoGRA beside ours, from start to end")
     command.add_argument("--benchmark", required=True, help="an accuracy benchmark's folder, local")
     command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")

@@ -82,7 +82,7 @@ def answer(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
         return {**exact_influence(run, table, name), "mode": "exact"}
     if not run.store.exists("operators/metadata.json"):
         fit(run)
-    with crew_for(run.config.compute, unit_count(len(Blocks(run.stage("blocks").store)))):
+    with crew_for(run.config, unit_count(len(Blocks(run.stage("blocks").store)))):
         respond_table(run, table, name)
         estimated = recover_estimates(run, name)
         return {"largest_gap": estimated["largest_gap"], **rescore(run, name), "mode": "estimated"}

@@ -215,10 +215,12 @@ def _run(parsed: argparse.Namespace) -> int:
         print(status(Run(parsed.run)))
         return 0
     if parsed.verb == "plan":
-        from stride_ray.plan import plan, table
+        from stride_ray.plan import accuracy, plan, table
 
         size = (parsed.blocks, parsed.queries, parsed.workers)
-        print(table(plan(Run(parsed.run), parsed.name, *size), *size))
+        pilot = Run(parsed.run)
+        print(table(plan(pilot, parsed.name, *size), *size))
+        print(accuracy(pilot.config, parsed.blocks), end="")
         return 0
     run = _opened(parsed)
     if parsed.verb == "scan":

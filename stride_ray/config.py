@@ -155,7 +155,10 @@ class AttributeConfig:
         False, "score every block exactly, in a pass over the pool for each batch of queries; needs no operators"
     )
     candidates: int = _option(
-        25, "blocks of largest estimated influence whose influence is then computed exactly; 0: estimates alone", low=0
+        -1,
+        "blocks of largest estimated influence whose influence is then computed exactly; -1: the fewer the more bytes "
+        "operators have a block, from 10 on; 0: estimates alone",
+        low=-1,
     )
     top: int = _option(2000, "blocks kept per query, those of largest influence, helpful or harmful", low=1)
 

@@ -15,7 +15,8 @@ import ray.exceptions
 from ray._private import state as ray_state
 
 from stride_ray import metrics
-from stride_ray.config import ComputeConfig
+from stride_ray.budget import expected_gb
+from stride_ray.config import Config
 from stride_ray.distribute import (
     PATIENCE,
     RETRIES,
@@ -142,7 +143,7 @@ _open: list[Crew] = []  # the crew of the block that is being executed, if there
 
 
 @contextmanager
-def crew_for(compute: ComputeConfig, units: int) -> Iterator[Crew]:
+def crew_for(config: Config, units: int) -> Iterator[Crew]:
     """Ray and a crew for ``units`` pieces of work: those of the block around this one, where it has them, or new ones.
 
     Stages that follow each other within a block thus share processes, which take seconds to start and load a model.
@@ -153,7 +154,7 @@ def crew_for(compute: ComputeConfig, units: int) -> Iterator[Crew]:
     if _open:
         yield _open[-1]
         return
-    with connected(compute), Crew(pool(compute, units)) as crew:
+    with connected(config.compute), Crew(pool(config.compute, units, expected_gb(config))) as crew:
         _open.append(crew)
         try:
             yield crew

@@ -108,8 +108,11 @@ def _check_answers(address: str) -> None:
         ) from None
 
 
-def pool(compute: ComputeConfig, units: int) -> Pool:
+def pool(compute: ComputeConfig, units: int, worker_gb: float = 0.0) -> Pool:
     """The workers that a stage with ``units`` pieces of work gets.
+
+    Where their number is left open there are no more than the cluster's memory holds at ``worker_gb`` each; that
+    changes no result.
 
     Raises:
         StrideError: for more workers or GPUs than the cluster has or can scale to, saying both numbers.
@@ -122,6 +125,9 @@ def pool(compute: ComputeConfig, units: int) -> Pool:
         device = "cuda" if most["GPU"] >= 1 else "cpu"
     kind = "GPU" if device == "cuda" else "CPU"
     asked = compute.workers or max(1, int(most[kind]))
+    if not compute.workers and device == "cpu" and worker_gb and have.get("CPU") and have.get("memory"):
+        memory = have["memory"] * most["CPU"] / have["CPU"]
+        asked = min(asked, max(1, int(memory / (worker_gb * 2**30))))
     if asked > most[kind]:
         raise StrideError(
             f"compute asks for {asked} worker(s) with a {kind} each; the Ray cluster has {have.get(kind, 0):g} {kind}s "

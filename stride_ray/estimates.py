@@ -68,7 +68,7 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
     done = stage.done()
     missing = [unit for unit in units if part_name(unit[0] // PARTS_PER_UNIT) not in done]
     if missing:
-        with costed(stage), crew_for(run.config.compute, len(missing)) as crew:
+        with costed(stage), crew_for(run.config, len(missing)) as crew:
             work = take_estimates if facts.get("rows") == "blocks" else solve_estimates
             given = (run.config, responses, stage, facts["blocks"])
             # Where the crew has GPUs, the machines' CPUs are free, and there are more of them.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from stride_ray.blocks import Blocks, unit_count
+from stride_ray.budget import expected_gb
 from stride_ray.closed_form import (
     add_to_subsets,
     operators_from_sums,
@@ -106,7 +107,7 @@ def grown(facts: dict[str, Any], blocks: Blocks) -> bool:
 
 def _fit_sites(config: Config, blocks: Blocks, curvature: Stage, stage: Stage) -> None:
     """The preconditioner, then rows at every site."""
-    with Crew(pool(config.compute, unit_count(len(blocks)))) as crew:
+    with Crew(pool(config.compute, unit_count(len(blocks)), expected_gb(config))) as crew:
         finish_curvature(config, blocks, curvature, crew)
         with costed(stage):
             fit_sites(config, blocks, curvature.store, stage, crew)
@@ -115,17 +116,17 @@ def _fit_sites(config: Config, blocks: Blocks, curvature: Stage, stage: Stage) -
 def _fit(config: Config, blocks: Blocks, stage: Stage) -> None:
     """Fit by the run's method, and publish what was judged."""
     if config.fit.method == "closed_form":
-        with Crew(pool(config.compute, len(blocks.shards()))) as crew:
+        with Crew(pool(config.compute, len(blocks.shards()), expected_gb(config))) as crew:
             _closed_form(config, blocks, stage, crew)
             _finish(config, blocks, stage, crew)
         return
     from stride_ray.train_distributed import train_distributed
 
     if config.fit.start == "closed_form":
-        with Crew(pool(config.compute, len(blocks.shards()))) as crew:
+        with Crew(pool(config.compute, len(blocks.shards()), expected_gb(config))) as crew:
             _closed_form(config, blocks, stage, crew)
     train_distributed(config, blocks, stage, pool(config.compute, config.fit.blocks_per_step))
-    with Crew(pool(config.compute, 1)) as crew:
+    with Crew(pool(config.compute, 1, expected_gb(config))) as crew:
         _finish(config, blocks, stage, crew)
 
 

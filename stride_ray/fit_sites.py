@@ -5,46 +5,39 @@ site at once (point 6), seen through a sketch (sketch.py) and kept in one bit a 
 budget has room for it each block is a subset of its own and the rows are an index of the pool; else a row is a
 subset's.
 
-Example: 1,600 blocks and ``operators.budget_gb = 2``. A block could take 1.3 MB, but beyond 40 KiB accuracy gains
-little: rows are of blocks, 40 KiB each, and the store takes 65 MB. With ``budget_gb = 0.023`` and ``rows = "subsets"``
+Example: 1,600 blocks and ``operators.budget_gb = 2``. A block could take 1.3 MB, but beyond 64 KiB accuracy gains
+little: rows are of blocks, 64 KiB each, and the store takes 105 MB. With ``budget_gb = 0.023`` and ``rows = "subsets"``
 the same pool gets 1,000 rows of 24 KiB.
 """
 
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from stride_ray.blocks import Blocks, unit_count
-from stride_ray.closed_form import add_to_subsets
 from stride_ray.config import Config
 from stride_ray.crew import Crew
 from stride_ray.curvature import SITES, load_sites, save_sites
 from stride_ray.distribute import progress
 from stride_ray.errors import StrideError
-from stride_ray.fitted import load_measured_model
 from stride_ray.judge import SAMPLE, gap, members, with_targets
 from stride_ray.membership import membership_of
-from stride_ray.one_bit import Rows, packed_queries, packed_rows, products, row_bytes, word_starts
-from stride_ray.passes import PoolWorker
-from stride_ray.row_store import FORMAT, RowStore, write_rows
+from stride_ray.one_bit import Rows, packed_queries, products, row_bytes, word_starts
+from stride_ray.row_store import FORMAT, RowStore
 from stride_ray.run import Stage
 from stride_ray.sites import Site
-from stride_ray.sketch import largest_shape, sketch_shapes, sketched, sketched_gradients
-from stride_ray.storage import Store, tensor_bytes
+from stride_ray.sketch import largest_shape, sketch_shapes, sketched
+from stride_ray.sketch_rows import LAYOUT, SKETCH, RowWorker, SketchWorker, over_pool, subset_rows
+from stride_ray.storage import Store
 
 # Bytes of a row beyond which accuracy gains little, for blocks and for subsets, whose sums are held in float32 while
-# they are added up; and below which a row for each block is worth less than rows for subsets (RESULTS.md, Operators).
-MOST, MOST_SUBSET, LEAST = 40 * 1024, 24 * 1024, 1024
-# Subsets' sums: most shards that are added up, and rows in one file of a shard's.
-SHARDS, ROWS = 16, 128
+# they are added up; and below which rows are of subsets (RESULTS.md, Operators).
+MOST, MOST_SUBSET, LEAST = 64 * 1024, 24 * 1024, 1024
 # Share of blocks whose gradients are not finite from which on the fit is refused.
 NOT_FINITE = 0.05
-SKETCH, LAYOUT = "sketch", "layout.json"
 
 
 @dataclass(frozen=True)
@@ -133,17 +126,10 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, cr
         ranges = blocks.cut(unit_count(len(blocks) - first), first)
         # A name says which blocks: were the pool to grow meanwhile, it would be cut elsewhere.
         names = [f"rows-{start:09d}-{stop:09d}" for start, stop in ranges]
-        _over_pool(RowWorker, names, ranges, given, stage, crew)
+        over_pool(RowWorker, names, ranges, given, stage, crew)
         parts = names
     else:
-        ranges = blocks.cut(min(SHARDS, len(blocks.shards())))
-        names = [f"sum-{index:05d}" for index in range(len(ranges))]
-        _over_pool(SumWorker, names, ranges, given, stage, crew)
-        some = list(enumerate(range(0, layout["subsets"], ROWS)))
-        parts = [f"rows-{index:05d}" for index, _ in some]
-        left = [each for each, name in zip(some, parts, strict=True) if name not in stage.done()]
-        reduce = (mean_rows, config, blocks, stage, names)
-        stage.remember(progress(crew.map(partial, reduce, left), "reduce", len(left), "parts", _one))
+        names, parts = subset_rows(given, layout["subsets"], crew)
     done = stage.done()
     failed = sum(done[name]["not_finite"] for name in names)
     if failed > NOT_FINITE * (len(blocks) - first):
@@ -165,100 +151,10 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, cr
     }
     judged = crew.map(SiteJudge, given, [facts])
     progress(judged, "judge", 1, "fit", _one)
-    stage.clear_tensors("sum-")
-
-
-def _over_pool(
-    make: Any, names: list[str], ranges: list[tuple[int, int]], given: tuple[Any, ...], stage: Stage, crew: Crew
-) -> None:
-    """Have a worker do what is missing of the pool's ordinal ranges."""
-    done = stage.done()
-    left = [(name, *ordinals) for name, ordinals in zip(names, ranges, strict=True) if name not in done]
-    results = crew.map(make, given, left)
-    total = sum(stop - start for _, start, stop in left)
-    stage.remember(progress(results, "fit", total, "blocks", lambda marker: marker["blocks"]))
-
-
-def _failed(ordinals: list[int]) -> dict[str, Any]:
-    """What a marker says of blocks whose gradients are not finite: how many, and the first."""
-    return {"not_finite": len(ordinals), "spoilt": min(ordinals, default=None)}
 
 
 def _one(_: Any) -> int:
     return 1
-
-
-class SketchWorker(PoolWorker):
-    """A worker that takes sketches of blocks' gradients."""
-
-    load = staticmethod(load_measured_model)
-
-    def __init__(self, config: Config, blocks: Blocks, stage: Stage, device: str) -> None:
-        super().__init__(config, blocks, device)
-        self.stage = stage
-        self.sketches = load_sites(stage.store, SKETCH, self.model.device)
-
-    def sections(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
-        """Sketches (B, a·b) by site of each sequence."""
-        return sketched_gradients(self.model, self.sketches, ids, mask)[0]
-
-
-def finite_rows(sections: list[Tensor]) -> Tensor:
-    """(B,) bool: whether a sequence's gradients are finite."""
-    return torch.stack([section.sum(1) for section in sections]).isfinite().all(0)
-
-
-class RowWorker(SketchWorker):
-    """Publishes a row for each of a range's blocks."""
-
-    def __call__(self, unit: tuple[str, int, int]) -> dict[str, Any]:
-        """Do one unit; returns its marker."""
-        started = time.monotonic()
-        name, start, stop = unit
-        pieces, failed = [], list[int]()
-        for batch in self.blocks.batches(start, stop, self.rows):
-            sections = self.sections(*self.trimmed(batch))
-            failed += batch.ordinals[(~finite_rows(sections)).cpu().numpy()].tolist()
-            pieces.append(packed_rows([section.cpu().numpy() for section in sections]))
-        rows = Rows(np.concatenate([p.bits for p in pieces]), np.concatenate([p.scales for p in pieces]))
-        facts = {"hash": write_rows(self.stage.store, name, rows), "first": start, "count": len(rows)}
-        return self.stage.mark(name, started, blocks=stop - start, **_failed(failed), **facts)
-
-
-class SumWorker(SketchWorker):
-    """Adds the sketches of a shard's blocks to their subsets' sums and publishes these, ROWS subsets a file."""
-
-    def __call__(self, unit: tuple[str, int, int]) -> dict[str, Any]:
-        """Do one unit; returns its marker."""
-        started = time.monotonic()
-        name, start, stop = unit
-        membership, failed = membership_of(self.config), list[int]()
-        sums = torch.zeros(membership.subsets + 1, sum(self.stage.store.read_json(LAYOUT)["sizes"]))
-        for batch in self.blocks.batches(start, stop, self.rows):
-            sections = self.sections(*self.trimmed(batch))
-            spoilt = ~finite_rows(sections).cpu()
-            failed += batch.ordinals[spoilt.numpy()].tolist()
-            Z = torch.cat(sections, 1).cpu()
-            Z[spoilt] = 0.0
-            add_to_subsets(sums, Z, membership.columns_at(batch.ordinals))
-        for index, rows in enumerate(sums[:-1].split(ROWS)):
-            self.stage.store.write(f"{name}-{index:05d}.safetensors", tensor_bytes({"sums": rows}))
-        return self.stage.mark(name, started, blocks=stop - start, **_failed(failed))
-
-
-def mean_rows(config: Config, blocks: Blocks, stage: Stage, shards: list[str], unit: tuple[int, int]) -> dict[str, Any]:
-    """Rows of ROWS subsets: the shards' sums added in order, over the subsets' sizes."""
-    started = time.monotonic()
-    index, first = unit
-    total: Any = 0.0
-    for shard in shards:
-        total = total + stage.store.read_tensors(f"{shard}-{index:05d}.safetensors")["sums"]
-    sizes = membership_of(config).sizes(len(blocks))[first : first + ROWS]
-    means = total.numpy() / np.maximum(sizes, 1)[:, None].astype(np.float32)
-    ends = np.cumsum(stage.store.read_json(LAYOUT)["sizes"])[:-1]
-    rows, name = packed_rows(np.split(means, ends, axis=1)), f"rows-{index:05d}"
-    facts = {"hash": write_rows(stage.store, name, rows), "first": first, "count": len(rows)}
-    return stage.mark(name, started, **facts)
 
 
 class SiteJudge(SketchWorker):

@@ -44,7 +44,7 @@ def load_measured_model(config: Config, device: str) -> SplitModel:
     """
     if not config.model.start:
         return load_run_model(config, device)
-    return _between(config.model.start, config.model.path, config.model.dtype, device)
+    return between(config.model.start, config.model.path, config.model.dtype, device)
 
 
 def measured_weights(config: Config) -> str:
@@ -75,7 +75,12 @@ def _settle_gpu(device: str, dtype: str) -> None:
 
 
 @lru_cache(maxsize=1)
-def _between(start_path: str, path: str, dtype: str, device: str) -> SplitModel:
+def between(start_path: str, path: str, dtype: str, device: str) -> SplitModel:
+    """The model whose parameters lie LATE of the way from those at ``start_path`` to those at ``path``.
+
+    Raises:
+        StrideError: as load_model does, and where the two's parameters differ in name or shape.
+    """
     _settle_gpu(device, dtype)
     measured, start = (load_model(each, split=1.0, dtype=dtype, device=device) for each in (path, start_path))
     ends, starts = (dict(each.model.named_parameters()) for each in (measured, start))

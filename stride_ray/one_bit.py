@@ -74,14 +74,31 @@ def row_bytes(sizes: Sequence[int]) -> int:
 
 def packed_rows(sections: Sequence[NDArray[np.float32]]) -> Rows:
     """Rows from their sections, (n, size) each; a row that is not finite everywhere becomes zeros."""
-    scales = []
-    for z in sections:
-        first, second = np.abs(z).sum(1, dtype=np.float64), np.square(z, dtype=np.float64).sum(1)
-        with np.errstate(invalid="ignore"):  # of inf by inf, which is told below
-            scales.append(np.divide(second, first, out=np.zeros_like(second), where=first > 0))
-    found = np.stack(scales, 1)
-    found[~np.isfinite(found).all(1)] = 0.0
-    return Rows(_words([z >= 0 for z in sections]), found.astype(np.float32))
+    starts, n = word_starts([z.shape[1] for z in sections]), len(sections[0])
+    bits, sums = np.zeros((n, starts[-1]), np.uint64), np.zeros((n, len(sections), 2))
+    for at, z in enumerate(sections):
+        _pack(np.ascontiguousarray(z, np.float32), bits[:, starts[at] : starts[at + 1]], sums[:, at])
+    first, second = sums[..., 0], sums[..., 1]
+    good = np.isfinite(sums.sum(axis=(1, 2), keepdims=True)[..., 0])
+    scales = np.divide(second, first, out=np.zeros_like(second), where=(first > 0) & good)
+    return Rows(bits, scales.astype(np.float32))
+
+
+@njit(cache=True, nogil=True)
+def _pack(z: NDArray, words: NDArray, sums: NDArray) -> None:
+    """Signs of a section's coordinates as bits, and Σ|zⱼ| and |z|² of each row."""
+    for row in range(len(z)):
+        size = squares = 0.0
+        for word in range(words.shape[1]):
+            bits = np.uint64(0)
+            for place in range(min(64, z.shape[1] - 64 * word)):
+                x = np.float64(z[row, 64 * word + place])
+                if x >= 0:
+                    bits |= np.uint64(1) << np.uint64(place)
+                size += abs(x)
+                squares += x * x
+            words[row, word] = bits
+        sums[row, 0], sums[row, 1] = size, squares
 
 
 def packed_queries(sections: Sequence[NDArray[np.float32]]) -> Queries:

@@ -9,13 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stride_ray.blocks import shard_count
+from stride_ray.blocks import shard_count, unit_count
+from stride_ray.config import Config
 from stride_ray.costs import NAME
 from stride_ray.errors import StrideError
 from stride_ray.estimates import PARTS_PER_UNIT
 from stride_ray.fit_sites import rows_for
-from stride_ray.rescore import passes_over
+from stride_ray.passes import SLICES
+from stride_ray.rescore import CANDIDATES, candidate_count, candidates_needed, passes_over
 from stride_ray.respond import UNIT
+from stride_ray.respond_sites import SLICE
+from stride_ray.respond_sites import SLICES as SLICED
 from stride_ray.run import Run, Stage
 from stride_ray.storage import safe_url
 
@@ -28,7 +32,7 @@ class Size:
         blocks: N. ``subsets``: K of the Lasso. ``queries``: how many.
         store: bytes of operators at every site; 0 for the paper's forms.
         passes: over the pool, where every block is scored exactly.
-        rows: kept per query.
+        rows: kept per query. ``candidates``: of a query.
     """
 
     blocks: int
@@ -37,6 +41,7 @@ class Size:
     store: float
     passes: int
     rows: int
+    candidates: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,11 @@ def _once(old: Size, new: Size) -> float:
 
 def _passes(old: Size, new: Size) -> float:
     return _blocks(old, new) * new.passes / max(1, old.passes)
+
+
+def _rescored(old: Size, new: Size) -> float:
+    # As if no two queries had a candidate in common.
+    return _queries(old, new) * new.candidates / max(1, old.candidates)
 
 
 def _ranked(old: Size, new: Size) -> float:
@@ -125,7 +135,7 @@ GROWTH: dict[str, Callable[[Size, Size], float]] = {
     "count": _blocks,
     "queries": _queries,
     "score": _passes,
-    "influence/score": _queries,
+    "influence/score": _rescored,
     "gather": _queries,
     "rank": _ranked,
     "fit": _blocks,
@@ -135,14 +145,30 @@ GROWTH: dict[str, Callable[[Size, Size], float]] = {
     "recover": _solved,
     "columns": _recovered,
 }
-# Queries in a unit, which bounds the workers that a phase can keep busy.
-UNITS: dict[str, int] = {
-    "queries": UNIT,
-    "respond": UNIT,
-    "recover": UNIT * PARTS_PER_UNIT,
-    "columns": UNIT * PARTS_PER_UNIT,
-    "rank": UNIT,
-    "gather": UNIT,
+
+
+def _parts(of_queries: int) -> Callable[[Size], int]:
+    return lambda size: -(-size.queries // of_queries)
+
+
+# Units of work, which bound the workers that a phase can keep busy; of the others there are as many as anyone has.
+UNITS: dict[str, Callable[[Size], int]] = {
+    "queries": _parts(UNIT),
+    "respond": _parts(UNIT),
+    "recover": _parts(UNIT * PARTS_PER_UNIT),
+    "columns": _parts(UNIT * PARTS_PER_UNIT),
+    "rank": _parts(UNIT),
+    "gather": _parts(UNIT),
+    "precondition": lambda _: SLICES,
+    "scale": lambda _: SLICES,
+    "sums": lambda size: shard_count(size.blocks),
+    "fit": lambda size: unit_count(size.blocks),
+    "score": lambda size: size.passes * unit_count(size.blocks),
+    "influence/score": lambda size: -(-size.queries * size.candidates // CANDIDATES),
+    "multiply": lambda size: max(SLICED, -(-int(size.store) // SLICE)),
+    "reduce": lambda _: 1,
+    "judge": lambda _: 1,
+    "sketch": lambda _: 1,
 }
 # Blocks per subset from which on the solver's working sets are full.
 FULL = 100
@@ -197,7 +223,7 @@ def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list
         for label, each in cost["phases"].items():
             grown = each["busy"] * GROWTH.get(f"{stage}/{label}", GROWTH.get(label, _once))(old, new)
             rest = max(0.0, each["wall"] - each["busy"] / each["workers"])
-            seconds += rest + grown / min(workers, _units(label, queries, workers))
+            seconds += rest + grown / min(workers, _units(stage, label, new, workers))
             worker_seconds += grown
         reads = sum(written.get(each, 0.0) for each in READS.get(stage, ())) * (new.passes if stage == "exact" else 1)
         holds = max(each["peak_mb"] for each in cost["phases"].values())
@@ -205,9 +231,10 @@ def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list
     return estimates
 
 
-def _units(label: str, queries: int, workers: int) -> int:
-    """How many units a phase has, where it is of queries; as many as workers elsewhere."""
-    return max(1, -(-queries // UNITS[label])) if label in UNITS else workers
+def _units(stage: str, label: str, size: Size, workers: int) -> int:
+    """How many units a phase has; as many as workers where that is not known."""
+    counted = UNITS.get(f"{stage}/{label}", UNITS.get(label))
+    return workers if counted is None else max(1, counted(size))
 
 
 def _costs(pilot: Run, stage: str, name: str) -> dict[str, tuple[Stage, dict[str, Any]]]:
@@ -227,7 +254,9 @@ def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: i
         passes = passes_over(gradient, q, options.compute.query_gb)
         _, K, room = rows_for(options, n)
         store = K * room if options.operators.form == "sites" else 0.0
-        return Size(n, options.membership.subsets, q, store, passes, min(n, options.attribute.top))
+        facts = {"row_bytes": room, "subsets": K, "blocks": n} if store else {}
+        candidates = min(n, candidate_count(options, facts))
+        return Size(n, options.membership.subsets, q, store, passes, min(n, options.attribute.top), candidates)
 
     return size(pool, known), size(blocks, queries)
 
@@ -254,6 +283,23 @@ def table(estimates: list[Estimate], blocks: int, queries: int, workers: int) ->
                 f"{'all of ' + mode:<18}{'':>12}{_sized(writes):>12}{'':>16}{_timed(work):>16}{_timed(takes):>12}"
             )
     return "\n".join(lines)
+
+
+def accuracy(config: Config, n_blocks: int) -> str:
+    """A line on what the operators' budget means for a pool of that size; empty for the paper's forms."""
+    if config.operators.form != "sites":
+        return ""
+    of_blocks, rows, room = rows_for(config, n_blocks)
+    a_block = rows * room / n_blocks
+    told = f"operators take {_sized(a_block)} a block" + ("" if of_blocks else f", as rows of {rows:,} subsets")
+    facts = {"row_bytes": room, "subsets": rows, "blocks": n_blocks}
+    taken, needed = candidate_count(config, facts), candidates_needed(n_blocks, a_block)
+    if taken >= needed:
+        return f"{told}; {taken:,} candidates a query hold some 95 % of the exact best ten\n"
+    return (
+        f"{told}; {taken:,} candidates a query are fewer than the {needed:,} that would hold 95 % of the exact best "
+        "ten: raise operators.budget_gb\n"
+    )
 
 
 def _sized(count: float) -> str:

@@ -30,6 +30,9 @@ from stride_ray.storage import Store
 
 # The most queries in one pass over the pool; the most candidates in a unit of work, and units of a group at least.
 MOST, CANDIDATES, UNITS = 256, 128, 8
+# Candidates that hold 95 % of the exact best ten: ten, and so many times N^⅓ more where operators have 1 KiB a block,
+# falling with that power of the bytes (RESULTS.md, Shortlists; fitted at 1,600 to 115,465 blocks). And the most.
+FEWEST, MORE, FALL, LARGEST = 10, 34.0, 1.75, 1600
 
 
 def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     if not stage.store.exists("manifest.json"):
         with (
             unless_finished(stage, "manifest.json"),
-            crew_for(run.config.compute, unit_count(len(blocks))) as crew,
+            crew_for(run.config, unit_count(len(blocks))) as crew,
         ):
             finish_curvature(run.config, blocks, curvature, crew)
             with costed(stage):
@@ -80,7 +83,8 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
     ``influence-*.parquet`` holds the blocks with influence, most helpful first and most harmful last, and says of each
     whether it is exact or estimated; ``documents-*`` the same summed to documents, each block's influence shared by
     tokens; ``recovery-*`` a row per query with the solver's figures, how many blocks are named and how many of them are
-    exact, and the error of a failed query. Candidates are the ``attribute.candidates`` blocks of largest estimate.
+    exact, and the error of a failed query. Candidates are the ``attribute.candidates`` blocks of largest estimate
+    (candidate_count).
 
     Args:
         run: with finished estimates of that name.
@@ -96,7 +100,8 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
     keys = estimates.store.read_json("stage.json")["keys"]
     about = {key: keys[key] for key in ("corpus", "queries", "weights")}
     blocks = Blocks(run.stage("blocks").store)
-    wanted = run.config.attribute.candidates
+    facts = run.require("operators", "metadata.json", "stride-ray fit").store.read_json("metadata.json")
+    wanted = candidate_count(run.config, facts)
     curvature = begin_curvature(run, blocks, keys["weights"]) if wanted else None
     stage = run.begin("influence", name, **about)
     if not stage.store.exists("queries.parquet"):
@@ -104,18 +109,24 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
     if not stage.store.exists("manifest.json"):
         with (
             unless_finished(stage, "manifest.json"),
-            crew_for(run.config.compute, unit_count(len(blocks))) as crew,
+            crew_for(run.config, unit_count(len(blocks))) as crew,
         ):
             if curvature is not None:
                 finish_curvature(run.config, blocks, curvature, crew)
             with costed(stage):
-                _rescore(run.config, blocks, curvature.store if curvature else None, stage, estimates, crew)
+                _rescore(run.config, blocks, curvature.store if curvature else None, stage, estimates, wanted, crew)
     stage.clear_tensors()
     return stage.store.read_json("manifest.json")
 
 
 def _rescore(
-    config: Config, blocks: Blocks, curvature: Store | None, stage: Stage, estimates: Stage, crew: Crew
+    config: Config,
+    blocks: Blocks,
+    curvature: Store | None,
+    stage: Stage,
+    estimates: Stage,
+    candidates: int,
+    crew: Crew,
 ) -> None:
     rows = read_estimates(estimates)
     units: list[Scoring] = []
@@ -123,9 +134,31 @@ def _rescore(
         answers = [rows[at : at + UNIT] for at in range(0, len(rows), UNIT)]
     else:
         answers, groups = _query_gradients(config, blocks, curvature, stage, len(rows), crew, rows)
-        units = [unit for group in groups for unit in candidate_units(group, answers, config.attribute.candidates)]
+        units = [unit for group in groups for unit in candidate_units(group, answers, candidates)]
         _score(config, blocks, curvature, stage, units, crew)
     _rank(config, blocks, stage, units, answers, crew)
+
+
+def candidate_count(config: Config, operators: dict[str, Any]) -> int:
+    """How many candidates a query has.
+
+    Example: 115,465 blocks and 2 GB of operators are 18 KiB a block and make 20 candidates, a million blocks and 8 GB
+    8 KiB and 99; a million blocks and 2 GB make 940.
+
+    Args:
+        config: of the run.
+        operators: their metadata.json; the paper's forms have no bytes a block, and 100 candidates.
+    """
+    wanted = config.attribute.candidates
+    if wanted < 0 and "row_bytes" in operators:
+        a_block = operators["row_bytes"] * operators["subsets"] / operators["blocks"]
+        return min(LARGEST, candidates_needed(operators["blocks"], a_block))
+    return 100 if wanted < 0 else wanted
+
+
+def candidates_needed(n_blocks: int, bytes_a_block: float) -> int:
+    """How many candidates of a query hold 95 % of the exact best ten of so many blocks."""
+    return round(FEWEST + MORE * n_blocks ** (1 / 3) / (bytes_a_block / 1024) ** FALL)
 
 
 def candidate_units(group: tuple[int, ...], answers: list[list[dict[str, Any]]], candidates: int) -> list[Scoring]:

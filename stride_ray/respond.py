@@ -94,7 +94,7 @@ def _respond_sites(run: Run, operators: Store, stage: Stage, queries: int) -> di
         with (
             unless_finished(stage, "manifest.json"),
             costed(stage),
-            crew_for(run.config.compute, unit_count(len(RowStore(operators)))) as crew,
+            crew_for(run.config, unit_count(len(RowStore(operators)))) as crew,
         ):
             respond_sites(run.config, Blocks(run.stage("blocks").store), operators, stage, queries, crew)
             markers = [marker for name, marker in stage.done().items() if name.startswith("part-")]
@@ -119,7 +119,7 @@ def _respond_steered(run: Run, operators: Store, stage: Stage, table: pa.Table) 
     done = stage.done()
     missing = [unit for unit in units if part_name(unit[0]) not in done]
     if missing:
-        with costed(stage), crew_for(run.config.compute, len(missing)) as crew:
+        with costed(stage), crew_for(run.config, len(missing)) as crew:
             given = (run.config, run.store, stage, crew.device)
             if mode == "auto" and "modes" not in done:
                 stage.remember(

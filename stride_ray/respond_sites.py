@@ -18,7 +18,6 @@ from stride_ray.blocks import Blocks
 from stride_ray.config import Config
 from stride_ray.crew import Crew
 from stride_ray.distribute import progress
-from stride_ray.fit_sites import SketchWorker, finite_rows
 from stride_ray.fitted import load_run_model
 from stride_ray.model import masked_mean
 from stride_ray.one_bit import Queries, packed_queries, products
@@ -28,6 +27,7 @@ from stride_ray.row_store import RowStore
 from stride_ray.run import Stage, part_name
 from stride_ray.sites import HARM, harm_halved
 from stride_ray.sketch import whole_shape
+from stride_ray.sketch_rows import SketchWorker, finite_rows
 from stride_ray.storage import Store, tensor_bytes
 
 # Queries in a unit of work, and the most that share a pass over the rows.

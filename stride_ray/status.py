@@ -35,7 +35,11 @@ def _line(run: Run, stage: str, name: str) -> str:
     cost += f", at most {max((marker['peak_mb'] for marker in markers), default=0)} MB a worker"
     if not opened.store.exists(finished):
         return f"  {title:<28} under way or interrupted: {len(markers)} unit(s) done; run it again to go on"
-    return f"  {title:<28} done, {_figures(stage, opened.store.read_json(finished))}; {cost}"
+    facts = opened.store.read_json(finished)
+    blocks = run.stage("blocks").store
+    behind = blocks.read_json("manifest.json")["blocks"] - facts["blocks"] if stage == "operators" else 0
+    more = f"; {behind} blocks were sharded since and are not in it" if behind else ""
+    return f"  {title:<28} done, {_figures(stage, facts)}{more}; {cost}"
 
 
 def _figures(stage: str, facts: dict[str, Any]) -> str:

@@ -236,7 +236,7 @@ def run_plainly(patch):
     """Have what is imported run without Ray: the same functions in a plain loop, which Ray must not differ from."""
     changes = {
         distribute.connected: lambda compute: contextlib.nullcontext(),
-        distribute.pool: lambda compute, units: Pool(1, "cpu"),
+        distribute.pool: lambda compute, units, worker_gb=0.0: Pool(1, "cpu"),
         distribute.map_dataset: _plain_map,
         distribute.map_tasks: lambda function, given, units, pool: [function(*given, unit) for unit in units],
         crew.map_actors: _plain_map,

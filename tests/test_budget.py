@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_sites import llama
 
-from stride_ray import budget
+from stride_ray import budget, distribute
 from stride_ray.budget import kept_bytes, rows_at_once
-from stride_ray.config import Config
+from stride_ray.config import ComputeConfig, Config
 from stride_ray.memory import peak_bytes, resident_bytes, restart_peak
 from stride_ray.model import SplitModel
 from stride_ray.sites import find_sites, tapped
@@ -67,3 +67,23 @@ def test_a_pass_takes_about_what_was_counted():
     torch.autograd.grad(z.sum(), list(wrote.values()))
     grown = peak_bytes() - before
     assert 0.5 * counted < grown < 2 * budget.PASS * counted
+
+
+def test_workers_are_no_more_than_memory_holds(monkeypatch, parts):
+    cluster = {"CPU": 8.0, "memory": 17.0 * 2**30}
+    monkeypatch.setattr(distribute.ray, "cluster_resources", lambda: cluster)
+    monkeypatch.setattr(distribute.ray_state.state, "get_max_resources_from_cluster_config", lambda: {"CPU": 8})
+
+    def workers(worker_gb, units=100, **compute):
+        return distribute.pool(ComputeConfig(device="cpu", **compute), units, worker_gb).workers
+
+    assert (workers(4.0), workers(0.0), workers(1.0), workers(100.0)) == (4, 8, 8, 1)
+    assert workers(4.0, workers=8) == 8  # who asks for eight gets eight
+    assert workers(4.0, units=3) == 3
+    cluster["memory"] /= 4
+    cluster["CPU"] /= 4  # a quarter of the nodes is there, and the rest can come
+    assert workers(4.0) == 4
+    small = Config().updated({"model.path": str(parts.model), "compute.worker_gb": 6.0})
+    assert budget.expected_gb(small) == budget.SMALL_GB
+    assert budget.expected_gb(small.updated({"compute.worker_gb": 1.0})) == 1.0
+    assert budget.expected_gb(small.updated({"model.path": "a/hub-id"})) == 6.0

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from conftest import QUERIES, documents, settings, write_lines
 
-from stride_ray import fit_sites, rescore, respond_sites
+from stride_ray import fit_sites, rescore, respond_sites, sketch_rows
 from stride_ray.attribute import attribute, read_influence
 from stride_ray.blocks import Blocks
 from stride_ray.cli import main
+from stride_ray.config import Config
 from stride_ray.errors import StrideError
 from stride_ray.fit import fit
 from stride_ray.queries import NOT_FINITE
@@ -265,7 +266,7 @@ def test_a_budget_without_a_coordinate_a_site_is_refused(parts, sharded, told):
 
 
 def test_blocks_that_overflow_are_counted_and_too_many_end_the_fit(parts, sharded, plain, monkeypatch):
-    real, spoiled = fit_sites.sketched_gradients, {"share": 0.0}
+    real, spoiled = sketch_rows.sketched_gradients, {"share": 0.0}
 
     def overflowing(model, sketches, ids, mask):
         pieces, losses = real(model, sketches, ids, mask)
@@ -273,7 +274,7 @@ def test_blocks_that_overflow_are_counted_and_too_many_end_the_fit(parts, sharde
             pieces[0][row, 0] = float("nan")
         return pieces, losses
 
-    monkeypatch.setattr(fit_sites, "sketched_gradients", overflowing)
+    monkeypatch.setattr(sketch_rows, "sketched_gradients", overflowing)
     spoiled["share"] = 0.01
     folder = sharded("overflow")
     run = Run(str(folder), changes=options(parts, compute__batch_tokens=10**6, attribute__candidates=0))
@@ -313,6 +314,7 @@ def test_a_grown_pool_is_told_and_its_new_blocks_are_added(parts, smaller, told,
     now = len(Blocks(Run(str(folder)).stage("blocks").store))
     sentence = f"Blocks {before} to {now - 1} were sharded after the fit and are not in "
     assert sentence in told("attribute", folder, "--queries", parts.queries, "--name", "asked")
+    assert f"{now - before} blocks were sharded since and are not in it" in status(Run(str(folder)))
     fit(Run(str(folder)))
     for name, content in old.items():
         assert (folder / "operators" / name).read_bytes() == content
@@ -384,3 +386,58 @@ def test_a_query_that_failed_once_stays_failed(parts, sharded, plain, monkeypatc
     monkeypatch.setattr(respond_sites, "finite_rows", real)
     other, _, _ = asked(sharded("twice"), parts)
     assert rows == [row for row in read_influence(other, "asked").to_pylist() if row["query_id"] == "kitchen"]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "row_bytes", "rows", "count"),
+    [
+        (1_600, 64 * 1024, 1_600, 10),
+        (115_465, 18_599, 115_465, 20),
+        (10**6, 8 * 1024, 10**6, 99),
+        (10**6, 2 * 1024, 10**6, 1_021),
+        (10**9, 24 * 1024, 1_000, 1_600),  # rows of subsets
+    ],
+)
+def test_the_fewer_bytes_a_block_the_more_candidates(blocks, row_bytes, rows, count):
+    facts = {"row_bytes": row_bytes, "subsets": rows, "blocks": blocks}
+    assert rescore.candidate_count(Config(), facts) == count
+    assert rescore.candidate_count(Config().updated({"attribute.candidates": 7}), facts) == 7
+    assert rescore.candidate_count(Config().updated({"attribute.candidates": 0}), facts) == 0
+    assert rescore.candidate_count(Config(), {"blocks": blocks, "subsets": rows}) == 100  # the paper's forms
+
+
+def test_sums_of_many_units_are_added_in_waves(parts, sharded, plain, monkeypatch):
+    more = {"operators__rows": "subsets", "membership__subsets": 40}
+
+    def rows(name, stop=0):
+        folder, writes, write = sharded(name), [], Store.write
+
+        def failing(store, path, content):
+            writes.append(path)
+            if len(writes) == stop:
+                raise KeyboardInterrupt
+            return write(store, path, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "write", failing)
+            with pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext():
+                fit(Run(str(folder), changes=options(parts, **more)))
+        fit(Run(str(folder)))
+        left = {path.name for path in (folder / "operators").glob("*.safetensors")}
+        assert not [each for each in left if each.startswith(("sum-", "total-"))]
+        store = RowStore(Store(str(folder / "operators")))
+        return store.take(np.arange(len(store))), writes
+
+    once, _ = rows("one-wave")
+    monkeypatch.setattr(sketch_rows, "UNIT", 9)  # 11 units of 9 blocks, in waves of three, 16 subsets a file
+    monkeypatch.setattr(sketch_rows, "WAVE", 3)
+    monkeypatch.setattr(sketch_rows, "ROWS", 16)
+    waves, writes = rows("waves")
+    np.testing.assert_allclose(waves.scales, once.scales, rtol=1e-4)
+    assert np.unpackbits((waves.bits ^ once.bits).view(np.uint8)).mean() < 1e-3
+    totals = [at for at, path in enumerate(writes, 1) if path.startswith("total-")]
+    assert len(totals) == 3 * 3
+    for stop in (totals[0] - 2, totals[1], totals[4] + 1, len(writes) - 3):
+        again, _ = rows(f"waves{stop}", stop)
+        assert np.array_equal(again.bits, waves.bits)
+        assert np.array_equal(again.scales, waves.scales)

@@ -15,6 +15,7 @@ from stride_ray.baselines import (
     ekfac_stages,
     embedding,
     graddot,
+    lent,
     less,
     logra,
     rds,
@@ -58,6 +59,12 @@ METHODS: dict[str, Baseline] = {
     "ekfac": Baseline("EK-FAC", ekfac.scores, False, "influence functions, all weight matrices"),
     "ekfac_stages": Baseline(
         "EK-FAC, two stages", ekfac_stages.scores, False, "EK-FAC where training began and ended", True
+    ),
+    "ekfac_lent": Baseline(
+        "EK-FAC, with our two", lent.lent(ekfac.scores), False, "measured where ours is, negative scores halved"
+    ),
+    "logra_lent": Baseline(
+        "LoGRA, with our two", lent.lent(logra.scores), False, "measured where ours is, negative scores halved"
     ),
     "dsir": Baseline("DSIR", dsir.scores, True, "a corpus selector: log importance weights, query by query"),
     "airrep": Baseline("AirRep", airrep.scores, False, "embeddings trained to predict influence; needs its encoder"),

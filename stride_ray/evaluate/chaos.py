@@ -48,10 +48,11 @@ OURS = ("ray::MapWorker", "ray::_Member", "ray::_task")
 # Stages in order, by the folder whose being there says that the stage has begun.
 STAGES = {
     "shard": "blocks",
+    "curvature": "curvature",
     "fit": "operators",
     "respond": "responses",
-    "recover": "influence",
-    "curvature": "curvature",
+    "recover": "estimates",
+    "rescore": "influence",
     "exact": "exact",
     "select": "chosen",
 }

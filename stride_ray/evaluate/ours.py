@@ -118,7 +118,7 @@ def _way(name: str, **changes: Any) -> Variant:
 
 
 VARIANTS: tuple[Variant, ...] = (
-    Variant("STRIDE", default=True, note="one-bit operators at every site, 25 candidates exact; no option turned"),
+    Variant("STRIDE", default=True, note="one-bit operators at every site, 10 candidates exact; no option turned"),
     Variant("STRIDE exact", {"attribute.exact": True}, note="every block exactly, a pass over the pool a batch"),
     Variant("STRIDE, estimates alone", {"attribute.candidates": 0}, note="no candidate is rescored"),
     Variant("STRIDE, subsets", SUBSETS, note="K = 1000 operators of subsets in 25 MB, Lasso; no candidate is rescored"),
@@ -153,7 +153,7 @@ VARIANTS: tuple[Variant, ...] = (
             note="what bytes and candidates do to accuracy; sizes are for a pool of 1,600 blocks",
         )
         for size in (0.3, 1, 5, 10, 20, 48)
-        for candidates in (0, 25, 100, 400)
+        for candidates in (0, 10, 25, 100, 400)
     ),
     *(
         Variant(

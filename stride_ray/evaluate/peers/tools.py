@@ -90,6 +90,13 @@ def _ekfac(place: Place) -> list[list[str]]:
     return [place.bergson("ekfac", "--data.dataset", place.pool, "--query.dataset", place.queries, *corrected)]
 
 
+def _ekfac_again(place: Place) -> list[list[str]]:
+    """The factors are kept, the rest is done again."""
+    clear = "import shutil, sys; [shutil.rmtree(path) for path in sys.argv[1:]]"
+    of_queries = [f"{place.run}/ekfac/{name}" for name in ("query", "kfac_query", "scores")]
+    return [[place.python, "-c", clear, *of_queries], *([*command, "--resume"] for command in _ekfac(place))]
+
+
 def _logra(place: Place) -> list[list[str]]:
     return [[place.python, str(LOGRA), place.model, place.pool, place.queries, f"{place.run}/scores.npy"]]
 
@@ -130,7 +137,7 @@ def _our_scores(place: Place, queries: int, blocks: int) -> np.ndarray:
 TOOLS = (
     Tool("bergson, quick start", _quick, _bergson_scores("score")),
     Tool("bergson, TrackStar", _trackstar, _bergson_scores("trackstar/scores")),
-    Tool("bergson, EK-FAC", _ekfac, _bergson_scores("ekfac/scores")),
+    Tool("bergson, EK-FAC", _ekfac, _bergson_scores("ekfac/scores"), further=_ekfac_again),
     Tool("dattri, LoGRA", _logra, _logra_scores),
     Tool("STRIDE", _ours(), _our_scores, ours=True, further=_batch("again")),
     Tool("STRIDE, exact", _ours("--exact"), _our_scores, ours=True, further=_batch("again", "--exact")),

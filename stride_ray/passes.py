@@ -48,11 +48,12 @@ def check_tokenizer(config: Config, blocks: Blocks) -> None:
 
 def corpus_of(stage: Stage, manifest: str, blocks: Blocks) -> str:
     """The fingerprint of the blocks that a stage is of: all there are, or, of a finished one, those there were then."""
+    now = blocks.manifest["fingerprint"]
     if stage.store.exists(manifest):
-        before = blocks.beginning(stage.store.read_json(manifest)["blocks"])
-        if before and stage.store.read_json("stage.json")["keys"].get("corpus") == before:
-            return before
-    return blocks.manifest["fingerprint"]
+        then = stage.store.read_json("stage.json")["keys"].get("corpus")
+        if then != now and then == blocks.beginning(stage.store.read_json(manifest)["blocks"]):
+            return then
+    return now
 
 
 def token_counts(blocks: Blocks, crew: Crew) -> np.ndarray:

@@ -189,8 +189,8 @@ def test_subsets_fitted_in_pieces_are_those_fitted_at_once(parts, sharded, plain
     more = {"operators__rows": "subsets", "membership__subsets": 16}
     runs = []
     for name, shards, rows in (("few", 2, 5), ("many", 16, 128)):
-        monkeypatch.setattr(fit_sites, "SHARDS", shards)
-        monkeypatch.setattr(fit_sites, "ROWS", rows)
+        monkeypatch.setattr(sketch_rows, "FEW", shards)
+        monkeypatch.setattr(sketch_rows, "ROWS", rows)
         runs.append(Run(str(sharded(name)), changes=options(parts, **more)))
         fit(runs[-1])
     one, two = (RowStore(run.store.child("operators")).take(np.arange(16)) for run in runs)

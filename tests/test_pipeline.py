@@ -174,7 +174,7 @@ def test_new_files_continue_the_numbering(finished, parts, tmp_path, plain):
     recover_estimates(run, "asked")
     rescore(run, "asked")
     assert data_files(tmp_path / "run") == {**new, **old}
-    with pytest.raises(StrideError, match="was made from other blocks"):
+    with pytest.raises(StrideError, match=r"fitted on the first 99 blocks.* cannot be added to"):
         fit(run)
 
 

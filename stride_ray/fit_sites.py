@@ -158,25 +158,30 @@ def _one(_: Any) -> int:
 
 
 class SiteJudge(SketchWorker):
-    """Measures whether rows answer to their own blocks, and publishes the store's metadata."""
+    """Measures whether rows answer to their own blocks, and publishes the store's metadata.
+
+    Products are divided by both lengths: blocks' lengths differ a hundredfold, and a few would make up the whole mean.
+    """
 
     def __call__(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Do it; returns the metadata."""
         sample = with_targets(self.blocks, self.blocks.sample(SAMPLE, self.config.seed + 1))
         pieces = [self.sections(*self.trimmed(batch)) for batch in self.taken(sample)]
         sections = [torch.cat(each).cpu().numpy() for each in zip(*pieces, strict=True)]
-        weights = [
-            (section / site.scale).astype(np.float32) for section, site in zip(sections, self.sketches, strict=True)
-        ]
-        good = np.stack([np.isfinite(each).all(1) for each in weights]).all(0)
-        queries = packed_queries([each[good] for each in weights])
+        good = np.stack([np.isfinite(each).all(1) for each in sections]).all(0)
+        sections = [each[good] for each in sections]
+        scales = [site.scale for site in self.sketches]
+        queries = packed_queries([(z / scale).astype(np.float32) for z, scale in zip(sections, scales, strict=True)])
         rows, inside = self._rows(facts, sample[good])
-        halves = products(rows, queries, word_starts(facts["sizes"]))
-        found, error = gap(halves.sum(2), inside)
+        asked = sum(np.square(z, dtype=np.float64).sum(1) / scale for z, scale in zip(sections, scales, strict=True))
+        held = np.square(rows.scales, dtype=np.float64) @ (np.array(facts["sizes"]) / np.array(scales))
+        lengths = np.sqrt(np.multiply.outer(asked, held))
+        answers = products(rows, queries, word_starts(facts["sizes"])).sum(2)
+        found, error = gap(answers / np.maximum(lengths, 1e-300), inside)
         learned = bool(found > 2 * error)
-        told = f"own blocks minus others {found:+.4g} ± {error:.2g}"
+        told = f"mean cosine with their own blocks minus that with others {found:+.3g} ± {error:.1g}"
         verdict = (
-            f"The operators answer to their own blocks: {told} of a block's mean influence on itself."
+            f"The operators answer to their own blocks: {told}."
             if learned
             else f"WARNING: these operators do not tell their own blocks from others; estimates mean nothing: {told}."
         )

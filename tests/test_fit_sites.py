@@ -441,3 +441,19 @@ def test_sums_of_many_units_are_added_in_waves(parts, sharded, plain, monkeypatc
         again, _ = rows(f"waves{stop}", stop)
         assert np.array_equal(again.bits, waves.bits)
         assert np.array_equal(again.scales, waves.scales)
+
+
+@pytest.mark.parametrize("more", [{}, {"operators__rows": "subsets", "membership__subsets": 40}])
+def test_a_few_long_gradients_do_not_decide_whether_operators_answer(more, parts, sharded, plain, monkeypatch):
+    real = sketch_rows.sketched_gradients
+
+    def uneven(model, sketches, ids, mask):
+        pieces, losses = real(model, sketches, ids, mask)
+        longer = (1 + 99 * (ids.sum(1) % 16 == 0)).float().unsqueeze(1)  # one in sixteen
+        return [piece * longer for piece in pieces], losses
+
+    monkeypatch.setattr(sketch_rows, "sketched_gradients", uneven)
+    facts = fit(Run(str(sharded("uneven")), changes=options(parts, **more)))
+    assert facts["learned"]
+    assert "mean cosine with their own blocks minus that with others +" in facts["verdict"]
+    assert 5 * facts["gap_error"] < facts["gap"] < 1

@@ -79,8 +79,7 @@ def layout_of(config: Config, n_blocks: int, sites: tuple[Site, ...], shares: di
             f"The pool has {n_blocks} blocks and membership.subsets asks for {K} subsets; there must be at least as "
             "many blocks as subsets: lower --subsets or shard more text."
         )
-    # A site's section ends at a whole word, and has a scale.
-    coordinates = int(8 * (room - (8 + 4) * len(sites)))
+    coordinates = coordinates_in(room, len(sites))
     if coordinates < len(sites):
         fewer = "" if of_blocks else ", or lower membership.subsets"
         raise StrideError(
@@ -88,10 +87,20 @@ def layout_of(config: Config, n_blocks: int, sites: tuple[Site, ...], shares: di
             f"row takes at least {row_bytes([1] * len(sites))}, a coordinate for each of {len(sites)} sites: "
             f"raise it{fewer}."
         )
-    shapes = sketch_shapes([largest_shape(site) for site in sites], [shares[site.name] for site in sites], coordinates)
+    shapes = shapes_of(sites, shares, coordinates)
     sizes = tuple(a * b for a, b in shapes)
     names = tuple(site.name for site in sites)
     return Layout("blocks" if of_blocks else "subsets", K, names, tuple(shapes), sizes, row_bytes(sizes))
+
+
+def coordinates_in(room: float, sites: int) -> int:
+    """How many coordinates a row of so many bytes has: a site's section ends at a whole word, and has a scale."""
+    return int(8 * (room - (8 + 4) * sites))
+
+
+def shapes_of(sites: tuple[Site, ...], shares: dict[str, float], coordinates: int) -> list[tuple[int, int]]:
+    """a and b of each site's sketch that so many coordinates are spread over (sketch.sketch_shapes)."""
+    return sketch_shapes([largest_shape(site) for site in sites], [shares[site.name] for site in sites], coordinates)
 
 
 def make_sketch(config: Config, curvature: Store, stage: Stage, n_blocks: int) -> dict[str, Any]:

@@ -252,13 +252,19 @@ def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: i
 
     def size(n: int, q: int) -> Size:
         passes = passes_over(gradient, q, options.compute.query_gb)
-        _, K, room = rows_for(options, n)
-        store = K * room if options.operators.form == "sites" else 0.0
-        facts = {"row_bytes": room, "subsets": K, "blocks": n} if store else {}
+        facts = _operators(options, n)
+        store = facts["subsets"] * facts["row_bytes"] if facts else 0.0
         candidates = min(n, candidate_count(options, facts))
         return Size(n, options.membership.subsets, q, store, passes, min(n, options.attribute.top), candidates)
 
     return size(pool, known), size(blocks, queries)
+
+
+def _operators(config: Config, n_blocks: int) -> dict[str, Any]:
+    """What metadata.json will say of the size of operators at every site; nothing for the paper's forms."""
+    of_blocks, rows, room = rows_for(config, n_blocks)
+    facts = {"rows": "blocks" if of_blocks else "subsets", "row_bytes": room, "subsets": rows, "blocks": n_blocks}
+    return facts if config.operators.form == "sites" else {}
 
 
 def table(estimates: list[Estimate], blocks: int, queries: int, workers: int) -> str:
@@ -287,12 +293,12 @@ def table(estimates: list[Estimate], blocks: int, queries: int, workers: int) ->
 
 def accuracy(config: Config, n_blocks: int) -> str:
     """A line on what the operators' budget means for a pool of that size; empty for the paper's forms."""
-    if config.operators.form != "sites":
+    facts = _operators(config, n_blocks)
+    if not facts:
         return ""
-    of_blocks, rows, room = rows_for(config, n_blocks)
-    a_block = rows * room / n_blocks
-    told = f"operators take {_sized(a_block)} a block" + ("" if of_blocks else f", as rows of {rows:,} subsets")
-    facts = {"row_bytes": room, "subsets": rows, "blocks": n_blocks}
+    a_block = facts["subsets"] * facts["row_bytes"] / n_blocks
+    how = f", as rows of {facts['subsets']:,} subsets" if facts["rows"] == "subsets" else ""
+    told = f"operators take {_sized(a_block)} a block{how}"
     taken, needed = candidate_count(config, facts), candidates_needed(n_blocks, a_block)
     if taken >= needed:
         return f"{told}; {taken:,} candidates a query hold some 95 % of the exact best ten\n"

@@ -30,6 +30,7 @@ from stride_ray.distribute import Pool
 from stride_ray.fit import fit
 from stride_ray.run import Run
 from stride_ray.shard import shard
+from stride_ray.storage import Store
 
 TOKENS, VOCABULARY = 32, 320
 # Text of a corpus that wants to be a script.
@@ -209,6 +210,26 @@ def one_ray():
     ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@contextlib.contextmanager
+def killed_at_write(count):
+    """Within it the ``count``-th file that a run publishes is a KeyboardInterrupt, which must come; 0: none.
+
+    Yields the names of the files, as they come.
+    """
+    writes, write = [], Store.write
+
+    def failing(store, name, content):
+        writes.append(name)
+        if len(writes) == count:
+            raise KeyboardInterrupt
+        return write(store, name, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "write", failing)
+        with pytest.raises(KeyboardInterrupt) if count else contextlib.nullcontext():
+            yield writes
 
 
 class PlainCrew:

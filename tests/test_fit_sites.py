@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import QUERIES, documents, settings, write_lines
+from conftest import QUERIES, documents, killed_at_write, settings, write_lines
 
 from stride_ray import fit_sites, rescore, respond_sites, sketch_rows
 from stride_ray.attribute import attribute, read_influence
@@ -112,19 +112,10 @@ def test_a_plain_loop_gives_the_same_bytes(estimated, parts, sharded, plain):
 
 
 @pytest.mark.parametrize("at", [1, 4, 9, 14, 19, 24, 29])
-def test_an_interrupted_answer_goes_on_where_it_stopped(at, estimated, parts, sharded, plain, monkeypatch):
-    broken, writes, write = sharded(f"broken{at}"), [], Store.write
-
-    def failing(store, name, content):
-        writes.append(name)
-        if len(writes) == 2 * at:
-            raise KeyboardInterrupt
-        return write(store, name, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Store, "write", failing)
-        with pytest.raises(KeyboardInterrupt):
-            asked(broken, parts)
+def test_an_interrupted_answer_goes_on_where_it_stopped(at, estimated, parts, sharded, plain):
+    broken = sharded(f"broken{at}")
+    with killed_at_write(2 * at):
+        asked(broken, parts)
     asked(broken, parts)
     assert data(broken) == data(estimated[0])
     assert not list(broken.glob("*/asked/*.safetensors"))
@@ -333,22 +324,12 @@ def test_a_grown_pool_is_told_and_its_new_blocks_are_added(parts, smaller, told,
     assert np.corrcoef([row["influence"] for row in new], true)[0, 1] > 0.97
 
 
-def test_an_interrupted_addition_goes_on_where_it_stopped(parts, smaller, plain, monkeypatch):
+def test_an_interrupted_addition_goes_on_where_it_stopped(parts, smaller, plain):
     whole, _ = smaller("whole")
     fit(Run(str(whole)))
     broken, _ = smaller("halved")
-    writes, write = [], Store.write
-
-    def failing(store, name, content):
-        writes.append(name)
-        if len(writes) == 9:
-            raise KeyboardInterrupt
-        return write(store, name, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Store, "write", failing)
-        with pytest.raises(KeyboardInterrupt):
-            fit(Run(str(broken)))
+    with killed_at_write(9):
+        fit(Run(str(broken)))
     fit(Run(str(broken)))
     rows = "rows-*.safetensors"
     wanted = {path.name: path.read_bytes() for path in (whole / "operators").glob(rows)}
@@ -410,18 +391,9 @@ def test_sums_of_many_units_are_added_in_waves(parts, sharded, plain, monkeypatc
     more = {"operators__rows": "subsets", "membership__subsets": 40}
 
     def rows(name, stop=0):
-        folder, writes, write = sharded(name), [], Store.write
-
-        def failing(store, path, content):
-            writes.append(path)
-            if len(writes) == stop:
-                raise KeyboardInterrupt
-            return write(store, path, content)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Store, "write", failing)
-            with pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext():
-                fit(Run(str(folder), changes=options(parts, **more)))
+        folder = sharded(name)
+        with killed_at_write(stop) as writes:
+            fit(Run(str(folder), changes=options(parts, **more)))
         fit(Run(str(folder)))
         left = {path.name for path in (folder / "operators").glob("*.safetensors")}
         assert not [each for each in left if each.startswith(("sum-", "total-"))]

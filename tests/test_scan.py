@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import run_plainly, write_lines
+from conftest import killed_at_write, run_plainly, write_lines
 
 from stride_ray.cli import main
 from stride_ray.errors import StrideError
@@ -124,23 +124,13 @@ def test_small_text_files_stay_in_their_units(place):
 
 
 @pytest.mark.parametrize("at", [1, 3, 5, 8, 10, 11])
-def test_a_killed_scan_leaves_the_last_good_night_and_goes_on(at, place, monkeypatch):
+def test_a_killed_scan_leaves_the_last_good_night_and_goes_on(at, place):
     night(place, "n1")
     before = data(place / "scans/nights/n1")
     leak(place, 1)
     shutil.copytree(place / "scans", place / "kept")
-    writes, write = [], Store.write
-
-    def failing(store, name, content):
-        writes.append(name)
-        if len(writes) == at:
-            raise KeyboardInterrupt
-        return write(store, name, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Store, "write", failing)
-        with pytest.raises(KeyboardInterrupt):
-            night(place, "n2")
+    with killed_at_write(at):
+        night(place, "n2")
     assert json.loads((place / "scans/latest.json").read_text()) == {"night": "n1"}
     assert data(place / "scans/nights/n1") == before
     assert not (place / "scans/scan.lock").exists()

@@ -20,11 +20,12 @@ from stride_ray.baselines.problem import Texts
 from stride_ray.blocks import Blocks, unit_count
 from stride_ray.config import ComputeConfig, Config
 from stride_ray.crew import crew_for
-from stride_ray.curvature import SITES, finish_curvature, load_sites
+from stride_ray.curvature import SITES, begin_curvature, finish_curvature, load_sites
 from stride_ray.distribute import progress
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark, read_benchmark
 from stride_ray.evaluate.ours import settings
+from stride_ray.fit_sites import coordinates_in, shapes_of
 from stride_ray.fitted import load_measured_model, measured_weights
 from stride_ray.one_bit import packed_queries, packed_rows, products, word_starts
 from stride_ray.passes import PoolWorker
@@ -32,7 +33,7 @@ from stride_ray.queries import batches, padded
 from stride_ray.run import Run, Stage
 from stride_ray.shard import shard
 from stride_ray.sites import EMBEDDING, HEAD, ORIGIN, Site, harm_halved, site_gradients
-from stride_ray.sketch import largest_shape, sketch_shapes, sketched
+from stride_ray.sketch import sketched
 from stride_ray.storage import Store, tensor_bytes
 
 EXACT, WORDS = "exact", "TF-IDF"
@@ -53,7 +54,7 @@ def measure_recall(
         row_bytes: of a block's row, several.
 
     Returns:
-        ``rows``: blocks, source, bytes (0 for words), and by "best of candidates" the mean over queries of the share.
+        ``rows``: blocks, source (bytes a block, or words, or both), and by "best of candidates" the mean over queries.
 
     Raises:
         StrideError: for too few texts, or as shard.
@@ -61,9 +62,8 @@ def measure_recall(
     benchmark, store = read_benchmark(benchmark_url), Store(folder)
     run = filled_pool(benchmark, texts, store, max(sizes))
     blocks = Blocks(run.stage("blocks").store)
-    corpus, weights = blocks.manifest["fingerprint"], measured_weights(run.config)
-    curvature = run.begin("curvature", corpus=corpus, weights=weights)
-    stage = Stage(run.store.child("recall"), corpus)
+    curvature = begin_curvature(run, blocks, measured_weights(run.config))
+    stage = Stage(run.store.child("recall"), blocks.manifest["fingerprint"])
     units = [(f"scores-{i:05d}", *ends) for i, ends in enumerate(blocks.cut(unit_count(len(blocks))))]
     with crew_for(run.config, len(units)) as crew:
         finish_curvature(run.config, blocks, curvature, crew)
@@ -92,8 +92,7 @@ def filled_pool(benchmark: Benchmark, texts: Sequence[str], store: Store, size: 
         raise StrideError(f"The texts make {len(found)} blocks, and {wanted} are needed; give more, or smaller sizes.")
     order = np.random.default_rng(0).permutation(len(found))[:wanted]
     if not store.exists("pool.parquet"):
-        ids = found.batch(np.sort(order)).ids[np.argsort(np.argsort(order))]
-        rows = [benchmark.blocks.tokens(i) for i in range(len(benchmark.blocks))] + list(ids)
+        rows = [benchmark.blocks.tokens(i) for i in range(len(benchmark.blocks))] + list(found.batch(order).ids)
         store.write_table("pool.parquet", pa.table({"token_ids": pa.array(rows, pa.list_(pa.int32()))}))
     run = Run(f"{store.url}/run", changes={**given, "corpus.input": [f"{store.url}/pool.parquet"]})
     shard(run)
@@ -120,9 +119,8 @@ class RecallWorker(PoolWorker):
         shares = curvature.read_json("manifest.json")["sites"]
         self.sketches = {}
         for size in row_bytes:
-            coordinates = 8 * size - (64 + 32) * len(self.sites)
-            whole = [largest_shape(site) for site in self.sites]
-            shapes = sketch_shapes(whole, [shares[site.name] for site in self.sites], max(len(self.sites), coordinates))
+            coordinates = max(len(self.sites), coordinates_in(size, len(self.sites)))
+            shapes = shapes_of(self.sites, shares, coordinates)
             self.sketches[size] = sketched(self.sites, shapes, config.seed)
         self._code(queries)
 

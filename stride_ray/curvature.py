@@ -26,14 +26,15 @@ from stride_ray.sites import (
     moments_of,
     origin_weight,
     preconditioned,
-    site_gradients,
 )
-from stride_ray.sketch import whole_shape
+from stride_ray.sketch import sketched, sketched_gradients, whole_shape
 from stride_ray.storage import Store, tensor_bytes
 from stride_ray.vocabulary import TokenSide
 
 # Tokens that second moments are taken over, and blocks that sites' scales are.
 MOMENT_TOKENS, SCALE_BLOCKS = 131_072, 256
+# Directions of either side that lengths are measured in: whitening whole gradients would take longer than the fit.
+DIRECTIONS = 64
 TENSORS, TOKENS = ("W_in", "W_out", "unigram"), ("weights", "buckets", "directions")
 SIDES = ("read", "written")
 SITES, UNSCALED = "sites", "unscaled"
@@ -141,22 +142,24 @@ class MomentWorker(PoolWorker):
 
 
 class ScaleWorker(PoolWorker):
-    """Σ |H^-½ J|² by site, and the loss, over some blocks."""
+    """Σ |H^-½ J|² by site, in a sketch of DIRECTIONS on either side, and the loss, over some blocks."""
 
     load = staticmethod(load_measured_model)
 
     def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store) -> None:
         super().__init__(config, blocks, device)
-        self.sites = load_sites(curvature, UNSCALED, self.model.device)
+        sites = load_sites(curvature, UNSCALED, "cpu")
+        shapes = [(min(F, DIRECTIONS), min(D, DIRECTIONS)) for F, D in map(whole_shape, sites)]
+        self.sketches = [site.to(self.model.device) for site in sketched(sites, shapes, config.seed)]
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Do one unit; returns its findings."""
         index, ordinals = unit
-        squares, loss, targets = dict.fromkeys((site.name for site in self.sites), 0.0), 0.0, 0
+        squares, loss, targets = dict.fromkeys((site.name for site in self.sketches), 0.0), 0.0, 0
         for batch in self.taken(ordinals):
-            each, losses = site_gradients(self.model, self.sites, *self.trimmed(batch))
-            for site, J in each:
-                squares[site.name] += float(site.whitened(J).double().square().sum())
+            found, losses = sketched_gradients(self.model, self.sketches, *self.trimmed(batch))
+            for site, Z in zip(self.sketches, found, strict=True):
+                squares[site.name] += float(Z.double().square().sum()) / site.scale
             counted = batch.mask[:, 1:].sum(1)
             loss += float((losses.nan_to_num().cpu().double() * torch.from_numpy(counted)).sum())
             targets += int(counted.sum())

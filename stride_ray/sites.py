@@ -151,6 +151,11 @@ def find_sites(model: SplitModel, wanted: float = 0.0) -> tuple[str, ...]:
     return (*(() if wanted else (EMBEDDING,)), *found, HEAD)
 
 
+def site_module(model: SplitModel, name: str) -> Any:
+    """The module whose output a site is, of one that is neither head nor origin."""
+    return model.model.get_input_embeddings() if name == EMBEDDING else model.model.get_submodule(name)
+
+
 def tapped(
     model: SplitModel, sites: Iterable[str], ids_BT: Tensor
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -179,9 +184,7 @@ def tapped(
 
         return hook
 
-    ends = {EMBEDDING: model.model.get_input_embeddings()}
-    modules = {name: ends.get(name) or model.model.get_submodule(name) for name in wanted}
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    handles = [site_module(model, name).register_forward_hook(keep(name)) for name in wanted]
     try:
         with torch.enable_grad():
             z = model.read(ids_BT)
@@ -191,9 +194,11 @@ def tapped(
     return z, read, {name: wrote[name] for name in wanted}
 
 
-def written_gradients(z_BTD: Tensor, wrote: dict[str, Tensor], slope_BTD: Tensor) -> dict[str, Tensor]:
-    """Gradients (B, T, D) float32 at what sites write, from those at the final states."""
-    gradients = torch.autograd.grad(z_BTD, list(wrote.values()), slope_BTD) if wrote else []
+def written_gradients(
+    z_BTD: Tensor, wrote: dict[str, Tensor], slope_BTD: Tensor, keep: bool = False
+) -> dict[str, Tensor]:
+    """Gradients (B, T, D) float32 at what sites write, from those at the final states; ``keep`` the graph for more."""
+    gradients = torch.autograd.grad(z_BTD, list(wrote.values()), slope_BTD, retain_graph=keep) if wrote else []
     return {name: g.float() for name, g in zip(wrote, gradients, strict=True)}
 
 
@@ -211,7 +216,7 @@ def _counted(mask_BT: Tensor) -> Tensor:
     return mask_BT[:, 1:].flip(1).cumsum(1).flip(1).gt(0)
 
 
-def _omega(mask_BT: Tensor) -> Tensor:
+def token_weights(mask_BT: Tensor) -> Tensor:
     """(B, T − 1): the weight of each next token in its sequence's mean loss."""
     omega = mask_BT[:, 1:].float()
     return omega / omega.sum(1, keepdim=True).clamp(min=1)
@@ -232,7 +237,7 @@ def add_moments(
     for name in sites:
         u, g = read.pop(name), written.pop(name, None)
         u = u[:, :-1][counted] if name != EMBEDDING else torch.empty(0, 0, device=model.device)
-        g = g[:, :-1][counted] if g is not None else _omega(mask_BT)[counted].unsqueeze(1)
+        g = g[:, :-1][counted] if g is not None else token_weights(mask_BT)[counted].unsqueeze(1)
         if name not in totals:
             totals[name] = (u.new_zeros(u.shape[1], u.shape[1]), g.new_zeros(g.shape[1], g.shape[1]))
         for total, x in zip(totals[name], (u, g), strict=True):
@@ -318,7 +323,7 @@ def head_gradients(
 
     Head: Σ_t ω_t ((p_t − y_t) W_out) ⊗ z_t; origin: π for p_t. A few sequences' logits at a time.
     """
-    omega, ids = _omega(mask_BT), ids_BT[:, 1:]
+    omega, ids = token_weights(mask_BT), ids_BT[:, 1:]
     rows = max(1, model.logits_budget // (model.vocabulary * max(1, ids_BT.shape[1])))
     pieces: dict[str, list[Tensor]] = {site.name: [] for site in sites if site.name in (HEAD, ORIGIN)}
     losses, slopes = [], []

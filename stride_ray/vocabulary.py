@@ -55,6 +55,15 @@ class TokenSide:
             x = x.new_zeros(*x.shape[:-1], self.folded).index_add_(-1, self.buckets[:V], x)
         return x @ self.directions[: x.shape[-1]] if len(self.directions) else x
 
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """The transpose of ``of``: numbers (…, V) from coordinates (…, n), which are not projected."""
+        return (x[..., self.buckets] if len(self.buckets) else x) * self.weights
+
+    def spread(self, ids_BT: Tensor, v_nD: Tensor) -> Tensor:
+        """The transpose of ``summed``: (B, T, D) from (n, D), each token's row at its places."""
+        places = self.buckets[ids_BT] if len(self.buckets) else ids_BT
+        return v_nD[places] * self.weights[ids_BT].unsqueeze(2)
+
     def summed(self, ids_BT: Tensor, x_BTD: Tensor, begun: Tensor | None = None) -> Tensor:
         """Σ_t coordinates(id_t) ⊗ x_t of each sequence: (B, n, D); ``begun``, of that shape, is added to in place."""
         places = self.buckets[ids_BT] if len(self.buckets) else ids_BT

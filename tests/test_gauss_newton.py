@@ -1,0 +1,144 @@
+"""Gauss–Newton products against the definition, with weights really moved, and stepped ones against differentiated."""
+
+# ruff: noqa: F811 -- the fixtures made and texts
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from test_sites import MAKES, V, made, raw_sites, texts  # noqa: F401
+
+from stride_ray.gauss_newton import Linearised
+from stride_ray.model import SplitModel
+from stride_ray.sites import EMBEDDING, HEAD, site_gradients
+from stride_ray.vocabulary import token_side
+
+
+def directions(model, sites, texts, count=2):
+    """Random directions of J's shape."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = {site.name: J.shape[1:] for site, J in site_gradients(model, sites, *texts)[0]}
+    return [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(count)]
+
+
+def inner(x, y):
+    return float(sum((x[name].double() * y[name].double()).sum() for name in x))
+
+
+def moved_logits(model, v, step):
+    """Logits of the model in float64 with its weights moved a step along v."""
+    moved = copy.deepcopy(model.model).double()
+    for name, direction in v.items():
+        ends = {EMBEDDING: moved.get_input_embeddings(), HEAD: moved.get_output_embeddings()}
+        module = ends.get(name) or moved.get_submodule(name)
+        as_read = name in (EMBEDDING, HEAD) or type(module).__name__ == "Conv1D"
+        module.weight.data += step * (direction if as_read else direction.T).double()
+    return lambda ids: moved(ids).logits
+
+
+def curvature(model, u, v, ids, mask):
+    """uᵀ G v by the definition, with what the weights do to the logits from steps of its weights."""
+    changes = [
+        (moved_logits(model, each, 1e-3)(ids) - moved_logits(model, each, -1e-3)(ids))[:, :-1] / 2e-3 for each in (u, v)
+    ]
+    p = model.model.double()(ids).logits[:, :-1].softmax(-1)
+    model.model.float()
+    a, b = changes
+    each = (p * a * b).sum(-1) - (p * a).sum(-1) * (p * b).sum(-1)
+    weights = mask[:, 1:].double() / mask[:, 1:].sum(1, keepdim=True).clamp(min=1)
+    return float((each * weights).sum())
+
+
+@pytest.mark.parametrize("budget", [1, 10**6])  # one sequence's logits at a time, all
+def test_products_are_those_of_the_definition(made, texts, budget):
+    model, names = made
+    model.logits_budget = budget
+    sites = raw_sites(model, names)
+    u, v = directions(model, sites, texts)
+    linearised = Linearised(model, sites, *texts)
+    assert not linearised.stepped
+    Gu, Gv = linearised.product(u), linearised.product(v)
+    assert {name: x.shape for name, x in Gu.items()} == {name: x.shape for name, x in u.items()}
+    with torch.no_grad():
+        for one, two, product in ((u, u, Gu), (v, v, Gv), (u, v, Gv), (v, u, Gu)):
+            assert inner(one, product) == pytest.approx(curvature(model, one, two, *texts), rel=2e-3)
+
+
+class Refused(torch.autograd.Function):
+    """A module of somebody's own, whose backward pass may not be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g.clone()
+
+
+class Silent(Refused):
+    """One whose backward pass is no graph, as that of a kernel, without a word."""
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.detach().clone()
+
+
+@pytest.mark.parametrize("own", [Refused, Silent])
+def test_a_model_that_has_no_second_derivative_is_stepped_along(own, made, texts):
+    model, names = made
+    sites = raw_sites(model, names)
+    (v,) = directions(model, sites, texts, 1)
+    expected = Linearised(model, sites, *texts).product(v)
+    handle = model.layers[0].register_forward_hook(
+        lambda _, __, out: (own.apply(out[0]), *out[1:]) if isinstance(out, tuple) else own.apply(out)
+    )
+    linearised = Linearised(model, sites, *texts)
+    found = linearised.product(v)
+    handle.remove()
+    assert linearised.stepped
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=5e-3, atol=5e-3 * float(x.abs().max()))
+
+
+def test_a_folded_vocabulary_has_the_folded_product(made, texts, monkeypatch):
+    monkeypatch.setattr("stride_ray.vocabulary.SKETCH", 8)
+    model, names = made
+    whole = raw_sites(model, names)
+    side = token_side(torch.rand(V, generator=torch.Generator().manual_seed(3)) + 0.5, 0)
+    folded = tuple(replace(site, tokens=side) if site.name in (EMBEDDING, HEAD) else site for site in whole)
+    (v,) = directions(model, folded, texts, 1)
+    found = Linearised(model, folded, *texts).product(v)
+    one_hot = torch.zeros(V, 8)
+    one_hot[torch.arange(V), side.buckets] = side.weights
+    ends = (EMBEDDING, HEAD)
+    expected = Linearised(model, whole, *texts).product({n: one_hot @ x if n in ends else x for n, x in v.items()})
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], one_hot.T @ x if name in ends else x, rtol=1e-3, atol=1e-4)
+
+
+def test_some_layers_alone_have_the_product_of_their_own_sites(made, texts):
+    model, names = made
+    sites = raw_sites(model, names)
+    (v,) = directions(model, sites, texts, 1)
+    few = sites[3:]
+    found = Linearised(model, few, *texts).product({site.name: v[site.name] for site in few})
+    alone = {name: x if name in found else torch.zeros_like(x) for name, x in v.items()}
+    expected = Linearised(model, sites, *texts).product(alone)
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_gives_about_the_same(texts):
+    torch.manual_seed(0)
+    make, layers, attention, mlp = MAKES["llama"]
+    whole = SplitModel(make(), split=1)
+    names = (EMBEDDING, *(f"{layers}.{i}.{part}" for i in (0, 1) for part in (attention, mlp)), HEAD)
+    half = SplitModel(copy.deepcopy(whole.model).bfloat16(), split=1)
+    (v,) = directions(whole, raw_sites(whole, names), texts, 1)
+    products = [Linearised(model, raw_sites(model, names), *texts).product(v) for model in (whole, half)]
+    one, two = (torch.cat([x.flatten() for x in each.values()]) for each in products)
+    assert two.dtype == torch.float32
+    assert torch.cosine_similarity(one, two, dim=0) > 0.995

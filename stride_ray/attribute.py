@@ -53,9 +53,10 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
     page = _write_page(run, name, shown)
     stage = run.stage(table_stage(run), name)
     gap = f", largest relative duality gap {summary['largest_gap']:.1e}" if summary.get("largest_gap") else ""
+    unsolved = f" ({summary['unsolved']} without a solve, which came to nothing)" if summary["unsolved"] else ""
     how = "" if summary["exact"] == summary["rows"] else f"; the others are estimates{believable(summary)}"
     print(
-        f"\n{summary['queries']} queries ({summary['failed']} failed), {summary['rows']} influences, "
+        f"\n{summary['queries']} queries ({summary['failed']} failed){unsolved}, {summary['rows']} influences, "
         f"median {summary['median_nonzeros']:g} blocks a query{gap}; {summary['exact']} of them are exact{how}.\n"
         f"Tables: {stage.store.name_of('influence-*.parquet')}\nPage:   {page}",
         file=out,

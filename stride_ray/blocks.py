@@ -121,9 +121,9 @@ class Blocks:
         edges = np.linspace(first, len(self), count + 1).astype(int)
         return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
 
-    def sample(self, count: int, seed: int) -> np.ndarray:
-        """Ordinals of ``count`` blocks (or all) drawn without replacement, ascending."""
-        n = len(self)
+    def sample(self, count: int, seed: int, among: int | None = None) -> np.ndarray:
+        """Ordinals of ``count`` blocks (or all) drawn without replacement, ascending; of the first ``among`` alone."""
+        n = len(self) if among is None else among
         return np.sort(np.random.default_rng([seed, n]).choice(n, min(count, n), replace=False))
 
     def _arrays(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -148,6 +148,15 @@ class RecoverConfig:
 
 
 @dataclass(frozen=True)
+class SolveConfig:
+    """Solving for a query's direction with the Gauss–Newton matrix, in place of its Kronecker factors alone."""
+
+    steps: int = _option(0, "steps of conjugate gradients for each query; 0: the Kronecker factors alone", low=0)
+    blocks: int = _option(48, "blocks of the pool that the Gauss–Newton matrix is taken over", low=1)
+    damping: float = _option(1.0, "times the damped Kronecker factors, added to the Gauss–Newton matrix", low=0.0)
+
+
+@dataclass(frozen=True)
 class AttributeConfig:
     """How queries are answered."""
 
@@ -230,6 +239,7 @@ class Config:
     membership: MembershipConfig = field(default_factory=MembershipConfig)
     operators: OperatorConfig = field(default_factory=OperatorConfig)
     fit: FitConfig = field(default_factory=FitConfig)
+    solve: SolveConfig = field(default_factory=SolveConfig)
     respond: RespondConfig = field(default_factory=RespondConfig)
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     attribute: AttributeConfig = field(default_factory=AttributeConfig)
@@ -266,10 +276,11 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "blocks": ("", ("corpus.columns", "corpus.tokenizer", "corpus.layout", "corpus.block_tokens", "corpus.shard_mb")),
     "curvature": ("blocks", ("seed", "model.path", "model.start", "model.dtype", "operators.layers")),
     "operators": ("curvature", ("model.split", "membership", "operators", "fit")),
-    "responses": ("operators", ("respond", "attribute.top")),
+    "directions": ("curvature", ("solve",)),
+    "responses": ("operators", ("solve", "respond", "attribute.top")),
     "estimates": ("responses", ("recover",)),
     "influence": ("estimates", ("attribute.candidates",)),
-    "exact": ("curvature", ("attribute.top",)),
+    "exact": ("curvature", ("solve", "attribute.top")),
 }
 
 

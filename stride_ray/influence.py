@@ -43,6 +43,7 @@ RECOVERY = pa.schema(
         pa.field("gap", pa.float64()),
         pa.field("rounds", pa.int32()),
         pa.field("reliability", pa.float32()),
+        pa.field("steps", pa.int32()),
         pa.field("exact", pa.int32()),
     ]
 )

@@ -117,6 +117,7 @@ STAGES = {
     "blocks": False,
     "curvature": False,
     "operators": False,
+    "directions": True,
     "responses": True,
     "estimates": True,
     "influence": True,
@@ -124,9 +125,9 @@ STAGES = {
 }
 # The stages of the two ways to an answer, and of the one, those that a further batch of queries takes.
 MODES = {
-    "estimated": ("blocks", "curvature", "operators", "responses", "estimates", "influence"),
-    "a further batch": ("responses", "estimates", "influence"),
-    "exact": ("blocks", "curvature", "exact"),
+    "estimated": ("blocks", "curvature", "operators", "directions", "responses", "estimates", "influence"),
+    "a further batch": ("directions", "responses", "estimates", "influence"),
+    "exact": ("blocks", "curvature", "directions", "exact"),
 }
 # How a phase's work grows, by the label of its progress line, which a stage may come before; all others do not grow.
 GROWTH: dict[str, Callable[[Size, Size], float]] = {
@@ -134,6 +135,8 @@ GROWTH: dict[str, Callable[[Size, Size], float]] = {
     "number": _blocks,
     "count": _blocks,
     "queries": _queries,
+    "code": _queries,
+    "invert": _queries,
     "score": _passes,
     "influence/score": _rescored,
     "gather": _queries,
@@ -154,6 +157,8 @@ def _parts(of_queries: int) -> Callable[[Size], int]:
 # Units of work, which bound the workers that a phase can keep busy; of the others there are as many as anyone has.
 UNITS: dict[str, Callable[[Size], int]] = {
     "queries": _parts(UNIT),
+    "code": _parts(UNIT),
+    "invert": _parts(UNIT),
     "respond": _parts(UNIT),
     "recover": _parts(UNIT * PARTS_PER_UNIT),
     "columns": _parts(UNIT * PARTS_PER_UNIT),
@@ -177,6 +182,7 @@ WRITES: dict[str, Callable[[Size, Size], float]] = {
     "blocks": _blocks,
     "exact": _ranked,
     "operators": _stored,
+    "directions": _queries,
     "responses": _ranked,
     "estimates": _ranked,
     "influence": _ranked,
@@ -184,9 +190,9 @@ WRITES: dict[str, Callable[[Size, Size], float]] = {
 READS = {
     "curvature": ("blocks",),
     "operators": ("blocks",),
-    "responses": ("operators",),
+    "responses": ("directions", "operators"),
     "estimates": ("responses",),
-    "influence": ("estimates",),
+    "influence": ("directions", "estimates"),
     "exact": ("blocks",),
 }
 

@@ -55,6 +55,7 @@ def rank_unit(
         failed=len(told) - len(good),
         nonzeros=[len(influence.ordinals) for influence in found],
         exact=[int(influence.exact.sum()) for influence in found],
+        unsolved=sum(answer.get("steps") == 0 for answer in mine if answer["status"] == "ok"),
         reliability=[answer.get("reliability") for answer in mine if answer["status"] == "ok"],
     )
 

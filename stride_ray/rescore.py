@@ -18,6 +18,14 @@ from stride_ray.config import Config
 from stride_ray.costs import costed
 from stride_ray.crew import Crew, crew_for
 from stride_ray.curvature import begin_curvature, finish_curvature
+from stride_ray.directions import (
+    UNIT,
+    begin_directions,
+    clear_directions,
+    gradient_bytes,
+    queries_a_unit,
+    take_directions,
+)
 from stride_ray.distribute import progress
 from stride_ray.estimates import read_estimates
 from stride_ray.fitted import measured_weights
@@ -25,7 +33,7 @@ from stride_ray.passes import check_tokenizer
 from stride_ray.queries import check_name, fingerprint
 from stride_ray.ranking import rank_unit
 from stride_ray.run import Run, Stage, unless_finished
-from stride_ray.scoring import UNIT, QueryWorker, ScoreWorker, Scoring, queries_a_unit, query_name
+from stride_ray.scoring import QueryWorker, ScoreWorker, Scoring, query_name
 from stride_ray.storage import Store
 
 # The most queries in one pass over the pool; the most candidates in a unit of work, and units of a group at least.
@@ -68,11 +76,12 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
         ):
             finish_curvature(run.config, blocks, curvature, crew)
             with costed(stage):
-                answers, groups = _query_gradients(run.config, blocks, curvature.store, stage, table.num_rows, crew)
+                answers, groups = _query_gradients(run, blocks, curvature.store, stage, name, crew)
                 ranges = list(enumerate(blocks.cut(unit_count(len(blocks)))))
                 units = [Scoring(_unit_name(g, i), g, *ordinals) for g in groups for i, ordinals in ranges]
                 _score(run.config, blocks, curvature.store, stage, units, crew)
                 _rank(run.config, blocks, stage, units, answers, crew)
+    clear_directions(run, name)
     stage.clear_tensors()
     return stage.store.read_json("manifest.json")
 
@@ -114,17 +123,19 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
             if curvature is not None:
                 finish_curvature(run.config, blocks, curvature, crew)
             with costed(stage):
-                _rescore(run.config, blocks, curvature.store if curvature else None, stage, estimates, wanted, crew)
+                _rescore(run, blocks, curvature.store if curvature else None, stage, estimates, name, wanted, crew)
+    clear_directions(run, name)
     stage.clear_tensors()
     return stage.store.read_json("manifest.json")
 
 
 def _rescore(
-    config: Config,
+    run: Run,
     blocks: Blocks,
     curvature: Store | None,
     stage: Stage,
     estimates: Stage,
+    name: str,
     candidates: int,
     crew: Crew,
 ) -> None:
@@ -133,10 +144,10 @@ def _rescore(
     if curvature is None:
         answers = [rows[at : at + UNIT] for at in range(0, len(rows), UNIT)]
     else:
-        answers, groups = _query_gradients(config, blocks, curvature, stage, len(rows), crew, rows)
+        answers, groups = _query_gradients(run, blocks, curvature, stage, name, crew, rows)
         units = [unit for group in groups for unit in candidate_units(group, answers, candidates)]
-        _score(config, blocks, curvature, stage, units, crew)
-    _rank(config, blocks, stage, units, answers, crew)
+        _score(run.config, blocks, curvature, stage, units, crew)
+    _rank(run.config, blocks, stage, units, answers, crew)
 
 
 def candidate_count(config: Config, operators: dict[str, Any]) -> int:
@@ -182,35 +193,42 @@ def _largest(ordinals: np.ndarray, estimates: np.ndarray, count: int) -> np.ndar
 
 
 def _query_gradients(
-    config: Config,
+    run: Run,
     blocks: Blocks,
     curvature: Store,
     stage: Stage,
-    queries: int,
+    name: str,
     crew: Crew,
     estimated: list[dict[str, Any]] | None = None,
 ) -> tuple[list[list[dict[str, Any]]], list[tuple[int, ...]]]:
-    """Publish all queries' H⁻¹J.
+    """Publish H⁻¹ times all queries' directions.
 
     Returns:
         What is known of each part's queries, with their estimates where there are some, a query that failed before
         or here failed; and groups of parts whose H⁻¹J fit in ``compute.query_gb``.
     """
-    size = curvature.read_json("manifest.json")["gradient_bytes"]
+    table = stage.store.read_table("queries.parquet")
+    size, queries = gradient_bytes(curvature), table.num_rows
     unit = queries_a_unit(size)
     known = [{"error": None}] * queries if estimated is None else estimated
-    errors = [tuple(row["error"] for row in known[start : start + unit]) for start in range(0, queries, unit)]
-    parts = [(index, index * unit, unit, failed) for index, failed in enumerate(errors)]
+    parts = [(index, tuple(row["error"] for row in known[at : at + unit])) for index, at in _cut(queries, unit)]
     done = stage.done()
     missing = [part for part in parts if query_name(part[0]) not in done]
-    results = crew.map(QueryWorker, (config, blocks, crew.device, curvature, stage), missing)
-    stage.remember(progress(results, "queries", len(missing), "parts", lambda _: 1))
+    if missing:
+        directions = begin_directions(run, table, name)
+        take_directions(run.config, blocks, curvature, directions, queries, crew)
+        results = crew.map(QueryWorker, (directions, crew.device, curvature, stage), missing)
+        stage.remember(progress(results, "invert", len(missing), "parts", lambda _: 1))
     done = stage.done()
-    answers = [done[query_name(index)]["answers"] for index, *_ in parts]
     before = iter(known)
-    answers = [[{**next(before), **answer} for answer in some] for some in answers]
-    passes = passes_over(size, queries, config.compute.query_gb)
+    answers = [[{**next(before), **answer} for answer in done[query_name(part)]["answers"]] for part, _ in parts]
+    passes = passes_over(size, queries, run.config.compute.query_gb)
     return answers, [tuple(group.tolist()) for group in np.array_split(np.arange(len(parts)), passes) if len(group)]
+
+
+def _cut(count: int, size: int) -> list[tuple[int, int]]:
+    """Numbers and beginnings of consecutive pieces of that size."""
+    return list(enumerate(range(0, count, size)))
 
 
 def passes_over(gradient_bytes: int, queries: int, query_gb: float) -> int:
@@ -258,6 +276,7 @@ def _rank(
             "exact": sum(rows for marker in markers for rows in marker["exact"]),
             "median_nonzeros": float(np.median(kept)) if kept else 0.0,
             **({"reliability": float(np.median(reliable))} if reliable else {}),
+            "unsolved": sum(marker["unsolved"] for marker in markers),
             "parts": len(answers),
         },
     )

@@ -68,7 +68,7 @@ def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", table)
     if run.config.operators.form == "sites":
-        return _respond_sites(run, operators.store, stage, table.num_rows)
+        return _respond_sites(run, operators.store, stage, name, table.num_rows)
     return _respond_steered(run, operators.store, stage, table)
 
 
@@ -88,7 +88,7 @@ def told_of_new_blocks(run: Run, facts: dict[str, Any]) -> None:
     print(f"{which}: no answer names them. To have them in, fit into a new run directory.", file=sys.stderr)
 
 
-def _respond_sites(run: Run, operators: Store, stage: Stage, queries: int) -> dict[str, Any]:
+def _respond_sites(run: Run, operators: Store, stage: Stage, name: str, queries: int) -> dict[str, Any]:
     """Products with the rows of operators at every site."""
     if not stage.store.exists("manifest.json"):
         with (
@@ -96,8 +96,9 @@ def _respond_sites(run: Run, operators: Store, stage: Stage, queries: int) -> di
             costed(stage),
             crew_for(run.config, unit_count(len(RowStore(operators)))) as crew,
         ):
-            respond_sites(run.config, Blocks(run.stage("blocks").store), operators, stage, queries, crew)
-            markers = [marker for name, marker in stage.done().items() if name.startswith("part-")]
+            blocks, curvature = Blocks(run.stage("blocks").store), run.stage("curvature").store
+            respond_sites(run, blocks, curvature, operators, stage, name, crew)
+            markers = [marker for unit, marker in stage.done().items() if unit.startswith("part-")]
             reliable = [each for marker in markers for each in marker["reliability"]]
             summary = {
                 "queries": queries,

@@ -1,4 +1,4 @@
-"""Responses of operators at every site: a forward and a backward pass per query, then its product with every row.
+"""Responses of operators at every site: a query's direction (directions.py), and its product with every row.
 
 Actors hold slices of the store. Where rows are subsets all K products of a query are kept, for Lasso to work on; where
 they are blocks the ``attribute.top`` of largest influence.
@@ -17,21 +17,28 @@ import torch
 from stride_ray.blocks import Blocks
 from stride_ray.config import Config
 from stride_ray.crew import Crew
+from stride_ray.curvature import load_sites
+from stride_ray.directions import (
+    begin_directions,
+    gradient_bytes,
+    part_count,
+    queries_a_unit,
+    read_directions,
+    take_directions,
+)
 from stride_ray.distribute import progress
-from stride_ray.fitted import load_run_model
-from stride_ray.model import masked_mean
 from stride_ray.one_bit import Queries, packed_queries, products
-from stride_ray.queries import NOT_FINITE, batches, checked, padded
+from stride_ray.queries import NOT_FINITE
 from stride_ray.responses import response_schema
 from stride_ray.row_store import RowStore
-from stride_ray.run import Stage, part_name
+from stride_ray.run import Run, Stage, part_name
 from stride_ray.sites import HARM, harm_halved
-from stride_ray.sketch import whole_shape
-from stride_ray.sketch_rows import SketchWorker, finite_rows
+from stride_ray.sketch import sketch_of, whole_shape
+from stride_ray.sketch_rows import SKETCH, finite_rows
 from stride_ray.storage import Store, tensor_bytes
 
-# Queries in a unit of work, and the most that share a pass over the rows.
-UNIT, MOST = 16, 256
+# The most queries that share a pass over the rows.
+MOST = 256
 # Bytes of rows in a unit of the pass, and units at least, so that few workers end together.
 SLICE, SLICES = 2**28, 8
 RESPONSES = pa.schema(
@@ -47,7 +54,9 @@ RESPONSES = pa.schema(
 )
 
 
-def respond_sites(config: Config, blocks: Blocks, operators: Store, stage: Stage, queries: int, crew: Crew) -> None:
+def respond_sites(
+    run: Run, blocks: Blocks, curvature: Store, operators: Store, stage: Stage, name: str, crew: Crew
+) -> None:
     """Publish the responses, ``part-*.parquet``.
 
     ``response`` holds the products with rows, in units of a block's mean influence on itself: with all K where rows are
@@ -56,21 +65,26 @@ def respond_sites(config: Config, blocks: Blocks, operators: Store, stage: Stage
     Spearman–Brown), an estimate of the squared correlation with the products of whole gradients.
 
     Args:
-        config: of the run.
+        run: the run.
         blocks: the pool.
+        curvature: the finished sites.
         operators: the finished store of rows.
         stage: ``responses/<name>``, begun, with ``queries.parquet``.
-        queries: how many there are.
+        name: the query set.
         crew: that does it.
     """
-    parts = list(range(-(-queries // UNIT)))
+    config, table = run.config, stage.store.read_table("queries.parquet")
+    parts = list(range(part_count(curvature, table.num_rows)))
     done = stage.done()
-    missing = [part for part in parts if code_name(part) not in done and part_name(part) not in done]
-    given = (config, blocks, Stage(operators, ""), crew.device, stage)
-    coded = crew.map(QueryCoder, given, missing)
-    stage.remember(progress(coded, "queries", len(missing), "parts", lambda _: 1))
+    missing = [part for part in parts if code_name(part) not in done]
+    if missing:
+        directions = begin_directions(run, table, name)
+        take_directions(config, blocks, curvature, directions, table.num_rows, crew)
+        coded = crew.map(QueryCoder, (directions, operators, crew.device, stage), missing)
+        stage.remember(progress(coded, "code", len(missing), "parts", lambda _: 1))
     store = RowStore(operators)
-    groups = [parts[at : at + MOST // UNIT] for at in range(0, len(parts), MOST // UNIT)]
+    several = MOST // queries_a_unit(gradient_bytes(curvature))
+    groups = [parts[at : at + several] for at in range(0, len(parts), several)]
     slices = list(enumerate(sliced(store.facts["parts"], store.facts["row_bytes"])))
     done = stage.done()
     open_groups = [group for group in groups if any(part_name(part) not in done for part in group)]
@@ -101,41 +115,30 @@ def sliced(parts: list[dict[str, Any]], row_bytes: int) -> list[list[dict[str, A
     return [[parts[i] for i in some] for some in np.array_split(np.arange(len(parts)), count)]
 
 
-class QueryCoder(SketchWorker):
-    """Publishes some queries' sketches in four bits a coordinate, with their losses and errors."""
+class QueryCoder:
+    """Publishes sketches of some queries' directions in four bits a coordinate, with what became of the queries."""
 
-    def __init__(self, config: Config, blocks: Blocks, operators: Stage, device: str, stage: Stage) -> None:
-        super().__init__(config, blocks, operators, device)
-        self.responses = stage
-        self.table = stage.store.read_table("queries.parquet")
-        self.trained = load_run_model(config, device)
+    def __init__(self, directions: Stage, operators: Store, device: str, stage: Stage) -> None:
+        self.directions, self.responses, self.device = directions, stage, device
+        self.sketches = load_sites(operators, SKETCH, device)
 
     def __call__(self, part: int) -> dict[str, Any]:
         """Do one unit; returns its marker."""
         started = time.monotonic()
-        rows = self.table.slice(part * UNIT, UNIT).to_pylist()
-        answers = [{**checked(self.model, row), "base_loss": None} for row in rows]
-        waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
-        sections: list[list[np.ndarray]] = [[] for _ in self.sketches]
-        for batch in batches(rows, waiting, self.tokens):
-            ids, mask = padded([rows[i] for i in batch], self.model.device)
-            found = self.sections(ids, mask)
-            finite = finite_rows(found).tolist()
-            losses = masked_mean(self.trained.token_losses(self.trained.read(ids), ids, mask), mask).tolist()
-            for i, loss, good in zip(batch, losses, finite, strict=True):
-                answers[i] |= {"base_loss": loss} if good else {"status": "failed", "error": NOT_FINITE}
-            for kept, section, site in zip(sections, found, self.sketches, strict=True):
-                kept.append((section[torch.tensor(finite)] / site.scale).cpu().numpy())
-        empty = [np.zeros((0, site_size(site)), np.float32) for site in self.sketches]
-        coded = packed_queries([np.concatenate([none, *kept]) for none, kept in zip(empty, sections, strict=True)])
+        answers, gradients = read_directions(self.directions, part)
+        rows = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
+        sections = []
+        for site in self.sketches:
+            J = gradients.pop(site.name, None)
+            none = torch.zeros(0, math.prod(whole_shape(site)))
+            sections.append(none if J is None else sketch_of(site, J.to(self.device)).cpu() / site.scale)
+        finite = finite_rows(sections)
+        for i, good in zip(rows, finite.tolist(), strict=True):
+            answers[i] |= {} if good else {"status": "failed", "error": NOT_FINITE}
+        coded = packed_queries([section[finite].numpy() for section in sections])
         tensors = {each.name: torch.from_numpy(getattr(coded, each.name)) for each in fields(Queries)}
         self.responses.store.write(f"{code_name(part)}.safetensors", tensor_bytes(tensors))
         return self.responses.mark(code_name(part), started, answers=answers)
-
-
-def site_size(sketch: Any) -> int:
-    """Coordinates of a site's sketch."""
-    return math.prod(whole_shape(sketch))
 
 
 def read_codes(store: Store, parts: list[int]) -> Queries:

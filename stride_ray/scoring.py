@@ -15,16 +15,13 @@ from numpy.typing import NDArray
 from stride_ray.blocks import Batch, Blocks
 from stride_ray.config import Config
 from stride_ray.curvature import SITES, load_sites
-from stride_ray.fitted import load_measured_model, load_run_model
-from stride_ray.model import masked_mean
+from stride_ray.directions import read_directions
+from stride_ray.fitted import load_measured_model
 from stride_ray.passes import PoolWorker
-from stride_ray.queries import NOT_FINITE, batches, checked, padded
+from stride_ray.queries import NOT_FINITE
 from stride_ray.run import Stage
-from stride_ray.sites import Site, influence, site_gradients
+from stride_ray.sites import influence, site_gradients
 from stride_ray.storage import Store, tensor_bytes
-
-# Queries whose H⁻¹J are made in one unit at most, and the bytes of these.
-UNIT, UNIT_BYTES = 16, 2**29
 
 
 @dataclass(frozen=True)
@@ -52,18 +49,43 @@ class Scoring:
         return self.stop - self.start if self.ordinals is None else len(self.ordinals)
 
 
-def queries_a_unit(gradient_bytes: int) -> int:
-    """How many queries' H⁻¹J of so many bytes each are made in one unit."""
-    return max(1, min(UNIT, UNIT_BYTES // max(1, gradient_bytes)))
-
-
 def query_name(part: int) -> str:
     """The name of some queries' H⁻¹J, and of their marker."""
     return f"queries-{part:05d}"
 
 
-class Scorer(PoolWorker):
-    """A worker that takes J at all sites."""
+class QueryWorker:
+    """Publishes H⁻¹ times some queries' directions, of those that did not fail."""
+
+    def __init__(self, directions: Stage, device: str, curvature: Store, stage: Stage) -> None:
+        self.directions, self.stage, self.device = directions, stage, device
+        self.sites = load_sites(curvature, SITES, device)
+
+    def __call__(self, unit: tuple[int, tuple[str | None, ...]]) -> dict[str, Any]:
+        """Do one unit: the number of a part, and the errors of its queries that failed on the way here, else None."""
+        started = time.monotonic()
+        part, errors = unit
+        answers, gradients = read_directions(self.directions, part)
+        rows = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
+        tensors, finite = dict[str, torch.Tensor](), torch.ones(len(rows), dtype=torch.bool)
+        for site in self.sites if gradients else ():
+            x = site.solved(gradients.pop(site.name).to(self.device)).flatten(1).cpu()
+            tensors[site.name], finite = x, finite & x.isfinite().all(1)
+        for i, whole in zip(rows, finite.tolist(), strict=True):
+            error = errors[i] or (None if whole else NOT_FINITE)
+            answers[i] |= {} if error is None else {"status": "failed", "error": error}
+        kept = torch.tensor([answers[i]["status"] == "ok" for i in rows], dtype=torch.bool)
+        name = query_name(part)
+        self.stage.store.write(f"{name}.safetensors", tensor_bytes({k: x[kept] for k, x in tensors.items()}))
+        return self.stage.mark(name, started, answers=answers)
+
+
+class ScoreWorker(PoolWorker):
+    """Scores a unit's blocks for a group of queries and publishes what is kept.
+
+    Of consecutive blocks each query's ``attribute.top`` largest influences, of candidates all that are wanted:
+    ``ordinals`` (Q, n) int64 and ``influence`` (Q, n) float32, nan where it is not wanted.
+    """
 
     load = staticmethod(load_measured_model)
 
@@ -71,59 +93,6 @@ class Scorer(PoolWorker):
         super().__init__(config, blocks, device)
         self.stage = stage
         self.sites = load_sites(curvature, SITES, self.model.device)
-
-    def gradients(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> Iterator[tuple[Site, torch.Tensor]]:
-        """J of each sequence, site by site."""
-        return site_gradients(self.model, self.sites, ids_BT, mask_BT)[0]
-
-
-class QueryWorker(Scorer):
-    """Publishes H⁻¹ J of some queries, with their losses and errors."""
-
-    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
-        super().__init__(config, blocks, device, curvature, stage)
-        self.table = stage.store.read_table("queries.parquet")
-        self.trained = load_run_model(config, device)
-
-    def __call__(self, unit: tuple[int, int, int, tuple[str | None, ...]]) -> dict[str, Any]:
-        """Do one unit: its number, first query, how many, and the errors of those that failed before, else None."""
-        started = time.monotonic()
-        index, start, count, errors = unit
-        rows = [
-            row if error is None else {**row, "status": "failed", "error": error}
-            for row, error in zip(self.table.slice(start, count).to_pylist(), errors, strict=True)
-        ]
-        answers = [{**checked(self.model, row), "base_loss": None} for row in rows]
-        found: dict[str, list[torch.Tensor]] = {}
-        waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
-        for batch in batches(rows, waiting, self.tokens):
-            ids, mask = padded([rows[i] for i in batch], self.model.device)
-            for site, J in self.gradients(ids, mask):
-                found.setdefault(site.name, []).append(site.solved(J).flatten(1).cpu())
-            losses = self.trained.token_losses(self.trained.read(ids), ids, mask)
-            for i, loss in zip(batch, masked_mean(losses, mask).tolist(), strict=True):
-                answers[i]["base_loss"] = loss
-        tensors = {name: torch.cat(pieces) for name, pieces in found.items()}
-        finite = torch.ones(len(waiting), dtype=torch.bool)
-        for J in tensors.values():
-            finite &= J.isfinite().all(1)
-        for i, good in zip(waiting, finite.tolist(), strict=True):
-            if not good:
-                answers[i] |= {"status": "failed", "error": NOT_FINITE}
-        name = query_name(index)
-        self.stage.store.write(f"{name}.safetensors", tensor_bytes({k: v[finite] for k, v in tensors.items()}))
-        return self.stage.mark(name, started, answers=answers)
-
-
-class ScoreWorker(Scorer):
-    """Scores a unit's blocks for a group of queries and publishes what is kept.
-
-    Of consecutive blocks each query's ``attribute.top`` largest influences, of candidates all that are wanted:
-    ``ordinals`` (Q, n) int64 and ``influence`` (Q, n) float32, nan where it is not wanted.
-    """
-
-    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
-        super().__init__(config, blocks, device, curvature, stage)
         self.group: tuple[int, ...] = ()
         self.queries: dict[str, torch.Tensor] = {}
 
@@ -134,7 +103,7 @@ class ScoreWorker(Scorer):
             self.group, self.queries = unit.group, self._load(unit.group)
         pieces = []
         for batch in self._batches(unit) if self.queries else ():
-            J = self.gradients(*self.trimmed(batch))
+            J = site_gradients(self.model, self.sites, *self.trimmed(batch))[0]
             pieces.append(influence(self.queries, J).cpu())
         scores = torch.cat(pieces, 1) if pieces else torch.zeros(0, unit.blocks)
         kept = self._largest(scores, unit.start) if unit.ordinals is None else _wanted(scores, unit)

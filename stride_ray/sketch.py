@@ -115,6 +115,14 @@ def _projected(site: Site, P_in: Tensor, P_out: Tensor, scale: float) -> Site:
     return replace(site, W_in=site.W_in @ P_in, W_out=site.W_out @ P_out, scale=scale)
 
 
+def sketch_of(sketch: Site, J: Tensor) -> Tensor:
+    """What a sketch makes of gradients (B, F, D) as site_gradients gives them: (B, a·b)."""
+    if sketch.name in (EMBEDDING, HEAD, ORIGIN):
+        other = sketch.W_out if sketch.name == EMBEDDING else sketch.W_in
+        return (sketch.tokens.directions.T @ J @ other).flatten(1)
+    return sketch.whitened(J).flatten(1)
+
+
 def sketched_gradients(
     model: SplitModel, sketches: Sequence[Site], ids_BT: Tensor, mask_BT: Tensor
 ) -> tuple[list[Tensor], Tensor]:

@@ -103,7 +103,7 @@ def changed(name):
     return {"text": "b"} if isinstance(default, dict) else ["x"] if isinstance(default, list) else "x"
 
 
-FITTED, EXACT = ("operators", "responses", "estimates", "influence"), ("curvature", "exact")
+FITTED, EXACT = ("operators", "responses", "estimates", "influence"), ("curvature", "directions", "exact")
 ALWAYS = {"blocks", *FITTED, *EXACT}
 # The stages whose output depends on an option; none for what changes no result.
 DEPENDING = {
@@ -114,6 +114,11 @@ DEPENDING = {
     "model.start": {*FITTED, *EXACT},
     **{name: {"responses", "estimates", "influence"} for name in OPTIONS if name.startswith("respond.")},
     **{name: {"estimates", "influence"} for name in OPTIONS if name.startswith("recover.")},
+    **{
+        name: {"directions", "responses", "estimates", "influence", "exact"}
+        for name in OPTIONS
+        if name.startswith("solve.")
+    },
     "attribute.top": {"responses", "estimates", "influence", "exact"},
     "attribute.candidates": {"influence"},
     "operators.layers": {*FITTED, *EXACT},

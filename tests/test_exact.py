@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stride_ray import rescore, scoring
+from stride_ray import directions, rescore
 from stride_ray.attribute import block_texts, read_influence
 from stride_ray.blocks import Blocks, unit_count
 from stride_ray.cli import main
@@ -64,7 +64,7 @@ def test_a_plain_loop_gives_the_same_bytes_and_passes_the_same_numbers(exactly, 
     one = sharded("plain")
     answered(one, parts)
     assert tables(one) == tables(folder)
-    monkeypatch.setattr(scoring, "UNIT", 2)  # three units of queries ...
+    monkeypatch.setattr(directions, "UNIT", 2)  # three units of queries ...
     two = sharded("passes")
     several, _, _ = answered(two, parts, compute__query_gb=1e-9)  # ... each in a pass of its own
     single = Run(str(one), changes={"attribute.exact": True})
@@ -192,8 +192,8 @@ def test_units_are_of_a_thousand_to_eight_thousand_blocks_however_large_the_pool
 
 def test_passes_follow_from_room_and_from_the_most_queries_of_one():
     assert rescore.passes_over(2**25, 64, 1.0) == 2  # 2 GiB, 32 at a time
-    assert rescore.passes_over(2**25, 64, 1e-9) == 4  # no pass is for less than a unit of 16 queries
-    assert rescore.passes_over(2**28, 64, 1e-9) == 32  # ... or of the two that a unit has room for
+    assert rescore.passes_over(2**23, 64, 1e-9) == 4  # no pass is for less than a unit of 16 queries
+    assert rescore.passes_over(2**26, 64, 1e-9) == 32  # ... or of the two that a unit has room for
     assert rescore.passes_over(40, 600, 1.0) == 3  # at most 256 queries in one
     assert rescore.passes_over(40, 0, 0.0) == 1
-    assert [scoring.queries_a_unit(size) for size in (1, 2**27, 2**29, 2**40)] == [16, 4, 1, 1]
+    assert [directions.queries_a_unit(size) for size in (1, 2**25, 2**27, 2**40)] == [16, 4, 1, 1]

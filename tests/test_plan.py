@@ -74,13 +74,14 @@ def pilot(tmp_path):
     stage(
         "curvature", "", {"gradient_bytes": 2**24}, {"count": (6.0, 2.0, 500), "precondition": (10.0, 12.0, 900)}, 1000
     )
+    stage("directions", "asked", {}, {"queries": (3.0, 4.0, 700)}, 100)
     stage("exact", "asked", {"queries": 10}, {"score": (12.0, 20.0, 800), "rank": (2.0, 2.0, 300)}, 8000)
     run.save()
     return run
 
 
 def test_work_grows_and_the_rest_does_not(pilot):
-    blocks, curvature, exact = plan(pilot, "asked", blocks=10_000, queries=128, workers=8)
+    blocks, curvature, directions, exact = plan(pilot, "asked", blocks=10_000, queries=128, workers=8)
     # shard: 5 s to start, and ten times 20 worker-seconds over eight.
     assert blocks.seconds == pytest.approx(5 + 200 / 8)
     assert blocks.worker_seconds == pytest.approx(200)
@@ -88,6 +89,7 @@ def test_work_grows_and_the_rest_does_not(pilot):
     # count grows, precondition is over a sample.
     assert curvature.seconds == pytest.approx((5 + 20 / 8) + (4 + 12 / 8))
     assert curvature.holds == 900
+    assert directions.seconds == pytest.approx(1 + 12.8 * 4 / 8)
     # 128 queries of 2^22 numbers need two passes where one holds 2^28; rank grows with queries.
     assert exact.seconds == pytest.approx((2 + 2 * 10 * 20 / 8) + (1 + 12.8 * 2 / 8))
     assert exact.reads == pytest.approx(2 * blocks.writes)
@@ -95,10 +97,11 @@ def test_work_grows_and_the_rest_does_not(pilot):
 
 def test_workers_beyond_the_units_are_no_help(pilot):
     """1,024 blocks are in a unit of a pass, and 16 queries in one of the tables."""
-    _, curvature, exact = plan(pilot, "asked", blocks=20_480, queries=16, workers=1000)
+    _, curvature, directions, exact = plan(pilot, "asked", blocks=20_480, queries=16, workers=1000)
     score, rank = 20.48 * 20, 1.6 * 2
     assert exact.seconds == pytest.approx((2 + score / 20) + (1 + rank))
     assert curvature.seconds == pytest.approx((5 + 2 * 20.48 / 1000) + (4 + 12 / 16))
+    assert directions.seconds == pytest.approx(1 + 1.6 * 4)
 
 
 def test_the_verb_prints_a_table(pilot, capsys):
@@ -106,7 +109,7 @@ def test_the_verb_prints_a_table(pilot, capsys):
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "1,000,000 blocks, 128 queries, 8 workers"
-    assert [line.split()[0] for line in lines[2:-1]] == ["blocks", "curvature", "exact", "all"]
+    assert [line.split()[0] for line in lines[2:-1]] == ["blocks", "curvature", "directions", "exact", "all"]
     assert "41.8 min" in next(line for line in lines if line.startswith("blocks"))
     assert lines[-1] == "operators take 2.15 kB a block; 940 candidates a query hold some 95 % of the exact best ten"
     assert main([*command[:4], "--blocks", "1e9", *command[6:]]) == 0

@@ -1,0 +1,158 @@
+"""The solve of a query's direction: against dense linear algebra, and in the pipeline."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import answered
+
+from stride_ray import directions
+from stride_ray.attribute import read_influence
+from stride_ray.sites import ORIGIN, Site
+from stride_ray.solve import curvature_scale, solve
+
+F, D, SCALED = 3, 4, 2.5
+
+
+def site(name, seed):
+    """One with some preconditioner."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def whitening(n):
+        A = torch.randn(n, n, generator=generator)
+        return torch.linalg.inv(A @ A.T / n + torch.eye(n))
+
+    return Site(name, whitening(F), whitening(D))
+
+
+SITES = (site("one", 0), site("two", 1))
+
+
+def flat(x):
+    return torch.cat([x[site.name].flatten() for site in SITES]).double()
+
+
+def shaped(v):
+    return {site.name: part.reshape(F, D).float() for site, part in zip(SITES, v.split(F * D), strict=True)}
+
+
+def inverse():
+    """H⁻¹ as a matrix."""
+    size = F * D * len(SITES)
+    rows = [flat({s.name: s.solved(shaped(v)[s.name]) for s in SITES}) for v in torch.eye(size).double()]
+    return torch.stack(rows)
+
+
+def curvature(seed=2):
+    A = torch.randn(2 * F * D, 2 * F * D, generator=torch.Generator().manual_seed(seed)).double()
+    return A @ A.T / len(A)
+
+
+def queries(count=3):
+    generator = torch.Generator().manual_seed(4)
+    return [shaped(torch.randn(2 * F * D, generator=generator).double()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("damping", [0.1, 1.0])
+def test_many_steps_are_the_solution(damping):
+    G, H = curvature(), torch.linalg.inv(inverse())
+    asked = queries()
+    found = solve(asked, SITES, lambda vs: [shaped(G @ flat(v)) for v in vs], 40, damping)
+    for query, each in zip(asked, found, strict=True):
+        x = inverse() @ flat(each.y)
+        expected = (1 + damping) * torch.linalg.solve(G + damping * H, flat(query))
+        torch.testing.assert_close(x, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_each_step_comes_nearer_and_is_the_same_alone():
+    G, H = curvature(), torch.linalg.inv(inverse())
+    asked = queries()
+    products = lambda vs: [shaped(G @ flat(v)) for v in vs]  # noqa: E731
+    A = G + 0.3 * H
+    before = None
+    for steps in (1, 2, 4, 8):
+        together = solve(asked, SITES, products, steps, 0.3)
+        (alone,) = solve(asked[1:2], SITES, products, steps, 0.3)
+        assert all(torch.equal(alone.y[name], together[1].y[name]) for name in alone.y)
+        assert alone.steps == steps
+        x = inverse() @ flat(alone.y) / 1.3 - torch.linalg.solve(A, flat(asked[1]))
+        error = float(x @ A @ x)
+        assert before is None or error < before
+        before = error
+
+
+def test_a_curvature_that_is_the_preconditioner_s_changes_nothing():
+    H = torch.linalg.inv(inverse())
+    asked = queries(1)
+    (found,) = solve(asked, SITES, lambda vs: [shaped(H @ flat(v)) for v in vs], 1, 0.7)
+    for name, y in found.y.items():
+        torch.testing.assert_close(y, asked[0][name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_origin_keeps_its_own():
+    origin = Site(ORIGIN, torch.eye(F), torch.eye(D))
+    asked = [{**queries(1)[0], ORIGIN: torch.ones(F, D)}]
+    G = curvature()
+    (found,) = solve(asked, (*SITES, origin), lambda vs: [shaped(G @ flat(v)) for v in vs], 3, 1.0)
+    assert torch.equal(found.y[ORIGIN], torch.ones(F, D))
+    assert list(found.y) == ["one", "two", ORIGIN]
+
+
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf, -1e9])
+def test_a_solve_that_comes_to_nothing_leaves_the_gradient(spoilt):
+    G = curvature()
+    asked = queries()
+
+    def products(vs):
+        found = [shaped(G @ flat(v)) for v in vs]
+        return [{name: x * spoilt for name, x in found[0].items()}, *found[1:]]
+
+    first, second, _ = solve(asked, SITES, products, 1, 1.0)
+    assert first.steps == 0
+    assert all(torch.equal(first.y[name], asked[0][name]) for name in asked[0])
+    assert second.steps == 1
+
+
+def test_whole_blocks_are_scaled_by_their_length_squared():
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    assert curvature_scale([mask]) == pytest.approx(1 / 64)
+    half = mask.clone()
+    half[:, :5] = False  # a prompt: eight positions, four targets
+    assert curvature_scale([half]) == pytest.approx(0.25 / 8)
+    empty = torch.zeros(1, 9, dtype=torch.bool)
+    assert curvature_scale([mask, empty]) == curvature_scale([mask])
+
+
+def test_a_solved_run_answers_otherwise_and_about_the_same_one_query_at_a_time(
+    exactly, parts, sharded, plain, monkeypatch
+):
+    options = {"solve__steps": 2, "solve__blocks": 12}
+    one, summary, _ = answered(sharded("solved"), parts, **options)
+    steps = read_influence(one, "asked", "recovery")["steps"].to_pylist()
+    assert [each for each in steps if each is not None] == [2, 2, 2]
+    assert summary["unsolved"] == 0
+    unsolved = read_influence(exactly.run, "asked", "recovery")["steps"].to_pylist()
+    assert set(unsolved) == {None}
+    before, after = (
+        {(row["query_id"], row["ordinal"]): row["influence"] for row in read_influence(run, "asked").to_pylist()}
+        for run in (exactly.run, one)
+    )
+    same = sorted(before.keys() & after.keys())
+    both = np.array([[each[key] for key in same] for each in (before, after)])
+    assert 0.5 < np.corrcoef(both)[0, 1] < 0.9999
+    monkeypatch.setattr(directions, "UNIT", 1)
+    two, _, _ = answered(sharded("solved one by one"), parts, **options)
+    again = {(row["query_id"], row["ordinal"]): row["influence"] for row in read_influence(two, "asked").to_pylist()}
+    assert again == pytest.approx(after, rel=1e-3, abs=1e-4)
+
+
+def test_a_solve_that_spoils_a_query_is_told(exactly, parts, sharded, plain, monkeypatch):
+    folder = sharded("spoilt")
+    product = directions.Linearised.product
+    monkeypatch.setattr(
+        directions.Linearised, "product", lambda self, v: {name: x * torch.nan for name, x in product(self, v).items()}
+    )
+    run, summary, out = answered(folder, parts, solve__steps=2, solve__blocks=12)
+    assert summary["unsolved"] == 3
+    assert "3 without a solve" in out
+    same = [read_influence(each, "asked")["influence"].to_pylist() for each in (run, exactly.run)]
+    assert same[0] == pytest.approx(same[1], rel=1e-6)

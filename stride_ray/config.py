@@ -153,7 +153,7 @@ class SolveConfig:
 
     steps: int = _option(0, "steps of conjugate gradients for each query; 0: the Kronecker factors alone", low=0)
     blocks: int = _option(48, "blocks of the pool that the Gauss–Newton matrix is taken over", low=1)
-    damping: float = _option(1.0, "times the damped Kronecker factors, added to the Gauss–Newton matrix", low=0.0)
+    damping: float = _option(50.0, "times the damped Kronecker factors, added to the Gauss–Newton matrix", low=0.0)
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ VARIANTS: tuple[Variant, ...] = (
     _exact("last half of the layers", operators__layers=0.5),
     _exact("last quarter of the layers", operators__layers=0.25),
     _exact("bfloat16", model__dtype="bfloat16"),
+    _exact("solved in 3 steps", solve__steps=3),
     *(
         Variant(
             f"STRIDE, {size} kB a block, {candidates} candidates",

@@ -58,13 +58,13 @@ class FineTune:
     bfloat16: bool = True
     device: str = "auto"
 
-    def train(self, rows: np.ndarray, seed: int) -> Any:
-        """Train on these pool rows; returns the Hugging Face model.
+    def train(self, rows: np.ndarray, seed: int, weights: np.ndarray | None = None) -> Any:
+        """Train on these pool rows, each with its weight in the loss where there are some; returns the model.
 
         Raises:
             StrideError: for no rows at all, or tokens that the model cannot take.
         """
-        return self.run(rows, seed, lambda epoch, model, optimizer: None)
+        return self.run(rows, seed, lambda epoch, model, optimizer: None, weights)
 
     @torch.no_grad()
     def losses(self, trained: Any) -> np.ndarray:
@@ -77,7 +77,13 @@ class FineTune:
             found.append(loss.sum(1) / (labels[:, 1:] != MASKED).sum(1))
         return torch.cat(found).cpu().numpy()
 
-    def run(self, rows: np.ndarray, seed: int, at_epoch: Callable[[int, Any, torch.optim.AdamW], None]) -> Any:
+    def run(
+        self,
+        rows: np.ndarray,
+        seed: int,
+        at_epoch: Callable[[int, Any, torch.optim.AdamW], None],
+        weights: np.ndarray | None = None,
+    ) -> Any:
         """As ``train``, calling ``at_epoch(epoch from 1, model, optimizer)`` at the end of each epoch."""
         if not len(rows):
             raise StrideError("There is no block to train on; use a larger fraction of the pool.")
@@ -93,11 +99,12 @@ class FineTune:
             )
             model.train()
             for epoch in range(self.epochs):
-                shuffled = np.asarray(rows)[torch.randperm(len(rows), generator=order).numpy()]
+                shuffled = torch.randperm(len(rows), generator=order).numpy()
                 for number in range(steps_each):
                     optimizer.param_groups[0]["lr"] = rates[epoch * steps_each + number]
                     chosen = shuffled[number * self.batch : (number + 1) * self.batch]
-                    self._step(model, optimizer, *_batch(blocks, chosen, model.device))
+                    weight = None if weights is None else torch.from_numpy(weights[chosen]).to(model.device).float()
+                    self._step(model, optimizer, *_batch(blocks, np.asarray(rows)[chosen], model.device), weight)
                 at_epoch(epoch + 1, model, optimizer)
         return model
 
@@ -109,9 +116,17 @@ class FineTune:
         falling = [max(self.final_share, 1 - step / steps) for step in range(steps)]
         return [peak * min(up, down) for up, down in zip(rising, falling, strict=True)]
 
-    def _step(self, model: Any, optimizer: torch.optim.AdamW, ids: torch.Tensor, labels: torch.Tensor) -> None:
+    def _step(
+        self,
+        model: Any,
+        optimizer: torch.optim.AdamW,
+        ids: torch.Tensor,
+        labels: torch.Tensor,
+        weight: torch.Tensor | None = None,
+    ) -> None:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bfloat16):
             losses = _token_losses(model, ids, labels)
+        losses = losses if weight is None else losses * weight.unsqueeze(1)
         loss = losses.sum() / (labels[:, 1:] != MASKED).sum().clamp(min=1)
         optimizer.zero_grad()
         loss.backward()

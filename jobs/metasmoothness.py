@@ -1,0 +1,44 @@
+"""Job: three trainings a draw that say whether attribution can work for a recipe, before anyone believes a table.
+
+The benchmark's folder holds pool.parquet, queries.parquet, model/ and, where training began from a checkpoint, start/.
+A command that was killed goes on where it stopped when it is run again. Exit status as stride-ray's.
+
+    python jobs/metasmoothness.py --benchmark FOLDER --out FOLDER [--draws 3]
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from stride_ray.cli import exit_status
+from stride_ray.config import ComputeConfig
+from stride_ray.evaluate.benchmark import read_benchmark
+from stride_ray.evaluate.metasmoothness import STEP, metasmoothness
+from stride_ray.evaluate.recipe import DEFAULT
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, train, print; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--benchmark", required=True, metavar="FOLDER", help="the benchmark: a path or fsspec URL")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where trainings go; a rerun goes on there")
+    parser.add_argument("--draws", type=int, default=3, help="directions of the weights (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the directions and the trainings (default: 0)")
+    parser.add_argument("--step", type=float, default=STEP, help=f"h, in units of a block's weight (default: {STEP})")
+    parser.add_argument("--recipe", default=DEFAULT, help=f"package.module:attribute or file.py:attribute ({DEFAULT})")
+    parser.add_argument("--address", default="", help="Ray address; empty: RAY_ADDRESS, else a local Ray")
+    parser.add_argument("--workers", type=int, default=0, help="trainings at a time (default: one per CPU or GPU)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parsed = parser.parse_args(arguments)
+
+    def work() -> None:
+        compute = ComputeConfig(address=parsed.address, workers=parsed.workers, device=parsed.device)
+        benchmark = read_benchmark(parsed.benchmark)
+        done = metasmoothness(benchmark, parsed.recipe, parsed.out, parsed.draws, parsed.seed, parsed.step, compute)
+        print(done["told"])
+
+    return exit_status("metasmoothness", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

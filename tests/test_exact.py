@@ -83,7 +83,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(at, exactly, parts, shard
     broken, writes, write = sharded(f"broken{at}"), [], Store.write
 
     def failing(store, name, data):
-        if "/exact" in store.url or "/curvature" in store.url:
+        if any(stage in store.url for stage in ("/exact", "/curvature", "/directions")):
             writes.append(name)
             if len(writes) == 2 * at:
                 raise KeyboardInterrupt

@@ -181,7 +181,6 @@ FULL = 100
 WRITES: dict[str, Callable[[Size, Size], float]] = {
     "blocks": _blocks,
     "exact": _ranked,
-    "operators": _stored,
     "directions": _queries,
     "responses": _ranked,
     "estimates": _ranked,
@@ -222,7 +221,7 @@ def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list
             + (f"--name one of: {', '.join(sorted(names))}." if names else "attribute a few queries in it first.")
         )
     old, new = _sizes(pilot, name, found, blocks, queries)
-    written = {stage: opened.store.size() * WRITES.get(stage, _once)(old, new) for stage, (opened, _) in found.items()}
+    written = {stage: _written(stage, opened.store.size(), old, new) for stage, (opened, _) in found.items()}
     estimates = []
     for stage, (_, cost) in found.items():
         seconds, worker_seconds = 0.0, 0.0
@@ -235,6 +234,13 @@ def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list
         holds = max(each["peak_mb"] for each in cost["phases"].values())
         estimates.append(Estimate(stage, reads, written[stage], holds, seconds, worker_seconds))
     return estimates
+
+
+def _written(stage: str, size: int, old: Size, new: Size) -> float:
+    """Bytes that a stage will leave, which left so many; beside rows at every site lies what does not grow."""
+    if stage == "operators" and old.store:
+        return max(0.0, size - old.store) + new.store
+    return size * WRITES.get(stage, _once)(old, new)
 
 
 def _units(stage: str, label: str, size: Size, workers: int) -> int:

@@ -10,6 +10,7 @@ from stride_ray.arguments import count, counts
 from stride_ray.cli import main
 from stride_ray.costs import costed, phase
 from stride_ray.errors import StrideError
+from stride_ray.fit_sites import rows_for
 from stride_ray.plan import plan
 from stride_ray.run import Run, Stage
 from stride_ray.storage import Store
@@ -93,6 +94,24 @@ def test_work_grows_and_the_rest_does_not(pilot):
     # 128 queries of 2^22 numbers need two passes where one holds 2^28; rank grows with queries.
     assert exact.seconds == pytest.approx((2 + 2 * 10 * 20 / 8) + (1 + 12.8 * 2 / 8))
     assert exact.reads == pytest.approx(2 * blocks.writes)
+
+
+def test_rows_grow_to_their_budget_and_what_lies_beside_them_does_not(tmp_path):
+    pilot = Run(str(tmp_path / "rows"), changes={"operators.budget_gb": 1e-4, "operators.rows": "blocks"})
+    rows = int(1000 * rows_for(pilot.config, 1000)[2])
+    cost = {"amount": 1, "unit": "", "wall": 1.0, "busy": 1.0, "workers": 1, "peak_mb": 1}
+    for stage, name, facts, size in (
+        ("blocks", "", {"blocks": 1000, "fingerprint": "f"}, 10),
+        ("operators", "", {}, rows + 5000),
+        ("responses", "asked", {"queries": 10}, 10),
+    ):
+        opened = pilot.stage(stage, name)
+        opened.store.write_json("manifest.json", facts)
+        opened.store.write_json("cost.json", {"wall": 1.0, "driver_mb": 1, "phases": {"fit": cost}})
+        opened.store.write("data", bytes(size))
+    found = {each.stage: each for each in plan(pilot, "asked", blocks=2000, queries=10, workers=1)}
+    beside = pilot.stage("operators").store.size() - rows
+    assert found["operators"].writes == pytest.approx(2000 * rows_for(pilot.config, 2000)[2] + beside, rel=1e-4)
 
 
 def test_workers_beyond_the_units_are_no_help(pilot):

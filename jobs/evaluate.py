@@ -14,8 +14,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from stride_ray.arguments import add_compute, compute_of
 from stride_ray.cli import exit_status
-from stride_ray.config import ComputeConfig
 from stride_ray.evaluate.compare import compare, method_names
 
 
@@ -30,9 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where results go; a rerun goes on there")
     parser.add_argument("--methods", metavar="A,B,…", help="only these (default: all but the ablations)")
     parser.add_argument("--ablations", action="store_true", help="STRIDE's ablations too")
-    parser.add_argument("--address", default="", help="Ray address; empty: RAY_ADDRESS, else a local Ray")
-    parser.add_argument("--workers", type=int, default=0, help="cores, or STRIDE's GPUs (default: all)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_compute(parser, "cores, or STRIDE's GPUs (default: all)")
     parsed = parser.parse_args(arguments)
 
     def work() -> None:
@@ -41,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.out,
             methods=None if parsed.methods is None else [name.strip() for name in parsed.methods.split(",")],
             ablations=parsed.ablations,
-            compute=ComputeConfig(address=parsed.address, workers=parsed.workers, device=parsed.device),
+            compute=compute_of(parsed),
         )
         print(done["told"])
         print(json.dumps(done["result"]))

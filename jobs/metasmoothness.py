@@ -10,8 +10,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from stride_ray.arguments import add_compute, compute_of
 from stride_ray.cli import exit_status
-from stride_ray.config import ComputeConfig
 from stride_ray.evaluate.benchmark import read_benchmark
 from stride_ray.evaluate.metasmoothness import STEP, metasmoothness
 from stride_ray.evaluate.recipe import DEFAULT
@@ -26,15 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the directions and the trainings (default: 0)")
     parser.add_argument("--step", type=float, default=STEP, help=f"h, in units of a block's weight (default: {STEP})")
     parser.add_argument("--recipe", default=DEFAULT, help=f"package.module:attribute or file.py:attribute ({DEFAULT})")
-    parser.add_argument("--address", default="", help="Ray address; empty: RAY_ADDRESS, else a local Ray")
-    parser.add_argument("--workers", type=int, default=0, help="trainings at a time (default: one per CPU or GPU)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_compute(parser, "trainings at a time (default: one per CPU or GPU)")
     parsed = parser.parse_args(arguments)
 
     def work() -> None:
-        compute = ComputeConfig(address=parsed.address, workers=parsed.workers, device=parsed.device)
         benchmark = read_benchmark(parsed.benchmark)
-        done = metasmoothness(benchmark, parsed.recipe, parsed.out, parsed.draws, parsed.seed, parsed.step, compute)
+        done = metasmoothness(
+            benchmark, parsed.recipe, parsed.out, parsed.draws, parsed.seed, parsed.step, compute_of(parsed)
+        )
         print(done["told"])
 
     return exit_status("metasmoothness", work)

@@ -12,8 +12,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from stride_ray.arguments import add_compute, compute_of
 from stride_ray.cli import exit_status
-from stride_ray.config import ComputeConfig
 from stride_ray.evaluate.benchmark import read_benchmark
 from stride_ray.evaluate.recipe import DEFAULT
 from stride_ray.evaluate.retrain import retrain
@@ -30,9 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draw of the subsets (default: 0)")
     parser.add_argument("--like", action="store_true", help="take the subsets of the benchmark's own results instead")
     parser.add_argument("--recipe", default=DEFAULT, help=f"package.module:attribute or file.py:attribute ({DEFAULT})")
-    parser.add_argument("--address", default="", help="Ray address; empty: RAY_ADDRESS, else a local Ray")
-    parser.add_argument("--workers", type=int, default=0, help="trainings at a time (default: one per CPU or GPU)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_compute(parser, "trainings at a time (default: one per CPU or GPU)")
     parsed = parser.parse_args(arguments)
 
     def work() -> None:
@@ -45,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seeds=parsed.seeds,
             seed=parsed.seed,
             like=parsed.like,
-            compute=ComputeConfig(address=parsed.address, workers=parsed.workers, device=parsed.device),
+            compute=compute_of(parsed),
         )
         print(done["told"])
 

@@ -1,6 +1,8 @@
-"""Types of command-line arguments: whole numbers as people write them, alone and in lists. Imports nothing heavy."""
+"""Command-line arguments of several programs: whole numbers as people write them, where to run. Imports little."""
 
 import argparse
+
+from stride_ray.config import ComputeConfig
 
 
 def count(text: str) -> int:
@@ -18,3 +20,15 @@ def count(text: str) -> int:
 def counts(text: str) -> list[int]:
     """Such numbers with commas between them."""
     return [count(part) for part in text.split(",")]
+
+
+def add_compute(parser: argparse.ArgumentParser, workers: str) -> None:
+    """The options that say where a job runs; ``workers`` explains their number."""
+    parser.add_argument("--address", default="", help="Ray address; empty: RAY_ADDRESS, else a local Ray")
+    parser.add_argument("--workers", type=int, default=0, help=workers)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+
+
+def compute_of(parsed: argparse.Namespace) -> ComputeConfig:
+    """What the options of ``add_compute`` ask for."""
+    return ComputeConfig(address=parsed.address, workers=parsed.workers, device=parsed.device)

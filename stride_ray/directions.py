@@ -5,10 +5,9 @@ they are for are written.
 """
 
 import time
-from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -141,20 +140,18 @@ class DirectionWorker(PoolWorker):
     def _products(self, directions: list[Gradient]) -> list[Gradient]:
         """κ times the mean over the sample of G times each direction; the sample goes by in batches."""
         totals: list[Gradient] = []
-        masks, blocks = [], 0
-        for ids, mask in self._sample():
+        for ids, mask in self._sample:
             linearised = Linearised(self.model, self.sites, ids, mask, self.stepped)
             self.stepped = linearised.stepped
             products = [linearised.product(direction) for direction in directions]
             totals = [added(*both) for both in zip(totals, products, strict=True)] if totals else products
-            masks.append(mask)
-            blocks += len(ids)
-        factor = curvature_scale(masks) / blocks
+        factor = curvature_scale([mask for _, mask in self._sample]) / sum(len(ids) for ids, _ in self._sample)
         return [{name: factor * x for name, x in total.items()} for total in totals]
 
-    def _sample(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    @cached_property
+    def _sample(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Ids and mask of the blocks that G is taken over, in batches: read once for all steps and units."""
         ordinals = self.blocks.sample(self.config.solve.blocks, self.config.seed, self.curved)
         size = batch_rows(self.rows, self.model, self.blocks.block_tokens)
-        for at in range(0, len(ordinals), size):
-            batch = self.blocks.batch(np.sort(ordinals[at : at + size]))
-            yield self.tensors(batch.ids), self.tensors(batch.mask)
+        found = (self.blocks.batch(ordinals[at : at + size]) for at in range(0, len(ordinals), size))
+        return [(self.tensors(batch.ids), self.tensors(batch.mask)) for batch in found]

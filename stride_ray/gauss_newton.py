@@ -57,7 +57,7 @@ class Linearised:
             self.w = torch.zeros_like(self.z, requires_grad=True)
             self.back = {} if stepped else self._transposed()
         self.states = self.z.detach()[:, :-1]
-        self.rows = max(1, model.logits_budget // (model.vocabulary * max(1, self.states.shape[1])))
+        self.rows = model.logits_rows(self.states.shape[1])
         self.stepped = not self._differentiates() if stepped is None else stepped
 
     def _transposed(self) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ class Linearised:
 
 def batch_rows(rows: int, model: SplitModel, tokens: int) -> int:
     """How many blocks are linearised at once, of ``rows`` that a forward and backward pass has room for."""
-    return max(1, min(rows // 3, model.logits_budget // (model.vocabulary * tokens)))
+    return max(1, min(rows // 3, model.logits_rows(tokens)))
 
 
 def _add(x: Tensor, module: Any, given: tuple, output: Tensor) -> Tensor:

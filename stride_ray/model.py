@@ -140,6 +140,10 @@ class SplitModel:
         output = self._run(torch.full((1, 1), self._dummy, device=self.device), replaced, to_the_end=True)
         return output.logits.reshape(*z_xD.shape[:-1], self.vocabulary)
 
+    def logits_rows(self, tokens: int) -> int:
+        """How many texts of so many tokens have their logits looked at together, within ``logits_budget``."""
+        return max(1, self.logits_budget // (self.vocabulary * max(1, tokens)))
+
     def suffix(self, h_BTD: Tensor) -> Tensor:
         """Whole logits_BTV from the stream after layer ℓ; for small inputs, since all B×T×V are held at once."""
         return self.logits(self.states(h_BTD))

@@ -211,7 +211,10 @@ def _query_gradients(
     size, queries = gradient_bytes(curvature), table.num_rows
     unit = queries_a_unit(size)
     known = [{"error": None}] * queries if estimated is None else estimated
-    parts = [(index, tuple(row["error"] for row in known[at : at + unit])) for index, at in _cut(queries, unit)]
+    parts = [
+        (index, tuple(row["error"] for row in known[at : at + unit]))
+        for index, at in enumerate(range(0, queries, unit))
+    ]
     done = stage.done()
     missing = [part for part in parts if query_name(part[0]) not in done]
     if missing:
@@ -224,11 +227,6 @@ def _query_gradients(
     answers = [[{**next(before), **answer} for answer in done[query_name(part)]["answers"]] for part, _ in parts]
     passes = passes_over(size, queries, run.config.compute.query_gb)
     return answers, [tuple(group.tolist()) for group in np.array_split(np.arange(len(parts)), passes) if len(group)]
-
-
-def _cut(count: int, size: int) -> list[tuple[int, int]]:
-    """Numbers and beginnings of consecutive pieces of that size."""
-    return list(enumerate(range(0, count, size)))
 
 
 def passes_over(gradient_bytes: int, queries: int, query_gb: float) -> int:

@@ -324,7 +324,7 @@ def head_gradients(
     Head: Σ_t ω_t ((p_t − y_t) W_out) ⊗ z_t; origin: π for p_t. A few sequences' logits at a time.
     """
     omega, ids = token_weights(mask_BT), ids_BT[:, 1:]
-    rows = max(1, model.logits_budget // (model.vocabulary * max(1, ids_BT.shape[1])))
+    rows = model.logits_rows(ids_BT.shape[1])
     pieces: dict[str, list[Tensor]] = {site.name: [] for site in sites if site.name in (HEAD, ORIGIN)}
     losses, slopes = [], []
     for z, target, weight in zip(z_BTD[:, :-1].split(rows), ids.split(rows), omega.split(rows), strict=True):

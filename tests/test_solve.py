@@ -10,7 +10,7 @@ from stride_ray.attribute import read_influence
 from stride_ray.sites import ORIGIN, Site
 from stride_ray.solve import curvature_scale, solve
 
-F, D, SCALED = 3, 4, 2.5
+F, D = 3, 4
 
 
 def site(name, seed):

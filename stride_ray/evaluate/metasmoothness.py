@@ -5,7 +5,6 @@ Three trainings tell, with the blocks' weights at 1, 1 + h·v and 1 + 2h·v, v ~
 be predicted; where it moves them anywhere, no influence function can say it, and no table should be believed.
 """
 
-import functools
 import inspect
 import time
 from typing import Any
@@ -16,9 +15,9 @@ import torch
 from stride_ray.config import ComputeConfig, digest
 from stride_ray.distribute import connected, keep_to, map_tasks, pool, progress
 from stride_ray.errors import StrideError
-from stride_ray.evaluate.benchmark import Benchmark, reread_benchmark
+from stride_ray.evaluate.benchmark import Benchmark
 from stride_ray.evaluate.recipe import DEFAULT, load_recipe, recipe_identity
-from stride_ray.evaluate.retrain import read_array, write_array
+from stride_ray.evaluate.retrain import opened, read_array, write_array
 from stride_ray.run import Stage, claim
 from stride_ray.storage import Store
 
@@ -108,19 +107,14 @@ def _train_one(
     started = time.monotonic()
     keep_to(device)
     draw, times = unit
-    benchmark, recipe = _opened(url, fingerprint, recipe_name)
+    benchmark, recipe = opened(url, fingerprint, recipe_name)
+    train: Any = recipe.train  # takes weights: the driver has looked
     n = len(benchmark.blocks)
     v = np.random.default_rng([seed, draw]).standard_normal(n)
-    trained = recipe.train(np.arange(n), seed, weights=1 + times * step * v)
+    trained = train(np.arange(n), seed, weights=1 + times * step * v)
     with torch.no_grad():
         parameters = torch.cat([p.detach().flatten().float().cpu() for p in trained.parameters()]).numpy()
     if not np.isfinite(parameters).all():
         raise StrideError(f"Recipe {recipe_name}, {_name(unit)}: the trained parameters are not finite.")
     write_array(stage.store, f"{_name(unit)}.npy", parameters)
     return stage.mark(_name(unit), started)
-
-
-@functools.lru_cache(maxsize=1)
-def _opened(url: str, fingerprint: str, recipe_name: str) -> tuple[Benchmark, Any]:
-    benchmark = reread_benchmark(url, fingerprint)
-    return benchmark, load_recipe(recipe_name, benchmark)

@@ -160,7 +160,7 @@ def _train_one(
     started = time.monotonic()
     keep_to(device)
     number, seed, name = unit
-    benchmark, recipe = _opened(url, fingerprint, recipe_name)
+    benchmark, recipe = opened(url, fingerprint, recipe_name)
     rows = subset_rows(benchmark, number, *draw)
     told = f"Recipe {recipe_name}, subset {number}, seed {seed}"
     losses = checked_losses(recipe.losses(recipe.train(rows, seed)), len(benchmark.queries), told)
@@ -191,7 +191,7 @@ def write_array(store: Store, name: str, values: np.ndarray) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(url: str, fingerprint: str, recipe_name: str) -> tuple[Benchmark, Recipe]:
+def opened(url: str, fingerprint: str, recipe_name: str) -> tuple[Benchmark, Recipe]:
     """Benchmark and recipe, read once per process.
 
     Raises:

@@ -72,9 +72,9 @@ def counted(monkeypatch):
     """The labels that the recipe's steps see while patched."""
     seen, step = [], FineTune._step
 
-    def spied(recipe, model, optimizer, ids, labels):
+    def spied(recipe, model, optimizer, ids, labels, *weight):
         seen.extend(labels[:, 1:][labels[:, 1:] != MASKED].tolist())
-        step(recipe, model, optimizer, ids, labels)
+        step(recipe, model, optimizer, ids, labels, *weight)
 
     monkeypatch.setattr(FineTune, "_step", spied)
     return seen

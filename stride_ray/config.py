@@ -151,9 +151,13 @@ class RecoverConfig:
 class SolveConfig:
     """Solving for a query's direction with the Gauss–Newton matrix, in place of its Kronecker factors alone."""
 
-    steps: int = _option(0, "steps of conjugate gradients for each query; 0: the Kronecker factors alone", low=0)
-    blocks: int = _option(48, "blocks of the pool that the Gauss–Newton matrix is taken over", low=1)
-    damping: float = _option(50.0, "times the damped Kronecker factors, added to the Gauss–Newton matrix", low=0.0)
+    steps: int = _option(
+        1, "products with the Gauss–Newton matrix for each query; 0: the Kronecker factors alone", low=0
+    )
+    tokens: int = _option(
+        4096, "tokens of the pool, in whole blocks, that the Gauss–Newton matrix is taken over", low=1
+    )
+    damping: float = _option(50.0, "times the damped Kronecker factors, added to the Gauss–Newton matrix", low=1e-3)
 
 
 @dataclass(frozen=True)

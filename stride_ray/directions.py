@@ -24,10 +24,10 @@ from stride_ray.passes import PoolWorker
 from stride_ray.queries import NOT_FINITE, batches, checked, fingerprint, padded
 from stride_ray.run import Run, Stage
 from stride_ray.sites import site_gradients
-from stride_ray.solve import Gradient, added, curvature_scale, solve
+from stride_ray.solve import Gradient, add, curvature_scale, solve
 from stride_ray.storage import Store, tensor_bytes
 
-# Queries whose gradients are made in one unit at most, and the bytes of these; a solve holds eight times as much.
+# Queries whose gradients are made in one unit at most, and the bytes of these; a solve holds seven times as much.
 UNIT, UNIT_BYTES = 16, 2**27
 
 
@@ -143,15 +143,22 @@ class DirectionWorker(PoolWorker):
         for ids, mask in self._sample:
             linearised = Linearised(self.model, self.sites, ids, mask, self.stepped)
             self.stepped = linearised.stepped
-            products = [linearised.product(direction) for direction in directions]
-            totals = [added(*both) for both in zip(totals, products, strict=True)] if totals else products
+            for at, direction in enumerate(directions):
+                product = linearised.product(direction)
+                if at < len(totals):
+                    add(totals[at], product)
+                else:
+                    totals.append(product)
         factor = curvature_scale([mask for _, mask in self._sample]) / sum(len(ids) for ids, _ in self._sample)
-        return [{name: factor * x for name, x in total.items()} for total in totals]
+        for x in (x for total in totals for x in total.values()):
+            x.mul_(factor)
+        return totals
 
     @cached_property
     def _sample(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Ids and mask of the blocks that G is taken over, in batches: read once for all steps and units."""
-        ordinals = self.blocks.sample(self.config.solve.blocks, self.config.seed, self.curved)
-        size = batch_rows(self.rows, self.model, self.blocks.block_tokens)
+        length = self.blocks.block_tokens
+        ordinals = self.blocks.sample(-(-self.config.solve.tokens // length), self.config.seed, self.curved)
+        size = batch_rows(self.rows, self.model, length)
         found = (self.blocks.batch(ordinals[at : at + size]) for at in range(0, len(ordinals), size))
         return [(self.tensors(batch.ids), self.tensors(batch.mask)) for batch in found]

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_sites import MAKES, V, made, raw_sites, texts  # noqa: F401
+from test_sites import V, llama, made, raw_sites, texts  # noqa: F401
 
 from stride_ray.gauss_newton import Linearised
 from stride_ray.model import SplitModel
-from stride_ray.sites import EMBEDDING, HEAD, site_gradients
+from stride_ray.sites import EMBEDDING, HEAD, find_sites, site_gradients
 from stride_ray.vocabulary import token_side
 
 
@@ -40,7 +40,7 @@ def moved_logits(model, v, step):
 def curvature(model, u, v, ids, mask):
     """uᵀ G v by the definition, with what the weights do to the logits from steps of its weights."""
     changes = [
-        (moved_logits(model, each, 1e-3)(ids) - moved_logits(model, each, -1e-3)(ids))[:, :-1] / 2e-3 for each in (u, v)
+        (moved_logits(model, each, 1e-5)(ids) - moved_logits(model, each, -1e-5)(ids))[:, :-1] / 2e-5 for each in (u, v)
     ]
     p = model.model.double()(ids).logits[:, :-1].softmax(-1)
     model.model.float()
@@ -133,9 +133,8 @@ def test_some_layers_alone_have_the_product_of_their_own_sites(made, texts):
 
 def test_bfloat16_gives_about_the_same(texts):
     torch.manual_seed(0)
-    make, layers, attention, mlp = MAKES["llama"]
-    whole = SplitModel(make(), split=1)
-    names = (EMBEDDING, *(f"{layers}.{i}.{part}" for i in (0, 1) for part in (attention, mlp)), HEAD)
+    whole = SplitModel(llama(), split=1)
+    names = find_sites(whole)
     half = SplitModel(copy.deepcopy(whole.model).bfloat16(), split=1)
     (v,) = directions(whole, raw_sites(whole, names), texts, 1)
     products = [Linearised(model, raw_sites(model, names), *texts).product(v) for model in (whole, half)]

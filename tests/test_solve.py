@@ -6,6 +6,7 @@ import torch
 from conftest import answered, run_plainly
 
 from stride_ray import directions
+from stride_ray import solve as solving
 from stride_ray.attribute import read_influence
 from stride_ray.sites import ORIGIN, Site
 from stride_ray.solve import curvature_scale, solve
@@ -80,6 +81,22 @@ def test_each_step_comes_nearer_and_is_the_same_alone():
         before = error
 
 
+def test_the_step_without_a_product_is_half_a_bound_on_the_one_with_it(monkeypatch):
+    G = curvature()
+    G[:, :8] = G[:8] = 0  # what G does not know keeps the damping alone, as the bound supposes
+    asked = queries()
+    products = lambda vs: [shaped(G @ flat(v)) for v in vs]  # noqa: E731
+    for steps in (1, 2, 3):
+        halves = solve(asked, SITES, products, steps, 0.3)
+        monkeypatch.setattr(solving, "UNMEASURED", 0.0)
+        before, after = (solve(asked, SITES, products, count, 0.3) for count in (steps, steps + 1))
+        monkeypatch.undo()
+        for start, half, measured in zip(before, halves, after, strict=True):
+            step, wanted = flat(half.y) - flat(start.y), flat(measured.y) - flat(start.y)
+            torch.testing.assert_close(step / step.norm(), wanted / wanted.norm(), rtol=1e-3, atol=1e-3)
+            assert 0.5 <= float(step.norm() / wanted.norm()) < 2
+
+
 def test_a_curvature_that_is_the_preconditioner_s_changes_nothing():
     H = torch.linalg.inv(inverse())
     asked = queries(1)
@@ -122,19 +139,24 @@ def test_whole_blocks_are_scaled_by_their_length_squared():
     assert curvature_scale([mask, empty]) == curvature_scale([mask])
 
 
+@pytest.fixture(scope="module")
+def unsolved(parts, sharded):
+    """An exact answer by the Kronecker factors alone; tests only read it."""
+    return answered(sharded("unsolved"), parts, solve__steps=0)[0]
+
+
 def test_a_solved_run_answers_otherwise_and_about_the_same_one_query_at_a_time(
-    exactly, parts, sharded, plain, monkeypatch
+    unsolved, parts, sharded, plain, monkeypatch
 ):
-    options = {"solve__steps": 2, "solve__blocks": 12}
+    options = {"solve__steps": 2, "solve__tokens": 12 * 16}
     one, summary, _ = answered(sharded("solved"), parts, **options)
     steps = read_influence(one, "asked", "recovery")["steps"].to_pylist()
     assert [each for each in steps if each is not None] == [2, 2, 2]
     assert summary["unsolved"] == 0
-    unsolved = read_influence(exactly.run, "asked", "recovery")["steps"].to_pylist()
-    assert set(unsolved) == {None}
+    assert set(read_influence(unsolved, "asked", "recovery")["steps"].to_pylist()) == {None}
     before, after = (
         {(row["query_id"], row["ordinal"]): row["influence"] for row in read_influence(run, "asked").to_pylist()}
-        for run in (exactly.run, one)
+        for run in (unsolved, one)
     )
     same = sorted(before.keys() & after.keys())
     both = np.array([[each[key] for key in same] for each in (before, after)])
@@ -146,7 +168,7 @@ def test_a_solved_run_answers_otherwise_and_about_the_same_one_query_at_a_time(
 
 
 def test_two_workers_and_a_plain_loop_solve_to_the_same_bytes(exactly, parts, sharded, one_ray, monkeypatch):
-    options = {"solve__steps": 2, "solve__blocks": 12}
+    options = {"solve__steps": 2, "solve__tokens": 12 * 16}
     folders = sharded("solved on Ray"), sharded("solved plainly")
     answered(folders[0], parts, **options)
     run_plainly(monkeypatch)
@@ -158,14 +180,14 @@ def test_two_workers_and_a_plain_loop_solve_to_the_same_bytes(exactly, parts, sh
     assert len(one) > 3
 
 
-def test_a_solve_that_spoils_a_query_is_told(exactly, parts, sharded, plain, monkeypatch):
+def test_a_solve_that_spoils_a_query_is_told(unsolved, parts, sharded, plain, monkeypatch):
     folder = sharded("spoilt")
     product = directions.Linearised.product
     monkeypatch.setattr(
         directions.Linearised, "product", lambda self, v: {name: x * torch.nan for name, x in product(self, v).items()}
     )
-    run, summary, out = answered(folder, parts, solve__steps=2, solve__blocks=12)
+    run, summary, out = answered(folder, parts, solve__steps=2, solve__tokens=12 * 16)
     assert summary["unsolved"] == 3
     assert "3 without a solve" in out
-    same = [read_influence(each, "asked")["influence"].to_pylist() for each in (run, exactly.run)]
+    same = [read_influence(each, "asked")["influence"].to_pylist() for each in (run, unsolved)]
     assert same[0] == pytest.approx(same[1], rel=1e-6)

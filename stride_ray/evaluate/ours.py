@@ -141,7 +141,9 @@ VARIANTS: tuple[Variant, ...] = (
     _exact("last half of the layers", operators__layers=0.5),
     _exact("last quarter of the layers", operators__layers=0.25),
     _exact("bfloat16", model__dtype="bfloat16"),
-    _exact("solved in 3 steps", solve__steps=3),
+    _exact("unsolved", solve__steps=0),
+    _exact("solved further", solve__steps=2, solve__tokens=18_432),
+    Variant("STRIDE, unsolved", {"solve.steps": 0}, ablation=True, note="the Kronecker factors alone"),
     *(
         Variant(
             f"STRIDE, {size} kB a block, {candidates} candidates",

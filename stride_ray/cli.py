@@ -215,11 +215,13 @@ def _run(parsed: argparse.Namespace) -> int:
         print(status(Run(parsed.run)))
         return 0
     if parsed.verb == "plan":
-        from stride_ray.plan import accuracy, plan, table
+        from stride_ray.plan import accuracy, memory, plan, table
 
         size = (parsed.blocks, parsed.queries, parsed.workers)
         pilot = Run(parsed.run)
-        print(table(plan(pilot, parsed.name, *size), *size))
+        estimates = plan(pilot, parsed.name, *size)
+        print(table(estimates, *size))
+        print(memory(pilot.config, estimates), end="")
         print(accuracy(pilot.config, parsed.blocks), end="")
         return 0
     run = _opened(parsed)

@@ -12,12 +12,12 @@ from typing import Any
 from stride_ray.blocks import shard_count, unit_count
 from stride_ray.config import Config
 from stride_ray.costs import NAME
+from stride_ray.directions import queries_a_unit
 from stride_ray.errors import StrideError
 from stride_ray.estimates import PARTS_PER_UNIT
 from stride_ray.fit_sites import rows_for
 from stride_ray.passes import SLICES
 from stride_ray.rescore import CANDIDATES, candidate_count, candidates_needed, passes_over
-from stride_ray.respond import UNIT
 from stride_ray.respond_sites import SLICE
 from stride_ray.respond_sites import SLICES as SLICED
 from stride_ray.run import Run, Stage
@@ -32,7 +32,7 @@ class Size:
         blocks: N. ``subsets``: K of the Lasso. ``queries``: how many.
         store: bytes of operators at every site; 0 for the paper's forms.
         passes: over the pool, where every block is scored exactly.
-        rows: kept per query. ``candidates``: of a query.
+        rows: kept per query. ``candidates``: of a query. ``together``: queries in a unit of work.
     """
 
     blocks: int
@@ -42,6 +42,7 @@ class Size:
     passes: int
     rows: int
     candidates: int
+    together: int
 
 
 @dataclass(frozen=True)
@@ -150,20 +151,20 @@ GROWTH: dict[str, Callable[[Size, Size], float]] = {
 }
 
 
-def _parts(of_queries: int) -> Callable[[Size], int]:
-    return lambda size: -(-size.queries // of_queries)
+def _parts(units: int = 1) -> Callable[[Size], int]:
+    return lambda size: -(-size.queries // (units * size.together))
 
 
 # Units of work, which bound the workers that a phase can keep busy; of the others there are as many as anyone has.
 UNITS: dict[str, Callable[[Size], int]] = {
-    "queries": _parts(UNIT),
-    "code": _parts(UNIT),
-    "invert": _parts(UNIT),
-    "respond": _parts(UNIT),
-    "recover": _parts(UNIT * PARTS_PER_UNIT),
-    "columns": _parts(UNIT * PARTS_PER_UNIT),
-    "rank": _parts(UNIT),
-    "gather": _parts(UNIT),
+    "queries": _parts(),
+    "code": _parts(),
+    "invert": _parts(),
+    "respond": _parts(),
+    "recover": _parts(PARTS_PER_UNIT),
+    "columns": _parts(PARTS_PER_UNIT),
+    "rank": _parts(),
+    "gather": _parts(),
     "precondition": lambda _: SLICES,
     "scale": lambda _: SLICES,
     "sums": lambda size: shard_count(size.blocks),
@@ -260,6 +261,7 @@ def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: i
     gradient = 0
     if "curvature" in found:
         gradient = found["curvature"][0].store.read_json("manifest.json")["gradient_bytes"]
+    together = queries_a_unit(gradient)
     options, pool = pilot.config, pilot.stage("blocks").store.read_json("manifest.json")["blocks"]
 
     def size(n: int, q: int) -> Size:
@@ -267,7 +269,8 @@ def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: i
         facts = _operators(options, n)
         store = facts["subsets"] * facts["row_bytes"] if facts else 0.0
         candidates = min(n, candidate_count(options, facts))
-        return Size(n, options.membership.subsets, q, store, passes, min(n, options.attribute.top), candidates)
+        rows = min(n, options.attribute.top)
+        return Size(n, options.membership.subsets, q, store, passes, rows, candidates, together)
 
     return size(pool, known), size(blocks, queries)
 
@@ -301,6 +304,18 @@ def table(estimates: list[Estimate], blocks: int, queries: int, workers: int) ->
                 f"{'all of ' + mode:<18}{'':>12}{_sized(writes):>12}{'':>16}{_timed(work):>16}{_timed(takes):>12}"
             )
     return "\n".join(lines)
+
+
+def memory(config: Config, estimates: list[Estimate]) -> str:
+    """A line where a worker holds more than the option by which workers are counted; else empty."""
+    largest = max(estimates, key=lambda each: each.holds)
+    held, allowed = largest.holds * 2**20, config.compute.worker_gb * 2**30
+    if held <= allowed:
+        return ""
+    return (
+        f"a worker of {largest.stage} held {held / 2**30:.1f} GiB in the pilot, and compute.worker_gb, by which workers "
+        f"are counted and batches sized, is {config.compute.worker_gb:g}: raise it, or a machine may run out of memory\n"
+    )
 
 
 def accuracy(config: Config, n_blocks: int) -> str:

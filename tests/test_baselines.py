@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from stride_ray.baselines import METHODS, airrep, ekfac, embedding, features, graddot, less, tracin
+from stride_ray.baselines import METHODS, airrep, astra, ekfac, embedding, features, graddot, less, tracin
 from stride_ray.baselines.gradients import mean_losses, passes, weight_shapes
 from stride_ray.baselines.problem import Problem, Texts
+from stride_ray.config import SolveConfig
 from stride_ray.errors import StrideError
 from stride_ray.model import SplitModel, load_model
 
@@ -200,6 +201,23 @@ def test_ekfac_is_exact_where_inputs_and_gradients_are_independent():
     exact = flat[:50] @ torch.linalg.solve(dense, flat[50:150].T)
     found = layer.solve(G[:50], 0.1).flatten(1).double() @ flat[50:150].T
     assert spearmanr(found.flatten(), exact.flatten()).statistic > 0.98
+
+
+def test_astra_solves_what_it_states(problem, monkeypatch):
+    """(κG + cF) x is the query's gradient again, F being EK-FAC's damped Fisher, G of a sample of the pool."""
+    monkeypatch.setattr(astra, "SolveConfig", lambda: SolveConfig(steps=60, tokens=10**6))
+    model = load_model(problem.model)
+    fisher = ekfac.fit(model, problem.blocks, 10_000, seed=3)
+    better = astra.Solve(model, fisher, problem)
+    ((_, asked),) = ekfac._gradients(model, problem.queries, 10_000)
+    y = {name: G[0] / (1 + astra.DAMPING) for name, G in better(asked).items()}
+    x = {name: fisher[name].solve(G[None], ekfac.DAMPING)[0] for name, G in y.items()}
+    (Gx,) = better._products(
+        [{better.names[name]: astra._turned(better.names[name], each) for name, each in x.items()}]
+    )
+    for name, G in asked.items():
+        found = astra._turned(better.names[name], Gx[better.names[name]]) + astra.DAMPING * y[name]
+        torch.testing.assert_close(found, G[0], rtol=1e-2, atol=1e-2 * float(G[0].abs().max()))
 
 
 @pytest.fixture

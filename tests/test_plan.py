@@ -115,12 +115,12 @@ def test_rows_grow_to_their_budget_and_what_lies_beside_them_does_not(tmp_path):
 
 
 def test_workers_beyond_the_units_are_no_help(pilot):
-    """1,024 blocks are in a unit of a pass, and 16 queries in one of the tables."""
+    """1,024 blocks are in a unit of a pass, and 8 queries of 16 MiB in one of the directions and of the tables."""
     _, curvature, directions, exact = plan(pilot, "asked", blocks=20_480, queries=16, workers=1000)
     score, rank = 20.48 * 20, 1.6 * 2
-    assert exact.seconds == pytest.approx((2 + score / 20) + (1 + rank))
+    assert exact.seconds == pytest.approx((2 + score / 20) + (1 + rank / 2))
     assert curvature.seconds == pytest.approx((5 + 2 * 20.48 / 1000) + (4 + 12 / 16))
-    assert directions.seconds == pytest.approx(1 + 1.6 * 4)
+    assert directions.seconds == pytest.approx(1 + 1.6 * 4 / 2)
 
 
 def test_the_verb_prints_a_table(pilot, capsys):
@@ -136,6 +136,16 @@ def test_the_verb_prints_a_table(pilot, capsys):
     assert few.startswith(
         "operators take 0.0246 B a block, as rows of 1,000 subsets; 1,600 candidates a query are fewer"
     )
+
+
+def test_a_worker_that_holds_more_than_it_is_counted_with_is_told(pilot, capsys):
+    command = ["plan", pilot.url, "--name", "asked", "--blocks", "1e6", "--queries", "128", "--workers", "8"]
+    told = "a worker of curvature held 0.9 GiB in the pilot, and compute.worker_gb, by which workers are counted"
+    assert main(command) == 0
+    assert told not in capsys.readouterr().out
+    Run(pilot.url, changes={"attribute.top": 100, "compute.worker_gb": 0.5}).save()
+    assert main(command) == 0
+    assert told in capsys.readouterr().out
 
 
 def test_a_query_set_that_the_pilot_does_not_have_is_told(pilot, capsys):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from stride_ray.baselines import (
     airrep,
+    astra,
     bm25,
     chance,
     dsir,
@@ -62,6 +63,12 @@ METHODS: dict[str, Baseline] = {
     ),
     "ekfac_lent": Baseline(
         "EK-FAC, with our two", lent.lent(ekfac.scores), False, "measured where ours is, negative scores halved"
+    ),
+    "astra_lent": Baseline(
+        "EK-FAC, with our two and a solve",
+        lent.lent(astra.scores),
+        False,
+        "the same, a query's gradient solved for as ours is",
     ),
     "logra_lent": Baseline(
         "LoGRA, with our two", lent.lent(logra.scores), False, "measured where ours is, negative scores halved"

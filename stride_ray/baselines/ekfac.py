@@ -13,7 +13,7 @@ Written out, since Kronfluence does not know GPT-2's layers. On the ``continued`
 within 0.01, and their scores correlate by 0.99.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,31 +47,28 @@ class Layer:
         return _turned(rotated, None if self.Q_rows is None else self.Q_rows.T, self.Q_columns.T)
 
 
-def scores(problem: Problem, damping: float = 0.1, fisher_blocks: int = 512) -> np.ndarray:
-    """EK-FAC influence at the trained model.
-
-    Args:
-        problem: what to score.
-        damping: as a share of the mean of each layer's Λ.
-        fisher_blocks: blocks of the pool that the Fisher is estimated from, drawn at random.
-
-    Returns:
-        (Q, N) float32.
-    """
-    return at_model(problem, problem.model, damping, fisher_blocks)
+# Damping as a share of the mean of each layer's Λ; blocks of the pool that the Fisher is estimated from.
+DAMPING, FISHER_BLOCKS = 0.1, 512
+Better = Callable[[SplitModel, dict[str, "Layer"]], Callable[[Gradients], Gradients]]
 
 
-def at_model(problem: Problem, folder: str, damping: float, fisher_blocks: int) -> np.ndarray:
-    """The same at any model folder."""
+def scores(problem: Problem) -> np.ndarray:
+    """EK-FAC influence at the trained model, (Q, N) float32."""
+    return at_model(problem, problem.model)
+
+
+def at_model(problem: Problem, folder: str, better: Better | None = None) -> np.ndarray:
+    """The same at any model folder; ``better`` makes of the Fisher what then changes queries' gradients."""
     model = load_model(folder)
     N = len(problem.blocks)
-    drawn = np.sort(np.random.default_rng(problem.seed).permutation(N)[:fisher_blocks])
+    drawn = np.sort(np.random.default_rng(problem.seed).permutation(N)[:FISHER_BLOCKS])
     sample = Texts(problem.blocks.ids[drawn], problem.blocks.mask[drawn])
     fisher = fit(model, sample, problem.batch_tokens, problem.seed)
+    change = better(model, fisher) if better else None
     queries: dict[str, list[Tensor]] = {}
     for _, found in _gradients(model, problem.queries, problem.batch_tokens):
-        for name, G in found.items():
-            queries.setdefault(name, []).append(fisher[name].solve(G, damping).flatten(1))
+        for name, G in (change(found) if change else found).items():
+            queries.setdefault(name, []).append(fisher[name].solve(G, DAMPING).flatten(1))
     solved = {name: torch.cat(parts) for name, parts in queries.items()}
     blocks = _gradients(model, problem.blocks, problem.batch_tokens)
     stream = ((rows, {name: G.flatten(1) for name, G in found.items()}) for rows, found in blocks)

@@ -11,8 +11,8 @@ from stride_ray.baselines.ekfac import at_model
 from stride_ray.baselines.problem import Problem
 
 
-def scores(problem: Problem, damping: float = 0.1, fisher_blocks: int = 512) -> np.ndarray:
+def scores(problem: Problem) -> np.ndarray:
     """(Q, N) float32; options as in ``ekfac``; EK-FAC at the end alone where nothing earlier is known."""
     earlier = problem.checkpoints[:1] if problem.start is None else (problem.start,)
-    found = [at_model(problem, folder, damping, fisher_blocks) for folder in (*earlier, problem.model)]
+    found = [at_model(problem, folder) for folder in (*earlier, problem.model)]
     return np.stack([each / max(float(each.std()), 1e-30) for each in found]).sum(0)

@@ -30,6 +30,7 @@ their own that it makes: seconds from start to end, memory, bytes stored, LDS.
     python jobs/benchmark.py loop --benchmark continued --folder /tmp/loop --form matrix
     python jobs/benchmark.py respond --shape 135m --subsets 1000 --dtype bfloat16 --device cuda
     python jobs/benchmark.py fit --shape 286m --tokens 512 --blocks 256 --dtype bfloat16 --device cuda
+    python jobs/benchmark.py solve --shape small --blocks 32 --batch-tokens 8192
 """
 
 from __future__ import annotations
@@ -271,12 +272,13 @@ def benchmark_select(args: argparse.Namespace) -> int:
 
 def benchmark_speed(args: argparse.Namespace) -> int:
     """Time responses or passes over the pool; print what was found, a line each, and the JSON line."""
-    from stride_ray.evaluate.speed import Setting, measure_passes, measure_respond
+    from stride_ray.evaluate.speed import Setting, measure_passes, measure_respond, measure_solve
     from stride_ray.memory import keep_freed
 
     keep_freed()  # as every worker does
     given = {key: value for key, value in vars(args).items() if key not in ("command", "run")}
-    return _printed({"respond": measure_respond, "fit": measure_passes}[args.command](Setting(**given)))
+    measures = {"respond": measure_respond, "fit": measure_passes, "solve": measure_solve}
+    return _printed(measures[args.command](Setting(**given)))
 
 
 def benchmark_loop(args: argparse.Namespace) -> int:
@@ -354,7 +356,11 @@ def main() -> int:
     command.add_argument("--by", default="rank", choices=("rank", "mean", "share"))
     command.add_argument("--folder", required=True, help="for the tables and what spills; some 3 GB for 1e8 rows")
     command.set_defaults(run=benchmark_select)
-    for name, what in (("respond", "responses, exact and linear"), ("fit", "passes over blocks")):
+    for name, what in (
+        ("respond", "responses, exact and linear"),
+        ("fit", "passes over blocks"),
+        ("solve", "a query's solve"),
+    ):
         command = commands.add_parser(name, help=what)
         command.add_argument("--shape", default="small", choices=("small", "135m", "286m", "600m"), help="of the model")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from stride_ray.evaluate.speed import SHAPES, Setting, measure_passes, random_model, whole_model_losses
+from stride_ray.evaluate.speed import (
+    SHAPES,
+    Setting,
+    measure_passes,
+    measure_solve,
+    random_model,
+    whole_model_losses,
+)
 from stride_ray.operators import Operators, random_basis
 
 JOB = Path(__file__).parent.parent / "jobs" / "benchmark.py"
@@ -46,3 +53,9 @@ def test_every_pass_over_blocks_is_measured_beside_a_forward():
     speeds = {name: each["blocks_per_second"] for name, each in found["passes"].items()}
     assert set(speeds) == {"forward", "gate", "matrix", "logit", "exact", "exact_last_quarter"}
     assert found["ratio_exact"] == pytest.approx(speeds["forward"] / speeds["exact"])
+
+
+def test_a_solve_is_measured_beside_a_forward():
+    found = measure_solve(Setting(device="cpu", tokens=16, blocks=4))
+    assert found["ratio_product"] == pytest.approx(found["seconds_product"] / found["seconds_forward"])
+    assert 0 < found["seconds_product"] < 100 * found["seconds_forward"]

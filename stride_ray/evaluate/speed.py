@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stride_ray.closed_form import add_to_subsets
+from stride_ray.gauss_newton import Linearised, batch_rows
 from stride_ray.membership import Membership
 from stride_ray.memory import peak_bytes, restart_peak
 from stride_ray.model import DTYPES, SplitModel, device_of, masked_mean
@@ -202,6 +203,47 @@ def measure_passes(setting: Setting) -> dict[str, Any]:
     ratios = {f"ratio_{name}": speed["forward"] / each for name, each in speed.items() if name != "forward"}
     numbers = sum(J.shape[1] for J in asked.values())
     return {**_about(setting, model), "passes": found, **ratios, "bytes_per_query": 4 * numbers}
+
+
+def measure_solve(setting: Setting) -> dict[str, Any]:
+    """What a query's solve costs over ``blocks`` of the pool, beside a forward pass with loss over the same blocks.
+
+    Returns:
+        Seconds of the forward pass (``seconds_forward``), of linearising the model on the blocks, which several queries
+        share (``seconds_linearise``), and of a product of one query with the Gauss–Newton matrix
+        (``seconds_product``); both over the forward's (``ratio_linearise``, ``ratio_product``), and peak bytes.
+    """
+    shape = SHAPES[setting.shape]
+    model = random_model(shape, setting.device, setting.dtype)
+    ids = _tokens(shape, setting.blocks, setting.tokens, model.device)
+    mask, sites = torch.ones_like(ids, dtype=torch.bool), _plain_sites(model, 0.0)
+    rows = batch_rows(max(1, setting.batch_tokens // setting.tokens), model, setting.tokens)
+    batches = [slice(at, at + rows) for at in range(0, setting.blocks, rows)]
+    v = {site.name: J[0] for site, J in site_gradients(model, sites, ids[:1], mask[:1])[0]}
+
+    @torch.no_grad()
+    def forward() -> None:
+        for at in batches:
+            masked_mean(model.token_losses(model.read(ids[at]), ids[at], mask[at]), mask[at])
+
+    def linearise(products: int) -> None:
+        for at in batches:
+            linearised = Linearised(model, sites, ids[at], mask[at], stepped=False)
+            for _ in range(products):
+                linearised.product(v)
+
+    restart_peak(model.device)
+    alone, one, three = (timed(work, model.device)[1] for work in (forward, lambda: linearise(1), lambda: linearise(3)))
+    product = (three - one) / 2
+    return {
+        **_about(setting, model),
+        "seconds_forward": alone,
+        "seconds_linearise": one - product,
+        "seconds_product": product,
+        "ratio_linearise": (one - product) / alone,
+        "ratio_product": product / alone,
+        "peak_bytes": peak_bytes(model.device),
+    }
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

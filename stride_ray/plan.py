@@ -313,8 +313,8 @@ def memory(config: Config, estimates: list[Estimate]) -> str:
     if held <= allowed:
         return ""
     return (
-        f"a worker of {largest.stage} held {held / 2**30:.1f} GiB in the pilot, and compute.worker_gb, by which workers "
-        f"are counted and batches sized, is {config.compute.worker_gb:g}: raise it, or a machine may run out of memory\n"
+        f"a worker of {largest.stage} held {held / 2**30:.1f} GiB in the pilot, and compute.worker_gb, by which "
+        f"workers are counted and batches sized, is {config.compute.worker_gb:g}: raise it, or memory may run out\n"
     )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import answered, run_plainly
+from conftest import answered
 
 from stride_ray import directions
 from stride_ray import solve as solving
@@ -165,19 +165,6 @@ def test_a_solved_run_answers_otherwise_and_about_the_same_one_query_at_a_time(
     two, _, _ = answered(sharded("solved one by one"), parts, **options)
     again = {(row["query_id"], row["ordinal"]): row["influence"] for row in read_influence(two, "asked").to_pylist()}
     assert again == pytest.approx(after, rel=1e-3, abs=1e-4)
-
-
-def test_two_workers_and_a_plain_loop_solve_to_the_same_bytes(exactly, parts, sharded, one_ray, monkeypatch):
-    options = {"solve__steps": 2, "solve__tokens": 12 * 16}
-    folders = sharded("solved on Ray"), sharded("solved plainly")
-    answered(folders[0], parts, **options)
-    run_plainly(monkeypatch)
-    answered(folders[1], parts, **options)
-    one, two = (
-        {path.name: path.read_bytes() for path in (folder / "exact/asked").glob("*.parquet")} for folder in folders
-    )
-    assert one == two
-    assert len(one) > 3
 
 
 def test_a_solve_that_spoils_a_query_is_told(unsolved, parts, sharded, plain, monkeypatch):

@@ -18,13 +18,13 @@ from stride_ray.crew import Crew
 from stride_ray.curvature import SITES, load_sites
 from stride_ray.distribute import progress
 from stride_ray.fitted import load_measured_model, load_run_model
-from stride_ray.gauss_newton import Linearised, batch_rows
+from stride_ray.gauss_newton import GaussNewton, batch_rows
 from stride_ray.model import masked_mean
 from stride_ray.passes import PoolWorker
 from stride_ray.queries import NOT_FINITE, batches, checked, fingerprint, padded
 from stride_ray.run import Run, Stage
 from stride_ray.sites import site_gradients
-from stride_ray.solve import Gradient, add, curvature_scale, solve
+from stride_ray.solve import Gradient, curvature_scale, solve
 from stride_ray.storage import Store, tensor_bytes
 
 # Queries whose gradients are made in one unit at most, and the bytes of these; a solve holds seven times as much.
@@ -105,7 +105,6 @@ class DirectionWorker(PoolWorker):
         self.unit = queries_a_unit(gradient_bytes(curvature))
         self.table = stage.store.read_table("queries.parquet")
         self.trained = load_run_model(config, device)
-        self.stepped: bool | None = None
 
     def __call__(self, part: int) -> dict[str, Any]:
         """Do one unit; returns its marker."""
@@ -125,8 +124,9 @@ class DirectionWorker(PoolWorker):
                 else:
                     answers[i] |= {"status": "failed", "error": NOT_FINITE}
         good = [answer for answer in answers if answer["status"] == "ok"]
-        if self.config.solve.steps:
-            solved = solve(found, self.sites, self._products, self.config.solve.steps, self.config.solve.damping)
+        options = self.config.solve
+        if options.steps:
+            solved = solve(found, self.sites, self._gauss_newton, options.steps, options.damping)
             found = [each.y for each in solved]
             for answer, each in zip(good, solved, strict=True):
                 answer["steps"] = each.steps
@@ -137,28 +137,12 @@ class DirectionWorker(PoolWorker):
         self.stage.store.write(f"{gradient_name(part)}.safetensors", tensor_bytes(tensors))
         return marker
 
-    def _products(self, directions: list[Gradient]) -> list[Gradient]:
-        """κ times the mean over the sample of G times each direction; the sample goes by in batches."""
-        totals: list[Gradient] = []
-        for ids, mask in self._sample:
-            linearised = Linearised(self.model, self.sites, ids, mask, self.stepped)
-            self.stepped = linearised.stepped
-            for at, direction in enumerate(directions):
-                product = linearised.product(direction)
-                if at < len(totals):
-                    add(totals[at], product)
-                else:
-                    totals.append(product)
-        factor = curvature_scale([mask for _, mask in self._sample]) / sum(len(ids) for ids, _ in self._sample)
-        for x in (x for total in totals for x in total.values()):
-            x.mul_(factor)
-        return totals
-
     @cached_property
-    def _sample(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Ids and mask of the blocks that G is taken over, in batches: read once for all steps and units."""
+    def _gauss_newton(self) -> GaussNewton:
+        """Of a sample of the pool, which is read once for all steps and units."""
         length = self.blocks.block_tokens
         ordinals = self.blocks.sample(-(-self.config.solve.tokens // length), self.config.seed, self.curved)
         size = batch_rows(self.rows, self.model, length)
-        found = (self.blocks.batch(ordinals[at : at + size]) for at in range(0, len(ordinals), size))
-        return [(self.tensors(batch.ids), self.tensors(batch.mask)) for batch in found]
+        found = [self.blocks.batch(ordinals[at : at + size]) for at in range(0, len(ordinals), size)]
+        sample = [(self.tensors(batch.ids), self.tensors(batch.mask)) for batch in found]
+        return GaussNewton(self.model, self.sites, sample, curvature_scale([mask for _, mask in sample]))

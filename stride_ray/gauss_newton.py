@@ -11,7 +11,7 @@ taken instead, forward and back, and the states' difference halved.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stride_ray.model import SplitModel
 from stride_ray.sites import EMBEDDING, HEAD, ORIGIN, Site, site_module, tapped, token_weights, written_gradients
+from stride_ray.solve import Gradient, add
 
 # How far a second derivative may be from the transpose that it should be, in standard deviations of random numbers.
 ALIKE = 0.05
@@ -145,6 +146,39 @@ class Linearised:
         p = logits.detach().float().softmax(-1)
         h = p.mul_(change - (p * change).sum(-1, keepdim=True)).mul_(omega.unsqueeze(2))
         return h, torch.autograd.grad(logits, leaf, h.to(logits.dtype))[0]
+
+
+class GaussNewton:
+    """Products with κ times the mean of G over a sample of blocks, for several directions that share what it costs.
+
+    Args:
+        model, sites: as Linearised takes them.
+        sample: ids and mask of the blocks, in batches that are linearised one after another.
+        scale: κ.
+    """
+
+    def __init__(
+        self, model: SplitModel, sites: tuple[Site, ...], sample: Sequence[tuple[Tensor, Tensor]], scale: float
+    ) -> None:
+        self.model, self.sites, self.sample = model, sites, sample
+        self.factor = scale / sum(len(ids) for ids, _ in sample)
+        self.stepped: bool | None = None
+
+    def __call__(self, directions: list[Gradient]) -> list[Gradient]:
+        """By site's name, in order."""
+        totals: list[Gradient] = []
+        for ids, mask in self.sample:
+            linearised = Linearised(self.model, self.sites, ids, mask, self.stepped)
+            self.stepped = linearised.stepped
+            for at, direction in enumerate(directions):
+                product = linearised.product(direction)
+                if at < len(totals):
+                    add(totals[at], product)
+                else:
+                    totals.append(product)
+        for x in (x for total in totals for x in total.values()):
+            x.mul_(self.factor)
+        return totals
 
 
 def batch_rows(rows: int, model: SplitModel, tokens: int) -> int:

@@ -18,6 +18,7 @@ from stride_ray.estimates import PARTS_PER_UNIT
 from stride_ray.fit_sites import rows_for
 from stride_ray.passes import SLICES
 from stride_ray.rescore import CANDIDATES, candidate_count, candidates_needed, passes_over
+from stride_ray.respond import UNIT
 from stride_ray.respond_sites import SLICE
 from stride_ray.respond_sites import SLICES as SLICED
 from stride_ray.run import Run, Stage
@@ -32,7 +33,8 @@ class Size:
         blocks: N. ``subsets``: K of the Lasso. ``queries``: how many.
         store: bytes of operators at every site; 0 for the paper's forms.
         passes: over the pool, where every block is scored exactly.
-        rows: kept per query. ``candidates``: of a query. ``together``: queries in a unit of work.
+        rows: kept per query. ``candidates``: of a query.
+        together: queries in a part of directions. ``responded``: in a part of responses.
     """
 
     blocks: int
@@ -43,6 +45,7 @@ class Size:
     rows: int
     candidates: int
     together: int
+    responded: int
 
 
 @dataclass(frozen=True)
@@ -151,20 +154,28 @@ GROWTH: dict[str, Callable[[Size, Size], float]] = {
 }
 
 
-def _parts(units: int = 1) -> Callable[[Size], int]:
-    return lambda size: -(-size.queries // (units * size.together))
+def _directions(size: Size) -> int:
+    return -(-size.queries // size.together)
+
+
+def _responses(size: Size) -> int:
+    return -(-size.queries // size.responded)
+
+
+def _estimates(size: Size) -> int:
+    return -(-_responses(size) // PARTS_PER_UNIT)
 
 
 # Units of work, which bound the workers that a phase can keep busy; of the others there are as many as anyone has.
 UNITS: dict[str, Callable[[Size], int]] = {
-    "queries": _parts(),
-    "code": _parts(),
-    "invert": _parts(),
-    "respond": _parts(),
-    "recover": _parts(PARTS_PER_UNIT),
-    "columns": _parts(PARTS_PER_UNIT),
-    "rank": _parts(),
-    "gather": _parts(),
+    "queries": _directions,
+    "code": _directions,
+    "invert": _directions,
+    "respond": _responses,
+    "recover": _estimates,
+    "columns": _estimates,
+    "rank": _directions,
+    "gather": _responses,
     "precondition": lambda _: SLICES,
     "scale": lambda _: SLICES,
     "sums": lambda size: shard_count(size.blocks),
@@ -270,7 +281,8 @@ def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: i
         store = facts["subsets"] * facts["row_bytes"] if facts else 0.0
         candidates = min(n, candidate_count(options, facts))
         rows = min(n, options.attribute.top)
-        return Size(n, options.membership.subsets, q, store, passes, rows, candidates, together)
+        responded = together if facts else UNIT
+        return Size(n, options.membership.subsets, q, store, passes, rows, candidates, together, responded)
 
     return size(pool, known), size(blocks, queries)
 

@@ -14,17 +14,29 @@ error in conjugate gradients"). One more step is taken, of half the bound.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stride_ray.sites import ORIGIN, Site
+from stride_ray.sites import ORIGIN
 
 # Share of the bound that the step without a product takes: the whole one was too far where G is of few blocks.
 UNMEASURED = 0.5
 
 Gradient = dict[str, Tensor]
 Products = Callable[[list[Gradient]], list[Gradient]]
+
+
+class Preconditioner(Protocol):
+    """H⁻¹ at one site, as sites.Site has it."""
+
+    @property
+    def name(self) -> str:
+        """The site's."""
+
+    def solved(self, J: Tensor) -> Tensor:
+        """H⁻¹ J."""
 
 
 @dataclass
@@ -55,7 +67,7 @@ def curvature_scale(masks: Sequence[Tensor]) -> float:
 
 
 def solve(
-    queries: list[Gradient], sites: Sequence[Site], products: Products, steps: int, damping: float
+    queries: list[Gradient], sites: Sequence[Preconditioner], products: Products, steps: int, damping: float
 ) -> list[Solved]:
     """Conjugate gradients for several queries, each by itself, in steps together so that they share what G costs.
 
@@ -70,14 +82,12 @@ def solve(
         In order; y of the length that keeps what H⁻¹ alone gives where κG = H.
     """
     known = [site for site in sites if site.name != ORIGIN]
-    states = [_State({site.name: query[site.name] for site in known}, known) for query in queries]
+    states = [_State({site.name: query[site.name] for site in known}, known, damping) for query in queries]
     for _ in range(steps):
         going = [state for state in states if state.going]
         for state, product in zip(going, products([state.p for state in going]) if going else [], strict=True):
-            state.step(product, damping)
-    return [
-        Solved({**query, **state.found(damping)}, state.steps) for query, state in zip(queries, states, strict=True)
-    ]
+            state.step(product)
+    return [Solved({**query, **state.found()}, state.steps) for query, state in zip(queries, states, strict=True)]
 
 
 class _State:
@@ -87,28 +97,28 @@ class _State:
     the error is longer.
     """
 
-    def __init__(self, J: Gradient, sites: Sequence[Site]) -> None:
-        self.sites, self.steps, self.bound = sites, 0, math.inf
+    def __init__(self, J: Gradient, sites: Sequence[Preconditioner], damping: float) -> None:
+        self.sites, self.damping, self.steps, self.bound = sites, damping, 0, 1 / damping
         self.y = {name: torch.zeros_like(x) for name, x in J.items()}
         self.r, self.s = ({name: x.clone() for name, x in J.items()} for _ in range(2))
         self.p = self._solved(J)
         self.size = inner(J, self.p)
         self.going = self.size > 0 and math.isfinite(self.size)
 
-    def found(self, damping: float) -> Gradient:
+    def found(self) -> Gradient:
         """y; nothing where no step was taken."""
         if not self.steps:
             return {}
-        if self.going and 0 < self.bound < math.inf:
+        if self.going and self.bound > 0:
             add(self.y, self.s, UNMEASURED * self.bound)
-        return {name: (1 + damping) * y for name, y in self.y.items()}
+        return {name: (1 + self.damping) * y for name, y in self.y.items()}
 
     def _solved(self, x: Gradient) -> Gradient:
         return {site.name: site.solved(x[site.name]) for site in self.sites}
 
-    def step(self, product: Gradient, damping: float) -> None:
+    def step(self, product: Gradient) -> None:
         """One step along p, whose product with κG is given; stops for good where that is not positive or not finite."""
-        add(product, self.s, damping)
+        add(product, self.s, self.damping)
         curvature = inner(self.p, product)
         if not (curvature > 0 and math.isfinite(curvature)):
             self.going = False
@@ -125,8 +135,8 @@ class _State:
                 x.mul_(ratio).add_(change[name])
         self.size, self.going = size, size > 0 and math.isfinite(size)
         if self.going:
-            excess = (self.bound if self.steps > 1 else 1 / damping) - length
-            self.bound = excess / (damping * excess + ratio)
+            excess = self.bound - length
+            self.bound = excess / (self.damping * excess + ratio)
 
 
 def add(x: Mapping[str, Tensor], y: Mapping[str, Tensor], times: float = 1.0) -> None:

@@ -212,9 +212,7 @@ def test_astra_solves_what_it_states(problem, monkeypatch):
     ((_, asked),) = ekfac._gradients(model, problem.queries, 10_000)
     y = {name: G[0] / (1 + astra.DAMPING) for name, G in better(asked).items()}
     x = {name: fisher[name].solve(G[None], ekfac.DAMPING)[0] for name, G in y.items()}
-    (Gx,) = better._products(
-        [{better.names[name]: astra._turned(better.names[name], each) for name, each in x.items()}]
-    )
+    (Gx,) = better.products([{better.names[name]: astra._turned(better.names[name], each) for name, each in x.items()}])
     for name, G in asked.items():
         found = astra._turned(better.names[name], Gx[better.names[name]]) + astra.DAMPING * y[name]
         torch.testing.assert_close(found, G[0], rtol=1e-2, atol=1e-2 * float(G[0].abs().max()))

@@ -123,6 +123,21 @@ def test_workers_beyond_the_units_are_no_help(pilot):
     assert directions.seconds == pytest.approx(1 + 1.6 * 4 / 2)
 
 
+def test_the_papers_forms_respond_to_as_many_queries_at_once_however_large_their_gradients(tmp_path):
+    pilot = Run(str(tmp_path / "paper"), changes={"operators.form": "matrix"})
+    each = {"amount": 1, "unit": "", "wall": 1.0, "busy": 1.0, "workers": 1, "peak_mb": 1}
+    for stage, name, facts, phases in (
+        ("blocks", "", {"blocks": 1000, "fingerprint": "f"}, {"shard": each}),
+        ("curvature", "", {"gradient_bytes": 2**27}, {"precondition": each}),
+        ("responses", "asked", {"queries": 16}, {"respond": each}),
+    ):
+        opened = pilot.stage(stage, name)
+        opened.store.write_json("manifest.json", facts)
+        opened.store.write_json("cost.json", {"wall": 1.0, "driver_mb": 1, "phases": phases})
+    found = {each.stage: each for each in plan(pilot, "asked", blocks=1000, queries=16, workers=8)}
+    assert found["responses"].seconds == pytest.approx(1.0)
+
+
 def test_the_verb_prints_a_table(pilot, capsys):
     command = ["plan", pilot.url, "--name", "asked", "--blocks", "1e6", "--queries", "128", "--workers", "8"]
     assert main(command) == 0

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import answered
+from conftest import answered, run_plainly
 
 from stride_ray import directions
 from stride_ray import solve as solving
 from stride_ray.attribute import read_influence
+from stride_ray.gauss_newton import Linearised
 from stride_ray.sites import ORIGIN, Site
 from stride_ray.solve import curvature_scale, solve
 
@@ -167,11 +168,24 @@ def test_a_solved_run_answers_otherwise_and_about_the_same_one_query_at_a_time(
     assert again == pytest.approx(after, rel=1e-3, abs=1e-4)
 
 
+def test_two_workers_and_a_plain_loop_solve_to_the_same_bytes(parts, sharded, one_ray, monkeypatch):
+    options = {"solve__steps": 2, "solve__tokens": 12 * 16}
+    folders = sharded("solved on Ray"), sharded("solved plainly")
+    answered(folders[0], parts, **options)
+    run_plainly(monkeypatch)
+    answered(folders[1], parts, **options)
+    one, two = (
+        {path.name: path.read_bytes() for path in (folder / "exact/asked").glob("*.parquet")} for folder in folders
+    )
+    assert one == two
+    assert len(one) > 3
+
+
 def test_a_solve_that_spoils_a_query_is_told(unsolved, parts, sharded, plain, monkeypatch):
     folder = sharded("spoilt")
-    product = directions.Linearised.product
+    product = Linearised.product
     monkeypatch.setattr(
-        directions.Linearised, "product", lambda self, v: {name: x * torch.nan for name, x in product(self, v).items()}
+        Linearised, "product", lambda self, v: {name: x * torch.nan for name, x in product(self, v).items()}
     )
     run, summary, out = answered(folder, parts, solve__steps=2, solve__tokens=12 * 16)
     assert summary["unsolved"] == 3

@@ -5,7 +5,6 @@ default (solve.py), over as many tokens of the pool. A query's gradient is of ev
 the mean of one over a block's targets: F is of gradients of blocks' mean losses, G of these losses themselves.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +14,12 @@ from torch import Tensor
 from stride_ray.baselines import ekfac
 from stride_ray.baselines.features import Gradients
 from stride_ray.baselines.gradients import tensors
-from stride_ray.baselines.problem import Problem, Texts
+from stride_ray.baselines.problem import Problem
 from stride_ray.config import SolveConfig
-from stride_ray.gauss_newton import Linearised
+from stride_ray.gauss_newton import GaussNewton
 from stride_ray.model import SplitModel
 from stride_ray.sites import EMBEDDING, HEAD, Site
-from stride_ray.solve import add, solve
+from stride_ray.solve import solve
 from stride_ray.vocabulary import TokenSide
 
 # Chosen on development queries, as our own was; and blocks that are linearised at once.
@@ -29,21 +28,17 @@ DAMPING, ROWS = 25.0, 16
 
 def scores(problem: Problem) -> np.ndarray:
     """(Q, N) float32; options as in ``ekfac``."""
-
-    def solved(model: SplitModel, fisher: dict[str, ekfac.Layer]) -> Callable[[Gradients], Gradients]:
-        return Solve(model, fisher, problem)
-
-    return ekfac.at_model(problem, problem.model, solved)
+    return ekfac.at_model(problem, problem.model, lambda model, fisher: Solve(model, fisher, problem))
 
 
 @dataclass(frozen=True)
-class _Preconditioned(Site):
-    """A site whose H⁻¹ is EK-FAC's."""
+class _EKFAC:
+    """EK-FAC's inverse at one site, which is one layer."""
 
-    layer: ekfac.Layer | None = None
+    name: str
+    layer: ekfac.Layer
 
     def solved(self, J: Tensor) -> Tensor:
-        assert self.layer is not None
         return _turned(self.name, self.layer.solve(_turned(self.name, J), ekfac.DAMPING))
 
 
@@ -51,35 +46,25 @@ class Solve:
     """What the solve makes of a batch of queries' gradients, by layer's name."""
 
     def __init__(self, model: SplitModel, fisher: dict[str, ekfac.Layer], problem: Problem) -> None:
-        self.model = model
         ends = {model.model.get_input_embeddings(): EMBEDDING, model.model.get_output_embeddings(): HEAD}
         self.names = {name: ends.get(module, name) for name, module in model.model.named_modules() if name in fisher}
+        self.preconditioners = [_EKFAC(self.names[name], layer) for name, layer in fisher.items()]
         none, tokens = torch.empty(0), TokenSide(torch.ones(model.vocabulary))
-        self.sites = tuple(_Preconditioned(self.names[name], none, none, tokens, layer=fisher[name]) for name in fisher)
-        count = -(-SolveConfig().tokens // problem.blocks.ids.shape[1])
-        drawn = np.sort(np.random.default_rng([problem.seed, 1]).permutation(len(problem.blocks))[:count])
-        self.ids, self.mask = tensors(Texts(problem.blocks.ids[drawn], problem.blocks.mask[drawn]))
-        targets = self.mask[:, 1:].sum(1)
-        self.factor = float((1 / targets[targets > 0].double()).sum()) / len(drawn) ** 2
+        sites = tuple(Site(self.names[name], none, none, tokens) for name in fisher)
+        ids, mask = tensors(problem.sample(-(-SolveConfig().tokens // problem.blocks.ids.shape[1]), 1))
+        targets = mask[:, 1:].sum(1)
+        scale = float((1 / targets[targets > 0].double()).sum()) / len(ids)
+        batches = list(zip(ids.split(ROWS), mask.split(ROWS), strict=True))
+        self.products = GaussNewton(model, sites, batches, scale)
 
     def __call__(self, found: Gradients) -> Gradients:
         """(Q, rows, columns) by layer, in and out."""
         rows = len(next(iter(found.values())))
         asked = [{self.names[n]: _turned(self.names[n], G[row]) for n, G in found.items()} for row in range(rows)]
-        done = solve(asked, self.sites, self._products, SolveConfig().steps, DAMPING)
+        done = solve(asked, self.preconditioners, self.products, SolveConfig().steps, DAMPING)
         return {
             name: torch.stack([_turned(self.names[name], each.y[self.names[name]]) for each in done]) for name in found
         }
-
-    def _products(self, directions: list[Gradients]) -> list[Gradients]:
-        totals: list[Gradients] = []
-        for ids, mask in zip(self.ids.split(ROWS), self.mask.split(ROWS), strict=True):
-            linearised = Linearised(self.model, self.sites, ids, mask)
-            products = [linearised.product(direction) for direction in directions]
-            for total, product in zip(totals, products, strict=False):
-                add(total, product)
-            totals = totals or products
-        return [{name: self.factor * x for name, x in total.items()} for total in totals]
 
 
 def _turned(name: str, G: Tensor) -> Tensor:

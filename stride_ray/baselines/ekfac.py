@@ -25,6 +25,9 @@ from stride_ray.baselines.gradients import Objective, Use, masked_means, passes,
 from stride_ray.baselines.problem import Problem, Texts
 from stride_ray.model import SplitModel, load_model
 
+# Damping as a share of the mean of each layer's Λ; blocks of the pool that the Fisher is estimated from.
+DAMPING, FISHER_BLOCKS = 0.1, 512
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -47,9 +50,7 @@ class Layer:
         return _turned(rotated, None if self.Q_rows is None else self.Q_rows.T, self.Q_columns.T)
 
 
-# Damping as a share of the mean of each layer's Λ; blocks of the pool that the Fisher is estimated from.
-DAMPING, FISHER_BLOCKS = 0.1, 512
-Better = Callable[[SplitModel, dict[str, "Layer"]], Callable[[Gradients], Gradients]]
+Better = Callable[[SplitModel, dict[str, Layer]], Callable[[Gradients], Gradients]]
 
 
 def scores(problem: Problem) -> np.ndarray:
@@ -60,10 +61,7 @@ def scores(problem: Problem) -> np.ndarray:
 def at_model(problem: Problem, folder: str, better: Better | None = None) -> np.ndarray:
     """The same at any model folder; ``better`` makes of the Fisher what then changes queries' gradients."""
     model = load_model(folder)
-    N = len(problem.blocks)
-    drawn = np.sort(np.random.default_rng(problem.seed).permutation(N)[:FISHER_BLOCKS])
-    sample = Texts(problem.blocks.ids[drawn], problem.blocks.mask[drawn])
-    fisher = fit(model, sample, problem.batch_tokens, problem.seed)
+    fisher = fit(model, problem.sample(FISHER_BLOCKS), problem.batch_tokens, problem.seed)
     change = better(model, fisher) if better else None
     queries: dict[str, list[Tensor]] = {}
     for _, found in _gradients(model, problem.queries, problem.batch_tokens):
@@ -72,7 +70,7 @@ def at_model(problem: Problem, folder: str, better: Better | None = None) -> np.
     solved = {name: torch.cat(parts) for name, parts in queries.items()}
     blocks = _gradients(model, problem.blocks, problem.batch_tokens)
     stream = ((rows, {name: G.flatten(1) for name, G in found.items()}) for rows, found in blocks)
-    return products(solved, stream, N)
+    return products(solved, stream, len(problem.blocks))
 
 
 def fit(model: SplitModel, texts: Texts, batch_tokens: int, seed: int) -> dict[str, Layer]:

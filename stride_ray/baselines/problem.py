@@ -63,5 +63,11 @@ class Problem:
     seed: int = 0
     batch_tokens: int = 8192
 
+    def sample(self, count: int, *draw: int) -> Texts:
+        """So many blocks (or all) drawn at random, in the pool's order; another ``draw`` gives others."""
+        order = np.random.default_rng([self.seed, *draw]).permutation(len(self.blocks))
+        drawn = np.sort(order[:count])
+        return Texts(self.blocks.ids[drawn], self.blocks.mask[drawn])
+
 
 Method = Callable[[Problem], np.ndarray]

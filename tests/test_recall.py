@@ -10,11 +10,11 @@ from stride_ray.blocks import Blocks
 from stride_ray.curvature import SITES, load_sites
 from stride_ray.errors import StrideError
 from stride_ray.evaluate import recall
-from stride_ray.evaluate.recall import measure_recall, of_whole, table
+from stride_ray.evaluate.recall import measure_recall, table
 from stride_ray.fitted import load_measured_model
 from stride_ray.run import Run
 from stride_ray.sites import site_gradients
-from stride_ray.sketch import sketched, sketched_gradients, whole_shape
+from stride_ray.sketch import sketch_of, sketched, sketched_gradients, whole_shape
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_sketch_of_whole_gradients_is_the_sketch_of_a_pass(measured):
     given = (torch.from_numpy(batch.ids), torch.from_numpy(batch.mask))
     pieces, _ = sketched_gradients(model, sketches, *given)
     for (_, J), sketch, piece in zip(site_gradients(model, sites, *given)[0], sketches, pieces, strict=True):
-        torch.testing.assert_close(of_whole(sketch, J), piece, rtol=1e-3, atol=1e-3 * float(piece.abs().max()))
+        torch.testing.assert_close(sketch_of(sketch, J), piece, rtol=1e-3, atol=1e-3 * float(piece.abs().max()))
 
 
 def test_too_few_texts_are_told(measured, plain):

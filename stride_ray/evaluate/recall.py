@@ -21,19 +21,19 @@ from stride_ray.blocks import Blocks, unit_count
 from stride_ray.config import ComputeConfig, Config
 from stride_ray.crew import crew_for
 from stride_ray.curvature import SITES, begin_curvature, finish_curvature, load_sites
+from stride_ray.directions import begin_directions, part_count, read_directions, take_directions
 from stride_ray.distribute import progress
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark, read_benchmark
-from stride_ray.evaluate.ours import settings
+from stride_ray.evaluate.ours import query_table, settings
 from stride_ray.fit_sites import coordinates_in, shapes_of
 from stride_ray.fitted import load_measured_model, measured_weights
 from stride_ray.one_bit import packed_queries, packed_rows, products, word_starts
 from stride_ray.passes import PoolWorker
-from stride_ray.queries import batches, padded
 from stride_ray.run import Run, Stage
 from stride_ray.shard import shard
-from stride_ray.sites import EMBEDDING, HEAD, ORIGIN, Site, harm_halved, site_gradients
-from stride_ray.sketch import sketched
+from stride_ray.sites import harm_halved, site_gradients
+from stride_ray.sketch import sketch_of, sketched
 from stride_ray.storage import Store, tensor_bytes
 
 EXACT, WORDS = "exact", "TF-IDF"
@@ -65,11 +65,14 @@ def measure_recall(
     curvature = begin_curvature(run, blocks, measured_weights(run.config))
     stage = Stage(run.store.child("recall"), blocks.manifest["fingerprint"])
     units = [(f"scores-{i:05d}", *ends) for i, ends in enumerate(blocks.cut(unit_count(len(blocks))))]
+    questions = query_table(benchmark.queries)
     with crew_for(run.config, len(units)) as crew:
         finish_curvature(run.config, blocks, curvature, crew)
+        directions = begin_directions(run, questions, "recall")
+        take_directions(run.config, blocks, curvature.store, directions, len(questions), crew)
         done = stage.done()
         left = [unit for unit in units if unit[0] not in done]
-        given = (run.config, blocks, crew.device, curvature.store, stage, benchmark.queries, tuple(row_bytes))
+        given = (run.config, blocks, crew.device, curvature.store, directions, stage, tuple(row_bytes))
         progress(crew.map(RecallWorker, given, left), "recall", len(left), "units", lambda _: 1)
     read = [stage.store.read_tensors(f"{name}.safetensors") for name, *_ in units]
     scores = {key: torch.cat([each[key] for each in read], 1).numpy() for key in read[0]}
@@ -110,8 +113,8 @@ class RecallWorker(PoolWorker):
         blocks: Blocks,
         device: str,
         curvature: Store,
+        directions: Stage,
         stage: Stage,
-        queries: Texts,
         row_bytes: tuple[int, ...],
     ) -> None:
         super().__init__(config, blocks, device)
@@ -122,19 +125,21 @@ class RecallWorker(PoolWorker):
             coordinates = max(len(self.sites), coordinates_in(size, len(self.sites)))
             shapes = shapes_of(self.sites, shares, coordinates)
             self.sketches[size] = sketched(self.sites, shapes, config.seed)
-        self._code(queries)
+        self._code(directions, part_count(curvature, len(directions.store.read_table("queries.parquet"))))
 
-    def _code(self, queries: Texts) -> None:
-        each = [queries.tokens(i) for i in range(len(queries))]
-        rows = [{"token_ids": ids, "loss_mask": np.ones(len(ids), bool)} for ids in each]
+    def _code(self, directions: Stage, parts: int) -> None:
         solved: dict[str, list[Tensor]] = {}
         sections: dict[int, list[list[np.ndarray]]] = {size: [[] for _ in self.sites] for size in self.sketches}
-        for batch in batches(rows, list(range(len(rows))), self.tokens):
-            ids, mask = padded([rows[i] for i in batch], self.model.device)
-            for at, (site, J) in enumerate(site_gradients(self.model, self.sites, ids, mask)[0]):
+        for part in range(parts):
+            answers, found = read_directions(directions, part)
+            failed = next((answer for answer in answers if answer["status"] != "ok"), None)
+            if failed:
+                raise StrideError(f"Query {failed['query_id']} of the benchmark: {failed['error']}")
+            for at, site in enumerate(self.sites):
+                J = found[site.name].to(self.model.device)
                 solved.setdefault(site.name, []).append(site.solved(J).flatten(1))
                 for size, sketches in self.sketches.items():
-                    sections[size][at].append((of_whole(sketches[at], J) / sketches[at].scale).cpu().numpy())
+                    sections[size][at].append((sketch_of(sketches[at], J) / sketches[at].scale).cpu().numpy())
         self.solved = {name: torch.cat(pieces) for name, pieces in solved.items()}
         self.codes = {
             size: packed_queries([np.concatenate(pieces) for pieces in each]) for size, each in sections.items()
@@ -151,7 +156,7 @@ class RecallWorker(PoolWorker):
             for at, (site, J) in enumerate(site_gradients(self.model, self.sites, *self.trimmed(batch))[0]):
                 total = total + self.solved[site.name] @ J.flatten(1).T / site.scale
                 for size, sketches in self.sketches.items():
-                    sections[size].append(of_whole(sketches[at], J).cpu().numpy())
+                    sections[size].append(sketch_of(sketches[at], J).cpu().numpy())
             found.setdefault(EXACT, []).append(harm_halved(total).cpu())
             for size, each in sections.items():
                 starts = word_starts([z.shape[1] for z in each])
@@ -159,15 +164,6 @@ class RecallWorker(PoolWorker):
                 found.setdefault(str(size), []).append(harm_halved(torch.from_numpy(estimates).float()))
         self.stage.store.write(f"{name}.safetensors", tensor_bytes({k: torch.cat(v, 1) for k, v in found.items()}))
         return self.stage.mark(name, started)
-
-
-def of_whole(sketch: Site, J: Tensor) -> Tensor:
-    """The sketch (B, a·b) of gradients as site_gradients gives them."""
-    if sketch.name == EMBEDDING:
-        return (sketch.tokens.directions.T @ J @ sketch.W_out).flatten(1)
-    if sketch.name in (HEAD, ORIGIN):
-        return (sketch.tokens.directions.T @ J @ sketch.W_in).flatten(1)
-    return (sketch.W_in.T @ J @ sketch.W_out).flatten(1)
 
 
 def recalls(

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from stride_ray.attribute import answer
 from stride_ray.cli import assignment, exit_status
-from stride_ray.encoded import Encoded
+from stride_ray.documents import Encoded
 from stride_ray.evaluate.closed_loop import LOSS, ClosedLoop, compare_arms
 from stride_ray.evaluate.lds import mean_interval
 from stride_ray.evaluate.retrain import read_array

@@ -2,7 +2,7 @@
 
 import argparse
 
-from stride_ray.config import ComputeConfig
+from stride_ray.options import ComputeConfig
 
 
 def count(text: str) -> int:

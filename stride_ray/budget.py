@@ -5,7 +5,6 @@ free: batches decide the last digits of floating-point sums, and these must be t
 rerun.
 """
 
-import os
 import weakref
 
 import torch
@@ -22,19 +21,9 @@ LIBRARIES = 2**30
 WEIGHTS = 2.0
 # Memory in a pass over what its forward keeps for its backward: gradients under way, inputs of sites.
 PASS = 1.3
-# A small model's files, bytes, and what a worker with one takes, GB.
-SMALL, SMALL_GB = 2**26, 1.5
 # Share of a GPU's memory that may be planned with.
 GPU = 0.7
 _kept: weakref.WeakKeyDictionary[SplitModel, dict[int, int]] = weakref.WeakKeyDictionary()
-
-
-def expected_gb(config: Config) -> float:
-    """What a worker is expected to take, for how many there may be: ``compute.worker_gb``, less with a small model."""
-    path = config.model.path
-    files = [entry for entry in os.scandir(path) if entry.is_file()] if os.path.isdir(path) else []
-    small = bool(files) and sum(entry.stat().st_size for entry in files) < SMALL
-    return min(SMALL_GB, config.compute.worker_gb) if small else config.compute.worker_gb
 
 
 def rows_at_once(config: Config, model: SplitModel, tokens: int) -> int:

@@ -10,8 +10,9 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from stride_ray.matrices import gaussian_sketch, inverse_root, orthonormal
 from stride_ray.model import SplitModel
-from stride_ray.operators import Basis, gaussian_sketch, normalised, orthonormal, random_basis, stream_gradients
+from stride_ray.operators import Basis, normalised, random_basis, stream_gradients
 
 
 def stream_moments(
@@ -37,16 +38,6 @@ def stream_moments(
         # Position t's gradient also comes from later targets, so all positions of real tokens count.
         g = stream_gradients(model, h, ids_BT, mask_BT).flatten(0, 1).double()
     return (z.T @ z).cpu().numpy(), (g.T @ g).cpu().numpy(), len(z)
-
-
-# The driver does this: its last digits must not depend on how many cores it has.
-@threadpool_limits.wrap(limits=1)
-def inverse_root(moment: np.ndarray, damping: float = 1.0) -> Tensor:
-    """Eigenvalues λ_i become (λ_i + damping · mean λ)^−½: (D, D) float64 in, float32 out."""
-    values, vectors = np.linalg.eigh(moment)
-    values = np.clip(values, 0, None)
-    damped = (values + damping * values.mean() + 1e-30) ** -0.5
-    return torch.from_numpy((vectors * damped) @ vectors.T).float()
 
 
 @threadpool_limits.wrap(limits=1)

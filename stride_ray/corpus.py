@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stride_ray.encoded import Encoded
+from stride_ray.documents import Encoded
 from stride_ray.errors import StrideError
 from stride_ray.readers import Rejected
 

@@ -15,7 +15,6 @@ import ray.exceptions
 from ray._private import state as ray_state
 
 from stride_ray import metrics
-from stride_ray.budget import expected_gb
 from stride_ray.config import Config
 from stride_ray.distribute import (
     PATIENCE,
@@ -168,3 +167,15 @@ def map_actors(
     """Apply ``make(*arguments)`` to every unit in a pool of actors of its own, see ``Crew.map``."""
     with Crew(pool) as crew:
         yield from crew.map(make, arguments, units)
+
+
+# A small model's files, bytes, and what a worker with one takes, GB.
+SMALL, SMALL_GB = 2**26, 1.5
+
+
+def expected_gb(config: Config) -> float:
+    """What a worker is expected to take, for how many there may be: ``compute.worker_gb``, less with a small model."""
+    path = config.model.path
+    files = [entry for entry in os.scandir(path) if entry.is_file()] if os.path.isdir(path) else []
+    small = bool(files) and sum(entry.stat().st_size for entry in files) < SMALL
+    return min(SMALL_GB, config.compute.worker_gb) if small else config.compute.worker_gb

@@ -11,7 +11,7 @@ from stride_ray.blocks import Blocks
 from stride_ray.config import Config
 from stride_ray.costs import costed
 from stride_ray.crew import Crew
-from stride_ray.fitted import load_measured_model
+from stride_ray.loading import load_measured_model
 from stride_ray.passes import PoolWorker, corpus_of, over_sample, token_counts
 from stride_ray.run import Run, Stage
 from stride_ray.sites import (

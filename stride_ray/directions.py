@@ -17,11 +17,12 @@ from stride_ray.costs import costed
 from stride_ray.crew import Crew
 from stride_ray.curvature import SITES, load_sites
 from stride_ray.distribute import progress
-from stride_ray.fitted import load_measured_model, load_run_model
 from stride_ray.gauss_newton import GaussNewton, batch_rows
+from stride_ray.loading import load_measured_model, load_run_model
 from stride_ray.model import masked_mean
 from stride_ray.passes import PoolWorker
-from stride_ray.queries import NOT_FINITE, batches, checked, fingerprint, padded
+from stride_ray.queries import NOT_FINITE, fingerprint
+from stride_ray.query_batches import batches, checked, padded
 from stride_ray.run import Run, Stage
 from stride_ray.sites import site_gradients
 from stride_ray.solve import Gradient, curvature_scale, solve

@@ -28,10 +28,10 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 from tqdm import tqdm
 
 from stride_ray import costs, metrics
-from stride_ray.config import ComputeConfig
 from stride_ray.errors import StrideError, Terminated
 from stride_ray.memory import keep_freed
-from stride_ray.storage import first_line
+from stride_ray.options import ComputeConfig
+from stride_ray.urls import first_line
 
 RETRIES = 5
 # Seconds without any result, until that is said.

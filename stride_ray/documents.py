@@ -8,20 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from stride_ray.errors import StrideError
 from stride_ray.readers import Rejected, Row, rows
-from stride_ray.units import SourceFile, Unit, plan
-
-__all__ = [
-    "Document",
-    "Rejected",
-    "SourceFile",
-    "Unit",
-    "detect_columns",
-    "plan",
-    "read",
-    "resolve_columns",
-]
+from stride_ray.units import Unit
 
 # What makes up a document, one of these sets of roles.
 _CONTENTS: tuple[tuple[str, ...], ...] = (("text",), ("prompt", "answer"), ("messages",), ("token_ids",))
@@ -323,3 +315,20 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "token_ids": _integers,
     "loss_mask": _flags,
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A document as tokens.
+
+    Attributes:
+        document_id: as in Document.
+        source: as in Document.
+        ids: token ids, int32 [tokens], at least one.
+        mask: which tokens count, bool [tokens], one at least; None: all.
+    """
+
+    document_id: str
+    source: str
+    ids: npt.NDArray[np.int32]
+    mask: npt.NDArray[np.bool_] | None = None

@@ -9,7 +9,7 @@ from typing import Any
 
 from stride_ray.config import digest
 from stride_ray.errors import StrideError
-from stride_ray.storage import file_system, first_line
+from stride_ray.urls import file_system, first_line
 
 # What a model is, of the files that lie beside it: a tokenizer's, a card and logs change nothing that it computes.
 WEIGHTS = ("config.json", ".safetensors", ".bin", ".gguf", ".py")

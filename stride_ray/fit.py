@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from stride_ray.blocks import Blocks, unit_count
-from stride_ray.budget import expected_gb
 from stride_ray.closed_form import (
     add_to_subsets,
     operators_from_sums,
@@ -26,19 +25,14 @@ from stride_ray.closed_form import (
 )
 from stride_ray.config import Config
 from stride_ray.costs import apart, costed
-from stride_ray.crew import Crew
+from stride_ray.crew import Crew, expected_gb
 from stride_ray.curvature import begin_curvature, finish_curvature
 from stride_ray.distribute import connected, pool, progress
 from stride_ray.errors import StrideError
 from stride_ray.fit_sites import fit_sites
-from stride_ray.fitted import (
-    load_basis,
-    load_operators,
-    measured_weights,
-    save_basis,
-    save_operators,
-)
+from stride_ray.fitted import load_basis, load_operators, save_basis, save_operators
 from stride_ray.judge import judge
+from stride_ray.loading import measured_weights
 from stride_ray.membership import membership_of
 from stride_ray.operators import Operators, gradients
 from stride_ray.passes import PoolWorker, check_tokenizer, corpus_of, over_sample, token_counts

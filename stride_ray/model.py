@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from stride_ray.errors import StrideError
 from stride_ray.fetch import local_model, unloadable
 from stride_ray.fused import FusedLosses
-from stride_ray.storage import first_line
+from stride_ray.urls import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Elements of one chunk of logits, a few times that while it is in use. A CPU gains nothing from more than 64 MiB: the

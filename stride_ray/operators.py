@@ -17,11 +17,11 @@ that inner products of J are J(x)ᵀ H⁻¹ J_i (method.md, measured points 1 an
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stride_ray.matrices import gaussian_sketch, orthonormal
 from stride_ray.model import SplitModel
 
 # Logits computed at once (elements); bounds memory whatever the vocabulary.
@@ -241,14 +241,3 @@ def random_basis(
     else:
         W_out = gaussian_sketch(vocabulary, sketch, generator)
     return Basis(form, W_in, W_out, activation)
-
-
-def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """A random (rows, columns) matrix with orthonormal columns."""
-    Q, R = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
-    return (Q * R.diagonal().sign()).float()
-
-
-def gaussian_sketch(vocabulary: int, sketch: int, generator: torch.Generator) -> Tensor:
-    """Q ∈ R^{V×v}, entries N(0, 1/v)."""
-    return torch.randn(vocabulary, sketch, generator=generator) / np.sqrt(sketch)

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from stride_ray.errors import StrideError
 from stride_ray.run import Stage, part_name
-from stride_ray.storage import Store, first_line
+from stride_ray.storage import Store
+from stride_ray.urls import first_line
 
 # Scaffolding: as Parquet, which is for those who come after, a part would take six times as long to write and read.
 _SCAFFOLD = pa.ipc.IpcWriteOptions(compression="lz4")

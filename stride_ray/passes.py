@@ -14,10 +14,10 @@ from stride_ray.crew import Crew
 from stride_ray.distribute import progress
 from stride_ray.errors import StrideError
 from stride_ray.fetch import local_model
-from stride_ray.fitted import load_run_model
+from stride_ray.loading import load_run_model
 from stride_ray.run import Stage
-from stride_ray.storage import safe_url
 from stride_ray.tokens import load_tokenizer
+from stride_ray.urls import safe_url
 
 # Cuts of a sample, whatever the number of workers: sums are taken in their order.
 SLICES = 16

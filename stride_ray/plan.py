@@ -22,7 +22,7 @@ from stride_ray.respond import UNIT
 from stride_ray.respond_sites import SLICE
 from stride_ray.respond_sites import SLICES as SLICED
 from stride_ray.run import Run, Stage
-from stride_ray.storage import safe_url
+from stride_ray.urls import safe_url
 
 
 @dataclass(frozen=True)

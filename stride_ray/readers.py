@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 import zstandard
 
 from stride_ray.errors import StrideError
-from stride_ray.units import END, SourceFile, Unit, compression, filesystem, shown, told
+from stride_ray.files import END, SourceFile, compression
+from stride_ray.units import Unit
+from stride_ray.urls import filesystem, shown, told
 
 _CHUNK = 1 << 20
 # Rows decoded to Python objects at once; rows may be whole books.

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from stride_ray.errors import StrideError
 from stride_ray.operators import Basis, Operators
-from stride_ray.storage import Store, first_line
+from stride_ray.storage import Store
+from stride_ray.urls import first_line
 
 OPERATOR, SUBSETS, META = "operator.pt", "subsets.npy", "meta.json"
 

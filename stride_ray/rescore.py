@@ -28,7 +28,7 @@ from stride_ray.directions import (
 )
 from stride_ray.distribute import progress
 from stride_ray.estimates import read_estimates
-from stride_ray.fitted import measured_weights
+from stride_ray.loading import measured_weights
 from stride_ray.passes import check_tokenizer
 from stride_ray.queries import check_name, fingerprint
 from stride_ray.ranking import rank_unit

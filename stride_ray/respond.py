@@ -21,14 +21,17 @@ from stride_ray.costs import costed
 from stride_ray.crew import crew_for
 from stride_ray.distribute import progress
 from stride_ray.errors import StrideError
-from stride_ray.fitted import load_operators, load_run_model, measured_weights
-from stride_ray.queries import batches, check_name, checked, fingerprint, padded, read_queries
+from stride_ray.fitted import load_operators
+from stride_ray.loading import load_run_model, measured_weights
+from stride_ray.queries import check_name, fingerprint, read_queries
+from stride_ray.query_batches import batches, checked, padded
 from stride_ray.respond_sites import respond_sites
 from stride_ray.responses import response_schema
 from stride_ray.row_store import RowStore
 from stride_ray.run import Run, Stage, part_name, unless_finished
-from stride_ray.storage import Store, first_line
+from stride_ray.storage import Store
 from stride_ray.tokens import load_tokenizer
+from stride_ray.urls import first_line
 
 # Queries in a unit of work: what a killed worker loses at most.
 UNIT = 16

@@ -14,8 +14,8 @@ from stride_ray import __version__
 from stride_ray.config import Config, digest, dumps, loads, stage_hash, stage_keys
 from stride_ray.errors import StrideError
 from stride_ray.memory import peak_mb
-from stride_ray.storage import Store, safe_url
-from stride_ray.units import shown
+from stride_ray.storage import Store
+from stride_ray.urls import safe_url, shown
 
 # What a stage writes before its first unit of work.
 PREPARED = {"stage.json", "plan.json", "tokenizer", "queries.parquet"}

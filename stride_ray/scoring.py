@@ -16,7 +16,7 @@ from stride_ray.blocks import Batch, Blocks
 from stride_ray.config import Config
 from stride_ray.curvature import SITES, load_sites
 from stride_ray.directions import read_directions
-from stride_ray.fitted import load_measured_model
+from stride_ray.loading import load_measured_model
 from stride_ray.passes import PoolWorker
 from stride_ray.queries import NOT_FINITE
 from stride_ray.run import Stage

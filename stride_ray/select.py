@@ -30,8 +30,9 @@ from stride_ray.selection.choice import (
 from stride_ray.selection.pool import Reading, list_part, reading
 from stride_ray.selection.ranking import PLAIN, Database, Target, batches, random_order, rank_documents
 from stride_ray.selection.writing import marker_name, write_part
-from stride_ray.storage import Store, refuse_inside, safe_url
-from stride_ray.units import Unit, shown
+from stride_ray.storage import Store, refuse_inside
+from stride_ray.units import Unit
+from stride_ray.urls import safe_url, shown
 
 # The arm beside the selection, a folder in it; sources told of in a summary, those with the most tokens.
 RANDOM, TOLD_SOURCES = "random", 50

@@ -16,16 +16,17 @@ from typing import Any, TextIO
 import numpy as np
 
 from stride_ray.blocks import fixed_lists
-from stride_ray.config import CorpusConfig, digest
+from stride_ray.config import digest
 from stride_ray.corpus import Counts, make_blocks
 from stride_ray.costs import costed
 from stride_ray.distribute import connected, map_dataset, map_tasks, pool, progress
-from stride_ray.documents import Rejected, Unit, plan, read, resolve_columns
-from stride_ray.encoded import Encoded
+from stride_ray.documents import Encoded, read, resolve_columns
 from stride_ray.errors import StrideError
+from stride_ray.options import CorpusConfig
 from stride_ray.ordinals import leave, number_part
+from stride_ray.readers import Rejected
 from stride_ray.run import Run, Stage, part_name
-from stride_ray.storage import first_line, refuse_inside
+from stride_ray.storage import refuse_inside
 from stride_ray.tokens import (
     encode_stream,
     end_of_text_id,
@@ -34,6 +35,8 @@ from stride_ray.tokens import (
     show_masked,
     vocabulary_size,
 )
+from stride_ray.units import Unit, plan
+from stride_ray.urls import first_line
 
 
 def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:

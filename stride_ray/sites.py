@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from stride_ray.closed_form import inverse_root
 from stride_ray.errors import StrideError
+from stride_ray.matrices import inverse_root
 from stride_ray.model import SplitModel, masked_mean
 from stride_ray.vocabulary import TokenSide, token_side
 

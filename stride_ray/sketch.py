@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stride_ray.matrices import orthonormal
 from stride_ray.model import SplitModel
-from stride_ray.operators import orthonormal
 from stride_ray.sites import (
     EMBEDDING,
     HEAD,

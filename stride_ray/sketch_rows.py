@@ -20,7 +20,7 @@ from stride_ray.config import Config
 from stride_ray.crew import Crew
 from stride_ray.curvature import load_sites
 from stride_ray.distribute import progress
-from stride_ray.fitted import load_measured_model
+from stride_ray.loading import load_measured_model
 from stride_ray.membership import membership_of
 from stride_ray.one_bit import Rows, packed_rows
 from stride_ray.passes import PoolWorker

@@ -6,7 +6,7 @@ from stride_ray.attribute import believable, mode_of
 from stride_ray.config import STAGES
 from stride_ray.errors import StrideError
 from stride_ray.run import Run
-from stride_ray.storage import safe_url
+from stride_ray.urls import safe_url
 
 
 def status(run: Run) -> str:

@@ -16,38 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from stride_ray.errors import StrideError
+from stride_ray.urls import file_system, first_line, safe_url
 
 # Rows in a Parquet row group; readers that want a few rows of a file read whole groups.
 ROW_GROUP = 4096
 # Files of an object store that are deleted side by side.
 DELETES = 16
-# An object store that is too busy says so in bursts; boto's own few tries end within seconds.
-TRIES = 6
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path inside it; raises what fsspec and its packages do."""
-    retries = {"retries": {"mode": "standard", "total_max_attempts": TRIES}}
-    options = {"config_kwargs": retries} if url.startswith(("s3://", "s3a://")) else {}
-    # No cache of listings: another process's file would be missing from it.
-    return fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
-
-
-def safe_url(url: str) -> str:
-    """The URL without user, password and query, fit for messages and logs."""
-    parts = urlsplit(url)
-    if not parts.scheme:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 class Store:
@@ -291,12 +271,6 @@ def refuse_inside(store: Store, inputs: Iterable[str], what: str) -> None:
             inside = folder.is_dir() and Path(store.root).resolve().is_relative_to(folder)
         if inside:
             raise StrideError(f"{what} {safe_url(store.url)} lies in the input {safe_url(given)}; put it elsewhere.")
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's first line, for a sentence; its class name where it has no text."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def tensor_bytes(tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> bytes:

@@ -18,12 +18,10 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from stride_ray.documents import Document
-from stride_ray.encoded import Encoded
+from stride_ray.documents import Document, Encoded
 from stride_ray.errors import StrideError
 from stride_ray.readers import Rejected
-from stride_ray.storage import first_line
-from stride_ray.units import filesystem, shown, told
+from stride_ray.urls import filesystem, first_line, shown, told
 
 # Characters handed to the tokenizer at once: its own record of a token takes a hundred bytes.
 _BATCH_CHARACTERS = 1 << 20

@@ -21,11 +21,13 @@ from stride_ray.blocks import Blocks
 from stride_ray.config import Config
 from stride_ray.distribute import RETRIES, Pool, settle
 from stride_ray.errors import StrideError
-from stride_ray.fitted import load_operators, load_run_model, save_operators
+from stride_ray.fitted import load_operators, save_operators
+from stride_ray.loading import load_run_model
 from stride_ray.membership import membership_of
 from stride_ray.run import Stage
-from stride_ray.storage import Store, first_line
+from stride_ray.storage import Store
 from stride_ray.train import Loop, Ranks, run_loop
+from stride_ray.urls import first_line
 
 # How many times Ray Train waits for room for its workers, a minute each: as long as a cloud may take to bring a node.
 WAITS = 20

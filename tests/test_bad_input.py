@@ -18,11 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stride_ray.blocks import Blocks
 from stride_ray.cli import main
-from stride_ray.config import ComputeConfig
 from stride_ray.crew import Crew
 from stride_ray.distribute import Pool, map_dataset, map_tasks
 from stride_ray.distribute import pool as workers_of
 from stride_ray.errors import StrideError
+from stride_ray.options import ComputeConfig
 from stride_ray.queries import read_queries
 from stride_ray.storage import Store
 from stride_ray.tokens import load_tokenizer

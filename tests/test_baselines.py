@@ -13,9 +13,9 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 from stride_ray.baselines import METHODS, airrep, astra, ekfac, embedding, features, graddot, less, tracin
 from stride_ray.baselines.gradients import mean_losses, passes, weight_shapes
 from stride_ray.baselines.problem import Problem, Texts
-from stride_ray.config import SolveConfig
 from stride_ray.errors import StrideError
 from stride_ray.model import SplitModel, load_model
+from stride_ray.options import SolveConfig
 
 VOCABULARY = 300
 LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

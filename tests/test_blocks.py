@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stride_ray import blocks as blocks_module
 from stride_ray.blocks import Blocks, document_shares, fixed_lists
 from stride_ray.corpus import make_blocks
-from stride_ray.encoded import Encoded
+from stride_ray.documents import Encoded
 from stride_ray.ordinals import with_ordinals
 from stride_ray.readers import Rejected
 from stride_ray.storage import Store

@@ -4,11 +4,12 @@ import pytest
 import torch
 from test_sites import llama
 
-from stride_ray import budget, distribute
+from stride_ray import budget, crew, distribute
 from stride_ray.budget import kept_bytes, rows_at_once
-from stride_ray.config import ComputeConfig, Config
+from stride_ray.config import Config
 from stride_ray.memory import peak_bytes, resident_bytes, restart_peak
 from stride_ray.model import SplitModel
+from stride_ray.options import ComputeConfig
 from stride_ray.sites import find_sites, tapped
 
 
@@ -84,6 +85,6 @@ def test_workers_are_no_more_than_memory_holds(monkeypatch, parts):
     cluster["CPU"] /= 4  # a quarter of the nodes is there, and the rest can come
     assert workers(4.0) == 4
     small = Config().updated({"model.path": str(parts.model), "compute.worker_gb": 6.0})
-    assert budget.expected_gb(small) == budget.SMALL_GB
-    assert budget.expected_gb(small.updated({"compute.worker_gb": 1.0})) == 1.0
-    assert budget.expected_gb(small.updated({"model.path": "a/hub-id"})) == 6.0
+    assert crew.expected_gb(small) == crew.SMALL_GB
+    assert crew.expected_gb(small.updated({"compute.worker_gb": 1.0})) == 1.0
+    assert crew.expected_gb(small.updated({"model.path": "a/hub-id"})) == 6.0

@@ -20,7 +20,7 @@ from conftest import TOKENS, documents
 from test_faults import await_markers, kill_family
 
 from stride_ray.blocks import Blocks
-from stride_ray.config import ComputeConfig, Config
+from stride_ray.config import Config
 from stride_ray.distribute import Pool
 from stride_ray.errors import StrideError
 from stride_ray.evaluate import compare as comparison
@@ -29,6 +29,7 @@ from stride_ray.evaluate.benchmark import read_benchmark
 from stride_ray.evaluate.compare import chosen_methods, code_version, compare, known_units, method_names
 from stride_ray.evaluate.lds import subset_sums
 from stride_ray.evaluate.truth import Truth, read_scores, write_truth
+from stride_ray.options import ComputeConfig
 from stride_ray.run import Run
 from stride_ray.storage import Store
 from stride_ray.tokens import load_tokenizer

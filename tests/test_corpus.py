@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from stride_ray import corpus
 from stride_ray.corpus import Counts, block_id, block_schema, iter_blocks, make_blocks
-from stride_ray.documents import plan, read
-from stride_ray.encoded import Encoded
+from stride_ray.documents import Encoded, read
 from stride_ray.errors import StrideError
 from stride_ray.ordinals import leave, left, with_ordinals
 from stride_ray.readers import Rejected
 from stride_ray.storage import Store
 from stride_ray.tokens import encode_stream
+from stride_ray.units import plan
 
 END, PAD = 9, 0
 LAYOUT = pytest.mark.parametrize("layout", ["pack", "split"])

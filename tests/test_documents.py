@@ -16,8 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stride_ray import readers, units
-from stride_ray.documents import Document, Rejected, Unit, detect_columns, plan, read, resolve_columns
+from stride_ray.documents import Document, detect_columns, read, resolve_columns
 from stride_ray.errors import StrideError
+from stride_ray.readers import Rejected
+from stride_ray.units import Unit, plan
 
 TEXT = {"text": "text"}
 MANY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -18,8 +18,8 @@ from stride_ray.blocks import Blocks, unit_count
 from stride_ray.cli import main
 from stride_ray.config import Config
 from stride_ray.errors import StrideError
-from stride_ray.fitted import load_measured_model, load_run_model
 from stride_ray.influence import DOCUMENTS, INFLUENCE, RECOVERY
+from stride_ray.loading import load_measured_model, load_run_model
 from stride_ray.run import Run
 from stride_ray.status import status
 from stride_ray.storage import Store

@@ -11,8 +11,9 @@ from conftest import settings
 from stride_ray.blocks import Blocks
 from stride_ray.cli import main
 from stride_ray.errors import StrideError
-from stride_ray.fitted import load_operators, load_run_model, measured_weights, save_operators
+from stride_ray.fitted import load_operators, save_operators
 from stride_ray.judge import gap, judge
+from stride_ray.loading import load_run_model, measured_weights
 from stride_ray.membership import membership_of
 from stride_ray.run import Run
 

@@ -8,13 +8,8 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stride_ray.closed_form import (
-    add_to_subsets,
-    inverse_root,
-    operators_from_sums,
-    preconditioned_basis,
-    stream_moments,
-)
+from stride_ray.closed_form import add_to_subsets, operators_from_sums, preconditioned_basis, stream_moments
+from stride_ray.matrices import inverse_root
 from stride_ray.membership import Membership
 from stride_ray.model import SplitModel
 from stride_ray.operators import Operators, features, gradients, normalised, random_basis, steering, stream_gradients

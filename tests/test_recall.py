@@ -11,7 +11,7 @@ from stride_ray.curvature import SITES, load_sites
 from stride_ray.errors import StrideError
 from stride_ray.evaluate import recall
 from stride_ray.evaluate.recall import measure_recall, table
-from stride_ray.fitted import load_measured_model
+from stride_ray.loading import load_measured_model
 from stride_ray.run import Run
 from stride_ray.sites import site_gradients
 from stride_ray.sketch import sketch_of, sketched, sketched_gradients, whole_shape

@@ -17,13 +17,13 @@ from test_benchmark import LENGTHS, QUERY_LENGTHS, VOCABULARY, sequences, write_
 from test_faults import await_markers, kill_family
 from transformers import AutoModelForCausalLM
 
-from stride_ray.config import ComputeConfig
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import read_benchmark
 from stride_ray.evaluate.finetune import FineTune, checkpoints
 from stride_ray.evaluate.recipe import load_recipe, recipe_identity
 from stride_ray.evaluate.retrain import retrain, subset_rows
 from stride_ray.evaluate.truth import read_truth
+from stride_ray.options import ComputeConfig
 from stride_ray.storage import Store
 
 RECIPE = """

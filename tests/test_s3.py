@@ -134,7 +134,7 @@ def test_a_store_that_stays_away_is_told_in_a_sentence_and_a_rerun_goes_on(
     with bucket("rclone"):
         upstream = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
     with FaultProxy(upstream) as proxy, bucket(proxy.port) as url, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stride_ray.storage.TRIES", 2)
+        patch.setattr("stride_ray.urls.TRIES", 2)
         given = commands(f"{url}/c/run", str(parts.queries), settings(parts))
         for verb in given[:-1]:  # Ray's workers, whom select asks, would try for minutes
             first = proxy.numbers["cut"]

@@ -6,7 +6,7 @@ from conftest import run_plainly, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stride_ray.config import ScanConfig
+from stride_ray.options import ScanConfig
 from stride_ray.run import Run, Stage
 from stride_ray.scan import ngrams, search
 from stride_ray.scan.items import Item, read_set

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stride_ray.config import Config, SelectConfig
+from stride_ray.config import Config
 from stride_ray.errors import StrideError
 from stride_ray.influence import DOCUMENTS
+from stride_ray.options import SelectConfig
 from stride_ray.selection import ranking
 from stride_ray.selection.choice import KEPT_UNNAMED, Best, Drawn, check_options, reasons, write_manifest
 from stride_ray.selection.duplicates import Taken, signature

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from stride_ray.closed_form import inverse_root
 from stride_ray.errors import StrideError
+from stride_ray.matrices import inverse_root
 from stride_ray.model import SplitModel
 from stride_ray.sites import (
     EMBEDDING,

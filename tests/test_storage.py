@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from stride_ray.errors import StrideError
-from stride_ray.storage import Store, safe_url
+from stride_ray.storage import Store
+from stride_ray.urls import safe_url
 
 TABLE = pa.table({"n": list(range(10_000)), "s": [f"row {i}" for i in range(10_000)]})
 

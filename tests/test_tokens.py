@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from stride_ray.documents import Document, Rejected
-from stride_ray.encoded import Encoded
+from stride_ray.documents import Document, Encoded
 from stride_ray.errors import StrideError
+from stride_ray.readers import Rejected
 from stride_ray.tokens import (
     encode,
     encode_stream,

@@ -21,7 +21,8 @@ from stride_ray.corpus import block_schema
 from stride_ray.distribute import Pool
 from stride_ray.errors import StrideError
 from stride_ray.fit import fit
-from stride_ray.fitted import load_operators, load_run_model
+from stride_ray.fitted import load_operators
+from stride_ray.loading import load_run_model
 from stride_ray.membership import membership_of
 from stride_ray.run import Run, Stage
 from stride_ray.storage import Store

@@ -15,9 +15,9 @@ from stride_ray.baselines import ekfac
 from stride_ray.baselines.features import Gradients
 from stride_ray.baselines.gradients import tensors
 from stride_ray.baselines.problem import Problem
-from stride_ray.config import SolveConfig
 from stride_ray.gauss_newton import GaussNewton
 from stride_ray.model import SplitModel
+from stride_ray.options import SolveConfig
 from stride_ray.sites import EMBEDDING, HEAD, Site
 from stride_ray.solve import solve
 from stride_ray.vocabulary import TokenSide

@@ -10,8 +10,8 @@ import torch
 
 from stride_ray.baselines.problem import Problem, Texts
 from stride_ray.errors import StrideError
-from stride_ray.storage import first_line
 from stride_ray.tokens import load_tokenizer
+from stride_ray.urls import first_line
 
 LONGEST = 512  # tokens of the encoder's; BERT-like encoders take no more
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from stride_ray.baselines.problem import Method, Problem
-from stride_ray.fitted import between
+from stride_ray.loading import between
 from stride_ray.sites import harm_halved
 
 

@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from stride_ray.attribute import attribute
 from stride_ray.blocks import Blocks
-from stride_ray.config import ComputeConfig
 from stride_ray.distribute import connected
 from stride_ray.errors import StrideError
 from stride_ray.estimates import recover_estimates
 from stride_ray.fit import fit
+from stride_ray.options import ComputeConfig
 from stride_ray.quickstart import PROMPTS
 from stride_ray.rescore import rescore
 from stride_ray.respond import respond

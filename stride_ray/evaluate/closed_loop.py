@@ -27,7 +27,8 @@ from stride_ray.evaluate.retrain import checked_losses, read_array, write_array
 from stride_ray.evaluate.unigram import answer_f1, has_answers
 from stride_ray.influence import DOCUMENTS
 from stride_ray.lexical import similarities
-from stride_ray.queries import fingerprint, padded
+from stride_ray.queries import fingerprint
+from stride_ray.query_batches import padded
 from stride_ray.run import Run, Stage, claim
 from stride_ray.select import RANDOM, select, select_by
 from stride_ray.selection.ranking import Target

@@ -24,7 +24,6 @@ import ray.exceptions
 import stride_ray
 from stride_ray.baselines import METHODS
 from stride_ray.budget import MOST
-from stride_ray.config import ComputeConfig
 from stride_ray.distribute import connected, keep_to, pool, settle
 from stride_ray.errors import StrideError
 from stride_ray.evaluate import ours
@@ -36,7 +35,9 @@ from stride_ray.evaluate.statistics import ScoreStatistics, score_statistics
 from stride_ray.evaluate.table import Entry, as_markdown, best_rival, protocol, write_tables
 from stride_ray.evaluate.truth import read_scores, write_scores
 from stride_ray.memory import peak_mb
-from stride_ray.storage import Store, first_line
+from stride_ray.options import ComputeConfig
+from stride_ray.storage import Store
+from stride_ray.urls import first_line
 
 DEVELOPMENT, REPORT = "development", "report"
 DATAMODELS = "datamodels"

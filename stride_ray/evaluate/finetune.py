@@ -23,7 +23,7 @@ from stride_ray.baselines.problem import Texts
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark
 from stride_ray.fetch import local_model
-from stride_ray.storage import first_line
+from stride_ray.urls import first_line
 
 MASKED = -100
 

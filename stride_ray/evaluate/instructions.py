@@ -29,7 +29,7 @@ from stride_ray.blocks import Blocks
 from stride_ray.config import digest, stage_keys
 from stride_ray.crew import map_actors
 from stride_ray.distribute import connected, keep_to, pool
-from stride_ray.documents import Document, plan, read, resolve_columns
+from stride_ray.documents import Document, read, resolve_columns
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark
 from stride_ray.evaluate.finetune import FineTune
@@ -38,12 +38,14 @@ from stride_ray.evaluate.tailpatch import INFLUENCE, LEXICAL, tail_patch
 from stride_ray.fit import fit
 from stride_ray.lexical import tfidf, words
 from stride_ray.model import load_model
-from stride_ray.queries import padded, read_queries
+from stride_ray.queries import read_queries
+from stride_ray.query_batches import padded
 from stride_ray.run import Run, Stage, claim
 from stride_ray.scan.plant import disguised
 from stride_ray.shard import shard
 from stride_ray.storage import Store
 from stride_ray.tokens import load_tokenizer
+from stride_ray.units import plan
 
 # The query set's name in the run; what stands between a question and its answer.
 NAME, SEPARATOR = "instructions", "\n"

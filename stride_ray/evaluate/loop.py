@@ -9,11 +9,11 @@ trained from its beginning. Nothing here looks at the retraining results but the
 from collections.abc import Mapping
 from typing import Any
 
-from stride_ray.config import ComputeConfig
 from stride_ray.costs import NAME
 from stride_ray.distribute import connected
 from stride_ray.evaluate.benchmark import Benchmark, read_benchmark
 from stride_ray.evaluate.ours import BLOCKS, FORMS, Variant, cut_pool, score
+from stride_ray.options import ComputeConfig
 from stride_ray.run import Run
 from stride_ray.storage import Store
 

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from stride_ray.config import ComputeConfig, digest
+from stride_ray.config import digest
 from stride_ray.distribute import connected, keep_to, map_tasks, pool, progress
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark
 from stride_ray.evaluate.recipe import DEFAULT, load_recipe, recipe_identity
 from stride_ray.evaluate.retrain import opened, read_array, write_array
+from stride_ray.options import ComputeConfig
 from stride_ray.run import Stage, claim
 from stride_ray.storage import Store
 

@@ -19,12 +19,13 @@ import pyarrow.compute as pc
 from stride_ray.attribute import answer, read_influence
 from stride_ray.baselines.problem import Texts
 from stride_ray.blocks import Blocks
-from stride_ray.config import ComputeConfig, Config, digest
+from stride_ray.config import Config, digest
 from stride_ray.distribute import pool
-from stride_ray.encoded import Encoded
+from stride_ray.documents import Encoded
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark
 from stride_ray.fit import fit
+from stride_ray.options import ComputeConfig
 from stride_ray.queries import SCHEMA, row
 from stride_ray.run import Run
 from stride_ray.shard import shard

@@ -18,7 +18,7 @@ from torch import Tensor
 from stride_ray.baselines import tfidf
 from stride_ray.baselines.problem import Texts
 from stride_ray.blocks import Blocks, unit_count
-from stride_ray.config import ComputeConfig, Config
+from stride_ray.config import Config
 from stride_ray.crew import crew_for
 from stride_ray.curvature import SITES, begin_curvature, finish_curvature, load_sites
 from stride_ray.directions import begin_directions, part_count, read_directions, take_directions
@@ -27,8 +27,9 @@ from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark, read_benchmark
 from stride_ray.evaluate.ours import query_table, settings
 from stride_ray.fit_sites import coordinates_in, shapes_of
-from stride_ray.fitted import load_measured_model, measured_weights
+from stride_ray.loading import load_measured_model, measured_weights
 from stride_ray.one_bit import packed_queries, packed_rows, products, word_starts
+from stride_ray.options import ComputeConfig
 from stride_ray.passes import PoolWorker
 from stride_ray.run import Run, Stage
 from stride_ray.shard import shard

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from stride_ray.errors import StrideError
-from stride_ray.storage import first_line
+from stride_ray.urls import first_line
 
 if TYPE_CHECKING:
     from stride_ray.evaluate.benchmark import Benchmark

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from stride_ray import __version__
-from stride_ray.config import ComputeConfig, digest
+from stride_ray.config import digest
 from stride_ray.distribute import connected, keep_to, map_tasks, pool, progress
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark, reread_benchmark
 from stride_ray.evaluate.lds import evaluate
 from stride_ray.evaluate.recipe import DEFAULT, Recipe, load_recipe, recipe_identity
 from stride_ray.evaluate.truth import JSONL, NPZ, Truth, write_truth
+from stride_ray.options import ComputeConfig
 from stride_ray.run import Stage
 from stride_ray.storage import Store
 

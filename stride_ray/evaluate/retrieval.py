@@ -11,7 +11,7 @@ import pyarrow as pa
 from scipy.stats import binomtest, hypergeom
 
 from stride_ray.blocks import Blocks
-from stride_ray.encoded import Encoded
+from stride_ray.documents import Encoded
 from stride_ray.evaluate.halves import TOP, most_helpful
 from stride_ray.lexical import similar_blocks
 from stride_ray.membership import Membership, membership_of

@@ -21,7 +21,7 @@ from stride_ray.errors import StrideError
 from stride_ray.evaluate.lds import Interval, mean_interval
 from stride_ray.lexical import similar_blocks
 from stride_ray.passes import PoolWorker
-from stride_ray.queries import padded
+from stride_ray.query_batches import padded
 from stride_ray.run import Run
 
 # Queries in a unit of work; steps on random blocks that a query's is compared with; resamplings of the interval.

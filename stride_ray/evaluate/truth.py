@@ -16,7 +16,8 @@ import numpy as np
 import scipy.sparse
 
 from stride_ray.errors import StrideError
-from stride_ray.storage import Store, first_line
+from stride_ray.storage import Store
+from stride_ray.urls import first_line
 
 NPZ, JSONL = ("retraining_", ".npz"), ("lds_", ".jsonl")
 # Names under which an ``_meta`` header may hold the pool: which corpus row each pool row is.

@@ -7,7 +7,8 @@ import pyarrow as pa
 
 from stride_ray.errors import StrideError
 from stride_ray.scan.verdicts import CLEAN
-from stride_ray.storage import Store, safe_url
+from stride_ray.storage import Store
+from stride_ray.urls import safe_url
 
 _KEPT = ("set", "item_id", "key", "verdict", "question", "overlap", "documents", "first_document", "q", "tied_document")
 

@@ -24,7 +24,7 @@ from stride_ray.attribute import answer, mode_of, table_stage
 from stride_ray.config import digest
 from stride_ray.documents import Document
 from stride_ray.errors import StrideError
-from stride_ray.fitted import measured_weights
+from stride_ray.loading import measured_weights
 from stride_ray.queries import SCHEMA as QUERIES
 from stride_ray.queries import failed, row
 from stride_ray.readers import Rejected

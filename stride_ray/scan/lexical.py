@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.config import ScanConfig
+from stride_ray.options import ScanConfig
 from stride_ray.run import Stage
 from stride_ray.scan.items import Item
 from stride_ray.scan.ngrams import Field, fields_of

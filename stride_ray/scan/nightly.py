@@ -30,8 +30,9 @@ from stride_ray.scan.search import RAW, Corpus, search
 from stride_ray.scan.summary import headline, markdown
 from stride_ray.scan.verdicts import counts, verdicts
 from stride_ray.scan.webhook import post
-from stride_ray.storage import Store, refuse_inside, safe_url
-from stride_ray.units import Unit, plan, shown
+from stride_ray.storage import Store, refuse_inside
+from stride_ray.units import Unit, plan
+from stride_ray.urls import safe_url, shown
 
 CLEAN, FAILED, FOUND = 0, 1, 2
 # Nights that the page's plots go back, this one among them.

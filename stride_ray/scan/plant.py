@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stride_ray.documents import Document, plan, read, resolve_columns
+from stride_ray.documents import Document, read, resolve_columns
 from stride_ray.errors import StrideError
+from stride_ray.units import plan
 
 KINDS = ("verbatim", "paraphrase", "reordered", "answer")
 # Characters of a piece of the other text that items are inserted into.

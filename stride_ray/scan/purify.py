@@ -20,11 +20,13 @@ import zstandard
 
 from stride_ray.config import digest
 from stride_ray.errors import StrideError
+from stride_ray.files import END, SourceFile, compression
 from stride_ray.readers import raw_lines
 from stride_ray.run import Run, Stage, claim
 from stride_ray.scan.nightly import corpus_of
 from stride_ray.storage import Store, refuse_inside
-from stride_ray.units import END, SourceFile, Unit, compression, filesystem, shown
+from stride_ray.units import Unit
+from stride_ray.urls import filesystem, shown
 
 # The target's hidden folder that says how it came about, which who reads the target does not take for documents.
 RECORD = ".purified"

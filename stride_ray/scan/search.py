@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.config import ComputeConfig, digest
+from stride_ray.config import digest
 from stride_ray.crew import map_actors
 from stride_ray.distribute import connected, pool, progress
 from stride_ray.documents import Document, read_placed
+from stride_ray.options import ComputeConfig
 from stride_ray.readers import Rejected
 from stride_ray.run import Stage
 from stride_ray.scan.items import Item

@@ -5,8 +5,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from stride_ray.storage import first_line
-from stride_ray.units import shown, told
+from stride_ray.urls import first_line, shown, told
 
 SECONDS = 10.0
 

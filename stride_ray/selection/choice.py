@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stride_ray.config import SelectConfig
 from stride_ray.errors import StrideError
+from stride_ray.options import SelectConfig
 from stride_ray.selection.duplicates import Taken
 from stride_ray.storage import Store
 

@@ -14,13 +14,15 @@ import pyarrow as pa
 
 from stride_ray.blocks import fixed_lists
 from stride_ray.corpus import block_id
-from stride_ray.documents import Document, Unit, read_placed
+from stride_ray.documents import Document, read_placed
 from stride_ray.errors import StrideError
+from stride_ray.files import current
 from stride_ray.readers import unfetched
 from stride_ray.run import Run, Stage, part_name
 from stride_ray.selection.duplicates import SIGNATURE, signature
 from stride_ray.storage import Store
-from stride_ray.units import current, shown
+from stride_ray.units import Unit
+from stride_ray.urls import shown
 
 POOL = pa.schema(
     [

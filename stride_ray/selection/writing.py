@@ -16,14 +16,15 @@ import pyarrow.parquet as pq
 import zstandard
 
 from stride_ray.corpus import Counts, block_schema, iter_blocks
-from stride_ray.documents import Unit
-from stride_ray.encoded import Encoded
+from stride_ray.documents import Encoded
 from stride_ray.errors import StrideError
+from stride_ray.files import END, compression
 from stride_ray.readers import Row, raw_lines, rows
 from stride_ray.run import Stage, part_name
 from stride_ray.selection.pool import Reading, pieces, refuse_changed
-from stride_ray.storage import Store, first_line
-from stride_ray.units import END, compression, filesystem, shown
+from stride_ray.storage import Store
+from stride_ray.units import Unit
+from stride_ray.urls import filesystem, first_line, shown
 
 # Rows of a data set held in memory at once.
 _ROWS = 1024

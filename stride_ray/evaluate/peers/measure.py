@@ -24,11 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from stride_ray.config import ComputeConfig, Config, dumps
+from stride_ray.config import Config, dumps
 from stride_ray.errors import StrideError
 from stride_ray.evaluate.benchmark import Benchmark, read_benchmark
 from stride_ray.evaluate.ours import settings
 from stride_ray.evaluate.peers.tools import BATCH_TOKENS, TOOLS, Place, Tool
+from stride_ray.options import ComputeConfig
 from stride_ray.storage import Store
 
 PEERS = ("bergson==2.5.1", "dattri==0.3.0")

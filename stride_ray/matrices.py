@@ -1,0 +1,27 @@
+"""Small matrices that several parts share: damped inverse roots, random orthonormal and Gaussian ones."""
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+
+# The driver does this: its last digits must not depend on how many cores it has.
+@threadpool_limits.wrap(limits=1)
+def inverse_root(moment: np.ndarray, damping: float = 1.0) -> Tensor:
+    """Eigenvalues λ_i become (λ_i + damping · mean λ)^−½: (D, D) float64 in, float32 out."""
+    values, vectors = np.linalg.eigh(moment)
+    values = np.clip(values, 0, None)
+    damped = (values + damping * values.mean() + 1e-30) ** -0.5
+    return torch.from_numpy((vectors * damped) @ vectors.T).float()
+
+
+def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """A random (rows, columns) matrix with orthonormal columns."""
+    Q, R = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
+    return (Q * R.diagonal().sign()).float()
+
+
+def gaussian_sketch(vocabulary: int, sketch: int, generator: torch.Generator) -> Tensor:
+    """Q ∈ R^{V×v}, entries N(0, 1/v)."""
+    return torch.randn(vocabulary, sketch, generator=generator) / np.sqrt(sketch)

@@ -28,10 +28,10 @@ from stride_ray.directions import (
 )
 from stride_ray.distribute import progress
 from stride_ray.estimates import read_estimates
+from stride_ray.influence import rank_unit
 from stride_ray.loading import measured_weights
 from stride_ray.passes import check_tokenizer
 from stride_ray.queries import check_name, fingerprint
-from stride_ray.ranking import rank_unit
 from stride_ray.run import Run, Stage, unless_finished
 from stride_ray.scoring import QueryWorker, ScoreWorker, Scoring, query_name
 from stride_ray.storage import Store

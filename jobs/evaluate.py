@@ -14,9 +14,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from stride_ray.arguments import add_compute, compute_of
-from stride_ray.cli import exit_status
-from stride_ray.evaluate.compare import compare, method_names
+from stride_ray.cli.arguments import add_compute, compute_of
+from stride_ray.cli.exits import exit_status
+from stride_ray.evaluate.comparison.compare import compare, method_names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,9 @@
-"""Job: stride-ray fit, for 'ray job submit -- python jobs/fit.py …'; see --help."""
+"""Job: the verb of this file's name, for ``ray job submit -- python jobs/VERB.py …``; see --help."""
 
 import sys
+from pathlib import Path
 
-from stride_ray.cli import main
+from stride_ray.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(["fit", *sys.argv[1:]]))
+    sys.exit(main([Path(__file__).stem, *sys.argv[1:]]))

@@ -16,8 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stride_ray.cli import assignment, exit_status
-from stride_ray.scan.plant import Planting, plant
+from stride_ray.cli.arguments import assignment
+from stride_ray.cli.exits import exit_status
+from stride_ray.evaluate.planting import Planting, plant
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +52,8 @@ def _write(parsed: argparse.Namespace) -> None:
 
 
 def _measure(parsed: argparse.Namespace) -> None:
-    from stride_ray.distribute import connected
-    from stride_ray.scan.measure import EPOCHS, as_table, measure, planted_run
+    from stride_ray.evaluate.planted_leaks import EPOCHS, as_table, measure, planted_run
+    from stride_ray.runtime.tasks import connected
 
     changes = dict(assignment(each) for each in parsed.set)
     root = Path(parsed.folder)

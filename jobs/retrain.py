@@ -12,11 +12,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from stride_ray.arguments import add_compute, compute_of
-from stride_ray.cli import exit_status
-from stride_ray.evaluate.benchmark import read_benchmark
-from stride_ray.evaluate.recipe import DEFAULT
-from stride_ray.evaluate.retrain import retrain
+from stride_ray.cli.arguments import add_compute, compute_of
+from stride_ray.cli.exits import exit_status
+from stride_ray.evaluate.retraining.benchmark import read_benchmark
+from stride_ray.evaluate.retraining.recipe import DEFAULT
+from stride_ray.evaluate.retraining.retrain import retrain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

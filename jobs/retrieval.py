@@ -19,15 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stride_ray.blocks import Blocks
-from stride_ray.distribute import connected
+from stride_ray.cli.quickstart import BLOCK_TOKENS, EPOCHS
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.shard import shard
+from stride_ray.corpus.tokenizing import load_tokenizer
 from stride_ray.evaluate.retrieval import as_table, source_retrieval
-from stride_ray.fit import fit
-from stride_ray.quickstart import BLOCK_TOKENS, EPOCHS
-from stride_ray.run import Run
-from stride_ray.shard import shard
-from stride_ray.small import train_model, train_tokenizer
-from stride_ray.tokens import load_tokenizer
+from stride_ray.models.toy import train_model, train_tokenizer
+from stride_ray.operators.fit import fit
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.tasks import connected
 
 # Blocks of a document that stay in the pool at the least.
 REMAINING = 3

@@ -29,10 +29,11 @@ else:
     import json
     from collections.abc import Sequence
 
-    from stride_ray.cli import exit_status, run_of
-    from stride_ray.cli import main as verb
+    from stride_ray.cli.exits import exit_status
+    from stride_ray.cli.main import main as verb
+    from stride_ray.cli.main import run_of
     from stride_ray.evaluate.closed_loop import closed_loop
-    from stride_ray.evaluate.recipe import DEFAULT
+    from stride_ray.evaluate.retraining.recipe import DEFAULT
 
 
 def main(arguments: "Sequence[str] | None" = None) -> int:

@@ -22,16 +22,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stride_ray.attribute import answer
-from stride_ray.cli import assignment, exit_status
-from stride_ray.documents import Encoded
+from stride_ray.attribution.attribute import answer
+from stride_ray.cli.arguments import assignment
+from stride_ray.cli.exits import exit_status
+from stride_ray.corpus.documents import Encoded
+from stride_ray.corpus.queries import SCHEMA, row
+from stride_ray.corpus.shard import shard
 from stride_ray.evaluate.closed_loop import LOSS, ClosedLoop, compare_arms
-from stride_ray.evaluate.lds import mean_interval
-from stride_ray.evaluate.retrain import read_array
-from stride_ray.queries import SCHEMA, row
-from stride_ray.run import Run
-from stride_ray.shard import shard
-from stride_ray.storage import Store
+from stride_ray.evaluate.retraining.lds import mean_interval
+from stride_ray.evaluate.retraining.retrain import read_array
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.storage import Store
 
 DEVELOPMENT, REPORT = "development", "report"
 # The run's one query set, and the length of a benchmark's rows.

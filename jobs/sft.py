@@ -15,8 +15,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from stride_ray.cli import assignment, exit_status
-from stride_ray.evaluate.instructions import Options, attribute_instructions
+from stride_ray.cli.arguments import assignment
+from stride_ray.cli.exits import exit_status
+from stride_ray.evaluate.instruction_tuning import Options, attribute_instructions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

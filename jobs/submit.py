@@ -19,8 +19,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from stride_ray.cli import exit_status
-from stride_ray.errors import StrideError
+from stride_ray.cli.exits import exit_status
+from stride_ray.runtime.errors import StrideError
 
 # Seconds between looks at a job; until a head that does not answer is given up.
 LOOK, SILENCE = 2.0, 600.0

@@ -11,9 +11,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from stride_ray.cli import assignment, exit_status
+from stride_ray.cli.arguments import assignment
+from stride_ray.cli.exits import exit_status
 from stride_ray.evaluate.tailpatch import tail_patch
-from stride_ray.run import Run
+from stride_ray.runtime.run import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,9 +11,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from stride_ray.cli import exit_status
+from stride_ray.cli.exits import exit_status
 from stride_ray.evaluate.trust import trust
-from stride_ray.run import Run
+from stride_ray.runtime.run import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,15 +22,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stride_ray import crew, distribute
-from stride_ray.attribute import attribute
-from stride_ray.blocks import Blocks
-from stride_ray.cli import main
-from stride_ray.distribute import Pool
-from stride_ray.fit import fit
-from stride_ray.run import Run
-from stride_ray.shard import shard
-from stride_ray.storage import Store
+from stride_ray.attribution.attribute import attribute
+from stride_ray.cli.main import main
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.shard import shard
+from stride_ray.operators.fit import fit
+from stride_ray.runtime import actor_pool, tasks
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.tasks import Pool
 
 TOKENS, VOCABULARY = 32, 320
 # Text of a corpus that wants to be a script.
@@ -256,17 +256,17 @@ def _plain_map(make, arguments, units, pool):
 def run_plainly(patch):
     """Have what is imported run without Ray: the same functions in a plain loop, which Ray must not differ from."""
     changes = {
-        distribute.connected: lambda compute: contextlib.nullcontext(),
-        distribute.pool: lambda compute, units, worker_gb=0.0: Pool(1, "cpu"),
-        distribute.map_dataset: _plain_map,
-        distribute.map_tasks: lambda function, given, units, pool: [function(*given, unit) for unit in units],
-        crew.map_actors: _plain_map,
-        crew.Crew: PlainCrew,
-        crew.crew_for: lambda compute, units: PlainCrew(Pool(1, "cpu")),
+        tasks.connected: lambda compute: contextlib.nullcontext(),
+        tasks.pool: lambda compute, units, worker_gb=0.0: Pool(1, "cpu"),
+        tasks.map_dataset: _plain_map,
+        tasks.map_tasks: lambda function, given, units, pool: [function(*given, unit) for unit in units],
+        actor_pool.map_actors: _plain_map,
+        actor_pool.Crew: PlainCrew,
+        actor_pool.crew_for: lambda compute, units: PlainCrew(Pool(1, "cpu")),
     }
     named = {original.__name__: original for original in changes}
-    users = [module for name, module in sys.modules.items() if name.startswith("stride_ray.")]
-    for module in set(users) - {distribute, crew}:
+    users = [module for name, module in sys.modules.items() if name.startswith(("stride_ray.", "benchmarks."))]
+    for module in set(users) - {tasks, actor_pool}:
         for name, original in named.items():
             if vars(module).get(name) is original:
                 patch.setattr(module, name, changes[original])

@@ -16,16 +16,16 @@ import torch
 from conftest import documents, flags, save_tokenizer, settings, write_lines
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stride_ray.blocks import Blocks
-from stride_ray.cli import main
-from stride_ray.crew import Crew
-from stride_ray.distribute import Pool, map_dataset, map_tasks
-from stride_ray.distribute import pool as workers_of
-from stride_ray.errors import StrideError
-from stride_ray.options import ComputeConfig
-from stride_ray.queries import read_queries
-from stride_ray.storage import Store
-from stride_ray.tokens import load_tokenizer
+from stride_ray.cli.main import main
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.queries import read_queries
+from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.tasks import Pool, map_dataset, map_tasks
+from stride_ray.runtime.tasks import pool as workers_of
 
 JOBS = Path(__file__).parent.parent / "jobs"
 

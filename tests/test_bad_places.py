@@ -10,12 +10,12 @@ import pytest
 from conftest import flags, settings, write_lines
 from test_bad_input import shard_flags
 
-from stride_ray.distribute import connected
-from stride_ray.errors import StrideError, Terminated
-from stride_ray.options import ComputeConfig
-from stride_ray.run import Run
+from stride_ray.runtime.errors import StrideError, Terminated
+from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.storage import Store, refuse_inside
+from stride_ray.runtime.tasks import connected
 from stride_ray.selection.ranking import Database
-from stride_ray.storage import Store, refuse_inside
 
 
 @pytest.fixture

@@ -10,12 +10,14 @@ from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from stride_ray.baselines import METHODS, airrep, astra, ekfac, embedding, features, graddot, less, tracin
-from stride_ray.baselines.gradients import mean_losses, passes, weight_shapes
-from stride_ray.baselines.problem import Problem, Texts
-from stride_ray.errors import StrideError
-from stride_ray.model import SplitModel, load_model
-from stride_ray.options import SolveConfig
+from stride_ray.evaluate.baselines import METHODS
+from stride_ray.evaluate.baselines.gradient import astra, ekfac, features, graddot, less, tracin
+from stride_ray.evaluate.baselines.gradient.per_example import mean_losses, passes, weight_shapes
+from stride_ray.evaluate.baselines.problem import Problem, Texts
+from stride_ray.evaluate.baselines.representation import airrep, embedding
+from stride_ray.models.causal_lm import SplitModel, load_model
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import SolveConfig
 
 VOCABULARY = 300
 LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

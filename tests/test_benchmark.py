@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from stride_ray.errors import StrideError
-from stride_ray.evaluate.benchmark import read_benchmark
-from stride_ray.evaluate.truth import Truth, write_truth
-from stride_ray.storage import Store
+from stride_ray.evaluate.retraining.benchmark import read_benchmark
+from stride_ray.evaluate.retraining.results import Truth, write_truth
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store
 
 VOCABULARY, CONTEXT = 50, 24
 LENGTHS = [5, 12, 1, 20, 7, 16, 24, 9] * 3

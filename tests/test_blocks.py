@@ -7,13 +7,13 @@ from conftest import everything
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stride_ray import blocks as blocks_module
-from stride_ray.blocks import Blocks, document_shares, fixed_lists
-from stride_ray.corpus import make_blocks
-from stride_ray.documents import Encoded
-from stride_ray.ordinals import with_ordinals
-from stride_ray.readers import Rejected
-from stride_ray.storage import Store
+from stride_ray.corpus import blocks
+from stride_ray.corpus.blocks import Blocks, document_shares, fixed_lists
+from stride_ray.corpus.documents import Encoded
+from stride_ray.corpus.numbering import with_ordinals
+from stride_ray.corpus.packing import make_blocks
+from stride_ray.corpus.readers import Rejected
+from stride_ray.runtime.storage import Store
 
 TOKENS = 4
 
@@ -26,8 +26,8 @@ def encoded(name, count, masked):
 @pytest.fixture(params=[4096, 3])
 def pool(request, tmp_path, monkeypatch):
     """Five parts, one of them empty, masks in some; with row groups of three rows too."""
-    monkeypatch.setattr(blocks_module, "ROW_GROUP", request.param)
-    monkeypatch.setattr("stride_ray.storage.ROW_GROUP", request.param)
+    monkeypatch.setattr(blocks, "ROW_GROUP", request.param)
+    monkeypatch.setattr("stride_ray.runtime.storage.ROW_GROUP", request.param)
     store, parts, first = Store(str(tmp_path)), [], 0
     for part, count in enumerate([5, 0, 1, 7, 2]):
         items = [encoded(f"{part}-{i}", 3 + i, masked=i % 2 == 1) for i in range(count)]

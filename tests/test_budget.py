@@ -4,13 +4,14 @@ import pytest
 import torch
 from test_sites import llama
 
-from stride_ray import budget, crew, distribute
-from stride_ray.budget import kept_bytes, rows_at_once
-from stride_ray.config import Config
-from stride_ray.memory import peak_bytes, resident_bytes, restart_peak
-from stride_ray.model import SplitModel
-from stride_ray.options import ComputeConfig
-from stride_ray.sites import find_sites, tapped
+from stride_ray.models import batch_size
+from stride_ray.models.batch_size import kept_bytes, rows_at_once
+from stride_ray.models.causal_lm import SplitModel
+from stride_ray.models.sites import find_sites, tapped
+from stride_ray.runtime import actor_pool, tasks
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.memory import peak_bytes, resident_bytes, restart_peak
+from stride_ray.runtime.options import ComputeConfig
 
 
 @pytest.fixture
@@ -36,17 +37,17 @@ def test_a_stated_number_of_tokens_wins(model):
 
 
 def test_a_small_model_gets_the_largest_batch_and_a_small_budget_one_text(model):
-    assert rows_at_once(config(), model, 32) == budget.MOST // 32
+    assert rows_at_once(config(), model, 32) == batch_size.MOST // 32
     assert rows_at_once(config(worker_gb=0.1), model, 32) == 1
 
 
 def test_batches_grow_with_the_budget(model, monkeypatch):
-    monkeypatch.setattr(budget, "LIBRARIES", 0)
-    each = budget.PASS * kept_bytes(model, 64)
-    weights = budget.WEIGHTS * sum(p.numel() * p.element_size() for p in model.model.parameters())
-    monkeypatch.setitem(budget._kept[model], 64, 2**30)
+    monkeypatch.setattr(batch_size, "LIBRARIES", 0)
+    each = batch_size.PASS * kept_bytes(model, 64)
+    weights = batch_size.WEIGHTS * sum(p.numel() * p.element_size() for p in model.model.parameters())
+    monkeypatch.setitem(batch_size._kept[model], 64, 2**30)
     for rows in (1, 3, 7):
-        room = (weights + (rows + 0.5) * budget.PASS * 2**30) / 2**30
+        room = (weights + (rows + 0.5) * batch_size.PASS * 2**30) / 2**30
         assert rows_at_once(config(worker_gb=room, query_gb=0), model, 64) == rows
     assert each > 0
 
@@ -67,16 +68,16 @@ def test_a_pass_takes_about_what_was_counted():
     z, _, wrote = tapped(big, names, ids)
     torch.autograd.grad(z.sum(), list(wrote.values()))
     grown = peak_bytes() - before
-    assert 0.5 * counted < grown < 2 * budget.PASS * counted
+    assert 0.5 * counted < grown < 2 * batch_size.PASS * counted
 
 
 def test_workers_are_no_more_than_memory_holds(monkeypatch, parts):
     cluster = {"CPU": 8.0, "memory": 17.0 * 2**30}
-    monkeypatch.setattr(distribute.ray, "cluster_resources", lambda: cluster)
-    monkeypatch.setattr(distribute.ray_state.state, "get_max_resources_from_cluster_config", lambda: {"CPU": 8})
+    monkeypatch.setattr(tasks.ray, "cluster_resources", lambda: cluster)
+    monkeypatch.setattr(tasks.ray_state.state, "get_max_resources_from_cluster_config", lambda: {"CPU": 8})
 
     def workers(worker_gb, units=100, **compute):
-        return distribute.pool(ComputeConfig(device="cpu", **compute), units, worker_gb).workers
+        return tasks.pool(ComputeConfig(device="cpu", **compute), units, worker_gb).workers
 
     assert (workers(4.0), workers(0.0), workers(1.0), workers(100.0)) == (4, 8, 8, 1)
     assert workers(4.0, workers=8) == 8  # who asks for eight gets eight
@@ -85,6 +86,6 @@ def test_workers_are_no_more_than_memory_holds(monkeypatch, parts):
     cluster["CPU"] /= 4  # a quarter of the nodes is there, and the rest can come
     assert workers(4.0) == 4
     small = Config().updated({"model.path": str(parts.model), "compute.worker_gb": 6.0})
-    assert crew.expected_gb(small) == crew.SMALL_GB
-    assert crew.expected_gb(small.updated({"compute.worker_gb": 1.0})) == 1.0
-    assert crew.expected_gb(small.updated({"model.path": "a/hub-id"})) == 6.0
+    assert actor_pool.expected_gb(small) == actor_pool.SMALL_GB
+    assert actor_pool.expected_gb(small.updated({"compute.worker_gb": 1.0})) == 1.0
+    assert actor_pool.expected_gb(small.updated({"model.path": "a/hub-id"})) == 6.0

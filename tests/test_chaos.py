@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from stride_ray.evaluate.chaos import STAGES, Round, counted, data_files, told
+from benchmarks.chaos import STAGES, Round, counted, data_files, told
 
-JOB = Path(__file__).parent.parent / "jobs" / "chaos.py"
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_byte_that_differs_and_a_file_that_is_missing_are_seen(tmp_path):
@@ -40,12 +40,12 @@ def test_rounds_are_told_and_counted():
 @pytest.mark.cluster
 def test_one_round(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    command = [sys.executable, str(JOB), "--rounds", "1", "--out", str(tmp_path), "--seed", "7"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    command = [sys.executable, "-m", "benchmarks", "chaos", "--rounds", "1", "--out", str(tmp_path), "--seed", "7"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["equal"] == found["rounds"] == 1
     assert sum(found["strikes"].values()) > 0
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert json.loads(again.stdout.splitlines()[-1]) == found  # the same seconds: nothing was done again
     assert {name.split(" in ")[1] for name in found["strikes"]} <= {*STAGES, "start"}

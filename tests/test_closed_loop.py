@@ -14,20 +14,20 @@ from conftest import answered, run_plainly, write_lines
 from test_select import with_options
 from transformers import AutoModelForCausalLM
 
-from stride_ray.attribute import asked_queries
-from stride_ray.errors import StrideError
-from stride_ray.evaluate import unigram
+from stride_ray.attribution.attribute import asked_queries
+from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.word_counts import similar_blocks
+from stride_ray.evaluate import answer_f1 as unigram
+from stride_ray.evaluate.answer_f1 import answer_f1, has_answers, unigram_f1
 from stride_ray.evaluate.closed_loop import ARMS, F1, LOSS, arm_benchmark, closed_loop, compare_arms
-from stride_ray.evaluate.finetune import FineTune
-from stride_ray.evaluate.lds import mean_interval
-from stride_ray.evaluate.unigram import answer_f1, has_answers, unigram_f1
-from stride_ray.lexical import similar_blocks
-from stride_ray.storage import Store
-from stride_ray.tokens import load_tokenizer
+from stride_ray.evaluate.retraining.finetune import FineTune
+from stride_ray.evaluate.retraining.lds import mean_interval
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store
 
 JOBS = Path(__file__).parent.parent / "jobs"
 RECIPE = """
-from stride_ray.evaluate.finetune import FineTune
+from stride_ray.evaluate.retraining.finetune import FineTune
 
 def make(benchmark):
     return FineTune(benchmark, epochs=2, batch=4, warmup_steps=2, learning_rate=0.01)
@@ -113,7 +113,7 @@ def test_the_lexical_arm_is_what_lexical_search_finds(attributed, found):
     assert chosen == {"asked"}
     asked = set(pq.read_table(out / "queries.parquet")["query_id"].to_pylist())
     selecting = [row for row in asked_queries(run, "asked").to_pylist() if row["query_id"] not in asked]
-    from stride_ray.blocks import Blocks, document_shares
+    from stride_ray.corpus.blocks import Blocks, document_shares
 
     blocks = Blocks(run.stage("blocks").store)
     tops = similar_blocks(blocks, (row["token_ids"] for row in selecting), 1)

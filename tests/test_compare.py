@@ -19,20 +19,28 @@ import pytest
 from conftest import TOKENS, documents
 from test_faults import await_markers, kill_family
 
-from stride_ray.blocks import Blocks
-from stride_ray.config import Config
-from stride_ray.distribute import Pool
-from stride_ray.errors import StrideError
-from stride_ray.evaluate import compare as comparison
-from stride_ray.evaluate import ours
-from stride_ray.evaluate.benchmark import read_benchmark
-from stride_ray.evaluate.compare import chosen_methods, code_version, compare, known_units, method_names
-from stride_ray.evaluate.lds import subset_sums
-from stride_ray.evaluate.truth import Truth, read_scores, write_truth
-from stride_ray.options import ComputeConfig
-from stride_ray.run import Run
-from stride_ray.storage import Store
-from stride_ray.tokens import load_tokenizer
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.evaluate.comparison import compare as comparison
+from stride_ray.evaluate.comparison import stride_variants
+from stride_ray.evaluate.comparison.compare import (
+    OURS,
+    THEIRS,
+    chosen_methods,
+    code_version,
+    compare,
+    known_units,
+    method_names,
+)
+from stride_ray.evaluate.retraining.benchmark import read_benchmark
+from stride_ray.evaluate.retraining.lds import subset_sums
+from stride_ray.evaluate.retraining.results import Truth, read_scores, write_truth
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.tasks import Pool
 
 N, Q, S = 40, 6, 24
 JOB = Path(__file__).parent.parent / "jobs" / "evaluate.py"
@@ -136,7 +144,9 @@ def test_scores_are_the_methods_own(made, compared, one_ray):
     lexical = comparison.METHODS["tfidf"].run(benchmark.problem())
     np.testing.assert_allclose(read_scores(store, "tfidf.npz"), lexical, atol=1e-6)
     name = known_units(benchmark)["stride"].slug
-    exact = ours.dense(ours.read_influence(Run(str(compared.out / "runs" / name)), ours.QUERIES), Q, N)
+    exact = stride_variants.dense(
+        stride_variants.read_influence(Run(str(compared.out / "runs" / name)), stride_variants.QUERIES), Q, N
+    )
     np.testing.assert_array_equal(read_scores(store, f"{name}.npz"), exact)
     both = read_scores(store, "stride-tf-idf.npz")
     standard = [(each - each.mean(1, keepdims=True)) / each.std(1, keepdims=True) for each in (exact, lexical)]
@@ -269,12 +279,12 @@ def test_variants_of_one_configuration_run_once(made, tmp_path, monkeypatch):
         calls.append(variant.name)
         return np.random.default_rng(0).random((Q, N), dtype=np.float32), 7, "a remark"
 
-    monkeypatch.setattr(ours, "cut_pool", lambda *given: None)
-    monkeypatch.setattr(ours, "score", scored)
+    monkeypatch.setattr(stride_variants, "cut_pool", lambda *given: None)
+    monkeypatch.setattr(stride_variants, "score", scored)
     exact = Config().attribute.exact
-    again = ours.Variant("STRIDE again", {"attribute.exact": exact})
-    both = ours.Variant("STRIDE again + TF-IDF", {"attribute.exact": exact}, plus="tfidf")
-    monkeypatch.setattr(ours, "VARIANTS", (ours.VARIANTS[0], again, both))
+    again = stride_variants.Variant("STRIDE again", {"attribute.exact": exact})
+    both = stride_variants.Variant("STRIDE again + TF-IDF", {"attribute.exact": exact}, plus="tfidf")
+    monkeypatch.setattr(stride_variants, "VARIANTS", (stride_variants.VARIANTS[0], again, both))
     compare(made, str(tmp_path / "out"), ["stride", "stride-again", "stride-again-tf-idf"])
     assert calls == ["STRIDE"]
     rows = {row["method"]: row for row in pq.read_table(tmp_path / "out/lds.parquet").to_pylist()}
@@ -290,7 +300,7 @@ def test_methods_are_known_by_name():
     everything = chosen_methods(None, False)
     assert everything[:3] == ["random", "tfidf", "bm25"]
     assert {"datamodels", "stride", "stride-as-published"} <= set(everything)
-    extra = [each.slug for each in ours.VARIANTS if each.ablation]
+    extra = [each.slug for each in stride_variants.VARIANTS if each.ablation]
     assert {"stride-trained-base", "stride-exact-last-half-of-the-layers", "stride-logit-exact-responses"} < set(extra)
     assert not set(extra) & set(everything)
     assert chosen_methods(["random", "random"], True) == ["random", *extra]
@@ -302,26 +312,28 @@ def test_methods_are_known_by_name():
         "ekfac_stages",
     }
     assert len(set(method_names())) == len(method_names())
-    assert len({code_version("*.py"), code_version("baselines/*.py"), code_version("model.py")}) == 3
-    assert [each.default for each in ours.VARIANTS] == [True] + [False] * (len(ours.VARIANTS) - 1)
-    assert not ours.VARIANTS[0].changes
-    assert all(each.identity for each in ours.VARIANTS)  # every key and value is one that the configuration knows
+    assert len({code_version(*OURS), code_version(*THEIRS), code_version("models/causal_lm.py")}) == 3
+    assert [each.default for each in stride_variants.VARIANTS] == [True] + [False] * (len(stride_variants.VARIANTS) - 1)
+    assert not stride_variants.VARIANTS[0].changes
+    assert all(
+        each.identity for each in stride_variants.VARIANTS
+    )  # every key and value is one that the configuration knows
 
 
 def test_the_default_runs_on_a_pool_smaller_than_its_subsets_and_without_a_tokenizer(
     made, tmp_path, plain, monkeypatch, capsys
 ):
-    monkeypatch.setattr(ours, "pool", lambda compute, units: Pool(3, "cpu"))
+    monkeypatch.setattr(stride_variants, "pool", lambda compute, units: Pool(3, "cpu"))
     bare = tmp_path / "bare"
     shutil.copytree(made, bare)
     for path in (bare / "model").glob("*token*"):
         path.unlink()
     benchmark, runs = read_benchmark(str(bare)), Store(str(tmp_path / "runs"))
     changes = {"membership.degree": 4, "operators.rank": 8, "operators.sketch": 16}
-    variant = replace(ours.VARIANTS[0], changes={**changes, **ours.SUBSETS})
-    ours.cut_pool(benchmark, runs, ComputeConfig())
+    variant = replace(stride_variants.VARIANTS[0], changes={**changes, **stride_variants.SUBSETS})
+    stride_variants.cut_pool(benchmark, runs, ComputeConfig())
     assert "has no tokenizer that knows token" in capsys.readouterr().err
-    found, peak, remark = ours.score(benchmark, variant, runs, ComputeConfig())
+    found, peak, remark = stride_variants.score(benchmark, variant, runs, ComputeConfig())
     assert (found.shape, found.dtype) == ((Q, N), np.float32)
     assert found.any(axis=1).all()
     assert peak % 3 == 0
@@ -330,25 +342,25 @@ def test_the_default_runs_on_a_pool_smaller_than_its_subsets_and_without_a_token
     assert Run(f"{runs.url}/stride").config.corpus.tokenizer == f"{runs.url}/tokenizer"
     # What an interrupted run of the variant left behind must not reach its scores.
     (tmp_path / "runs/stride/run.toml").write_text("seed = 7\n")
-    np.testing.assert_array_equal(ours.score(benchmark, variant, runs, ComputeConfig())[0], found)
+    np.testing.assert_array_equal(stride_variants.score(benchmark, variant, runs, ComputeConfig())[0], found)
     few = replace(benchmark.queries, mask=benchmark.queries.mask.copy())
     few.mask[2, 1:] = False
-    _, _, remark = ours.score(replace(benchmark, queries=few), variant, runs, ComputeConfig())
+    _, _, remark = stride_variants.score(replace(benchmark, queries=few), variant, runs, ComputeConfig())
     assert "1 queries failed and count as zeros: has 1 token(s)" in remark
 
 
 def test_blocks_that_are_not_the_pool_are_told(made, compared):
     benchmark = read_benchmark(made)
     blocks = Blocks(Store(str(compared.out / "runs/blocks/blocks")))
-    ours.check_blocks(blocks, benchmark)
+    stride_variants.check_blocks(blocks, benchmark)
     ids = benchmark.blocks.ids.copy()
     ids[7, 3] += 1
     with pytest.raises(StrideError, match="block 7 does not hold the tokens of that pool row"):
-        ours.check_blocks(blocks, replace(benchmark, blocks=replace(benchmark.blocks, ids=ids)))
+        stride_variants.check_blocks(blocks, replace(benchmark, blocks=replace(benchmark.blocks, ids=ids)))
     mask = benchmark.blocks.mask.copy()
     mask[4, mask[4].sum() - 1] = False
     with pytest.raises(StrideError, match="block 4 does not hold the tokens"):
-        ours.check_blocks(blocks, replace(benchmark, blocks=replace(benchmark.blocks, mask=mask)))
+        stride_variants.check_blocks(blocks, replace(benchmark, blocks=replace(benchmark.blocks, mask=mask)))
     fewer = type(benchmark.blocks)(ids[1:], benchmark.blocks.mask[1:])
     with pytest.raises(StrideError, match="has 40 blocks, and the pool has 39 rows"):
-        ours.check_blocks(blocks, replace(benchmark, blocks=fewer))
+        stride_variants.check_blocks(blocks, replace(benchmark, blocks=fewer))

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stride_ray.config import STAGES, Config, dumps, loads, option_fields, stage_hash, stage_keys
-from stride_ray.errors import StrideError
+from stride_ray.runtime.config import STAGES, Config, dumps, loads, option_fields, stage_hash, stage_keys
+from stride_ray.runtime.errors import StrideError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 OPTIONS = option_fields()

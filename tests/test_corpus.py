@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stride_ray import corpus
-from stride_ray.corpus import Counts, block_id, block_schema, iter_blocks, make_blocks
-from stride_ray.documents import Encoded, read
-from stride_ray.errors import StrideError
-from stride_ray.ordinals import leave, left, with_ordinals
-from stride_ray.readers import Rejected
-from stride_ray.storage import Store
-from stride_ray.tokens import encode_stream
-from stride_ray.units import plan
+from stride_ray.corpus import packing
+from stride_ray.corpus.documents import Encoded, read
+from stride_ray.corpus.numbering import leave, left, with_ordinals
+from stride_ray.corpus.packing import Counts, block_id, block_schema, iter_blocks, make_blocks
+from stride_ray.corpus.readers import Rejected
+from stride_ray.corpus.splits import plan
+from stride_ray.corpus.tokenizing import encode_stream
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store
 
 END, PAD = 9, 0
 LAYOUT = pytest.mark.parametrize("layout", ["pack", "split"])
@@ -69,7 +69,7 @@ def put_together(table):
 @given(documents=corpora(), block_tokens=st.integers(1, 16), batch=st.integers(1, 4))
 def test_nothing_is_dropped(layout, documents, block_tokens, batch):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "_BATCH_BLOCKS", batch)
+        patch.setattr(packing, "_BATCH_BLOCKS", batch)
         table, counts = make_blocks(documents, layout, block_tokens, END, PAD)
     found, padding = put_together(table)
     assert found == {d.document_id: with_end(d, layout) for d in documents}

@@ -11,10 +11,10 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.experimental.internal_kv import _internal_kv_list
 
-from stride_ray import crew, distribute
-from stride_ray.crew import Crew
-from stride_ray.distribute import Pool
-from stride_ray.errors import StrideError
+from stride_ray.runtime import actor_pool, tasks
+from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.tasks import Pool
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 
@@ -38,9 +38,9 @@ class Slow:
 
 def test_workers_that_run_no_model_import_no_torch():
     code = (
-        "import sys, stride_ray.influence, stride_ray.ordinals;"
+        "import sys, stride_ray.attribution.tables, stride_ray.corpus.numbering;"
         "import stride_ray.selection.pool, stride_ray.selection.writing;"
-        "from stride_ray.distribute import use_threads; use_threads(1); print('torch' in sys.modules);"
+        "from stride_ray.runtime.tasks import use_threads; use_threads(1); print('torch' in sys.modules);"
         "import torch; print(torch.get_num_threads())"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -49,8 +49,8 @@ def test_workers_that_run_no_model_import_no_torch():
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(crew, "PATIENCE", 1.0)
-    monkeypatch.setattr(distribute, "PATIENCE", 0.5)
+    monkeypatch.setattr(actor_pool, "PATIENCE", 1.0)
+    monkeypatch.setattr(tasks, "PATIENCE", 0.5)
 
 
 def test_units_of_a_slow_actor_are_given_to_one_that_has_nothing_to_do(one_ray, impatient, tmp_path):
@@ -84,10 +84,10 @@ class Killer:
 @pytest.mark.parametrize("how", ["crew", "dataset"])
 def test_a_unit_that_always_kills_its_worker_is_told(how, one_ray):
     units = [{"unit": i} for i in range(4)]
-    mapped = {"crew": crew.map_actors, "dataset": distribute.map_dataset}[how](Killer, (), units, Pool(2, "cpu"))
+    mapped = {"crew": actor_pool.map_actors, "dataset": tasks.map_dataset}[how](Killer, (), units, Pool(2, "cpu"))
     with pytest.raises(StrideError, match="killed its worker 5 times and more"):
         list(mapped)
-    assert not _internal_kv_list("", namespace=distribute.NAMESPACE)
+    assert not _internal_kv_list("", namespace=tasks.NAMESPACE)
 
 
 @pytest.mark.cluster
@@ -99,7 +99,7 @@ def test_half_the_nodes_are_lost_and_the_rest_goes_on(how, impatient):
     units = [{"unit": i} for i in range(40)]
     try:
         ray.init(cluster.address, logging_level="ERROR")
-        mapped = {"crew": crew.map_actors, "dataset": distribute.map_dataset}[how](Sleepy, (), units, Pool(2, "cpu"))
+        mapped = {"crew": actor_pool.map_actors, "dataset": tasks.map_dataset}[how](Sleepy, (), units, Pool(2, "cpu"))
         found = []
         for each in mapped:
             found.append(each["unit"])

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from stride_ray.errors import StrideError
-from stride_ray.evaluate.datamodels import datamodel_sums
-from stride_ray.evaluate.lds import evaluate
-from stride_ray.evaluate.truth import Truth
+from stride_ray.evaluate.retraining.datamodels import datamodel_sums
+from stride_ray.evaluate.retraining.lds import evaluate
+from stride_ray.evaluate.retraining.results import Truth
+from stride_ray.runtime.errors import StrideError
 
 N, Q = 40, 10
 KINDS = ["all"] * Q

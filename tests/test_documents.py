@@ -15,11 +15,12 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stride_ray import readers, units
-from stride_ray.documents import Document, detect_columns, read, resolve_columns
-from stride_ray.errors import StrideError
-from stride_ray.readers import Rejected
-from stride_ray.units import Unit, plan
+from stride_ray.corpus import readers
+from stride_ray.corpus import splits as units
+from stride_ray.corpus.documents import Document, detect_columns, read, resolve_columns
+from stride_ray.corpus.readers import Rejected
+from stride_ray.corpus.splits import Unit, plan
+from stride_ray.runtime.errors import StrideError
 
 TEXT = {"text": "text"}
 MANY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stride_ray import directions, rescore
-from stride_ray.attribute import block_texts, read_influence
-from stride_ray.blocks import Blocks, unit_count
-from stride_ray.cli import main
-from stride_ray.config import Config
-from stride_ray.errors import StrideError
-from stride_ray.influence import DOCUMENTS, INFLUENCE, RECOVERY
-from stride_ray.loading import load_measured_model, load_run_model
-from stride_ray.run import Run
-from stride_ray.status import status
-from stride_ray.storage import Store
-from stride_ray.tokens import load_tokenizer
+from stride_ray.attribution import directions, rescore
+from stride_ray.attribution.attribute import block_texts, read_influence
+from stride_ray.attribution.tables import DOCUMENTS, INFLUENCE, RECOVERY
+from stride_ray.cli.main import main
+from stride_ray.cli.status import status
+from stride_ray.corpus.blocks import Blocks, unit_count
+from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.models.loading import load_measured_model, load_run_model
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.storage import Store
 
 
 def tables(folder):

@@ -16,13 +16,13 @@ import psutil
 import pytest
 from conftest import data_files, documents, flags, run_plainly, settings, write_lines
 
-from stride_ray.cli import main
-from stride_ray.run import Run
+from stride_ray.cli.main import main
+from stride_ray.runtime.run import Run
 
 DRIVER = """
 import sys
 import ray
-from stride_ray.cli import main
+from stride_ray.cli.main import main
 
 ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
 folder, queries, *options = sys.argv[1:]

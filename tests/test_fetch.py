@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_model import tiny
 
-from stride_ray import fetch
-from stride_ray.errors import StrideError
-from stride_ray.fetch import model_state
+from stride_ray.models import download
+from stride_ray.models.download import model_state
+from stride_ray.runtime.errors import StrideError
 
 
 def test_a_models_state_is_its_files(tmp_path, monkeypatch):
@@ -19,7 +19,7 @@ def test_a_models_state_is_its_files(tmp_path, monkeypatch):
     (copy / "checkpoint-1").mkdir()
     (copy / "README.md").write_text("a card")
     assert model_state(copy) == model_state(folder)
-    monkeypatch.setattr(fetch, "LARGE", 1000)  # at some places only
+    monkeypatch.setattr(download, "LARGE", 1000)  # at some places only
     sampled = model_state(copy)
     model = tiny()
     with torch.no_grad():

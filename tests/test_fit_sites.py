@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 from conftest import QUERIES, documents, killed_at_write, settings, write_lines
 
-from stride_ray import fit_sites, rescore, respond_sites, sketch_rows
-from stride_ray.attribute import attribute, read_influence
-from stride_ray.blocks import Blocks
-from stride_ray.cli import main
-from stride_ray.config import Config
-from stride_ray.errors import StrideError
-from stride_ray.fit import fit
-from stride_ray.queries import NOT_FINITE
-from stride_ray.row_store import RowStore
-from stride_ray.run import Run
-from stride_ray.shard import shard
-from stride_ray.status import status
-from stride_ray.storage import Store
+from stride_ray.attribution import rescore, site_responses
+from stride_ray.attribution.attribute import attribute, read_influence
+from stride_ray.cli.main import main
+from stride_ray.cli.status import status
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.queries import NOT_FINITE
+from stride_ray.corpus.shard import shard
+from stride_ray.operators import site_fit, sketched_rows
+from stride_ray.operators.fit import fit
+from stride_ray.operators.row_store import RowStore
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.storage import Store
 
 CANDIDATES = 5
 FIRST = "rows-000000000"
@@ -94,7 +95,7 @@ def test_the_store_is_what_its_page_says(estimated):
     rows = store.read(store.facts["parts"][0])
     assert rows.bits.shape[1] == store.starts[-1]
     assert rows.scales.shape[1] == len(store.facts["sites"]) == 7
-    assert rows.bits[0].nbytes + rows.scales[0].nbytes == store.facts["row_bytes"] <= fit_sites.MOST
+    assert rows.bits[0].nbytes + rows.scales[0].nbytes == store.facts["row_bytes"] <= site_fit.MOST
     whole = store.take(np.arange(len(store)))
     some = store.take(np.array([0, 5, len(store) - 1]))
     assert np.array_equal(some.bits, whole.bits[[0, 5, -1]])
@@ -133,7 +134,7 @@ def test_a_query_gets_the_same_rows_alone_and_in_company(estimated, parts, shard
 
 
 def test_units_and_slices_decide_nothing(estimated, parts, sharded, plain, monkeypatch):
-    monkeypatch.setattr(respond_sites, "SLICES", 3)
+    monkeypatch.setattr(site_responses, "SLICES", 3)
     monkeypatch.setattr(rescore, "CANDIDATES", 4)
     run, _, _ = asked(sharded("slices"), parts)
     mine, others = (by_block(read_influence(each, "asked")) for each in (run, estimated[1]))
@@ -180,8 +181,8 @@ def test_subsets_fitted_in_pieces_are_those_fitted_at_once(parts, sharded, plain
     more = {"operators__rows": "subsets", "membership__subsets": 16}
     runs = []
     for name, shards, rows in (("few", 2, 5), ("many", 16, 128)):
-        monkeypatch.setattr(sketch_rows, "FEW", shards)
-        monkeypatch.setattr(sketch_rows, "ROWS", rows)
+        monkeypatch.setattr(sketched_rows, "FEW", shards)
+        monkeypatch.setattr(sketched_rows, "ROWS", rows)
         runs.append(Run(str(sharded(name)), changes=options(parts, **more)))
         fit(runs[-1])
     one, two = (RowStore(run.store.child("operators")).take(np.arange(16)) for run in runs)
@@ -194,10 +195,10 @@ def test_the_budget_decides_between_blocks_and_subsets(parts, sharded, plain):
     run = Run(str(sharded("budget")), changes=options(parts))
     n = len(Blocks(run.stage("blocks").store))
     for share, rows in ((1.01, "blocks"), (0.99, "subsets")):
-        config = run.config.updated({"operators.budget_gb": share * n * fit_sites.LEAST / 2**30})
-        of_blocks, K, room = fit_sites.rows_for(config, n)
+        config = run.config.updated({"operators.budget_gb": share * n * site_fit.LEAST / 2**30})
+        of_blocks, K, room = site_fit.rows_for(config, n)
         assert (of_blocks, K) == ((True, n) if rows == "blocks" else (False, 16))
-        assert room <= fit_sites.MOST
+        assert room <= site_fit.MOST
 
 
 def run_verb(*arguments):
@@ -257,7 +258,7 @@ def test_a_budget_without_a_coordinate_a_site_is_refused(parts, sharded, told):
 
 
 def test_blocks_that_overflow_are_counted_and_too_many_end_the_fit(parts, sharded, plain, monkeypatch):
-    real, spoiled = sketch_rows.sketched_gradients, {"share": 0.0}
+    real, spoiled = sketched_rows.sketched_gradients, {"share": 0.0}
 
     def overflowing(model, sketches, ids, mask):
         pieces, losses = real(model, sketches, ids, mask)
@@ -265,12 +266,12 @@ def test_blocks_that_overflow_are_counted_and_too_many_end_the_fit(parts, sharde
             pieces[0][row, 0] = float("nan")
         return pieces, losses
 
-    monkeypatch.setattr(sketch_rows, "sketched_gradients", overflowing)
+    monkeypatch.setattr(sketched_rows, "sketched_gradients", overflowing)
     spoiled["share"] = 0.01
     folder = sharded("overflow")
     run = Run(str(folder), changes=options(parts, compute__batch_tokens=10**6, attribute__candidates=0))
     with monkeypatch.context() as patch:
-        patch.setattr(fit_sites, "NOT_FINITE", 1.0)
+        patch.setattr(site_fit, "NOT_FINITE", 1.0)
         fit(run)
     facts = run.stage("operators").store.read_json("metadata.json")
     assert 0 < facts["not_finite"] < facts["blocks"]
@@ -349,14 +350,14 @@ def test_operators_of_subsets_answer_for_their_own_blocks_and_are_not_added_to(p
 
 def test_a_query_that_failed_once_stays_failed(parts, sharded, plain, monkeypatch):
     """Its sketch overflows, its whole gradient does not: influence of the others must not slip into its place."""
-    real = respond_sites.finite_rows
+    real = site_responses.finite_rows
 
     def overflowing(sections):
         good = real(sections)
         good[0] = False  # the first of a batch of queries
         return good
 
-    monkeypatch.setattr(respond_sites, "finite_rows", overflowing)
+    monkeypatch.setattr(site_responses, "finite_rows", overflowing)
     folder = sharded("once")
     run, summary, _ = asked(folder, parts)
     recovery = {row["query_id"]: row for row in read_influence(run, "asked", "recovery").to_pylist()}
@@ -364,7 +365,7 @@ def test_a_query_that_failed_once_stays_failed(parts, sharded, plain, monkeypatc
     assert recovery["kitchen"]["status"] == "ok"
     assert summary["failed"] == 3
     rows = [row for row in read_influence(run, "asked").to_pylist() if row["query_id"] == "kitchen"]
-    monkeypatch.setattr(respond_sites, "finite_rows", real)
+    monkeypatch.setattr(site_responses, "finite_rows", real)
     other, _, _ = asked(sharded("twice"), parts)
     assert rows == [row for row in read_influence(other, "asked").to_pylist() if row["query_id"] == "kitchen"]
 
@@ -401,9 +402,9 @@ def test_sums_of_many_units_are_added_in_waves(parts, sharded, plain, monkeypatc
         return store.take(np.arange(len(store))), writes
 
     once, _ = rows("one-wave")
-    monkeypatch.setattr(sketch_rows, "UNIT", 9)  # 11 units of 9 blocks, in waves of three, 16 subsets a file
-    monkeypatch.setattr(sketch_rows, "WAVE", 3)
-    monkeypatch.setattr(sketch_rows, "ROWS", 16)
+    monkeypatch.setattr(sketched_rows, "UNIT", 9)  # 11 units of 9 blocks, in waves of three, 16 subsets a file
+    monkeypatch.setattr(sketched_rows, "WAVE", 3)
+    monkeypatch.setattr(sketched_rows, "ROWS", 16)
     waves, writes = rows("waves")
     np.testing.assert_allclose(waves.scales, once.scales, rtol=1e-4)
     assert np.unpackbits((waves.bits ^ once.bits).view(np.uint8)).mean() < 1e-3
@@ -417,14 +418,14 @@ def test_sums_of_many_units_are_added_in_waves(parts, sharded, plain, monkeypatc
 
 @pytest.mark.parametrize("more", [{}, {"operators__rows": "subsets", "membership__subsets": 40}])
 def test_a_few_long_gradients_do_not_decide_whether_operators_answer(more, parts, sharded, plain, monkeypatch):
-    real = sketch_rows.sketched_gradients
+    real = sketched_rows.sketched_gradients
 
     def uneven(model, sketches, ids, mask):
         pieces, losses = real(model, sketches, ids, mask)
         longer = (1 + 99 * (ids.sum(1) % 16 == 0)).float().unsqueeze(1)  # one in sixteen
         return [piece * longer for piece in pieces], losses
 
-    monkeypatch.setattr(sketch_rows, "sketched_gradients", uneven)
+    monkeypatch.setattr(sketched_rows, "sketched_gradients", uneven)
     facts = fit(Run(str(sharded("uneven")), changes=options(parts, **more)))
     assert facts["learned"]
     assert "mean cosine with their own blocks minus that with others +" in facts["verdict"]

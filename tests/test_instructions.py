@@ -17,14 +17,11 @@ import torch
 from conftest import SUBJECTS, run_plainly, sentence, write_lines
 from transformers import AutoModelForCausalLM
 
-from stride_ray.attribute import asked_queries, read_influence
-from stride_ray.blocks import Blocks
-from stride_ray.crew import map_actors
-from stride_ray.distribute import Pool
-from stride_ray.errors import StrideError
-from stride_ray.evaluate import instructions as module
-from stride_ray.evaluate.finetune import MASKED, FineTune
-from stride_ray.evaluate.instructions import (
+from stride_ray.attribution.attribute import asked_queries, read_influence
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.evaluate import instruction_tuning
+from stride_ray.evaluate.instruction_tuning import (
     CHANCE,
     COPIES,
     HARMING,
@@ -47,10 +44,13 @@ from stride_ray.evaluate.instructions import (
     publish,
     taught,
 )
+from stride_ray.evaluate.retraining.finetune import MASKED, FineTune
 from stride_ray.evaluate.tailpatch import INFLUENCE, LEXICAL
-from stride_ray.run import Run, Stage
-from stride_ray.storage import Store
-from stride_ray.tokens import load_tokenizer
+from stride_ray.runtime.actor_pool import map_actors
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run, Stage
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.tasks import Pool
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import sft as job
@@ -230,7 +230,7 @@ def test_the_table_of_which_instructions_taught_an_answer(done, monkeypatch, cap
         assert [int(row[0]) for row in mine[:HELPING]] == [1, 2, 3]
         assert [float(row[1]) > 0 for row in mine] == [True, True, True, False]
     assert table.count("near copy: ") == sum(rank <= HELPING for rank in ranks_of_copies(done))
-    monkeypatch.setattr(module, "HELPING", TOP)
+    monkeypatch.setattr(instruction_tuning, "HELPING", TOP)
     print_taught(done.run, lines(done.out / TRAIN))
     marked = sum(rank <= TOP for rank in ranks_of_copies(done))
     assert capsys.readouterr().out.count("near copy: ") == marked >= 2
@@ -238,8 +238,8 @@ def test_the_table_of_which_instructions_taught_an_answer(done, monkeypatch, cap
 
 def test_a_rerun_goes_on_and_other_settings_are_refused(done, asked, parts, monkeypatch):
     run_plainly(monkeypatch)
-    monkeypatch.setattr(module, "fine_tune", None)
-    monkeypatch.setattr(module, "tail_patch", None)
+    monkeypatch.setattr(instruction_tuning, "fine_tune", None)
+    monkeypatch.setattr(instruction_tuning, "tail_patch", None)
     before = {path: path.stat().st_mtime_ns for path in (done.out / "model").iterdir()}
     arguments = (asked, str(parts.model), str(done.out))
     assert attribute_instructions(*arguments, OPTIONS, CHANGES) == done.outcome
@@ -273,7 +273,7 @@ def test_the_exact_answer_and_the_job(done, asked, parts, monkeypatch, capsys):
 def test_a_worker_of_ray_trains_the_same_model(done, parts, one_ray, tmp_path):
     blocks, stage = Blocks(done.run.stage("blocks").store), Stage(Store(str(tmp_path)), "same")
     answers = [row for row in asked_queries(done.run, NAME).to_pylist() if row["status"] == "ok"]
-    given = (module.fine_tune, stage, blocks.store, answers, OPTIONS, str(parts.model), 0, "cpu")
+    given = (instruction_tuning.fine_tune, stage, blocks.store, answers, OPTIONS, str(parts.model), 0, "cpu")
     (marker,) = map_actors(partial, given, [str(parts.model)], Pool(1, "cpu"))
     before = json.loads((done.out / "_done/model.json").read_text())["losses"]
     for moment, losses in marker["losses"].items():

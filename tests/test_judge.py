@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import settings
 
-from stride_ray.blocks import Blocks
-from stride_ray.cli import main
-from stride_ray.errors import StrideError
-from stride_ray.fitted import load_operators, save_operators
-from stride_ray.judge import gap, judge
-from stride_ray.loading import load_run_model, measured_weights
-from stride_ray.membership import membership_of
-from stride_ray.run import Run
+from stride_ray.cli.main import main
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.models.loading import load_run_model, measured_weights
+from stride_ray.operators.membership import membership_of
+from stride_ray.operators.stored import load_operators, save_operators
+from stride_ray.operators.validation import gap, judge
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
 
 
 def test_the_gap_is_members_minus_others():

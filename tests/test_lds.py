@@ -5,10 +5,10 @@ import pytest
 import scipy.sparse
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
-from stride_ray.errors import StrideError
-from stride_ray.evaluate.lds import evaluate, resampled, subset_sums
-from stride_ray.evaluate.statistics import score_statistics
-from stride_ray.evaluate.truth import Truth
+from stride_ray.evaluate.comparison.score_statistics import score_statistics
+from stride_ray.evaluate.retraining.lds import evaluate, resampled, subset_sums
+from stride_ray.evaluate.retraining.results import Truth
+from stride_ray.runtime.errors import StrideError
 
 N, S, Q = 60, 48, 12
 KINDS = np.array(["near"] * 7 + ["far"] * 5)

@@ -3,9 +3,9 @@
 import pytest
 from test_compare import made  # noqa: F401 - a benchmark with retraining results
 
-from stride_ray.evaluate import loop
-from stride_ray.evaluate.loop import measure_loop, table
-from stride_ray.storage import Store
+from benchmarks import loop
+from benchmarks.loop import measure_loop, table
+from stride_ray.runtime.storage import Store
 
 
 @pytest.mark.cluster

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stride_ray.errors import StrideError
-from stride_ray.membership import Membership
+from stride_ray.operators.membership import Membership
+from stride_ray.runtime.errors import StrideError
 
 
 @given(st.data())
@@ -92,7 +92,7 @@ def test_matrix_is_what_scikit_learn_takes():
 
 def test_sizes_are_streamed_over_chunks(monkeypatch):
     whole = Membership(30, 4, 0).sizes(1000)
-    monkeypatch.setattr("stride_ray.membership.CHUNK", 64)
+    monkeypatch.setattr("stride_ray.operators.membership.CHUNK", 64)
     assert len(list(Membership(30, 4, 0).ranges(1000))) == 16
     assert np.array_equal(Membership(30, 4, 0).sizes(1000), whole)
 

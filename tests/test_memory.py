@@ -10,7 +10,7 @@ import pytest
 # Ten buffers of 64 MiB one after the other: page faults of the first, of the rest; what is held then; after a restart.
 BUFFERS = """
 import ctypes, json, resource, sys
-from stride_ray.memory import keep_freed, peak_bytes, resident_bytes, restart_peak
+from stride_ray.runtime.memory import keep_freed, peak_bytes, resident_bytes, restart_peak
 
 library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p

@@ -8,17 +8,17 @@ import pytest
 import torch
 from test_benchmark import write_benchmark
 
-from stride_ray.errors import StrideError
-from stride_ray.evaluate.benchmark import read_benchmark
-from stride_ray.evaluate.finetune import FineTune
-from stride_ray.evaluate.metasmoothness import metasmoothness, smoothness
-from stride_ray.storage import Store
+from stride_ray.evaluate.retraining.benchmark import read_benchmark
+from stride_ray.evaluate.retraining.finetune import FineTune
+from stride_ray.evaluate.retraining.metasmoothness import metasmoothness, smoothness
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store
 
 RECIPE = """
 import numpy as np
 import torch
 
-from stride_ray.evaluate.finetune import FineTune
+from stride_ray.evaluate.retraining.finetune import FineTune
 
 
 class Straight(FineTune):
@@ -87,7 +87,9 @@ def test_the_built_in_recipe_takes_weights_and_a_rerun_trains_nothing(made, one_
     store.remove("_done/draw-000-step-2.json")
     assert metasmoothness(benchmark, recipe("Short"), str(tmp_path / "out"), draws=1) == first
     assert {name: store.read(name) for name in store.names(ending=".npy")} == before
-    monkeypatch.setattr("stride_ray.evaluate.metasmoothness.map_tasks", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        "stride_ray.evaluate.retraining.metasmoothness.map_tasks", lambda *_: pytest.fail("trained again")
+    )
     assert metasmoothness(benchmark, recipe("Short"), str(tmp_path / "out"), draws=1) == first
 
 

@@ -14,9 +14,9 @@ import torch.nn.functional as nnf
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from stride_ray.errors import StrideError
-from stride_ray.fetch import local_model
-from stride_ray.model import SplitModel, load_model, resolve_split
+from stride_ray.models.causal_lm import SplitModel, load_model, resolve_split
+from stride_ray.models.download import local_model
+from stride_ray.runtime.errors import StrideError
 
 V, D, L = 100, 32, 3
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -5,11 +5,11 @@ import pytest
 import torch
 import transformers as hf
 
-from stride_ray.errors import StrideError
-from stride_ray.membership import Membership
-from stride_ray.model import SplitModel
-from stride_ray.objective import linearity_loss, projection, stability_losses, steered_losses
-from stride_ray.operators import features, random_basis, steering
+from stride_ray.models.causal_lm import SplitModel
+from stride_ray.operators.forms import features, random_basis, steering
+from stride_ray.operators.membership import Membership
+from stride_ray.operators.training.objective import linearity_loss, projection, stability_losses, steered_losses
+from stride_ray.runtime.errors import StrideError
 
 V, D, T, n, M = 50, 16, 12, 3, 7
 FORMS = ("gate", "matrix", "logit")
@@ -135,5 +135,5 @@ def test_projection_is_m_times_a_fixed_random_matrix(monkeypatch):
     alone = projection(membership, 499, 4, seed=9) * (499 * 3 / 12) ** 0.5
     last = (Z * (500 * 3 / 12) ** 0.5 - alone).norm(dim=1) > 1e-3
     assert sorted(last.nonzero().flatten().tolist()) == sorted(membership.columns(499, 500)[0].tolist())
-    monkeypatch.setattr("stride_ray.objective.PROJECTION_CHUNK", 64)
+    monkeypatch.setattr("stride_ray.operators.training.objective.PROJECTION_CHUNK", 64)
     assert projection(membership, 500, 4, seed=9).isfinite().all()

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stride_ray import one_bit
-from stride_ray.one_bit import Queries, Rows, packed_queries, packed_rows, products, row_bytes, word_starts
+from stride_ray.operators import one_bit
+from stride_ray.operators.one_bit import Queries, Rows, packed_queries, packed_rows, products, row_bytes, word_starts
 
 
 def sections(rng, rows, sizes):

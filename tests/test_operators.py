@@ -8,11 +8,19 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stride_ray.closed_form import add_to_subsets, operators_from_sums, preconditioned_basis, stream_moments
-from stride_ray.matrices import inverse_root
-from stride_ray.membership import Membership
-from stride_ray.model import SplitModel
-from stride_ray.operators import Operators, features, gradients, normalised, random_basis, steering, stream_gradients
+from stride_ray.models.causal_lm import SplitModel
+from stride_ray.models.matrices import inverse_root
+from stride_ray.operators.closed_form import add_to_subsets, operators_from_sums, preconditioned_basis, stream_moments
+from stride_ray.operators.forms import (
+    Operators,
+    features,
+    gradients,
+    normalised,
+    random_basis,
+    steering,
+    stream_gradients,
+)
+from stride_ray.operators.membership import Membership
 
 V, D, RANK, SKETCH, B, T = 60, 16, 4, 6, 5, 11
 FORMS = ["gate", "matrix", "logit"]

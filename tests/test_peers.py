@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from test_compare import made  # noqa: F401 - a benchmark with retraining results
 
-from stride_ray.errors import StrideError
-from stride_ray.evaluate.benchmark import read_benchmark
-from stride_ray.evaluate.lds import evaluate, subset_sums
-from stride_ray.evaluate.peers import measure
-from stride_ray.evaluate.peers.measure import compare_peers, ratios, table
-from stride_ray.evaluate.peers.tools import TOOLS, Place
+from benchmarks.peers import measure
+from benchmarks.peers.measure import compare_peers, ratios, table
+from benchmarks.peers.tools import TOOLS, Place
+from stride_ray.evaluate.retraining.benchmark import read_benchmark
+from stride_ray.evaluate.retraining.lds import evaluate, subset_sums
+from stride_ray.runtime.errors import StrideError
 
 
 @pytest.mark.cluster

@@ -16,21 +16,21 @@ import torch
 from conftest import QUERIES, data_files, documents, flags, settings, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stride_ray.attribute import attribute, read_influence
-from stride_ray.blocks import Blocks
-from stride_ray.cli import main
-from stride_ray.errors import StrideError
-from stride_ray.estimates import recover_estimates
-from stride_ray.fit import fit
-from stride_ray.fitted import load_operators
-from stride_ray.influence import DOCUMENTS, INFLUENCE, RECOVERY
-from stride_ray.queries import read_queries
-from stride_ray.rescore import rescore
-from stride_ray.respond import respond
-from stride_ray.responses import read_responses, response_schema
-from stride_ray.run import Run, unless_finished
-from stride_ray.shard import shard
-from stride_ray.status import status
+from stride_ray.attribution.attribute import attribute, read_influence
+from stride_ray.attribution.recover import recover_estimates
+from stride_ray.attribution.rescore import rescore
+from stride_ray.attribution.respond import respond
+from stride_ray.attribution.responses import read_responses, response_schema
+from stride_ray.attribution.tables import DOCUMENTS, INFLUENCE, RECOVERY
+from stride_ray.cli.main import main
+from stride_ray.cli.status import status
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.queries import read_queries
+from stride_ray.corpus.shard import shard
+from stride_ray.operators.fit import fit
+from stride_ray.operators.stored import load_operators
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run, unless_finished
 
 JOBS = Path(__file__).parent.parent / "jobs"
 
@@ -189,7 +189,7 @@ def test_blocks_that_are_added_while_a_fit_is_under_way_are_no_part_of_it(
         write_lines(tmp_path / "corpus/0.jsonl", [{"text": text} for text in documents(9, seed=7)])
         assert shard(run)["blocks"] > len(blocks)
 
-    monkeypatch.setattr("stride_ray.fit.check_tokenizer", add)
+    monkeypatch.setattr("stride_ray.operators.fit.check_tokenizer", add)
     assert fit(run)["blocks"] == finished.manifest["blocks"]
     old, new = data_files(finished.folder), data_files(tmp_path / "run")
     assert new["operators/operators.safetensors"] == old["operators/operators.safetensors"]
@@ -197,7 +197,7 @@ def test_blocks_that_are_added_while_a_fit_is_under_way_are_no_part_of_it(
 
 def test_the_same_command_twice_at_once_ends_well_for_the_slower_too(finished, parts, tmp_path, plain, monkeypatch):
     shutil.copytree(finished.folder / "blocks", tmp_path / "run/blocks")
-    module = sys.modules["stride_ray.fit"]
+    module = sys.modules["stride_ray.operators.fit"]
     reduce = module.reduce_sums
 
     def overtaken(*given):
@@ -255,14 +255,14 @@ def test_auto_measures_whether_linear_responses_stand_for_steered_ones(
     shutil.copy(finished.folder / "run.toml", tmp_path)
     told = tmp_path / "operators/metadata.json"
     told.write_text(told.read_text().replace('"closed_form"', '"train"'))
-    monkeypatch.setattr("stride_ray.respond.ALIKE", alike)
+    monkeypatch.setattr("stride_ray.attribution.respond.ALIKE", alike)
     found = respond(Run(str(tmp_path)), parts.queries, "auto")
     assert found["mode"] == mode
     assert 0 < found["correlation"] < 1
     respond(Run(str(tmp_path), changes={"respond.mode": mode}), parts.queries, "told")
     one, other = ((tmp_path / f"responses/{name}/part-00000.parquet").read_bytes() for name in ("auto", "told"))
     assert one == other
-    monkeypatch.setattr("stride_ray.respond.Comparer", None)  # what was measured is not measured again
+    monkeypatch.setattr("stride_ray.attribution.respond.Comparer", None)  # what was measured is not measured again
     (tmp_path / "responses/auto/_done/part-00000.json").unlink()
     assert respond(Run(str(tmp_path), changes={"respond.mode": "auto"}), parts.queries, "auto") == found
 

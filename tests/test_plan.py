@@ -5,15 +5,15 @@ from argparse import ArgumentTypeError
 
 import pytest
 
-from stride_ray import costs
-from stride_ray.arguments import count, counts
-from stride_ray.cli import main
-from stride_ray.costs import costed, phase
-from stride_ray.errors import StrideError
-from stride_ray.fit_sites import rows_for
-from stride_ray.plan import plan
-from stride_ray.run import Run, Stage
-from stride_ray.storage import Store
+from stride_ray.cli.arguments import count, counts
+from stride_ray.cli.main import main
+from stride_ray.cli.plan import plan
+from stride_ray.operators.site_fit import rows_for
+from stride_ray.runtime import costs
+from stride_ray.runtime.costs import costed, phase
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run, Stage
+from stride_ray.runtime.storage import Store
 
 
 def attempt(stage, *results, amount):

@@ -6,15 +6,15 @@ import torch
 from conftest import documents, write_lines
 from test_compare import write_benchmark
 
-from stride_ray.blocks import Blocks
-from stride_ray.curvature import SITES, load_sites
-from stride_ray.errors import StrideError
-from stride_ray.evaluate import recall
-from stride_ray.evaluate.recall import measure_recall, table
-from stride_ray.loading import load_measured_model
-from stride_ray.run import Run
-from stride_ray.sites import site_gradients
-from stride_ray.sketch import sketch_of, sketched, sketched_gradients, whole_shape
+from benchmarks import recall
+from benchmarks.recall import measure_recall, table
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.models.curvature.kfac import SITES, load_sites
+from stride_ray.models.curvature.sketch import sketch_of, sketched, sketched_gradients, whole_shape
+from stride_ray.models.loading import load_measured_model
+from stride_ray.models.sites import site_gradients
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
 
 
 @pytest.fixture(scope="module")

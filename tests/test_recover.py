@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Lasso
 
-from stride_ray import recover as module
-from stride_ray.errors import StrideError
-from stride_ray.membership import Membership
-from stride_ray.recover import recover, row_scale
+from stride_ray.attribution import lasso
+from stride_ray.attribution.lasso import recover, row_scale
+from stride_ray.operators.membership import Membership
+from stride_ray.runtime.errors import StrideError
 
 
 def planted(M, N, queries, seed, noise=0.3, sign=0):
@@ -120,7 +120,7 @@ def test_bits_do_not_depend_on_the_cache_or_the_chunks(form, monkeypatch):
     M = Membership(90, 9, 5, form)
     responses = planted(M, 1500, 3, seed=2)
     cached = recover(responses, M, 1500)
-    monkeypatch.setattr("stride_ray.membership.CHUNK", 100)
+    monkeypatch.setattr("stride_ray.operators.membership.CHUNK", 100)
     calls = []
     columns = Membership.columns
     monkeypatch.setattr(Membership, "columns", lambda self, a, b: calls.append(a) or columns(self, a, b))
@@ -145,7 +145,7 @@ def test_pruning_keeps_the_answer(monkeypatch):
     M = Membership(100, 6, 3)
     responses = planted(M, 5000, 2, seed=4)
     want = recover(responses, M, 5000, ratio=0.02)
-    monkeypatch.setattr(module, "PRUNE_ABOVE", 0.5)
+    monkeypatch.setattr(lasso, "PRUNE_ABOVE", 0.5)
     for one, other in zip(want, recover(responses, M, 5000, ratio=0.02), strict=True):
         assert other.gap <= 1e-9
         assert np.abs(dense(one, 5000) - dense(other, 5000)).max() < 1e-5 * np.abs(one.weights).max()

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import TOKENS, Bomb
 
-from stride_ray.errors import StrideError
-from stride_ray.membership import Membership
-from stride_ray.model import load_model
-from stride_ray.operators import Operators, random_basis
-from stride_ray.released import read_released, write_released
-from stride_ray.storage import Store
+from stride_ray.models.causal_lm import load_model
+from stride_ray.operators.forms import Operators, random_basis
+from stride_ray.operators.membership import Membership
+from stride_ray.operators.paper_release import read_released, write_released
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store
 
 K, RANK, WIDTH = 6, 4, 32
 COLUMNS = Membership(K, 3, 0).columns(0, 20)

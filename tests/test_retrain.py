@@ -17,19 +17,19 @@ from test_benchmark import LENGTHS, QUERY_LENGTHS, VOCABULARY, sequences, write_
 from test_faults import await_markers, kill_family
 from transformers import AutoModelForCausalLM
 
-from stride_ray.errors import StrideError
-from stride_ray.evaluate.benchmark import read_benchmark
-from stride_ray.evaluate.finetune import FineTune, checkpoints
-from stride_ray.evaluate.recipe import load_recipe, recipe_identity
-from stride_ray.evaluate.retrain import retrain, subset_rows
-from stride_ray.evaluate.truth import read_truth
-from stride_ray.options import ComputeConfig
-from stride_ray.storage import Store
+from stride_ray.evaluate.retraining.benchmark import read_benchmark
+from stride_ray.evaluate.retraining.finetune import FineTune, checkpoints
+from stride_ray.evaluate.retraining.recipe import load_recipe, recipe_identity
+from stride_ray.evaluate.retraining.results import read_truth
+from stride_ray.evaluate.retraining.retrain import retrain, subset_rows
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.storage import Store
 
 RECIPE = """
 import time
 
-from stride_ray.evaluate.finetune import FineTune
+from stride_ray.evaluate.retraining.finetune import FineTune
 
 
 class Slow(FineTune):
@@ -53,8 +53,8 @@ class Short(FineTune):
 DRIVER = """
 import sys
 import ray
-from stride_ray.evaluate.benchmark import read_benchmark
-from stride_ray.evaluate.retrain import retrain
+from stride_ray.evaluate.retraining.benchmark import read_benchmark
+from stride_ray.evaluate.retraining.retrain import retrain
 
 ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
 folder, recipe, out = sys.argv[1:]
@@ -250,7 +250,7 @@ def test_more_is_added_and_other_settings_are_refused(made, retrained, tmp_path)
     for changes, told in (
         ({"fraction": 0.25}, "fraction = 0.5, and this command has 0.25"),
         ({"seed": 1}, "seed = 0, and this command has 1"),
-        ({"recipe_name": "stride_ray.evaluate.finetune:FineTune"}, "made with recipe = 'recipe.py:make "),
+        ({"recipe_name": "stride_ray.evaluate.retraining.finetune:FineTune"}, "made with recipe = 'recipe.py:make "),
     ):
         with pytest.raises(StrideError, match=told):
             retrain(made.benchmark, **{"recipe_name": made.recipe, "out": out, "subsets": 1, **changes})

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from stride_ray.config import Config, loads
-from stride_ray.errors import StrideError
-from stride_ray.run import Run
+from stride_ray.runtime.config import Config, loads
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
 
 
 @pytest.fixture

@@ -17,17 +17,17 @@ import servers
 from conftest import data_files, flags, run_plainly, settings, verbs
 from servers import FaultProxy
 
-from stride_ray.cli import main
-from stride_ray.errors import StrideError
-from stride_ray.quickstart import settings as quickstart_settings
-from stride_ray.scan import lock
-from stride_ray.scan.lock import Lock
-from stride_ray.storage import Store
+from stride_ray.cli.main import main
+from stride_ray.cli.quickstart import settings as quickstart_settings
+from stride_ray.contamination import lock
+from stride_ray.contamination.lock import Lock
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store
 
 DRIVER = """
 import json, sys
 import ray
-from stride_ray.cli import main
+from stride_ray.cli.main import main
 
 ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
 sys.exit(max(main(verb) for verb in json.loads(sys.argv[1])))
@@ -134,7 +134,7 @@ def test_a_store_that_stays_away_is_told_in_a_sentence_and_a_rerun_goes_on(
     with bucket("rclone"):
         upstream = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
     with FaultProxy(upstream) as proxy, bucket(proxy.port) as url, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stride_ray.urls.TRIES", 2)
+        patch.setattr("stride_ray.runtime.urls.TRIES", 2)
         given = commands(f"{url}/c/run", str(parts.queries), settings(parts))
         for verb in given[:-1]:  # Ray's workers, whom select asks, would try for minutes
             first = proxy.numbers["cut"]

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from conftest import killed_at_write, run_plainly, write_lines
 
-from stride_ray.cli import main
-from stride_ray.errors import StrideError
-from stride_ray.run import Run
-from stride_ray.scan import nightly
-from stride_ray.scan.compare import compare, told
-from stride_ray.scan.items import read_set
-from stride_ray.scan.nightly import scan
-from stride_ray.storage import Store
+from stride_ray.cli.main import main
+from stride_ray.contamination import nightly
+from stride_ray.contamination.compare import compare, told
+from stride_ray.contamination.items import read_set
+from stride_ray.contamination.nightly import scan
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.storage import Store
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 
@@ -286,7 +286,7 @@ def test_reports_show_text_as_text(place):
 
 
 def test_an_alarm_for_copies_only(place, monkeypatch):
-    from stride_ray.scan.compare import Difference
+    from stride_ray.contamination.compare import Difference
 
     found = Difference([{"verdict": "influence"}], [], [])
     for alarm, wanted in (("any", True), ("lexical", False)):

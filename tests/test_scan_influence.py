@@ -10,14 +10,14 @@ import pyarrow as pa
 import pytest
 from conftest import documents, run_plainly, settings, write_lines
 
-from stride_ray.errors import StrideError
-from stride_ray.run import Run
-from stride_ray.scan.influence import TIES, _Reference, item_p_values, query_table
-from stride_ray.scan.items import Item, read_set
-from stride_ray.scan.lexical import MATCHES, Lexical
-from stride_ray.scan.nightly import scan
-from stride_ray.scan.verdicts import VERDICTS, verdicts
-from stride_ray.storage import Store
+from stride_ray.contamination.influence import TIES, _Reference, item_p_values, query_table
+from stride_ray.contamination.items import Item, read_set
+from stride_ray.contamination.lexical.channel import MATCHES, Lexical
+from stride_ray.contamination.nightly import scan
+from stride_ray.contamination.verdicts import VERDICTS, verdicts
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.storage import Store
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 LEAKED = documents(48)[1]
@@ -132,7 +132,7 @@ def test_estimated_influence_serves_too(scanned, finished, tmp_path, plain):
 
 
 def test_a_contrast_is_taken_block_by_block(monkeypatch):
-    from stride_ray.scan import influence
+    from stride_ray.contamination import influence
 
     rng = np.random.default_rng(0)
     W = rng.normal(0, 1, (12, 8))

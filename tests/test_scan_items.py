@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stride_ray.errors import StrideError
-from stride_ray.scan.items import check_names, read_folder, read_set
-from stride_ray.scan.words import WORD, Numbering, chunks, normalised, split
+from stride_ray.contamination.items import check_names, read_folder, read_set
+from stride_ray.contamination.lexical.words import WORD, Numbering, chunks, normalised, split
+from stride_ray.runtime.errors import StrideError
 
 SHAPES = {
     "gsm8k": ({"question": "How many?", "answer": "3 + 4 = 7\n#### 7"}, "How many?", (), "3 + 4 = 7\n#### 7"),
@@ -146,7 +146,7 @@ def test_every_span_is_its_word_and_numbers_agree(text):
 
 
 def test_long_texts_in_chunks_are_the_same_words(monkeypatch):
-    from stride_ray.scan import words
+    from stride_ray.contamination.lexical import words
 
     text = "one two\nthree " * 50 + "x" * 40 + " four"
     whole = split(text)

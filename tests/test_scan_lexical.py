@@ -6,16 +6,16 @@ from conftest import run_plainly, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stride_ray.options import ScanConfig
-from stride_ray.run import Run, Stage
-from stride_ray.scan import ngrams, search
-from stride_ray.scan.items import Item, read_set
-from stride_ray.scan.lexical import lexical_matches
-from stride_ray.scan.ngrams import Index, fields_of, numbering
-from stride_ray.scan.nightly import corpus_of
-from stride_ray.scan.significance import adjusted, p_values, q_values, standardised
-from stride_ray.scan.words import split
-from stride_ray.storage import Store
+from stride_ray.contamination.items import Item, read_set
+from stride_ray.contamination.lexical import ngrams, search
+from stride_ray.contamination.lexical.channel import lexical_matches
+from stride_ray.contamination.lexical.ngrams import Index, fields_of, numbering
+from stride_ray.contamination.lexical.words import split
+from stride_ray.contamination.nightly import corpus_of
+from stride_ray.contamination.significance import adjusted, p_values, q_values, standardised
+from stride_ray.runtime.options import ScanConfig
+from stride_ray.runtime.run import Run, Stage
+from stride_ray.runtime.storage import Store
 
 QUESTION = (
     "Natalia sold clips to forty eight of her friends in April, and then she sold half as many clips in May; how "

@@ -8,10 +8,10 @@ import time
 import fsspec
 import pytest
 
-from stride_ray.errors import StrideError
-from stride_ray.scan import lock as module
-from stride_ray.scan.lock import NAME, Lock
-from stride_ray.storage import Store
+from stride_ray.contamination import lock as module
+from stride_ray.contamination.lock import NAME, Lock
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_a_store_that_was_away_for_a_renewal_is_asked_again(remote, monkeypatch)
 
 
 def test_a_lock_of_a_process_that_ended_on_this_machine_is_free(tmp_path):
-    code = "import os; from stride_ray.scan.lock import Lock; from stride_ray.storage import Store; "
+    code = "import os; from stride_ray.contamination.lock import Lock; from stride_ray.runtime.storage import Store; "
     code += f"Lock(Store({str(tmp_path)!r}), 900).__enter__(); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     left = json.loads((tmp_path / NAME).read_text())

@@ -10,13 +10,13 @@ import zstandard
 from conftest import run_plainly, write_lines
 from test_scan import ITEMS, question
 
-from stride_ray.cli import main
-from stride_ray.errors import StrideError
-from stride_ray.run import Run
-from stride_ray.scan.items import read_set
-from stride_ray.scan.nightly import scan
-from stride_ray.scan.purify import purify
-from stride_ray.storage import Store
+from stride_ray.cli.main import main
+from stride_ray.contamination.items import read_set
+from stride_ray.contamination.nightly import scan
+from stride_ray.contamination.purify import purify
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.storage import Store
 
 LINES = [
     {"text": "one, untouched", "n": 1.50},
@@ -150,7 +150,7 @@ def test_prompts_and_chats_lose_spans_and_token_ids_are_refused(scanned, parts):
     (line,) = (root / "clean/chat.jsonl").read_text().splitlines()
     assert json.loads(line)["messages"][0] == {"role": "user", "content": "Hm, ?"}
 
-    from stride_ray.tokens import load_tokenizer
+    from stride_ray.corpus.tokenizing import load_tokenizer
 
     tokenizer = load_tokenizer(str(parts.tokenizer))
     (root / "ids").mkdir()

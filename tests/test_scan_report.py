@@ -8,11 +8,11 @@ import pyarrow.compute as pc
 import pytest
 from conftest import HOSTILE, fits_a_telephone, opened
 
-from stride_ray.report.scan import scan_page
-from stride_ray.scan.compare import difference
-from stride_ray.scan.items import Item
-from stride_ray.scan.lexical import MATCHES, Lexical
-from stride_ray.scan.verdicts import VERDICTS, counts
+from stride_ray.contamination.compare import difference
+from stride_ray.contamination.items import Item
+from stride_ray.contamination.lexical.channel import MATCHES, Lexical
+from stride_ray.contamination.report import scan_page
+from stride_ray.contamination.verdicts import VERDICTS, counts
 
 FILLER = "plain words that surround it " * 40
 CORPUS = {"documents": 99, "units": 3, "rejected": 1, "rejects": ["a.jsonl: bad <i>"], "boilerplate": 0, "filtered": 0}

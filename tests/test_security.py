@@ -11,14 +11,14 @@ import torch
 from conftest import Bomb, data_files, settings
 from safetensors.torch import load_file
 
-from stride_ray.attribute import attribute
-from stride_ray.cli import main
-from stride_ray.errors import StrideError
-from stride_ray.model import load_model
-from stride_ray.run import Run
-from stride_ray.shard import shard
-from stride_ray.storage import Store
-from stride_ray.tokens import load_tokenizer
+from stride_ray.attribution.attribute import attribute
+from stride_ray.cli.main import main
+from stride_ray.corpus.shard import shard
+from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.models.causal_lm import load_model
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.storage import Store
 
 ROOT = Path(__file__).parent.parent
 # What runs code that it reads, or may.

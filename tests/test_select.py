@@ -15,20 +15,21 @@ import pytest
 from conftest import documents, run_plainly, settings, write_lines
 from test_faults import await_markers, kill_family
 
-from stride_ray import rescore, shard
-from stride_ray import select as selecting
-from stride_ray.attribute import read_influence
-from stride_ray.cli import main
-from stride_ray.errors import StrideError
-from stride_ray.run import Run
-from stride_ray.select import select
-from stride_ray.storage import Store
-from stride_ray.tokens import load_tokenizer
+from stride_ray.attribution import rescore
+from stride_ray.attribution.attribute import read_influence
+from stride_ray.cli.main import main
+from stride_ray.corpus import shard
+from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.storage import Store
+from stride_ray.selection import select as selecting
+from stride_ray.selection.select import select
 
 DRIVER = """
 import sys
 import ray
-from stride_ray.cli import main
+from stride_ray.cli.main import main
 
 ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
 sys.exit(main(["select", *sys.argv[1:]]))
@@ -183,7 +184,7 @@ def test_blocks_hold_the_kept_documents_whole(exactly, selected, tmp_path, monke
 
 
 def shard_schema(run):
-    from stride_ray.corpus import block_schema
+    from stride_ray.corpus.packing import block_schema
 
     return block_schema(run.config.corpus.block_tokens, ordinals=False)
 
@@ -273,7 +274,7 @@ def formats(parts, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     run_plainly(patch)
     try:
-        from stride_ray.queries import read_queries
+        from stride_ray.corpus.queries import read_queries
 
         shard.shard(run)
         asked = read_queries(queries, load_tokenizer(run.stage("blocks").store.child("tokenizer").url))

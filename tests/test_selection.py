@@ -8,16 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stride_ray.config import Config
-from stride_ray.errors import StrideError
-from stride_ray.influence import DOCUMENTS
-from stride_ray.options import SelectConfig
+from stride_ray.attribution.tables import DOCUMENTS
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import SelectConfig
+from stride_ray.runtime.storage import Store
 from stride_ray.selection import ranking
 from stride_ray.selection.choice import KEPT_UNNAMED, Best, Drawn, check_options, reasons, write_manifest
 from stride_ray.selection.duplicates import Taken, signature
 from stride_ray.selection.pool import POOL
 from stride_ray.selection.ranking import ORDERED, Database, Target, batches, random_order, rank_documents
-from stride_ray.storage import Store
 
 SETS = {"maths": 5, "law": 12}
 N = 200

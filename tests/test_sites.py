@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from stride_ray.errors import StrideError
-from stride_ray.matrices import inverse_root
-from stride_ray.model import SplitModel
-from stride_ray.sites import (
+from stride_ray.models.causal_lm import SplitModel
+from stride_ray.models.matrices import inverse_root
+from stride_ray.models.sites import (
     EMBEDDING,
     END_DAMPING,
     HARM,
@@ -28,7 +27,8 @@ from stride_ray.sites import (
     site_gradients,
     tapped,
 )
-from stride_ray.vocabulary import SKETCH, TokenSide, projected, token_side
+from stride_ray.models.vocabulary import SKETCH, TokenSide, projected, token_side
+from stride_ray.runtime.errors import StrideError
 
 V, D, F, B, T = 60, 16, 24, 5, 9
 
@@ -207,7 +207,7 @@ def test_damping_bounds_the_inverse():
 
 
 def test_a_large_vocabulary_is_folded(monkeypatch):
-    monkeypatch.setattr("stride_ray.vocabulary.SKETCH", 8)
+    monkeypatch.setattr("stride_ray.models.vocabulary.SKETCH", 8)
     counts = torch.arange(V)
     moments = Moments(np.eye(D), np.eye(1))
     one, two, three = (preconditioned(HEAD, moments, counts, seed).tokens for seed in (0, 0, 1))
@@ -238,7 +238,7 @@ def test_folds_keep_inner_products():
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("directed", [False, True])
 def test_sums_over_tokens_are_products_with_one_hot_rows(folded, directed, texts, monkeypatch):
-    monkeypatch.setattr("stride_ray.vocabulary.SKETCH", 8 if folded else V)
+    monkeypatch.setattr("stride_ray.models.vocabulary.SKETCH", 8 if folded else V)
     ids, generator = texts[0], torch.Generator().manual_seed(1)
     side = token_side(torch.rand(V, generator=generator), 0)
     if directed:
@@ -276,7 +276,7 @@ def test_the_origin_weighs_less_the_more_the_model_knows():
 def test_a_folded_embedding_gives_the_fold_of_its_gradient(made, texts, monkeypatch):
     model, _ = made
     ids, mask = texts
-    monkeypatch.setattr("stride_ray.vocabulary.SKETCH", 8)
+    monkeypatch.setattr("stride_ray.models.vocabulary.SKETCH", 8)
     site = preconditioned(EMBEDDING, Moments(np.empty((0, 0)), np.eye(D)), torch.ones(V), 0)
     whole = Site(EMBEDDING, torch.empty(0), torch.eye(D), TokenSide(torch.ones(V)))
     ((_, J),), _ = site_gradients(model, (site,), ids, mask)

@@ -5,12 +5,12 @@ import pytest
 import torch
 from conftest import answered, run_plainly
 
-from stride_ray import directions
-from stride_ray import solve as solving
-from stride_ray.attribute import read_influence
-from stride_ray.gauss_newton import Linearised
-from stride_ray.sites import ORIGIN, Site
-from stride_ray.solve import curvature_scale, solve
+from stride_ray.attribution import directions
+from stride_ray.attribution.attribute import read_influence
+from stride_ray.models.curvature import conjugate_gradients
+from stride_ray.models.curvature.conjugate_gradients import curvature_scale, solve
+from stride_ray.models.curvature.gauss_newton import Linearised
+from stride_ray.models.sites import ORIGIN, Site
 
 F, D = 3, 4
 
@@ -89,7 +89,7 @@ def test_the_step_without_a_product_is_half_a_bound_on_the_one_with_it(monkeypat
     products = lambda vs: [shaped(G @ flat(v)) for v in vs]  # noqa: E731
     for steps in (1, 2, 3):
         halves = solve(asked, SITES, products, steps, 0.3)
-        monkeypatch.setattr(solving, "UNMEASURED", 0.0)
+        monkeypatch.setattr(conjugate_gradients, "UNMEASURED", 0.0)
         before, after = (solve(asked, SITES, products, count, 0.3) for count in (steps, steps + 1))
         monkeypatch.undo()
         for start, half, measured in zip(before, halves, after, strict=True):

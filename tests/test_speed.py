@@ -9,17 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stride_ray.evaluate.speed import (
-    SHAPES,
-    Setting,
-    measure_passes,
-    measure_solve,
-    random_model,
-    whole_model_losses,
-)
-from stride_ray.operators import Operators, random_basis
+from benchmarks.speed import SHAPES, Setting, measure_passes, measure_solve, random_model, whole_model_losses
+from stride_ray.operators.forms import Operators, random_basis
 
-JOB = Path(__file__).parent.parent / "jobs" / "benchmark.py"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("form", ["gate", "matrix"])
@@ -40,7 +33,12 @@ def test_respond_prints_its_ratios_as_json():
     options = ["--subsets", "8", "--tokens", "32", "--queries", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(JOB), "respond", *options], capture_output=True, text=True, env=environment, check=True
+        [sys.executable, "-m", "benchmarks", "respond", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["ratio_flops"] == pytest.approx(2.2)

@@ -9,9 +9,9 @@ import uuid
 import pyarrow as pa
 import pytest
 
-from stride_ray.errors import StrideError
-from stride_ray.storage import Store
-from stride_ray.urls import safe_url
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.urls import safe_url
 
 TABLE = pa.table({"n": list(range(10_000)), "s": [f"row {i}" for i in range(10_000)]})
 
@@ -94,7 +94,7 @@ def test_errors_of_the_file_system_are_sentences(tmp_path):
 
 KILLED = """
 import os, sys
-from stride_ray.storage import Store
+from stride_ray.runtime.storage import Store
 
 os.{stop} = lambda *_: os.kill(os.getpid(), 9)
 Store(sys.argv[1]).write("part.bin", b"new")

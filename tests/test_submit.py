@@ -15,7 +15,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from servers import free_port
 from test_faults import kill_family
 
-from stride_ray.cli import main
+from stride_ray.cli.main import main
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parent.parent

@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from stride_ray.evaluate.lds import evaluate
-from stride_ray.evaluate.table import SCHEMA, Entry, as_markdown, best_rival, plot, protocol, write_tables
-from stride_ray.evaluate.truth import Truth
-from stride_ray.storage import Store
+from stride_ray.evaluate.comparison.table import SCHEMA, Entry, as_markdown, best_rival, plot, protocol, write_tables
+from stride_ray.evaluate.retraining.lds import evaluate
+from stride_ray.evaluate.retraining.results import Truth
+from stride_ray.runtime.storage import Store
 
 S, Q = 24, 8
 ENTRIES = [

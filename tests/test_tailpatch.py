@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import run_plainly
 
-from stride_ray.blocks import Blocks
-from stride_ray.errors import StrideError
+from stride_ray.corpus.blocks import Blocks
 from stride_ray.evaluate import tailpatch
-from stride_ray.evaluate.lds import Interval, mean_interval
+from stride_ray.evaluate.retraining.lds import Interval, mean_interval
 from stride_ray.evaluate.tailpatch import Patcher, tail_patch, top_blocks
+from stride_ray.runtime.errors import StrideError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import tailpatch as job

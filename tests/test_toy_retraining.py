@@ -10,12 +10,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stride_ray.baselines import METHODS
-from stride_ray.baselines.problem import Problem, Texts
-from stride_ray.evaluate.lds import evaluate, subset_sums
-from stride_ray.evaluate.truth import Truth
-from stride_ray.model import SplitModel
-from stride_ray.sites import (
+from stride_ray.evaluate.baselines import METHODS
+from stride_ray.evaluate.baselines.problem import Problem, Texts
+from stride_ray.evaluate.retraining.lds import evaluate, subset_sums
+from stride_ray.evaluate.retraining.results import Truth
+from stride_ray.models.causal_lm import SplitModel
+from stride_ray.models.sites import (
     EMBEDDING,
     HARM,
     HEAD,

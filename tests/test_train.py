@@ -15,20 +15,21 @@ import torch
 import transformers as hf
 from ray.cluster_utils import Cluster
 
-from stride_ray.blocks import Blocks
-from stride_ray.config import Config
-from stride_ray.corpus import block_schema
-from stride_ray.distribute import Pool
-from stride_ray.errors import StrideError
-from stride_ray.fit import fit
-from stride_ray.fitted import load_operators
-from stride_ray.loading import load_run_model
-from stride_ray.membership import membership_of
-from stride_ray.run import Run, Stage
-from stride_ray.storage import Store
-from stride_ray.train import Loop, Ranks, RowAdam, run_loop
-from stride_ray.train_distributed import train_distributed, train_rank
-from stride_ray.walk import Walk, own_and_other, plan_step
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.packing import block_schema
+from stride_ray.models.loading import load_run_model
+from stride_ray.operators.fit import fit
+from stride_ray.operators.membership import membership_of
+from stride_ray.operators.stored import load_operators
+from stride_ray.operators.training.batches import Walk, own_and_other, plan_step
+from stride_ray.operators.training.optimizers import RowAdam
+from stride_ray.operators.training.ray_trainer import train_distributed, train_rank
+from stride_ray.operators.training.trainer import Loop, Ranks, run_loop
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run, Stage
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.tasks import Pool
 
 V, N, T = 50, 48, 16
 
@@ -93,8 +94,8 @@ def stage_of(folder):
 
 
 def test_the_walk_meets_every_block_once_an_epoch_and_needs_no_history(made, monkeypatch):
-    monkeypatch.setattr("stride_ray.walk.SLICE", 5)
-    monkeypatch.setattr("stride_ray.walk.HELD_SLICES", 3)
+    monkeypatch.setattr("stride_ray.operators.training.batches.SLICE", 5)
+    monkeypatch.setattr("stride_ray.operators.training.batches.HELD_SLICES", 3)
     blocks = Blocks(Store(str(made / "blocks")))
     walk = Walk(blocks, 3, 7)
     batches = [walk.batch(step) for step in range(2 * N // 7)]
@@ -283,7 +284,7 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(made, tmp_path, 
 def test_a_node_that_never_comes_back_ends_the_loop_and_fewer_workers_finish_it(made, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
-    monkeypatch.setattr("stride_ray.train_distributed.WAITS", 2)
+    monkeypatch.setattr("stride_ray.operators.training.ray_trainer.WAITS", 2)
     ray.shutdown()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]

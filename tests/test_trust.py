@@ -13,14 +13,14 @@ import scipy.stats
 import torch
 from conftest import SUBJECTS, run_plainly, settings, write_lines
 
-from stride_ray.attribute import attribute
-from stride_ray.evaluate.halves import some_rows, sparse_spearman
+from stride_ray.attribution.attribute import attribute
+from stride_ray.attribution.lasso import Recovery, recover
+from stride_ray.evaluate.split_halves import some_rows, sparse_spearman
 from stride_ray.evaluate.trust import Trust, _between, _judged, trust
-from stride_ray.fit import fit
-from stride_ray.fitted import load_operators, save_operators
-from stride_ray.membership import Membership
-from stride_ray.recover import Recovery, recover
-from stride_ray.run import Run
+from stride_ray.operators.fit import fit
+from stride_ray.operators.membership import Membership
+from stride_ray.operators.stored import load_operators, save_operators
+from stride_ray.runtime.run import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import trust as job

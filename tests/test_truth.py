@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from stride_ray.errors import StrideError
-from stride_ray.evaluate.truth import (
+from stride_ray.evaluate.retraining.results import (
     Truth,
     jsonl_bytes,
     npz_bytes,
@@ -19,7 +18,8 @@ from stride_ray.evaluate.truth import (
     write_scores,
     write_truth,
 )
-from stride_ray.storage import Store
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store
 
 POOL = np.arange(100, 110)
 

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from stride_ray.errors import StrideError
+from stride_ray.corpus.splits import plan
+from stride_ray.runtime.errors import StrideError
 from stride_ray.selection.pool import refuse_changed
-from stride_ray.units import plan
 
 
 def test_the_version_of_a_link_is_its_targets(tmp_path):

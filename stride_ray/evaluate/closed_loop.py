@@ -14,26 +14,26 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.attribute import asked_queries, read_influence
-from stride_ray.baselines.problem import Texts
-from stride_ray.blocks import Blocks, document_shares, fixed_lists
-from stride_ray.config import digest
-from stride_ray.distribute import connected, keep_to, map_tasks, pool, progress
-from stride_ray.errors import StrideError
-from stride_ray.evaluate.benchmark import Benchmark
-from stride_ray.evaluate.lds import ALL, Interval, mean_interval
-from stride_ray.evaluate.recipe import DEFAULT, load_recipe, recipe_identity
-from stride_ray.evaluate.retrain import checked_losses, read_array, write_array
-from stride_ray.evaluate.unigram import answer_f1, has_answers
-from stride_ray.influence import DOCUMENTS
-from stride_ray.lexical import similarities
-from stride_ray.queries import fingerprint
-from stride_ray.query_batches import padded
-from stride_ray.run import Run, Stage, claim
-from stride_ray.select import RANDOM, select, select_by
+from stride_ray.attribution.attribute import asked_queries, read_influence
+from stride_ray.attribution.tables import DOCUMENTS
+from stride_ray.corpus.blocks import Blocks, document_shares, fixed_lists
+from stride_ray.corpus.queries import fingerprint
+from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.word_counts import similarities
+from stride_ray.evaluate.answer_f1 import answer_f1, has_answers
+from stride_ray.evaluate.baselines.problem import Texts
+from stride_ray.evaluate.retraining.benchmark import Benchmark
+from stride_ray.evaluate.retraining.lds import ALL, Interval, mean_interval
+from stride_ray.evaluate.retraining.recipe import DEFAULT, load_recipe, recipe_identity
+from stride_ray.evaluate.retraining.retrain import checked_losses, read_array, write_array
+from stride_ray.models.query_batches import padded
+from stride_ray.runtime.config import digest
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run, Stage, claim
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.tasks import connected, keep_to, map_tasks, pool, progress
 from stride_ray.selection.ranking import Target
-from stride_ray.storage import Store
-from stride_ray.tokens import load_tokenizer
+from stride_ray.selection.select import RANDOM, select, select_by
 
 SELECTED, LEXICAL = "selected", "TF-IDF"
 # Each arm's folder inside the output folder.

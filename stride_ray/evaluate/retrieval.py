@@ -10,16 +10,16 @@ import numpy as np
 import pyarrow as pa
 from scipy.stats import binomtest, hypergeom
 
-from stride_ray.blocks import Blocks
-from stride_ray.documents import Encoded
-from stride_ray.evaluate.halves import TOP, most_helpful
-from stride_ray.lexical import similar_blocks
-from stride_ray.membership import Membership, membership_of
-from stride_ray.queries import SCHEMA, row
-from stride_ray.recover import recover
-from stride_ray.respond import respond_table
-from stride_ray.responses import read_responses
-from stride_ray.run import Run
+from stride_ray.attribution.lasso import recover
+from stride_ray.attribution.respond import respond_table
+from stride_ray.attribution.responses import read_responses
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.documents import Encoded
+from stride_ray.corpus.queries import SCHEMA, row
+from stride_ray.corpus.word_counts import similar_blocks
+from stride_ray.evaluate.split_halves import TOP, most_helpful
+from stride_ray.operators.membership import Membership, membership_of
+from stride_ray.runtime.run import Run
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,17 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from stride_ray.attribute import asked_queries, read_influence
-from stride_ray.blocks import Blocks
-from stride_ray.config import Config
-from stride_ray.crew import map_actors
-from stride_ray.distribute import connected, pool, progress
-from stride_ray.errors import StrideError
-from stride_ray.evaluate.lds import Interval, mean_interval
-from stride_ray.lexical import similar_blocks
-from stride_ray.passes import PoolWorker
-from stride_ray.query_batches import padded
-from stride_ray.run import Run
+from stride_ray.attribution.attribute import asked_queries, read_influence
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.word_counts import similar_blocks
+from stride_ray.evaluate.retraining.lds import Interval, mean_interval
+from stride_ray.models.pool_worker import PoolWorker
+from stride_ray.models.query_batches import padded
+from stride_ray.runtime.actor_pool import map_actors
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.tasks import connected, pool, progress
 
 # Queries in a unit of work; steps on random blocks that a query's is compared with; resamplings of the interval.
 UNIT, DRAWS = 4, 4
@@ -149,7 +149,7 @@ def top_blocks(run: Run, name: str, k: int) -> dict[str, np.ndarray]:
 
 
 def lexical_top(blocks: Blocks, queries: Sequence[dict[str, Any]], k: int) -> dict[str, np.ndarray]:
-    """Ordinals of each query's k most similar blocks by TF-IDF, by query id (lexical.similar_blocks)."""
+    """Ordinals of each query's k most similar blocks by TF-IDF, by query id (word_counts.similar_blocks)."""
     tops = similar_blocks(blocks, (query["token_ids"] for query in queries), k)
     return {query["query_id"]: top for query, top in zip(queries, tops, strict=True)}
 

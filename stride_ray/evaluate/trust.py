@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from stride_ray.attribute import OTHER, mode_of, read_influence, table_stage, write_page
-from stride_ray.blocks import Blocks
-from stride_ray.errors import StrideError
-from stride_ray.evaluate.halves import TOP, Halves, halves_agreement
+from stride_ray.attribution.attribute import OTHER, mode_of, read_influence, table_stage, write_page
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.evaluate.split_halves import TOP, Halves, halves_agreement
 from stride_ray.evaluate.tailpatch import answered_queries, lexical_top, top_blocks
-from stride_ray.run import Run
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
 
 # Verdicts, see ``trust``.
 CHANCE, AGREEING, SAME = 0.05, 0.3, 0.5

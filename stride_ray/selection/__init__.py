@@ -1,1 +1,1 @@
-"""What ``stride_ray.select`` is made of: the pool's documents, their ranking, the choice among them, the data files."""
+"""Influence to training data: the pool's documents, their ranking, the choice among them, the data files."""

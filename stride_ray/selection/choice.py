@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stride_ray.errors import StrideError
-from stride_ray.options import SelectConfig
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import SelectConfig
+from stride_ray.runtime.storage import Store
 from stride_ray.selection.duplicates import Taken
-from stride_ray.storage import Store
 
 MANIFEST = pa.schema(
     [

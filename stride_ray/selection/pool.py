@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.blocks import fixed_lists
-from stride_ray.corpus import block_id
-from stride_ray.documents import Document, read_placed
-from stride_ray.errors import StrideError
-from stride_ray.files import current
-from stride_ray.readers import unfetched
-from stride_ray.run import Run, Stage, part_name
+from stride_ray.corpus.blocks import fixed_lists
+from stride_ray.corpus.documents import Document, read_placed
+from stride_ray.corpus.files import current
+from stride_ray.corpus.packing import block_id
+from stride_ray.corpus.readers import unfetched
+from stride_ray.corpus.splits import Unit
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run, Stage, part_name
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.urls import shown
 from stride_ray.selection.duplicates import SIGNATURE, signature
-from stride_ray.storage import Store
-from stride_ray.units import Unit
-from stride_ray.urls import shown
 
 POOL = pa.schema(
     [

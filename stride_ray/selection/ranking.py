@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import get_protocol
 
-from stride_ray.errors import StrideError
-from stride_ray.options import SelectConfig
-from stride_ray.storage import Store
-from stride_ray.urls import first_line
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import SelectConfig
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.urls import first_line
 
 # DuckDB's own memory; with Python and Arrow beside it the process stays within 2 GiB.
 MEMORY, THREADS = "900MB", 2

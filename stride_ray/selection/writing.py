@@ -15,16 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from stride_ray.corpus import Counts, block_schema, iter_blocks
-from stride_ray.documents import Encoded
-from stride_ray.errors import StrideError
-from stride_ray.files import END, compression
-from stride_ray.readers import Row, raw_lines, rows
-from stride_ray.run import Stage, part_name
+from stride_ray.corpus.documents import Encoded
+from stride_ray.corpus.files import END, compression
+from stride_ray.corpus.packing import Counts, block_schema, iter_blocks
+from stride_ray.corpus.readers import Row, raw_lines, rows
+from stride_ray.corpus.splits import Unit
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Stage, part_name
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.urls import filesystem, first_line, shown
 from stride_ray.selection.pool import Reading, pieces, refuse_changed
-from stride_ray.storage import Store
-from stride_ray.units import Unit
-from stride_ray.urls import filesystem, first_line, shown
 
 # Rows of a data set held in memory at once.
 _ROWS = 1024
@@ -71,7 +71,7 @@ def marker_name(arm: str, part: int) -> str:
 def _blocks(how: Reading, store: Store, part: int, wanted: set[int], path: str) -> int:
     """The kept documents of a part, cut into blocks anew in the run's own layout; returns how many blocks."""
     # Their libraries take longer to import than rows to write, which is what most selections are.
-    from stride_ray.tokens import end_of_text_id, load_tokenizer, pad_id
+    from stride_ray.corpus.tokenizing import end_of_text_id, load_tokenizer, pad_id
 
     tokenizer = load_tokenizer(how.blocks.child("tokenizer").url)
     sources = store.read_table(f"_pool/{part_name(part)}.parquet", ["source"])["source"].to_pylist()

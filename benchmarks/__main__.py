@@ -1,0 +1,269 @@
+"""Benchmarks: what the package claims about speed and memory, measured beside what anyone would use instead.
+
+`recover` times the recovery of influence against scikit-learn's Lasso and celer, one thread each, on the same problem,
+the same penalty and the same duality gap. It prints a table for people and one JSON object as its last line.
+
+`select` makes up influence tables of so many rows in a folder (kept: a second run only selects), ranks the documents
+that they name, chooses among them and writes the manifest, and prints seconds and peak memory.
+
+`respond` and `fit` time responses and passes over blocks on random weights of a model's shape, on CPU or GPU, beside
+what bounds them: plain matrix products, a loop through the whole model, a forward pass.
+
+`loop` fits operators in one pass and by the paper's trained loop, as long as that needs, on an accuracy benchmark.
+
+`scale` runs all stages on made-up text at several sizes: seconds and memory per stage, how they grow, and what
+`stride-ray plan` foretold from the smallest. `shard` stands beside datasets.map with the same tokenizer.
+
+`recall` fills an accuracy benchmark's pool up with blocks of other texts and tells how many of the exact best blocks
+are among the candidates of estimates and of words, as the pool grows.
+
+`chaos` strikes runs at random on a cluster of several nodes and compares their bytes with an undisturbed run's: nodes
+are removed without grace, workers and drivers killed, in every stage, sometimes twice in a row. Exit status 0 only if
+every round ended with equal bytes. Run again, it does the rounds that are missing.
+
+`peers` runs bergson and a LoGRA beside ours on an accuracy benchmark's model, pool and queries, in an environment of
+their own that it makes: seconds from start to end, memory, bytes stored, LDS.
+
+    python -m benchmarks recall --benchmark continued --texts texts/ --blocks 1600,6400,25600 --folder /tmp/recall
+    python -m benchmarks recover --blocks 1000000
+    python -m benchmarks recover --blocks 100000000 --baseline-queries 0
+    python -m benchmarks select --rows 100000000 --folder /tmp/rows
+    python -m benchmarks scale --blocks 1e4,1e5,1e6 --folder /tmp/scale
+    python -m benchmarks shard --blocks 1e6 --folder /tmp/scale
+    python -m benchmarks peers --benchmark continued --folder /tmp/peers --multiples 1,4,16
+    python -m benchmarks loop --benchmark continued --folder /tmp/loop --form matrix
+    python -m benchmarks respond --shape 135m --subsets 1000 --dtype bfloat16 --device cuda
+    python -m benchmarks fit --shape 286m --tokens 512 --blocks 256 --dtype bfloat16 --device cuda
+    python -m benchmarks solve --shape small --blocks 32 --batch-tokens 8192
+    python -m benchmarks chaos --rounds 50 --out FOLDER [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from benchmarks.lasso import benchmark_recover
+from benchmarks.output import printed
+from stride_ray.cli.arguments import count, counts
+
+if TYPE_CHECKING:
+    pass
+
+
+def benchmark_select(args: argparse.Namespace) -> int:
+    """Rank and choose among made-up documents; print a line for people and the JSON line."""
+    import tempfile
+
+    from benchmarks.selection_rows import make_tables
+    from stride_ray.runtime.config import Config
+    from stride_ray.runtime.memory import peak_bytes, resident_bytes, restart_peak
+    from stride_ray.runtime.storage import Store
+    from stride_ray.selection.choice import Best, reasons, write_manifest
+    from stride_ray.selection.ranking import Database, batches, rank_documents
+
+    options = Config().updated({"select.by": args.by, "select.tokens": 0.2}).select
+    store = Store(args.folder)
+    started = time.perf_counter()
+    target, pool = make_tables(store, args.rows, args.documents)
+    made = time.perf_counter()
+    restart_peak()
+    before = resident_bytes()
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch, Database(scratch) as database:
+        ordered = rank_documents(database, [target], (store, pool), (), options, 0)
+        ranked = time.perf_counter()
+        best = Best(options, args.documents, args.documents * 1000, 0)
+        kept, _ = write_manifest(best, batches(ordered), reasons(options), 1, store, scratch)
+        spilled = sum(os.path.getsize(os.path.join(scratch, name)) for name in os.listdir(scratch) if "." in name)
+    done = time.perf_counter()
+    summary = {
+        "rows": args.rows,
+        "documents": args.documents,
+        "by": args.by,
+        "kept": kept.documents,
+        "table_bytes": sum(store.fs.size(store.path(name)) for name in target.tables),
+        "scratch_bytes": spilled,
+        "seconds_making": made - started,
+        "seconds_ranking": ranked - made,
+        "seconds_choosing": done - ranked,
+        "resident_before": before,
+        "peak_bytes": peak_bytes(),
+    }
+    print(
+        f"{args.rows:,} rows, {args.documents:,} documents: ranked in {ranked - made:.0f} s, chosen in "
+        f"{done - ranked:.0f} s, peak memory {summary['peak_bytes'] / 2**20:.0f} MiB (2048 are allowed)"
+    )
+    print(json.dumps(summary))
+    return 0 if summary["peak_bytes"] <= 2**31 else 1
+
+
+def benchmark_speed(args: argparse.Namespace) -> int:
+    """Time responses or passes over the pool; print what was found, a line each, and the JSON line."""
+    from benchmarks.speed import Setting, measure_passes, measure_respond, measure_solve
+    from stride_ray.runtime.memory import keep_freed
+
+    keep_freed()  # as every worker does
+    given = {key: value for key, value in vars(args).items() if key not in ("command", "run")}
+    measures = {"respond": measure_respond, "fit": measure_passes, "solve": measure_solve}
+    return printed(measures[args.command](Setting(**given)))
+
+
+def benchmark_loop(args: argparse.Namespace) -> int:
+    """Fit in one pass and by loops; print the table and the JSON line."""
+    from benchmarks.loop import measure_loop, table
+
+    found = measure_loop(args.benchmark, args.folder, args.form, args.steps, args.most_steps)
+    print(table(found))
+    print(json.dumps(found))
+    return 0
+
+
+def benchmark_scale(args: argparse.Namespace) -> int:
+    """Run the pipeline at several sizes; print the table and the JSON line."""
+    from benchmarks.scale import measure, table
+
+    found = measure(args.folder, args.blocks)
+    print(table(found))
+    print(json.dumps(found))
+    return 0
+
+
+def benchmark_shard(args: argparse.Namespace) -> int:
+    """Shard beside datasets.map; print a line each and the JSON line."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many cores as workers, not more
+    from benchmarks.scale import measure_shard
+
+    found = measure_shard(args.folder, args.blocks, args.tokens, args.workers)
+    for name, rate in found["tokens_per_second"].items():
+        print(f"{name:12}{rate:>14,.0f} tokens a second")
+    print(json.dumps(found))
+    return 0
+
+
+def benchmark_recall(args: argparse.Namespace) -> int:
+    """Recall of the exact best blocks by pool size; print the table and the JSON line."""
+    from benchmarks.recall import measure_recall, table
+
+    found = measure_recall(args.benchmark, args.texts, args.folder, args.blocks, args.row_bytes)
+    print(table(found))
+    print(json.dumps(found))
+    return 0
+
+
+def benchmark_chaos(args: argparse.Namespace) -> int:
+    """Strike runs; print a line a round, a table and the JSON line."""
+    from benchmarks.chaos import chaos, counted
+
+    rounds = chaos(args.out, args.rounds, args.seed)
+    equal, strikes = sum(each.equal for each in rounds), counted(rounds)
+    print("| struck | times |\n|---|---|")
+    for name, times in strikes.items():
+        print(f"| {name} | {times} |")
+    print(f"{equal} of {len(rounds)} rounds ended with the undisturbed run's bytes.")
+    seconds = [round(each.seconds) for each in rounds]
+    print(json.dumps({"rounds": len(rounds), "equal": equal, "strikes": strikes, "seconds": seconds}))
+    return int(equal < args.rounds)
+
+
+def benchmark_peers(args: argparse.Namespace) -> int:
+    """Run every tool; print the table and the JSON line."""
+    from benchmarks.peers.measure import compare_peers, table
+
+    found = compare_peers(args.benchmark, args.folder, args.multiples, [each for each in args.tools.split(";") if each])
+    print(table(found))
+    print(json.dumps(found))
+    return 0
+
+
+def main() -> int:
+    """Parse the command line and run the benchmark asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("recover", help="recovery of influence against scikit-learn and celer")
+    command.add_argument("--blocks", type=count, required=True, help="N, columns of M")
+    command.add_argument("--subsets", type=count, default=1000, help="K")
+    command.add_argument("--degree", type=count, default=10, help="d")
+    command.add_argument("--queries", type=count, default=64, help="queries that ours solves")
+    command.add_argument(
+        "--baseline-queries", type=int, default=2, help="of those, that the others solve, who hold M; 0: none"
+    )
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--ratio", type=float, default=0.195, help="λ/λ_max; the default leaves about 55 active")
+    command.add_argument("--noise", type=float, default=0.3, help="sd of the noise over that of the planted response")
+    command.add_argument("--gap", type=float, default=1e-9, help="duality gap over ½‖y−ȳ‖² that every solver reaches")
+    command.set_defaults(run=benchmark_recover)
+    command = commands.add_parser("select", help="selection from made-up influence tables of any size")
+    command.add_argument("--rows", type=count, required=True, help="rows of influence")
+    command.add_argument("--documents", type=count, default=5_000_000, help="in the pool")
+    command.add_argument("--by", default="rank", choices=("rank", "mean", "share"))
+    command.add_argument("--folder", required=True, help="for the tables and what spills; some 3 GB for 1e8 rows")
+    command.set_defaults(run=benchmark_select)
+    for name, what in (
+        ("respond", "responses, exact and linear"),
+        ("fit", "passes over blocks"),
+        ("solve", "a query's solve"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("--shape", default="small", choices=("small", "135m", "286m", "600m"), help="of the model")
+        command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+        command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
+        command.add_argument("--form", default="gate", choices=("gate", "matrix"), help="of the operators")
+        command.add_argument("--rank", type=count, default=16, help="r")
+        command.add_argument("--subsets", type=count, default=64, help="K")
+        command.add_argument("--tokens", type=count, default=128, help="in a query and in a block")
+        command.add_argument("--queries", type=count, default=4)
+        command.add_argument("--blocks", type=count, default=64)
+        command.add_argument("--batch-tokens", type=count, default=16384, help="in one forward")
+        command.set_defaults(run=benchmark_speed)
+    command = commands.add_parser("loop", help="the one-pass fit beside the trained loop, on an accuracy benchmark")
+    command.add_argument("--benchmark", required=True, help="its folder")
+    command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")
+    command.add_argument("--form", default="matrix", choices=("gate", "matrix", "logit"), help="of the operators")
+    command.add_argument("--steps", type=count, default=100, help="of the first loop; then twice as many, and so on")
+    command.add_argument("--most-steps", type=count, default=1600, help="of the longest")
+    command.set_defaults(run=benchmark_loop)
+    command = commands.add_parser("scale", help="seconds and memory of all stages at several sizes of the pool")
+    command.add_argument("--blocks", type=counts, default="1e4,1e5,1e6", help="sizes; the smallest is plan's pilot")
+    command.add_argument("--folder", required=True, help="what is made stays: a second run goes on")
+    command.set_defaults(run=benchmark_scale)
+    command = commands.add_parser("shard", help="tokens a second beside datasets.map with the same tokenizer")
+    command.add_argument("--blocks", type=count, default=1_000_000)
+    command.add_argument("--tokens", type=count, default=512, help="in a block")
+    command.add_argument("--workers", type=count, default=2)
+    command.add_argument("--folder", required=True)
+    command.set_defaults(run=benchmark_shard)
+    command = commands.add_parser("recall", help="how many of the exact best blocks shortlists hold")
+    command.add_argument("--benchmark", required=True, help="an accuracy benchmark's folder, local")
+    command.add_argument("--texts", required=True, nargs="+", help="what its pool is filled up with")
+    command.add_argument("--blocks", type=counts, default="1600,6400,25600", help="sizes of the pool")
+    command.add_argument("--row-bytes", type=counts, default="320,1250,5000,20000", help="of a block's operator")
+    command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")
+    command.set_defaults(run=benchmark_recall)
+    command = commands.add_parser("peers", help="bergson and a LoGRA beside ours, from start to end")
+    command.add_argument("--benchmark", required=True, help="an accuracy benchmark's folder, local")
+    command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")
+    command.add_argument(
+        "--multiples", type=counts, default="1", help="sizes of the pool over the benchmark's (default: 1)"
+    )
+    command.add_argument("--tools", default="", help="names as the table has them, with ; between; default: all")
+    command.set_defaults(run=benchmark_peers)
+    command = commands.add_parser("chaos", help="runs struck at random end with the same bytes")
+    command.add_argument("--rounds", type=int, default=50, help="(default: 50)")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="what is made, and rounds that differ")
+    command.add_argument("--seed", type=int, default=0, help="of what is struck when (default: 0)")
+    command.set_defaults(run=benchmark_chaos)
+    args = parser.parse_args()
+    # Before numpy is imported: its libraries read these once. Hence the imports inside the commands.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[name] = "1"
+    from stride_ray.cli.exits import exit_status
+
+    return exit_status("benchmark", lambda: args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""How many of the exact best blocks a shortlist finds as the pool grows: estimates by bytes a block, words, both.
+
+A benchmark's pool is filled up with blocks of other texts, in random order, so that its first n blocks are a pool of n
+blocks for every n. One pass takes each block's exact influence on every query and, from the same gradients, rows of
+several sizes and their products; what a pass over the pool per size would say is the same (test_recall).
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from stride_ray.attribution.directions import begin_directions, part_count, read_directions, take_directions
+from stride_ray.corpus.blocks import Blocks, unit_count
+from stride_ray.corpus.shard import shard
+from stride_ray.evaluate.baselines.lexical import tfidf
+from stride_ray.evaluate.baselines.problem import Texts
+from stride_ray.evaluate.comparison.stride_variants import query_table, settings
+from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark
+from stride_ray.models.curvature.kfac import SITES, begin_curvature, finish_curvature, load_sites
+from stride_ray.models.curvature.sketch import sketch_of, sketched
+from stride_ray.models.loading import load_measured_model, measured_weights
+from stride_ray.models.pool_worker import PoolWorker
+from stride_ray.models.sites import harm_halved, site_gradients
+from stride_ray.operators.one_bit import packed_queries, packed_rows, products, word_starts
+from stride_ray.operators.site_fit import coordinates_in, shapes_of
+from stride_ray.runtime.actor_pool import crew_for
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.run import Run, Stage
+from stride_ray.runtime.storage import Store, tensor_bytes
+from stride_ray.runtime.tasks import progress
+
+EXACT, WORDS = "exact", "TF-IDF"
+BEST = (10, 50)
+CANDIDATES = (10, 25, 50, 100, 400, 1600)
+
+
+def measure_recall(
+    benchmark_url: str, texts: Sequence[str], folder: str, sizes: Sequence[int], row_bytes: Sequence[int]
+) -> dict[str, Any]:
+    """Share of the exact best blocks among the candidates of each source, by pool size.
+
+    Args:
+        benchmark_url: its pool comes first, its queries and model are used.
+        texts: inputs of shard that the pool is filled up with.
+        folder: what is made and measured stays: a second run goes on.
+        sizes: of the pool; the largest is what is measured, the others are its beginnings.
+        row_bytes: of a block's row, several.
+
+    Returns:
+        ``rows``: blocks, source (bytes a block, or words, or both), and by "best of candidates" the mean over queries.
+
+    Raises:
+        StrideError: for too few texts, or as shard.
+    """
+    benchmark, store = read_benchmark(benchmark_url), Store(folder)
+    run = filled_pool(benchmark, texts, store, max(sizes))
+    blocks = Blocks(run.stage("blocks").store)
+    curvature = begin_curvature(run, blocks, measured_weights(run.config))
+    stage = Stage(run.store.child("recall"), blocks.manifest["fingerprint"])
+    units = [(f"scores-{i:05d}", *ends) for i, ends in enumerate(blocks.cut(unit_count(len(blocks))))]
+    questions = query_table(benchmark.queries)
+    with crew_for(run.config, len(units)) as crew:
+        finish_curvature(run.config, blocks, curvature, crew)
+        directions = begin_directions(run, questions, "recall")
+        take_directions(run.config, blocks, curvature.store, directions, len(questions), crew)
+        done = stage.done()
+        left = [unit for unit in units if unit[0] not in done]
+        given = (run.config, blocks, crew.device, curvature.store, directions, stage, tuple(row_bytes))
+        progress(crew.map(RecallWorker, given, left), "recall", len(left), "units", lambda _: 1)
+    read = [stage.store.read_tensors(f"{name}.safetensors") for name, *_ in units]
+    scores = {key: torch.cat([each[key] for each in read], 1).numpy() for key in read[0]}
+    return {
+        "benchmark": benchmark.name,
+        "queries": len(benchmark.queries),
+        "rows": recalls(run, benchmark, scores, sizes),
+    }
+
+
+def filled_pool(benchmark: Benchmark, texts: Sequence[str], store: Store, size: int) -> Run:
+    """A run whose blocks are the benchmark's pool, then blocks of other texts in random order, ``size`` in all."""
+    given = settings(benchmark, store, ComputeConfig(), {})
+    changes = {key: value for key, value in given.items() if key not in ("corpus.columns", "corpus.layout")}
+    others = Run(f"{store.url}/texts", changes={**changes, "corpus.input": list(texts)})
+    shard(others)
+    found = Blocks(others.stage("blocks").store)
+    wanted = size - len(benchmark.blocks)
+    if len(found) < wanted:
+        raise StrideError(f"The texts make {len(found)} blocks, and {wanted} are needed; give more, or smaller sizes.")
+    order = np.random.default_rng(0).permutation(len(found))[:wanted]
+    if not store.exists("pool.parquet"):
+        rows = [benchmark.blocks.tokens(i) for i in range(len(benchmark.blocks))] + list(found.batch(order).ids)
+        store.write_table("pool.parquet", pa.table({"token_ids": pa.array(rows, pa.list_(pa.int32()))}))
+    run = Run(f"{store.url}/run", changes={**given, "corpus.input": [f"{store.url}/pool.parquet"]})
+    shard(run)
+    return run
+
+
+class RecallWorker(PoolWorker):
+    """Publishes some blocks' exact influence on all queries, and the products of their rows of every size."""
+
+    load = staticmethod(load_measured_model)
+
+    def __init__(
+        self,
+        config: Config,
+        blocks: Blocks,
+        device: str,
+        curvature: Store,
+        directions: Stage,
+        stage: Stage,
+        row_bytes: tuple[int, ...],
+    ) -> None:
+        super().__init__(config, blocks, device)
+        self.stage, self.sites = stage, load_sites(curvature, SITES, self.model.device)
+        shares = curvature.read_json("manifest.json")["sites"]
+        self.sketches = {}
+        for size in row_bytes:
+            coordinates = max(len(self.sites), coordinates_in(size, len(self.sites)))
+            shapes = shapes_of(self.sites, shares, coordinates)
+            self.sketches[size] = sketched(self.sites, shapes, config.seed)
+        self._code(directions, part_count(curvature, len(directions.store.read_table("queries.parquet"))))
+
+    def _code(self, directions: Stage, parts: int) -> None:
+        solved: dict[str, list[Tensor]] = {}
+        sections: dict[int, list[list[np.ndarray]]] = {size: [[] for _ in self.sites] for size in self.sketches}
+        for part in range(parts):
+            answers, found = read_directions(directions, part)
+            failed = next((answer for answer in answers if answer["status"] != "ok"), None)
+            if failed:
+                raise StrideError(f"Query {failed['query_id']} of the benchmark: {failed['error']}")
+            for at, site in enumerate(self.sites):
+                J = found[site.name].to(self.model.device)
+                solved.setdefault(site.name, []).append(site.solved(J).flatten(1))
+                for size, sketches in self.sketches.items():
+                    sections[size][at].append((sketch_of(sketches[at], J) / sketches[at].scale).cpu().numpy())
+        self.solved = {name: torch.cat(pieces) for name, pieces in solved.items()}
+        self.codes = {
+            size: packed_queries([np.concatenate(pieces) for pieces in each]) for size, each in sections.items()
+        }
+
+    def __call__(self, unit: tuple[str, int, int]) -> dict[str, Any]:
+        """Do one unit; returns its marker."""
+        started = time.monotonic()
+        name, first, last = unit
+        found: dict[str, list[Tensor]] = {}
+        for batch in self.blocks.batches(first, last, self.rows):
+            sections: dict[int, list[np.ndarray]] = {size: [] for size in self.sketches}
+            total: Any = 0.0
+            for at, (site, J) in enumerate(site_gradients(self.model, self.sites, *self.trimmed(batch))[0]):
+                total = total + self.solved[site.name] @ J.flatten(1).T / site.scale
+                for size, sketches in self.sketches.items():
+                    sections[size].append(sketch_of(sketches[at], J).cpu().numpy())
+            found.setdefault(EXACT, []).append(harm_halved(total).cpu())
+            for size, each in sections.items():
+                starts = word_starts([z.shape[1] for z in each])
+                estimates = products(packed_rows(each), self.codes[size], starts).sum(2)
+                found.setdefault(str(size), []).append(harm_halved(torch.from_numpy(estimates).float()))
+        self.stage.store.write(f"{name}.safetensors", tensor_bytes({k: torch.cat(v, 1) for k, v in found.items()}))
+        return self.stage.mark(name, started)
+
+
+def recalls(
+    run: Run, benchmark: Benchmark, scores: dict[str, np.ndarray], sizes: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Rows of the table."""
+    pool = Blocks(run.stage("blocks").store)
+    rows = []
+    for n in sorted(sizes):
+        batch = pool.batch(np.arange(n))
+        words = tfidf.scores(replace(benchmark.problem(), blocks=Texts(batch.ids, batch.mask)))
+        best = _ordered(scores[EXACT][:, :n], max(BEST))
+        listed = {WORDS: _ordered(words, max(CANDIDATES))}
+        for size in sorted((key for key in scores if key != EXACT), key=int):
+            listed[size] = _ordered(scores[size][:, :n], max(CANDIDATES))
+        for source, mine in listed.items():
+            rows.append({"blocks": n, "source": source, **_shares(best, mine)})
+            if source != WORDS:
+                rows.append(
+                    {"blocks": n, "source": f"{source} and {WORDS}", **_shares(best, _turns(mine, listed[WORDS]))}
+                )
+    return rows
+
+
+def _ordered(scores: np.ndarray, count: int) -> np.ndarray:
+    """Columns of largest size by row, (Q, count)."""
+    return np.argsort(-np.abs(scores), axis=1, kind="stable")[:, :count]
+
+
+def _turns(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """Two lists by row in turns, what was named already left out."""
+    found = []
+    for pair in zip(one, two, strict=True):
+        mixed = np.stack(pair, 1).ravel()
+        found.append(mixed[np.sort(np.unique(mixed, return_index=True)[1])][: len(pair[0])])
+    return np.stack(found)
+
+
+def _shares(best: np.ndarray, candidates: np.ndarray) -> dict[str, float]:
+    """By "best of candidates" the mean share of the best that are among the first so many candidates."""
+    found = {}
+    for top in BEST:
+        for count in CANDIDATES:
+            if count >= top:
+                inside = [np.isin(b[:top], c[:count]).mean() for b, c in zip(best, candidates, strict=True)]
+                found[f"{top} of {count}"] = float(np.mean(inside))
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """What measure_recall found, for people: shares of the exact best 10 and 50."""
+    cells = [f"{top} of {count}" for top in BEST for count in CANDIDATES if count >= top]
+    lines = [f"| blocks | source | {' | '.join(cells)} |", "|---" * (2 + len(cells)) + "|"]
+    for row in found["rows"]:
+        source = row["source"] if row["source"].startswith(WORDS) else f"{row['source']} bytes a block"
+        source = source.replace(f" and {WORDS} bytes a block", f" bytes a block and {WORDS} in turns")
+        lines.append(f"| {row['blocks']:,} | {source} | {' | '.join(f'{row[cell]:.3f}' for cell in cells)} |")
+    return "\n".join(lines)

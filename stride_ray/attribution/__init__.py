@@ -1,0 +1,1 @@
+"""Queries to ranked tables of influence: directions, responses, recovery, exact rescoring."""

@@ -1,0 +1,249 @@
+"""Stage attribute: queries to ranked tables, a console table and a page: respond, recover and rescore, or exact."""
+
+import sys
+import textwrap
+from typing import Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+
+from stride_ray.attribution.recover import recover_estimates
+from stride_ray.attribution.rescore import exact_influence, rescore
+from stride_ray.attribution.respond import respond_table
+from stride_ray.corpus.blocks import Blocks, unit_count
+from stride_ray.corpus.queries import read_queries
+from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.operators.fit import fit
+from stride_ray.report.page import attribution_page
+from stride_ray.runtime.actor_pool import crew_for
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
+
+# Blocks shown per query and side, in the console and on the page; queries on the page.
+CONSOLE_BLOCKS, PAGE_BLOCKS, PAGE_QUERIES = 3, 8, 1000
+# By mode, the stage with the tables, and the other mode.
+TABLES = {"exact": "exact", "estimated": "influence"}
+OTHER = {"exact": "estimated", "estimated": "exact"}
+FLAGS = {"exact": "--exact", "estimated": "--no-exact"}
+# Points of a query's curve of influence by rank; sources of a query's breakdown.
+CURVE, SOURCES = 24, 6
+
+
+def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> dict[str, Any]:
+    """Which training blocks made the model answer like this, for every query.
+
+    Args:
+        run: with finished ``blocks/``.
+        queries: JSON Lines or Parquet with text, prompt and completion, or messages (queries.read_queries).
+        name: of the query set; tables go to ``influence/<name>/`` or ``exact/<name>/``.
+        out: where the console table is written; None: standard output.
+
+    Returns:
+        The summary of rescore or exact_influence with ``mode``, exact or estimated, and ``page``, the page's URL.
+
+    Raises:
+        StrideError: as read_queries and answer.
+    """
+    out = out or sys.stdout
+    run.require("blocks", "manifest.json", "stride-ray shard")
+    table = read_queries(queries, load_tokenizer(run.store.child("blocks/tokenizer").url))
+    summary = answer(run, table, name)
+    shown = shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS)
+    print_table(shown[:20], out)
+    page = _write_page(run, name, shown)
+    stage = run.stage(table_stage(run), name)
+    gap = f", largest relative duality gap {summary['largest_gap']:.1e}" if summary.get("largest_gap") else ""
+    unsolved = f" ({summary['unsolved']} without a solve, which came to nothing)" if summary["unsolved"] else ""
+    how = "" if summary["exact"] == summary["rows"] else f"; the others are estimates{believable(summary)}"
+    print(
+        f"\n{summary['queries']} queries ({summary['failed']} failed){unsolved}, {summary['rows']} influences, "
+        f"median {summary['median_nonzeros']:g} blocks a query{gap}; {summary['exact']} of them are exact{how}.\n"
+        f"Tables: {stage.store.name_of('influence-*.parquet')}\nPage:   {page}",
+        file=out,
+    )
+    return {**summary, "page": page}
+
+
+def believable(summary: dict[str, Any]) -> str:
+    """How well estimates correlate with exact influence by their split-half reliability; empty where none is known."""
+    if summary.get("reliability") is None:
+        return ""
+    return f", which correlate with exact influence at about {summary['reliability'] ** 0.5:.2f} (split halves)"
+
+
+def answer(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
+    """Ranked tables for tokenised queries (queries.SCHEMA); returns the last stage's summary and ``mode``.
+
+    Operators are fitted first where that is not done yet.
+
+    Raises:
+        StrideError: as respond_table, recover_estimates and rescore, or exact_influence.
+    """
+    if run.config.attribute.exact:
+        return {**exact_influence(run, table, name), "mode": "exact"}
+    if not run.store.exists("operators/metadata.json"):
+        fit(run)
+    with crew_for(run.config, unit_count(len(Blocks(run.stage("blocks").store)))):
+        respond_table(run, table, name)
+        estimated = recover_estimates(run, name)
+        return {"largest_gap": estimated["largest_gap"], **rescore(run, name), "mode": "estimated"}
+
+
+def mode_of(run: Run) -> str:
+    """How the run answers: ``exact`` or ``estimated``."""
+    return "exact" if run.config.attribute.exact else "estimated"
+
+
+def write_page(run: Run, name: str) -> str:
+    """Write the page of a query set's tables anew, with what the trust panel found meanwhile; returns its URL."""
+    return _write_page(run, name, shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS))
+
+
+def _write_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
+    store = run.stage(table_stage(run), name).store
+    facts = {**_about(run), **store.read_json("manifest.json"), "mode": mode_of(run), "name": name, "run": run.url}
+    facts["believable"] = believable(facts)
+    trust = store.read_json("trust.json") if store.exists("trust.json") else None
+    store.write("page.html", attribution_page(shown, facts, trust).encode())
+    return store.name_of("page.html")
+
+
+def table_stage(run: Run) -> str:
+    """The stage with a query set's tables: ``exact``, or ``influence`` where the rest is estimated."""
+    return TABLES[mode_of(run)]
+
+
+def asked_queries(run: Run, name: str) -> pa.Table:
+    """The queries (queries.SCHEMA) that a query set's tables answer."""
+    return run.stage(table_stage(run), name).store.read_table("queries.parquet")
+
+
+def _about(run: Run) -> dict[str, Any]:
+    """What the page says of how its numbers came about: model, blocks, how, learned, verdict."""
+    if run.config.attribute.exact:
+        facts = run.stage("curvature").store.read_json("manifest.json")
+        how = f"every block scored at {len(facts['sites'])} sites of the model"
+        return {"model": run.config.model.path, "blocks": facts["blocks"], "how": how, "learned": True, "verdict": ""}
+    facts = run.stage("operators").store.read_json("metadata.json")
+    if facts.get("form") != "sites":
+        return {**facts, "how": f"{facts['subsets']} subsets, {facts['method']} fit"}
+    what = "for each block" if facts["rows"] == "blocks" else f"for each of {facts['subsets']} subsets of the blocks"
+    size = f"{facts['row_bytes'] / 1024:.1f} KiB, one bit a coordinate"
+    return {**facts, "how": f"operators {what} at {len(facts['sites'])} sites of the model, {size}"}
+
+
+def read_influence(run: Run, name: str, table: str = "influence") -> pa.Table:
+    """A query set's whole table: ``influence``, ``documents`` or ``recovery``."""
+    mode = mode_of(run)
+    verb, other = "attribute --exact" if mode == "exact" else "rescore", OTHER[mode]
+    here, there = (run.store.exists(f"{TABLES[each]}/{name}/manifest.json") for each in (mode, other))
+    if there and not here:
+        raise StrideError(
+            f"Of {name!r} there is {other} influence only, and run.toml keeps attribute.exact = "
+            f"{str(mode == 'exact').lower()}: add {FLAGS[other]}, or run 'stride-ray {verb} --name {name}' first."
+        )
+    stage = run.require(table_stage(run), "manifest.json", f"stride-ray {verb} --name {name}", name)
+    parts = stage.store.read_json("manifest.json")["parts"]
+    return pa.concat_tables([stage.store.read_table(f"{table}-{part:05d}.parquet") for part in range(parts)])
+
+
+def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[str, Any]]:
+    """The first queries of a set with their text and their most helpful and most harmful blocks with theirs.
+
+    Args:
+        run: with finished influence of that name.
+        name: the query set.
+        queries: how many queries at most.
+        blocks: how many blocks a side at most.
+
+    Returns:
+        Per query: query_id, error, base_loss, nonzeros, gap, ``prompt`` (tokens without loss), ``completion`` (the
+        rest), ``helping`` and ``harming``: lists of rows of the influence table with ``text`` and ``share`` of the
+        query's largest |influence|; and of the whole table's rows ``curve``, at most CURVE influences by rank, evenly
+        spaced, ``half``, how many blocks hold half of the positive influence, and ``sources``, [source, share of the
+        positive influence], the largest SOURCES.
+    """
+    tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
+    asked = asked_queries(run, name).slice(0, queries).to_pylist()
+    recovery = {row["query_id"]: row for row in read_influence(run, name, "recovery").to_pylist()}
+    influence = read_influence(run, name)
+    where = _rows_of(influence["query_id"])
+    shown, ordinals = [], set[int]()
+    for query in asked:
+        mine = influence.slice(*where.get(query["query_id"], (0, 0)))
+        values = mine["influence"].to_numpy()
+        sides = {
+            "helping": mine.slice(0, min(blocks, int((values > 0).sum()))).to_pylist(),
+            "harming": mine.slice(max(0, len(values) - min(blocks, int((values < 0).sum())))).to_pylist()[::-1],
+        }
+        for row in (*sides["helping"], *sides["harming"]):
+            row["share"] = abs(row["influence"]) / float(np.abs(values).max())
+            ordinals.add(row["ordinal"])
+        ids, mask = np.array(query["token_ids"], dtype=int), np.array(query["loss_mask"], dtype=bool)
+        about = {key: recovery[query["query_id"]][key] for key in ("error", "base_loss", "nonzeros", "gap")}
+        at = np.unique(np.linspace(0, len(values) - 1, CURVE).round().astype(int)) if len(values) else np.zeros(0, int)
+        summed = np.cumsum(values[values > 0])
+        shown.append(
+            {
+                "query_id": query["query_id"],
+                **about,
+                "prompt": tokenizer.decode(ids[~mask]) if len(ids) else "",
+                "completion": tokenizer.decode(ids[mask]) if len(ids) else "",
+                **sides,
+                "curve": [[int(rank), float(values[rank])] for rank in at],
+                "half": int(np.searchsorted(summed, summed[-1] / 2)) + 1 if len(summed) else 0,
+                "sources": _shares(mine["source"].to_pylist(), values),
+            }
+        )
+    pool, listed = Blocks(run.stage("blocks").store), sorted(ordinals)
+    texts = dict(zip(listed, block_texts(pool, listed, tokenizer), strict=True))
+    for each in shown:
+        for row in (*each["helping"], *each["harming"]):
+            row["text"] = texts[row["ordinal"]]
+    return shown
+
+
+def _rows_of(column: pa.ChunkedArray) -> dict[str, tuple[int, int]]:
+    """First row and number of rows of each query of an influence table, where a query's rows follow each other."""
+    codes = column.combine_chunks().dictionary_encode()
+    numbers = codes.indices.to_numpy()
+    firsts = np.flatnonzero(np.diff(numbers, prepend=-1))
+    counts = np.diff(firsts, append=len(numbers))
+    names = codes.dictionary.to_pylist()
+    return {names[numbers[first]]: (int(first), int(count)) for first, count in zip(firsts, counts, strict=True)}
+
+
+def _shares(sources: list[str], values: np.ndarray) -> list[tuple[str, float]]:
+    """The largest SOURCES sources' shares of the positive influence."""
+    sums: dict[str, float] = {}
+    for source, value in zip(sources, values.tolist(), strict=True):
+        sums[source] = sums.get(source, 0.0) + max(value, 0.0)
+    total = sum(sums.values()) or 1.0
+    largest = sorted(sums.items(), key=lambda item: (-item[1], item[0]))[:SOURCES]
+    return [(source, value / total) for source, value in largest if value > 0]
+
+
+def block_texts(pool: Blocks, ordinals: list[int], tokenizer: Any) -> list[str]:
+    """The text of some blocks, without padding."""
+    if not ordinals:
+        return []
+    table = pool.take(ordinals, ["token_ids", "spans"])
+    lengths = [sum(span["length"] for span in spans) for spans in table["spans"].to_pylist()]
+    return [tokenizer.decode(ids[:length]) for ids, length in zip(table["token_ids"].to_pylist(), lengths, strict=True)]
+
+
+def print_table(shown: list[dict[str, Any]], out: TextIO) -> None:
+    """Queries with their most helpful and most harmful blocks, a line each."""
+    for query in shown:
+        title = " ".join((query["prompt"] + query["completion"]).split())
+        if query["error"]:
+            print(f"\n{query['query_id']}: failed: {query['error']}", file=out)
+            continue
+        print(f"\n{query['query_id']}: {textwrap.shorten(title, 100)}", file=out)
+        rows = [*query["helping"][:CONSOLE_BLOCKS], *query["harming"][:1]]
+        for row in rows:
+            text = textwrap.shorten(" ".join(row["text"].split()), 70) or row["text"].strip()[:70]
+            where = row["document_id"] if len(row["document_id"]) <= 32 else "…" + row["document_id"][-31:]
+            print(f"  {row['rank']:>4}  {row['influence']:+10.4g}  {where:<32}  {text}", file=out)
+        if not rows:
+            print("  no block has influence at this penalty", file=out)

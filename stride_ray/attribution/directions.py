@@ -1,0 +1,149 @@
+"""Queries to directions: each query's gradient at all sites, and what a solve makes of it (conjugate_gradients.py).
+
+``directions/<name>/gradients-*.safetensors`` hold it by site for the queries that did not fail, until the tables that
+they are for are written.
+"""
+
+import time
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.queries import NOT_FINITE, fingerprint
+from stride_ray.models.causal_lm import masked_mean
+from stride_ray.models.curvature.conjugate_gradients import Gradient, curvature_scale, solve
+from stride_ray.models.curvature.gauss_newton import GaussNewton, batch_rows
+from stride_ray.models.curvature.kfac import SITES, load_sites
+from stride_ray.models.loading import load_measured_model, load_run_model
+from stride_ray.models.pool_worker import PoolWorker
+from stride_ray.models.query_batches import batches, checked, padded
+from stride_ray.models.sites import site_gradients
+from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.costs import costed
+from stride_ray.runtime.run import Run, Stage
+from stride_ray.runtime.storage import Store, tensor_bytes
+from stride_ray.runtime.tasks import progress
+
+# Queries whose gradients are made in one unit at most, and the bytes of these; a solve holds seven times as much.
+UNIT, UNIT_BYTES = 16, 2**27
+
+
+def begin_directions(run: Run, table: pa.Table, name: str) -> Stage:
+    """The stage's folder, with the queries in it. Blocks that are sharded later change nothing about it."""
+    keys = run.stage("curvature").store.read_json("stage.json")["keys"]
+    about = {key: keys[key] for key in ("corpus", "weights")}
+    stage = run.begin("directions", name, queries=fingerprint(table), **about)
+    if not stage.store.exists("queries.parquet"):
+        stage.store.write_table("queries.parquet", table)
+    return stage
+
+
+def queries_a_unit(gradient_bytes: int) -> int:
+    """How many queries' gradients of so many bytes each are made in one unit."""
+    return max(1, min(UNIT, UNIT_BYTES // max(1, gradient_bytes)))
+
+
+def part_count(curvature: Store, queries: int) -> int:
+    """Parts of so many queries; they follow from the size of a gradient alone."""
+    return -(-queries // queries_a_unit(gradient_bytes(curvature)))
+
+
+def gradient_bytes(curvature: Store) -> int:
+    """Bytes of one query's gradient at all sites."""
+    return int(curvature.read_json("manifest.json")["gradient_bytes"])
+
+
+def gradient_name(part: int) -> str:
+    """The name of some queries' gradients, and of their marker."""
+    return f"gradients-{part:05d}"
+
+
+def take_directions(config: Config, blocks: Blocks, curvature: Store, stage: Stage, queries: int, crew: Crew) -> None:
+    """Publish what is missing of all queries' gradients.
+
+    Args:
+        config: of the run.
+        blocks: the pool, of which a sample says what the curvature is.
+        curvature: the finished sites.
+        stage: ``directions/<name>``, begun, with ``queries.parquet``.
+        queries: how many there are.
+        crew: that does it.
+    """
+    there = set(stage.store.names(ending=".safetensors"))
+    parts = range(part_count(curvature, queries))
+    missing = [part for part in parts if f"{gradient_name(part)}.safetensors" not in there]
+    if missing:
+        with costed(stage):
+            results = crew.map(DirectionWorker, (config, blocks, crew.device, curvature, stage), missing)
+            stage.remember(progress(results, "queries", len(missing), "parts", lambda _: 1))
+
+
+def clear_directions(run: Run, name: str) -> None:
+    """Remove the gradients when the tables that they were for are written; they may be far larger than these."""
+    run.stage("directions", name).clear_tensors()
+
+
+def read_directions(stage: Stage, part: int) -> tuple[list[dict[str, Any]], Gradient]:
+    """What became of a part's queries, and the gradients of those that did not fail by site, (q, F, D) each."""
+    answers = stage.store.read_json(f"_done/{gradient_name(part)}.json")["answers"]
+    return answers, stage.store.read_tensors(f"{gradient_name(part)}.safetensors")
+
+
+class DirectionWorker(PoolWorker):
+    """Publishes some queries' gradients, with their losses and errors."""
+
+    load = staticmethod(load_measured_model)
+
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
+        super().__init__(config, blocks, device)
+        self.stage = stage
+        self.sites = load_sites(curvature, SITES, self.model.device)
+        self.curved = int(curvature.read_json("manifest.json")["blocks"])
+        self.unit = queries_a_unit(gradient_bytes(curvature))
+        self.table = stage.store.read_table("queries.parquet")
+        self.trained = load_run_model(config, device)
+
+    def __call__(self, part: int) -> dict[str, Any]:
+        """Do one unit; returns its marker."""
+        started = time.monotonic()
+        rows = self.table.slice(part * self.unit, self.unit).to_pylist()
+        answers = [{**checked(self.model, row), "base_loss": None, "steps": None} for row in rows]
+        waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
+        found: list[Gradient] = []
+        for batch in batches(rows, waiting, self.tokens):
+            ids, mask = padded([rows[i] for i in batch], self.model.device)
+            J = {site.name: J for site, J in site_gradients(self.model, self.sites, ids, mask)[0]}
+            losses = masked_mean(self.trained.token_losses(self.trained.read(ids), ids, mask), mask).tolist()
+            for at, (i, loss) in enumerate(zip(batch, losses, strict=True)):
+                answers[i]["base_loss"] = loss
+                if all(each[at].isfinite().all() for each in J.values()):
+                    found.append({name: each[at] for name, each in J.items()})
+                else:
+                    answers[i] |= {"status": "failed", "error": NOT_FINITE}
+        good = [answer for answer in answers if answer["status"] == "ok"]
+        options = self.config.solve
+        if options.steps:
+            solved = solve(found, self.sites, self._gauss_newton, options.steps, options.damping)
+            found = [each.y for each in solved]
+            for answer, each in zip(good, solved, strict=True):
+                answer["steps"] = each.steps
+        names = [site.name for site in self.sites] if found else []
+        tensors = {name: torch.stack([each.pop(name) for each in found]).cpu() for name in names}
+        # The marker first: that the file is there is what says that the unit is done.
+        marker = self.stage.mark(gradient_name(part), started, answers=answers)
+        self.stage.store.write(f"{gradient_name(part)}.safetensors", tensor_bytes(tensors))
+        return marker
+
+    @cached_property
+    def _gauss_newton(self) -> GaussNewton:
+        """Of a sample of the pool, which is read once for all steps and units."""
+        length = self.blocks.block_tokens
+        ordinals = self.blocks.sample(-(-self.config.solve.tokens // length), self.config.seed, self.curved)
+        size = batch_rows(self.rows, self.model, length)
+        found = [self.blocks.batch(ordinals[at : at + size]) for at in range(0, len(ordinals), size)]
+        sample = [(self.tensors(batch.ids), self.tensors(batch.mask)) for batch in found]
+        return GaussNewton(self.model, self.sites, sample, curvature_scale([mask for _, mask in sample]))

@@ -1,0 +1,285 @@
+"""From the K responses of a query to the influence of every block: an exact Lasso at any N.
+
+The paper recovers influence by coordinate descent over all N columns of M. Here M is never stored and N may be 1e9, so
+the solver is a working-set method. One pass over M's columns, shared by a batch of queries, yields every query's
+largest correlations |Mᵀr|. The columns that violate optimality join that query's working set, coordinate descent over
+its columns' few ones solves the small problem, and so on, until the duality gap of the full problem is below the
+tolerance. The pass knows max|Mᵀr| over all N columns, so the gap is that of the full problem: a certificate, not an
+estimate.
+
+Queries share passes but never arithmetic: sums run per query in a fixed order and everything else is done one query at
+a time, so that a result has the same bits whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
+
+from stride_ray.attribution.coordinate_descent import descend, gap_of, gram_of, predict, scan
+from stride_ray.operators.membership import Membership
+from stride_ray.runtime.errors import StrideError
+
+BATCH = 64  # queries that share a pass: their residuals (K·64·8 bytes) should stay in a core's L2 cache
+FIRST_GROWTH, LAST_GROWTH = 128, 512  # most columns that join a working set in its first round and, doubling, later
+PRUNE_ABOVE = 1.5  # times K: a working set beyond it drops its zeros, which bounds the Gram matrix at any λ
+MAX_ROUNDS = 500
+MAX_EPOCHS = 200  # of coordinate descent in one small problem; what is left over, the next round takes up
+MAX_POLISH = 20  # linear solves after it ...
+POLISH_BELOW = 512  # ... in working sets of this size, where they cost nothing, and in larger ones once ...
+POLISH_WITHIN = 1e-3  # ... the relative gap is this small: before, the next round's working set is another
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The influence of the pool on one query: the non-zero part of ŵ(x) (method: Recovery).
+
+    Attributes:
+        ordinals: (A,) int64, ascending: the blocks with influence.
+        weights: (A,) float64, their ŵ, in the unit of the responses (nats, if those are drops in cross-entropy);
+            positive: training on the block lowers the query's loss. With `row_scaling`, see `recover`.
+        intercept: c, in the unit of the responses.
+        penalty: λ = ratio · λ_max of this query.
+        gap: duality gap of the full N-column problem over ½‖y − ȳ‖². Above the tolerance only where `rounds` reached
+            MAX_ROUNDS or the tolerance is finer than floating point allows.
+        rounds: passes over M's columns that this query took part in.
+        seconds: its share of these passes' time and of making the columns, the part of the work that grows with N.
+    """
+
+    ordinals: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    intercept: float
+    penalty: float
+    gap: float
+    rounds: int
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What all queries of a call share; `scale` is what multiplies M's rows, (K+1,), 0 for the "no subset" id K."""
+
+    membership: Membership
+    n_blocks: int
+    scale: NDArray[np.float64]
+    ratio: float
+    nonnegative: bool
+    tolerance: float
+
+
+@dataclass
+class _Query:
+    """The state of one query between passes; ids, ordinals and weights describe its working set."""
+
+    mean: float
+    target: NDArray[np.float64]  # y − ȳ
+    half: float  # ½‖y − ȳ‖²
+    residual: NDArray[np.float64]  # y − c·1 − X w; sums to 0
+    ordinals: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    weights: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    shift: float = 0.0  # mean of X w
+    penalty: float = -1.0  # unknown before the first pass
+    gap: float = 0.0
+    rounds: int = 0
+    seconds: float = 0.0
+    growth: int = FIRST_GROWTH
+    done: bool = False
+
+
+def row_scale(membership: Membership, n_blocks: int) -> NDArray[np.float64]:
+    """Return what `row_scaling` multiplies M's rows by: (K,) float64, mean|S| / |S_k| (1 where S_k is empty)."""
+    sizes = membership.sizes(n_blocks)
+    return np.where(sizes > 0, sizes.mean() / np.maximum(sizes, 1), 1.0)
+
+
+def _polish(gram: NDArray, correlation: NDArray, penalty: float, weights: NDArray) -> NDArray:
+    """Return the exact minimiser on the support and signs of weights, or the best point on the way there.
+
+    Coordinate descent finds the support soon and the last digits late; a few linear solves replace that tail. With the
+    signs fixed the objective is quadratic, so it falls all the way to its minimiser; where a weight would change sign
+    first, the step ends there, the weight leaves the support, and the next solve goes on.
+    """
+    polished = weights.copy()
+    for _ in range(MAX_POLISH):
+        support = np.flatnonzero(polished)
+        if len(support) == 0:
+            break
+        start = polished[support]
+        signs = np.sign(start)
+        try:
+            factor = cho_factor(gram[np.ix_(support, support)], overwrite_a=True, check_finite=False)
+            end = cho_solve(factor, correlation[support] - penalty * signs, check_finite=False)
+        except np.linalg.LinAlgError:  # duplicate columns: the minimiser is not unique, and descent has found one
+            break
+        if not np.isfinite(end).all():
+            break
+        crossing = np.flatnonzero(end * signs <= 0)
+        if len(crossing) == 0:
+            polished[support] = end
+            break
+        reach = start[crossing] / (start[crossing] - end[crossing])  # in (0, 1]: the share of the step to zero
+        polished[support] = start + reach.min() * (end - start)
+        polished[support[crossing[reach == reach.min()]]] = 0.0
+
+    def objective(w: NDArray) -> float:
+        return float(0.5 * w @ (gram @ w) - correlation @ w + penalty * np.abs(w).sum())
+
+    return polished if objective(polished) <= objective(weights) else weights
+
+
+def _solve_small(problem: _Problem, query: _Query, tolerance: float, polish: bool) -> None:
+    """Minimise over the working set, starting from its weights; then update the residual."""
+    scale = problem.scale
+    ids = problem.membership.columns_at(query.ordinals).astype(np.int64)
+    descend(ids, scale, query.target, query.weights, query.penalty, problem.nonnegative, tolerance, MAX_EPOCHS)
+    if polish and len(support := np.flatnonzero(query.weights)):
+        gram, correlation = gram_of(ids[support], scale, np.append(query.target, 0.0))
+        query.weights[support] = _polish(gram, correlation, query.penalty, query.weights[support])
+    predicted = predict(ids, query.weights, scale)
+    query.shift = float(predicted.sum() / (len(scale) - 1))
+    residual = query.target - (predicted - query.shift)
+    query.residual = residual - residual.sum() / len(residual)
+
+
+def _relative_gap(query: _Query, largest: float, nonnegative: bool) -> float:
+    """Return the full problem's duality gap over ½‖y − ȳ‖², given max|Xᵀr| (nonnegative: max Xᵀr) over N columns."""
+    rr, ry = float(query.residual @ query.residual), float(query.residual @ query.target)
+    size = float(np.abs(query.weights).sum())
+    return gap_of(rr, ry, largest, size, query.penalty, nonnegative) / query.half
+
+
+def _advance(problem: _Problem, query: _Query, value: NDArray, ordinal: NDArray) -> None:
+    """Take one query through a round: value and ordinal are the pass's largest correlations and their columns."""
+    query.rounds += 1
+    largest = float(value.max()) if len(value) else 0.0
+    if query.penalty < 0:
+        # Below this the correlations are rounding: no column tells the subsets apart (d = K), or none is positive.
+        noise = 1e-13 * np.sqrt(2 * query.half * problem.membership.degree) * problem.scale.max()
+        query.penalty = problem.ratio * largest if largest > noise else 0.0
+        query.done = query.penalty == 0.0
+        if query.done:
+            return
+    # No column above the floor λ: then λ bounds them all.
+    query.gap = _relative_gap(query, max(largest, query.penalty), problem.nonnegative)
+    query.done = query.gap <= problem.tolerance or query.rounds == MAX_ROUNDS
+    if query.done:
+        return
+    if len(query.ordinals) > PRUNE_ABOVE * problem.membership.subsets:
+        keep = query.weights != 0  # a column dropped wrongly comes back as a violator
+        query.ordinals, query.weights = query.ordinals[keep], query.weights[keep]
+    fresh = ~np.isin(ordinal, query.ordinals) & (value > query.penalty)
+    order = np.lexsort((ordinal, -value))
+    joining = ordinal[order[fresh[order]]][: query.growth]
+    query.ordinals = np.concatenate([query.ordinals, joining])
+    query.weights = np.concatenate([query.weights, np.zeros(len(joining))])
+    query.growth = min(2 * query.growth, LAST_GROWTH)
+    # Early small problems need not be solved finer than the full one is; without fresh columns precision is what lacks.
+    inner = max(0.1 * problem.tolerance, 1e-2 * query.gap if len(joining) else 0.0)
+    polish = len(query.ordinals) <= POLISH_BELOW or query.gap <= POLISH_WITHIN
+    _solve_small(problem, query, min(inner, 1e-4), polish)
+
+
+def _recover_batch(problem: _Problem, queries: list[_Query], stored: Iterable[tuple[int, NDArray]] | None) -> None:
+    """Run rounds until every query of the batch is done; queries that are leave the passes."""
+    while active := [query for query in queries if not query.done]:
+        began = time.monotonic()
+        residual_KQ = np.stack([np.append(query.residual, 0.0) * problem.scale for query in active], axis=1)
+        floor = np.array([max(query.penalty, 0.0) for query in active])
+        capacity = np.array([len(query.ordinals) + query.growth for query in active])
+        value = np.empty((len(active), capacity.max()))
+        ordinal = np.empty(value.shape, np.int64)
+        count = np.zeros(len(active), np.int64)
+        for first, ids in problem.membership.ranges(problem.n_blocks) if stored is None else stored:
+            scan(ids, first, residual_KQ, not problem.nonnegative, floor, capacity, value, ordinal, count)
+        share = (time.monotonic() - began) / len(active)
+        for q, query in enumerate(active):
+            query.seconds += share
+            _advance(problem, query, value[q, : count[q]], ordinal[q, : count[q]])
+
+
+def _start(responses: NDArray) -> _Query:
+    """Return the state of a query before its first pass."""
+    y = np.ascontiguousarray(responses)
+    mean = float(y.mean())
+    target = y - mean
+    # Centring a constant leaves rounding of its mean, which is no signal: then the residual is zero and so is the gap.
+    constant = float(np.abs(target).max()) <= 1e-14 * abs(mean)
+    target = np.zeros_like(target) if constant else target - target.mean()
+    query = _Query(mean=mean, target=target, half=0.5 * float(target @ target), residual=target)
+    if query.half == 0.0:
+        query.done, query.penalty = True, 0.0
+    return query
+
+
+def recover(
+    responses_QK: NDArray,
+    membership: Membership,
+    n_blocks: int,
+    *,
+    ratio: float = 0.1,
+    nonnegative: bool = False,
+    row_scaling: bool = False,
+    tolerance: float = 1e-9,
+    cache_bytes: int = 256 << 20,
+) -> list[Recovery]:
+    """Recover each query's influence vector from its responses (method: Recovery; the paper's Section 4 and Table 6).
+
+    Solves, per query, min over c and w of ½‖y − c·1 − M w‖² + λ‖w‖₁ with λ = ratio · λ_max and
+    λ_max = ‖Mᵀ(y − ȳ)‖_∞, exactly: to a duality gap of the full problem. Memory beyond the cache does not grow with N.
+
+    Args:
+        responses_QK: (Q, K) float, a row of responses y(x) per query; solved in float64.
+        membership: M.
+        n_blocks: N, the columns of M.
+        ratio: λ/λ_max, above 0. At 1 and above every w is empty.
+        nonnegative: w ≥ 0; λ_max is then max Mᵀ(y − ȳ).
+        row_scaling: the model of operators that are subset means: y = c·1 + diag(mean|S| / |S_k|) M w, λ_max and λ
+            likewise of the scaled matrix. The factor mean|S| keeps the problem well-conditioned and w in the unit of
+            the responses; v = mean|S|·w is the influence in y = c·1 + diag(1/|S_k|) M v.
+        tolerance: relative duality gap to reach, from 1e-14 to 1 (of ½‖y − ȳ‖²).
+        cache_bytes: keep the columns' ids in memory between passes if they fit; else recompute them in every pass.
+
+    Returns:
+        One `Recovery` a query, in order. A query of all-equal responses has an empty one with gap 0. The bits of a
+        result do not depend on the other queries.
+
+    Raises:
+        StrideError: a response is not finite (naming the query), the shape is not (Q, K), or an option is out of range.
+    """
+    responses = np.asarray(responses_QK)
+    K = membership.subsets
+    if responses.ndim != 2 or responses.shape[1] != K or responses.dtype.kind not in "fiu":
+        raise StrideError(f"recovery: responses of shape {responses.shape} are not numbers of shape (queries, {K}).")
+    if n_blocks < 1:
+        raise StrideError(f"recovery: n_blocks is {n_blocks}; there must be a block to recover the influence of.")
+    if not (np.isfinite(ratio) and ratio > 0):
+        raise StrideError(f"recovery: ratio is {ratio}; the penalty must be a positive share of its largest value.")
+    if not 1e-14 <= tolerance < 1:
+        raise StrideError(f"recovery: tolerance is {tolerance}; it must be from 1e-14 to below 1.")
+    responses = np.asarray(responses, dtype=np.float64)
+    finite = (np.abs(responses) < 1e100).all(axis=1)  # beyond, squares overflow
+    if not finite.all():
+        raise StrideError(f"recovery: query {int(np.argmin(finite))} has a response that is not a finite number.")
+
+    began = time.monotonic()
+    scale = np.append(row_scale(membership, n_blocks) if row_scaling else np.ones(K), 0.0)
+    width = membership.degree if membership.form == "regular" else K
+    fits = n_blocks * width * membership.dtype.itemsize <= cache_bytes
+    stored = list(membership.ranges(n_blocks)) if fits else None
+    problem = _Problem(membership, n_blocks, scale, ratio, nonnegative, tolerance)
+    share = (time.monotonic() - began) / max(1, len(responses))
+    results: list[Recovery] = []
+    for start in range(0, len(responses), BATCH):
+        queries = [_start(row) for row in responses[start : start + BATCH]]
+        _recover_batch(problem, queries, stored)
+        for query in queries:
+            order = np.argsort(query.ordinals)
+            order = order[query.weights[order] != 0]
+            found = (query.ordinals[order], query.weights[order], query.mean - query.shift, query.penalty, query.gap)
+            results.append(Recovery(*found, query.rounds, share + query.seconds))
+    return results

@@ -1,0 +1,185 @@
+"""Stage recover: responses to every query's estimated influence, as Ray tasks over queries.
+
+Where rows are subsets, a Lasso recovers the influence of N blocks from K responses (recover.py); where they are blocks
+a response is an estimate already. Estimates of operators at every site are in the unit of exact influence, a block's
+mean influence on itself; those of the paper's forms are in that of their responses.
+"""
+
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stride_ray.attribution.lasso import recover
+from stride_ray.attribution.responses import read_responses
+from stride_ray.models.sites import HARM
+from stride_ray.operators.membership import Membership, membership_of
+from stride_ray.runtime.actor_pool import crew_for
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.costs import START, apart, costed
+from stride_ray.runtime.run import Run, Stage, part_name
+from stride_ray.runtime.tasks import Pool, map_tasks, progress
+
+# Response parts in a unit: the solver shares its passes over M between the queries of a unit.
+PARTS_PER_UNIT = 4
+ESTIMATES = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("base_loss", pa.float32()),
+        pa.field("ordinals", pa.list_(pa.int64()), nullable=False),
+        pa.field("estimates", pa.list_(pa.float64()), nullable=False),
+        pa.field("penalty", pa.float64()),
+        pa.field("intercept", pa.float64()),
+        pa.field("gap", pa.float64()),
+        pa.field("rounds", pa.int32()),
+        pa.field("reliability", pa.float32()),
+    ]
+)
+
+
+def recover_estimates(run: Run, name: str) -> dict[str, Any]:
+    """Estimate every query's influence.
+
+    ``estimates/<name>/part-*.parquet`` has a row per query: ``ordinals`` and ``estimates`` of the blocks whose estimate
+    is not zero, the solver's penalty, intercept, relative duality gap and rounds where there was something to solve,
+    and how reliable the responses are where rows say that (respond_sites.respond_sites).
+
+    Args:
+        run: with finished responses of that name.
+        name: the query set.
+
+    Returns:
+        Counts: ``queries``, ``failed``, ``rows``, the median number of non-zeros and the largest relative gap.
+
+    Raises:
+        StrideError: for a missing stage or other settings.
+    """
+    responses = run.require("responses", "manifest.json", f"stride-ray respond --name {name}", name)
+    parts = responses.store.read_json("manifest.json")["parts"]
+    keys = responses.store.read_json("stage.json")["keys"]
+    # The blocks that the operators were fitted on: whatever was sharded since then comes after them.
+    facts = run.require("operators", "metadata.json", "stride-ray fit").store.read_json("metadata.json")
+    stage = run.begin("estimates", name, **{key: keys[key] for key in ("corpus", "queries", "weights")})
+    units = [list(range(start, min(start + PARTS_PER_UNIT, parts))) for start in range(0, parts, PARTS_PER_UNIT)]
+    done = stage.done()
+    missing = [unit for unit in units if part_name(unit[0] // PARTS_PER_UNIT) not in done]
+    if missing:
+        with costed(stage), crew_for(run.config, len(missing)) as crew:
+            work = take_estimates if facts.get("rows") == "blocks" else solve_estimates
+            given = (run.config, responses, stage, facts["blocks"])
+            # Where the crew has GPUs, the machines' CPUs are free, and there are more of them.
+            spare = crew.device == "cuda" and work is solve_estimates
+            cpus = Pool(crew.pool.workers, "cpu")
+            results = map_tasks(work, given, missing, cpus) if spare else crew.map(partial, (work, *given), missing)
+            stage.remember(progress(results, "recover", len(missing), "units", _one))
+    done = stage.done()
+    markers = [done[part_name(index)] for index in range(len(units))]
+    nonzeros = [n for marker in markers for n in marker["nonzeros"]]
+    summary = {
+        "queries": sum(marker["queries"] for marker in markers),
+        "failed": sum(marker["failed"] for marker in markers),
+        "rows": sum(nonzeros),
+        "median_nonzeros": float(np.median(nonzeros)) if nonzeros else 0.0,
+        "largest_gap": max((marker["largest_gap"] for marker in markers), default=0.0),
+        "parts": len(units),
+    }
+    stage.store.write_json("manifest.json", summary)
+    return summary
+
+
+def _one(_: Any) -> int:
+    return 1
+
+
+def take_estimates(config: Config, responses: Stage, stage: Stage, n_blocks: int, unit: list[int]) -> dict[str, Any]:
+    """Estimates of some response parts where a row is a block's."""
+    started = time.monotonic()
+    tables = [responses.store.read_table(f"{part_name(part)}.parquet") for part in unit]
+    rows = []
+    for row in pa.concat_tables(tables).to_pylist():
+        value = np.array(row.pop("response"), dtype=np.float64)
+        ordinals = np.array(row.pop("rows"), dtype=np.int64)
+        value = np.where(value > 0, value, HARM * value)
+        rows.append({**row, "ordinals": ordinals[value != 0], "estimates": value[value != 0]})
+    return _publish(stage, unit, started, rows)
+
+
+def solve_estimates(config: Config, responses: Stage, stage: Stage, n_blocks: int, unit: list[int]) -> dict[str, Any]:
+    """Estimates of some response parts where a row is a subset's: a Lasso per query."""
+    started = time.monotonic()
+    membership = membership_of(config)
+    # Imports and compiles what recovery needs, so that its cost is told apart.
+    recover(np.arange(config.membership.subsets, dtype=float)[None], membership, 64, ratio=0.9)
+    apart(START, time.monotonic() - started)
+    rows, vectors = read_all(responses, unit)
+    options = config.recover
+    recovered = recover(
+        vectors[[row["status"] == "ok" for row in rows]],
+        membership,
+        n_blocks,
+        ratio=options.penalty_ratio,
+        nonnegative=options.nonnegative,
+        row_scaling=options.row_scaling,
+    )
+    apart("columns", sum(each.seconds for each in recovered))
+    unscaled = weight_unit(config, membership, n_blocks)
+    found = iter(recovered)
+    for row in rows:
+        row |= {"ordinals": [], "estimates": []}
+        if row["status"] == "ok":
+            each = next(found)
+            row |= {"ordinals": each.ordinals, "estimates": each.weights * unscaled, "penalty": each.penalty}
+            row |= {"intercept": each.intercept, "gap": each.gap, "rounds": each.rounds}
+    return _publish(stage, unit, started, rows)
+
+
+def read_all(responses: Stage, unit: list[int]) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Some response parts as one: rows without the vectors, and the vectors (rows, K)."""
+    read = [read_responses(responses.store, part) for part in unit]
+    return [row for rows, _ in read for row in rows], np.concatenate([found for _, found in read])
+
+
+def weight_unit(config: Config, membership: Membership, n_blocks: int) -> float:
+    """What a weight is multiplied by to be in the unit of exact influence; 1 where responses are not.
+
+    A row at every site is the mean over its subset, so y = diag(1/|S_k|) M v with v the influence, and recover's w is
+    v over the mean size.
+    """
+    scaled = config.operators.form == "sites" and config.recover.row_scaling
+    return float(membership.sizes(n_blocks).mean()) if scaled else 1.0
+
+
+def _publish(stage: Stage, unit: list[int], started: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write a unit's table and its marker."""
+    name = part_name(unit[0] // PARTS_PER_UNIT)
+    columns = {key: [row.get(key) for row in rows] for key in ESTIMATES.names}
+    digest = stage.store.write_table(f"{name}.parquet", pa.Table.from_pydict(columns, ESTIMATES))
+    good = [row for row in rows if row["status"] == "ok"]
+    return stage.mark(
+        name,
+        started,
+        queries=len(rows),
+        failed=len(rows) - len(good),
+        nonzeros=[len(row["ordinals"]) for row in good],
+        largest_gap=max((row.get("gap") or 0.0 for row in good), default=0.0),
+        sha256=digest,
+    )
+
+
+def read_estimates(stage: Stage) -> list[dict[str, Any]]:
+    """All queries of a finished set, in order, as rows of ESTIMATES with NumPy arrays for lists."""
+    parts = stage.store.read_json("manifest.json")["parts"]
+    rows: list[dict[str, Any]] = []
+    for part in range(parts):
+        table = stage.store.read_table(f"{part_name(part)}.parquet")
+        lists = {key: [np.asarray(each.values) for each in table[key]] for key in ("ordinals", "estimates")}
+        plain = table.drop_columns(list(lists)).to_pylist()
+        rows += [
+            {**row, "ordinals": ordinals, "estimates": estimates}
+            for row, ordinals, estimates in zip(plain, *lists.values(), strict=True)
+        ]
+    return rows

@@ -1,0 +1,226 @@
+"""Responses of operators at every site: a query's direction (directions.py), and its product with every row.
+
+Actors hold slices of the store. Where rows are subsets all K products of a query are kept, for Lasso to work on; where
+they are blocks the ``attribute.top`` of largest influence.
+"""
+
+import math
+import time
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from stride_ray.attribution.directions import (
+    begin_directions,
+    gradient_bytes,
+    part_count,
+    queries_a_unit,
+    read_directions,
+    take_directions,
+)
+from stride_ray.attribution.responses import response_schema
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.queries import NOT_FINITE
+from stride_ray.models.curvature.kfac import load_sites
+from stride_ray.models.curvature.sketch import sketch_of, whole_shape
+from stride_ray.models.sites import HARM, harm_halved
+from stride_ray.operators.one_bit import Queries, packed_queries, products
+from stride_ray.operators.row_store import RowStore
+from stride_ray.operators.sketched_rows import SKETCH, finite_rows
+from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.run import Run, Stage, part_name
+from stride_ray.runtime.storage import Store, tensor_bytes
+from stride_ray.runtime.tasks import progress
+
+# The most queries that share a pass over the rows.
+MOST = 256
+# Bytes of rows in a unit of the pass, and units at least, so that few workers end together.
+SLICE, SLICES = 2**28, 8
+RESPONSES = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("base_loss", pa.float32()),
+        pa.field("rows", pa.list_(pa.int64()), nullable=False),
+        pa.field("response", pa.list_(pa.float32()), nullable=False),
+        pa.field("reliability", pa.float32()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+def respond_sites(
+    run: Run, blocks: Blocks, curvature: Store, operators: Store, stage: Stage, name: str, crew: Crew
+) -> None:
+    """Publish the responses, ``part-*.parquet``.
+
+    ``response`` holds the products with rows, in units of a block's mean influence on itself: with all K where rows are
+    subsets (responses.response_schema), with the ``rows`` named where they are blocks (RESPONSES). ``reliability``: how
+    well the two halves of a product agree over rows (their correlation r over all rows, 2r / (1 + r) for the whole;
+    Spearman–Brown), an estimate of the squared correlation with the products of whole gradients.
+
+    Args:
+        run: the run.
+        blocks: the pool.
+        curvature: the finished sites.
+        operators: the finished store of rows.
+        stage: ``responses/<name>``, begun, with ``queries.parquet``.
+        name: the query set.
+        crew: that does it.
+    """
+    config, table = run.config, stage.store.read_table("queries.parquet")
+    parts = list(range(part_count(curvature, table.num_rows)))
+    done = stage.done()
+    missing = [part for part in parts if code_name(part) not in done]
+    if missing:
+        directions = begin_directions(run, table, name)
+        take_directions(config, blocks, curvature, directions, table.num_rows, crew)
+        coded = crew.map(QueryCoder, (directions, operators, crew.device, stage), missing)
+        stage.remember(progress(coded, "code", len(missing), "parts", lambda _: 1))
+    store = RowStore(operators)
+    several = MOST // queries_a_unit(gradient_bytes(curvature))
+    groups = [parts[at : at + several] for at in range(0, len(parts), several)]
+    slices = list(enumerate(sliced(store.facts["parts"], store.facts["row_bytes"])))
+    done = stage.done()
+    open_groups = [group for group in groups if any(part_name(part) not in done for part in group)]
+    units = [(group, *each) for group in open_groups for each in slices]
+    missing_units = [unit for unit in units if scan_name(unit[0], unit[1]) not in done]
+    total = sum(part["count"] for _, _, some in missing_units for part in some)
+    results = crew.map(RowScanner, (config, operators, stage), missing_units)
+    stage.remember(progress(results, "multiply", total, "rows", lambda marker: marker["rows"]))
+    left = [(part, group, len(slices)) for group in open_groups for part in group if part_name(part) not in done]
+    gathered = crew.map(partial, (gather, stage, config.attribute.top if store.of_blocks else 0), left)
+    stage.remember(progress(gathered, "gather", len(left), "parts", lambda _: 1))
+
+
+def code_name(part: int) -> str:
+    """The name of some queries' codes, and of their marker."""
+    return f"codes-{part:05d}"
+
+
+def scan_name(group: list[int], index: int) -> str:
+    """The name of a group's products with a slice of the rows, and of their marker."""
+    return f"scan-{group[0]:05d}-{index:05d}"
+
+
+def sliced(parts: list[dict[str, Any]], row_bytes: int) -> list[list[dict[str, Any]]]:
+    """Consecutive parts of the store, about SLICE bytes together, in SLICES slices at least where there are as many."""
+    total = sum(part["count"] for part in parts) * row_bytes
+    count = min(len(parts), max(SLICES, -(-total // SLICE)))
+    return [[parts[i] for i in some] for some in np.array_split(np.arange(len(parts)), count)]
+
+
+class QueryCoder:
+    """Publishes sketches of some queries' directions in four bits a coordinate, with what became of the queries."""
+
+    def __init__(self, directions: Stage, operators: Store, device: str, stage: Stage) -> None:
+        self.directions, self.responses, self.device = directions, stage, device
+        self.sketches = load_sites(operators, SKETCH, device)
+
+    def __call__(self, part: int) -> dict[str, Any]:
+        """Do one unit; returns its marker."""
+        started = time.monotonic()
+        answers, gradients = read_directions(self.directions, part)
+        rows = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
+        sections = []
+        for site in self.sketches:
+            J = gradients.pop(site.name, None)
+            none = torch.zeros(0, math.prod(whole_shape(site)))
+            sections.append(none if J is None else sketch_of(site, J.to(self.device)).cpu() / site.scale)
+        finite = finite_rows(sections)
+        for i, good in zip(rows, finite.tolist(), strict=True):
+            answers[i] |= {} if good else {"status": "failed", "error": NOT_FINITE}
+        coded = packed_queries([section[finite].numpy() for section in sections])
+        tensors = {each.name: torch.from_numpy(getattr(coded, each.name)) for each in fields(Queries)}
+        self.responses.store.write(f"{code_name(part)}.safetensors", tensor_bytes(tensors))
+        return self.responses.mark(code_name(part), started, answers=answers)
+
+
+def read_codes(store: Store, parts: list[int]) -> Queries:
+    """The codes of all queries of some parts that did not fail, in order."""
+    read = [store.read_tensors(f"{code_name(part)}.safetensors") for part in parts]
+    return Queries(*(np.concatenate([each[f.name].numpy() for each in read]) for f in fields(Queries)))
+
+
+class RowScanner:
+    """Multiplies a group's queries with a slice of the rows and publishes what is kept of it."""
+
+    def __init__(self, config: Config, operators: Store, stage: Stage) -> None:
+        self.top, self.stage = config.attribute.top, stage
+        self.rows = RowStore(operators)
+        self.group: list[int] = []
+
+    def __call__(self, unit: tuple[list[int], int, list[dict[str, Any]]]) -> dict[str, Any]:
+        """Do one unit; returns its marker."""
+        started = time.monotonic()
+        group, index, parts = unit
+        if group != self.group:
+            self.group, self.queries = group, read_codes(self.stage.store, group)
+        values, moments = [], np.zeros((len(self.queries), 6))
+        for part in parts:
+            halves = products(self.rows.read(part), self.queries, self.rows.starts)
+            moments += half_moments(halves)
+            values.append(halves.sum(2).astype(np.float32))
+        found = torch.from_numpy(np.concatenate(values, 1))
+        numbers = torch.arange(parts[0]["first"], parts[0]["first"] + found.shape[1]).expand(found.shape)
+        if self.rows.of_blocks and found.shape[1] > self.top:
+            # Ties go by number, whatever the slice.
+            order = harm_halved(found).abs().argsort(dim=1, descending=True, stable=True)[:, : self.top]
+            found, numbers = found.gather(1, order), numbers.gather(1, order)
+        kept = {"rows": numbers.contiguous(), "values": found, "moments": torch.from_numpy(moments)}
+        name = scan_name(group, index)
+        self.stage.store.write(f"{name}.safetensors", tensor_bytes(kept))
+        return self.stage.mark(name, started, rows=sum(part["count"] for part in parts))
+
+
+def half_moments(halves: np.ndarray) -> np.ndarray:
+    """(Q, 6): of halves (Q, n, 2) n, Σa, Σb, Σa², Σb² and Σab, by query."""
+    a, b = halves[..., 0], halves[..., 1]
+    n = np.full(len(a), float(a.shape[1]))
+    return np.stack([n, a.sum(1), b.sum(1), (a * a).sum(1), (b * b).sum(1), (a * b).sum(1)], 1)
+
+
+def reliability(moments: np.ndarray) -> np.ndarray:
+    """Split-half reliability from half_moments, 2r / (1 + r), 0 where r is not positive: (Q,)."""
+    n, a, b, aa, bb, ab = moments.T
+    spread = np.sqrt(np.maximum((n * aa - a * a) * (n * bb - b * b), 0.0))
+    r = np.divide(n * ab - a * b, spread, out=np.zeros(len(n)), where=spread > 0)
+    return np.where(r > 0, 2 * r / (1 + r), 0.0)
+
+
+def gather(stage: Stage, top: int, unit: tuple[int, list[int], int]) -> dict[str, Any]:
+    """The responses of one part's queries from all slices of the rows; the ``top`` largest, or all where that is 0."""
+    started = time.monotonic()
+    part, group, slices = unit
+    markers = stage.done()
+    answers = [markers[code_name(each)]["answers"] for each in group]
+    before = sum(a["status"] == "ok" for each, some in zip(group, answers, strict=True) if each < part for a in some)
+    mine = answers[group.index(part)]
+    at = slice(before, before + sum(answer["status"] == "ok" for answer in mine))
+    read = [stage.store.read_tensors(f"{scan_name(group, index)}.safetensors") for index in range(slices)]
+    numbers = np.concatenate([each["rows"][at].numpy() for each in read], 1)
+    values = np.concatenate([each["values"][at].numpy() for each in read], 1)
+    moments: Any = sum(each["moments"][at].numpy() for each in read)
+    found = iter(zip(numbers, values, reliability(moments), strict=True))
+    rows = []
+    for answer in mine:
+        row = {**answer, "rows": [], "response": [], "reliability": None}
+        if answer["status"] == "ok":
+            number, value, row["reliability"] = next(found)
+            size = np.abs(np.where(value > 0, value, HARM * value))
+            order = np.sort(np.lexsort((number, -size))[: top or None])
+            order = order[np.argsort(number[order], kind="stable")]
+            row |= {"rows": number[order], "response": value[order]}
+        rows.append(row)
+    schema = RESPONSES if top else response_schema(numbers.shape[1]).append(RESPONSES.field("reliability"))
+    for row in rows if not top else ():
+        row["response"] = row["response"] if len(row["response"]) else np.full(numbers.shape[1], np.nan, np.float32)
+    digest = stage.store.write_table(f"{part_name(part)}.parquet", pa.Table.from_pylist(rows, schema))
+    failed = sum(row["status"] != "ok" for row in rows)
+    agree = [float(row["reliability"]) for row in rows if row["status"] == "ok"]
+    return stage.mark(part_name(part), started, queries=len(rows), failed=failed, reliability=agree, sha256=digest)

@@ -1,0 +1,229 @@
+"""Tables of influence: a query's blocks ranked, the same summed to documents, and a row on how each query went."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from stride_ray.corpus.blocks import Blocks, document_shares
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.run import Stage
+
+INFLUENCE = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("block_id", pa.uint64(), nullable=False),
+        pa.field("ordinal", pa.int64(), nullable=False),
+        pa.field("document_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("influence", pa.float64(), nullable=False),
+        pa.field("exact", pa.bool_(), nullable=False),
+    ]
+)
+DOCUMENTS = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("document_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("blocks", pa.int32(), nullable=False),
+        pa.field("influence", pa.float64(), nullable=False),
+    ]
+)
+RECOVERY = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("base_loss", pa.float32()),
+        pa.field("nonzeros", pa.int32()),
+        pa.field("penalty", pa.float64()),
+        pa.field("intercept", pa.float64()),
+        pa.field("gap", pa.float64()),
+        pa.field("rounds", pa.int32()),
+        pa.field("reliability", pa.float32()),
+        pa.field("steps", pa.int32()),
+        pa.field("exact", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Influence:
+    """The influence of some blocks on a query.
+
+    Attributes:
+        ordinals: (n,) int64, ascending.
+        weights: (n,) float64; positive: training on the block lowers the query's loss.
+        exact: (n,) bool; else estimated.
+    """
+
+    ordinals: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    exact: NDArray[np.bool_]
+
+
+def rank_tables(queries: list[str], influences: list[Influence], blocks: Blocks) -> tuple[pa.Table, pa.Table]:
+    """The influence and documents tables (INFLUENCE, DOCUMENTS) of some queries."""
+    everything = np.unique(np.concatenate([np.zeros(0, np.int64), *(each.ordinals for each in influences)]))
+    known = blocks.take(everything, ["block_id", "source", "spans"])
+    block_ids, sources = known["block_id"].to_numpy(), np.array(known["source"].to_pylist(), dtype=object)
+    span_rows, span_documents, shares = document_shares(known)
+    first_span = np.searchsorted(span_rows, np.arange(len(everything)))
+    ranked, summed = [], []
+    for query, each in zip(queries, influences, strict=True):
+        # Ties in influence go by ordinal, so the order is the same however the solver met them.
+        order = np.lexsort((each.ordinals, -each.weights))
+        at = np.searchsorted(everything, each.ordinals[order])
+        weights = each.weights[order]
+        ranked.append(
+            {
+                "query_id": [query] * len(at),
+                "rank": np.arange(1, len(at) + 1, dtype=np.int32),
+                "block_id": block_ids[at],
+                "ordinal": each.ordinals[order],
+                "document_id": [_largest_document(i, span_documents, shares, first_span) for i in at],
+                "source": sources[at],
+                "influence": weights,
+                "exact": each.exact[order],
+            }
+        )
+        summed.append(_documents(query, at, weights, (span_rows, span_documents, shares), sources))
+    return _concatenated(ranked, INFLUENCE), _concatenated(summed, DOCUMENTS)
+
+
+def _largest_document(row: int, documents: np.ndarray, shares: np.ndarray, first_span: np.ndarray) -> str:
+    """The document that most of a block's tokens belong to."""
+    stop = first_span[row + 1] if row + 1 < len(first_span) else len(documents)
+    return documents[first_span[row] + int(np.argmax(shares[first_span[row] : stop]))]
+
+
+def _documents(
+    query: str, at: np.ndarray, weights: np.ndarray, spans: tuple[np.ndarray, np.ndarray, np.ndarray], sources: Any
+) -> dict[str, Any]:
+    """One query's influence summed to documents, in rank order."""
+    span_rows, span_documents, shares = spans
+    by_row = dict(zip(at.tolist(), weights.tolist(), strict=True))
+    totals: dict[str, list[Any]] = {}
+    for index in np.flatnonzero(np.isin(span_rows, at)):
+        entry = totals.setdefault(span_documents[index], [0.0, 0, sources[span_rows[index]]])
+        entry[0] += by_row[int(span_rows[index])] * shares[index]
+        entry[1] += 1
+    order = sorted(totals, key=lambda document: (-totals[document][0], document))
+    return {
+        "query_id": [query] * len(order),
+        "rank": np.arange(1, len(order) + 1, dtype=np.int32),
+        "document_id": order,
+        "source": [totals[document][2] for document in order],
+        "blocks": [totals[document][1] for document in order],
+        "influence": [totals[document][0] for document in order],
+    }
+
+
+def _concatenated(pieces: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    return pa.concat_tables([schema.empty_table(), *(pa.Table.from_pydict(piece, schema) for piece in pieces)])
+
+
+def rank_unit(
+    config: Config,
+    blocks: Blocks,
+    stage: Stage,
+    scored: list[tuple[tuple[int, ...], str]],
+    answers: list[list[dict[str, Any]]],
+    part: int,
+) -> dict[str, Any]:
+    """Publish the tables of one part's queries; returns the marker.
+
+    Args:
+        config: of the run.
+        blocks: the pool.
+        stage: with the scores (scoring.ScoreWorker).
+        scored: the group and the name of each file of scores; none: estimates alone.
+        answers: by part, what is known of its queries: rows of RECOVERY, with ``ordinals`` and ``estimates`` where
+            there are some.
+        part: whose tables.
+    """
+    started = time.monotonic()
+    mine = answers[part]
+    found = list(_influences(config, stage, scored, answers, part))
+    good = [answer["query_id"] for answer in mine if answer["status"] == "ok"]
+    ranked, documents = rank_tables(good, found, blocks)
+    each = iter(found)
+    told = []
+    for answer in mine:
+        row = {key: answer.get(key) for key in RECOVERY.names}
+        if answer["status"] == "ok":
+            influence = next(each)
+            row |= {"nonzeros": len(influence.ordinals), "exact": int(influence.exact.sum())}
+        told.append(row)
+    name = f"{part:05d}"
+    stage.store.write_table(f"influence-{name}.parquet", ranked)
+    stage.store.write_table(f"documents-{name}.parquet", documents)
+    stage.store.write_table(f"recovery-{name}.parquet", pa.Table.from_pylist(told, RECOVERY))
+    return stage.mark(
+        name,
+        started,
+        queries=len(told),
+        failed=len(told) - len(good),
+        nonzeros=[len(influence.ordinals) for influence in found],
+        exact=[int(influence.exact.sum()) for influence in found],
+        unsolved=sum(answer.get("steps") == 0 for answer in mine if answer["status"] == "ok"),
+        reliability=[answer.get("reliability") for answer in mine if answer["status"] == "ok"],
+    )
+
+
+def _influences(
+    config: Config,
+    stage: Stage,
+    scored: list[tuple[tuple[int, ...], str]],
+    answers: list[list[dict[str, Any]]],
+    part: int,
+) -> Any:
+    """Influence on each of a part's queries that did not fail."""
+    good = [answer for answer in answers[part] if answer["status"] == "ok"]
+    group = next((group for group, _ in scored if part in group), (part,))
+    before = sum(answer["status"] == "ok" for each in group if each < part for answer in answers[each])
+    rows = slice(before, before + len(good))
+    read = [stage.store.read_tensors(f"{name}.safetensors") for of, name in scored if of == group]
+    ordinals = np.concatenate(
+        [np.zeros((len(good), 0), np.int64), *(each["ordinals"][rows].numpy() for each in read)], 1
+    )
+    values = np.concatenate([np.zeros((len(good), 0)), *(each["influence"][rows].double().numpy() for each in read)], 1)
+    for answer, at, weights in zip(good, ordinals, values, strict=True):
+        yield merged(answer, at, weights, config.attribute.top, calibrate=config.operators.form != "sites")
+
+
+def merged(
+    answer: dict[str, Any], ordinals: np.ndarray, scores: np.ndarray, top: int, calibrate: bool = False
+) -> Influence:
+    """A query's influence: exact scores where they are finite, estimates for the other blocks, the ``top`` largest.
+
+    Args:
+        answer: with ``ordinals``, ascending, and ``estimates``, or neither.
+        ordinals: (n,) blocks that were scored.
+        scores: (n,) float64, nan where not for this query.
+        top: how many are kept at most.
+        calibrate: estimates are in another unit than scores; they are multiplied by the least-squares factor that
+            the blocks with both give, if it is positive.
+    """
+    scored = np.isfinite(scores)
+    ordinals, scores = ordinals[scored], scores[scored]
+    estimated = np.asarray(answer.get("ordinals", ()), dtype=np.int64)
+    estimates = np.asarray(answer.get("estimates", ()), dtype=np.float64)
+    rest = ~np.isin(estimated, ordinals)
+    if calibrate and not rest.all():
+        both = np.isin(ordinals, estimated)
+        same = estimates[np.searchsorted(estimated, ordinals[both])]
+        factor = float(same @ scores[both]) / max(float(same @ same), 1e-300)
+        estimates = estimates * (factor if factor > 0 else 1.0)
+    at = np.concatenate([ordinals, estimated[rest]])
+    weights = np.concatenate([scores, estimates[rest]])
+    exact = np.arange(len(at)) < len(ordinals)
+    kept = np.lexsort((at, -np.abs(weights)))[:top]
+    kept = kept[weights[kept] != 0]
+    kept = kept[np.argsort(at[kept])]
+    return Influence(at[kept], weights[kept], exact[kept])

@@ -1,0 +1,99 @@
+"""The command line: parses a verb of verbs.py with its options, and does it.
+
+Exit status: 0 done; 1 a sentence on standard error says what is wrong; 3 done, but the fit learned nothing that can
+be told from noise; 130 interrupted, 143 by SIGTERM. ``scan`` has its own (scan.py): 2 says that there are new findings.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from stride_ray import __version__
+from stride_ray.cli import scan
+from stride_ray.cli.arguments import assignment
+from stride_ray.cli.exits import exit_status
+from stride_ray.cli.verbs import VERBS, Verb
+from stride_ray.runtime.config import Config, loads, option_fields
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.storage import Store
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if strange := next((each for each in given if any("\ud800" <= c <= "\udfff" for c in each)), None):
+        print(f"stride-ray: the argument {strange!r} is no valid UTF-8; rename what it names", file=sys.stderr)
+        return 1
+    if given[:1] == ["scan"]:
+        return scan.status_of(lambda: _scanned(given))
+    parsed = _parser().parse_args(given)
+    return exit_status("stride-ray", lambda: _run(parsed))
+
+
+def _scanned(given: list[str]) -> int:
+    """The verb scan, which reads its arguments under its own exit statuses."""
+    if given[1:2] == ["compare"]:
+        return exit_status("stride-ray", lambda: scan.compare_nights(given[2:]))
+    parsed = _parser().parse_args(given)
+    return exit_status("stride-ray", lambda: _run(parsed))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stride-ray", description="Which training data made a language model do this.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        sub = verbs.add_parser(name, help=verb.about, description=verb.about, allow_abbrev=False)
+        verb.add_arguments(sub)
+        if verb.options:
+            _add_options(sub, verb)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, verb: Verb) -> None:
+    """The verb's options with a flag each, and the two ways to all others."""
+    parser.add_argument("--config", metavar="FILE", help="TOML with any options ('stride-ray config' lists them)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any option, as in --set fit.steps=800"
+    )
+    declared = option_fields()
+    for name in verb.options:
+        flag = "--model" if name == "model.path" else "--" + name.rpartition(".")[2].replace("_", "-")
+        extra: dict[str, Any] = {"action": "append"} if name in ("corpus.input", "select.earlier") else {}
+        if declared[name].metadata["choices"]:
+            extra["choices"] = declared[name].metadata["choices"]
+        else:
+            extra["metavar"] = name.rpartition(".")[2].upper()
+        parser.add_argument(flag, dest=name, help=declared[name].metadata["help"].replace("%", "%%"), **extra)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    verb = VERBS[parsed.verb]
+    if verb.options:
+        return verb.do(_opened(parsed), parsed)
+    return verb.do(Run(parsed.run) if "run" in parsed else None, parsed)
+
+
+def run_of(arguments: Sequence[str]) -> tuple[Run, argparse.Namespace]:
+    """The run that a verb's arguments name, with the options that they set, and the arguments, for scripts."""
+    parsed = _parser().parse_args(arguments)
+    return _opened(parsed), parsed
+
+
+def _opened(parsed: argparse.Namespace) -> Run:
+    return Run(parsed.run, _config(parsed), _changes(parsed))
+
+
+def _config(parsed: argparse.Namespace) -> Config | None:
+    if not parsed.config:
+        return None
+    folder, slash, leaf = parsed.config.rpartition("/")
+    return loads(Store(folder or slash or ".").read_text(leaf), parsed.config)
+
+
+def _changes(parsed: argparse.Namespace) -> dict[str, Any]:
+    changes = {name: value for name, value in vars(parsed).items() if "." in name and value is not None}
+    return changes | dict(assignment(item) for item in parsed.set)

@@ -1,0 +1,107 @@
+"""The verb ``scan``: its arguments, what it prints, its exit status, and ``scan compare``.
+
+Exit status: 0 nothing new; 2 new findings over the thresholds; 1 failure, a bad command line and a webhook that did
+not take the summary among them; 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
+
+COMPARE = (
+    "compare two nights: stride-ray scan compare A B, dated folders, prints what is new, changed and resolved in B; "
+    "exit status 0 nothing new, 2 something is, 1 failure"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the verb takes beside a run and options."""
+    parser.epilog = COMPARE
+    parser.add_argument("--out", required=True, metavar="URL", help="folder of all nights; the same every night")
+    parser.add_argument(
+        "--set-folder", action="append", default=[], metavar="FOLDER", help="evaluation sets, a file each; repeatable"
+    )
+    parser.add_argument(
+        "--evaluation", action="append", default=[], metavar="[NAME=]PATH", help="one evaluation set; repeatable"
+    )
+    parser.add_argument(
+        "--control", action="append", default=[], metavar="[NAME=]PATH", help="items that nobody published; repeatable"
+    )
+    parser.add_argument(
+        "--fields", default="", metavar="ROLE=FIELD,…", help="fields of question, choices, answer, id (else detected)"
+    )
+    parser.add_argument("--night", default="", metavar="NAME", help="name of the dated folder (default: today, UTC)")
+    parser.add_argument("--webhook", default="", metavar="URL", help="where to POST the summary as JSON")
+    parser.add_argument("--purify", default="", metavar="URL", help="new folder for the corpus without leaked spans")
+    parser.add_argument("--purify-documents", action="store_true", help="leave out whole documents in place of spans")
+
+
+def status_of(work: Callable[[], int]) -> int:
+    """Do work that parses arguments: argparse ends with 2 on a bad command line, which here means new findings."""
+    try:
+        return work()
+    except SystemExit as error:
+        if error.code == 2:
+            raise SystemExit(1) from None
+        raise
+
+
+def run_scan(run: Run, parsed: argparse.Namespace) -> int:
+    """Do the verb; returns its exit status."""
+    from stride_ray.contamination.items import EvaluationSet, read_folder, read_set
+    from stride_ray.contamination.nightly import scan
+    from stride_ray.contamination.summary import headline
+
+    fields = _fields(parsed.fields)
+
+    def named(texts: Sequence[str]) -> list[EvaluationSet]:
+        pairs = [text.rpartition("=") if "=" in text.partition("/")[0] else ("", "", text) for text in texts]
+        return [read_set(path, name, fields) for name, _, path in pairs]
+
+    sets = [each for folder in parsed.set_folder for each in read_folder(folder, fields)] + named(parsed.evaluation)
+    done = scan(run, sets, parsed.out, named(parsed.control), parsed.night, parsed.webhook)
+    for each in done["sets"]:
+        told = ", ".join(f"{count} {verdict}" for verdict, count in each["verdicts"].items())
+        print(f"{each['name']}: {each['items']} items, {told}; {each['new']} new")
+        for reject in each["rejects"]:
+            print(f"  not understood: {reject}")
+    print(headline(done))
+    print(f"Report: {done['folder']}/report.md")
+    if parsed.purify:
+        from stride_ray.contamination.purify import purify
+
+        counts = purify(run, parsed.out, done["night"], parsed.purify, parsed.purify_documents)
+        print(
+            f"Purified: {counts['documents']} documents changed or left out, {counts['files']} files in {parsed.purify}"
+        )
+    if done["webhook"]:
+        raise StrideError(f"The report is in place, but the webhook was not told: {done['webhook']}.")
+    return int(done["status"])
+
+
+def compare_nights(arguments: Sequence[str]) -> int:
+    """``scan compare A B``; returns its exit status."""
+    from stride_ray.contamination.compare import compare, told
+
+    parser = argparse.ArgumentParser(prog="stride-ray scan compare", description=COMPARE)
+    parser.add_argument("a", metavar="A", help="dated folder of the earlier night")
+    parser.add_argument("b", metavar="B", help="dated folder of the later night")
+    parsed = parser.parse_args(arguments)
+    found = compare(parsed.a, parsed.b)
+    print(told(found), file=sys.stdout)
+    return 2 if found.new else 0
+
+
+def _fields(text: str) -> dict[str, str]:
+    """Role to field(s): ``question=ctx,choices=a+b`` names two fields that hold a choice each.
+
+    Raises:
+        StrideError: for a part without an equals sign.
+    """
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if not all(equals and value for _, equals, value in pairs):
+        raise StrideError(f"--fields {text!r} is no list of ROLE=FIELD.")
+    return {role.strip(): value.strip().replace("+", ",") for role, _, value in pairs}

@@ -1,0 +1,60 @@
+"""What a run directory holds: each stage done, under way or missing, with its figures."""
+
+from typing import Any
+
+from stride_ray.attribution.attribute import believable, mode_of
+from stride_ray.runtime.config import STAGES
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.urls import safe_url
+
+
+def status(run: Run) -> str:
+    """A few lines for a person.
+
+    Raises:
+        StrideError: where there is no run directory.
+    """
+    if not run.store.exists("run.toml"):
+        raise StrideError(f"{safe_url(run.url)} is no run directory: it has no run.toml; 'stride-ray shard' makes one.")
+    lines = [f"run {safe_url(run.url)}, whose answers are {mode_of(run)} (attribute.exact)"]
+    for stage in STAGES:
+        names = [""] if stage in ("blocks", "operators", "curvature") else run.store.names(stage) or ["(none)"]
+        lines += [_line(run, stage, name) for name in names]
+    return "\n".join(lines)
+
+
+def _line(run: Run, stage: str, name: str) -> str:
+    title = f"{stage}/{name}" if name else stage
+    opened = run.stage(stage, "" if name == "(none)" else name)
+    if name == "(none)" or not opened.store.exists("stage.json"):
+        return f"  {title:<28} missing"
+    finished = "metadata.json" if stage == "operators" else "manifest.json"
+    markers = opened.done().values()
+    cost = f"{sum(marker['seconds'] for marker in markers):.1f} worker-seconds"
+    cost += f", at most {max((marker['peak_mb'] for marker in markers), default=0)} MB a worker"
+    if not opened.store.exists(finished):
+        return f"  {title:<28} under way or interrupted: {len(markers)} unit(s) done; run it again to go on"
+    facts = opened.store.read_json(finished)
+    blocks = run.stage("blocks").store
+    behind = blocks.read_json("manifest.json")["blocks"] - facts["blocks"] if stage == "operators" else 0
+    more = f"; {behind} blocks were sharded since and are not in it" if behind else ""
+    return f"  {title:<28} done, {_figures(stage, facts)}{more}; {cost}"
+
+
+def _figures(stage: str, facts: dict[str, Any]) -> str:
+    if stage == "blocks":
+        return f"{facts['blocks']} blocks, {facts['documents']} documents, {facts['rejected']} rejected"
+    if stage == "operators":
+        learned = "" if facts["learned"] else " (WARNING: learned nothing)"
+        if facts.get("form") == "sites":
+            size = f"{facts['row_bytes'] / 1024:.1f} KiB each, {facts['subsets'] * facts['row_bytes'] / 1e6:.3g} MB"
+            return f"{facts['subsets']} operators of {facts['rows']} at {len(facts['sites'])} sites, {size}{learned}"
+        return f"{facts['subsets']} operators, {facts['method']}{learned}"
+    if stage == "curvature":
+        return f"{len(facts['sites'])} sites"
+    if stage == "responses":
+        return f"{facts['queries']} queries, {facts['failed']} failed, {facts['mode']}{believable(facts)}"
+    exact = f" ({facts['exact']} of them exact)" if "exact" in facts else ""
+    median = f"median {facts['median_nonzeros']:g} a query"
+    return f"{facts['rows']} influences{exact} of {facts['queries']} queries, {median}"

@@ -1,0 +1,255 @@
+"""The verbs of the command line, a line each in VERBS: what they take, what they do and what they print.
+
+Stages are imported when a verb is done: they import torch and Ray, which --help and --version do not wait for.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stride_ray.cli import scan
+from stride_ray.cli.arguments import count
+from stride_ray.runtime.config import Config, dumps
+from stride_ray.runtime.run import Run
+
+EVERYWHERE = ("compute.address", "compute.workers", "compute.device")
+MODES = {
+    "--exact": ("true", "score every block exactly, in a pass over the pool; needs no operators"),
+    "--no-exact": ("false", "estimates from the operators, exact influence of the candidates (the default)"),
+}
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb.
+
+    Attributes:
+        about: what it does, for --help.
+        add_arguments: declares what it takes beside options.
+        do: does it, given the run (None for a verb that has none) and the arguments; returns the exit status.
+        options: of the run (config.py), which get a flag of their own; all others are set by --set or --config. Empty:
+            the verb takes the run as it is.
+    """
+
+    about: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    do: Callable[[Any, argparse.Namespace], int]
+    options: tuple[str, ...] = ()
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run directory: a path or any fsspec URL, s3://… included")
+
+
+def _name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", default="queries", help="name of the query set, a folder's (default: queries)")
+
+
+def _queries(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--queries", required=True, metavar="FILE", help="JSON Lines, Parquet or text files")
+
+
+def _mode(parser: argparse.ArgumentParser) -> None:
+    either = parser.add_mutually_exclusive_group()
+    for flag, (value, about) in MODES.items():
+        either.add_argument(flag, dest="attribute.exact", action="store_const", const=value, help=about)
+
+
+def _all(*parts: Callable[[argparse.ArgumentParser], None]) -> Callable[[argparse.ArgumentParser], None]:
+    def add(parser: argparse.ArgumentParser) -> None:
+        for part in parts:
+            part(parser)
+
+    return add
+
+
+def _shard_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", dest="model.path", help="take the tokenizer from this model", metavar="PATH")
+
+
+def _shard(run: Run, parsed: argparse.Namespace) -> int:
+    from stride_ray.corpus.readers import Rejected
+    from stride_ray.corpus.shard import shard
+
+    manifest = shard(run)
+    print(
+        f"{manifest['documents']} documents became {manifest['blocks']} blocks of {manifest['block_tokens']} tokens "
+        f"({manifest['tokens']} tokens, {manifest['target_tokens']} of them targets) in {len(manifest['parts'])} "
+        f"part(s) under {run.stage('blocks').store.name_of('')}"
+    )
+    if manifest["rejected"]:
+        print(f"{manifest['rejected']} rows were rejected; the first:")
+    for reject in manifest["rejects"][:5]:
+        print(f"  {Rejected(**reject).told()}")
+    return 0
+
+
+def _fit(run: Run, parsed: argparse.Namespace) -> int:
+    from stride_ray.operators.fit import fit
+
+    facts = fit(run)
+    print(facts["verdict"], file=sys.stdout if facts["learned"] else sys.stderr)
+    return 0 if facts["learned"] else 3
+
+
+def _respond(run: Run, parsed: argparse.Namespace) -> int:
+    from stride_ray.attribution.respond import respond
+
+    done = respond(run, parsed.queries, parsed.name)
+    alike = f" (correlation with steered ones {done['correlation']:.4f})" if done.get("correlation") else ""
+    print(f"{done['queries']} queries, {done['failed']} failed, {done['mode']} responses{alike}.")
+    return 0
+
+
+def _recover(run: Run, parsed: argparse.Namespace) -> int:
+    from stride_ray.attribution.recover import recover_estimates
+
+    done = recover_estimates(run, parsed.name)
+    print(
+        f"{done['queries']} queries, {done['failed']} failed; median {done['median_nonzeros']:g} blocks with an "
+        f"estimate, largest relative duality gap {done['largest_gap']:.1e}."
+    )
+    return 0
+
+
+def _rescore(run: Run, parsed: argparse.Namespace) -> int:
+    from stride_ray.attribution.rescore import rescore
+
+    done = rescore(run, parsed.name)
+    print(f"{done['queries']} queries, {done['failed']} failed; {done['exact']} of {done['rows']} rows are exact.")
+    return 0
+
+
+def _attribute(run: Run, parsed: argparse.Namespace) -> int:
+    from stride_ray.attribution.attribute import attribute
+
+    attribute(run, parsed.queries, parsed.name)
+    return 0
+
+
+def _select_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", action="append", required=True, help="a target query set; may be given again")
+    parser.add_argument("--out", required=True, metavar="URL", help="folder for the data set")
+    parser.add_argument("--blocks", action="store_true", help="write token blocks in place of the input's rows")
+
+
+def _select(run: Run, parsed: argparse.Namespace) -> int:
+    from stride_ray.selection.select import select, told
+
+    print(told(select(run, parsed.name, parsed.out, parsed.blocks), parsed.out))
+    return 0
+
+
+def _status(run: Run, parsed: argparse.Namespace) -> int:
+    from stride_ray.cli.status import status
+
+    print(status(run))
+    return 0
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", default="queries", help="of the run's query set (default: queries)")
+    parser.add_argument("--blocks", type=count, required=True, metavar="N", help="blocks of the larger run")
+    parser.add_argument("--queries", type=count, required=True, metavar="Q", help="queries of the larger run")
+    parser.add_argument("--workers", type=count, required=True, metavar="W", help="workers of the larger run")
+
+
+def _plan(pilot: Run, parsed: argparse.Namespace) -> int:
+    from stride_ray.cli.plan import accuracy, memory, plan, table
+
+    size = (parsed.blocks, parsed.queries, parsed.workers)
+    estimates = plan(pilot, parsed.name, *size)
+    print(table(estimates, *size))
+    print(memory(pilot.config, estimates), end="")
+    print(accuracy(pilot.config, parsed.blocks), end="")
+    return 0
+
+
+def _config(run: None, parsed: argparse.Namespace) -> int:
+    print(dumps(Config(), comments=True), end="")
+    return 0
+
+
+def _quickstart_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", default="quickstart", help="where everything is made")
+
+
+def _quickstart(run: None, parsed: argparse.Namespace) -> int:
+    from stride_ray.cli.quickstart import quickstart
+
+    quickstart(parsed.folder)
+    return 0
+
+
+VERBS = {
+    "shard": Verb(
+        "documents to blocks: tokenise a corpus and cut it into blocks in Parquet",
+        _all(_run, _shard_arguments),
+        _shard,
+        (
+            *("corpus.input", "corpus.tokenizer", "corpus.columns", "corpus.layout", "corpus.block_tokens"),
+            *EVERYWHERE,
+        ),
+    ),
+    "fit": Verb(
+        "blocks to operators: one pass over the pool, or the paper's training loop",
+        _run,
+        _fit,
+        (
+            *("model.path", "model.dtype", "operators.form", "operators.budget_gb", "operators.rows"),
+            *("membership.subsets", "membership.degree", *EVERYWHERE),
+        ),
+    ),
+    "respond": Verb(
+        "queries to responses: how each operator moves each query's loss",
+        _all(_run, _queries, _name),
+        _respond,
+        ("respond.mode", *EVERYWHERE),
+    ),
+    "recover": Verb(
+        "responses to estimates of every query's influence; a Lasso per query where operators are of subsets",
+        _all(_run, _name),
+        _recover,
+        ("recover.penalty_ratio", *EVERYWHERE),
+    ),
+    "rescore": Verb(
+        "estimates to ranked tables: exact influence of every query's candidates, estimates for the rest",
+        _all(_run, _name),
+        _rescore,
+        ("attribute.candidates", *EVERYWHERE),
+    ),
+    "attribute": Verb(
+        "respond, recover and rescore at once, with a console summary and a page: which blocks made the model answer "
+        "like this",
+        _all(_run, _queries, _mode, _name),
+        _attribute,
+        ("model.path", "attribute.candidates", "attribute.top", *EVERYWHERE),
+    ),
+    "scan": Verb(
+        "did evaluation items leak into the corpus, and does the model lean on them? (and: scan compare A B)",
+        _all(_run, _mode, scan.add_arguments),
+        scan.run_scan,
+        ("scan.words", "scan.overlap", "scan.influence", "scan.false_discovery", "scan.alarm", *EVERYWHERE),
+    ),
+    "select": Verb(
+        "influence on target queries to training data, with a reason for every document and a random arm",
+        _all(_run, _mode, _select_arguments),
+        _select,
+        (
+            *("select.by", "select.documents", "select.tokens", "select.drop", "select.drop_at", "select.earlier"),
+            *EVERYWHERE,
+        ),
+    ),
+    "status": Verb("what is done and what is missing in a run directory", _run, _status),
+    "plan": Verb(
+        "what a larger run will read, write, hold and take, from what this one did on a sample",
+        _all(_run, _plan_arguments),
+        _plan,
+    ),
+    "config": Verb("every option with its default and meaning, as TOML for --config", _all(), _config),
+    "quickstart": Verb(
+        "everything on a small real corpus and a model trained on the spot", _quickstart_arguments, _quickstart
+    ),
+}

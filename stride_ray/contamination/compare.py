@@ -1,0 +1,91 @@
+"""Two nights side by side: which findings are new, resolved or changed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from stride_ray.contamination.verdicts import CLEAN
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.urls import safe_url
+
+_KEPT = ("set", "item_id", "key", "verdict", "question", "overlap", "documents", "first_document", "q", "tied_document")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What changed from one scan to a later one; each a list of rows of the verdicts' table, in its order.
+
+    Attributes:
+        new: findings (any verdict but clean) of items that were clean or not there.
+        resolved: findings of the earlier scan whose items are clean now, or not evaluated any more (``gone`` is True).
+        changed: findings in both under another verdict; ``before`` is the earlier one.
+    """
+
+    new: list[dict[str, Any]]
+    resolved: list[dict[str, Any]]
+    changed: list[dict[str, Any]]
+
+
+def difference(earlier: pa.Table | None, later: pa.Table) -> Difference:
+    """Compare two tables of verdicts by item; without an earlier one, every finding is new."""
+    old = {row["key"]: row for row in earlier.to_pylist()} if earlier is not None else {}
+    now = {row["key"]: row for row in later.to_pylist()}
+    found = {key: row for key, row in now.items() if row["verdict"] != CLEAN}
+    new, changed = [], []
+    for key, row in found.items():
+        before = old.get(key, {}).get("verdict", CLEAN)
+        kept = {name: row[name] for name in _KEPT}
+        if before == CLEAN:
+            new.append(kept)
+        elif before != row["verdict"]:
+            changed.append({**kept, "before": before})
+    resolved = [
+        {**{name: row[name] for name in _KEPT}, "gone": key not in now}
+        for key, row in old.items()
+        if row["verdict"] != CLEAN and key not in found
+    ]
+    return Difference(new, resolved, changed)
+
+
+def compare(a: str, b: str) -> Difference:
+    """What is new and what is resolved from the dated folder ``a`` to ``b``.
+
+    Raises:
+        StrideError: where one of them is no finished scan.
+    """
+    tables = []
+    for url in (a, b):
+        store = Store(url)
+        if not store.exists("manifest.json"):
+            raise StrideError(
+                f"{safe_url(url)} is no finished scan: it has no manifest.json; give the dated folders, as in "
+                "SCANS/nights/2026-01-31."
+            )
+        tables.append(store.read_table("verdicts.parquet"))
+    return difference(*tables)
+
+
+def told(found: Difference) -> str:
+    """The difference as lines for a person."""
+    if not (found.new or found.resolved or found.changed):
+        return "Nothing is new and nothing is resolved."
+    lines = []
+    for title, rows in (("new", found.new), ("changed", found.changed), ("resolved", found.resolved)):
+        lines += [f"{len(rows)} {title}"] if rows else []
+        lines += [f"  {line(row)}" for row in rows]
+    return "\n".join(lines)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A finding in a line: what, where, how sure."""
+    text = f"{row['set']} / {row['item_id']}: {row['verdict']}"
+    if row.get("gone"):
+        return f"{text}; the item is not evaluated any more"
+    evidence = []
+    if row["verdict"] in ("lexical", "both"):
+        evidence.append(f"{row['overlap']:.0%} in {row['documents']} document(s), first {row['first_document']}")
+    if row["verdict"] in ("influence", "both"):
+        evidence.append(f"tied to a block of {row['tied_document']}, q = {row['q']:.2g}")
+    return f"{text} ({'; '.join(evidence)})"

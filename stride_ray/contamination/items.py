@@ -1,0 +1,281 @@
+"""Evaluation sets: items of a question, choices and an answer, from JSON Lines or Parquet in the shapes in use.
+
+Read as they are: GSM8K (question, answer), ARC (question, choices {text, label}, answerKey), MMLU (question, choices,
+answer as index or letter), HellaSwag (ctx, endings, label), TruthfulQA (question, best_answer; mc1_targets), PIQA-like
+goal and sol1, sol2, prompt with completion or target, and plain text. Any other shape by naming the fields.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stride_ray.corpus.readers import Rejected, Row, rows
+from stride_ray.corpus.splits import plan
+from stride_ray.runtime.errors import StrideError
+
+ROLES = ("question", "choices", "answer", "id")
+# Field names in use, the most telling first; a shape is the first whose question is there with all the rest it names.
+_SHAPES: tuple[dict[str, str], ...] = (
+    {"question": "ctx", "choices": "endings", "answer": "label"},  # HellaSwag
+    {"question": "question", "choices": "choices", "answer": "answerKey"},  # ARC, OpenBookQA, CommonsenseQA
+    {"question": "question", "choices": "choices", "answer": "answer"},  # MMLU
+    {"question": "question", "choices": "options", "answer": "answer"},  # MMLU-Pro, AQuA
+    {"question": "question", "choices": "mc1_targets"},  # TruthfulQA, multiple choice
+    {"question": "question", "answer": "best_answer"},  # TruthfulQA, generation
+    {"question": "question", "answer": "answers"},  # SQuAD, TriviaQA, Natural Questions
+    {"question": "question", "answer": "answer"},  # GSM8K
+    {"question": "problem", "answer": "solution"},  # MATH
+    {"question": "goal", "choices": "sol1,sol2", "answer": "label"},  # PIQA
+    {"question": "sentence", "choices": "option1,option2", "answer": "answer"},  # WinoGrande
+    {"question": "prompt", "answer": "canonical_solution"},  # HumanEval
+    {"question": "prompt", "answer": "completion"},
+    {"question": "prompt", "answer": "answer"},
+    {"question": "prompt", "answer": "target"},
+    {"question": "input", "answer": "target"},  # BIG-bench
+    {"question": "instruction", "answer": "output"},
+    {"question": "question"},
+    {"question": "text"},
+    {"question": "content"},
+)
+_IDS = ("id", "item_id", "query_id", "question_id", "task_id", "ind", "uid")
+_SPLIT = re.compile(r"(-\d{5}-of-\d{5})?(\.(jsonl|json|ndjson|parquet|txt))?(\.(gz|zst))?$", re.I)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item of an evaluation set.
+
+    Attributes:
+        key: 16 hexadecimal digits of the set's name and the item's content: the same item every night.
+        set_name: of its evaluation set.
+        item_id: the row's own id, else ``file#row``.
+        file: its file's name.
+        row: line (from 1) in JSON Lines, row (from 0) in Parquet.
+        question: the question, or the whole of a plain text.
+        choices: what may be answered; empty where it is free.
+        answer: the right answer's text; empty where the row tells none.
+    """
+
+    key: str
+    set_name: str
+    item_id: str
+    file: str
+    row: int
+    question: str
+    choices: tuple[str, ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A named set.
+
+    Attributes:
+        name: of the set.
+        items: distinct items in reading order.
+        repeated: rows that say what an earlier one said.
+        rejects: rows that are not understood, each with file, row and why.
+    """
+
+    name: str
+    items: tuple[Item, ...]
+    repeated: int
+    rejects: tuple[Rejected, ...]
+
+
+def read_folder(folder: str, fields: Mapping[str, str] | None = None) -> list[EvaluationSet]:
+    """Every file of a folder (a glob, or any fsspec URL) as an evaluation set, named by its path without endings.
+
+    Files that differ in ``-00000-of-00002`` only make one set.
+
+    Args:
+        folder: of JSON Lines (``.gz``, ``.zst``), Parquet or text files.
+        fields: question, choices, answer or id to the field that holds it; detected where not given.
+
+    Raises:
+        StrideError: as read_set.
+    """
+    names = sorted({_SPLIT.sub("", file.name) for unit in plan([folder], 2**30) for file in unit.files})
+    return [read_set(folder, name, fields, only=name) for name in names]
+
+
+def read_set(
+    path: str, name: str = "", fields: Mapping[str, str] | None = None, only: str | None = None
+) -> EvaluationSet:
+    """One evaluation set.
+
+    Args:
+        path: a file, or several by folder or glob.
+        name: of the set; empty: the file's without ending.
+        fields: as in read_folder.
+        only: leave out files whose name without endings is another.
+
+    Raises:
+        StrideError: nothing there, no row is an item, or an unknown role.
+    """
+    unknown = [role for role in fields or {} if role not in ROLES]
+    if unknown:
+        raise StrideError(f"{unknown[0]!r} is no role of a field of an evaluation set; the roles are {_listed(ROLES)}.")
+    name = name or _SPLIT.sub("", os.path.basename(path.rstrip("/")))
+    items: dict[str, Item] = {}
+    rejects: list[Rejected] = []
+    count = 0
+    for unit in plan([path], 2**30):
+        if only is not None and all(_SPLIT.sub("", file.name) != only for file in unit.files):
+            continue
+        for row in rows(unit, None):
+            count += 1
+            found = row if isinstance(row, Rejected) else _item(row, name, fields or {})
+            if only is not None and isinstance(row, Row) and _SPLIT.sub("", row.file) != only:
+                count -= 1
+            elif isinstance(found, Rejected):
+                rejects.append(found)
+            else:
+                items.setdefault(found.key, found)
+    if not items:
+        why = f"; the first row that is not understood: {rejects[0].told()}" if rejects else ""
+        raise StrideError(f"The evaluation set {name} ({path}) has no items{why}.")
+    return EvaluationSet(name, tuple(items.values()), count - len(items) - len(rejects), tuple(rejects))
+
+
+def check_names(sets: Sequence[EvaluationSet]) -> None:
+    """Refuse two sets of one name.
+
+    Raises:
+        StrideError: naming it.
+    """
+    seen: set[str] = set()
+    for each in sets:
+        if each.name in seen:
+            raise StrideError(f"Two evaluation sets are called {each.name!r}; give one another name (NAME=PATH).")
+        seen.add(each.name)
+
+
+class _OddError(Exception):
+    """Why a row is no item; becomes a reject."""
+
+
+def _item(row: Row, name: str, given: Mapping[str, str]) -> Item | Rejected:
+    number = row.number()
+    try:
+        shape = _shape(row.values, given)
+        question = _text(row.values, shape["question"])
+        choices, labels = _choices(row.values, shape["choices"]) if "choices" in shape else ((), ())
+        answer = _answer(row.values, shape, choices, labels)
+        if not question.strip() and not answer.strip():
+            raise _OddError(f"{shape['question']!r} is empty")
+    except _OddError as error:
+        return Rejected(row.file, number, str(error))
+    own = given.get("id") or next((key for key in _IDS if isinstance(row.values.get(key), str | int)), "")
+    item_id = str(row.values[own]) if own in row.values else row.document_id
+    content = json.dumps([name, question, choices, answer], ensure_ascii=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return Item(key, name, item_id, row.file, -1 if number is None else number, question, choices, answer)
+
+
+def _shape(values: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
+    """Role to field(s), as given, else the first known shape that the row has; null fields are not there."""
+    there = {key for key, value in values.items() if value is not None}
+    named = {role: field for role, field in given.items() if role != "id"}
+    for field in named.values():
+        missing = [part for part in field.split(",") if part not in there]
+        if missing:
+            raise _OddError(f"it has no field {missing[0]!r}; its fields are {_listed(sorted(there))}")
+    if "question" in named:
+        return named
+    for shape in _SHAPES:
+        fields = [part for field in shape.values() for part in field.split(",")]
+        if all(field in there for field in fields):
+            return {**shape, **named}
+    raise _OddError(
+        f"none of its fields {_listed(sorted(there))} is known to hold a question; say which does, as in "
+        "--fields question=FIELD,answer=FIELD"
+    )
+
+
+def _text(values: Mapping[str, Any], field: str) -> str:
+    value = values[field]
+    if isinstance(value, dict):  # MMLU-like {"stem": …}, TriviaQA's {"value": …}
+        value = next((value[key] for key in ("stem", "text", "value") if isinstance(value.get(key), str)), value)
+    if not isinstance(value, str):
+        raise _OddError(f"{field!r} holds {type(value).__name__}, not a text")
+    return _whole(value, field)
+
+
+def _whole(value: str, field: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _OddError(f"{field!r} holds half a character (a lone surrogate)") from None
+    return value
+
+
+def _choices(values: Mapping[str, Any], field: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Choices' texts and their labels (empty where there are none)."""
+    value = values[field] if "," not in field else [values[part] for part in field.split(",")]
+    labels: Sequence[Any] = ()
+    if isinstance(value, dict):
+        labels = value.get("label") or value.get("labels") or ()
+        value = value.get("text", value.get("choices"))
+    elif isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        labels = [each.get("label", "") for each in value]
+        value = [each.get("text") for each in value]
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise _OddError(f"{field!r} does not hold a list of texts")
+    return tuple(_whole(each, field) for each in value), tuple(str(label) for label in labels)
+
+
+def _answer(
+    values: Mapping[str, Any], shape: Mapping[str, str], choices: tuple[str, ...], labels: tuple[str, ...]
+) -> str:
+    """The right answer's text: the field's own, or the choice that it points to."""
+    if "answer" not in shape:
+        if shape.get("choices", "").endswith("_targets") and 1 in labels_of(labels):
+            return choices[labels_of(labels).index(1)]
+        return ""
+    field = shape["answer"]
+    value = values[field]
+    if isinstance(value, dict):  # SQuAD's {"text": […]}, TriviaQA's {"value": …}
+        value = value.get("value", value.get("text", value))
+    if isinstance(value, list):
+        if not value or not isinstance(value[0], str):
+            raise _OddError(f"{field!r} does not hold a list of texts")
+        value = value[0]
+    if not choices:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise _OddError(f"{field!r} holds {type(value).__name__}, not a text")
+        return _whole(str(value), field)
+    place = _place(value, choices, labels, int(shape["choices"].startswith("option1,")))
+    if place is None:
+        if value in ("", -1, "-1"):  # test splits keep their answers to themselves
+            return ""
+        raise _OddError(f"{field!r} is {value!r}, which names none of the {len(choices)} choices")
+    return choices[place]
+
+
+def labels_of(labels: tuple[str, ...]) -> list[int]:
+    """TruthfulQA's labels, 1 for what is right."""
+    return [int(label) if label.isdigit() else 0 for label in labels]
+
+
+def _place(value: Any, choices: tuple[str, ...], labels: tuple[str, ...], first: int) -> int | None:
+    """Which choice an answer means: by label, its own text, number from ``first`` (WinoGrande: 1), letter."""
+    word = str(value).strip()
+    if word in labels:
+        return labels.index(word)
+    if value in choices:
+        return choices.index(value)
+    if isinstance(value, int) or (isinstance(value, str) and word.isdigit()):
+        place = int(word) - first
+        return place if 0 <= place < len(choices) else None
+    if len(word) == 1 and word.isalpha() and ord(word.upper()) - ord("A") < len(choices):
+        return ord(word.upper()) - ord("A")
+    return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names) or "none"

@@ -1,0 +1,185 @@
+"""From runs of equal words to lexical matches: weighted by rarity, without what recurs everywhere.
+
+A document's overlap with a field is the share of the field's words that the document's runs cover, each word weighted
+by its inverse document frequency in the scanned corpus, idf = log((1 + D) / (1 + d)) + 0.01. Boilerplate is an n-gram
+that at least ``scan.boilerplate`` documents of at least SOURCES sources hold without holding the
+field (their overlap is below the threshold, or the field has fewer words than an n-gram should and may be a common
+phrase as a whole). A leak copied a thousand times is none: its documents hold all of it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stride_ray.contamination.items import Item
+from stride_ray.contamination.lexical.ngrams import Field, fields_of
+from stride_ray.contamination.lexical.search import RAW, Corpus, known_meetings, meeting
+from stride_ray.runtime.options import ScanConfig
+from stride_ray.runtime.run import Stage
+
+MATCHES = pa.schema(
+    [
+        pa.field("set", pa.string(), nullable=False),
+        pa.field("item_id", pa.string(), nullable=False),
+        *[RAW.field(name) for name in ("key", "field", "item_start", "item_stop")],
+        *[RAW.field(name) for name in ("document_id", "source", "file", "place", "part", "start", "stop")],
+        *[RAW.field(name) for name in ("excerpt", "excerpt_start")],
+        pa.field("overlap", pa.float64(), nullable=False),
+        pa.field("finding", pa.bool_(), nullable=False),
+    ]
+)
+FLOOR = 0.01
+# Sources that boilerplate must be in: what one source repeats may well be a leak.
+SOURCES = 3
+
+
+@dataclass(frozen=True)
+class Lexical:
+    """What the lexical channel found.
+
+    Attributes:
+        matches: MATCHES, a row per run, of fields and documents with any overlap; ``overlap`` is the document's with
+            the field, ``finding`` whether it reaches the threshold.
+        overlaps: item's key to its largest overlap.
+        documents: read; ``rejected``: left out; ``rejects``: the first of them.
+        boilerplate: n-grams that were left out as such.
+        filtered: pairs of field and document that had nothing else in common.
+        beyond: runs that were counted only (search.MOST).
+        common: n-grams of too many items (ngrams.COMMON), left out.
+        short: keys of items with too few words to be searched for.
+    """
+
+    matches: pa.Table
+    overlaps: dict[str, float]
+    documents: int
+    rejected: int
+    rejects: tuple[str, ...]
+    boilerplate: int
+    filtered: int
+    beyond: int
+    common: int
+    short: frozenset[str]
+
+
+def lexical_matches(stage: Stage, corpus: Corpus, items: Sequence[Item], options: ScanConfig) -> Lexical:
+    """Weigh everything that ``search`` found of these items in this corpus."""
+    rows: list[dict[str, Any]] = []
+    counts: dict[str, int] = defaultdict(int)
+    holding: dict[str, int] = defaultdict(int)
+    rejects: list[str] = []
+    wanted = {item.key: item for item in items}
+    met = known_meetings(stage)
+    for unit in corpus.units:
+        held: dict[str, int] = {}
+        markers = met.get(meeting(unit, corpus.columns), {})
+        for name, marker in markers.items():
+            if marker["rows"]:
+                rows += [row for row in stage.store.read_table(f"{name}.parquet").to_pylist() if row["key"] in wanted]
+            words = stage.store.read_table(f"{name}-words.parquet")
+            held.update(zip(words["word"].to_pylist(), words["documents"].to_pylist(), strict=True))
+            counts["beyond"] += marker["beyond"]
+            counts["common"] = max(counts["common"], marker["common"])
+        for word, number in held.items():
+            holding[word] += number
+        nothing: dict[str, Any] = {"documents": 0, "rejected": 0, "rejects": []}
+        first = next(iter(markers.values()), nothing)
+        counts["documents"] += first["documents"]
+        counts["rejected"] += first["rejected"]
+        rejects += first["rejects"]
+    fields = {(f.key, f.name): f for item in items for f in fields_of(item, options.words, options.shortest)}
+    weighed = _Weighing(fields, holding, counts["documents"], options)
+    found = weighed.weigh(rows)
+    short = frozenset(wanted.keys() - {key for key, _ in fields})
+    return Lexical(
+        _table(found, wanted),
+        weighed.overlaps,
+        counts["documents"],
+        counts["rejected"],
+        tuple(rejects[:5]),
+        weighed.boilerplate,
+        weighed.filtered,
+        counts["beyond"],
+        counts["common"],
+        short,
+    )
+
+
+class _Weighing:
+    """Overlaps of fields and documents, and what of them is boilerplate."""
+
+    def __init__(
+        self, fields: dict[tuple[str, str], Field], holding: dict[str, int], documents: int, options: ScanConfig
+    ) -> None:
+        self.fields, self.options = fields, options
+        self.holding, self.documents = holding, documents
+        self.overlaps: dict[str, float] = {}
+        self.boilerplate = self.filtered = 0
+
+    def weigh(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of RAW with ``overlap`` and ``finding``, those of boilerplate alone left out."""
+        found: list[dict[str, Any]] = []
+        by_field: dict[tuple[str, str], dict[tuple[str, str, int], list[dict[str, Any]]]] = {}
+        for row in rows:
+            documents = by_field.setdefault((row["key"], row["field"]), {})
+            documents.setdefault((row["source"], row["file"], row["place"]), []).append(row)
+        for name, documents in sorted(by_field.items()):
+            found += self._field(self.fields[name], documents)
+        return found
+
+    def _field(
+        self, field: Field, documents: dict[tuple[str, str, int], list[dict[str, Any]]]
+    ) -> Iterable[dict[str, Any]]:
+        weights = np.array([self._rarity(word) for word in field.words.words])
+        weights /= weights.sum()
+        grams = {
+            where: {place for run in runs for place in range(run["first_word"], run["stop_word"] - field.n + 1)}
+            for where, runs in documents.items()
+        }
+        common = self._boilerplate(field, grams, weights)
+        self.boilerplate += len(common)
+        found: list[dict[str, Any]] = []
+        for where, runs in sorted(documents.items()):
+            left = grams[where] - common
+            if not left:
+                self.filtered += 1
+                continue
+            overlap = _overlap(left, field.n, weights)
+            self.overlaps[field.key] = max(overlap, self.overlaps.get(field.key, 0.0))
+            kept = [run for run in runs if left & set(range(run["first_word"], run["stop_word"] - field.n + 1))]
+            found += [{**run, "overlap": overlap, "finding": overlap >= self.options.overlap} for run in kept]
+        return found
+
+    def _boilerplate(self, field: Field, grams: dict[tuple[str, str, int], set[int]], weights: np.ndarray) -> set[int]:
+        phrase = len(field.words.words) < self.options.words
+        holders: dict[int, set[tuple[str, str, int]]] = defaultdict(set)
+        for where, places in grams.items():
+            if phrase or _overlap(places, field.n, weights) < self.options.overlap:
+                for place in places:
+                    holders[place].add(where)
+        return {
+            place
+            for place, wheres in holders.items()
+            if len(wheres) >= self.options.boilerplate and len({source for source, *_ in wheres}) >= SOURCES
+        }
+
+    def _rarity(self, word: str) -> float:
+        return float(np.log((1 + self.documents) / (1 + min(self.holding.get(word, 0), self.documents)))) + FLOOR
+
+
+def _overlap(places: set[int], n: int, weights: np.ndarray) -> float:
+    """Weight of the words that n-grams at these places cover."""
+    covered = np.zeros(len(weights), bool)
+    for place in places:
+        covered[place : place + n] = True
+    return float(min(1.0, round(weights[covered].sum(), 9)))
+
+
+def _table(found: list[dict[str, Any]], items: dict[str, Item]) -> pa.Table:
+    named = ({**row, "set": items[row["key"]].set_name, "item_id": items[row["key"]].item_id} for row in found)
+    order = ("set", "item_id", "field", "file", "place", "start", "item_start")
+    rows = sorted(named, key=lambda row: tuple(row[name] for name in order))
+    return pa.Table.from_pylist([{name: row[name] for name in MATCHES.names} for row in rows], MATCHES)

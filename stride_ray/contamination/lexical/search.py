@@ -1,0 +1,232 @@
+"""The lexical channel's pass: every document of the corpus against the index of items, on Ray, new against old.
+
+A unit of the corpus (a file, or a part of one, with its size and version) and a batch of items (those first seen on
+one night) meet once. A new unit meets all items in one reading; an old unit meets new items only. What was found is
+kept per meeting, so that a night over nothing new reads nothing.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from stride_ray.contamination.items import Item
+from stride_ray.contamination.lexical.ngrams import Index, fields_of, numbering
+from stride_ray.contamination.lexical.words import split
+from stride_ray.corpus.documents import Document, read_placed
+from stride_ray.corpus.readers import Rejected
+from stride_ray.corpus.splits import Unit
+from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.runtime.actor_pool import map_actors
+from stride_ray.runtime.config import digest
+from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.run import Stage
+from stride_ray.runtime.tasks import connected, pool, progress
+
+RAW = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("field", pa.string(), nullable=False),
+        pa.field("first_word", pa.int32(), nullable=False),
+        pa.field("stop_word", pa.int32(), nullable=False),
+        pa.field("item_start", pa.int32(), nullable=False),
+        pa.field("item_stop", pa.int32(), nullable=False),
+        pa.field("document_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("place", pa.int64(), nullable=False),
+        pa.field("part", pa.string(), nullable=False),
+        pa.field("start", pa.int64(), nullable=False),
+        pa.field("stop", pa.int64(), nullable=False),
+        pa.field("excerpt", pa.string(), nullable=False),  # the text around the run, for people to read
+        pa.field("excerpt_start", pa.int64(), nullable=False),
+    ]
+)
+WORDS = pa.schema([pa.field("word", pa.string()), pa.field("documents", pa.int64())])
+# Documents of a unit whose matches with one field are kept; more are counted.
+MOST = 1000
+# Characters of an excerpt on either side of a run, and in all.
+AROUND, LONGEST = 80, 600
+
+
+class Corpus(NamedTuple):
+    """What is scanned.
+
+    Attributes:
+        units: cut as ``plan`` does.
+        columns: role to column.
+        tokenizer: for documents that are token ids; may be empty.
+    """
+
+    units: tuple[Unit, ...]
+    columns: dict[str, str]
+    tokenizer: str
+
+    @property
+    def state(self) -> str:
+        """Sixteen hexadecimal digits that change with its files, their content, and the columns."""
+        return digest(sorted(meeting(unit, self.columns) for unit in self.units))
+
+
+def meeting(unit: Unit, columns: dict[str, str]) -> str:
+    """A unit's name in the state: it changes with the unit's place, its files' content and the columns."""
+    return f"{unit.kind}-{digest([unit.to_dict() | {'files': [[*f[:1], *f[2:]] for f in unit.files]}, columns])}"
+
+
+def search(
+    stage: Stage, corpus: Corpus, items: Sequence[Item], words: int, shortest: int, compute: ComputeConfig
+) -> dict[str, int]:
+    """Bring the state up to date: every unit has met every item.
+
+    Args:
+        stage: the state's folder; its identity stands for ``words`` and ``shortest``.
+        corpus: what is scanned.
+        items: what is searched for.
+        words: n of the n-grams.
+        shortest: words of the shortest field.
+        compute: where and how wide.
+
+    Returns:
+        ``units`` and ``items`` that were met anew.
+    """
+    met = known_meetings(stage)
+    batches: dict[frozenset[str], list[Unit]] = {}
+    for unit in corpus.units:
+        before = frozenset(marker["batch"] for marker in met.get(meeting(unit, corpus.columns), {}).values())
+        batches.setdefault(before, []).append(unit)
+    missing: dict[tuple[str, ...], list[Unit]] = {}
+    for before, units in batches.items():
+        seen = {key for batch in before for key in stage.store.read_json(f"{batch}.json")}
+        left = tuple(item.key for item in items if item.key not in seen)
+        if left:
+            missing.setdefault(left, []).extend(units)
+    told = {"units": 0, "items": 0}
+    by_key = {item.key: item for item in items}
+    if not missing:
+        return told
+    with connected(compute):
+        for left, units in sorted(missing.items()):
+            fields = [field for key in left for field in fields_of(by_key[key], words, shortest)]
+            index = Index(fields)
+            batch = f"items-{digest(list(left))}"
+            stage.store.write_json(f"{batch}.json", list(left))
+            given = (index, batch, corpus, stage)
+            results = map_actors(Searcher, given, units, pool(compute, len(units)))
+            stage.remember(progress(results, "search", len(units), "units", lambda _: 1))
+            told = {"units": told["units"] + len(units), "items": max(told["items"], len(left))}
+    return told
+
+
+def known_meetings(stage: Stage) -> dict[str, dict[str, dict[str, Any]]]:
+    """Markers of finished meetings: unit's name to meeting's name to marker."""
+    met: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, marker in stage.done().items():
+        met.setdefault(marker["of"], {})[name] = marker
+    return met
+
+
+class Searcher:
+    """Reads a unit once, and publishes its matches, its counts of documents by word, and a marker."""
+
+    def __init__(self, index: Index, batch: str, corpus: Corpus, stage: Stage) -> None:
+        self.index, self.batch, self.corpus, self.stage = index, batch, corpus, stage
+        self.numbering = numbering(index)
+        self.tokenizer = load_tokenizer(corpus.tokenizer) if "token_ids" in corpus.columns else None
+
+    def __call__(self, unit: Unit) -> dict[str, Any]:
+        """Do one unit; returns its marker."""
+        started = time.monotonic()
+        name = meeting(unit, self.corpus.columns)
+        meets = f"{name}-{self.batch}"
+        rows: list[dict[str, Any]] = []
+        holding = np.zeros(len(self.index.vocabulary) + 1, np.int64)
+        documents: Counter[str] = Counter()
+        kept: Counter[int] = Counter()
+        rejected: list[str] = []
+        for place, item in read_placed(unit, self.corpus.columns):
+            if isinstance(item, Rejected):
+                documents["rejected"] += 1
+                rejected = [*rejected, item.told()][:5]
+                continue
+            documents["read"] += 1
+            file = unit.files[place if unit.kind == "text" else 0].name
+            held: set[int] = set()
+            for part, text in texts(item, self.tokenizer):
+                numbers = self.numbering.numbers(text)
+                held.update(np.unique(numbers).tolist())
+                rows += self._matches(item, part, text, numbers, {"file": file, "place": place}, kept, documents)
+            holding[list(held)] += 1
+        self.stage.store.write_table(f"{meets}.parquet", pa.Table.from_pylist(rows, RAW))
+        held_words = [(word, int(holding[i])) for word, i in self.index.vocabulary.items() if holding[i]]
+        counts = pa.table([[w for w, _ in held_words], [c for _, c in held_words]], schema=WORDS)
+        self.stage.store.write_table(f"{meets}-words.parquet", counts)
+        return self.stage.mark(
+            meets,
+            started,
+            of=name,
+            batch=self.batch,
+            documents=documents["read"],
+            rejected=documents["rejected"],
+            rejects=rejected,
+            beyond=documents["beyond"],
+            rows=len(rows),
+            common=self.index.common,
+        )
+
+    def _matches(
+        self,
+        document: Document,
+        part: str,
+        text: str,
+        numbers: np.ndarray,
+        where: dict[str, Any],
+        kept: Counter[int],
+        counted: Counter[str],
+    ) -> Iterator[dict[str, Any]]:
+        runs = self.index.find(numbers)
+        if not runs:
+            return
+        spans = split(text).spans
+        for number in {run.field for run in runs}:
+            kept[number] += 1
+        for run in runs:
+            if kept[run.field] > MOST:
+                counted["beyond"] += 1
+                continue
+            field = self.index.fields[run.field]
+            start, stop = int(spans[run.place, 0]), int(spans[run.place + run.stop - run.first - 1, 1])
+            before = max(0, start - AROUND)
+            yield {
+                "key": field.key,
+                "field": field.name,
+                "first_word": run.first,
+                "stop_word": run.stop,
+                "item_start": int(field.words.spans[run.first, 0]),
+                "item_stop": int(field.words.spans[run.stop - 1, 1]),
+                "document_id": document.document_id,
+                "source": document.source,
+                **where,
+                "part": part,
+                "start": start,
+                "stop": stop,
+                "excerpt": text[before : min(stop + AROUND, before + LONGEST)],
+                "excerpt_start": before,
+            }
+
+
+def texts(document: Document, tokenizer: Any) -> list[tuple[str, str]]:
+    """A document's texts, each with the name of the part that offsets count in.
+
+    ``text``; ``prompt`` and ``answer``; ``messages.0`` …, the contents that are text; ``token_ids``, decoded.
+    """
+    if document.text is not None:
+        return [("text", document.text)]
+    if document.token_ids is not None:
+        return [("token_ids", tokenizer.decode(document.token_ids))]
+    if document.messages is not None:
+        contents = [(f"messages.{i}", turn.get("content")) for i, turn in enumerate(document.messages)]
+        return [(name, content) for name, content in contents if isinstance(content, str)]
+    return [("prompt", document.prompt or ""), ("answer", document.answer or "")]

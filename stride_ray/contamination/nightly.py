@@ -1,0 +1,278 @@
+"""One night's scan: evaluation sets against a corpus and the model trained on it, and a dated folder that says so.
+
+A scan's folder holds ``nights/<date>/`` (verdicts.parquet, matches.parquet, report.md, report.html, then manifest.json,
+which makes it a finished night, then told.json, which says that exit status and webhook were given), ``latest.json``
+(which night is the last good one), ``state/`` (what need not be done again) and, while a scan works, ``scan.lock``.
+
+What is new in a night is so since the last one that was told: a finding whose message failed, or whose scan was killed
+before it, is told the next time.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from stride_ray.attribution.attribute import mode_of
+from stride_ray.contamination.compare import Difference, difference
+from stride_ray.contamination.influence import LEAST, TIES, checkpoint, item_ties
+from stride_ray.contamination.items import EvaluationSet, Item, check_names
+from stride_ray.contamination.lexical.channel import Lexical, lexical_matches
+from stride_ray.contamination.lexical.search import RAW, Corpus, search
+from stride_ray.contamination.lock import Lock
+from stride_ray.contamination.report import scan_page
+from stride_ray.contamination.summary import headline, markdown
+from stride_ray.contamination.verdicts import counts, verdicts
+from stride_ray.contamination.webhook import post
+from stride_ray.corpus.documents import resolve_columns
+from stride_ray.corpus.queries import check_name
+from stride_ray.corpus.splits import Unit, plan
+from stride_ray.runtime.config import digest
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run, Stage
+from stride_ray.runtime.storage import Store, refuse_inside
+from stride_ray.runtime.urls import safe_url, shown
+
+CLEAN, FAILED, FOUND = 0, 1, 2
+# Nights that the page's plots go back, this one among them.
+NIGHTS = 60
+TOLD = "told.json"
+
+
+def scan(
+    run: Run,
+    sets: Sequence[EvaluationSet],
+    out: str,
+    controls: Sequence[EvaluationSet] = (),
+    night: str = "",
+    webhook: str = "",
+) -> dict[str, Any]:
+    """Scan, publish the night, tell the webhook.
+
+    Args:
+        run: its input is the corpus of the lexical channel, sharded or not; its model and blocks are those of the
+            influence channel (``scan.influence``). Another checkpoint is another run; ``out`` may stay the same.
+        sets: evaluation sets.
+        out: the scan's folder, any fsspec URL; the same every night.
+        controls: items like these that nobody has published: the influence channel's null, which it cannot do without.
+        night: name of the dated folder; empty: today (UTC), with a number where today has one already. One that is
+            finished but was not told is told, as it is.
+        webhook: where to POST the summary; empty: nowhere.
+
+    Returns:
+        The manifest, with ``folder``, ``status`` (0 nothing new, 2 new findings, 1 the webhook failed) and ``webhook``
+        (what went wrong there, or empty).
+
+    Raises:
+        StrideError: another scan is under way; no set; influence without controls; as the channels do. The last good
+            night stays in place.
+    """
+    check_names([*sets, *controls])
+    for key, share in (("overlap", run.config.scan.overlap), ("false_discovery", run.config.scan.false_discovery)):
+        if not 0 <= share <= 1:
+            raise StrideError(f"scan.{key} is {share:g}; it is a share, from 0 to 1.")
+    if night:
+        check_name(night, "night")
+    if not sets:
+        raise StrideError(
+            "No evaluation set is given; name a folder (--set-folder) or a file (--evaluation NAME=PATH)."
+        )
+    given = len({item.key for each in controls for item in each.items})
+    if run.config.scan.influence and given < LEAST:
+        raise StrideError(
+            f"The influence channel needs control items, and {given} are given: name items like these that nobody has "
+            f"published (--control PATH; {LEAST} at the least, better hundreds), or leave the channel out "
+            "(--set scan.influence=false)."
+        )
+    store = Store(out)
+    refuse_inside(store, run.config.corpus.input, "The scan's folder")
+    with Lock(store, 60 * run.config.scan.lease) as lock:
+        manifest, found = _night(run, sets, store, controls, night, lock)
+    folder = f"{safe_url(out)}/nights/{manifest['night']}"
+    status = FOUND if _alarming(run, found) else CLEAN
+    failure = ""
+    if webhook:
+        payload = {**manifest, "folder": folder, "status": status, "findings": found.new, "text": headline(manifest)}
+        failure = post(webhook, payload)
+    if not failure:
+        store.write_json(f"nights/{manifest['night']}/{TOLD}", {"webhook": shown(webhook)})
+    return {**manifest, "folder": folder, "status": FAILED if failure else status, "webhook": failure}
+
+
+def last_night(store: Store) -> str:
+    """The name of a scan folder's last good night; empty where there is none."""
+    return store.read_json("latest.json")["night"] if store.exists("latest.json") else ""
+
+
+def _last_told(store: Store, night: str) -> str:
+    """The last night up to ``night`` whose outcome was told; empty where none was, or it is gone."""
+    while night and not store.exists(f"nights/{night}/{TOLD}"):
+        manifest = f"nights/{night}/manifest.json"
+        night = store.read_json(manifest)["before"] if store.exists(manifest) else ""
+    return night
+
+
+def earlier_nights(store: Store, night: str) -> list[dict[str, Any]]:
+    """Manifests of a scan folder's finished nights up to ``night``, oldest first; NIGHTS less one at most."""
+    found: dict[str, dict[str, Any]] = {}
+    # Names need not sort by time; every night names the one before it.
+    while night and night not in found and len(found) < NIGHTS - 1 and store.exists(f"nights/{night}/manifest.json"):
+        found[night] = store.read_json(f"nights/{night}/manifest.json")
+        night = found[night]["before"]
+    return list(found.values())[::-1]
+
+
+def corpus_of(run: Run, state: Store) -> Corpus:
+    """The run's input, cut into units that stay as they are while their files do; new files make new units.
+
+    Raises:
+        StrideError: no input, or one that cannot be read.
+    """
+    config = run.config.corpus
+    if not config.input:
+        raise StrideError(f"{safe_url(run.url)} names no corpus; give files, folders or URLs (--set corpus.input=...).")
+    size = int(config.shard_mb * 1e6)
+    units = plan(config.input, size)
+    files = {file.name: file for unit in units for file in unit.files}
+    known = [Unit.from_dict(each) for each in state.read_json("units.json")] if state.exists("units.json") else []
+    same = [unit for unit in known if all(_same(file, files.get(file.name)) for file in unit.files)]
+    if same:
+        units = same + plan(config.input, size, skip={file.name for unit in same for file in unit.files})
+    state.write_json("units.json", [unit.to_dict() for unit in units])
+    blocks = run.stage("blocks").store
+    given = blocks.read_json("plan.json")["columns"] if blocks.exists("plan.json") else config.columns
+    return Corpus(tuple(units), resolve_columns(units, given), config.tokenizer)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return b is not None and (a.content, a.url) == (b.content, b.url)
+
+
+def _night(
+    run: Run, sets: Sequence[EvaluationSet], store: Store, controls: Sequence[EvaluationSet], night: str, lock: Lock
+) -> tuple[dict[str, Any], Difference]:
+    started = time.monotonic()
+    options = run.config.scan
+    items = [item for each in sets for item in each.items]
+    state = store.child("state")
+    name = night or _today(store)
+    if store.exists(f"nights/{name}/manifest.json"):
+        return _untold(store, name)
+    corpus = corpus_of(run, state)
+    stage = Stage(state.child("lexical"), digest(["lexical", options.words, options.shortest, *RAW.names]))
+    done = search(stage, corpus, items, options.words, options.shortest, run.config.compute)
+    lexical = lexical_matches(stage, corpus, items, options)
+    ties, influence = _influence(run, state, items, controls) if options.influence else (None, None)
+    previous = last_night(store)
+    before = _table(store, previous)
+    known = dict(zip(before["key"].to_pylist(), before["verdict"].to_pylist(), strict=True)) if before else {}
+    table = verdicts(items, lexical, ties, options.false_discovery, known)
+    since = _last_told(store, previous)
+    found = difference(before if since == previous else _table(store, since), table)
+    manifest = {
+        "night": name,
+        "before": previous,
+        "since": since,
+        "run": safe_url(run.url),
+        "new": len(found.new),
+        "changed": len(found.changed),
+        "resolved": len(found.resolved),
+        "sets": [_told(each, table, lexical, found) for each in sets],
+        "corpus": _counted(corpus, lexical),
+        "influence": influence,
+        "options": {k.partition(".")[2]: v for k, v in run.config.flat().items() if k.startswith("scan.")},
+    }
+    page = scan_page(manifest, table, lexical, items, found, earlier_nights(store, previous))
+    lock.check()
+    folder = store.child(f"nights/{name}")
+    folder.write_table("matches.parquet", lexical.matches)
+    folder.write_table("verdicts.parquet", table)
+    folder.write("report.md", markdown(manifest, found).encode())
+    folder.write("report.html", page.encode())
+    did = {"searched_units": done["units"], "searched_items": done["items"]}
+    cost = {"did": {**did, "asked_items": (influence or {}).get("asked", 0)}}
+    manifest |= {**cost, "seconds": round(time.monotonic() - started, 1)}
+    folder.write_json("manifest.json", manifest)
+    store.write_json("latest.json", {"night": name})
+    return manifest, found
+
+
+def _untold(store: Store, night: str) -> tuple[dict[str, Any], Difference]:
+    """A finished night that nobody was told of, for what was missing after its manifest."""
+    if store.exists(f"nights/{night}/{TOLD}"):
+        raise StrideError(f"{store.name_of('nights')}/{night} is finished; give another name for this night.")
+    manifest = store.read_json(f"nights/{night}/manifest.json")
+    if last_night(store) == manifest["before"]:
+        store.write_json("latest.json", {"night": night})
+    return manifest, difference(_table(store, manifest["since"]), store.read_table(f"nights/{night}/verdicts.parquet"))
+
+
+def _table(store: Store, night: str) -> pa.Table | None:
+    return store.read_table(f"nights/{night}/verdicts.parquet") if night else None
+
+
+def _today(store: Store) -> str:
+    """Today's first name that no finished night has."""
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    number, name = 1, today
+    while store.exists(f"nights/{name}/manifest.json"):
+        number += 1
+        name = f"{today}-{number}"
+    return name
+
+
+def _influence(
+    run: Run, state: Store, items: list[Item], controls: Sequence[EvaluationSet]
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Ties of all items, and what the manifest says of how they came about."""
+    given = [item for each in controls for item in each.items]
+    made_of = checkpoint(run)
+    identity = digest([made_of, TIES.names, *(item.key for item in given)])
+    stage = Stage(state.child(f"influence/{identity}"), identity)
+    ties, asked = item_ties(run, stage, items, given)
+    failed = sum(r["contrast"] is None and not r["control"] for r in ties.select(["contrast", "control"]).to_pylist())
+    return ties, {
+        "checkpoint": made_of,
+        "model": safe_url(run.config.model.path),
+        "mode": mode_of(run),
+        "blocks": run.stage("blocks").store.read_json("manifest.json")["blocks"],
+        "controls": sum(ties["control"].to_pylist()),
+        "failed": failed,
+        "asked": asked,
+    }
+
+
+def _told(each: EvaluationSet, table: pa.Table, lexical: Lexical, found: Difference) -> dict[str, Any]:
+    mine = table.filter(pa.array([name == each.name for name in table["set"].to_pylist()]))
+    return {
+        "name": each.name,
+        "items": len(each.items),
+        "repeated": each.repeated,
+        "rejected": len(each.rejects),
+        "rejects": [reject.told() for reject in each.rejects[:5]],
+        "short": sum(item.key in lexical.short for item in each.items),
+        "verdicts": counts(mine),
+        "new": sum(row["set"] == each.name for row in found.new),
+        "resolved": sum(row["set"] == each.name for row in found.resolved),
+    }
+
+
+def _counted(corpus: Corpus, lexical: Lexical) -> dict[str, Any]:
+    return {
+        "state": corpus.state,
+        "units": len(corpus.units),
+        "documents": lexical.documents,
+        "rejected": lexical.rejected,
+        "rejects": list(lexical.rejects),
+        "boilerplate": lexical.boilerplate,
+        "filtered": lexical.filtered,
+        "beyond": lexical.beyond,
+        "common": lexical.common,
+    }
+
+
+def _alarming(run: Run, found: Difference) -> bool:
+    """Whether this night's new findings are what the caller is to be told by the exit status."""
+    fresh = [*found.new, *(row for row in found.changed if row["before"] == "influence")]
+    return any(run.config.scan.alarm == "any" or row["verdict"] != "influence" for row in fresh)

@@ -1,0 +1,240 @@
+"""The corpus without what leaked: every file of the input again, in its own format, spans or whole documents left out.
+
+Lines and files that hold no finding keep their bytes; a Parquet or Arrow file keeps its schema, its row groups or
+batches, and every column but the cleaned one. Only what the lexical channel proved is taken out.
+"""
+
+import gzip
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from stride_ray.contamination.nightly import corpus_of
+from stride_ray.corpus.files import END, SourceFile, compression
+from stride_ray.corpus.readers import raw_lines
+from stride_ray.corpus.splits import Unit
+from stride_ray.runtime.config import digest
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run, Stage, claim
+from stride_ray.runtime.storage import Store, refuse_inside
+from stride_ray.runtime.urls import filesystem, shown
+
+# The target's hidden folder that says how it came about, which who reads the target does not take for documents.
+RECORD = ".purified"
+# Spans of one document: part's name to (start, stop) pairs.
+Spans = dict[str, list[tuple[int, int]]]
+
+
+def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -> dict[str, Any]:
+    """Write the scanned input without a night's lexical findings.
+
+    Args:
+        run: the one that was scanned.
+        scans: the scan's folder.
+        night: which of its nights.
+        target: an empty folder for the cleaned files, under the names that they have in the input. The same again
+            does what is missing.
+        whole: leave out documents that hold a finding, not just the spans.
+
+    Returns:
+        Counts: ``files``, ``documents`` (changed or left out), ``spans``, ``characters`` taken out of spans.
+
+    Raises:
+        StrideError: the input is not as it was scanned, documents are token ids, which have no spans, or the folder
+            holds something else.
+    """
+    store = Store(scans)
+    matches = store.read_table(f"nights/{night}/matches.parquet")
+    found: dict[str, dict[int, Spans]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    rows = matches.filter(matches["finding"]).select(["file", "place", "part", "start", "stop"]).to_pylist()
+    for row in rows:
+        found[row["file"]][row["place"]][row["part"]].append((row["start"], row["stop"]))
+    corpus = corpus_of(run, store.child("state"))
+    if corpus.state != store.read_json(f"nights/{night}/manifest.json")["corpus"]["state"]:
+        raise StrideError(f"The input is not as the night {night} scanned it; scan it anew and purify by that night.")
+    if not whole and "token_ids" in corpus.columns and found:
+        raise StrideError("Documents of token ids cannot lose spans; leave out whole documents (--purify-documents).")
+    results = Store(target)
+    refuse_inside(results, run.config.corpus.input, "The cleaned corpus")
+    if results.names() and not results.exists(f"{RECORD}/stage.json"):
+        raise StrideError(f"{results.name_of('')} is not empty; give a new folder for the cleaned corpus.")
+    # Not the night's name: a scan that is run again to go on with this makes a night of its own.
+    keys = {"run": shown(run.url), "whole": whole, "input": corpus.state, "findings": digest(rows)}
+    stage = claim(Stage(results.child(RECORD), digest(keys)), "purify", keys)
+    files = sorted((file.name, unit) for unit in corpus.units for file in unit.files)
+    files = list(dict(files).items())  # one of a file's units will do: it is written whole
+    done = stage.done()
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, unit) in enumerate(files):
+            if f"{number:07d}" in done:
+                continue
+            started, counts = time.monotonic(), Counter[str]()
+            file = next(each for each in unit.files if each.name == name)
+            leaks = found.get(name, {})
+            path = os.path.join(folder, "file")
+            if leaks and whole and unit.kind == "text":
+                counts["documents"] += 1
+            else:
+                if leaks:
+                    _WRITERS[unit.kind](unit, file, path, _Cleaner(corpus.columns, dict(leaks), whole, counts))
+                else:
+                    _copy(file, path)
+                results.put(name, path)
+                counts["files"] += 1
+            stage.mark(f"{number:07d}", started, counts=counts)
+    total = sum((Counter(marker["counts"]) for marker in stage.done().values()), Counter[str]())
+    return {what: total[what] for what in ("files", "documents", "spans", "characters")}
+
+
+class _Cleaner:
+    """Takes the spans of a file's documents out of their rows' values."""
+
+    def __init__(self, columns: dict[str, str], leaks: dict[int, Spans], whole: bool, counts: Counter[str]) -> None:
+        self.columns, self.leaks, self.whole, self.counts = columns, leaks, whole, counts
+
+    def cleaned(self, place: int, values: dict[str, Any]) -> dict[str, Any] | None:
+        """A row's values (the same object where nothing leaked into it); None: leave it out."""
+        spans = self.leaks.get(place)
+        if not spans:
+            return values
+        self.counts["documents"] += 1
+        if self.whole:
+            return None
+        values = dict(values)
+        for part, found in spans.items():
+            role, _, turn = part.partition(".")
+            column = self.columns.get(role, role)
+            if turn:
+                values[column] = [dict(each) for each in values[column]]
+                values[column][int(turn)]["content"] = self.cut(values[column][int(turn)]["content"], found)
+            else:
+                values[column] = self.cut(values[column], found)
+        return values
+
+    def cut(self, text: str, spans: list[tuple[int, int]]) -> str:
+        """The text without some spans, which may overlap."""
+        kept, end = [], 0
+        for start, stop in sorted(spans):
+            kept.append(text[end : max(start, end)])
+            self.counts["characters"] += max(0, stop - max(start, end))
+            end = max(end, stop)
+        self.counts["spans"] += len(spans)
+        return "".join([*kept, text[end:]])
+
+
+def _copy(file: SourceFile, path: str) -> None:
+    fs, place = filesystem(file.url)
+    with fs.open(place, "rb") as source, open(path, "wb") as target:
+        shutil.copyfileobj(source, target)
+
+
+def _write_text(unit: Unit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
+    fs, place = filesystem(file.url)
+    packing = compression(file.name)
+    with fs.open(place, "rb") as source:
+        data = _unpacked(source.read(), packing)
+    text = data.decode("utf-8-sig")
+    number = [each.name for each in unit.files].index(file.name)
+    cleaned = cleaner.cleaned(number, {"text": text}) or {"text": ""}
+    with open(path, "wb") as target:
+        _through(packing, target, iter([cleaned["text"].encode()]))
+
+
+def _write_lines(unit: Unit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
+    def lines() -> Iterator[bytes]:
+        for offset, line in raw_lines(Unit(unit.key, "jsonl", (file,), 0, END)):
+            if offset not in cleaner.leaks:
+                yield line + b"\n"
+                continue
+            cleaned = cleaner.cleaned(offset, json.loads(line))
+            if cleaned is not None:
+                yield json.dumps(cleaned, ensure_ascii=False).encode() + b"\n"
+
+    with open(path, "wb") as target:
+        _through(compression(file.name), target, lines())
+
+
+def _write_parquet(unit: Unit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
+    fs, place = filesystem(file.url)
+    with fs.open(place, "rb") as source:
+        table = pq.ParquetFile(source)
+        codec = table.metadata.row_group(0).column(0).compression if table.num_row_groups else "SNAPPY"
+        with pq.ParquetWriter(path, table.schema_arrow, compression=codec) as target:
+            first = 0
+            for group in range(table.num_row_groups):
+                held = table.read_row_group(group)
+                target.write_table(_cleaned_table(held, first, cleaner))
+                first += held.num_rows
+
+
+def _write_arrow(unit: Unit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
+    fs, place = filesystem(file.url)
+    with fs.open(place, "rb") as source:
+        framed = source.read(6) == b"ARROW1"
+        source.seek(0)
+        opened: Any = pa.ipc.open_file(source) if framed else pa.ipc.open_stream(source)
+        batches = (opened.get_batch(i) for i in range(opened.num_record_batches)) if framed else opened
+        make: Any = pa.ipc.new_file if framed else pa.ipc.new_stream
+        with make(path, opened.schema) as target:
+            first = 0
+            for batch in batches:
+                target.write_table(_cleaned_table(pa.Table.from_batches([batch]), first, cleaner))
+                first += batch.num_rows
+
+
+def _cleaned_table(table: pa.Table, first: int, cleaner: _Cleaner) -> pa.Table:
+    """A table whose first row is number ``first`` of its file."""
+    touched = [place - first for place in cleaner.leaks if first <= place < first + table.num_rows]
+    if not touched:
+        return table
+    kept = []
+    for number in range(table.num_rows):
+        piece = table.slice(number, 1)
+        if number in touched:
+            values = piece.to_pylist()[0]
+            cleaned = cleaner.cleaned(first + number, values)
+            if cleaned is None:
+                continue
+            for name in (name for name in values if cleaned[name] is not values[name]):
+                column = pa.array([cleaned[name]], piece.schema.field(name).type)
+                piece = piece.set_column(piece.schema.get_field_index(name), piece.schema.field(name), column)
+        kept.append(piece)
+    return pa.concat_tables([table.schema.empty_table(), *kept])
+
+
+def _unpacked(data: bytes, packing: str) -> bytes:
+    if packing == ".gz":
+        return gzip.decompress(data)
+    return zstandard.ZstdDecompressor().decompressobj().decompress(data) if packing == ".zst" else data
+
+
+def _through(packing: str, target: IO[bytes], pieces: Iterator[bytes]) -> None:
+    """Write pieces compressed as a name's ending asks, without a time or name in the file."""
+    if packing == ".gz":
+        with gzip.GzipFile(filename="", mode="wb", fileobj=target, mtime=0) as packed:
+            for piece in pieces:
+                packed.write(piece)
+    elif packing == ".zst":
+        with zstandard.ZstdCompressor().stream_writer(target, closefd=False) as packed:
+            for piece in pieces:
+                packed.write(piece)
+    else:
+        for piece in pieces:
+            target.write(piece)
+
+
+_WRITERS: dict[str, Callable[[Unit, SourceFile, str, _Cleaner], None]] = {
+    "text": _write_text,
+    "jsonl": _write_lines,
+    "parquet": _write_parquet,
+    "arrow": _write_arrow,
+}

@@ -1,0 +1,281 @@
+"""The page of one night's scan: its outcome, the trend over nights, the items that are not clean, and why they are not.
+
+A page stays below 5 MB whatever was scanned: items and excerpts beyond their room are left out, and counted.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stride_ray.contamination.compare import Difference, line
+from stride_ray.contamination.items import Item
+from stride_ray.contamination.lexical.channel import Lexical
+from stride_ray.contamination.lexical.ngrams import fields_of
+from stride_ray.contamination.lexical.search import AROUND
+from stride_ray.contamination.summary import HEAD, NOTE, about, headline, set_rows
+from stride_ray.contamination.verdicts import CLEAN
+from stride_ray.report.page import embedded, render
+
+# Bytes of rows of findings, of rows of clean items, and of both with all evidence.
+FOUND_BYTES, CLEAN_BYTES, ALL_BYTES = 2_000_000, 1_000_000, 4_500_000
+# Documents of an item, passages of a document per field, and characters of a passage and of an item's text.
+DOCUMENTS, PASSAGES, PASSAGE, TEXT = 5, 3, 1200, 4000
+_QUESTION = 120
+# Of a row for the script; all but the first four are in verdicts.VERDICTS under the same names.
+_ROW = (
+    *("item", "mark", "note", "short", "set", "verdict", "question", "overlap", "documents", "first_document"),
+    *("contrast", "p", "q", "loss", "memorised", "share", "ordinal", "tied_document", "error"),
+)
+
+
+def scan_page(
+    facts: dict[str, Any],
+    table: pa.Table,
+    lexical: Lexical,
+    items: Sequence[Item],
+    found: Difference,
+    history: Sequence[dict[str, Any]],
+) -> str:
+    """The page of a night.
+
+    Args:
+        facts: the night's manifest (nightly.scan).
+        table: its verdicts.
+        lexical: what the lexical channel found.
+        items: all that were scanned.
+        found: against the last scan that was told.
+        history: manifests of nights before, oldest first.
+
+    Returns:
+        HTML that needs nothing beside it.
+    """
+    findings, clean = _listed(facts, table, lexical, found)
+    kept, near = _fitting(findings, FOUND_BYTES), _fitting(clean, CLEAN_BYTES)
+    rows = [[row[name] for name in _ROW] for row in (*kept, *near)]
+    evidence = _Evidence(lexical, items, [row["key"] for row in (*kept, *near)], facts["options"])
+    sets, trend = set_rows(facts), _trend([*history, facts])
+    shown, left_out = evidence.dealt(len(kept), ALL_BYTES - _size([rows, sets, trend]))
+    data = {
+        "columns": _ROW,
+        "rows": rows,
+        "evidence": shown,
+        "trend": trend,
+        "asked": facts["influence"] is not None,
+        "since": facts["since"],
+        "options": facts["options"],
+    }
+    total = sum(row["mark"] != "resolved" for row in findings)
+    return render(
+        "scan",
+        data,
+        facts=facts,
+        headline=headline(facts),
+        level="none" if facts["new"] or facts["changed"] else "" if total else "good",
+        note=NOTE,
+        head=HEAD,
+        sets=sets,
+        about=about(facts),
+        listed=(len(kept), len(findings)),
+        clean=(len(near), len(clean)),
+        left_out=left_out,
+    )
+
+
+def _listed(
+    facts: dict[str, Any], table: pa.Table, lexical: Lexical, found: Difference
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of findings (new, changed, as before, resolved) and of clean items, those nearest to a finding first."""
+    now = {row["key"]: row for row in table.to_pylist()}
+    marks: dict[str, tuple[str, str]] = {row["key"]: ("new", "") for row in found.new}
+    marks |= {row["key"]: ("changed", f"{row['before']} in {facts['since']}") for row in found.changed}
+    resolved = {row["key"]: row for row in found.resolved}
+    for key, row in resolved.items():
+        named = len(f"{row['set']} / {row['item_id']}: ")
+        marks[key] = ("resolved", f"{line(row)[named:]} in {facts['since']}")
+    places = {"new": 0, "changed": 1, "": 2}
+    listed = [row for row in now.values() if row["verdict"] != CLEAN]
+    listed.sort(key=lambda row: places[marks.get(row["key"], ("", ""))[0]])
+    listed += [now.get(key) or {**row, "verdict": "gone"} for key, row in resolved.items()]
+    clean = [row for key, row in now.items() if row["verdict"] == CLEAN and key not in resolved]
+    clean.sort(key=lambda row: (-row["overlap"], 2.0 if row["q"] is None else row["q"]))
+
+    def told(row: dict[str, Any]) -> dict[str, Any]:
+        mark, note = marks.get(row["key"], (None, ""))
+        values = {name: _brief(row.get(name)) for name in _ROW}
+        extra = {"key": row["key"], "item": row["item_id"], "mark": mark, "note": note}
+        return {**values, **extra, "question": row["question"][:_QUESTION], "short": row["key"] in lexical.short}
+
+    return [told(row) for row in listed], [told(row) for row in clean]
+
+
+def _brief(value: Any) -> Any:
+    """A value as the page's data may hold it."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
+
+
+def _fitting(rows: list[dict[str, Any]], room: int) -> list[dict[str, Any]]:
+    """The first rows, as many as fit into some bytes."""
+    kept = []
+    for row in rows:
+        room -= _size([row[name] for name in _ROW])
+        if room < 0:
+            break
+        kept.append(row)
+    return kept
+
+
+def _size(value: Any) -> int:
+    return len(embedded(value).encode()) + 1
+
+
+class _Evidence:
+    """Texts of items and of the documents that hold them, for items by their keys in the order of the page."""
+
+    def __init__(self, lexical: Lexical, items: Sequence[Item], keys: list[str], options: dict[str, Any]) -> None:
+        self.keys, self.options = keys, options
+        self.items = {item.key: item for item in items}
+        self.matches: dict[str, list[dict[str, Any]]] = {}
+        chosen = lexical.matches.filter(pc.is_in(lexical.matches["key"], pa.array(keys, pa.string())))
+        for row in chosen.to_pylist():
+            self.matches.setdefault(row["key"], []).append(row)
+
+    def dealt(self, findings: int, room: int) -> tuple[dict[int, dict[str, Any]], int]:
+        """Evidence by number of row; every finding gets a first document before one gets a second, clean items last.
+
+        Args:
+            findings: how many of the rows are findings.
+            room: bytes.
+
+        Returns:
+            The evidence, and how many documents were left out for want of room.
+        """
+        shown: dict[int, dict[str, Any]] = {}
+        left_out = 0
+        for group in (range(findings), range(findings, len(self.keys))):
+            waiting = {i: self._documents(self.keys[i]) for i in group if self.keys[i] in self.items}
+            for place in range(DOCUMENTS):
+                for i, documents in waiting.items():
+                    added = documents[place : place + 1]
+                    told = added if place else {"texts": self._texts(self.keys[i]), "copies": added}
+                    size = _size(told)
+                    if size > room or (place and i not in shown):
+                        left_out += len(added)
+                        continue
+                    room -= size
+                    if isinstance(told, dict):
+                        shown[i] = told
+                    else:
+                        shown[i]["copies"] += told
+        return shown, left_out
+
+    def _texts(self, key: str) -> list[list[str]]:
+        """The item's texts by the names of its searched fields."""
+        item = self.items[key]
+        texts = {"question": item.question}
+        texts |= {f"choice {i}": choice for i, choice in enumerate(item.choices, 1)}
+        texts["answer"] = item.answer
+        if any(row["field"] == "whole" for row in self.matches.get(key, ())):
+            fields = fields_of(item, self.options["words"], self.options["shortest"])
+            texts |= {field.name: field.text for field in fields}
+        return [[name, _cut(text, TEXT)] for name, text in texts.items() if text]
+
+    def _documents(self, key: str) -> list[dict[str, Any]]:
+        """The documents that hold most of an item, the best first, each with what it holds of which field."""
+        documents: dict[tuple[str, str, int], dict[str, list[dict[str, Any]]]] = {}
+        for row in self.matches.get(key, ()):
+            fields = documents.setdefault((row["source"], row["file"], row["place"]), {})
+            fields.setdefault(row["field"], []).append(row)
+
+        def rank(where: tuple[str, str, int]) -> tuple[bool, float, tuple[str, str, int]]:
+            runs = [runs[0] for runs in documents[where].values()]
+            return not any(run["finding"] for run in runs), -max(run["overlap"] for run in runs), where
+
+        texts = dict(self._texts(key))
+        return [self._document(documents[where], texts) for where in islice(sorted(documents, key=rank), DOCUMENTS)]
+
+    @staticmethod
+    def _document(fields: dict[str, list[dict[str, Any]]], texts: dict[str, str]) -> dict[str, Any]:
+        first = next(iter(fields.values()))[0]
+        held = []
+        for name, runs in sorted(fields.items(), key=lambda each: -each[1][0]["overlap"]):
+            spans = _units(texts[name], _joined((run["item_start"], run["item_stop"]) for run in runs))
+            held.append(
+                {"field": name, "overlap": _brief(runs[0]["overlap"]), "spans": spans, "passages": _passages(runs)}
+            )
+        return {
+            **{name: first[name] for name in ("source", "file", "place")},
+            "document": first["document_id"],
+            "overlap": max(each["overlap"] for each in held),
+            "fields": held,
+        }
+
+
+def _passages(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Excerpts of a document with the copied spans, those that overlap in one; the ones with most of a copy."""
+    pieces: list[dict[str, Any]] = []
+    for run in sorted(runs, key=lambda run: (run["part"], run["start"], run["stop"])):
+        start, stop = run["excerpt_start"], run["excerpt_start"] + len(run["excerpt"])
+        last = pieces[-1] if pieces else None
+        if last and last["part"] == run["part"] and start <= last["stop"] and stop - last["start"] <= PASSAGE:
+            last["text"] += run["excerpt"][last["stop"] - start :]
+        else:
+            last = {"part": run["part"], "start": start, "stop": stop, "text": run["excerpt"], "spans": []}
+            pieces.append(last)
+        last["spans"].append((run["start"], min(run["stop"], stop)))
+        if stop >= last["stop"]:
+            last["stop"], last["goes_on"] = stop, stop - run["stop"] >= AROUND or stop < run["stop"]
+    best = sorted(pieces, key=lambda piece: -sum(b - a for a, b in _joined(piece["spans"])))[:PASSAGES]
+    return [_passage(piece) for piece in sorted(best, key=lambda piece: (piece["part"], piece["start"]))]
+
+
+def _passage(piece: dict[str, Any]) -> dict[str, Any]:
+    before, after = "…" if piece["start"] else "", "…" if piece["goes_on"] else ""
+    text = before + piece["text"] + after
+    shift = len(before) - piece["start"]
+    spans = _units(text, _joined((a + shift, b + shift) for a, b in piece["spans"]))
+    return {"part": piece["part"], "text": text, "spans": spans}
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans in order, those that overlap or touch as one."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _units(text: str, spans: list[tuple[int, int]]) -> list[list[int]]:
+    """Spans that count characters of a text as a browser counts them: in units of UTF-16, those beyond its end cut."""
+    last = len(text)
+    return [[_width(text[:start]), _width(text[:stop])] for start, stop in spans if start < last]
+
+
+def _width(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-16-le")) // 2
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} …"
+
+
+def _trend(nights: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Findings per night and channel of the last night's sets; None where a set or a channel was not asked."""
+    told = [{each["name"]: each["verdicts"] for each in night["sets"]} for night in nights]
+    sets = []
+    for name in told[-1]:
+        counts: dict[str, list[int | None]] = {"lexical": [], "influence": []}
+        for night, verdicts in zip(nights, told, strict=True):
+            for channel, values in counts.items():
+                asked = name in verdicts and (channel == "lexical" or night["influence"] is not None)
+                values.append(verdicts[name][channel] + verdicts[name]["both"] if asked else None)
+        sets.append({"name": name, **counts})
+    return {"nights": [night["night"] for night in nights], "sets": sets}

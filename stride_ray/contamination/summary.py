@@ -1,0 +1,100 @@
+"""A scan's report as one Markdown text, every text escaped; stride_ray.contamination.report makes the page of it."""
+
+import html
+from typing import Any
+
+from stride_ray.contamination.compare import Difference, line
+
+# Findings listed per heading; the tables hold all.
+_LISTED = 200
+HEAD = (
+    "set",
+    "items",
+    "lexical",
+    "influence (suspicion)",
+    "both",
+    "clean",
+    "not searched",
+    "not read",
+    "new",
+    "resolved",
+)
+NOTE = (
+    "A lexical finding is a copy of an item's text in the corpus. Influence alone is a suspicion, never proof: the "
+    "model predicts the item better than control items, and leans on a block of its training data as for none of them."
+)
+
+
+def markdown(facts: dict[str, Any], found: Difference) -> str:
+    """The report as Markdown.
+
+    Args:
+        facts: the night's manifest (nightly.scan).
+        found: against the last scan that was told.
+    """
+    lines = [f"# Contamination scan, {facts['night']}", "", headline(facts), "", NOTE, ""]
+    lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in set_rows(facts)]
+    for title, rows in _sections(found):
+        lines += ["", f"## {title}", ""]
+        lines += [f"- {_plain(line(row))}  \n  {_plain(row['question'])}" for row in rows[:_LISTED]] or ["None."]
+        lines += [f"- and {len(rows) - _LISTED} more, see verdicts.parquet"] if len(rows) > _LISTED else []
+    lines += ["", "## How it was made", "", *(f"- {_plain(text)}" for text in about(facts))]
+    return "\n".join(lines) + "\n"
+
+
+def headline(facts: dict[str, Any]) -> str:
+    """The outcome in a sentence."""
+    since = f" since {facts['since']}" if facts["since"] else " (the first scan)"
+    total = sum(sum(each["verdicts"][name] for name in ("lexical", "influence", "both")) for each in facts["sets"])
+    items = sum(each["items"] for each in facts["sets"])
+    return (
+        f"{facts['new']} new finding(s), {facts['changed']} changed and {facts['resolved']} resolved{since}; "
+        f"{total} of {items} items are not clean."
+    )
+
+
+def set_rows(facts: dict[str, Any]) -> list[list[Any]]:
+    """A row per set of a night's manifest, with what HEAD names."""
+    kinds = ("lexical", "influence", "both", "clean")
+    return [
+        [s["name"], s["items"], *(s["verdicts"][k] for k in kinds), s["short"], s["rejected"], s["new"], s["resolved"]]
+        for s in facts["sets"]
+    ]
+
+
+def _sections(found: Difference) -> list[tuple[str, list[dict[str, Any]]]]:
+    return [("New", found.new), ("Changed", found.changed), ("Resolved", found.resolved)]
+
+
+def about(facts: dict[str, Any]) -> list[str]:
+    """How a night came about, a line each."""
+    corpus, options = facts["corpus"], facts["options"]
+    lines = [
+        f"corpus: {corpus['documents']} documents in {corpus['units']} units, {corpus['rejected']} rows rejected",
+        f"lexical: n = {options['words']}, overlap at least {options['overlap']:g}; {corpus['boilerplate']} n-grams "
+        f"were boilerplate, which left nothing of {corpus['filtered']} matches; {corpus['common']} n-grams of too many "
+        "items left out",
+    ]
+    lines += [f"  {reject}" for reject in corpus["rejects"]]
+    influence = facts["influence"]
+    if influence is None:
+        return [*lines, "influence: not asked (scan.influence = false)"]
+    return [
+        *lines,
+        f"influence: model {influence['model']}, {influence['mode']}, {influence['blocks']} blocks; "
+        f"{influence['controls']} control items, false-discovery rate "
+        f"{options['false_discovery']:g}; {influence['failed']} items could not be asked",
+    ]
+
+
+def _cell(value: Any) -> str:
+    return _plain(str(value)).replace("|", "\\|")
+
+
+def _plain(text: str) -> str:
+    """A text that Markdown shows as it is, in one line."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    for sign in "\\`*_[]":
+        text = text.replace(sign, "\\" + sign)
+    return text

@@ -1,0 +1,169 @@
+"""The pool as later stages read it: N blocks by ordinal, in batches or one by one, and cut into fixed shards."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stride_ray.runtime.config import digest
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import ROW_GROUP, Store
+
+
+class Batch(NamedTuple):
+    """Consecutive blocks: ordinals (n,), token ids (n, T) int64, loss mask (n, T) bool."""
+
+    ordinals: np.ndarray
+    ids: np.ndarray
+    mask: np.ndarray
+
+
+def fixed_lists(column: pa.ChunkedArray | pa.Array, width: int, missing: Any) -> np.ndarray:
+    """A column of lists of ``width`` values as an (n, width) array; null lists are filled with ``missing``."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    valid = np.asarray(array.is_valid())
+    values = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    if valid.all():
+        return values
+    filled = np.full((len(array), width), missing, dtype=np.asarray(missing).dtype if not len(values) else values.dtype)
+    filled[valid] = values
+    return filled
+
+
+def shard_count(n_blocks: int) -> int:
+    """How many shards a pool of so many blocks is summed in: 4 to 64, where it has as many blocks."""
+    return min(n_blocks, min(max(4, -(-n_blocks // 1024)), 64))
+
+
+def unit_count(n_blocks: int) -> int:
+    """How many units of work a pass over so many blocks is cut into: a function of N alone.
+
+    A thousand blocks each, at least eight units; eight thousand where N is so large that there are thousands of units.
+    """
+    if n_blocks <= 8:
+        return max(1, n_blocks)
+    return max(8, -(-n_blocks // min(8192, max(1024, n_blocks // 8192))))
+
+
+class Blocks:
+    """A finished ``blocks/`` folder.
+
+    Args:
+        store: the folder.
+
+    Attributes:
+        manifest: its manifest (counts, parts, fingerprint).
+        block_tokens: T, tokens in a block.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.manifest: dict[str, Any] = store.read_json("manifest.json")
+        self.block_tokens: int = self.manifest["block_tokens"]
+        counts = [part["blocks"] for part in self.manifest["parts"]]
+        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def beginning(self, n_blocks: int) -> str:
+        """The fingerprint of the pool when it had its first ``n_blocks`` blocks; empty where no part ends there."""
+        parts = int(np.searchsorted(self._first, n_blocks))
+        if parts == len(self._first) or self._first[parts] != n_blocks:
+            return ""
+        return digest([part["sha256"] for part in self.manifest["parts"][:parts]])
+
+    def batches(self, start: int, stop: int, rows: int) -> Iterator[Batch]:
+        """Blocks ``start`` to ``stop`` in batches of at most ``rows``; a batch never crosses a row group."""
+        for table, first in self._groups(start, stop, ["token_ids", "loss_mask"]):
+            for offset in range(0, table.num_rows, rows):
+                piece = table.slice(offset, rows)
+                ordinals = np.arange(first + offset, first + offset + piece.num_rows)
+                yield Batch(ordinals, *self._arrays(piece))
+
+    def take(self, ordinals: Sequence[int] | np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Columns of any blocks, rows in the order of ``ordinals`` (repeats allowed); reads each row group once."""
+        wanted = np.asarray(ordinals, dtype=np.int64)
+        order, tables, seen = np.argsort(wanted, kind="stable"), [], np.unique(wanted)
+        while len(seen):
+            table, first = next(self._groups(int(seen[0]), len(self), list(columns)))
+            inside = seen < first + table.num_rows
+            if not inside.any():
+                raise StrideError(
+                    f"{self.store.name_of('')} has fewer blocks than its manifest says; restore the part with block "
+                    f"{int(seen[0])}."
+                )
+            tables.append(table.take(pa.array(seen[inside] - first)))
+            seen = seen[~inside]
+        if not tables:
+            return self._empty(columns)
+        found = pa.concat_tables(tables)
+        positions = np.empty(len(wanted), dtype=np.int64)
+        positions[order] = np.searchsorted(np.unique(wanted), wanted[order])
+        return found.take(pa.array(positions))
+
+    def batch(self, ordinals: Sequence[int] | np.ndarray) -> Batch:
+        """Any blocks as one batch."""
+        return Batch(np.asarray(ordinals), *self._arrays(self.take(ordinals, ["token_ids", "loss_mask"])))
+
+    def shards(self) -> list[tuple[int, int]]:
+        """The pool cut into 4 to 64 ordinal ranges, a function of N alone.
+
+        Sums over the pool are taken per shard and then over shards in order, so that they do not depend on how
+        many workers there were.
+        """
+        return self.cut(shard_count(len(self)))
+
+    def cut(self, count: int, first: int = 0) -> list[tuple[int, int]]:
+        """The pool from block ``first`` on as so many ordinal ranges of nearly equal size."""
+        edges = np.linspace(first, len(self), count + 1).astype(int)
+        return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+
+    def sample(self, count: int, seed: int, among: int | None = None) -> np.ndarray:
+        """Ordinals of ``count`` blocks (or all) drawn without replacement, ascending; of the first ``among`` alone."""
+        n = len(self) if among is None else among
+        return np.sort(np.random.default_rng([seed, n]).choice(n, min(count, n), replace=False))
+
+    def _arrays(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+        ids = fixed_lists(table["token_ids"], self.block_tokens, 0)
+        return ids.astype(np.int64), fixed_lists(table["loss_mask"], self.block_tokens, True)
+
+    def _groups(self, start: int, stop: int, columns: list[str]) -> Iterator[tuple[pa.Table, int]]:
+        """Row groups that hold ordinals start…stop, cut to them, with the ordinal of each one's first row."""
+        for index, part in enumerate(self.manifest["parts"]):
+            low, high = int(self._first[index]), int(self._first[index + 1])
+            if high <= start or low >= stop:
+                continue
+            with self.store.open_parquet(part["name"]) as file:
+                for group in range(file.num_row_groups):
+                    first = low + group * ROW_GROUP
+                    last = min(first + ROW_GROUP, high)
+                    if last <= start or first >= stop:
+                        continue
+                    table = file.read_row_group(group, columns=columns)
+                    begin = max(start - first, 0)
+                    yield table.slice(begin, min(stop, last) - first - begin), first + begin
+
+    def _empty(self, columns: Sequence[str]) -> pa.Table:
+        with self.store.open_parquet(self.manifest["parts"][0]["name"]) as file:
+            return file.schema_arrow.empty_table().select(list(columns))
+
+
+def document_shares(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which documents each block holds, and how much of it.
+
+    Args:
+        table: blocks with a ``spans`` column.
+
+    Returns:
+        For every span: row (int64), document id (object), share of the block's spanned tokens (float64).
+    """
+    spans = table["spans"].combine_chunks()
+    rows = np.repeat(np.arange(len(spans)), pc.list_value_length(spans).to_numpy(zero_copy_only=False))
+    flat = spans.flatten()
+    documents = flat.field("document_id").to_numpy(zero_copy_only=False)
+    lengths = flat.field("length").to_numpy(zero_copy_only=False).astype(np.float64)
+    totals = np.bincount(rows, lengths, minlength=len(spans))
+    return rows, documents, lengths / totals[rows]

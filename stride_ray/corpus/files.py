@@ -1,0 +1,202 @@
+"""The files of an input: listed from paths, folders, globs and URLs, with what tells that one has changed."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fsspec.implementations.local import LocalFileSystem
+
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.urls import filesystem, shown, told
+
+# ``Unit.stop`` of a unit that goes on to the end of its file.
+END = -1
+
+_COMPRESSIONS = (".gz", ".zst")
+_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
+_TABLES = (".csv", ".tsv", ".xls", ".xlsx")
+_DATASET_FILES = ("state.json", "dataset_info.json")
+# File systems put what changes with a file's content under different names; the first that is there serves.
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
+
+
+class SourceFile(NamedTuple):
+    """One file of the input.
+
+    Attributes:
+        name: path relative to its input's own root, so that moving the input changes no identity.
+        url: where to read it, with whatever credentials the input's URL carries; for messages use ``shown``.
+        size: bytes, END where the file system does not say.
+        version: changes when the content does (ETag or modification time); empty where nothing is known.
+    """
+
+    name: str
+    url: str
+    size: int
+    version: str
+
+    @property
+    def content(self) -> tuple[int, str]:
+        """What tells that the file is still the one that it was, as well as its file system knows."""
+        return self.size, self.version
+
+
+def current(file: SourceFile) -> SourceFile:
+    """The file as it is now; raises what its file system does."""
+    fs, path = filesystem(file.url)
+    return _source_file(fs, file.url, path, file.name, fs.info(path))
+
+
+def compression(name: str) -> str:
+    """How a file is compressed by its name's ending: ".gz", ".zst" or "" for not at all."""
+    return next((ending for ending in _COMPRESSIONS if name.lower().endswith(ending)), "")
+
+
+def kind_of(name: str) -> str:
+    """The kind of unit for a file: by its ending before that of its compression; anything unknown is text."""
+    packed = compression(name)
+    kind = _KINDS.get(os.path.splitext(name.lower().removesuffix(packed))[1], "text")
+    # A compressed Parquet or Arrow file is not a thing; as text it is rejected as such, with its name.
+    return "text" if packed and kind != "jsonl" else kind
+
+
+def list_files(given: str) -> list[SourceFile]:
+    """All files of one input, sorted by name.
+
+    Raises:
+        StrideError: as ``plan`` says.
+    """
+    fs, path = filesystem(given)
+    try:
+        if fs.exists(path):  # first, for a name may hold the characters of a glob
+            top = fs.info(path)
+            if top["type"] != "directory":
+                _refuse_tables(given, [path])
+                if isinstance(fs, LocalFileSystem):
+                    _refuse_strange(path)
+                return [_source_file(fs, given, path, _leaf(path), top)]
+            root, found = path, fs.find(path, detail=True)
+        elif any(sign in path for sign in "*?["):
+            root, found = _expand_glob(fs, path)
+        else:
+            raise StrideError(f"Input {shown(given)} does not exist; check the path, or create it.")
+    except StrideError:
+        raise
+    except PermissionError as error:
+        raise StrideError(f"Input {shown(given)} cannot be read: permission denied ({told(error, given)}).") from None
+    except Exception as error:  # every remote file system raises classes of its own
+        raise StrideError(
+            f"Input {shown(given)} cannot be listed ({told(error, given)}); "
+            "check the address, the credentials and the network."
+        ) from None
+    named = {_relative(file, root): file for file in found}
+    kept = _resolve_datasets(fs, [name for name in named if _visible(name)], lambda name: named[name])
+    _refuse_tables(given, [named[name] for name in kept])
+    files = [_source_file(fs, given, named[name], name, found[named[name]]) for name in sorted(kept)]
+    if not files:
+        raise StrideError(f"Input {shown(given)} matches no file; check the folder or pattern.")
+    if isinstance(fs, LocalFileSystem):
+        for name in kept:
+            _refuse_strange(named[name])
+    return files
+
+
+def _refuse_strange(path: str) -> None:
+    """A local path of which a listing does not tell that it is a whole file."""
+    if not os.path.exists(path):
+        raise StrideError(f"{shown(path)} is a link to nothing; restore what it points to or remove it.")
+    if os.path.isdir(path):
+        raise StrideError(f"{shown(path)} is a link to a folder; name that folder as an input of its own.")
+    if not os.path.isfile(path):
+        raise StrideError(f"{shown(path)} is no file that can be read twice (a pipe?); give a file.")
+
+
+def _refuse_tables(given: str, paths: Sequence[str]) -> None:
+    """A table is no text, though one among other files may be; only an input of nothing else is refused."""
+    if paths and all(path.lower().removesuffix(compression(path)).endswith(_TABLES) for path in paths):
+        raise StrideError(
+            f"Input {shown(given)} is a table that is not read ({', '.join(_TABLES)}); make it Parquet, as in "
+            "pandas.read_csv(…).to_parquet(…), or JSON Lines."
+        )
+
+
+def _expand_glob(fs: Any, path: str) -> tuple[str, dict[str, Any]]:
+    """The folder before the first magic part of a pattern, and ``{path: info}`` of the files that it matches."""
+    parts = path.split("/")
+    first = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
+    found: dict[str, Any] = {}
+    for match, info in fs.glob(path, detail=True).items():
+        found.update(fs.find(match, detail=True) if info["type"] == "directory" else {match: info})
+    return "/".join(parts[:first]), found
+
+
+def _relative(path: str, root: str) -> str:
+    return path.removeprefix(root).lstrip("/")
+
+
+def _visible(name: str) -> bool:
+    """Whether to read a file: not hidden, no byte code, and not the empty object that stands for a folder."""
+    parts = name.split("/")
+    return bool(parts[-1]) and not any(part.startswith(".") or part == "__pycache__" for part in parts)
+
+
+def _leaf(path: str) -> str:
+    # Over HTTP the path is the whole URL: its query is no part of the name.
+    path = path.partition("?")[0] if "://" in path else path
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def _source_file(fs: Any, given: str, path: str, name: str, info: dict[str, Any]) -> SourceFile:
+    size = info.get("size")
+    if info.get("islink"):  # fsspec tells the link's own time
+        info = {**info, "mtime": os.stat(path).st_mtime if os.path.exists(path) else None}
+    version = next((str(info[key]).strip('"') for key in _VERSION_KEYS if info.get(key) is not None), "")
+    # A name that is no valid Unicode (possible on Linux) could not be written to a table.
+    name = name.encode("utf-8", "backslashreplace").decode()
+    return SourceFile(name, _url(fs, given, path), END if size is None else int(size), version)
+
+
+def _url(fs: Any, given: str, path: str) -> str:
+    """The URL of a path on the file system that ``given`` led to."""
+    if isinstance(fs, LocalFileSystem):
+        return f"file://{path}"
+    first, _, rest = given.partition("::")
+    if rest and "://" in first:  # an archive: zip://*.txt::s3://bucket/archive.zip
+        return f"{first.partition('://')[0]}://{path.lstrip('/')}::{rest}"
+    if rest:  # a cache: simplecache::s3://bucket/folder
+        return f"{first}::{rest.partition('://')[0]}://{path}"
+    # Keep what stands before the path: host, user and password belong to the file system, not to the path.
+    stripped = fs._strip_protocol(given)
+    if given.rstrip("/").endswith(stripped):
+        return given.rstrip("/").removesuffix(stripped) + path
+    return fs.unstrip_protocol(path)
+
+
+def _resolve_datasets(fs: Any, names: list[str], path_of: Callable[[str], str]) -> list[str]:
+    """Names to read once each folder with a saved Hugging Face dataset is reduced to the files that make it up.
+
+    Such a folder also holds metadata, and may hold caches of earlier computations.
+    """
+    present = set(names)
+    folders = {name.removesuffix("state.json") for name in names if name.rpartition("/")[2] == "state.json"}
+    folders = {folder for folder in folders if all(folder + leaf in present for leaf in _DATASET_FILES)}
+    if not folders:
+        return names
+    kept = [name for name in names if name.removesuffix(name.rpartition("/")[2]) not in folders]
+    parents = {folder.rstrip("/").rpartition("/")[0] for folder in folders}
+    dictionaries = {f"{parent}/dataset_dict.json".lstrip("/") for parent in parents}
+    kept = [name for name in kept if name not in dictionaries]
+    for folder in sorted(folders):
+        state = path_of(folder + "state.json")
+        try:
+            parts = [folder + entry["filename"] for entry in json.loads(fs.cat_file(state))["_data_files"]]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise StrideError(
+                f"{shown(state)} does not list a dataset's files ({type(error).__name__}); save it anew."
+            ) from None
+        missing = [part for part in parts if part not in present]
+        if missing:
+            raise StrideError(f"{shown(state)} lists {missing[0]}, which is missing; save the dataset anew.")
+        kept += parts
+    return kept

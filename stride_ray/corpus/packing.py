@@ -1,0 +1,278 @@
+"""Encoded documents to blocks of equal length, the things that influence is measured for.
+
+Two layouts. "pack", as in pre-training: documents are joined by end-of-text and the stream is cut every
+``block_tokens``, so that a block may hold parts of several documents. "split": each document is cut alone and its tail
+padded. In both nothing is dropped: the spans of a document, put together, are the document. Packing starts afresh with
+each unit, so that units are independent of each other.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from stride_ray.corpus.documents import Encoded
+from stride_ray.corpus.readers import Rejected
+from stride_ray.runtime.errors import StrideError
+
+LAYOUTS = ("pack", "split")
+
+# Rejects that are kept for a person to look at; all are counted.
+KEPT_REJECTS = 20
+
+# Blocks put together at once; bounds the memory of ``iter_blocks``.
+_BATCH_BLOCKS = 1024
+
+_SPAN = pa.struct(
+    [
+        pa.field("document_id", pa.string(), nullable=False),
+        pa.field("start", pa.int32(), nullable=False),
+        pa.field("length", pa.int32(), nullable=False),
+    ]
+)
+
+
+@dataclass
+class Counts:
+    """What became of a unit's documents. Counts of several units add up with ``+``.
+
+    Attributes:
+        documents: documents that are in the blocks.
+        blocks: rows.
+        tokens: tokens of documents, end-of-text included, padding not.
+        target_tokens: those of them that count in the loss.
+        rejected: documents, or unreadable rests of files, left out.
+        repeated: documents whose id another of the unit had, and that were given one of their own (``id~2``).
+        rejects: the first KEPT_REJECTS of the rejected.
+    """
+
+    documents: int = 0
+    blocks: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    rejected: int = 0
+    repeated: int = 0
+    rejects: list[Rejected] = field(default_factory=list)
+
+    def __add__(self, other: "Counts") -> "Counts":
+        values = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return Counts(**{**values, "rejects": values["rejects"][:KEPT_REJECTS]})
+
+    def reject(self, item: Rejected) -> None:
+        """Count a reject, and keep it if it is among the first."""
+        self.rejected += 1
+        if len(self.rejects) < KEPT_REJECTS:
+            self.rejects.append(item)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts as JSON-serialisable values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Counts":
+        """The inverse of ``to_dict``."""
+        return cls(**{**value, "rejects": [Rejected(**reject) for reject in value["rejects"]]})
+
+
+def block_schema(block_tokens: int, ordinals: bool = True) -> pa.Schema:
+    """Columns of a table of blocks.
+
+    ``block_id`` uint64; ``ordinal`` int64, the block's number in the corpus; ``source`` string, of the span with most
+    tokens; ``spans`` list of (document_id, start, length): the block's tokens from its first, span after span, are
+    ``length`` tokens of that document from its token ``start`` on, and whatever follows the last span is padding;
+    ``token_ids`` int32 [block_tokens]; ``loss_mask`` bool [block_tokens], which tokens count, null: all.
+
+    Args:
+        block_tokens: tokens in a block.
+        ordinals: with the ordinal column, or as ``make_blocks`` gives it, without.
+    """
+    columns = [
+        pa.field("block_id", pa.uint64(), nullable=False),
+        pa.field("ordinal", pa.int64(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("spans", pa.list_(_SPAN), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32(), block_tokens), nullable=False),
+        # Not of fixed size: a null among lists of fixed size is more than most readers of Parquet can bear.
+        pa.field("loss_mask", pa.list_(pa.bool_())),
+    ]
+    return pa.schema([column for column in columns if ordinals or column.name != "ordinal"])
+
+
+def make_blocks(
+    items: Iterable[Encoded | Rejected], layout: str, block_tokens: int, end_of_text: int, pad: int
+) -> tuple[pa.Table, Counts]:
+    """All blocks of a unit as one table, without ordinals, and what became of its documents.
+
+    Args:
+        items: one unit's documents in reading order, rejects among them.
+        layout: "pack" or "split".
+        block_tokens: B, tokens in a block.
+        end_of_text: id put after each document that does not end with it ("pack"). It belongs to the document's last
+            span and counts, unless the document has a mask, which then stays as it is.
+        pad: id that fills a last block; never counts.
+
+    Returns:
+        A table with ``block_schema(block_tokens, ordinals=False)``, in the order of the documents, and the counts.
+
+    Raises:
+        StrideError: unknown layout, or blocks of less than one token.
+    """
+    counts = Counts()
+    batches = list(iter_blocks(items, layout, block_tokens, end_of_text, pad, counts))
+    return pa.Table.from_batches(batches, block_schema(block_tokens, ordinals=False)), counts
+
+
+def block_id(source: str, document_id: str, start: int) -> int:
+    """A block's identity, from its first span: that document's source and id, and the token where the span starts.
+
+    The first 8 bytes of a BLAKE2b hash as an unsigned integer; the same on every machine.
+    """
+    name = f"{_document_name(source, document_id)}, {start}]".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+
+
+@lru_cache(maxsize=4 * _BATCH_BLOCKS)  # a block is named when its batch is full
+def _document_name(source: str, document_id: str) -> str:
+    """The beginning of the JSON list [source, document_id, start]; a document may have many blocks."""
+    # JSON, because joined by any separator two different triples could read the same. A string by itself is faster.
+    return f"[{json.dumps(source)}, {json.dumps(document_id)}"
+
+
+class _Span(NamedTuple):
+    document_id: str
+    source: str
+    start: int
+    length: int
+
+
+def iter_blocks(
+    items: Iterable[Encoded | Rejected], layout: str, block_tokens: int, end_of_text: int, pad: int, counts: Counts
+) -> Iterator[pa.RecordBatch]:
+    """``make_blocks`` in batches of about a thousand blocks, for units too large for memory; fills ``counts``."""
+    if layout not in LAYOUTS:
+        raise StrideError(f"There is no layout {layout!r}; choose pack or split.")
+    if block_tokens < 1:
+        raise StrideError(f"Blocks of {block_tokens} tokens cannot be made; give block_tokens = 1 or more.")
+    builder = _Builder(block_tokens, pad)
+    end, uncounted = np.array([end_of_text], np.int32), np.zeros(1, np.bool_)
+    for document in _distinct(items, counts):
+        ids, mask = document.ids, document.mask
+        if layout == "pack" and ids[-1] != end_of_text:
+            ids = np.concatenate([ids, end])
+            mask = None if mask is None else np.concatenate([mask, uncounted])
+        counts.documents += 1
+        counts.tokens += len(ids)
+        counts.target_tokens += len(ids) if mask is None else int(mask.sum())
+        builder.add(document, ids, mask)
+        if layout == "split":
+            builder.fill()
+        while builder.length >= _BATCH_BLOCKS * block_tokens:
+            batch = builder.take(_BATCH_BLOCKS)
+            counts.blocks += batch.num_rows
+            yield batch
+    builder.fill()
+    if builder.length:
+        batch = builder.take(builder.length // block_tokens)
+        counts.blocks += batch.num_rows
+        yield batch
+
+
+def _distinct(items: Iterable[Encoded | Rejected], counts: Counts) -> Iterator[Encoded]:
+    """The documents, rejects counted, each with an id of its own.
+
+    An id column need not be unique, but two documents of one source and id would share block ids. The second is
+    called ``id~2``, by order in the unit; dropping it would lose data that the model was trained on.
+    """
+    # 64-bit hashes rather than the ids themselves: a unit may hold millions.
+    seen: set[int] = set()
+    for item in items:
+        if isinstance(item, Rejected):
+            counts.reject(item)
+            continue
+        name, copy = item.document_id, 1
+        while (identity := block_id(item.source, name, 0)) in seen:
+            copy += 1
+            name = f"{item.document_id}~{copy}"
+        seen.add(identity)
+        counts.repeated += copy > 1
+        yield item if copy == 1 else Encoded(name, item.source, item.ids, item.mask)
+
+
+class _Builder:
+    """A stream of tokens with its spans, cut at every ``block_tokens``; always starts at a block's first token."""
+
+    def __init__(self, block_tokens: int, pad: int) -> None:
+        self.block_tokens = block_tokens
+        self.pad = pad
+        self.length = 0  # tokens held, padding included
+        self._ids: list[npt.NDArray[np.int32]] = []
+        self._masks: list[npt.NDArray[np.bool_]] = []
+        self._spans: list[list[_Span]] = []  # of each block begun
+
+    def add(self, document: Encoded, ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_] | None) -> None:
+        """Append a document's tokens ([tokens]), which may go on over several blocks."""
+        start = 0
+        while start < len(ids):
+            filled = (self.length + start) % self.block_tokens
+            if not filled:
+                self._spans.append([])
+            length = min(self.block_tokens - filled, len(ids) - start)
+            self._spans[-1].append(_Span(document.document_id, document.source, start, length))
+            start += length
+        self._append(ids, np.ones(len(ids), np.bool_) if mask is None else mask)
+
+    def fill(self) -> None:
+        """Pad the last block."""
+        missing = -self.length % self.block_tokens
+        if missing:
+            self._append(np.full(missing, self.pad, np.int32), np.zeros(missing, np.bool_))
+
+    def _append(self, ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_]) -> None:
+        self._ids.append(ids)
+        self._masks.append(mask)
+        self.length += len(ids)
+
+    def take(self, count: int) -> pa.RecordBatch:
+        """Remove the first ``count`` blocks, all of them full, and return them as rows."""
+        size = count * self.block_tokens
+        ids, mask = np.concatenate(self._ids), np.concatenate(self._masks)
+        spans = self._spans[:count]
+        rest = len(ids) - size
+        self.length, self._spans = rest, self._spans[count:]
+        self._ids, self._masks = ([ids[size:]], [mask[size:]]) if rest else ([], [])
+        return _batch(spans, ids[:size], mask[:size].reshape(count, self.block_tokens))
+
+
+def _batch(spans: Sequence[Sequence[_Span]], ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_]) -> pa.RecordBatch:
+    """Rows of blocks: spans of each, ids int32 [blocks × B], mask bool [blocks, B]."""
+    schema = block_schema(mask.shape[1], ordinals=False)
+    flat = [span for block in spans for span in block]
+    offsets = np.cumsum([0, *map(len, spans)])
+    members = pa.StructArray.from_arrays(
+        [
+            pa.array([span.document_id for span in flat], pa.string()),
+            pa.array([span.start for span in flat], pa.int32()),
+            pa.array([span.length for span in flat], pa.int32()),
+        ],
+        fields=list(_SPAN),
+    )
+    whole = mask.all(axis=1)
+    columns = {
+        "block_id": pa.array([block_id(b[0].source, b[0].document_id, b[0].start) for b in spans], pa.uint64()),
+        "source": pa.array([max(block, key=lambda span: span.length).source for block in spans], pa.string()),
+        "spans": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), members, type=schema.field("spans").type),
+        "token_ids": pa.FixedSizeListArray.from_arrays(pa.array(ids), type=schema.field("token_ids").type),
+        "loss_mask": pa.ListArray.from_arrays(
+            pa.array(np.cumsum([0, *np.where(whole, 0, mask.shape[1])]), pa.int32()),
+            pa.array(mask[~whole].ravel()),
+            type=schema.field("loss_mask").type,
+            mask=pa.array(whole),
+        ),
+    }
+    return pa.record_batch([columns[name] for name in schema.names], schema=schema)

@@ -1,0 +1,207 @@
+"""Stage shard: documents to numbered blocks in Parquet, on Ray Data.
+
+Two passes over units of work. The first tokenises and cuts a unit's documents into blocks; once every unit's count is
+known, the second gives the blocks their dense ordinals and publishes the final parts. New input continues the
+numbering: a block that exists keeps its ordinal, and so its subsets.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from stride_ray.corpus.blocks import fixed_lists
+from stride_ray.corpus.documents import Encoded, read, resolve_columns
+from stride_ray.corpus.numbering import leave, number_part
+from stride_ray.corpus.packing import Counts, make_blocks
+from stride_ray.corpus.readers import Rejected
+from stride_ray.corpus.splits import Unit, plan
+from stride_ray.corpus.tokenizing import (
+    encode_stream,
+    end_of_text_id,
+    load_tokenizer,
+    pad_id,
+    show_masked,
+    vocabulary_size,
+)
+from stride_ray.runtime.config import digest
+from stride_ray.runtime.costs import costed
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import CorpusConfig
+from stride_ray.runtime.run import Run, Stage, part_name
+from stride_ray.runtime.storage import refuse_inside
+from stride_ray.runtime.tasks import connected, map_dataset, map_tasks, pool, progress
+from stride_ray.runtime.urls import first_line
+
+
+def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
+    """Cut the run's corpus into blocks, or add what is new in its input.
+
+    Args:
+        run: its configuration names input and tokenizer.
+        out: where a masked example is shown, for data with prompts; None: standard output.
+
+    Returns:
+        ``blocks/manifest.json``: counts of documents, blocks, tokens, targets and rejects, the first rejects with
+        file, row and reason, the parts with their content hashes, and the corpus fingerprint.
+
+    Raises:
+        StrideError: for input that is missing, empty, or was changed since it was sharded; no tokenizer; other
+            settings than the directory's; resources that the cluster cannot give.
+    """
+    config = run.config.corpus
+    if not config.input:
+        raise StrideError("No corpus is given; name files, folders or URLs with --input (corpus.input).")
+    if not config.tokenizer:
+        raise StrideError("No tokenizer is given; name one with --tokenizer, or the model with --model.")
+    refuse_inside(run.store, config.input, "The run directory")
+    tokenizer = load_tokenizer(config.tokenizer)
+    units = plan(config.input, int(config.shard_mb * 1e6))
+    if not run.stage("blocks").store.exists("plan.json"):
+        resolve_columns(units, config.columns)  # a wrong mapping is told before the directory is claimed for it
+    stage = run.begin("blocks")
+    staged = Stage(stage.store.child("_tokenised"), stage.identity)
+    numbered = stage.done()
+    units, columns = _register(stage, config, units, bool(staged.done() or numbered))
+    _save_tokenizer(stage, tokenizer)
+    known = staged.done().keys() | numbered.keys()
+    missing = [(i, unit) for i, unit in enumerate(units) if part_name(i) not in known]
+    if len(numbered) == len(units) and stage.store.exists("manifest.json"):
+        stage.store.remove("_tokenised")
+        return stage.store.read_json("manifest.json")
+    with connected(run.config.compute), costed(stage):
+        if missing:
+            work = [{"index": i, "unit": unit.to_dict()} for i, unit in missing]
+            workers = pool(run.config.compute, len(work))
+            # The copy, which is what later stages read text with, whatever has become of the original.
+            copy = stage.store.child("tokenizer").url
+            results = map_dataset(Tokenise, (replace(config, tokenizer=copy), columns, staged), work, workers)
+            markers = progress(results, "shard", len(work), "units", lambda _: 1)
+            staged.remember(markers)
+            _show_example(markers, out or sys.stdout)
+        markers_by_part = {**staged.done(), **numbered}
+        counts = [markers_by_part[part_name(i)]["counts"]["blocks"] for i in range(len(units))]
+        if not sum(counts):
+            run.forget(stage)  # nothing but the plan and the options, which would refuse the corrected command
+            raise StrideError(_nothing(config, markers_by_part))
+        first = np.concatenate([[0], np.cumsum(counts)]).tolist()
+        todo = [(i, first[i]) for i in range(len(units)) if part_name(i) not in numbered]
+        results = map_tasks(number_part, (stage, staged), todo, pool(run.config.compute, len(todo)))
+        stage.remember(progress(results, "number", len(todo), "parts", lambda _: 1))
+    manifest = _manifest(stage, config, tokenizer, len(units))
+    stage.store.write_json("manifest.json", manifest)
+    stage.store.remove("_tokenised")
+    run.save()
+    return manifest
+
+
+def _register(stage: Stage, config: CorpusConfig, units: list[Unit], begun: bool) -> tuple[list[Unit], dict[str, str]]:
+    """The units in the order of their numbering: those known already, then new ones; kept in plan.json.
+
+    Until a unit is done the input may still be put right.
+    """
+    if not begun or not stage.store.exists("plan.json"):
+        columns = resolve_columns(units, config.columns)
+        stage.store.write_json("plan.json", {"columns": columns, "units": [unit.to_dict() for unit in units]})
+        return units, columns
+    record = stage.store.read_json("plan.json")
+    known = [Unit.from_dict(unit) for unit in record["units"]]
+    files = {file.name: file for unit in known for file in unit.files}
+    for unit in units:
+        for file in unit.files:
+            before = files.get(file.name)
+            if before and before.content != file.content:
+                raise StrideError(
+                    f"{file.name} was changed since it was sharded; put new text into new files, or shard into a new "
+                    "run directory."
+                )
+    new = plan(config.input, int(config.shard_mb * 1e6), skip=set(files))
+    if new:
+        known += new
+        stage.store.write_json("plan.json", {**record, "units": [unit.to_dict() for unit in known]})
+    return known, record["columns"]
+
+
+def _save_tokenizer(stage: Stage, tokenizer: Any) -> None:
+    """Keep the tokenizer beside its blocks, so that later stages read text and show it without the original."""
+    if stage.store.exists("tokenizer/tokenizer_config.json"):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # the library's own, for a full disk too
+            raise StrideError(f"The tokenizer cannot be written to {folder}: {first_line(error)}.") from None
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        # The file whose presence means that all are there comes last.
+        for path in sorted(files, key=lambda path: path.name == "tokenizer_config.json"):
+            stage.store.write(f"tokenizer/{path.relative_to(folder)}", path.read_bytes())
+
+
+class Tokenise:
+    """Turns a unit of input into one Parquet file of blocks without ordinals."""
+
+    def __init__(self, config: CorpusConfig, columns: dict[str, str], staged: Stage) -> None:
+        self.config, self.columns, self.staged = config, columns, staged
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        self.end_of_text = end_of_text_id(self.tokenizer) if config.layout == "pack" else -1
+        self.example: Encoded | None = None
+
+    def __call__(self, work: dict[str, Any]) -> dict[str, Any]:
+        """Do one unit; returns its marker or findings."""
+        started = time.monotonic()
+        encoded = self._watched(encode_stream(read(Unit.from_dict(work["unit"]), self.columns), self.tokenizer))
+        layout, tokens = self.config.layout, self.config.block_tokens
+        table, counts = make_blocks(encoded, layout, tokens, self.end_of_text, pad_id(self.tokenizer))
+        name = part_name(work["index"])
+        leave(self.staged.store, name, table)
+        ids = fixed_lists(table["token_ids"], tokens, 0)
+        facts = {"counts": counts.to_dict(), "max_token_id": int(ids.max(initial=0))}
+        marker = self.staged.mark(name, started, **facts)
+        example = show_masked(self.example, self.tokenizer) if self.example is not None else ""
+        self.example = None
+        return {**marker, "index": work["index"], "example": example}
+
+    def _watched(self, items: Iterable[Encoded | Rejected]) -> Iterator[Encoded | Rejected]:
+        """The items, keeping the first that has a mask to show it to a person."""
+        for item in items:
+            if self.example is None and isinstance(item, Encoded) and item.mask is not None:
+                self.example = item
+            yield item
+
+
+def _manifest(stage: Stage, config: CorpusConfig, tokenizer: Any, units: int) -> dict[str, Any]:
+    done = stage.done()
+    markers = [done[part_name(i)] for i in range(units)]
+    counts = sum((Counts.from_dict(marker["counts"]) for marker in markers), Counts())
+    parts = [
+        {"name": f"{part_name(i)}.parquet", "blocks": m["counts"]["blocks"], "sha256": m["sha256"]}
+        for i, m in enumerate(markers)
+    ]
+    return {
+        **counts.to_dict(),
+        "layout": config.layout,
+        "block_tokens": config.block_tokens,
+        "max_token_id": max(marker["max_token_id"] for marker in markers),
+        "vocabulary": vocabulary_size(tokenizer),
+        "fingerprint": digest([part["sha256"] for part in parts]),
+        "parts": parts,
+    }
+
+
+def _show_example(markers: list[dict[str, Any]], out: TextIO) -> None:
+    for marker in sorted(markers, key=lambda marker: marker["index"]):
+        if marker["example"]:
+            print(f"One example, its loss on the marked tokens only:\n{marker['example']}\n", file=out)
+            return
+
+
+def _nothing(config: CorpusConfig, markers: dict[str, dict[str, Any]]) -> str:
+    rejects = [reject for marker in markers.values() for reject in marker["counts"]["rejects"]]
+    count = sum(marker["counts"]["rejected"] for marker in markers.values())
+    why = f"; {count} rejected, the first: {Rejected(**rejects[0]).told()}" if rejects else ""
+    return f"The corpus {', '.join(config.input)} gives no block{why}. Check the input and the columns."

@@ -1,0 +1,323 @@
+"""Documents to token ids with a mask of the tokens that count, through any Hugging Face tokenizer.
+
+What counts is what the model was trained to predict: all of a text, the answer after a prompt, the assistant's turns
+of a conversation. Influence is measured on these tokens only, so that the mask has to be exact; ``show_masked`` lets a
+person check it at a glance.
+"""
+
+import os
+import re
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from stride_ray.corpus.documents import Document, Encoded
+from stride_ray.corpus.readers import Rejected
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.urls import filesystem, first_line, shown, told
+
+# Characters handed to the tokenizer at once: its own record of a token takes a hundred bytes.
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_DOCUMENTS = 512
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SHOWN_COUNTED = ("⟦", "⟧")
+
+
+def load_tokenizer(path: "str | os.PathLike[str] | tokenizers.Tokenizer | PreTrainedTokenizerBase") -> Any:
+    """Any Hugging Face tokenizer, ready for texts of any length.
+
+    Args:
+        path: a model or tokenizer folder, a ``tokenizer.json``, a ``.gguf`` file, any of these at an fsspec URL, a
+            hub id; or a tokenizer object, which is taken as it is.
+
+    Returns:
+        A transformers tokenizer that does not warn of length. A ``tokenizer.json`` may ask for truncation or padding;
+        calls from here switch both off.
+
+    Raises:
+        StrideError: there is no such tokenizer, or it cannot be read.
+    """
+    if isinstance(path, PreTrainedTokenizerBase):
+        tokenizer: Any = path
+    elif isinstance(path, tokenizers.Tokenizer):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=path)
+    elif "://" in (place := os.fspath(path)):
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = _load_local(_downloaded(place, folder), shown(place))
+    else:
+        place = os.path.expanduser(place)
+        # A hub id is a name or an owner and a name; asking the hub for what was meant as a path takes long to fail.
+        looks_local = place.startswith((".", os.sep)) or place.endswith((".gguf", ".json")) or place.count("/") > 1
+        looks_local = looks_local or ("/" in place and os.path.isdir(place.partition("/")[0]))
+        if looks_local and not os.path.exists(place):
+            raise StrideError(f"There is no tokenizer at {place}; check the path.")
+        tokenizer = _load_local(place, place)
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def _load_local(place: str, name: str) -> Any:
+    """A tokenizer from a local path or hub id; ``name`` is what to call it in an error."""
+    try:
+        if place.endswith(".gguf"):
+            folder, leaf = os.path.split(place)
+            return AutoTokenizer.from_pretrained(folder or ".", gguf_file=leaf)
+        if place.endswith(".json") and os.path.isfile(place):
+            return PreTrainedTokenizerFast(tokenizer_file=place)
+        plain = os.path.join(place, "tokenizer.json")
+        if os.path.isdir(place) and os.listdir(place) and not _is_wrapped(place) and os.path.isfile(plain):
+            return PreTrainedTokenizerFast(tokenizer_file=plain)
+        return AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # the libraries raise their own for each way in which a file may be bad
+        reason = first_line(error)
+        raise StrideError(
+            f"No tokenizer can be loaded from {name} ({shown(reason)}); give a folder with tokenizer.json, "
+            "a .gguf file or a hub id that can be reached."
+        ) from None
+
+
+def _is_wrapped(folder: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, leaf)) for leaf in ("tokenizer_config.json", "config.json"))
+
+
+def _downloaded(url: str, folder: str) -> str:
+    """Fetch a tokenizer's files into ``folder``, leaving a model's weights behind; returns where they lie."""
+    fs, path = filesystem(url)
+    try:
+        if fs.info(path)["type"] != "directory":
+            target = os.path.join(folder, path.rpartition("/")[2])
+            fs.get_file(path, target)
+            return target
+        for info in fs.ls(path, detail=True):
+            if info["type"] != "directory" and not info["name"].endswith(_WEIGHTS):
+                fs.get_file(info["name"], os.path.join(folder, info["name"].rpartition("/")[2]))
+    except Exception as error:  # every remote file system raises classes of its own
+        raise StrideError(
+            f"The tokenizer at {shown(url)} cannot be fetched ({told(error, url)}); "
+            "check the address, the credentials and the network."
+        ) from None
+    return folder
+
+
+def end_of_text_id(tokenizer: Any) -> int:
+    """The id of the token that ends a document.
+
+    Raises:
+        StrideError: the tokenizer names none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise StrideError(
+            "The tokenizer names no end-of-text token, which joins documents and ends answers; "
+            'add "eos_token" to its tokenizer_config.json.'
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id to pad with: the tokenizer's own, else its end-of-text, else 0. Padding is always masked."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return 0 if found is None else int(found)
+
+
+# Listing a vocabulary takes a tenth of a second; its length tells whether tokens were added since.
+_sizes: "weakref.WeakKeyDictionary[Any, tuple[int, int]]" = weakref.WeakKeyDictionary()
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """The largest token id plus one: what an embedding has to hold, gaps included."""
+    length, size = _sizes.get(tokenizer, (-1, 0))
+    if length != len(tokenizer):
+        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        _sizes[tokenizer] = (len(tokenizer), size)
+    return size
+
+
+def encode_stream(items: Iterable[Document | Rejected], tokenizer: Any | None) -> Iterator[Encoded | Rejected]:
+    """``encode`` over a stream, in the stream's order; rejects pass through. A mebibyte of text at a time."""
+    for batch in _batched(items):
+        encoded = iter(encode([item for item in batch if isinstance(item, Document)], tokenizer))
+        for item in batch:
+            yield item if isinstance(item, Rejected) else next(encoded)
+
+
+def encode(documents: Sequence[Document], tokenizer: Any | None) -> list[Encoded | Rejected]:
+    """Documents to token ids, one result for each, in their order.
+
+    Args:
+        documents: what to encode. Text gets no special tokens; a prompt is followed by its answer and end-of-text,
+            which both count; messages go through the chat template, the assistant's turns counting, and the marker
+            that ends each; token ids are taken as they are.
+        tokenizer: from ``load_tokenizer``; None will do where all documents are token ids.
+
+    Raises:
+        StrideError: a tokenizer is needed and missing, or names no end-of-text, or has no chat template.
+    """
+    results: list[Encoded | Rejected] = []
+    for batch in _batched(documents):
+        results += _encode_batch([item for item in batch if isinstance(item, Document)], tokenizer)
+    return results
+
+
+def _batched(items: Iterable[Document | Rejected]) -> Iterator[list[Document | Rejected]]:
+    batch: list[Document | Rejected] = []
+    room = _BATCH_CHARACTERS
+    for item in items:
+        batch.append(item)
+        if isinstance(item, Document):
+            room -= sum(map(len, (item.text or "", item.prompt or "", item.answer or "", item.token_ids or ())))
+        if room <= 0 or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, room = [], _BATCH_CHARACTERS
+    if batch:
+        yield batch
+
+
+def _encode_batch(documents: list[Document], tokenizer: Any | None) -> list[Encoded | Rejected]:
+    if tokenizer is None and any(document.token_ids is None for document in documents):
+        raise StrideError("A tokenizer is needed to read text; name one, or the model that it belongs to.")
+    # All strings of the batch in one call: the fast tokenizers work through them in parallel.
+    texts = [
+        text for document in documents for text in (document.text, document.prompt, document.answer) if text is not None
+    ]
+    pieces = iter(_text_ids(texts, tokenizer))
+    results: list[Encoded | Rejected] = []
+    for document in documents:
+        if document.text is not None:
+            result = _checked(document, next(pieces), None)
+        elif document.answer is not None:
+            prompt, answer = next(pieces), [*next(pieces), end_of_text_id(tokenizer)]
+            result = _checked(document, [*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+        elif document.messages is not None:
+            result = _conversation(document, tokenizer)
+        else:
+            limit = None if tokenizer is None else vocabulary_size(tokenizer)
+            result = _given_ids(document, limit)
+        results.append(result)
+    return results
+
+
+def _text_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    if not texts:
+        return []
+    call = {"add_special_tokens": False, "padding": False, "truncation": False}
+    if getattr(type(tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
+        return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **call)["input_ids"]
+    # What transformers does itself, but without the offsets of tokens, which take nearly as long as the tokens. A call
+    # settles the backend: no truncation, no padding, special tokens as the tokenizer has it.
+    tokenizer("", **call)
+    return [each.ids for each in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _checked(document: Document, ids: Sequence[int], mask: Sequence[bool] | None) -> Encoded | Rejected:
+    if not len(ids):
+        return Rejected(document.document_id, None, "no tokens")
+    if mask is None:
+        return Encoded(document.document_id, document.source, np.fromiter(ids, np.int32, len(ids)))
+    if not any(mask):
+        return Rejected(document.document_id, None, "no token counts: its loss mask is false throughout")
+    return Encoded(document.document_id, document.source, np.asarray(ids, np.int32), np.asarray(mask, np.bool_))
+
+
+def _given_ids(document: Document, limit: int | None) -> Encoded | Rejected:
+    ids = document.token_ids or []
+    lowest, highest = min(ids, default=0), max(ids, default=0)
+    if lowest < 0:
+        return Rejected(document.document_id, None, f"token id {lowest} is negative")
+    if highest >= (limit or 1 << 31):
+        beyond = f"the vocabulary of {limit}" if limit else "32 bits"
+        return Rejected(document.document_id, None, f"token id {highest} is outside {beyond}")
+    return _checked(document, ids, document.loss_mask)
+
+
+def _conversation(document: Document, tokenizer: Any) -> Encoded | Rejected:
+    messages = document.messages or []
+    if not tokenizer.chat_template:
+        raise StrideError(
+            "The tokenizer has no chat template, which messages need; use the tokenizer of a chat model, add "
+            "chat_template.jinja beside it, or map prompt and answer instead of messages."
+        )
+    if not any(message["role"] == "assistant" for message in messages):
+        return Rejected(document.document_id, None, "no turn of the assistant")
+    if not tokenizer.is_fast:
+        return Rejected(document.document_id, None, "the tokenizer is a slow one, which cannot tell the turns apart")
+    try:
+        template = tokenizer.get_chat_template()
+        marked = _GENERATION.search(template)
+        text, spans = _marked_spans(messages, tokenizer, template) if marked else _assistant_spans(messages, tokenizer)
+    except Exception as error:  # a template is a program: it raises what it likes
+        reason = first_line(error)
+        return Rejected(document.document_id, None, f"the chat template does not take it: {reason}")
+    told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, padding=False, truncation=False)
+    starts, ends = np.asarray(told["offset_mapping"], np.int64).reshape(-1, 2).T
+    mask = np.zeros(len(starts), np.bool_)
+    for start, end in spans:  # a token that reaches into a turn belongs to it: the turn could not be said without
+        mask |= (np.maximum(starts, start) < np.minimum(ends, end)) & (ends > starts)
+    return _checked(document, told["input_ids"], mask.tolist())
+
+
+def _marked_spans(messages: list[dict[str, Any]], tokenizer: Any, template: str) -> tuple[str, list[tuple[int, int]]]:
+    """A rendered conversation and the character ranges that the template itself marks as the assistant's."""
+    # Not the tokenizer's own mask: where a marked range ends in white space that no token covers, that one runs on to
+    # the end of the conversation.
+    rendered: Any = render_jinja_template(
+        [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+    )
+    texts, spans = rendered
+    return texts[0], [(int(start), int(end)) for start, end in spans[0]]
+
+
+def _assistant_spans(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """A rendered conversation and the character ranges of the assistant's turns.
+
+    A turn is what the template adds from the prompt for it to the turn's end, without white space after the marker
+    that ends it (the model never says that).
+
+    Raises:
+        ValueError: the template renders earlier turns differently once others follow.
+    """
+
+    def render(turns: list[dict[str, Any]], prompted: bool) -> str:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompted))
+
+    text = render(messages, False)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        after = render(messages[: i + 1], False)
+        if i:
+            before = render(messages[:i], True)
+        else:  # no template renders nothing, so the prompt for a first turn is what any other turn is prompted with
+            other = [{"role": "user", "content": "-"}]
+            prompt = render(other, True).removeprefix(render(other, False))
+            before = after[: after.find(prompt) + len(prompt)] if prompt in after else after + prompt
+        if not (text.startswith(after) and after.startswith(before)):
+            raise ValueError(f"message {i} is rendered differently alone; mark the turns with {{% generation %}}")
+        turn, content = after[len(before) :], message.get("content")
+        if isinstance(content, str) and turn.rstrip() != content.rstrip() and turn.strip():
+            turn = turn.rstrip()
+        spans.append((len(before), len(before) + len(turn)))
+    return text, spans
+
+
+def show_masked(encoded: Encoded, tokenizer: Any) -> str:
+    """The document as text, the tokens that count between ⟦ and ⟧."""
+    ids = encoded.ids.tolist()
+    flags = [True] * len(ids) if encoded.mask is None else encoded.mask.tolist()
+    shown_text, before, position = "", "", 0
+    for counted, run in groupby(flags):
+        start, position = position, position + len(list(run))
+        # Decoded from the beginning each time: alone, a run would lose the space before its first word.
+        whole = tokenizer.decode(ids[:position], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        piece = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids[start:position])
+        shown_text += f"{_SHOWN_COUNTED[0]}{piece}{_SHOWN_COUNTED[1]}" if counted else piece
+        before = whole
+    return shown_text

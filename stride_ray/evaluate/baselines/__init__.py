@@ -1,0 +1,70 @@
+"""Other ways to score training blocks for queries, one file each, all of one form (``problem.Method``).
+
+``METHODS`` lists them. Their options keep each paper's or library's defaults; damping, ranks and smoothing were set
+on the development queries of the ``continued`` benchmark alone.
+"""
+
+from dataclasses import dataclass
+
+from stride_ray.evaluate.baselines import chance, postprocessing
+from stride_ray.evaluate.baselines.gradient import astra, ekfac, ekfac_stages, graddot, less, logra, tracin, trak
+from stride_ray.evaluate.baselines.lexical import bm25, dsir, tfidf
+from stride_ray.evaluate.baselines.problem import Method
+from stride_ray.evaluate.baselines.representation import airrep, embedding, rds
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A method as a row of a table.
+
+    Attributes:
+        name: as tables print it.
+        run: the method with its defaults.
+        lexical: it compares words and never looks at the attributed model.
+        note: what it is, in a line.
+        checkpoints: it looks at the course of training, which the benchmark's recipe makes again for it.
+    """
+
+    name: str
+    run: Method
+    lexical: bool
+    note: str
+    checkpoints: bool = False
+
+
+METHODS: dict[str, Baseline] = {
+    "random": Baseline("random", chance.scores, False, "standard normal scores"),
+    "tfidf": Baseline("TF-IDF", tfidf.scores, True, "cosine over token uni- and bigrams, sublinear"),
+    "bm25": Baseline("BM25", bm25.scores, True, "Okapi over token uni- and bigrams"),
+    "rds": Baseline("RDS", rds.scores, False, "cosine of the model's mean last-layer states"),
+    "embedding": Baseline("embedding", embedding.scores, False, "cosine of another model's sentence embeddings"),
+    "graddot": Baseline("GradDot", graddot.scores, False, "inner product of loss gradients, all weight matrices"),
+    "tracin": Baseline("TracIn", tracin.scores, False, "GradDot over the stages of training", True),
+    "logra": Baseline("LoGRA", logra.scores, False, "influence on gradients projected to rank 64 per layer"),
+    "trak": Baseline("TRAK", trak.scores, False, "linearised output function, over checkpoints", True),
+    "less": Baseline("LESS", less.scores, False, "cosine of a gradient with Adam's step, over checkpoints", True),
+    "ekfac": Baseline("EK-FAC", ekfac.scores, False, "influence functions, all weight matrices"),
+    "ekfac_stages": Baseline(
+        "EK-FAC, two stages", ekfac_stages.scores, False, "EK-FAC where training began and ended", True
+    ),
+    "ekfac_lent": Baseline(
+        "EK-FAC, with our two",
+        postprocessing.lent(ekfac.scores),
+        False,
+        "measured where ours is, negative scores halved",
+    ),
+    "astra_lent": Baseline(
+        "EK-FAC, with our two and a solve",
+        postprocessing.lent(astra.scores),
+        False,
+        "the same, a query's gradient solved for as ours is",
+    ),
+    "logra_lent": Baseline(
+        "LoGRA, with our two",
+        postprocessing.lent(logra.scores),
+        False,
+        "measured where ours is, negative scores halved",
+    ),
+    "dsir": Baseline("DSIR", dsir.scores, True, "a corpus selector: log importance weights, query by query"),
+    "airrep": Baseline("AirRep", airrep.scores, False, "embeddings trained to predict influence; needs its encoder"),
+}

@@ -1,0 +1,1 @@
+"""Baselines that compare per-example gradients."""

@@ -1,0 +1,1 @@
+"""Baselines that only read the words."""

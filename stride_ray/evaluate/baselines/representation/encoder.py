@@ -1,0 +1,67 @@
+"""Texts to vectors through a sentence-embedding model: plain AutoModel, mean pooling.
+
+Token ids become text through the attributed model's tokenizer and are tokenized again by the encoder's own.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.evaluate.baselines.problem import Problem, Texts
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.urls import first_line
+
+LONGEST = 512  # tokens of the encoder's; BERT-like encoders take no more
+
+
+def embedded(problem: Problem, path: str, batch: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors of queries and blocks.
+
+    Args:
+        problem: what to embed; its model's tokenizer turns ids into text.
+        path: the encoder, a folder or hub id.
+        batch: texts in one forward pass.
+
+    Returns:
+        (Q, d) and (N, d) float32.
+
+    Raises:
+        StrideError: there is no such encoder.
+    """
+    from transformers import AutoModel  # seconds to import
+
+    tokenizer = load_tokenizer(problem.model)
+    own = load_tokenizer(path)
+    try:
+        model = AutoModel.from_pretrained(path).eval()
+    except Exception as error:  # the libraries raise their own for each way in which a folder may be bad
+        raise StrideError(f"encoder {path} could not be loaded: {first_line(error)}") from error
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def of(texts: Texts) -> np.ndarray:
+        read = [tokenizer.decode(texts.tokens(row), skip_special_tokens=True) for row in range(len(texts))]
+        return _encode(model, own, read, batch)
+
+    return of(problem.queries), of(problem.blocks)
+
+
+@torch.no_grad()
+def _encode(model: torch.nn.Module, tokenizer: Any, texts: list[str], batch: int) -> np.ndarray:
+    """Mean of the last layer's states over real tokens, to unit length; (n, d) float32."""
+    found: list[torch.Tensor] = [torch.empty(0)] * len(texts)
+    # Texts of like length share a batch: padding costs as much as text does.
+    order = np.argsort([len(text) for text in texts], kind="stable").tolist()
+    device = next(model.parameters()).device
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        given = tokenizer(
+            [texts[row] or " " for row in rows], padding=True, truncation=True, max_length=LONGEST, return_tensors="pt"
+        ).to(device)
+        states = model(**given).last_hidden_state.float()
+        weights = given["attention_mask"].unsqueeze(2).float()
+        means = (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+        for row, vector in zip(rows, torch.nn.functional.normalize(means, dim=1).cpu(), strict=True):
+            found[row] = vector
+    return torch.stack(found).numpy()

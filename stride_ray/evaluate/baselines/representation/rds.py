@@ -1,0 +1,30 @@
+"""RDS (Hanawa et al. 2021): cosine of mean last-layer hidden states of the model itself.
+
+The stream after the last layer, before the final norm, averaged over the tokens that count.
+"""
+
+import numpy as np
+import torch
+
+from stride_ray.evaluate.baselines.gradient.per_example import tensors
+from stride_ray.evaluate.baselines.problem import Problem, Texts
+from stride_ray.models.causal_lm import SplitModel, load_model
+
+
+def scores(problem: Problem) -> np.ndarray:
+    """(Q, N) float32 cosines."""
+    model = load_model(problem.model)
+    queries, blocks = (_means(model, texts, problem.batch_tokens) for texts in (problem.queries, problem.blocks))
+    return (queries @ blocks.T).cpu().numpy()
+
+
+def _means(model: SplitModel, texts: Texts, batch_tokens: int) -> torch.Tensor:
+    """Unit vectors, (n, D) float32."""
+    ids, mask = tensors(texts)
+    step = max(1, batch_tokens // ids.shape[1])
+    found = []
+    for ids_BT, mask_BT in zip(ids.split(step), mask.split(step), strict=True):
+        weights = mask_BT.to(model.device).float().unsqueeze(2)
+        h_BTD = model.last_stream(ids_BT).float()
+        found.append((h_BTD * weights).sum(1) / weights.sum(1).clamp(min=1))
+    return torch.nn.functional.normalize(torch.cat(found), dim=1)

@@ -1,0 +1,393 @@
+"""The comparison: every attribution method on one benchmark, scored, timed, and held against what retraining gave.
+
+Each baseline is a Ray task in a fresh process that has all cores of its machine, one after the other, so that seconds
+and memory are its own; STRIDE's variants go through the pipeline (``ours``). A method's scores are published first and
+its done-marker last, so the same command run again does what is missing. A marker names everything that its scores
+follow from; scores made from something else are made again. A method that fails has a row that says why.
+"""
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.exceptions
+
+import stride_ray
+from stride_ray.evaluate.baselines import METHODS
+from stride_ray.evaluate.comparison import stride_variants
+from stride_ray.evaluate.comparison.score_statistics import ScoreStatistics, score_statistics
+from stride_ray.evaluate.comparison.table import Entry, as_markdown, best_rival, protocol, write_tables
+from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark, reread_benchmark
+from stride_ray.evaluate.retraining.datamodels import datamodel_sums
+from stride_ray.evaluate.retraining.finetune import checkpoints
+from stride_ray.evaluate.retraining.lds import ALL, Evaluation, Interval, evaluate, subset_sums
+from stride_ray.evaluate.retraining.results import read_scores, write_scores
+from stride_ray.models.batch_size import MOST
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.memory import peak_mb
+from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.tasks import connected, keep_to, pool, settle
+from stride_ray.runtime.urls import first_line
+
+DEVELOPMENT, REPORT = "development", "report"
+DATAMODELS = "datamodels"
+# The code that our results follow from, and theirs.
+OURS = ("runtime/*.py", "corpus/*.py", "models/**/*.py", "operators/**/*.py", "attribution/*.py")
+THEIRS = ("evaluate/baselines/**/*.py", "models/causal_lm.py")
+# What is made once for several methods, with a marker like theirs.
+CHECKPOINTS, POOL = "checkpoints", "pool"
+STATISTICS = pa.schema([("method", pa.string()), *((each.name, pa.float64()) for each in fields(ScoreStatistics))])
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A method to score, or something that several need.
+
+    Attributes:
+        slug: its name in files; variants of one configuration share it.
+        entry: what the table says of it.
+        keys: all that its result follows from.
+        needs: slugs of units that come before it.
+        variant: which of ours it is.
+    """
+
+    slug: str
+    entry: Entry
+    keys: dict[str, Any]
+    needs: tuple[str, ...] = ()
+    variant: stride_variants.Variant | None = None
+
+
+def compare(
+    benchmark_url: str,
+    out: str,
+    methods: Sequence[str] | None = None,
+    ablations: bool = False,
+    compute: ComputeConfig | None = None,
+) -> dict[str, Any]:
+    """Score, time and evaluate attribution methods on a benchmark.
+
+    Args:
+        benchmark_url: the folder, with retraining results (benchmark.read_benchmark).
+        out: a path or fsspec URL; gets ``lds.parquet``, ``lds.md``, ``lds.png``, ``lds.svg``, ``statistics.parquet``,
+            ``scores/<method>.npz`` (``sums/`` of datamodels), ``runs/`` and ``checkpoints/``. Checkpoints want a local
+            path.
+        methods: names as ``method_names`` lists them; None: all but the ablations.
+        ablations: STRIDE's ablations too.
+        compute: where to run; None: a local Ray with all CPUs.
+
+    Returns:
+        ``scored``: names of the methods scored now; ``failed``: reason by name; ``result``: the default method's
+        figures on the report part (all queries where there are no parts) beside the best rival's; ``told``: the
+        Markdown tables of that part.
+
+    Raises:
+        StrideError: for a folder that is no benchmark or has no retraining results, a method that is not known, or
+            an output folder of another benchmark.
+    """
+    compute = compute or ComputeConfig()
+    benchmark, store = read_benchmark(benchmark_url), Store(out)
+    units = known_units(benchmark)
+    chosen = chosen_methods(methods, ablations)
+    _claim(store, benchmark)
+    shelf = _Shelf(benchmark, store, units, compute)
+    shown, reasons = [units[slug] for slug in chosen], dict[str, str]()
+    waiting = [unit for unit in shown if shelf.marker(unit) is None]
+    entries, sums, statistics = [], dict[str, np.ndarray](), list[dict[str, Any]]()
+    with connected(compute) if waiting else nullcontext():
+        for number, unit in enumerate(shown, 1):
+            name = unit.entry.method
+            _say(f"{number} of {len(shown)}: {name}{'' if unit in waiting else ' (scored before)'}")
+            try:
+                entry = shelf.finished(unit)
+                sums[name], found = shelf.sums(unit)
+            except Exception as error:
+                # One method's failure, whatever it is, must not take the others' results along.
+                reasons[name] = _reason(error)
+                entries.append(replace(unit.entry, note=reasons[name]))
+                _say(f"  failed: {reasons[name]}")
+                continue
+            entries.append(entry)
+            statistics += found
+            _say(f"  {entry.seconds:.1f} s, {entry.peak_mb:.0f} MiB{_development(benchmark, sums[name])}")
+    truth = benchmark.retrained()
+    evaluation = evaluate(sums, truth, benchmark.kinds, benchmark.parts)
+    notes = "\n".join(f"- {entry.method}: {entry.note}" for entry in entries if entry.method in sums)
+    header = f"{protocol(benchmark.name, truth, len(benchmark.blocks))}\n\n{_measured(shelf, shown)}\n\n{notes}"
+    write_tables(store, evaluation, entries, header)
+    store.write_table("statistics.parquet", pa.Table.from_pylist(statistics, STATISTICS))
+    part = REPORT if any(each == REPORT for _, each in evaluation.cells) else ALL
+    quoted = replace(evaluation, cells=tuple(cell for cell in evaluation.cells if cell[1] == part))
+    return {
+        "scored": [unit.entry.method for unit in waiting if unit.entry.method not in reasons],
+        "failed": reasons,
+        "result": {"benchmark": benchmark.name, "part": part, **_result(quoted, entries, part)},
+        "told": as_markdown(quoted, entries, header),
+    }
+
+
+def method_names() -> list[str]:
+    """Every method's name on the command line."""
+    return [*METHODS, DATAMODELS, *(variant.slug for variant in stride_variants.VARIANTS)]
+
+
+def known_units(benchmark: Benchmark) -> dict[str, Unit]:
+    """Every method as a unit, by its name on the command line, and what several of them need."""
+    theirs, mine = code_version(*THEIRS), code_version(*OURS)
+    fingerprint = {"benchmark": benchmark.fingerprint}
+    recipe = {**fingerprint, "code": code_version("evaluate/retraining/finetune.py")}
+    units = [Unit(CHECKPOINTS, Entry(CHECKPOINTS), recipe), Unit(POOL, Entry(POOL), {**fingerprint, "code": mine})]
+    for slug, baseline in METHODS.items():
+        entry = Entry(baseline.name, lexical=baseline.lexical, note=baseline.note)
+        needs = (CHECKPOINTS,) if baseline.checkpoints else ()
+        keys = {**fingerprint, "method": slug, "code": theirs, **({"recipe": recipe["code"]} if needs else {})}
+        units.append(Unit(slug, entry, keys, needs))
+    note = "Lasso on the retraining results themselves, cross-fitted; no other method reads them"
+    results = hashlib.sha256(b"".join(rows.tobytes() + b";" for rows in benchmark.retrained().subsets))
+    results.update(benchmark.retrained().losses.tobytes())
+    keys = {**fingerprint, "method": DATAMODELS, "code": code_version("evaluate/retraining/datamodels.py")}
+    units.append(Unit(DATAMODELS, Entry("datamodels", note=note), {**keys, "truth": results.hexdigest()[:16]}))
+    found = {unit.slug: unit for unit in units}
+    for variant in stride_variants.VARIANTS:
+        alone = next(each for each in stride_variants.VARIANTS if each.identity == variant.identity and not each.plus)
+        lexical = bool(variant.plus) and METHODS[variant.plus].lexical
+        note = variant.note if variant.plus or variant is alone else f"the same configuration as {alone.name}"
+        entry = Entry(variant.name, True, variant.default, variant.paper, lexical, note=note)
+        keys = {**fingerprint, "config": variant.identity, "code": mine}
+        if variant.plus:
+            keys |= {"plus": variant.plus, "theirs": theirs}
+            found[variant.slug] = Unit(variant.slug, entry, keys, (alone.slug, variant.plus), variant)
+        else:
+            found[variant.slug] = Unit(alone.slug, entry, keys, (POOL,), alone)
+    return found
+
+
+def code_version(*patterns: str) -> str:
+    """The package's version with eight digits of the files, by pattern, that a result follows from."""
+    root, content = Path(stride_ray.__file__).parent, hashlib.sha256()
+    for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
+        content.update(path.name.encode() + path.read_bytes())
+    return f"{stride_ray.__version__}+{content.hexdigest()[:8]}"
+
+
+def chosen_methods(methods: Sequence[str] | None, ablations: bool) -> list[str]:
+    """The methods asked for, without repeats; None: all but the ablations, which come last where they are wanted.
+
+    Raises:
+        StrideError: for a method that is not known.
+    """
+    known = method_names()
+    if unknown := [each for each in methods or () if each not in known]:
+        raise StrideError(f"There is no method {unknown[0]!r}; known are {', '.join(known)}.")
+    extra = [variant.slug for variant in stride_variants.VARIANTS if variant.ablation]
+    wanted = [slug for slug in known if slug not in extra] if methods is None else methods
+    return list(dict.fromkeys([*wanted, *(extra if ablations else ())]))
+
+
+def _claim(store: Store, benchmark: Benchmark) -> None:
+    """Note which benchmark the folder is for, or refuse it."""
+    if not store.exists("compare.json"):
+        store.write_json("compare.json", {"benchmark": benchmark.fingerprint, "name": benchmark.name})
+    claimed = store.read_json("compare.json")
+    if claimed["benchmark"] != benchmark.fingerprint:
+        raise StrideError(
+            f"{store.name_of('')} holds the comparison of another benchmark ({claimed['name']}), or this one has "
+            "changed since; use another output folder or delete that one."
+        )
+
+
+class _Shelf:
+    """The published scores of a comparison, and how what is missing gets there."""
+
+    def __init__(self, benchmark: Benchmark, store: Store, units: dict[str, Unit], compute: ComputeConfig) -> None:
+        self.benchmark, self.store, self.units, self.compute = benchmark, store, units, compute
+        self.failures: dict[str, Exception] = {}
+
+    def marker(self, unit: Unit) -> dict[str, Any] | None:
+        """The done-marker, None where there is none or its scores were made from something else."""
+        name = f"scores/_done/{unit.slug}.json"
+        found = self.store.read_json(name) if self.store.exists(name) else None
+        return found if found and found["keys"] == unit.keys else None
+
+    def finished(self, unit: Unit) -> Entry:
+        """The unit, scored now if it was not yet: what the table says of it, seconds and memory included.
+
+        Raises:
+            Exception: whatever the method, or one that it needs, failed of.
+        """
+        marker = self.marker(unit)
+        if unit.slug in self.failures:  # what several need fails for the first of them, not again for each
+            raise self.failures[unit.slug]
+        if marker is None:
+            try:
+                marker = self._marked(unit)
+            except Exception as error:
+                self.failures[unit.slug] = error
+                raise
+        note = "; ".join(each for each in (unit.entry.note, marker.get("remark", "")) if each)
+        return replace(unit.entry, seconds=marker["seconds"], peak_mb=marker["peak_mb"], note=note)
+
+    def _marked(self, unit: Unit) -> dict[str, Any]:
+        """Make a unit and publish its marker."""
+        for slug in unit.needs:
+            self.finished(self.units[slug])
+        self.store.remove(f"scores/_done/{unit.slug}.json")
+        cores, device = _machine(self.compute)
+        marker = {"unit": unit.slug, "keys": unit.keys, "cores": cores, "device": device, **self._made(unit)}
+        self.store.write_json(f"scores/_done/{unit.slug}.json", marker)
+        return marker
+
+    def sums(self, unit: Unit) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """(Q, S) subset sums of a finished unit, and a row of score statistics where it has scores."""
+        if unit.slug == DATAMODELS:
+            return read_scores(self.store, f"sums/{unit.slug}.npz"), []
+        scores = read_scores(self.store, f"scores/{unit.slug}.npz")
+        row = {"method": unit.entry.method, **asdict(score_statistics(scores))}
+        row = {key: None if value != value else value for key, value in row.items()}
+        return subset_sums(scores, self.benchmark.retrained().subsets), [row]
+
+    def _made(self, unit: Unit) -> dict[str, Any]:
+        """Publish a unit's scores; returns seconds, peak_mb and what else its marker holds."""
+        runs, variant, started = self.store.child("runs"), unit.variant, time.monotonic()
+        if unit.slug == POOL:
+            stride_variants.cut_pool(self.benchmark, runs, self.compute)
+            return {"seconds": time.monotonic() - started, "peak_mb": 0}
+        if variant is None:
+            return self._in_fresh_process(unit)
+        if variant.plus:
+            parts = [self.finished(self.units[slug]) for slug in unit.needs]
+            scores = [read_scores(self.store, f"scores/{slug}.npz") for slug in unit.needs]
+            write_scores(self.store, f"scores/{unit.slug}.npz", stride_variants.standardised_sum(*scores))
+            seconds, peak = sum(part.seconds or 0 for part in parts), max(part.peak_mb or 0 for part in parts)
+            return {"seconds": seconds, "peak_mb": peak}
+        found, peak, remark = stride_variants.score(self.benchmark, variant, runs, self.compute)
+        cut = self.finished(self.units[POOL]).seconds or 0
+        _publish(self.store, f"scores/{unit.slug}.npz", found, found.shape)
+        return {"seconds": time.monotonic() - started + cut, "peak_mb": peak, "remark": remark}
+
+    def _in_fresh_process(self, unit: Unit) -> dict[str, Any]:
+        """A Ray task with all cores of a machine, in a process that did nothing before and does nothing after."""
+        cores, device = _machine(self.compute)
+        # Its own environment also keeps Ray from handing it a process that served something else.
+        options: dict[str, Any] = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cores)}}}
+        options |= {"num_cpus": cores, "num_gpus": int(device == "cuda"), "max_calls": 1, "max_retries": 0}
+        task: Any = ray.remote(**options)(_in_worker)
+        facts = ray.get(task.remote(*self.order(unit, cores, device)))
+        if "failed" in facts:
+            raise StrideError(facts["failed"])
+        return facts
+
+    def order(self, unit: Unit, cores: int, device: str) -> tuple[Any, ...]:
+        """The arguments of ``_in_worker``."""
+        given: dict[str, Any] = {"batch_tokens": self.compute.batch_tokens or MOST}
+        if CHECKPOINTS in unit.needs and (made := self.marker(self.units[CHECKPOINTS])):
+            given |= {"checkpoints": tuple(made["folders"]), "learning_rates": tuple(made["rates"])}
+        made_from = (self.benchmark.url, self.benchmark.fingerprint)
+        return os.getcwd(), made_from, self.store, unit.slug, given, cores, device
+
+
+def _machine(compute: ComputeConfig) -> tuple[int, str]:
+    """Cores that one task may have, those of the largest machine or as many as workers are asked for; the device."""
+    device = pool(compute, 1).device
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = int(max((each.get("CPU", 1) for each in nodes if device == "cpu" or "GPU" in each), default=1))
+    return (min(compute.workers, most) if compute.workers and device == "cpu" else most), device
+
+
+def _in_worker(
+    folder: str, made_from: tuple[str, str], store: Store, slug: str, given: dict[str, Any], cores: int, device: str
+) -> dict[str, Any]:
+    """Do one unit in a worker; a failure comes back as its reason, which Ray would bury in tracebacks."""
+    settle(folder, cores)
+    keep_to(device)
+    try:
+        benchmark = reread_benchmark(*made_from)
+        shape, started = (len(benchmark.queries), len(benchmark.blocks)), time.monotonic()
+        facts: dict[str, Any] = {}
+        if slug == CHECKPOINTS:
+            facts = dict(zip(("folders", "rates"), checkpoints(benchmark, f"{store.url}/{slug}"), strict=True))
+        elif slug == DATAMODELS:
+            truth = benchmark.retrained()
+            found, shape = datamodel_sums(truth, shape[1]), (shape[0], len(truth.subsets))
+        else:
+            found = METHODS[slug].run(benchmark.problem(**given))
+        facts["seconds"] = time.monotonic() - started
+        facts["peak_mb"] = peak_mb()
+        if slug != CHECKPOINTS:
+            _publish(store, f"{'sums' if slug == DATAMODELS else 'scores'}/{slug}.npz", found, shape)
+        return facts
+    except Exception as error:
+        return {"failed": _reason(error)}
+
+
+def _publish(store: Store, name: str, found: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Scores, once they are what scores must be."""
+    if found.shape != shape or not np.isfinite(found).all():
+        raise StrideError(f"It gave scores of shape {found.shape}, finite: {np.isfinite(found).all()}; not {shape}.")
+    write_scores(store, name, found)
+
+
+def _reason(error: Exception) -> str:
+    """One line: a sentence as it is, anything else with its class."""
+    return str(error) if isinstance(error, StrideError) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _say(text: str) -> None:
+    print(f"evaluate: {text}", file=sys.stderr, flush=True)
+
+
+def _development(benchmark: Benchmark, sums: np.ndarray) -> str:
+    """The LDS on development queries, for the progress line; nothing else is looked at before all is done."""
+    rows = np.flatnonzero(benchmark.parts == DEVELOPMENT)
+    if not len(rows):
+        return ""
+    truth = benchmark.retrained()
+    few = replace(truth, losses=truth.losses[:, :, rows])
+    found = evaluate({"it": sums[rows]}, few, [ALL] * len(rows), [ALL] * len(rows), draws=0)
+    return f", LDS {found.figure('it').lds.value:.3f} on development queries"
+
+
+def _measured(shelf: _Shelf, shown: Sequence[Unit]) -> str:
+    """How seconds and memory were measured."""
+    markers = [marker for unit in shown if (marker := shelf.marker(unit))]
+    places = dict.fromkeys(f"{marker['cores']} core(s), {marker['device']}" for marker in markers)
+    text = (
+        f"Measured on {' and on '.join(places) or 'nothing: all methods failed'}. Seconds are the wall clock to score "
+        "every query, one method after another, each with all of these cores: a rival's from its call to its scores, "
+        "in a fresh process; STRIDE's with starting its workers, cutting the pool into blocks, and fitting. MiB: the "
+        "process's largest resident memory on the host; for STRIDE the largest worker's times the number of workers. "
+    )
+    made = shelf.marker(shelf.units[CHECKPOINTS])
+    if made and any(CHECKPOINTS in unit.needs for unit in shown):
+        users = [unit.entry.method for unit in shown if CHECKPOINTS in unit.needs]
+        text += f"Training once more for checkpoints took {made['seconds']:.1f} s, not counted ({', '.join(users)}). "
+    return text + "Nothing was chosen on the report part: options were set on development queries or elsewhere."
+
+
+def _result(evaluation: Evaluation, entries: Sequence[Entry], part: str) -> dict[str, Any]:
+    """The default method by kind, beside the best rival."""
+    default = next((e.method for e in entries if e.default and e.method in evaluation.methods), None)
+    kinds: dict[str, Any] = {}
+    for kind, _ in evaluation.cells if default else ():
+        mine = evaluation.figure(default or "", kind, part)
+        kinds[kind] = {"lds": _numbers(mine.lds), "queries": mine.queries}
+        if rival := best_rival(evaluation, entries, kind, part):
+            paired = evaluation.paired(default or "", rival, kind, part)
+            kinds[kind] |= {"rival": rival, "rival_lds": _numbers(evaluation.figure(rival, kind, part).lds)}
+            kinds[kind] |= {"difference": _numbers(paired.difference), "ratio": _numbers(paired.ratio)}
+    return {"method": default, "kinds": kinds}
+
+
+def _numbers(interval: Interval) -> list[float | None]:
+    """Figure, lower and upper end, as JSON: null for what cannot be told."""
+    return [None if np.isnan(each) else round(each, 4) for each in (interval.value, interval.low, interval.high)]

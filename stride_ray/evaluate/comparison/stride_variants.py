@@ -1,0 +1,326 @@
+"""STRIDE's settings as methods of the comparison, each through the real pipeline in a run directory of its own.
+
+``VARIANTS`` lists them; a new one is a line there. What is measured is what anyone gets from the verbs: blocks, fitted
+operators where the setting wants them, and the published influence table, blocks that it does not name counting zero.
+"""
+
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stride_ray.attribution.attribute import answer, read_influence
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.documents import Encoded
+from stride_ray.corpus.queries import SCHEMA, row
+from stride_ray.corpus.shard import shard
+from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.evaluate.baselines.problem import Texts
+from stride_ray.evaluate.retraining.benchmark import Benchmark
+from stride_ray.operators.fit import fit
+from stride_ray.runtime.config import Config, digest
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.run import Run
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.tasks import pool
+
+# The query set's name in each run, and the folder of the one that cuts the pool for all.
+QUERIES, BLOCKS = "queries", "blocks"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """STRIDE in one setting.
+
+    Attributes:
+        name: as tables print it.
+        changes: options that differ from the defaults, ``{"section.key": value}``.
+        default: nothing is changed.
+        paper: as the paper published it.
+        plus: a baseline whose scores are added; both are standardised per query first.
+        ablation: part of the comparison only where ablations are asked for.
+        note: what it is, in a line.
+    """
+
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    default: bool = False
+    paper: bool = False
+    plus: str = ""
+    ablation: bool = False
+    note: str = ""
+
+    @property
+    def slug(self) -> str:
+        """The name as a file's."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    @property
+    def identity(self) -> str:
+        """Sixteen hexadecimal digits of the whole configuration, wherever it runs; ``plus`` does not count."""
+        flat = Config().updated(self.changes, self.name).flat()
+        return digest({key: value for key, value in flat.items() if not key.startswith("compute.")})
+
+
+# The paper's way; with these steps it takes minutes on two cores where blocks are 1,600 and queries 100.
+PUBLISHED: dict[str, Any] = {
+    "operators.form": "gate",
+    "operators.rank": 16,
+    "fit.method": "train",
+    "fit.steps": 200,
+    "respond.mode": "exact",
+    "recover.row_scaling": False,
+    "recover.penalty_ratio": 0.1,
+    "recover.nonnegative": False,
+    "attribute.candidates": 0,
+}
+FEW = 100
+TRAINED: dict[str, Any] = {**PUBLISHED, "operators.form": "matrix", "fit.steps": FEW, "respond.mode": "linear"}
+
+
+def _ablation(name: str, **changes: Any) -> Variant:
+    note = (
+        f"trained with few steps ({FEW}), linear responses; else form matrix, rank 16, stability KL, split 0.62, "
+        "regular membership"
+    )
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    return Variant(f"STRIDE trained, {name}", {**TRAINED, **given}, ablation=True, note=note)
+
+
+# The paper's forms in closed form: one pass, Lasso, nothing rescored.
+FORMS: dict[str, Any] = {
+    "operators.form": "logit",
+    "recover.penalty_ratio": 0.1,
+    "recover.nonnegative": False,
+    "attribute.candidates": 0,
+}
+SUBSETS: dict[str, Any] = {"operators.rows": "subsets", "operators.budget_gb": 0.0232, "attribute.candidates": 0}
+
+
+def _exact(name: str, **changes: Any) -> Variant:
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    return Variant(
+        f"STRIDE exact, {name}", {"attribute.exact": True, **given}, ablation=True, note="every block exactly"
+    )
+
+
+def _way(name: str, **changes: Any) -> Variant:
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    note = "closed-form operators, one pass, Lasso; what faster or slower responses and forms do to accuracy"
+    return Variant(f"STRIDE, {name}", {**FORMS, **given}, ablation=True, note=note)
+
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant("STRIDE", default=True, note="one-bit operators at every site, 10 candidates exact; no option turned"),
+    Variant("STRIDE exact", {"attribute.exact": True}, note="every block exactly, a pass over the pool a batch"),
+    Variant("STRIDE, estimates alone", {"attribute.candidates": 0}, note="no candidate is rescored"),
+    Variant("STRIDE, subsets", SUBSETS, note="K = 1000 operators of subsets in 25 MB, Lasso; no candidate is rescored"),
+    Variant(
+        "STRIDE, subsets, 100 candidates", {**SUBSETS, "attribute.candidates": 100}, ablation=True, note="rescored"
+    ),
+    Variant("STRIDE, logit", FORMS, note="closed-form operators in logit space, Lasso"),
+    Variant("STRIDE + TF-IDF", plus="tfidf", note="standardised sum"),
+    Variant("STRIDE as published", PUBLISHED, paper=True, note="rank-16 gates, 200 steps of the trained loop"),
+    _ablation("base"),
+    _ablation("stability logit penalty", fit__stability_form="logit_penalty"),
+    _ablation("stability hidden norm", fit__stability_form="hidden_norm"),
+    _ablation("no stability", fit__stability=0.0),
+    _ablation("no linearity", fit__linearity=0.0),
+    _ablation("rank 4", operators__rank=4),
+    _ablation("rank 64", operators__rank=64),
+    _ablation("split 0.25", model__split=0.25),
+    _ablation("split 0.9", model__split=0.9),
+    _ablation("Bernoulli membership", membership__form="bernoulli"),
+    _exact("last half of the layers", operators__layers=0.5),
+    _exact("last quarter of the layers", operators__layers=0.25),
+    _exact("bfloat16", model__dtype="bfloat16"),
+    _exact("unsolved", solve__steps=0),
+    _exact("solved further", solve__steps=2, solve__tokens=18_432),
+    Variant("STRIDE, unsolved", {"solve.steps": 0}, ablation=True, note="the Kronecker factors alone"),
+    *(
+        Variant(
+            f"STRIDE, {size} kB a block, {candidates} candidates",
+            {
+                "operators.rows": "blocks",
+                "operators.budget_gb": size * 1e3 * 1600 / 2**30,
+                "attribute.candidates": candidates,
+            },
+            ablation=True,
+            note="what bytes and candidates do to accuracy; sizes are for a pool of 1,600 blocks",
+        )
+        for size in (0.3, 1, 5, 10, 20, 48)
+        for candidates in (0, 10, 25, 100, 400)
+    ),
+    *(
+        Variant(
+            f"STRIDE, subsets of {size} kB, {candidates} candidates",
+            {**SUBSETS, "operators.budget_gb": size * 1e6 / 2**30, "attribute.candidates": candidates},
+            ablation=True,
+            note="K = 1000",
+        )
+        for size in (1, 5, 20, 100)
+        for candidates in (0, 100)
+    ),
+    _way("logit, exact responses", respond__mode="exact"),
+    _way("matrix, rank 16", operators__form="matrix", operators__rank=16),
+    _way("matrix, rank 16, exact responses", operators__form="matrix", operators__rank=16, respond__mode="exact"),
+    _way("gate, rank 16", operators__form="gate", operators__rank=16),
+)
+
+
+def cut_pool(benchmark: Benchmark, runs: Store, compute: ComputeConfig) -> None:
+    """Shard the benchmark's pool into ``runs``/blocks, which every variant's run takes a copy of.
+
+    Raises:
+        StrideError: as shard, and where blocks are not the pool's rows, one by one.
+    """
+    runs.remove(BLOCKS)
+    run = Run(f"{runs.url}/{BLOCKS}", changes=settings(benchmark, runs, compute, {}))
+    shard(run)
+    check_blocks(Blocks(run.stage("blocks").store), benchmark)
+
+
+def score(benchmark: Benchmark, variant: Variant, runs: Store, compute: ComputeConfig) -> tuple[np.ndarray, int, str]:
+    """A variant's scores, from a run of its own in ``runs``; one that is there already is made again.
+
+    Args:
+        benchmark: what to score; its pool was cut by ``cut_pool``.
+        variant: the setting; its ``plus`` is left to the caller.
+        runs: the folder of all runs.
+        compute: where to run.
+
+    Returns:
+        (Q, N) float32 influence, zero where the table has none; the workers' largest resident memory in MiB, times
+        their number; and remarks.
+
+    Raises:
+        StrideError: as fit and answer, and where blocks are not the pool's rows.
+    """
+    runs.remove(variant.slug)
+    changes, remarks = dict(variant.changes), []
+    n_blocks = len(benchmark.blocks)
+    settled = Config().updated(changes)
+    of_subsets = settled.operators.form != "sites" or settled.operators.rows == "subsets"
+    if of_subsets and n_blocks < settled.membership.subsets:
+        changes["membership.subsets"] = n_blocks
+        remarks.append(f"{n_blocks} subsets, as many as blocks")
+    run = Run(f"{runs.url}/{variant.slug}", changes=settings(benchmark, runs, compute, changes))
+    copy_folder(runs.child(f"{BLOCKS}/blocks"), run.store.child("blocks"))
+    check_blocks(Blocks(run.stage("blocks").store), benchmark)
+    if not run.config.attribute.exact and not fit(run)["learned"]:
+        remarks.append("the fit says that it learned nothing")
+    answer(run, query_table(benchmark.queries), QUERIES)
+    failed = [each for each in read_influence(run, QUERIES, "recovery").to_pylist() if each["status"] != "ok"]
+    if failed:
+        remarks.append(f"{len(failed)} queries failed and count as zeros: {failed[0]['error']}")
+    found = dense(read_influence(run, QUERIES), len(benchmark.queries), n_blocks)
+    return found, peak_mb(run) * pool(compute, n_blocks).workers, "; ".join(remarks)
+
+
+def settings(benchmark: Benchmark, runs: Store, compute: ComputeConfig, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's options: the benchmark's files, where to run, and a variant's changes."""
+    where = {f"compute.{name}": value for name, value in vars(compute).items()}
+    corpus = {
+        "corpus.input": [f"{benchmark.url}/pool.parquet"],
+        "corpus.columns": {"token_ids": "token_ids"},
+        "corpus.layout": "split",
+        "corpus.block_tokens": max(2, benchmark.blocks.ids.shape[1]),
+        "corpus.tokenizer": _tokenizer(benchmark, runs),
+    }
+    model = {"model.path": benchmark.model, "model.start": benchmark.start or ""}
+    return {**corpus, **model, **where, **changes}
+
+
+def _tokenizer(benchmark: Benchmark, runs: Store) -> str:
+    """The model's own; where that does not know the pool's ids, a stand-in with a word for each, made once.
+
+    The pool is ids already, so words are only shown; but blocks are cut under a tokenizer's name.
+    """
+    largest = int(benchmark.blocks.ids.max())
+    try:
+        known = load_tokenizer(benchmark.model).get_vocab()
+    except StrideError:
+        known = {}
+    if max(known.values(), default=-1) >= largest:
+        return benchmark.model
+    if not runs.exists("tokenizer/tokenizer.json"):
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        print(
+            f"{benchmark.model} has no tokenizer that knows token {largest}; its ids stand in for words.",
+            file=sys.stderr,
+        )
+        taken = set(known.values())
+        words = {**known, **{f"<{i}>": i for i in range(largest + 1) if i not in taken}}
+        stand_in = Tokenizer(models.WordLevel(words, unk_token=min(words, key=words.__getitem__)))
+        with tempfile.TemporaryDirectory() as folder:
+            PreTrainedTokenizerFast(tokenizer_object=stand_in).save_pretrained(folder)
+            copy_folder(Store(str(Path(folder).resolve())), runs.child("tokenizer"))
+    return f"{runs.url}/tokenizer"
+
+
+def copy_folder(source: Store, target: Store) -> None:
+    """All files of a folder, in subfolders too."""
+    for path in sorted(source.fs.find(source.root)):
+        name = str(path).removeprefix(f"{source.root}/")
+        target.write(name, source.read(name))
+
+
+def check_blocks(blocks: Blocks, benchmark: Benchmark) -> None:
+    """Raise StrideError unless block i holds the tokens of pool row i, for every i."""
+    given = benchmark.blocks
+    if len(blocks) != len(given):
+        raise StrideError(
+            f"{blocks.store.name_of('')} has {len(blocks)} blocks, and the pool has {len(given)} rows; the first "
+            f"rejected row: {blocks.manifest['rejects'][:1]}."
+        )
+    batch = blocks.batch(np.arange(len(blocks)))
+    different = batch.mask.sum(1) != given.mask.sum(1)
+    if not different.any() and not np.array_equal(batch.ids[batch.mask], given.ids[given.mask]):
+        rows = np.repeat(np.arange(len(given)), given.mask.sum(1))
+        different[rows[batch.ids[batch.mask] != given.ids[given.mask]]] = True
+    if different.any():
+        raise StrideError(
+            f"{blocks.store.name_of('')}: block {int(different.argmax())} does not hold the tokens of that pool row."
+        )
+
+
+def query_table(queries: Texts) -> pa.Table:
+    """Queries as the pipeline takes them (queries.SCHEMA), named q0, q1 and so on."""
+    names = [f"q{number}" for number in range(len(queries))]
+    rows = [row(name, Encoded(name, name, queries.tokens(number))) for number, name in enumerate(names)]
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def dense(table: pa.Table, n_queries: int, n_blocks: int) -> np.ndarray:
+    """(Q, N) float32 from an influence table of the queries q0, q1, …; zero where it has no row."""
+    names = pa.array([f"q{number}" for number in range(n_queries)])
+    found = np.zeros((n_queries, n_blocks), dtype=np.float32)
+    rows = pc.index_in(table["query_id"], names).to_numpy()
+    found[rows, table["ordinal"].to_numpy()] = table["influence"].to_numpy()
+    return found
+
+
+def standardised_sum(*scores: np.ndarray) -> np.ndarray:
+    """Score matrices added, each with mean 0 and deviation 1 over a query's blocks: (Q, N) float32."""
+    total = np.zeros(scores[0].shape)
+    for each in scores:
+        centred = each - each.mean(1, keepdims=True, dtype=np.float64)
+        total += centred / np.maximum(centred.std(1, keepdims=True), 1e-30)
+    return total.astype(np.float32)
+
+
+def peak_mb(run: Run) -> int:
+    """The largest resident memory that a worker's done-marker of this run tells, in MiB; 0 where none does."""
+    names = [str(path).removeprefix(f"{run.store.root}/") for path in run.store.fs.find(run.store.root)]
+    markers = run.store.read_jsons([name for name in names if "/_done/" in name and name.endswith(".json")])
+    return max((marker.get("peak_mb", 0) for marker in markers), default=0)

@@ -1,0 +1,239 @@
+"""The comparison of attribution methods as people read it: a Parquet table, Markdown and a plot.
+
+Everything in them comes from one ``Evaluation`` and what is known of each method; a method that failed has a row that
+says why.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from stride_ray.evaluate.retraining.lds import ALL, CENTRED, RAW, TARGETS, Evaluation, Interval
+from stride_ray.evaluate.retraining.results import Truth
+from stride_ray.runtime.storage import Store
+
+BAR = "TF-IDF"
+COLOURS = {"ours": "tab:red", "other methods": "tab:blue", "lexical": "tab:gray"}
+SCHEMA = pa.schema(
+    [
+        ("method", pa.string()),
+        ("ours", pa.bool_()),
+        ("default", pa.bool_()),
+        ("paper", pa.bool_()),
+        ("lexical", pa.bool_()),
+        ("kind", pa.string()),
+        ("part", pa.string()),
+        ("target", pa.string()),
+        ("queries", pa.int32()),
+        ("lds", pa.float64()),
+        ("lds_low", pa.float64()),
+        ("lds_high", pa.float64()),
+        ("std", pa.float64()),
+        ("pearson", pa.float64()),
+        ("kendall", pa.float64()),
+        ("seconds", pa.float64()),
+        ("peak_mb", pa.float64()),
+        ("note", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a method besides its figures.
+
+    Attributes:
+        method: its name; without figures of that name in the evaluation it counts as failed.
+        ours: STRIDE, in any setting.
+        default: STRIDE as it runs when nobody turns an option.
+        paper: STRIDE in the form that the paper published.
+        lexical: it looks at tokens only, at no model, or is a mix with such a method.
+        seconds: to score every query, None where not measured.
+        peak_mb: largest resident memory meanwhile, MiB.
+        note: a failed method's reason, or anything worth a remark.
+    """
+
+    method: str
+    ours: bool = False
+    default: bool = False
+    paper: bool = False
+    lexical: bool = False
+    seconds: float | None = None
+    peak_mb: float | None = None
+    note: str = ""
+
+
+def protocol(name: str, truth: Truth, n_blocks: int, draws: int = 400) -> str:
+    """How the figures were made, in a paragraph that belongs beside each of them."""
+    shares = [f"{size / n_blocks:.2g}" for size in truth.sizes]
+    seeds, subsets, queries = truth.losses.shape
+    return (
+        f"{name}: pool of {n_blocks} blocks, {queries} queries; truth: {subsets} subsets, each a share "
+        f"α = {'–'.join(dict.fromkeys(shares))} of the pool, {seeds} training seed(s) each, losses averaged over them. "
+        f"LDS: Spearman correlation over the subsets of summed scores with minus the loss, mean over queries, with a "
+        f"95 % bootstrap interval over queries and subsets together ({draws} draws, the same for all methods)."
+    )
+
+
+def as_table(evaluation: Evaluation, entries: Sequence[Entry]) -> pa.Table:
+    """One row per method, kind, part and target (``SCHEMA``); null figures where a method failed."""
+    rows = []
+    for entry in entries:
+        known = {name: getattr(entry, name) for name in Entry.__dataclass_fields__}
+        for kind, part in evaluation.cells:
+            for target in TARGETS:
+                row = {**known, "kind": kind, "part": part, "target": target}
+                figure = evaluation.figures.get((entry.method, kind, part, target))
+                if figure:
+                    row |= {"lds": figure.lds.value, "lds_low": figure.lds.low, "lds_high": figure.lds.high}
+                    row |= {name: getattr(figure, name) for name in ("std", "pearson", "kendall", "queries")}
+                rows.append({name: _told(row.get(name)) for name in SCHEMA.names})
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def as_markdown(evaluation: Evaluation, entries: Sequence[Entry], header: str) -> str:
+    """The header, then for each kind and part a table by LDS: raw, against two rivals, centred, the ceiling last."""
+    lines = [header, ""]
+    lines += [
+        "“−” and “÷” are paired: the same draws for both methods; – where the other method's LDS is not clearly above "
+        "zero. The best rival is the best method that is not ours, in that table. Ours are in bold; "
+        "the default is marked *. The ceiling is one seed's losses against another's. A centred target has each "
+        "retraining's mean loss over all queries taken away."
+    ]
+    for kind, part in evaluation.cells:
+        lines += ["", f"## {_title(kind, part)}", "", *_cell_lines(evaluation, entries, kind, part)]
+    failed = [entry for entry in entries if entry.method not in evaluation.methods]
+    if failed:
+        lines += ["", "## Failed", "", *[f"- {entry.method}: {entry.note or 'no reason given'}" for entry in failed]]
+    return "\n".join(lines) + "\n"
+
+
+def best_rival(evaluation: Evaluation, entries: Sequence[Entry], kind: str = ALL, part: str = ALL) -> str | None:
+    """The method with the highest raw LDS there that is not ours; None where there is none."""
+    rivals = [each.method for each in _ranked(evaluation, entries, kind, part) if not each.ours]
+    return rivals[0] if rivals else None
+
+
+def plot(evaluation: Evaluation, entries: Sequence[Entry], form: str = "png", part: str | None = None) -> bytes:
+    """Methods' raw LDS with intervals, a panel per kind, ours in another colour, the ceiling dashed.
+
+    Args:
+        evaluation: the figures.
+        entries: the methods; failed ones are left out.
+        form: png or svg; the same figures give the same bytes.
+        part: which part of the queries; None: report where there is one, else all.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    if part is None:
+        part = "report" if any(each == "report" for _, each in evaluation.cells) else ALL
+    kinds = [kind for kind, each in evaluation.cells if each == part]
+    count = sum(entry.method in evaluation.methods for entry in entries)
+    figure = Figure(figsize=(5.2 * len(kinds), 1.4 + 0.26 * max(count, 4)), layout="constrained")
+    FigureCanvasAgg(figure)  # no display, whatever the machine has
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        for height, entry in enumerate(reversed(_ranked(evaluation, entries, kind, part))):
+            lds = evaluation.figure(entry.method, kind, part).lds
+            colour = COLOURS["ours" if entry.ours else "lexical" if entry.lexical else "other methods"]
+            ends = [[max(0, lds.value - lds.low)], [max(0, lds.high - lds.value)]]
+            axes.errorbar([lds.value], [height], xerr=ends, fmt="o", color=colour, markersize=4, capsize=2)
+        shown = [_name(entry) for entry in reversed(_ranked(evaluation, entries, kind, part))]
+        axes.set_yticks(range(len(shown)), shown, fontsize=8)
+        if ceiling := evaluation.ceiling(kind, part):
+            axes.axvline(ceiling.value, linestyle="--", color="black", linewidth=1)
+        axes.axvline(0, color="lightgray", linewidth=1, zorder=0)
+        axes.set_title(_title(kind, part), fontsize=10)
+        axes.set_xlabel("LDS with 95 % interval", fontsize=8)
+    handles = [Line2D([], [], color=colour, marker="o", label=label) for label, colour in COLOURS.items()]
+    handles.append(Line2D([], [], color="black", linestyle="--", label="ceiling: one seed against another"))
+    figure.legend(handles=handles, fontsize=8, ncols=4, loc="outside lower center")
+    buffer = io.BytesIO()
+    # Without a salt and with a date, every SVG would have other bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "stride_ray", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
+    return buffer.getvalue()
+
+
+def write_tables(store: Store, evaluation: Evaluation, entries: Sequence[Entry], header: str) -> list[str]:
+    """Publish ``lds.parquet``, ``lds.md``, ``lds.png`` and ``lds.svg``; returns these names.
+
+    Args:
+        store: the folder.
+        evaluation: the figures.
+        entries: one per method, failed ones included.
+        header: see ``protocol``.
+    """
+    store.write_table("lds.parquet", as_table(evaluation, entries))
+    store.write("lds.md", as_markdown(evaluation, entries, header).encode())
+    for form in ("png", "svg"):
+        store.write(f"lds.{form}", plot(evaluation, entries, form))
+    return ["lds.parquet", "lds.md", "lds.png", "lds.svg"]
+
+
+def _cell_lines(evaluation: Evaluation, entries: Sequence[Entry], kind: str, part: str) -> list[str]:
+    """One Markdown table."""
+    ranked = _ranked(evaluation, entries, kind, part)
+    rival = best_rival(evaluation, entries, kind, part)
+    bar = next((entry.method for entry in ranked if entry.method == BAR), None)
+    others = [(f"best rival ({rival})", rival)] * (rival is not None) + [(BAR, bar)] * (bar not in (None, rival))
+    heads = ["method", "LDS", "std"]
+    heads += [f"{sign} {title}" for title, _ in others for sign in ("−", "÷")]
+    heads += ["centred", "Pearson", "Kendall", "seconds", "MiB"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for entry in ranked:
+        figure = evaluation.figure(entry.method, kind, part, RAW)
+        cells = [_name(entry, bold=True), _interval(figure.lds), f"{figure.std:.3f}"]
+        for _, other in others:
+            paired = evaluation.paired(entry.method, other or "", kind, part)
+            same = entry.method == other
+            cells += ["", ""] if same else [_interval(paired.difference, "+"), _ratio(paired.ratio)]
+        cells += [_interval(evaluation.figure(entry.method, kind, part, CENTRED).lds)]
+        cells += [f"{figure.pearson:.3f}", f"{figure.kendall:.3f}"]
+        cells += ["" if entry.seconds is None else f"{entry.seconds:.1f}"]
+        cells += ["" if entry.peak_mb is None else f"{entry.peak_mb:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    raw, centred = (evaluation.ceiling(kind, part, target) for target in TARGETS)
+    if raw and centred:
+        cells = ["ceiling", _interval(raw), "", *[""] * (2 * len(others)), _interval(centred), "", "", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _ranked(evaluation: Evaluation, entries: Sequence[Entry], kind: str, part: str) -> list[Entry]:
+    """Entries with figures, best raw LDS first."""
+    there = [entry for entry in entries if entry.method in evaluation.methods]
+    return sorted(there, key=lambda entry: -evaluation.figure(entry.method, kind, part).lds.value)
+
+
+def _name(entry: Entry, bold: bool = False) -> str:
+    name = entry.method.replace("|", "\\|") if bold else entry.method
+    name = f"**{name}**" if bold and entry.ours else name
+    return f"{name} *" if entry.default else name
+
+
+def _title(kind: str, part: str) -> str:
+    kinds = "all queries" if kind == ALL else kind.replace("_", " ") + " queries"
+    return kinds if part == ALL else f"{kinds}, {part}"
+
+
+def _interval(given: Interval, sign: str = "", digits: int = 3) -> str:
+    """Figure and interval; the figure alone where nothing was drawn."""
+    form = f"{sign}.{digits}f"
+    ends = "" if math.isnan(given.low) else f" [{given.low:{form}}, {given.high:{form}}]"
+    return f"{given.value:{form}}{ends}"
+
+
+def _ratio(given: Interval) -> str:
+    """A ratio to something that may be zero is no figure."""
+    return "–" if math.isnan(given.low) else _interval(given, digits=2)
+
+
+def _told(value: object) -> object:
+    """Null for nan: a Parquet reader's mean over methods must not become nan."""
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,400 @@
+"""Instruction tuning end to end: fine-tune on instructions, then ask which of them taught the model an answer.
+
+Only answers carry loss: in training, in the pool's blocks and in the queries. The fine-tune runs on the very blocks
+that are attributed, so what it saw is what can be found; influence is summed to instructions. Half of the queries have
+near copies planted in the training set, a check with a known truth; the others' relatives nobody knows.
+"""
+
+import copy
+import io
+import json
+import random
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from scipy.stats import binomtest, hypergeom
+
+from stride_ray.attribution.attribute import asked_queries, attribute, mode_of, read_influence
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.documents import Document, read, resolve_columns
+from stride_ray.corpus.queries import read_queries
+from stride_ray.corpus.shard import shard
+from stride_ray.corpus.splits import plan
+from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.word_counts import tfidf, words
+from stride_ray.evaluate.baselines.problem import Texts
+from stride_ray.evaluate.planting import disguised
+from stride_ray.evaluate.retraining.benchmark import Benchmark
+from stride_ray.evaluate.retraining.finetune import FineTune
+from stride_ray.evaluate.retraining.lds import ALL, Interval, mean_interval
+from stride_ray.evaluate.tailpatch import INFLUENCE, LEXICAL, tail_patch
+from stride_ray.models.causal_lm import load_model
+from stride_ray.models.query_batches import padded
+from stride_ray.operators.fit import fit
+from stride_ray.runtime.actor_pool import map_actors
+from stride_ray.runtime.config import digest, stage_keys
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run, Stage, claim
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.tasks import connected, keep_to, pool
+
+# The query set's name in the run; what stands between a question and its answer.
+NAME, SEPARATOR = "instructions", "\n"
+TRAIN, QUERIES, HELD_OUT = "train.jsonl", "queries.jsonl", "heldout.jsonl"
+# Groups of queries, and how their ids begin: with near copies in the training set, and without; and what to beat.
+PLANTED, UNSEEN, CHANCE = "planted", "unseen", "chance"
+# Near copies of a planted query; instructions that one may be among; instructions shown a side; blocks of a tail-patch.
+COPIES, TOP, HELPING, HARMING, PATCH = 2, 10, 3, 1, 3
+# Tokens in a block: nineteen in twenty of GSM8K's examples have no more. Blocks in a training step.
+BLOCK_TOKENS, BATCH = 320, 4
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much, and how it is trained on.
+
+    Attributes:
+        examples: training instructions, near copies of queries not counted.
+        queries: instructions to attribute; the first half are planted.
+        held_out: further instructions that only the loss is measured on.
+        epochs: of the fine-tune.
+        learning_rate: its peak.
+    """
+
+    examples: int = 200
+    queries: int = 8
+    held_out: int = 32
+    epochs: int = 1
+    learning_rate: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a fine-tune and its attribution, by PLANTED and UNSEEN queries; intervals are 95 %.
+
+    Attributes:
+        instructions: in the training set, ``planted`` near copies among them, cut into ``blocks`` blocks.
+        answer_tokens: those of all ``tokens`` that carry loss.
+        measured: answers whose loss was measured; the unseen ones are held out of training.
+        loss: their mean "before" and "after" the fine-tune, and its "change", nats per token.
+        lift: tail-patch by INFLUENCE and LEXICAL, see ``tailpatch.Lift``; a group where no query has one is missing.
+        found: share of planted queries with a near copy among the TOP instructions, by INFLUENCE, LEXICAL and CHANCE.
+    """
+
+    instructions: int
+    planted: int
+    blocks: int
+    tokens: int
+    answer_tokens: int
+    measured: dict[str, int]
+    loss: dict[str, dict[str, Interval]]
+    lift: dict[str, dict[str, Interval]]
+    found: dict[str, Interval]
+
+    def as_table(self) -> str:
+        """The figures as Markdown."""
+        lines = [
+            f"{self.instructions} instructions ({self.planted} near copies of queries), {self.blocks} blocks; "
+            f"{self.answer_tokens} of {self.tokens} tokens are answers and carry loss. Intervals: 95 %.\n",
+            f"| answers | measured | {' | '.join(f'loss, {moment}' for moment in self.loss)} |\n|---|---|---|---|---|",
+        ]
+        for group, count in self.measured.items():
+            lines.append(
+                f"| {group} | {count} | {' | '.join(_shown(each.get(group)) for each in self.loss.values())} |"
+            )
+        lines.append(f"\n| queries | lift of {' | of '.join(self.lift)} |\n|---|---|---|")
+        for group in self.measured:
+            lines.append(f"| {group} | {' | '.join(_shown(each.get(group)) for each in self.lift.values())} |")
+        lines.append(f"\nLift: one step on the {PATCH} top blocks over one on random ones; negative is good.")
+        lines.append(f"\n| by | planted queries with a near copy in the top {TOP} |\n|---|---|")
+        return "\n".join([*lines, *(f"| {method} | {_shown(figure)} |" for method, figure in self.found.items())])
+
+
+def _shown(figure: Interval | None) -> str:
+    if figure is None or figure.low == figure.high:
+        return f"{figure.value:.4g}" if figure else ""
+    return f"{figure.value:.4g} ({figure.low:.4g} to {figure.high:.4g})"
+
+
+def attribute_instructions(
+    instructions: str, model: str, out: str, options: Options | None = None, changes: Mapping[str, Any] | None = None
+) -> Outcome:
+    """Fine-tune a model on instructions, and find the ones that taught it each query's answer.
+
+    Prints tables as they come; the same command again does what is missing. ``out`` gets the files that ``draw`` tells
+    of; ``start/``, a GGUF model as a plain checkpoint; ``model/``, the fine-tuned one; ``run/``, a run directory like
+    any other, in layout ``split``, attributed on the query set NAME; and ``outcome.json``.
+
+    Args:
+        instructions: any input of documents with a prompt and an answer (question, instruction, prompt, …).
+        model: to start from, whatever ``load_model`` takes.
+        out: a path or fsspec URL.
+        options: how much; None: the defaults.
+        changes: options of the run, on top of ``settings``; ``seed`` is also that of the sample and the fine-tune.
+
+    Raises:
+        StrideError: too few instructions, a folder made with other settings, or as the stages do.
+    """
+    options, store = options or Options(), Store(out)
+    start = f"{store.url}/start" if model.endswith(".gguf") else model
+    run = Run(f"{store.url}/run", changes={**settings(store.url, model, start, options), **(changes or {})})
+    load_tokenizer(run.config.corpus.tokenizer)  # a sentence now
+    seed = run.config.seed
+    files = draw(instructions, options, seed)
+    keys = {**stage_keys(run.config, "blocks"), **asdict(options), "batch": BATCH, "seed": seed, "model": model}
+    keys["instructions"] = digest(files)
+    stage = claim(Stage(store, digest(keys)), "sft", keys)
+    for name, rows in files.items():
+        if not store.exists(name):  # a new time would tell shard that its input changed
+            store.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    with connected(run.config.compute):
+        shard(run)
+        blocks = Blocks(run.stage("blocks").store)
+        tokenizer = load_tokenizer(blocks.store.child("tokenizer").url)
+        tables = {name: read_queries(f"{store.url}/{name}", tokenizer) for name in files}
+        if "model" not in stage.done():
+            asked = pa.concat_tables([tables[QUERIES], tables[HELD_OUT]]).to_pylist()
+            workers = pool(run.config.compute, 1)
+            given = (fine_tune, stage, blocks.store, _good(asked), options, start, seed, workers.device)
+            list(map_actors(partial, given, [model], workers))  # an actor ends; a task's process would keep its memory
+        if not run.config.attribute.exact:
+            print(fit(run)["verdict"])
+        summary = attribute(run, f"{store.url}/{QUERIES}", NAME, io.StringIO())
+        print_taught(run, files[TRAIN])
+        print(f"\nBlock by block: {summary['page']}\n")
+        lifts = _lifts(run, stage)
+    losses = stage.done()["model"]["losses"]
+    losses["change"] = {name: loss - losses["before"][name] for name, loss in losses["after"].items()}
+    outcome = Outcome(
+        instructions=len(files[TRAIN]),
+        planted=sum(_is_copy(row["id"]) for row in files[TRAIN]),
+        blocks=len(blocks),
+        tokens=blocks.manifest["tokens"],
+        answer_tokens=blocks.manifest["target_tokens"],
+        measured={group: sum(_group(name) == group for name in losses["after"]) for group in (PLANTED, UNSEEN)},
+        loss={moment: _by_group(values) for moment, values in losses.items()},
+        lift={method: _by_group(values) for method, values in lifts.items()},
+        found=near_copies_found(taught(run), tables[TRAIN].to_pylist(), _good(tables[QUERIES].to_pylist())),
+    )
+    store.write_json("outcome.json", asdict(outcome))
+    return outcome
+
+
+def settings(url: str, model: str, start: str, options: Options) -> dict[str, Any]:
+    """The run's options, all others at their defaults."""
+    return {
+        "corpus.input": [f"{url}/{TRAIN}"],
+        "corpus.columns": {"id": "id", "prompt": "question", "answer": "answer"},
+        "corpus.tokenizer": model,
+        "corpus.layout": "split",
+        "corpus.block_tokens": BLOCK_TOKENS,
+        "model.path": f"{url}/model",
+        "model.start": start,
+        "membership.subsets": min(1000, options.examples),  # no more than there are blocks
+        "compute.batch_tokens": BLOCK_TOKENS,  # one block a pass: more are no faster on CPUs, and take memory
+    }
+
+
+def draw(instructions: str, options: Options, seed: int) -> dict[str, list[dict[str, str]]]:
+    """What goes into TRAIN, QUERIES and HELD_OUT: rows with id, question and answer, no instruction in two of them.
+
+    An id is the place in the input that ``documents.read`` gives, but for queries: ``planted-0`` is one that TRAIN has
+    near copies of, ``planted-0-copy-0`` and so on, and ``unseen-0`` one without.
+
+    Raises:
+        StrideError: other columns than a prompt and an answer, or too few rows with both.
+    """
+    if min(options.examples, options.queries - 1, options.held_out, options.epochs) < 1:
+        raise StrideError("There must be an example to train on, one held out, two queries and an epoch at least.")
+    units = plan([instructions], 2**26)
+    columns = resolve_columns(units)
+    if set(columns) != {"prompt", "answer"}:
+        have = " and ".join(sorted(columns)) or "text"
+        raise StrideError(f"{instructions} has {have}; instructions need a prompt and an answer.")
+    items = [item for unit in units for item in read(unit, columns) if isinstance(item, Document)]
+    wanted = options.examples + options.queries + options.held_out
+    if len(items) < wanted:
+        raise StrideError(f"{instructions} has {len(items)} instructions with a prompt and an answer, not {wanted}.")
+    rng = random.Random(seed)
+    rows = [
+        {"id": item.document_id, "question": (item.prompt or "") + SEPARATOR, "answer": item.answer or ""}
+        for item in rng.sample(items, wanted)
+    ]
+    queries, train = rows[: options.queries], rows[options.queries + options.held_out :]
+    half = options.queries // 2
+    for index, query in enumerate(queries):
+        query["id"] = f"{PLANTED}-{index}" if index < half else f"{UNSEEN}-{index - half}"
+    for query in queries[:half]:
+        for number in range(COPIES):
+            question, answer = near_copy(query["question"], query["answer"], rng)
+            train.append({"id": f"{query['id']}-copy-{number}", "question": question + SEPARATOR, "answer": answer})
+    rng.shuffle(train)
+    return {TRAIN: train, QUERIES: queries, HELD_OUT: rows[options.queries : options.queries + options.held_out]}
+
+
+def near_copy(question: str, answer: str, rng: random.Random) -> tuple[str, str]:
+    """A question and its answer in other words, by ``planting.disguised``'s rules."""
+    lines = disguised(question, answer, "paraphrase", rng).split("\n")
+    at = max(1, len(question.splitlines()))
+    return "\n".join(lines[:at]), "\n".join(lines[at:])
+
+
+def _group(name: str) -> str:
+    return PLANTED if name.startswith(f"{PLANTED}-") else UNSEEN
+
+
+def _is_copy(document: str, query: str = PLANTED) -> bool:
+    return document.startswith(f"{query}-") and "-copy-" in document
+
+
+def _good(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["status"] == "ok"]
+
+
+def _by_group(values: Mapping[str, float]) -> dict[str, Interval]:
+    """Means of finite values by group of the query that they belong to."""
+    groups: dict[str, list[float]] = {}
+    for name in (name for name, value in values.items() if np.isfinite(value)):
+        groups.setdefault(_group(name), []).append(values[name])
+    return {group: mean_interval(np.array(each)) for group, each in groups.items()}
+
+
+def fine_tune(
+    stage: Stage, store: Store, answers: Rows, options: Options, start: str, seed: int, device: str, model: str
+) -> dict[str, Any]:
+    """In a worker: train on the blocks, measure answers before and after, publish the model, then a marker of losses.
+
+    ``start`` is where ``model`` is as a checkpoint that transformers loads by itself; made where it differs.
+    """
+    started = time.monotonic()
+    keep_to(device)
+    tokenizer = load_tokenizer(store.child("tokenizer").url)
+    if start != model and "start" not in stage.done():
+        publish(stage.store.child("start"), plain(load_model(model, device="cpu").model), tokenizer)
+        stage.mark("start", started)
+    benchmark = answers_only(Blocks(store), answers, start)
+    recipe = FineTune(benchmark, epochs=options.epochs, batch=BATCH, learning_rate=options.learning_rate, device=device)
+    measured = {"before": recipe.losses(load_model(start, device=device).model)}
+    trained = recipe.train(np.arange(len(benchmark.blocks)), seed)
+    measured["after"] = recipe.losses(trained)
+    publish(stage.store.child("model"), trained, tokenizer)
+    names = [row["query_id"] for row in answers]
+    losses = {moment: dict(zip(names, found.tolist(), strict=True)) for moment, found in measured.items()}
+    return stage.mark("model", started, losses=losses)
+
+
+def answers_only(blocks: Blocks, answers: Rows, start: str) -> Benchmark:
+    """All blocks, and the answers to measure, as the recipe wants them: prompts and padding masked."""
+    batch = blocks.batch(np.arange(len(blocks)))
+    ids, mask = padded(answers, "cpu")
+    trained = Texts(batch.ids.astype(np.int32), np.ascontiguousarray(batch.mask))
+    measured = Texts(ids.numpy().astype(np.int32), mask.numpy())
+    labels = np.full(len(answers), ALL)
+    fingerprint = blocks.manifest["fingerprint"]
+    return Benchmark(blocks.store.url, trained, measured, labels, labels, start, start, None, fingerprint)
+
+
+def plain(model: Any) -> Any:
+    """A model's float32 copy that can be saved, which one loaded from GGUF refuses to be."""
+    from transformers import AutoModelForCausalLM  # seconds to import
+
+    config: Any = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)  # what is loaded from the copy would refuse too
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+def publish(store: Store, model: Any, tokenizer: Any) -> None:
+    """A checkpoint with its tokenizer, file by file: only a marker written after says that it is whole."""
+    with tempfile.TemporaryDirectory(prefix="stride-sft-") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir()):
+            store.put(path.name, str(path))
+
+
+def taught(run: Run) -> list[dict[str, Any]]:
+    """Each query with the instructions that taught it: its row of the recovery table and ``documents``.
+
+    ``documents`` are all its rows of the documents table, most helpful first, each with its ``share`` of the summed
+    influence of its sign.
+    """
+    found = {row["query_id"]: {**row, "documents": []} for row in read_influence(run, NAME, "recovery").to_pylist()}
+    for row in read_influence(run, NAME, "documents").to_pylist():
+        found[row["query_id"]]["documents"].append(row)
+    for each in found.values():
+        sums = {True: 0.0, False: 0.0}
+        for row in each["documents"]:
+            sums[row["influence"] > 0] += row["influence"]
+        for row in each["documents"]:
+            row["share"] = row["influence"] / (sums[row["influence"] > 0] or 1.0)
+    return list(found.values())
+
+
+def print_taught(run: Run, train: Rows) -> None:
+    """Each query with its HELPING most helpful and HARMING most harmful instructions, a line each."""
+    texts = {row["id"]: row for row in train}
+    tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
+    asked = {row["query_id"]: row["token_ids"] for row in asked_queries(run, NAME).to_pylist()}
+    for query in taught(run):
+        name, documents = query["query_id"], query["documents"]
+        print(f"\n{name}: {_line(tokenizer.decode(asked[name]), 100)}")
+        print(f"  failed: {query['error']}" if query["error"] else "  rank   influence   share")
+        helping = [row for row in documents if row["influence"] > 0][:HELPING]
+        for row in (*helping, *[row for row in documents if row["influence"] < 0][-HARMING:]):
+            text = texts[row["document_id"]]
+            question = ("near copy: " if _is_copy(row["document_id"], name) else "") + text["question"]
+            numbers = f"{row['rank']:>6}  {row['influence']:+10.4g}  {row['share']:>6.1%}"
+            print(f"{numbers}  {_line(question, 56)} -> {_line(text['answer'], 36)}")
+
+
+def _line(text: str, width: int) -> str:
+    return textwrap.shorten(" ".join(text.split()), width) or "(empty)"
+
+
+def _lifts(run: Run, stage: Stage) -> dict[str, dict[str, float]]:
+    """Tail-patch's lift by method and query, kept in a marker."""
+    name = f"tailpatch-{mode_of(run)}"
+    if name not in stage.done():
+        started = time.monotonic()
+        found = tail_patch(run, NAME, PATCH, seed=run.config.seed)
+        lifts = {each.method: dict(zip(found.query_ids, each.values, strict=True)) for each in found.lifts}
+        stage.mark(name, started, lifts=lifts)
+    return stage.done()[name]["lifts"]
+
+
+def near_copies_found(answers: Rows, train: Rows, queries: Rows) -> dict[str, Interval]:
+    """Share of planted queries with a near copy among the TOP instructions, with Clopper–Pearson intervals.
+
+    By INFLUENCE, as ``taught`` says, by LEXICAL over whole texts, with prompts (rows of queries.SCHEMA), by CHANCE.
+    """
+    planted = [row for row in queries if _group(row["query_id"]) == PLANTED]
+    if not planted:
+        return {}
+    names = np.array([row["query_id"] for row in train])
+    helping = {each["query_id"]: [row for row in each["documents"] if row["influence"] > 0] for each in answers}
+    vectorizer = tfidf()
+    X = vectorizer.fit_transform(words(row["token_ids"]) for row in train)
+    similarity = (vectorizer.transform(words(row["token_ids"]) for row in planted) @ X.T).toarray()
+    tops: dict[str, list[list[str]]] = {
+        INFLUENCE: [[row["document_id"] for row in helping[query["query_id"]][:TOP]] for query in planted],
+        LEXICAL: [names[np.lexsort((names, -row))[: min(TOP, (row > 0).sum())]].tolist() for row in similarity],
+    }
+    found = {}
+    for method, top in tops.items():
+        hits = sum(any(_is_copy(name, q["query_id"]) for name in best) for best, q in zip(top, planted, strict=True))
+        span = binomtest(hits, len(planted)).proportion_ci()
+        found[method] = Interval(hits / len(planted), float(span.low), float(span.high))
+    chance = 1 - float(hypergeom(len(names), COPIES, TOP).pmf(0))
+    return {**found, CHANCE: Interval(chance, chance, chance)}

@@ -1,0 +1,267 @@
+"""The benchmarks' own training recipe, and the checkpoints of one training on the whole pool.
+
+Three epochs of AdamW over the given blocks, from ``start/`` or from random weights, in an order that follows from the
+seed. Methods that look at several moments of training (TracIn and its kin) get checkpoints from here, with the
+optimiser's second moments beside them.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
+
+from stride_ray.evaluate.baselines.problem import Texts
+from stride_ray.evaluate.retraining.benchmark import Benchmark
+from stride_ray.models.download import local_model
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.urls import first_line
+
+MASKED = -100
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """A ``Recipe``: AdamW on next-token loss over the given blocks, padding masked.
+
+    Attributes:
+        benchmark: pool, queries and where training begins.
+        epochs: passes over the blocks, each in a new order.
+        batch: blocks in a step.
+        learning_rate: peak; None: 1e-3 from a checkpoint, 2e-3 from random weights.
+        beta1, beta2, weight_decay: of AdamW.
+        warmup_steps: of linear warm-up; then linear decay.
+        final_share: the lowest learning rate, as a share of the peak.
+        clip: largest gradient norm.
+        bfloat16: autocast matrix products of training to bfloat16; weights, and losses of queries, stay float32.
+        device: auto (a GPU where torch sees one), cpu or cuda.
+    """
+
+    benchmark: Benchmark
+    epochs: int = 3
+    batch: int = 16
+    learning_rate: float | None = None
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    warmup_steps: int = 20
+    final_share: float = 0.05
+    clip: float = 1.0
+    bfloat16: bool = True
+    device: str = "auto"
+
+    def train(self, rows: np.ndarray, seed: int, weights: np.ndarray | None = None) -> Any:
+        """Train on these pool rows, each with its weight in the loss where there are some; returns the model.
+
+        Raises:
+            StrideError: for no rows at all, or tokens that the model cannot take.
+        """
+        return self.run(rows, seed, lambda epoch, model, optimizer: None, weights)
+
+    @torch.no_grad()
+    def losses(self, trained: Any) -> np.ndarray:
+        """(Q,) float32 mean next-token loss of each query, nats."""
+        trained.eval()
+        queries, found = self.benchmark.queries, []
+        for start in range(0, len(queries), self.batch):
+            ids, labels = _batch(queries, np.arange(start, min(start + self.batch, len(queries))), trained.device)
+            loss = _token_losses(trained, ids, labels)
+            found.append(loss.sum(1) / (labels[:, 1:] != MASKED).sum(1))
+        return torch.cat(found).cpu().numpy()
+
+    def run(
+        self,
+        rows: np.ndarray,
+        seed: int,
+        at_epoch: Callable[[int, Any, torch.optim.AdamW], None],
+        weights: np.ndarray | None = None,
+    ) -> Any:
+        """As ``train``, calling ``at_epoch(epoch from 1, model, optimizer)`` at the end of each epoch."""
+        if not len(rows):
+            raise StrideError("There is no block to train on; use a larger fraction of the pool.")
+        blocks, steps_each = self.benchmark.blocks, -(-len(rows) // self.batch)
+        rates = self.rates(len(rows))
+        # Whoever calls keeps its own random numbers; dropout, where a model has any, follows the seed too.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = self._begin()
+            order = torch.Generator().manual_seed(seed)
+            optimizer = torch.optim.AdamW(
+                model.parameters(), lr=rates[0], betas=(self.beta1, self.beta2), weight_decay=self.weight_decay
+            )
+            model.train()
+            for epoch in range(self.epochs):
+                shuffled = torch.randperm(len(rows), generator=order).numpy()
+                for number in range(steps_each):
+                    optimizer.param_groups[0]["lr"] = rates[epoch * steps_each + number]
+                    chosen = shuffled[number * self.batch : (number + 1) * self.batch]
+                    weight = None if weights is None else torch.from_numpy(weights[chosen]).to(model.device).float()
+                    self._step(model, optimizer, *_batch(blocks, np.asarray(rows)[chosen], model.device), weight)
+                at_epoch(epoch + 1, model, optimizer)
+        return model
+
+    def rates(self, n_blocks: int) -> list[float]:
+        """The learning rate of every step of a training on so many blocks."""
+        peak = self.learning_rate or (1e-3 if self.benchmark.start else 2e-3)
+        steps = self.epochs * -(-n_blocks // self.batch)
+        rising = [(step + 1) / max(1, self.warmup_steps) for step in range(steps)]
+        falling = [max(self.final_share, 1 - step / steps) for step in range(steps)]
+        return [peak * min(up, down) for up, down in zip(rising, falling, strict=True)]
+
+    def _step(
+        self,
+        model: Any,
+        optimizer: torch.optim.AdamW,
+        ids: torch.Tensor,
+        labels: torch.Tensor,
+        weight: torch.Tensor | None = None,
+    ) -> None:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bfloat16):
+            losses = _token_losses(model, ids, labels)
+        losses = losses if weight is None else losses * weight.unsqueeze(1)
+        loss = losses.sum() / (labels[:, 1:] != MASKED).sum().clamp(min=1)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip)
+        optimizer.step()
+
+    def _begin(self) -> Any:
+        """The model as training begins, float32 on its device."""
+        import transformers  # seconds to import
+
+        # Per model a line of its own, in the middle of the stage's progress.
+        transformers.utils.logging.disable_progress_bar()
+        auto: Any = transformers.AutoModelForCausalLM
+        folder = local_model(self.benchmark.start or self.benchmark.model)
+        try:
+            if self.benchmark.start:
+                model = auto.from_pretrained(folder, dtype=torch.float32)
+            else:
+                model = auto.from_config(transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        except (OSError, ValueError, ImportError) as error:
+            raise StrideError(f"model {folder} could not be loaded: {first_line(error)}") from error
+        self._check(model)
+        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        return model.to(device)
+
+    def _check(self, model: Any) -> None:
+        """Tokens outside the vocabulary or the context would be an index error deep in the model, or worse on a GPU."""
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        for name, texts in (("pool.parquet", self.benchmark.blocks), ("queries.parquet", self.benchmark.queries)):
+            if texts.ids.max() >= vocabulary:
+                row = int(texts.ids.max(1).argmax())
+                raise StrideError(
+                    f"{name}, row {row}, has token id {texts.ids.max()}, and the model knows {vocabulary} ids; the "
+                    "texts must be tokenised with the model's own tokenizer."
+                )
+            if context is not None and texts.ids.shape[1] > context:
+                row = int(texts.mask.sum(1).argmax())
+                raise StrideError(
+                    f"{name}, row {row}, has {texts.ids.shape[1]} tokens, and the model takes {context}; cut the texts."
+                )
+
+
+def checkpoints(
+    benchmark: Benchmark, out_folder: str, seed: int = 0, hyperparameters: Mapping[str, Any] | None = None
+) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Train once on the whole pool and keep the model after each epoch; what is there already is not made again.
+
+    Args:
+        benchmark: what to train on.
+        out_folder: a local folder, one for each benchmark, seed and choice of hyperparameters.
+        seed: of the order (and of the weights where there is no ``start/``).
+        hyperparameters: fields of ``FineTune`` that differ from its defaults.
+
+    Returns:
+        Per epoch, a Hugging Face folder ``epoch-1`` … that also holds ``optimizer.safetensors`` (AdamW's
+        ``exp_avg_sq`` under each parameter's name, a tied one once), and the mean learning rate of its steps. A folder
+        is there whole or not at all.
+
+    Raises:
+        StrideError: for unknown hyperparameters, or a folder made with other settings.
+    """
+    changes = dict(hyperparameters or {})
+    known = [each.name for each in fields(FineTune) if each.name != "benchmark"]
+    if unknown := sorted(set(changes) - set(known)):
+        raise StrideError(f"{unknown[0]!r} is no hyperparameter of FineTune; it has {', '.join(known)}.")
+    if "://" in out_folder:
+        raise StrideError(f"Checkpoints need a local folder, not {out_folder}.")
+    recipe = FineTune(benchmark, **changes)
+    root, n = Path(out_folder), len(benchmark.blocks)
+    # Where it runs is no setting; everything else decides the weights.
+    settings = {name: getattr(recipe, name) for name in known if name != "device"}
+    _claim(root, {"benchmark": benchmark.fingerprint, "seed": seed, **settings})
+    folders = [root / f"epoch-{epoch}" for epoch in range(1, recipe.epochs + 1)]
+    if not all(folder.exists() for folder in folders):
+
+        def keep(epoch: int, model: Any, optimizer: torch.optim.AdamW) -> None:
+            if not folders[epoch - 1].exists():
+                _save(folders[epoch - 1], model, optimizer)
+
+        recipe.run(np.arange(n), seed, keep)
+    rates = np.array(recipe.rates(n)).reshape(recipe.epochs, -1).mean(1)
+    return tuple(map(str, folders)), tuple(rates.tolist())
+
+
+def _claim(root: Path, settings: dict[str, Any]) -> None:
+    """Write what the folder is made with, or refuse another's."""
+    path = root / "settings.json"
+    if path.exists():
+        made_with = json.loads(path.read_text())
+        if different := [key for key in settings if made_with.get(key) != settings[key]]:
+            key = different[0]
+            raise StrideError(
+                f"{root} was made with {key} = {made_with.get(key)!r}, and now it is {settings[key]!r}; use another "
+                "folder or delete that one."
+            )
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    partial = root / f".settings.{uuid.uuid4().hex}"
+    partial.write_text(json.dumps(settings, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _save(folder: Path, model: Any, optimizer: torch.optim.AdamW) -> None:
+    """A checkpoint beside its place, then renamed."""
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        model.save_pretrained(partial)
+        # named_parameters names a tied parameter once.
+        moments = {
+            name: optimizer.state[parameter]["exp_avg_sq"].detach().cpu().contiguous()
+            for name, parameter in model.named_parameters()
+            if parameter in optimizer.state
+        }
+        save_file(moments, partial / "optimizer.safetensors")
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _batch(texts: Texts, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels (n, T) int64, cut to the longest of these rows, padding masked in the labels.
+
+    Other tokens may be masked too, a prompt's say: they are read, and teach nothing.
+    """
+    mask = texts.mask[rows]
+    length = max(2, int(np.flatnonzero(mask.any(0)).max(initial=0)) + 1)
+    ids = torch.from_numpy(texts.ids[rows, :length].astype(np.int64))
+    return ids.to(device), ids.masked_fill(~torch.from_numpy(mask[:, :length]), MASKED).to(device)
+
+
+def _token_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(n, T − 1) float32 cross-entropy of each next token, 0 where masked.
+
+    Padding is on the right, so a causal model's tokens never look at it and no attention mask is needed.
+    """
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=MASKED, reduction="none")

@@ -1,0 +1,121 @@
+"""Whether attribution can work for a recipe at all: how straight the trained model moves as the data's weights do.
+
+Three trainings tell, with the blocks' weights at 1, 1 + h·v and 1 + 2h·v, v ~ N(0, I) (Engstrom et al. 2025, arXiv
+2503.13751). Where a second step moves the parameters as the first did, what a little more or less of a block does can
+be predicted; where it moves them anywhere, no influence function can say it, and no table should be believed.
+"""
+
+import inspect
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from stride_ray.evaluate.retraining.benchmark import Benchmark
+from stride_ray.evaluate.retraining.recipe import DEFAULT, load_recipe, recipe_identity
+from stride_ray.evaluate.retraining.retrain import opened, read_array, write_array
+from stride_ray.runtime.config import digest
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.run import Stage, claim
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.tasks import connected, keep_to, map_tasks, pool, progress
+
+# h: the standard deviation of the first step of a block's weight. The second goes as far again.
+STEP = 0.1
+
+
+def metasmoothness(
+    benchmark: Benchmark,
+    recipe_name: str = DEFAULT,
+    out: str = "metasmoothness",
+    draws: int = 3,
+    seed: int = 0,
+    step: float = STEP,
+    compute: ComputeConfig | None = None,
+) -> dict[str, Any]:
+    """Train with weights at 1, 1 + h·v and 1 + 2h·v for several v, and compare how the parameters moved.
+
+    S = Σ_i |Δ_i| sign(θ_h − θ_0)_i sign(θ_2h − θ_h)_i / Σ_i |Δ_i| with Δ = θ_2h − θ_0: 1 where every parameter goes on
+    as it began, 0 where it is as likely to turn back.
+
+    Args:
+        benchmark: the pool that is trained on, whole.
+        recipe_name: see ``load_recipe``; its ``train(rows, seed, weights)`` must take a weight for each row and give a
+            ``torch.nn.Module``.
+        out: a path or fsspec URL; a rerun goes on there.
+        draws: how many v.
+        seed: of v, and of every training, which is the same but for the weights.
+        step: h.
+        compute: where to run; None: a local Ray, a worker per CPU.
+
+    Returns:
+        ``smoothness``, the mean of S over draws; ``each``; ``told``, a sentence.
+
+    Raises:
+        StrideError: for a recipe without weights, a folder made with other settings, or parameters that are not finite.
+    """
+    if draws < 1 or not step > 0:
+        raise StrideError(
+            f"{draws} draws of steps of {step} measure nothing; draws must be at least 1 and step positive."
+        )
+    if "weights" not in inspect.signature(load_recipe(recipe_name, benchmark).train).parameters:
+        raise StrideError(f"Recipe {recipe_name}: its train(rows, seed) takes no weights; add weights=None, one a row.")
+    keys = {"benchmark": benchmark.fingerprint, "recipe": recipe_identity(recipe_name), "seed": seed, "step": step}
+    stage = claim(Stage(Store(out), digest(keys)), "metasmoothness", keys)
+    units = [(0, 0), *((draw, times) for draw in range(draws) for times in (1, 2))]
+    done = stage.done()
+    missing = [unit for unit in units if _name(unit) not in done]
+    if missing:
+        compute = compute or ComputeConfig()
+        with connected(compute):
+            workers = pool(compute, len(missing))
+            shared = (benchmark.url, benchmark.fingerprint, recipe_name, stage, workers.device, seed, step)
+            progress(map_tasks(_train_one, shared, missing, workers), "train", len(missing), "models", lambda _: 1)
+    start, *moved = (read_array(stage.store, f"{_name(unit)}.npy") for unit in units)
+    each = [smoothness(start, one, two) for one, two in zip(moved[::2], moved[1::2], strict=True)]
+    mean = float(np.mean(each))
+    spread = f", from {min(each):.3f} to {max(each):.3f}" if draws > 1 else ""
+    told = f"Metasmoothness {mean:.3f} ({draws} draw(s) of weights{spread}; h = {step:g}): 1 is straight, 0 is noise."
+    return {"smoothness": mean, "each": each, "told": told}
+
+
+def smoothness(start: np.ndarray, one: np.ndarray, two: np.ndarray) -> float:
+    """S of parameters (P,) after training at weights 1, 1 + h·v and 1 + 2h·v; nan where nothing moved."""
+    size = np.abs(two - start, dtype=np.float64)
+    agree = np.sign(one - start) * np.sign(two - one)
+    total = float(size.sum())
+    return float((size * agree).sum()) / total if total else float("nan")
+
+
+def _name(unit: tuple[int, int]) -> str:
+    """θ_0 is every draw's."""
+    return f"draw-{unit[0]:03d}-step-{unit[1]}" if unit[1] else "start"
+
+
+def _train_one(
+    url: str,
+    fingerprint: str,
+    recipe_name: str,
+    stage: Stage,
+    device: str,
+    seed: int,
+    step: float,
+    unit: tuple[int, int],
+) -> dict[str, Any]:
+    """One training in a worker: parameters first, the done-marker last."""
+    started = time.monotonic()
+    keep_to(device)
+    draw, times = unit
+    benchmark, recipe = opened(url, fingerprint, recipe_name)
+    train: Any = recipe.train  # takes weights: the driver has looked
+    n = len(benchmark.blocks)
+    v = np.random.default_rng([seed, draw]).standard_normal(n)
+    trained = train(np.arange(n), seed, weights=1 + times * step * v)
+    with torch.no_grad():
+        parameters = torch.cat([p.detach().flatten().float().cpu() for p in trained.parameters()]).numpy()
+    if not np.isfinite(parameters).all():
+        raise StrideError(f"Recipe {recipe_name}, {_name(unit)}: the trained parameters are not finite.")
+    write_array(stage.store, f"{_name(unit)}.npy", parameters)
+    return stage.mark(_name(unit), started)

@@ -1,0 +1,299 @@
+"""What really happened: the losses of models trained again on subsets of the pool, which LDS compares scores with.
+
+Two forms on disk, both a file per training seed: ``retraining_<seed>.npz`` of the benchmarks' folders, and the paper's
+authors' ``lds_<tag>.jsonl``. Beside them attribution scores as ``.npz`` (dense or sparse) or ``.npy``.
+"""
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.urls import first_line
+
+NPZ, JSONL = ("retraining_", ".npz"), ("lds_", ".jsonl")
+# Names under which an ``_meta`` header may hold the pool: which corpus row each pool row is.
+POOL_KEYS = ("pool_indices", "pool", "pool_idx", "indices")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Retraining results; every seed trained on the same subsets.
+
+    Attributes:
+        subsets: S arrays of pool rows (int64, ascending, no repeats); they may differ in length.
+        losses: (seeds, S, Q) float32, nats per token: query q's mean loss after training on subset s.
+        names: of the seeds.
+    """
+
+    subsets: tuple[np.ndarray, ...]
+    losses: np.ndarray
+    names: tuple[str, ...]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Pool rows in the smallest and in the largest subset."""
+        sizes = [len(rows) for rows in self.subsets]
+        return min(sizes), max(sizes)
+
+    def membership(self, n_blocks: int) -> np.ndarray:
+        """(S, N) bool: which pool rows each subset holds."""
+        member = np.zeros((len(self.subsets), n_blocks), dtype=bool)
+        for row, chosen in zip(member, self.subsets, strict=True):
+            row[chosen] = True
+        return member
+
+    def check(self, n_blocks: int, n_queries: int, where: str = "the retraining results") -> None:
+        """Raise StrideError where subsets leave the pool or losses are not one per query."""
+        for number, rows in enumerate(self.subsets):
+            if len(rows) and rows[-1] >= n_blocks:
+                raise StrideError(
+                    f"{where}: subset {number} holds pool row {rows[-1]}, and the pool has {n_blocks} rows; the "
+                    "results belong to another pool."
+                )
+        if self.losses.shape[2] != n_queries:
+            raise StrideError(
+                f"{where}: {self.losses.shape[2]} losses a subset, and there are {n_queries} queries; the results "
+                "belong to other queries."
+            )
+
+
+def read_truth(store: Store) -> Truth | None:
+    """The truth in a folder: its ``retraining_*.npz``, else its ``lds_*.jsonl``, seeds in natural order; None: neither.
+
+    Raises:
+        StrideError: for files that cannot be read, losses that are not finite, or seeds with different subsets.
+    """
+    for (start, ending), parse in ((NPZ, truth_from_npz), (JSONL, truth_from_jsonl)):
+        names = [name for name in store.names("", ending) if name.startswith(start)]
+        if names:
+            names.sort(key=lambda name: [(not p.isdigit(), int(p) if p.isdigit() else p) for p in _pieces(name)])
+            seeds = [parse(store.read(name), store.name_of(name)) for name in names]
+            tags = tuple(name[len(start) : -len(ending)] for name in names)
+            return _joined(seeds, tags, [store.name_of(name) for name in names])
+    return None
+
+
+def write_truth(store: Store, truth: Truth, pool_indices: Sequence[int] | np.ndarray) -> list[str]:
+    """Publish ``retraining_<seed>.npz`` and ``lds_<seed>.jsonl`` per seed; returns the names of the files.
+
+    Args:
+        store: the folder.
+        truth: what to write.
+        pool_indices: (N,) the corpus row of each pool row, for the authors' format.
+    """
+    written = []
+    for number, name in enumerate(truth.names):
+        for (start, ending), data in (
+            (NPZ, npz_bytes(truth, number)),
+            (JSONL, jsonl_bytes(truth, number, pool_indices)),
+        ):
+            store.write(f"{start}{name}{ending}", data)
+            written.append(f"{start}{name}{ending}")
+    return written
+
+
+def truth_from_npz(data: bytes, where: str) -> Truth:
+    """One seed from ``subsets`` and ``losses`` (S, Q) float32.
+
+    Args:
+        data: the file. ``subsets`` is (S, n) int, or flat with ``offsets`` (S + 1): subset s is
+            ``subsets[offsets[s]:offsets[s + 1]]``.
+        where: the file's name, for messages.
+
+    Raises:
+        StrideError: where that is not what the file holds.
+    """
+    arrays = _arrays(data, where)
+    if "subsets" not in arrays or "losses" not in arrays:
+        raise StrideError(f"{where} holds {', '.join(arrays) or 'nothing'}; it needs the arrays subsets and losses.")
+    rows, losses = arrays["subsets"], arrays["losses"]
+    if "offsets" in arrays:
+        offsets = arrays["offsets"]
+        if rows.ndim != 1 or offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or offsets[-1] != len(rows):
+            raise StrideError(f"{where}: offsets must run from 0 to the length of a flat subsets ({rows.size}).")
+        if (np.diff(offsets) < 0).any():
+            raise StrideError(f"{where}: offsets decrease at subset {int((np.diff(offsets) < 0).argmax())}.")
+        subsets = np.split(rows, offsets[1:-1])
+    elif rows.ndim == 2:
+        subsets = list(rows)
+    else:
+        raise StrideError(f"{where}: subsets has shape {rows.shape}; it must be (S, n), or flat with offsets.")
+    return _one_seed(subsets, losses, where)
+
+
+def truth_from_jsonl(data: bytes, where: str) -> Truth:
+    """One seed from the authors' lines: a ``_meta`` header, then ``train_subset`` and ``test_loss`` per subset.
+
+    ``train_subset_global`` serves where ``train_subset`` is missing and the header says which corpus rows the pool is.
+
+    Raises:
+        StrideError: naming the line that is wrong.
+    """
+    subsets: list[list[int]] = []
+    losses: list[list[float]] = []
+    local: dict[int, int] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line.strip():
+            continue
+        at = f"{where}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise StrideError(f"{at}, is not valid JSON ({error}); was the file cut short?") from None
+        if not isinstance(row, dict):
+            raise StrideError(f"{at}, is no JSON object.")
+        if "_meta" in row:
+            meta = row["_meta"] if isinstance(row["_meta"], dict) else {}
+            pool: list[int] = next((meta[key] for key in POOL_KEYS if isinstance(meta.get(key), list)), [])
+            local = {int(corpus): index for index, corpus in enumerate(pool)}
+            continue
+        if "train_subset" in row:
+            chosen = row["train_subset"]
+        elif "train_subset_global" in row and local:
+            strangers = [each for each in row["train_subset_global"] if each not in local]
+            if strangers:
+                raise StrideError(f"{at}: corpus row {strangers[0]} is not in the pool of the _meta header.")
+            chosen = [local[each] for each in row["train_subset_global"]]
+        else:
+            raise StrideError(f"{at}, has no train_subset; each line after the _meta header needs one.")
+        if not isinstance(row.get("test_loss"), list):
+            raise StrideError(f"{at}, has no test_loss; it needs a list with one loss per query.")
+        if losses and len(row["test_loss"]) != len(losses[0]):
+            raise StrideError(f"{at}: {len(row['test_loss'])} losses, and {len(losses[0])} in the lines before it.")
+        subsets.append(chosen)
+        losses.append(row["test_loss"])
+    if not subsets:
+        raise StrideError(f"{where} holds no subset; it needs a line each.")
+    try:
+        return _one_seed([np.array(rows, dtype=np.int64) for rows in subsets], np.array(losses, np.float32), where)
+    except (TypeError, ValueError):
+        raise StrideError(f"{where}: train_subset and test_loss must be flat lists of numbers.") from None
+
+
+def npz_bytes(truth: Truth, seed: int) -> bytes:
+    """One seed as ``truth_from_npz`` reads it; the same truth gives the same bytes."""
+    arrays = {"losses": truth.losses[seed]}
+    if len({len(rows) for rows in truth.subsets}) == 1:
+        arrays["subsets"] = np.stack(truth.subsets).astype(np.int32)
+    else:
+        arrays["subsets"] = np.concatenate(truth.subsets).astype(np.int32)
+        arrays["offsets"] = np.cumsum([0, *map(len, truth.subsets)], dtype=np.int64)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{name: arrays[name] for name in sorted(arrays)})
+    return buffer.getvalue()
+
+
+def jsonl_bytes(truth: Truth, seed: int, pool_indices: Sequence[int] | np.ndarray) -> bytes:
+    """One seed as the authors' release has it; float32 losses in full, so that reading gives the same bits."""
+    pool = np.asarray(pool_indices, dtype=np.int64)
+    lines: list[dict[str, Any]] = [
+        {"_meta": {"tag": truth.names[seed], "pool_size": len(pool), "pool_indices": pool.tolist()}}
+    ]
+    for rows, losses in zip(truth.subsets, truth.losses[seed], strict=True):
+        lines.append(
+            {
+                "train_subset": rows.tolist(),
+                "train_subset_global": pool[rows].tolist(),
+                "test_loss": losses.astype(np.float64).tolist(),
+            }
+        )
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def read_scores(store: Store, name: str) -> Any:
+    """Attribution scores (Q, N): a dense array, or a scipy CSR array where the file holds a sparse matrix.
+
+    Reads ``.npy``, ``.npz`` with the array ``scores`` (or just one array), and what ``scipy.sparse.save_npz`` writes.
+
+    Raises:
+        StrideError: for anything else, or values that are not finite.
+    """
+    data, where = store.read(name), store.name_of(name)
+    arrays = {"scores": _loaded(data, where)} if name.endswith(".npy") else _arrays(data, where)
+    if {"data", "indptr", "format", "shape"} <= arrays.keys():
+        scores: Any = scipy.sparse.csr_array(scipy.sparse.load_npz(io.BytesIO(data)))
+        values = scores.data
+    else:
+        key = "scores" if "scores" in arrays else next(iter(arrays), "")
+        if not key or (key != "scores" and len(arrays) > 1):
+            raise StrideError(f"{where} holds {', '.join(arrays) or 'nothing'}; it needs one array, named scores.")
+        scores = values = arrays[key]
+    if scores.ndim != 2 or not np.isfinite(values).all():
+        raise StrideError(f"{where}: scores must be finite numbers, queries × blocks; got shape {scores.shape}.")
+    return scores
+
+
+def write_scores(store: Store, name: str, scores: Any) -> None:
+    """Publish scores (Q, N), dense or scipy sparse, as an ``.npz`` that ``read_scores`` reads, in float32."""
+    buffer = io.BytesIO()
+    if scipy.sparse.issparse(scores):
+        scipy.sparse.save_npz(buffer, scipy.sparse.csr_array(scores, dtype=np.float32))
+    else:
+        np.savez_compressed(buffer, scores=np.asarray(scores, np.float32))
+    store.write(name, buffer.getvalue())
+
+
+def _one_seed(subsets: Sequence[np.ndarray], losses: np.ndarray, where: str) -> Truth:
+    """Rows sorted, everything checked that one file can tell."""
+    if losses.ndim != 2 or len(losses) != len(subsets):
+        raise StrideError(f"{where}: {len(subsets)} subsets, and losses of shape {losses.shape}; it must be (S, Q).")
+    if not np.isfinite(losses).all():
+        row, column = (int(each[0]) for each in np.nonzero(~np.isfinite(losses)))
+        raise StrideError(f"{where}: the loss of query {column} after subset {row} is not finite; train it again.")
+    tidy = []
+    for number, rows in enumerate(subsets):
+        if rows.ndim != 1 or not (len(rows) == 0 or np.issubdtype(rows.dtype, np.integer)):
+            raise StrideError(f"{where}: subset {number} must be a flat list of pool rows.")
+        ascending = np.sort(rows.astype(np.int64))
+        if len(rows) and (ascending[0] < 0 or (np.diff(ascending) == 0).any()):
+            raise StrideError(f"{where}: subset {number} has a negative or a repeated pool row.")
+        tidy.append(ascending)
+    return Truth(tuple(tidy), losses.astype(np.float32)[None], ("seed0",))
+
+
+def _joined(seeds: list[Truth], tags: tuple[str, ...], where: list[str]) -> Truth:
+    """Several files as one truth."""
+    first = seeds[0]
+    for each, name in zip(seeds, where, strict=True):
+        pairs = zip(first.subsets, each.subsets, strict=False)
+        different = next((i for i, (a, b) in enumerate(pairs) if not np.array_equal(a, b)), None)
+        if different is not None or len(each.subsets) != len(first.subsets):
+            what = f"at subset {different}" if different is not None else "in their number"
+            raise StrideError(f"{name} and {where[0]} differ {what}; all seeds must train on the same subsets.")
+        if each.losses.shape != first.losses.shape:
+            raise StrideError(
+                f"{name} has losses of {each.losses.shape[2]} queries and {where[0]} of {first.losses.shape[2]}; all "
+                "seeds must have the same queries."
+            )
+    return Truth(first.subsets, np.concatenate([each.losses for each in seeds]), tags)
+
+
+def _arrays(data: bytes, where: str) -> dict[str, np.ndarray]:
+    found = _loaded(data, where)
+    if isinstance(found, np.ndarray):
+        raise StrideError(f"{where} is a single array; it must be an .npz file.")
+    try:
+        return {name: found[name] for name in found.files}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise StrideError(f"{where} cannot be read: {first_line(error)}") from None
+
+
+def _loaded(data: bytes, where: str) -> Any:
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise StrideError(f"{where} cannot be read as numpy arrays: {first_line(error)}") from None
+
+
+def _pieces(name: str) -> list[str]:
+    """A name cut where digits begin or end, so that seed10 comes after seed9."""
+    return [piece for piece in re.split(r"(\d+)", name) if piece]

@@ -1,0 +1,247 @@
+"""Ground truth for LDS: train models on random subsets of a pool, and record every query's loss.
+
+A unit of work is one training: a subset and a seed. Units go out as Ray tasks; each publishes its losses and then its
+done-marker, so whatever is killed, the same command run again trains what is missing and ends with the same bytes.
+Subset s follows from the seed and s alone: asking for more subsets or seeds later adds to what is there.
+"""
+
+import functools
+import hashlib
+import io
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from stride_ray import __version__
+from stride_ray.evaluate.retraining.benchmark import Benchmark, reread_benchmark
+from stride_ray.evaluate.retraining.lds import evaluate
+from stride_ray.evaluate.retraining.recipe import DEFAULT, Recipe, load_recipe, recipe_identity
+from stride_ray.evaluate.retraining.results import JSONL, NPZ, Truth, write_truth
+from stride_ray.runtime.config import digest
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.run import Stage
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.tasks import connected, keep_to, map_tasks, pool, progress
+
+# Inside the output folder: losses and done-markers of single trainings.
+WORK = "_retrain"
+
+
+def retrain(
+    benchmark: Benchmark,
+    recipe_name: str = DEFAULT,
+    out: str = "retraining",
+    subsets: int = 64,
+    fraction: float = 0.5,
+    seeds: int = 3,
+    seed: int = 0,
+    like: bool = False,
+    compute: ComputeConfig | None = None,
+) -> dict[str, Any]:
+    """Train ``subsets`` × ``seeds`` models and write what each query lost.
+
+    Args:
+        benchmark: pool and queries; workers read it again from its folder.
+        recipe_name: see ``load_recipe``; called with seeds 0 … ``seeds`` − 1, the same for all subsets.
+        out: a path or fsspec URL; gets ``retraining_seed<n>.npz`` and ``lds_seed<n>.jsonl`` for each seed.
+        subsets: S, how many to draw (with ``like``, the first S of those there).
+        fraction: α, the share of the pool in a subset; without meaning for ``like``.
+        seed: of the draw.
+        seeds: trainings of each subset.
+        like: take the subsets of the benchmark's own retraining results.
+        compute: where to run; None: a local Ray, a worker per CPU.
+
+    Returns:
+        subsets, seeds, trained (now), models (in all), mean_loss, agreement (``Evaluation.ceiling``; None with one
+        seed), and ``told``, a paragraph that says so.
+
+    Raises:
+        StrideError: for counts and fractions that make no subset, a folder made with other settings, a recipe that
+            cannot be loaded, or losses that are not one finite number per query.
+    """
+    started = time.monotonic()
+    _check(benchmark, subsets, fraction, seeds, like)
+    load_recipe(recipe_name, benchmark)  # a sentence now rather than from a worker
+    store = Store(out)
+    rows = [subset_rows(benchmark, number, fraction, seed, like) for number in range(subsets)]
+    drawn = {"like": _content(benchmark.retrained().subsets)} if like else {"seed": seed, "fraction": fraction}
+    keys = {"benchmark": benchmark.fingerprint, "recipe": recipe_identity(recipe_name), **drawn}
+    stage = _claim(store, keys)
+    units = [(number, each) for number in range(subsets) for each in range(seeds)]
+    names = {unit: f"subset-{unit[0]:05d}-seed-{unit[1]}" for unit in units}
+    done = stage.done()
+    missing = [unit for unit in units if names[unit] not in done]
+    if missing:
+        compute = compute or ComputeConfig()
+        with connected(compute):
+            workers = pool(compute, len(missing))
+            draw = (fraction, seed, like)
+            shared = (benchmark.url, benchmark.fingerprint, recipe_name, draw, stage, workers.device)
+            results = map_tasks(_train_one, shared, [(*unit, names[unit]) for unit in missing], workers)
+            progress(results, "retrain", len(missing), "models", lambda result: 1)
+    losses = np.stack(
+        [
+            [read_array(stage.store, f"losses/{names[number, each]}.npy") for number in range(subsets)]
+            for each in range(seeds)
+        ]
+    )
+    truth = Truth(tuple(rows), losses, tuple(f"seed{each}" for each in range(seeds)))
+    truth.check(len(benchmark.blocks), len(benchmark.queries), store.name_of(""))
+    _publish(store, truth, len(benchmark.blocks))
+    return _summary(benchmark, truth, len(missing), store, time.monotonic() - started)
+
+
+def subset_rows(benchmark: Benchmark, number: int, fraction: float, seed: int, like: bool = False) -> np.ndarray:
+    """Pool rows of subset ``number`` (int64, ascending): drawn without replacement, or the benchmark's own."""
+    if like:
+        return benchmark.retrained().subsets[number]
+    n = len(benchmark.blocks)
+    rng = np.random.default_rng([seed, number])
+    return np.sort(rng.choice(n, max(1, round(fraction * n)), replace=False)).astype(np.int64)
+
+
+def _content(subsets: Sequence[np.ndarray]) -> str:
+    """Sixteen hexadecimal digits of what the subsets hold."""
+    hashed = hashlib.sha256()
+    for rows in subsets:
+        hashed.update(len(rows).to_bytes(8, "little") + rows.tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def _check(benchmark: Benchmark, subsets: int, fraction: float, seeds: int, like: bool) -> None:
+    if subsets < 1 or seeds < 1:
+        raise StrideError(f"{subsets} subsets and {seeds} seeds make no model; both must be at least 1.")
+    if not like and not 0 < fraction < 1:
+        raise StrideError(f"The fraction of the pool in a subset is {fraction}; it must lie between 0 and 1.")
+    if like and subsets > len(benchmark.retrained().subsets):
+        raise StrideError(
+            f"{subsets} subsets are asked for, and the results in {benchmark.name} have "
+            f"{len(benchmark.retrained().subsets)}; lower the number."
+        )
+
+
+def _claim(store: Store, keys: dict[str, Any]) -> Stage:
+    """The folder of single trainings, made with ``keys`` or new; never beside results that came from elsewhere."""
+    work = store.child(WORK)
+    if work.exists("stage.json"):
+        made_with = work.read_json("stage.json")["keys"]
+        for key in dict.fromkeys([*keys, *made_with]):
+            if made_with.get(key) != keys.get(key):
+                raise StrideError(
+                    f"{work.name_of('')} was made with {key} = {made_with.get(key)!r}, and this command has "
+                    f"{keys.get(key)!r}; use another output folder or delete that one."
+                )
+    elif _results(store):
+        raise StrideError(
+            f"{store.name_of(_results(store)[0])} is there already and was not made by this command; use another "
+            "output folder."
+        )
+    else:
+        work.write_json("stage.json", {"stage": "retrain", "code_version": __version__, "keys": keys})
+    return Stage(work, digest(keys))
+
+
+def _results(store: Store) -> list[str]:
+    return [name for start, end in (NPZ, JSONL) for name in store.names("", end) if name.startswith(start)]
+
+
+def _train_one(
+    url: str,
+    fingerprint: str,
+    recipe_name: str,
+    draw: tuple[float, int, bool],
+    stage: Stage,
+    device: str,
+    unit: tuple[int, int, str],
+) -> dict[str, Any]:
+    """One training in a worker: losses first, the done-marker last."""
+    started = time.monotonic()
+    keep_to(device)
+    number, seed, name = unit
+    benchmark, recipe = opened(url, fingerprint, recipe_name)
+    rows = subset_rows(benchmark, number, *draw)
+    told = f"Recipe {recipe_name}, subset {number}, seed {seed}"
+    losses = checked_losses(recipe.losses(recipe.train(rows, seed)), len(benchmark.queries), told)
+    write_array(stage.store, f"losses/{name}.npy", losses)
+    return stage.mark(name, started, mean_loss=float(losses.mean()))
+
+
+def checked_losses(losses: Any, queries: int, told: str) -> np.ndarray:
+    """What a recipe says that the queries cost, float32 (queries,).
+
+    Raises:
+        StrideError: it is not one finite number per query; the sentence begins with ``told``.
+    """
+    found = np.asarray(losses, dtype=np.float32)
+    if found.shape != (queries,) or not np.isfinite(found).all():
+        raise StrideError(
+            f"{told}: losses() must give {queries} finite numbers, one per query; it gave shape {found.shape} with "
+            f"{int(np.isfinite(found).sum())} finite."
+        )
+    return found
+
+
+def write_array(store: Store, name: str, values: np.ndarray) -> None:
+    """Publish an array as a ``.npy`` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    store.write(name, buffer.getvalue())
+
+
+@functools.lru_cache(maxsize=1)
+def opened(url: str, fingerprint: str, recipe_name: str) -> tuple[Benchmark, Recipe]:
+    """Benchmark and recipe, read once per process.
+
+    Raises:
+        StrideError: where the folder is not what the driver saw.
+    """
+    benchmark = reread_benchmark(url, fingerprint)
+    return benchmark, load_recipe(recipe_name, benchmark)
+
+
+def read_array(store: Store, name: str) -> np.ndarray:
+    """What ``write_array`` wrote.
+
+    Raises:
+        StrideError: it cannot be read.
+    """
+    try:
+        return np.load(io.BytesIO(store.read(name)), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise StrideError(f"{store.name_of(name)} cannot be read ({error}); delete it and its marker.") from None
+
+
+def _publish(store: Store, truth: Truth, n_blocks: int) -> None:
+    """The results; those of seeds that an earlier command had and this one has not would contradict them."""
+    wanted = {f"{start}{name}{end}" for name in truth.names for start, end in (NPZ, JSONL)}
+    for name in set(_results(store)) - wanted:
+        store.remove(name)
+    write_truth(store, truth, np.arange(n_blocks))
+
+
+def _summary(benchmark: Benchmark, truth: Truth, trained: int, store: Store, seconds: float) -> dict[str, Any]:
+    seeds, subsets, _ = truth.losses.shape
+    ceiling = evaluate({}, truth, benchmark.kinds, benchmark.parts, draws=0).ceiling()
+    smallest, largest = truth.sizes
+    size = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
+    told = (
+        f"{subsets} subsets of {size} of {len(benchmark.blocks)} blocks, {seeds} seed(s) each: {trained} models "
+        f"trained now in {seconds:.0f} s, {subsets * seeds} in all. Mean loss of {len(benchmark.queries)} queries "
+        f"{truth.losses.mean():.4f} nats; between subsets a query's loss varies by "
+        f"{truth.losses.mean(0).std(0).mean():.4f} (standard deviation, mean over queries). "
+    )
+    if ceiling:
+        told += f"One seed's losses order the subsets as another's do with correlation {ceiling.value:.3f}. "
+    told += f"The results are in {store.name_of('')}: retraining_seed*.npz, lds_seed*.jsonl."
+    return {
+        "subsets": subsets,
+        "seeds": seeds,
+        "trained": trained,
+        "models": subsets * seeds,
+        "mean_loss": float(truth.losses.mean()),
+        "agreement": ceiling.value if ceiling else None,
+        "told": told,
+    }

@@ -1,0 +1,1 @@
+"""Any Hugging Face causal language model: loading, splitting, per-example gradients at its sites."""

@@ -1,0 +1,375 @@
+"""Any frozen causal language model, cut at one layer into a trunk and a suffix.
+
+STRIDE steers the residual stream after layer ℓ and asks what that does to the loss (method: f, ℓ, h_ℓ(x)). What is
+below ℓ never changes and is computed once per text (the trunk); what is above runs once per question (the suffix).
+
+Nothing of any architecture is rewritten here. For the length of one call the ``forward`` of some modules is replaced
+and the model's own code is run around them, so positions, masks, windows, norms and softcaps stay the model's own:
+
+* trunk: layer ℓ hands its output out and the run stops there;
+* states: layers 1…ℓ return the given stream whatever comes in, the head hands its input out and the run stops;
+* logits: the model's body is skipped, and the head reads the given states, a few positions at a time.
+
+A check at load time compares the parts with the whole. One ``SplitModel`` serves one thread at a time.
+
+Padding belongs on the right: no token of a causal model then looks at it, so no attention mask is needed or passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from stride_ray.models.chunked_loss import FusedLosses
+from stride_ray.models.download import local_model, unloadable
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.urls import first_line
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Elements of one chunk of logits, a few times that while it is in use. A CPU gains nothing from more than 64 MiB: the
+# system takes large blocks back when they are freed, and clears every page of the next one.
+LOGITS_BUDGET = {"cpu": 2**24, "cuda": 2**26}
+Shift = Callable[[Tensor, Tensor], Tensor]
+
+
+class _Caught(BaseException):
+    """Carries args[0] out of the middle of the model's forward; no error for an ``except Exception`` to swallow."""
+
+
+class SplitModel:
+    """A frozen causal language model cut after layer ℓ.
+
+    Shape suffixes: B texts, T tokens, D width of the stream, V vocabulary, n positions picked from B×T. Tensors may
+    come from any device and leave on the model's.
+
+    Attributes:
+        name: where the model came from, for messages and file headers.
+        model: the Hugging Face model, frozen (no parameter requires a gradient), in eval mode, otherwise untouched.
+        n_layers: L. ``split_layer``: ℓ, the number of layers in the trunk, 1…L. ``width``: D.
+        vocabulary: V, the number of logits per position.
+        context: the longest text in tokens that the model takes, None where its configuration sets no limit.
+        device: where the weights are. ``dtype``: of the weights, of the stream and of the states.
+        logits_budget: elements in one chunk of logits (positions × V); lower it where memory is short.
+    """
+
+    def __init__(self, model: Any, split: int | float = 0.62, name: str = "model") -> None:
+        """Freeze a Hugging Face model and cut it, see ``resolve_split``; StrideError where it cannot be cut."""
+        self.name = name
+        self.model = model.requires_grad_(False).eval()
+        config = model.config.get_text_config(decoder=True)
+        self._head = model.get_output_embeddings()
+        if self._head is None:
+            raise StrideError(f"{name}: {type(model).__name__} has no language-model head; give a causal model")
+        self._layers = _decoder_layers(model, config, name)
+        self.n_layers = len(self._layers)
+        self.split_layer = resolve_split(split, self.n_layers)
+        embedding = model.get_input_embeddings().weight
+        self.device, self.dtype = embedding.device, embedding.dtype
+        self.logits_budget = LOGITS_BUDGET.get(self.device.type, LOGITS_BUDGET["cpu"])
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self._embedded = int(embedding.shape[0])
+        # Any id will do where the stream is given, except that some models look for the padding id.
+        self._dummy = 1 if config.pad_token_id == 0 else 0
+        # Padding without an attention mask is meant: no warning, and no wait for the GPU to look for it.
+        for module in model.modules():
+            if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+                module.warn_if_padding_and_no_attention_mask = _say_nothing
+        self._outputs: int | None = None  # length of the tuple that a layer returns; None where it returns the stream
+        self._body: Any = None  # what the model below its head returns for one token
+        self._probe()
+
+    @torch.no_grad()
+    def trunk(self, ids_BT: Tensor, layer: int | None = None) -> Tensor:
+        """The residual stream h_BTD after layer ℓ (or ``layer``, 1…L), in the model's dtype, without a graph.
+
+        Takes integer ids, padded on the right with any of them. Raises StrideError where one is outside the vocabulary,
+        or T is 0 or more than the context.
+        """
+        self.check_ids(ids_BT)
+        T = ids_BT.shape[-1]
+        if ids_BT.dim() != 2 or T == 0:
+            raise StrideError(f"{self.name}: token ids must be texts × tokens, got shape {tuple(ids_BT.shape)}")
+        if self.context is not None and self.context < T:
+            raise StrideError(f"{self.name}: {T} tokens are more than the context of {self.context}; cut the texts")
+        last = self._trunk_layers(layer)[-1]
+        output = self._run(ids_BT.to(self.device, torch.long), [(last, _carry_out(last.forward))])
+        return output[0] if isinstance(output, tuple) else output
+
+    def last_stream(self, ids_BT: Tensor) -> Tensor:
+        """The residual stream after layer L, before the final norm: z_BTD, as ``trunk`` gives it."""
+        return self.trunk(ids_BT, layer=self.n_layers)
+
+    def states(self, h_BTD: Tensor, layer: int | None = None) -> Tensor:
+        """Layers ℓ+1…L and the final norm: what the head reads, z_BTD in the model's dtype; gradients reach ``h_BTD``.
+
+        Args:
+            h_BTD: the stream, steered or not; B is free (many steered copies of one text). Cast to the model's dtype.
+            layer: the layer that the stream was taken after, where it is not ℓ.
+        """
+        given = h_BTD.to(self.device, self.dtype)
+        replaced = [(module, self._constant(given)) for module in self._trunk_layers(layer)]
+        ids_BT = torch.full(given.shape[:2], self._dummy, device=self.device)
+        return self._run(ids_BT, [*replaced, (self._head, _carry_out(lambda z_BTD: z_BTD))])
+
+    def read(self, ids_BT: Tensor) -> Tensor:
+        """All layers and the final norm from tokens: z_BTD; gradients reach what a hook makes a leaf on the way."""
+        return self._run(ids_BT.to(self.device, torch.long), [(self._head, _carry_out(lambda z_BTD: z_BTD))])
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's L layers."""
+        return self._layers
+
+    def logits(self, z_xD: Tensor) -> Tensor:
+        """The head and whatever the model does to its logits: states (…, D) to (…, V), with gradients."""
+        z_1nD = z_xD.reshape(1, -1, z_xD.shape[-1]).to(self.device, self.dtype)
+        head = self._head.forward
+        replaced = [(module, self._constant(self._stub_11D)) for module in self._layers]
+        if self._body is not None:
+            replaced.append((self.model.base_model, lambda *args, **kwargs: self._body))
+        replaced.append((self._head, lambda *args, **kwargs: head(z_1nD)))
+        output = self._run(torch.full((1, 1), self._dummy, device=self.device), replaced, to_the_end=True)
+        return output.logits.reshape(*z_xD.shape[:-1], self.vocabulary)
+
+    def logits_rows(self, tokens: int) -> int:
+        """How many texts of so many tokens have their logits looked at together, within ``logits_budget``."""
+        return max(1, self.logits_budget // (self.vocabulary * max(1, tokens)))
+
+    def suffix(self, h_BTD: Tensor) -> Tensor:
+        """Whole logits_BTV from the stream after layer ℓ; for small inputs, since all B×T×V are held at once."""
+        return self.logits(self.states(h_BTD))
+
+    def token_losses(
+        self, z_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor, shift: Shift | None = None, budget: int | None = None
+    ) -> Tensor:
+        """Cross-entropy of each token that counts, never holding more than one chunk of logits (paper F.4).
+
+        Only positions whose next token counts are computed. Under autograd no chunk is kept: slopes are taken at once
+        (FusedLosses), or, where the head or a shift learns too, the chunk is computed again.
+
+        Args:
+            z_BTD: states as ``states`` gives them.
+            ids_BT: token ids; one row serves all B.
+            mask_BT: non-zero where the token counts as a target; column 0 is never one; one row serves all B.
+            shift: called with the rows and the positions (int64, n each) of a chunk it returns (n, V), which is added
+                to their logits (method: ``logit``). Gradients flow to what it uses.
+            budget: elements in one chunk of logits (at least one position is computed); None: ``logits_budget``.
+
+        Returns:
+            (B, T−1) float32, nats: at [b, t] the loss of token t+1, unweighted; 0 where masked.
+        """
+        B, T = z_BTD.shape[:2]
+        ids_BT = ids_BT.to(self.device, torch.long).expand(B, T)
+        counts_BT1 = mask_BT.to(self.device).expand(B, T)[:, 1:] != 0
+        losses_BT1 = torch.zeros(B, max(T - 1, 0), device=self.device)
+        row_n, position_n = counts_BT1.nonzero(as_tuple=True)
+        if len(row_n) == 0:
+            return losses_BT1
+        # Picked once and split after: picking per chunk would give the backward pass a B×T×D tensor per chunk.
+        z_nD = z_BTD.to(self.device).reshape(B * T, -1).index_select(0, row_n * T + position_n)
+        target_n = ids_BT[row_n, position_n + 1]
+        step = max(1, (self.logits_budget if budget is None else budget) // self.vocabulary)
+        trained = any(parameter.requires_grad for parameter in self._head.parameters())
+        if shift is None and not trained and torch.is_grad_enabled() and z_nD.requires_grad:
+            losses_n = cast(Tensor, FusedLosses.apply(z_nD, target_n, self.logits, step))
+        else:
+            parts = zip(z_nD.split(step), target_n.split(step), row_n.split(step), position_n.split(step), strict=True)
+            again = functools.partial(checkpoint, self._chunk, use_reentrant=False, preserve_rng_state=False)
+            run = again if torch.is_grad_enabled() else self._chunk
+            losses_n = torch.cat([run(*part, shift) for part in parts])
+        return losses_BT1.index_put((row_n, position_n), losses_n)
+
+    def losses(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Masked mean cross-entropy of each text given its stream after layer ℓ (method: CE_k), gradients to ``h_BTD``.
+
+        (B,) float32, nats per token; nan for a row without a target. Ids and mask are as in ``token_losses``, the mask
+        holds ω. Columns after the last target of the batch are dropped before the suffix runs (paper F.4).
+        """
+        columns = (mask_BT[:, 1:] != 0).any(0).nonzero()
+        length = int(columns.max()) + 2 if len(columns) else min(2, h_BTD.shape[1])
+        z_BTD = self.states(h_BTD[:, :length])
+        return masked_mean(self.token_losses(z_BTD, ids_BT[:, :length], mask_BT[:, :length]), mask_BT[:, :length])
+
+    def _chunk(self, z_nD: Tensor, target_n: Tensor, row_n: Tensor, position_n: Tensor, shift: Shift | None) -> Tensor:
+        """Losses of n positions in float32, whatever the dtype of the model."""
+        logits_nV = self.logits(z_nD).float()
+        if shift is not None:
+            logits_nV = logits_nV + shift(row_n, position_n).to(logits_nV)
+        return cross_entropy(logits_nV, target_n, reduction="none")
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise StrideError where an id is outside the vocabulary (a GPU would die of it without saying why)."""
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise StrideError(f"{self.name}: token ids must be integers, got {ids.dtype}")
+        rows = min(self._embedded, self.vocabulary)
+        smallest, largest = (int(x) for x in torch.aminmax(ids)) if ids.numel() else (0, 0)
+        if smallest < 0 or largest >= rows:
+            wrong = f"largest token id is {largest}" if largest >= rows else f"smallest token id is {smallest}"
+            told = f"the {wrong}, and the model's vocabulary has {rows} ids (0..{rows - 1})"
+            raise StrideError(f"{self.name}: {told}; tokenize with the model's own tokenizer")
+
+    def _trunk_layers(self, layer: int | None) -> list[nn.Module]:
+        return self._layers[: self.split_layer if layer is None else resolve_split(layer, self.n_layers)]
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Learn the shapes on a tiny random input, and check that the parts give the model's own logits."""
+        kind = type(self.model).__name__
+        strange = f"{self.name}: {kind} carries its stream or its logits in a way that stride_ray does not know"
+        T = min(8, self.context or 8)
+        random = torch.Generator().manual_seed(0)
+        ids_BT = torch.randint(0, self._embedded, (2, T), generator=random).to(self.device)
+        ids_other = ids_BT.clone()
+        ids_other[:, -1] = (ids_other[:, -1] + 1) % self._embedded
+        try:
+            own, other = (self._run(ids, [], to_the_end=True).logits for ids in (ids_BT, ids_other))
+            self.vocabulary = int(own.shape[-1])
+            allowed = max(1.0, float(own.abs().max())) * (1e-4 if self.dtype == torch.float32 else 2e-2)
+            output = self._run(ids_BT, [(self._layers[0], _carry_out(self._layers[0].forward))])
+            self._outputs = len(output) if isinstance(output, tuple) else None
+            streams = {layer: self.trunk(ids_BT, layer) for layer in (self.split_layer, self.n_layers)}
+            self.width = int(streams[self.n_layers].shape[-1])
+            # What the layers and the body return for one token stands in for them wherever only the head is wanted.
+            self._stub_11D = streams[self.n_layers][:1, :1].clone()
+            if (body := self.model.base_model) is not self.model:
+                with contextlib.suppress(LookupError):  # some heads go round the body: then only the layers are skipped
+                    self._body = self._run(ids_BT[:1, :1], [(body, _carry_out(body.forward))])
+            parts = [self.logits(self.states(h_BTD, layer)) for layer, h_BTD in streams.items()]
+            difference = max(float((part - own).abs().max()) for part in parts)
+        except Exception as error:
+            raise StrideError(f"{strange} ({first_line(error)})") from error
+        if not own.isfinite().all():
+            raise StrideError(f"{self.name}: logits are not finite in {self.dtype}; use bfloat16 or float32")
+        if T > 1 and float((own - other)[:, :-1].abs().max()) > allowed:
+            raise StrideError(f"{self.name}: {kind} looks at later tokens; STRIDE needs a causal language model")
+        if not difference <= allowed:
+            raise StrideError(f"{strange}: the split model's logits differ from its own by {difference:.2g}")
+
+    def _run(self, ids_BT: Tensor, replaced: list[tuple[nn.Module, Callable]], to_the_end: bool = False) -> Any:
+        """The model's output, or what was caught on the way; replaced ``forward``s are put back whatever happens."""
+        # Accelerate puts a forward of its own on the instance: that one is put back, not the class's.
+        before = [(module, module.__dict__.get("forward")) for module, _ in replaced]
+        try:
+            for module, forward in replaced:
+                module.__dict__["forward"] = forward
+            output = self.model(input_ids=ids_BT, use_cache=False, return_dict=True)
+        except _Caught as caught:
+            return caught.args[0]
+        finally:
+            for module, own in before:
+                module.__dict__.pop("forward", None)
+                if own is not None:
+                    module.__dict__["forward"] = own
+        if not to_the_end:
+            raise LookupError("its forward goes round the layer or the head that it was to go through")
+        return output
+
+    def _constant(self, h_BTD: Tensor) -> Callable:
+        """A layer's forward that returns the given stream whatever comes in, in the layer's own kind of output."""
+        output = h_BTD if self._outputs is None else (h_BTD, *[None] * (self._outputs - 1))
+        return lambda *args, **kwargs: output
+
+
+def _say_nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _carry_out(forward: Callable) -> Callable:
+    def carrying(*args: Any, **kwargs: Any) -> None:
+        raise _Caught(forward(*args, **kwargs))
+
+    return carrying
+
+
+def masked_mean(losses_BT1: Tensor, mask_BT: Tensor) -> Tensor:
+    """Σ_t ω_t CE_t / Σ_t ω_t per text (method: fidelity), (B,) float32; nan for a row without a target.
+
+    Takes ``SplitModel.token_losses``'s result and mask, bool or weights ω; one row of the mask serves all B.
+    """
+    weights_BT1 = mask_BT[:, 1:].to(losses_BT1)
+    return (losses_BT1 * weights_BT1).sum(1) / weights_BT1.sum(1)
+
+
+def resolve_split(split: int | float, n_layers: int) -> int:
+    """ℓ from a layer number (int, 1…L) or a fraction of depth (float in (0, 1], at least 1), else StrideError."""
+    if isinstance(split, float):
+        if not 0 < split <= 1:
+            raise StrideError(f"split {split} is not a fraction of the model's depth in (0, 1]")
+        return max(1, round(split * n_layers))
+    if not 1 <= split <= n_layers:
+        raise StrideError(f"layer {split} is outside the model's 1..{n_layers}")
+    return split
+
+
+def _decoder_layers(model: Any, config: Any, name: str) -> list[nn.Module]:
+    """The outermost module list of the decoder that has one entry per layer."""
+    found = [m for root in (model.get_decoder(), model) for m in root.modules() if isinstance(m, nn.ModuleList)]
+    layers = next((list(m) for m in found if len(m) == getattr(config, "num_hidden_layers", None)), [])
+    if not layers or len(set(layers)) < len(layers):
+        raise StrideError(f"{name}: {type(model).__name__} keeps its layers where stride_ray cannot find them")
+    return layers
+
+
+def load_model(
+    path: str | Path,
+    *,
+    split: int | float = 0.62,
+    dtype: str = "float32",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> SplitModel:
+    """Load any Hugging Face causal language model, frozen and cut.
+
+    Args:
+        path: a model folder, a ``.gguf`` file (expanded to ``dtype``), an fsspec URL of either (``s3://…``, see
+            ``local_model``), or a hub id.
+        split: ℓ, see ``resolve_split``.
+        dtype: float32, bfloat16 or float16, for weights and stream; losses are float32 always.
+        device: auto (cuda where there is one, else cpu), cpu, cuda, cuda:N or mps.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises StrideError where anything is wrong with these, or weights are missing.
+    """
+    if dtype not in DTYPES:
+        raise StrideError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    where = device_of(device)
+    local = local_model(path)
+    folder, options = local, dict[str, Any]()
+    if local.endswith(".gguf"):
+        folder, options["gguf_file"] = os.path.split(os.path.abspath(local))
+    from transformers import AutoModelForCausalLM as Auto  # seconds to import: only where a model is loaded
+
+    try:
+        options |= {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, "output_loading_info": True}
+        model, told = cast("tuple[Any, dict[str, Any]]", Auto.from_pretrained(folder, **options))
+        model.to(where)
+    except Exception as error:
+        raise unloadable(path, local, error) from error
+    absent = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in told.get(kind) or ()]
+    if absent:
+        raise StrideError(f"model {path} lacks {len(absent)} weights ({min(absent)}, …); give a complete causal model")
+    if spoilt := next((name for name, weights in model.named_parameters() if not weights.isfinite().all()), ""):
+        raise StrideError(f"model {path} holds numbers in {spoilt} that are not finite in {dtype}; give a sound one")
+    return SplitModel(model, split, str(path))
+
+
+def device_of(device: str) -> torch.device:
+    """The device of that name, see ``load_model``; StrideError where this machine does not have it."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise StrideError(f"unknown device {device!r}; choose auto, cpu, cuda, cuda:N or mps") from error
+    have = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (wanted.index or 0) >= have.get(wanted.type, 0):
+        raise StrideError(f"device {device} was asked for and this machine does not have it; use auto or cpu")
+    return wanted

@@ -1,0 +1,190 @@
+"""Products with the Gauss–Newton matrix of a model's loss on some blocks, in the coordinates of J (sites.py).
+
+For a block G = Σ_t ω_t Z_tᵀ (diag p_t − p_t p_tᵀ) Z_t, with Z_t the Jacobian of the logits at t with respect to what
+acts at the sites, p_t the model's own distribution and ω_t the token's weight in the block's mean loss. It knows how
+sites act together, which their Kronecker factors do not.
+
+Z v is taken without forward mode: the map from the gradient w at the final states to those at the sites is linear, and
+differentiating it once more, by w, gives its transpose, which is what a small step at the sites does to the states. One
+graph serves any number of directions v. A model with a module that cannot be differentiated twice has the step
+taken instead, forward and back, and the states' difference halved.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stride_ray.models.causal_lm import SplitModel
+from stride_ray.models.curvature.conjugate_gradients import Gradient, add
+from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, Site, site_module, tapped, token_weights, written_gradients
+
+# How far a second derivative may be from the transpose that it should be, in standard deviations of random numbers.
+ALIKE = 0.05
+# A step's length at every site is at most this share of what the site writes, by the weights' number of bits.
+STEP = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+class Linearised:
+    """A model on a batch of blocks, to first order in what acts at its sites.
+
+    Args:
+        model: on whose device everything is.
+        sites: head among them; the origin, which is a place before training, is left out.
+        ids_BT, mask_BT: the blocks and their targets.
+        stepped: whether to step along directions, since the model cannot be differentiated twice; None: find out.
+
+    Attributes:
+        stepped: as given or found.
+    """
+
+    def __init__(
+        self,
+        model: SplitModel,
+        sites: tuple[Site, ...],
+        ids_BT: Tensor,
+        mask_BT: Tensor,
+        stepped: bool | None = None,
+    ) -> None:
+        self.model, self.ids, self.omega = model, ids_BT.to(model.device), token_weights(mask_BT.to(model.device))
+        self.sites = tuple(site for site in sites if site.name != ORIGIN)
+        # Fused attention has no second derivative.
+        with contextlib.nullcontext() if stepped else sdpa_kernel(SDPBackend.MATH):
+            self.z, self.read, self.wrote = tapped(model, [site.name for site in self.sites], ids_BT)
+            self.w = torch.zeros_like(self.z, requires_grad=True)
+            self.back = {} if stepped else self._transposed()
+        self.states = self.z.detach()[:, :-1]
+        self.rows = model.logits_rows(self.states.shape[1])
+        self.stepped = not self._differentiates() if stepped is None else stepped
+
+    def _transposed(self) -> dict[str, Tensor]:
+        """What sites get of a gradient w at the final states, in a graph that leads to w; empty where there is none."""
+        try:
+            back = torch.autograd.grad(self.z, list(self.wrote.values()), self.w, create_graph=True)
+        except RuntimeError:
+            return {}
+        return dict(zip(self.wrote, back, strict=True))
+
+    def _differentiates(self) -> bool:
+        """Whether differentiating twice gives the transpose of the backward pass, tried on random numbers.
+
+        A module may refuse it, or drop its part without a word.
+        """
+        if not self.back:
+            return not self.wrote
+        generator = torch.Generator().manual_seed(0)
+        w, *moved = (torch.randn(x.shape, generator=generator).to(x) for x in (self.z, *self.wrote.values()))
+        written = written_gradients(self.z, self.wrote, w, keep=True)
+        expected = sum((g * x).sum() for g, x in zip(written.values(), moved, strict=True))
+        size = sum((g * x).square().sum() for g, x in zip(written.values(), moved, strict=True)) ** 0.5
+        try:
+            change = self._differentiated(dict(zip(self.wrote, moved, strict=True)))
+        except RuntimeError:
+            return False
+        return bool(((w * change).sum() - expected).abs() <= ALIKE * size)
+
+    def product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Σ over the blocks of G v: by site's name, a direction and a result of J's shape, without a batch."""
+        moved = {site.name: self._moved(site, v[site.name]) for site in self.sites if site.name != HEAD}
+        dz = (self._stepped(moved) if self.stepped else self._differentiated(moved))[:, :-1]
+        head = next(site for site in self.sites if site.name == HEAD)
+        slopes, found = [], torch.zeros_like(v[HEAD])
+        parts = zip(self.states.split(self.rows), dz.split(self.rows), self.omega.split(self.rows), strict=True)
+        for states, direction, omega in parts:
+            h, slope = self._curved(states, direction, omega, head, v[HEAD])
+            slopes.append(slope)
+            found += head.tokens.of(h).flatten(0, 1).T @ states.flatten(0, 1).float()
+        slope = torch.nn.functional.pad(torch.cat(slopes), (0, 0, 0, 1))
+        written = written_gradients(self.z, self.wrote, slope, keep=True)
+        return {HEAD: found, **{s.name: self._gathered(s, written[s.name]) for s in self.sites if s.name != HEAD}}
+
+    def _moved(self, site: Site, v: Tensor) -> Tensor:
+        """What a step along v at a site adds to what it writes: (B, T, D)."""
+        return site.tokens.spread(self.ids, v) if site.name == EMBEDDING else self.read[site.name] @ v
+
+    def _gathered(self, site: Site, g: Tensor) -> Tensor:
+        """Σ_t u_t ⊗ g_t over the whole batch."""
+        if site.name == EMBEDDING:
+            return site.tokens.summed(self.ids.reshape(1, -1), g.reshape(1, -1, g.shape[-1]))[0]
+        return self.read[site.name].flatten(0, 1).T @ g.flatten(0, 1)
+
+    def _differentiated(self, moved: Mapping[str, Tensor]) -> Tensor:
+        """What steps at the sites do to the final states, (B, T, D), by the transpose of the backward pass."""
+        if not self.wrote:
+            return torch.zeros_like(self.z)
+        total = torch.stack([(self.back[name] * x.to(self.z.dtype)).sum() for name, x in moved.items()]).sum()
+        return torch.autograd.grad(total, self.w, retain_graph=True)[0]
+
+    @torch.no_grad()
+    def _stepped(self, moved: Mapping[str, Tensor]) -> Tensor:
+        """The same by taking them, forward and back."""
+        shares = [self.wrote[name].norm() / x.norm().clamp(min=1e-30) for name, x in moved.items()]
+        step = STEP[self.z.dtype] * float(torch.stack(shares).min()) if shares else 1.0
+        ahead, behind = (self._states_after({name: sign * step * x for name, x in moved.items()}) for sign in (1, -1))
+        return (ahead - behind) / (2 * step)
+
+    def _states_after(self, added: Mapping[str, Tensor]) -> Tensor:
+        with contextlib.ExitStack() as hooks:
+            for name, x in added.items():
+                handle = site_module(self.model, name).register_forward_hook(partial(_add, x))
+                hooks.callback(handle.remove)
+            return self.model.read(self.ids).float()
+
+    def _curved(self, states: Tensor, direction: Tensor, omega: Tensor, head: Site, v: Tensor) -> tuple[Tensor, Tensor]:
+        """ω (diag p − p pᵀ) times what the step does to the logits, (B, T − 1, V); and its slope at the states."""
+        with torch.enable_grad():
+            leaf = states.detach().requires_grad_(True)
+            logits = self.model.logits(leaf)
+            w = torch.zeros_like(logits, requires_grad=True)
+            back = torch.autograd.grad(logits, leaf, w, create_graph=True)[0]
+        change = torch.autograd.grad(back, w, direction.to(back.dtype), retain_graph=True)[0].float()
+        change += head.tokens.to_tokens(states.float() @ v.T)
+        p = logits.detach().float().softmax(-1)
+        h = p.mul_(change - (p * change).sum(-1, keepdim=True)).mul_(omega.unsqueeze(2))
+        return h, torch.autograd.grad(logits, leaf, h.to(logits.dtype))[0]
+
+
+class GaussNewton:
+    """Products with κ times the mean of G over a sample of blocks, for several directions that share what it costs.
+
+    Args:
+        model, sites: as Linearised takes them.
+        sample: ids and mask of the blocks, in batches that are linearised one after another.
+        scale: κ.
+    """
+
+    def __init__(
+        self, model: SplitModel, sites: tuple[Site, ...], sample: Sequence[tuple[Tensor, Tensor]], scale: float
+    ) -> None:
+        self.model, self.sites, self.sample = model, sites, sample
+        self.factor = scale / sum(len(ids) for ids, _ in sample)
+        self.stepped: bool | None = None
+
+    def __call__(self, directions: list[Gradient]) -> list[Gradient]:
+        """By site's name, in order."""
+        totals: list[Gradient] = []
+        for ids, mask in self.sample:
+            linearised = Linearised(self.model, self.sites, ids, mask, self.stepped)
+            self.stepped = linearised.stepped
+            for at, direction in enumerate(directions):
+                product = linearised.product(direction)
+                if at < len(totals):
+                    add(totals[at], product)
+                else:
+                    totals.append(product)
+        for x in (x for total in totals for x in total.values()):
+            x.mul_(self.factor)
+        return totals
+
+
+def batch_rows(rows: int, model: SplitModel, tokens: int) -> int:
+    """How many blocks are linearised at once, of ``rows`` that a forward and backward pass has room for."""
+    return max(1, min(rows // 3, model.logits_rows(tokens)))
+
+
+def _add(x: Tensor, module: Any, given: tuple, output: Tensor) -> Tensor:
+    return output + x.to(output.dtype)

@@ -1,0 +1,166 @@
+"""Stage curvature: every site's preconditioner and scale, once per run, from a sample of the pool."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.models.curvature.sketch import sketched, sketched_gradients, whole_shape
+from stride_ray.models.loading import load_measured_model
+from stride_ray.models.pool_worker import PoolWorker, corpus_of, over_sample, token_counts
+from stride_ray.models.sites import (
+    HEAD,
+    ORIGIN,
+    Moments,
+    Site,
+    add_moments,
+    distribution,
+    find_sites,
+    last_layers,
+    moments_of,
+    origin_weight,
+    preconditioned,
+)
+from stride_ray.models.vocabulary import TokenSide
+from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.costs import costed
+from stride_ray.runtime.run import Run, Stage
+from stride_ray.runtime.storage import Store, tensor_bytes
+
+# Tokens that second moments are taken over, and blocks that sites' scales are.
+MOMENT_TOKENS, SCALE_BLOCKS = 131_072, 256
+# Directions of either side that lengths are measured in: whitening whole gradients would take longer than the fit.
+DIRECTIONS = 64
+TENSORS, TOKENS = ("W_in", "W_out", "unigram"), ("weights", "buckets", "directions")
+SIDES = ("read", "written")
+SITES, UNSCALED = "sites", "unscaled"
+
+
+def begin_curvature(run: Run, blocks: Blocks, weights: str) -> Stage:
+    """The stage's folder. A preconditioner of the pool as it was serves the grown pool: the unit of influence stays."""
+    return run.begin("curvature", corpus=corpus_of(run.stage("curvature"), "manifest.json", blocks), weights=weights)
+
+
+def finish_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
+    """Measure the preconditioner where that is not done yet."""
+    if not stage.store.exists("manifest.json"):
+        with costed(stage):
+            measure_curvature(config, blocks, stage, crew)
+
+
+def measure_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
+    """Publish the sites and a manifest."""
+    counts = token_counts(blocks, crew)
+    sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
+    given = (config, blocks, crew.device)
+    sums = dict[str, Moments]()
+
+    def add_up(found: dict[str, Any]) -> dict[str, Any]:
+        tensors = stage.store.read_tensors(found["file"])
+        totals = {name: (tensors[f"{name}.read"], tensors[f"{name}.written"]) for name in found["sites"]}
+        for name, each in moments_of(totals).items():
+            sums[name] = sums[name] + each if name in sums else each
+        stage.store.remove(found["file"])
+        return found
+
+    results = over_sample(crew, MomentWorker, (*given, stage.store), sample, "precondition", add_up)
+    positions = sum(found["positions"] for found in results)
+    counted = torch.zeros(results[0]["vocabulary"], dtype=torch.long)
+    counted[: len(counts)] = torch.from_numpy(counts[: len(counted)])
+    sites = []
+    for name in list(sums):
+        moments = sums.pop(name) / positions
+        sites.append(preconditioned(name, moments, counted, config.seed))
+        if name == HEAD and not config.model.start:
+            sites.append(preconditioned(ORIGIN, moments, counted, config.seed))
+    save_sites(stage.store, UNSCALED, sites)
+    few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:SCALE_BLOCKS])
+    found = over_sample(crew, ScaleWorker, (*given, stage.store), few, "scale")
+    loss = sum(each["loss"] for each in found) / sum(each["targets"] for each in found)
+    weights = {site.name: 1.0 for site in sites}
+    if ORIGIN in weights:
+        weights[ORIGIN] = origin_weight(results[0]["layers"], loss, distribution(counted))
+    squares = {name: sum(each["squares"][name] for each in found) / len(few) for name in weights}
+    total = max(1e-30, sum(weight * squares[name] for name, weight in weights.items()))
+    save_sites(stage.store, SITES, [replace(site, scale=total / weights[site.name]) for site in sites])
+    for ending in ("json", "safetensors"):
+        stage.store.remove(f"{UNSCALED}.{ending}")
+    shares = {name: weight * squares[name] / total for name, weight in weights.items()}
+    bytes_of_one = 4 * sum(math.prod(whole_shape(site)) for site in sites)
+    stage.store.write_json("manifest.json", {"sites": shares, "blocks": len(blocks), "gradient_bytes": bytes_of_one})
+
+
+def save_sites(store: Store, name: str, sites: list[Site]) -> None:
+    """Publish sites as ``name``.safetensors and ``name``.json."""
+    tensors = {f"{i}.{part}": getattr(site, part).cpu() for i, site in enumerate(sites) for part in TENSORS}
+    tensors |= {f"{i}.{part}": getattr(site.tokens, part).cpu() for i, site in enumerate(sites) for part in TOKENS}
+    store.write(f"{name}.safetensors", tensor_bytes(tensors))
+    store.write_json(f"{name}.json", [{key: getattr(site, key) for key in ("name", "scale")} for site in sites])
+
+
+def load_sites(store: Store, name: str, device: Any) -> tuple[Site, ...]:
+    """Read what save_sites wrote."""
+    tensors = store.read_tensors(f"{name}.safetensors")
+    facts = store.read_json(f"{name}.json")
+    return tuple(
+        Site(
+            **each,
+            **{part: tensors[f"{i}.{part}"] for part in TENSORS},
+            tokens=TokenSide(*(tensors[f"{i}.{part}"] for part in TOKENS)),
+        ).to(device)
+        for i, each in enumerate(facts)
+    )
+
+
+class MomentWorker(PoolWorker):
+    """Publishes second moments at all sites over some blocks."""
+
+    load = staticmethod(load_measured_model)
+
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store) -> None:
+        super().__init__(config, blocks, device)
+        self.store = curvature
+        self.names = find_sites(self.model, config.operators.layers)
+        self.layers = last_layers(config.operators.layers, self.model.n_layers)
+
+    def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
+        """Do one unit; returns its findings."""
+        index, ordinals = unit
+        totals, positions = dict[str, tuple[torch.Tensor, torch.Tensor]](), 0
+        for batch in self.taken(ordinals):
+            positions += add_moments(totals, self.model, self.names, *self.trimmed(batch))
+        # By way of a file: at 135 million parameters they are 0.4 GB, and Ray would keep every slice's in memory.
+        file = f"moments-{index:02d}.safetensors"
+        sides = {f"{name}.{side}": x for name, both in totals.items() for side, x in zip(SIDES, both, strict=True)}
+        self.store.write(file, tensor_bytes({name: x.cpu() for name, x in sides.items()}))
+        facts = {"index": index, "blocks": len(ordinals), "positions": positions, "layers": self.layers}
+        return {**facts, "file": file, "sites": list(totals), "vocabulary": self.model.vocabulary}
+
+
+class ScaleWorker(PoolWorker):
+    """Σ |H^-½ J|² by site, in a sketch of DIRECTIONS on either side, and the loss, over some blocks."""
+
+    load = staticmethod(load_measured_model)
+
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store) -> None:
+        super().__init__(config, blocks, device)
+        sites = load_sites(curvature, UNSCALED, "cpu")
+        shapes = [(min(F, DIRECTIONS), min(D, DIRECTIONS)) for F, D in map(whole_shape, sites)]
+        self.sketches = [site.to(self.model.device) for site in sketched(sites, shapes, config.seed)]
+
+    def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
+        """Do one unit; returns its findings."""
+        index, ordinals = unit
+        squares, loss, targets = dict.fromkeys((site.name for site in self.sketches), 0.0), 0.0, 0
+        for batch in self.taken(ordinals):
+            found, losses = sketched_gradients(self.model, self.sketches, *self.trimmed(batch))
+            for site, Z in zip(self.sketches, found, strict=True):
+                squares[site.name] += float(Z.double().square().sum()) / site.scale
+            counted = batch.mask[:, 1:].sum(1)
+            loss += float((losses.nan_to_num().cpu().double() * torch.from_numpy(counted)).sum())
+            targets += int(counted.sum())
+        return {"index": index, "blocks": len(ordinals), "squares": squares, "loss": loss, "targets": targets}

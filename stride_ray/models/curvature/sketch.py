@@ -1,0 +1,136 @@
+"""Sketches of sites: the whitened gradient of a block at a site, seen in a few random directions of either side.
+
+A site's whitened gradient H^-½ J = Σ_t (W_inᵀu_t) ⊗ (W_outᵀg_t) is an F×D matrix (sites.py), too large to keep for
+every block. Its sketch is P_inᵀ (H^-½ J) P_out with fixed random orthonormal P_in (F×a) and P_out (D×b). Inner products
+of sketches, times F·D/(a·b), are inner products of the whitened gradients up to noise that shrinks with a·b
+(Johnson–Lindenstrauss; the two-sided form is LoGRA's, arXiv 2405.13954, with the preconditioner folded in). P_in and
+P_out are multiplied into the whitening, so tokens are projected first and no F×D gradient is ever formed: a sketch *is*
+a ``Site``, one whose two matrices are rectangular.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stride_ray.models.causal_lm import SplitModel
+from stride_ray.models.matrices import orthonormal
+from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, Site, head_gradients, tapped, written_gradients
+from stride_ray.models.vocabulary import projected
+
+# Most directions kept of the logits, over the width of the stream.
+WIDEST = 4
+
+
+def whole_shape(site: Site) -> tuple[int, int]:
+    """F and D of a site: the lengths of the two sides of its whitened gradient."""
+    inner, outer = (side.shape[-1] or len(site.tokens) for side in (site.W_in, site.W_out))
+    return inner, outer
+
+
+def largest_shape(site: Site) -> tuple[int, int]:
+    """The largest sketch of a site: whole, but for the logits' side of head and origin.
+
+    There a token's V probabilities must be projected, which beyond four times the stream's width costs more than the
+    pass that gave them.
+    """
+    inner, outer = whole_shape(site)
+    return inner, min(outer, WIDEST * inner) if site.name in (HEAD, ORIGIN) else outer
+
+
+def sketch_shapes(whole: Sequence[tuple[int, int]], shares: Sequence[float], coordinates: int) -> list[tuple[int, int]]:
+    """Sizes a×b of the sites' sketches that use up a number of coordinates.
+
+    A site gets coordinates in proportion to its share of the pool's mean squared whitened gradient, for the noise of a
+    site's inner products is proportional to that share over the root of its coordinates; none gets more than it has.
+    Within a site a and b are as equal as F and D allow.
+
+    Args:
+        whole: the largest (a, b) by site (largest_shape).
+        shares: of the mean of |H^-½ J|² over blocks, by site; they add up to 1.
+        coordinates: of all sketches together; at least as many as sites.
+
+    Returns:
+        (a, b) by site, whose products add up to ``coordinates`` at most.
+    """
+    full = np.array([F * D for F, D in whole], dtype=float)
+    weights = np.maximum(np.array(shares, dtype=float), 1e-12)
+    given, open_sites, left = np.ones(len(full)), np.ones(len(full), dtype=bool), float(coordinates - len(full))
+    while open_sites.any():
+        wanted = 1.0 + weights / weights[open_sites].sum() * left
+        filled = open_sites & (wanted >= full)
+        if not filled.any():
+            given[open_sites] = wanted[open_sites]
+            break
+        given[filled] = full[filled]
+        open_sites &= ~filled
+        left = coordinates - given[~open_sites].sum() - open_sites.sum()
+    shapes = []
+    for (F, D), n in zip(whole, given, strict=True):
+        b = max(1, min(D, round(math.sqrt(n)))) if n <= F * F else max(1, min(D, math.ceil(n / F)))
+        a = max(1, min(F, int(n // b)))
+        shapes.append((a, max(1, min(D, int(n // a)))))
+    return shapes
+
+
+def sketched(sites: Sequence[Site], shapes: Sequence[tuple[int, int]], seed: int) -> tuple[Site, ...]:
+    """The sites with random directions multiplied into both sides of their whitening.
+
+    Args:
+        sites: with square whitening (kfac.py).
+        shapes: (a, b) by site.
+        seed: of the directions; site i draws from [seed, i] alone.
+
+    Returns:
+        Sites with W_in (F, a) and W_out (D, b), and the coordinates of tokens projected likewise. ``scale`` holds the
+        factor a·b/(F·D), so that products over it are estimates of those of the whole gradients.
+    """
+    found = []
+    for index, (site, shape) in enumerate(zip(sites, shapes, strict=True)):
+        whole = whole_shape(site)
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
+        # Whole sides are rotated too: one bit a coordinate wants coordinates of like size, not tokens that are absent.
+        P_in, P_out = (orthonormal(length, kept, generator) for length, kept in zip(whole, shape, strict=True))
+        share = shape[0] * shape[1] / (whole[0] * whole[1])
+        found.append(_projected(site, P_in, P_out, site.scale * share))
+    return tuple(found)
+
+
+def _projected(site: Site, P_in: Tensor, P_out: Tensor, scale: float) -> Site:
+    if site.name == EMBEDDING:
+        return replace(site, tokens=projected(site.tokens, P_in), W_out=site.W_out @ P_out, scale=scale)
+    if site.name in (HEAD, ORIGIN):
+        return replace(site, W_in=site.W_in @ P_in, tokens=projected(site.tokens, P_out), scale=scale)
+    return replace(site, W_in=site.W_in @ P_in, W_out=site.W_out @ P_out, scale=scale)
+
+
+def sketch_of(sketch: Site, J: Tensor) -> Tensor:
+    """What a sketch makes of gradients (B, F, D) as site_gradients gives them: (B, a·b)."""
+    if sketch.name in (EMBEDDING, HEAD, ORIGIN):
+        other = sketch.W_out if sketch.name == EMBEDDING else sketch.W_in
+        return (sketch.tokens.directions.T @ J @ other).flatten(1)
+    return sketch.whitened(J).flatten(1)
+
+
+def sketched_gradients(
+    model: SplitModel, sketches: Sequence[Site], ids_BT: Tensor, mask_BT: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Sketches of each sequence's whitened gradient, site by site, and the sequences' losses (B,) float32.
+
+    One forward and one backward pass. Returns (B, a·b) float32 by site, zeros for a sequence without targets.
+    """
+    z, read, wrote = tapped(model, [site.name for site in sketches], ids_BT)
+    ends, losses, slope = head_gradients(model, sketches, ids_BT, mask_BT, z.detach())
+    written = written_gradients(z, wrote, slope)
+    pieces = []
+    for site in sketches:
+        if site.name in (HEAD, ORIGIN):
+            Z = ends.pop(site.name) @ site.W_in
+        else:
+            u, g = read.pop(site.name), written.pop(site.name) @ site.W_out
+            Z = site.tokens.summed(u, g) if site.name == EMBEDDING else (u @ site.W_in).transpose(1, 2) @ g
+        pieces.append(Z.flatten(1))
+    return pieces, losses

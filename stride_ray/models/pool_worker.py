@@ -1,0 +1,147 @@
+"""What every pass of a model over the pool needs: a worker with the model, token counts, a check of the tokenizer."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from stride_ray.corpus.blocks import Batch, Blocks
+from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.models.batch_size import rows_at_once
+from stride_ray.models.download import local_model
+from stride_ray.models.loading import load_run_model
+from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Stage
+from stride_ray.runtime.tasks import progress
+from stride_ray.runtime.urls import safe_url
+
+# Cuts of a sample, whatever the number of workers: sums are taken in their order.
+SLICES = 16
+
+
+def check_tokenizer(config: Config, blocks: Blocks) -> None:
+    """Refuse a model that is not there, or whose own tokenizer gives ids another meaning than that of the blocks."""
+    for path in (config.model.path, config.model.start):
+        if path and "://" not in path:
+            local_model(path)
+    if config.model.path in ("", config.corpus.tokenizer):
+        return
+    try:
+        own = load_tokenizer(config.model.path)
+    except StrideError:
+        return  # the model comes without one; that its vocabulary holds the ids is checked where it is loaded
+    used = load_tokenizer(blocks.store.child("tokenizer").url)
+    names = {i: token for token, i in own.get_vocab().items()}
+    strange = [(i, token) for token, i in used.get_vocab().items() if names.get(i, token) != token]
+    if strange:
+        i, token = min(strange)
+        raise StrideError(
+            f"The blocks were cut with the tokenizer {safe_url(config.corpus.tokenizer)}, to which token {i} is "
+            f"{token!r}; to the model {safe_url(config.model.path)} it is {names[i]!r}. Shard into a new run directory "
+            "with the model's own tokenizer (--model)."
+        )
+
+
+def corpus_of(stage: Stage, manifest: str, blocks: Blocks) -> str:
+    """The fingerprint of the blocks that a stage is of: all there are, or, of a finished one, those there were then."""
+    now = blocks.manifest["fingerprint"]
+    if stage.store.exists(manifest):
+        then = stage.store.read_json("stage.json")["keys"].get("corpus")
+        if then != now and then == blocks.beginning(stage.store.read_json(manifest)["blocks"]):
+            return then
+    return now
+
+
+def token_counts(blocks: Blocks, crew: Crew) -> np.ndarray:
+    """How often each token is a real token of the pool: (largest id + 1,) int64."""
+    parts = [part["name"] for part in blocks.manifest["parts"]]
+    vocabulary = blocks.manifest["max_token_id"] + 1
+    counted = progress(
+        crew.map(partial, (count_tokens, blocks, vocabulary), parts), "count", len(parts), "parts", lambda _: 1
+    )
+    return sum((found["counts"] for found in counted), np.zeros(vocabulary, dtype=np.int64))
+
+
+def count_tokens(blocks: Blocks, vocabulary: int, part: str) -> dict[str, Any]:
+    """How often each token is a real token of a part: {"counts": (vocabulary,) int64}."""
+    index = [p["name"] for p in blocks.manifest["parts"]].index(part)
+    first = sum(p["blocks"] for p in blocks.manifest["parts"][:index])
+    last = first + blocks.manifest["parts"][index]["blocks"]
+    counts = np.zeros(vocabulary, dtype=np.int64)
+    for batch in blocks.batches(first, last, 4096):
+        counts += np.bincount(batch.ids[batch.mask], minlength=vocabulary)
+    return {"counts": counts}
+
+
+def over_sample(
+    crew: Crew,
+    make: Callable[..., Any],
+    given: tuple[Any, ...],
+    ordinals: np.ndarray,
+    what: str,
+    take: Callable[[dict[str, Any]], dict[str, Any]] = lambda found: found,
+) -> list[dict[str, Any]]:
+    """A worker's findings on SLICES slices of a sample, in order; each tells its ``index`` and ``blocks``.
+
+    ``take`` gets each in this order as soon as it can, and what it returns is kept in its place.
+    """
+    units = [(index, part) for index, part in enumerate(np.array_split(ordinals, SLICES)) if len(part)]
+    results = map(take, in_order(crew.map(make, given, units)))
+    return progress(results, what, len(ordinals), "blocks", lambda found: found["blocks"])
+
+
+def in_order(results: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Findings in the order of their ``index``, which begins at 0, whatever order they come in."""
+    waiting = dict[int, dict[str, Any]]()
+    following = 0
+    for found in results:
+        waiting[found["index"]] = found
+        del found  # a name would hold what is large until the next one comes
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
+class PoolWorker:
+    """A worker that holds the run's model and reads the pool, ``rows`` blocks at a time.
+
+    It reads the pool as the stage found it: blocks that are added meanwhile are no part of it.
+
+    Attributes:
+        load: which model, if not the run's own.
+        rows: blocks in a batch. ``tokens``: in a batch of queries.
+    """
+
+    load = staticmethod(load_run_model)
+
+    def __init__(self, config: Config, blocks: Blocks, device: str) -> None:
+        self.config, self.blocks = config, blocks
+        self.model = self.load(config, device)
+        self.model.check_ids(torch.tensor([[self.blocks.manifest["max_token_id"]]]))
+        context, length = self.model.context, blocks.block_tokens
+        if context is not None and length > context:
+            raise StrideError(
+                f"Blocks of {length} tokens are longer than the context of {config.model.path}, {context}; shard with "
+                "a smaller corpus.block_tokens."
+            )
+        self.rows = rows_at_once(config, self.model, self.blocks.block_tokens)
+        self.tokens = self.rows * self.blocks.block_tokens
+
+    def taken(self, ordinals: np.ndarray) -> Iterator[Batch]:
+        """Some blocks, wherever in the pool, ``rows`` at a time."""
+        for start in range(0, len(ordinals), self.rows):
+            yield self.blocks.batch(ordinals[start : start + self.rows])
+
+    def trimmed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask of a batch on the model's device, without columns after its last target: they have no say."""
+        columns = np.flatnonzero(batch.mask.any(0))
+        length = max(2, int(columns.max()) + 1) if len(columns) else min(2, batch.mask.shape[1])
+        return self.tensors(batch.ids[:, :length]), self.tensors(batch.mask[:, :length])
+
+    def tensors(self, array: np.ndarray) -> torch.Tensor:
+        """An array on the model's device."""
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device)

@@ -1,0 +1,1 @@
+"""Blocks to steering operators: a sketch of each block's preconditioned gradient, or the paper's own forms."""

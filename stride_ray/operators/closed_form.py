@@ -1,0 +1,101 @@
+"""The closed form: each subset's operator is the preconditioned mean of its members' J (method.md, measured 1 and 4).
+
+Plain functions over batches and sums; ``fit.py`` maps them over the pool and reduces.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from stride_ray.models.causal_lm import SplitModel
+from stride_ray.models.matrices import gaussian_sketch, inverse_root, orthonormal
+from stride_ray.operators.forms import Basis, normalised, random_basis, stream_gradients
+
+
+def stream_moments(
+    model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, with_gradients: bool
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Sums of second moments over a batch's positions that predict a token.
+
+    Args:
+        model: split where the operators act.
+        ids_BT: (B, T) token ids.
+        mask_BT: (B, T) bool targets.
+        with_gradients: also of ∂loss/∂h, for operators in the residual stream.
+
+    Returns:
+        Σ z zᵀ with z = LN(h), (D, D) float64; Σ g gᵀ, (D, D) float64 (zeros without gradients); number of positions.
+    """
+    h = model.trunk(ids_BT)
+    predicts = torch.zeros_like(mask_BT)
+    predicts[:, :-1] = mask_BT[:, 1:]
+    z = normalised(h)[predicts].double()
+    g = torch.zeros(1, z.shape[1], dtype=torch.float64, device=z.device)
+    if with_gradients:
+        # Position t's gradient also comes from later targets, so all positions of real tokens count.
+        g = stream_gradients(model, h, ids_BT, mask_BT).flatten(0, 1).double()
+    return (z.T @ z).cpu().numpy(), (g.T @ g).cpu().numpy(), len(z)
+
+
+@threadpool_limits.wrap(limits=1)
+def preconditioned_basis(
+    form: str,
+    rank: int,
+    sketch: int,
+    target: str,
+    seed: int,
+    stream: np.ndarray,
+    gradient: np.ndarray,
+    counts: np.ndarray,
+) -> Basis:
+    """The basis of the closed form, whitened on both sides (method.md, measured point 4; the recipe of lds/README.md).
+
+    Args:
+        form: gate, matrix or logit.
+        rank: r.
+        sketch: v of the logit form.
+        target: unigram or model.
+        seed: of the random directions.
+        stream: (D, D) second moment of LN(h) over the pool.
+        gradient: (D, D) second moment of ∂loss/∂h (unused by logit).
+        counts: (V,) how often each token is in the pool.
+
+    Returns:
+        Linear activation; W_in = whitening of the stream times r random orthonormal directions; W_out of the residual
+        forms = whitening of the gradients (times r directions for gate); of the logit form = w ∘ Q with w = (π +
+        1e-5)^−½, π the add-one unigram distribution, Q a Gaussian sketch.
+    """
+    D, V = len(stream), len(counts)
+    generator = torch.Generator().manual_seed(seed)
+    W_in = inverse_root(stream) @ orthonormal(D, min(rank, D), generator)
+    if form == "logit":
+        unigram = (counts + 1.0) / (counts + 1.0).sum()
+        weights = torch.from_numpy((unigram + 1e-5) ** -0.5).float()
+        W_out = weights.unsqueeze(1) * gaussian_sketch(V, sketch, generator)
+        centre = torch.from_numpy(unigram).float() @ W_out if target == "unigram" else torch.empty(0)
+        return Basis(form, W_in, W_out, "linear", target, centre, unit=True)
+    W_out = inverse_root(gradient)
+    if form == "gate":
+        W_out = W_out @ orthonormal(D, min(rank, D), generator)
+    return replace(random_basis(form, D, V, rank, sketch, seed, "linear"), W_in=W_in, W_out=W_out, unit=True)
+
+
+def add_to_subsets(sums: Tensor, J: Tensor, subsets: np.ndarray) -> None:
+    """Add each block's J to its subsets' sums, in place.
+
+    Args:
+        sums: (K + 1, P) float32; row K collects the padding of Bernoulli columns.
+        J: (B, P) float32.
+        subsets: (B, width) subset ids, padded with K.
+    """
+    for column in range(subsets.shape[1]):
+        sums.index_add_(0, torch.from_numpy(subsets[:, column].astype(np.int64)).to(sums.device), J)
+
+
+def operators_from_sums(sums: Tensor, sizes: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """A_k = −mean of its members' J: (K, P) sums and (K,) sizes -> (K, *shape) float32."""
+    means = sums / torch.from_numpy(np.maximum(sizes, 1)).to(sums).unsqueeze(1)
+    return -means.view(len(means), *shape)

@@ -1,0 +1,243 @@
+"""Stage fit: blocks to operators.
+
+Operators at every site, the default, are in site_fit.py. Of the paper's forms the closed form is a map–reduce over a
+fixed cut of the pool: token counts and second moments give the basis, each shard adds its blocks' J to their subsets'
+sums, and the sums are taken in shard order, so any number of workers gives the same operators; the paper's loop
+(``training/``) ends in the same files. Either way the stage ends with the number that says whether anything was
+learned: the mean response on members minus non-members.
+"""
+
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from stride_ray.corpus.blocks import Blocks, unit_count
+from stride_ray.models.curvature.kfac import begin_curvature, finish_curvature
+from stride_ray.models.loading import measured_weights
+from stride_ray.models.pool_worker import PoolWorker, check_tokenizer, corpus_of, over_sample, token_counts
+from stride_ray.operators.closed_form import add_to_subsets, operators_from_sums, preconditioned_basis, stream_moments
+from stride_ray.operators.forms import Operators, gradients
+from stride_ray.operators.membership import membership_of
+from stride_ray.operators.site_fit import fit_sites
+from stride_ray.operators.stored import load_basis, load_operators, save_basis, save_operators
+from stride_ray.operators.validation import judge
+from stride_ray.runtime.actor_pool import Crew, expected_gb
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.costs import apart, costed
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run, Stage, unless_finished
+from stride_ray.runtime.storage import tensor_bytes
+from stride_ray.runtime.tasks import connected, pool, progress
+
+# Tokens that the second moments are estimated from.
+MOMENT_TOKENS = 32_768
+
+
+def fit(run: Run) -> dict[str, Any]:
+    """Fit the run's operators, take up where an interrupted fit stopped, or add the blocks sharded since it ended.
+
+    Args:
+        run: with a finished ``blocks/``.
+
+    Returns:
+        The facts of ``operators/metadata.json``: sizes, the gap and its standard error, ``learned``, a sentence.
+
+    Raises:
+        StrideError: for a missing stage, other settings, a model that does not fit the tokens, fewer blocks than
+            subsets, or resources that the cluster cannot give.
+    """
+    blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
+    config, of_sites = run.config, run.config.operators.form == "sites"
+    if not of_sites and len(blocks) < config.membership.subsets:
+        raise StrideError(
+            f"The pool has {len(blocks)} blocks and membership.subsets asks for {config.membership.subsets} subsets; "
+            "there must be at least as many blocks as subsets: lower --subsets or shard more text."
+        )
+    membership_of(config)  # a degree above the number of subsets is told before anything starts
+    check_tokenizer(config, blocks)
+    weights = measured_weights(config)
+    curvature = begin_curvature(run, blocks, weights) if of_sites else None
+    corpus = corpus_of(run.stage("operators"), "metadata.json", blocks)
+    stage = run.begin("operators", corpus=corpus, weights=weights)
+    finished = stage.store.exists("metadata.json")
+    if finished and not grown(stage.store.read_json("metadata.json"), blocks):
+        _clear(stage)
+        return stage.store.read_json("metadata.json")
+    with nullcontext() if finished else unless_finished(stage, "metadata.json"), connected(config.compute):
+        if curvature is not None:
+            _fit_sites(config, blocks, curvature, stage)
+        else:
+            with costed(stage):
+                _fit(config, blocks, stage)
+    return stage.store.read_json("metadata.json")
+
+
+def grown(facts: dict[str, Any], blocks: Blocks) -> bool:
+    """Whether the pool has blocks that operators with this metadata.json were not fitted on, and may be now.
+
+    Raises:
+        StrideError: it has, and operators of subsets cannot be added to.
+    """
+    before = facts["blocks"]
+    if before == len(blocks):
+        return False
+    if facts.get("rows") != "blocks":
+        raise StrideError(
+            f"Operators were fitted on the first {before:,} blocks, and the pool has {len(blocks):,} now; an operator "
+            "of a subset is a mean over it and cannot be added to: fit into a new run directory, or delete operators/."
+        )
+    return True
+
+
+def _fit_sites(config: Config, blocks: Blocks, curvature: Stage, stage: Stage) -> None:
+    """The preconditioner, then rows at every site."""
+    with Crew(pool(config.compute, unit_count(len(blocks)), expected_gb(config))) as crew:
+        finish_curvature(config, blocks, curvature, crew)
+        with costed(stage):
+            fit_sites(config, blocks, curvature.store, stage, crew)
+
+
+def _fit(config: Config, blocks: Blocks, stage: Stage) -> None:
+    """Fit by the run's method, and publish what was judged."""
+    if config.fit.method == "closed_form":
+        with Crew(pool(config.compute, len(blocks.shards()), expected_gb(config))) as crew:
+            _closed_form(config, blocks, stage, crew)
+            _finish(config, blocks, stage, crew)
+        return
+    from stride_ray.operators.training.ray_trainer import train_distributed
+
+    if config.fit.start == "closed_form":
+        with Crew(pool(config.compute, len(blocks.shards()), expected_gb(config))) as crew:
+            _closed_form(config, blocks, stage, crew)
+    train_distributed(config, blocks, stage, pool(config.compute, config.fit.blocks_per_step))
+    with Crew(pool(config.compute, 1, expected_gb(config))) as crew:
+        _finish(config, blocks, stage, crew)
+
+
+def _closed_form(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
+    """Basis, sums per shard, and the operators that they give, in ``fitted/``."""
+    if stage.store.exists("fitted/metadata.json"):
+        return
+    units = [(index, *shard) for index, shard in enumerate(blocks.shards())]
+    if not stage.store.exists("basis.json"):
+        save_basis(stage.store, "basis", _fit_basis(config, blocks, crew))
+    done = stage.done()
+    missing = [unit for unit in units if f"sum-{unit[0]:03d}" not in done]
+    if missing:
+        sums = crew.map(Accumulator, (config, blocks, stage, crew.device), missing)
+        progress(sums, "fit", sum(u[2] - u[1] for u in missing), "blocks", lambda marker: marker["blocks"])
+    progress(crew.map(partial, (reduce_sums, config, stage, len(units)), [len(blocks)]), "reduce", 1, "", _one)
+
+
+def _one(_: Any) -> int:
+    return 1
+
+
+def _fit_basis(config: Config, blocks: Blocks, crew: Crew) -> Any:
+    """Token counts over the whole pool and second moments over a sample, then the basis."""
+    counts = token_counts(blocks, crew) if config.operators.form == "logit" else np.zeros(0, dtype=np.int64)
+    sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
+    moments = over_sample(crew, Moments, (config, blocks, crew.device), sample, "precondition")
+    positions = sum(m["positions"] for m in moments)
+    stream, gradient = (sum(m[name] for m in moments) / positions for name in ("stream", "gradient"))
+    full = np.zeros(moments[0]["vocabulary"], dtype=np.int64)
+    full[: len(counts)] = counts
+    options = config.operators
+    return preconditioned_basis(
+        options.form, options.rank, options.sketch, options.target, config.seed, stream, gradient, full
+    )
+
+
+class Moments(PoolWorker):
+    """Second moments of the stream (and its gradients) over some blocks."""
+
+    def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
+        """Do one unit; returns its marker or findings."""
+        index, ordinals = unit
+        stream: Any = 0.0
+        gradient: Any = 0.0
+        positions = 0
+        for batch in self.taken(ordinals):
+            z, g, count = stream_moments(
+                self.model, self.tensors(batch.ids), self.tensors(batch.mask), self.config.operators.form != "logit"
+            )
+            stream, gradient, positions = stream + z, gradient + g, positions + count
+        facts = {"index": index, "blocks": len(ordinals), "positions": positions}
+        return {**facts, "stream": stream, "gradient": gradient, "vocabulary": self.model.vocabulary}
+
+
+class Accumulator(PoolWorker):
+    """Adds the J of a shard's blocks to their subsets' sums and publishes them."""
+
+    def __init__(self, config: Config, blocks: Blocks, stage: Stage, device: str) -> None:
+        super().__init__(config, blocks, device)
+        self.stage = stage
+        self.basis = load_basis(stage.store, "basis").to(self.model.device)
+        self.membership = membership_of(config)
+
+    def __call__(self, unit: tuple[int, int, int]) -> dict[str, Any]:
+        """Do one unit; returns its marker or findings."""
+        started = time.monotonic()
+        index, start, stop = unit
+        size = int(np.prod(self.basis.shape))
+        sums = torch.zeros(self.membership.subsets + 1, size, device=self.model.device)
+        for batch in self.blocks.batches(start, stop, self.rows):
+            J = gradients(self.basis, self.model, self.tensors(batch.ids), self.tensors(batch.mask))
+            add_to_subsets(sums, J.flatten(1), self.membership.columns_at(batch.ordinals))
+        name = f"sum-{index:03d}"
+        added = time.monotonic()
+        self.stage.store.write(f"{name}.safetensors", tensor_bytes({"sums": sums[:-1].cpu()}))
+        apart("sums", time.monotonic() - added)
+        return self.stage.mark(name, started, blocks=stop - start)
+
+
+def reduce_sums(config: Config, stage: Stage, shards: int, n_blocks: int) -> dict[str, Any]:
+    """Add the shards' sums in order, divide by subset sizes, publish the operators as ``fitted/``."""
+    total: Any = 0.0
+    for index in range(shards):
+        total = total + stage.store.read_tensors(f"sum-{index:03d}.safetensors")["sums"]
+    basis = load_basis(stage.store, "basis")
+    A = operators_from_sums(total, membership_of(config).sizes(n_blocks), basis.shape)
+    save_operators(stage.store.child("fitted"), Operators(basis, A), {})
+    return {"subsets": len(A)}
+
+
+def _finish(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
+    """Judge what was fitted, publish it as final, and clear the scaffolding."""
+    folder = "trained" if config.fit.method == "train" else "fitted"
+    judged = crew.map(Judge, (config, blocks, stage, crew.device), [folder])
+    progress(judged, "judge", 1, "fit", _one)
+    _clear(stage)
+
+
+def _clear(stage: Stage) -> None:
+    """Remove the scaffolding of a finished fit, some of which an interrupted one may have left."""
+    stage.clear_tensors("sum-")
+    for name in ("fitted", "trained", "loop", "basis.json", "basis.safetensors"):
+        stage.store.remove(name)
+
+
+class Judge(PoolWorker):
+    """Measures fitted operators and publishes them as the stage's result."""
+
+    def __init__(self, config: Config, blocks: Blocks, stage: Stage, device: str) -> None:
+        super().__init__(config, blocks, device)
+        self.stage = stage
+
+    def __call__(self, folder: str) -> dict[str, Any]:
+        """Do one unit; returns its marker or findings."""
+        operators, _ = load_operators(self.stage.store.child(folder), self.model.device)
+        found = judge(self.model, operators, self.blocks, membership_of(self.config), self.config)
+        about = {
+            "method": self.config.fit.method,
+            "model": self.model.name,
+            "split_layer": self.model.split_layer,
+            "blocks": len(self.blocks),
+        }
+        save_operators(self.stage.store, replace(operators, scale=found["scale"]), {**about, **found})
+        return self.stage.store.read_json("metadata.json")

@@ -1,0 +1,110 @@
+"""Operators as the paper's authors release them: a folder of ``operator.pt``, ``subsets.npy`` and ``meta.json``.
+
+To take up operators that were trained elsewhere, and to hand on ours. ``operator.pt`` is a state dict, read with
+torch's weights-only loading: nothing in it can run. Of the format only the files' names are public; tensors are known
+here by the paper's symbols (Appendix F.1), and what cannot be told apart is refused.
+"""
+
+import io
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stride_ray.operators.forms import Basis, Operators
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.urls import first_line
+
+OPERATOR, SUBSETS, META = "operator.pt", "subsets.npy", "meta.json"
+
+
+def write_released(store: Store, operators: Operators, columns: np.ndarray, facts: dict[str, Any]) -> None:
+    """Write operators of the residual stream, with ``meta.json`` last.
+
+    Args:
+        store: the folder.
+        operators: K of them, gate or matrix; their scale is multiplied in.
+        columns: (N, width) the subsets of every block; K stands for none (``Membership.columns``).
+        facts: for ``meta.json``, such as the model and its layer.
+
+    Raises:
+        StrideError: for the logit form, which the release does not have.
+    """
+    basis, A = operators.basis, operators.A * operators.scale
+    if basis.form == "logit":
+        raise StrideError("Operators of the logit form cannot be released as operator.pt; fit gate or matrix.")
+    tensors = {"W_in": basis.W_in, "a": A, "W_out": basis.W_out.T}
+    if basis.form == "matrix":  # the release's A_k reaches the stream itself
+        tensors = {"W_in": basis.W_in, "A": A @ basis.W_out.T}
+    buffer = io.BytesIO()
+    torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, buffer)
+    store.write(OPERATOR, buffer.getvalue())
+    buffer = io.BytesIO()
+    np.save(buffer, columns, allow_pickle=False)
+    store.write(SUBSETS, buffer.getvalue())
+    about = {"form": basis.form, "activation": basis.activation, "subsets": len(A), "rank": basis.W_in.shape[1]}
+    store.write_json(META, {**facts, **about})
+
+
+def read_released(store: Store) -> tuple[Operators, np.ndarray, dict[str, Any]]:
+    """Read such a folder.
+
+    Tensors may be parameters as in the paper (W_in D×r, W_out r×D) or weights of linear layers (``….weight``, outputs
+    first). ``meta.json`` may name the activation; the paper's is silu.
+
+    Returns:
+        Operators that steer as written, the subsets of every block (N, width), and ``meta.json``.
+
+    Raises:
+        StrideError: a file is missing, would have to be unpickled, or its tensors are not those of operators.
+    """
+    facts = store.read_json(META)
+    where, data = store.name_of(OPERATOR), store.read(OPERATOR)
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        tensors = {name: tensor.float() for name, tensor in state.items()}
+    except Exception as error:  # pickle, zipfile and torch each raise their own
+        raise StrideError(f"{where} is not a state dict of plain tensors ({first_line(error)}).") from None
+    try:
+        columns = np.load(io.BytesIO(store.read(SUBSETS)), allow_pickle=False)
+    except ValueError as error:
+        raise StrideError(f"{store.name_of(SUBSETS)} is not a plain NumPy array ({first_line(error)}).") from None
+    operators = _operators(tensors, str(facts.get("activation", "silu")))
+    if operators is None:
+        found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise StrideError(
+            f"{where} holds {found or 'nothing'}; operators are W_in (D, r) with a (K, r) and W_out (r, D), or with A "
+            "(K, r, D)."
+        )
+    K = len(operators.A)
+    whole = columns.ndim == 2 and columns.dtype.kind in "iu"
+    if not whole or columns.min(initial=0) < 0 or columns.max(initial=0) > K:
+        raise StrideError(
+            f"{store.name_of(SUBSETS)} must hold the subsets of every block, (N, d) whole numbers from 0 to {K}; it "
+            f"holds {columns.dtype} {columns.shape}."
+        )
+    return operators, columns, facts
+
+
+def _operators(tensors: dict[str, Tensor], activation: str) -> Operators | None:
+    """The operators that a state dict's tensors are; None where their names or shapes are not those of operators."""
+    shared, stacks = dict[str, Tensor](), list[Tensor]()
+    for name, tensor in tensors.items():
+        words = set(re.split(r"[^a-z]+", name.lower()))
+        role = next(iter(words & {"in", "out"}), "")
+        if not role:
+            stacks.append(tensor)
+        elif tensor.ndim == 2:
+            # As a weight of a linear layer, outputs come first: the paper's W_in and W_out transposed.
+            shared[role] = tensor.T if "weight" in words else tensor
+    form = {2: "gate", 3: "matrix"}.get(stacks[0].ndim) if len(stacks) == 1 else None
+    if form is None or set(shared) != ({"in", "out"} if form == "gate" else {"in"}):
+        return None
+    W_in = shared["in"].contiguous()
+    W_out = shared["out"].T.contiguous() if form == "gate" else torch.eye(len(W_in))
+    operators = Operators(Basis(form, W_in, W_out, activation), stacks[0])
+    fits = operators.A.shape[1:] == operators.basis.shape and len(W_out) == len(W_in)
+    return operators if fits and W_in.shape[1] == stacks[0].shape[1] else None

@@ -1,0 +1,159 @@
+"""Rows of operators at every site: of blocks, each from its own gradient, or of subsets, means over their blocks.
+
+A subset's mean takes the whole pool, and its sum many times the bytes of its row. So sums go over the pool in waves of
+WAVE units at most, each of which leaves the sums of its blocks on disk; when a wave is done its sums are added to those
+of the waves before it, unit by unit, and let go. Units and waves follow from N alone: any number of workers, and a run
+that was killed, add in the same order.
+"""
+
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.models.curvature.kfac import load_sites
+from stride_ray.models.curvature.sketch import sketched_gradients
+from stride_ray.models.loading import load_measured_model
+from stride_ray.models.pool_worker import PoolWorker
+from stride_ray.operators.closed_form import add_to_subsets
+from stride_ray.operators.membership import membership_of
+from stride_ray.operators.one_bit import Rows, packed_rows
+from stride_ray.operators.row_store import write_rows
+from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.run import Stage
+from stride_ray.runtime.storage import tensor_bytes
+from stride_ray.runtime.tasks import progress
+
+# Subsets' sums: blocks of a unit at most where there are more than FEW units, units of a wave, rows in one file.
+UNIT, FEW, WAVE, ROWS = 65_536, 16, 64, 128
+SKETCH, LAYOUT = "sketch", "layout.json"
+
+
+def subset_rows(given: tuple[Any, ...], subsets: int, crew: Crew) -> tuple[list[str], list[str]]:
+    """Publish the rows of so many subsets; returns the names of the units over the pool and of the rows' parts."""
+    config, blocks, stage, _ = given
+    ranges = blocks.cut(max(min(FEW, len(blocks.shards())), -(-len(blocks) // UNIT)))
+    names = [f"sum-{index:05d}" for index in range(len(ranges))]
+    starts = list(range(0, subsets, ROWS))
+    parts = [f"rows-{index:05d}" for index in range(len(starts))]
+    waves = [slice(at, at + WAVE) for at in range(0, len(names), WAVE)]
+    for wave, units in enumerate(waves):
+        last = units == waves[-1]
+        added = parts if last else [total_name(wave, index) for index in range(len(starts))]
+        done = stage.done()
+        left = [(index, first) for index, first in enumerate(starts) if added[index] not in done]
+        if left:
+            over_pool(SumWorker, names[units], ranges[units], given, stage, crew)
+            work = (add_sums, config, blocks, stage, names[units], wave, last)
+            stage.remember(progress(crew.map(partial, work, left), "reduce", len(left), "parts", lambda _: 1))
+            # Those of a later wave are not there yet.
+            stage.clear_tensors("sum-")
+            stage.clear_tensors(f"total-{wave - 1:05d}-")
+    for name in ("sum-", "total-"):  # which a killed run may have left
+        stage.clear_tensors(name)
+    return names, parts
+
+
+def total_name(wave: int, part: int) -> str:
+    """The name of the sums of some subsets over all waves up to one."""
+    return f"total-{wave:05d}-{part:05d}"
+
+
+def over_pool(
+    make: Any, names: list[str], ranges: list[tuple[int, int]], given: tuple[Any, ...], stage: Stage, crew: Crew
+) -> None:
+    """Have a worker do what is missing of the pool's ordinal ranges."""
+    done = stage.done()
+    left = [(name, *ordinals) for name, ordinals in zip(names, ranges, strict=True) if name not in done]
+    results = crew.map(make, given, left)
+    total = sum(stop - start for _, start, stop in left)
+    stage.remember(progress(results, "fit", total, "blocks", lambda marker: marker["blocks"]))
+
+
+def failed_blocks(ordinals: list[int]) -> dict[str, Any]:
+    """What a marker says of blocks whose gradients are not finite: how many, and the first."""
+    return {"not_finite": len(ordinals), "spoilt": min(ordinals, default=None)}
+
+
+class SketchWorker(PoolWorker):
+    """A worker that takes sketches of blocks' gradients."""
+
+    load = staticmethod(load_measured_model)
+
+    def __init__(self, config: Config, blocks: Blocks, stage: Stage, device: str) -> None:
+        super().__init__(config, blocks, device)
+        self.stage = stage
+        self.sketches = load_sites(stage.store, SKETCH, self.model.device)
+
+    def sections(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
+        """Sketches (B, a·b) by site of each sequence."""
+        return sketched_gradients(self.model, self.sketches, ids, mask)[0]
+
+
+def finite_rows(sections: list[Tensor]) -> Tensor:
+    """(B,) bool: whether a sequence's gradients are finite."""
+    return torch.stack([section.sum(1) for section in sections]).isfinite().all(0)
+
+
+class RowWorker(SketchWorker):
+    """Publishes a row for each of a range's blocks."""
+
+    def __call__(self, unit: tuple[str, int, int]) -> dict[str, Any]:
+        """Do one unit; returns its marker."""
+        started = time.monotonic()
+        name, start, stop = unit
+        pieces, failed = [], list[int]()
+        for batch in self.blocks.batches(start, stop, self.rows):
+            sections = self.sections(*self.trimmed(batch))
+            failed += batch.ordinals[(~finite_rows(sections)).cpu().numpy()].tolist()
+            pieces.append(packed_rows([section.cpu().numpy() for section in sections]))
+        rows = Rows(np.concatenate([p.bits for p in pieces]), np.concatenate([p.scales for p in pieces]))
+        facts = {"hash": write_rows(self.stage.store, name, rows), "first": start, "count": len(rows)}
+        return self.stage.mark(name, started, blocks=stop - start, **failed_blocks(failed), **facts)
+
+
+class SumWorker(SketchWorker):
+    """Adds the sketches of a shard's blocks to their subsets' sums and publishes these, ROWS subsets a file."""
+
+    def __call__(self, unit: tuple[str, int, int]) -> dict[str, Any]:
+        """Do one unit; returns its marker."""
+        started = time.monotonic()
+        name, start, stop = unit
+        membership, failed = membership_of(self.config), list[int]()
+        sums = torch.zeros(membership.subsets + 1, sum(self.stage.store.read_json(LAYOUT)["sizes"]))
+        for batch in self.blocks.batches(start, stop, self.rows):
+            sections = self.sections(*self.trimmed(batch))
+            spoilt = ~finite_rows(sections).cpu()
+            failed += batch.ordinals[spoilt.numpy()].tolist()
+            Z = torch.cat(sections, 1).cpu()
+            Z[spoilt] = 0.0
+            add_to_subsets(sums, Z, membership.columns_at(batch.ordinals))
+        for index, rows in enumerate(sums[:-1].split(ROWS)):
+            self.stage.store.write(f"{name}-{index:05d}.safetensors", tensor_bytes({"sums": rows}))
+        return self.stage.mark(name, started, blocks=stop - start, **failed_blocks(failed))
+
+
+def add_sums(
+    config: Config, blocks: Blocks, stage: Stage, units: list[str], wave: int, last: bool, part: tuple[int, int]
+) -> dict[str, Any]:
+    """The sums of ROWS subsets over a wave's units, added in order to the waves' before; of the last wave the rows."""
+    started = time.monotonic()
+    index, first = part
+    before = [f"{total_name(wave - 1, index)}.safetensors"] if wave else []
+    total: Any = 0.0
+    for file in (*before, *(f"{unit}-{index:05d}.safetensors" for unit in units)):
+        total = total + stage.store.read_tensors(file)["sums"]
+    if not last:
+        stage.store.write(f"{total_name(wave, index)}.safetensors", tensor_bytes({"sums": total}))
+        return stage.mark(total_name(wave, index), started)
+    sizes = membership_of(config).sizes(len(blocks))[first : first + ROWS]
+    means = total.numpy() / np.maximum(sizes, 1)[:, None].astype(np.float32)
+    ends = np.cumsum(stage.store.read_json(LAYOUT)["sizes"])[:-1]
+    rows, name = packed_rows(np.split(means, ends, axis=1)), f"rows-{index:05d}"
+    facts = {"hash": write_rows(stage.store, name, rows), "first": first, "count": len(rows)}
+    return stage.mark(name, started, **facts)

@@ -1,0 +1,36 @@
+"""Operators of the paper's forms on disk: what fit leaves and respond takes up."""
+
+from typing import Any
+
+import torch
+
+from stride_ray.operators.forms import Basis, Operators
+from stride_ray.runtime.storage import Store, tensor_bytes
+
+
+def save_basis(store: Store, name: str, basis: Basis) -> None:
+    """Publish a basis as ``name``.safetensors and ``name``.json."""
+    store.write(f"{name}.safetensors", tensor_bytes({k: v.cpu() for k, v in basis.tensors().items()}))
+    store.write_json(f"{name}.json", basis.facts())
+
+
+def load_basis(store: Store, name: str) -> Basis:
+    """Read what save_basis wrote."""
+    return Basis(**store.read_json(f"{name}.json"), **store.read_tensors(f"{name}.safetensors"))
+
+
+def save_operators(store: Store, operators: Operators, facts: dict[str, Any]) -> None:
+    """Publish operators: operators.safetensors first, metadata.json (which says that they are complete) last."""
+    tensors = {"A": operators.A.cpu(), **{k: v.cpu() for k, v in operators.basis.tensors().items()}}
+    store.write("operators.safetensors", tensor_bytes(tensors))
+    metadata = {"basis": operators.basis.facts(), "subsets": len(operators.A), "scale": operators.scale, **facts}
+    store.write_json("metadata.json", metadata)
+
+
+def load_operators(store: Store, device: str = "cpu") -> tuple[Operators, dict[str, Any]]:
+    """Read what save_operators wrote, with the facts."""
+    metadata = store.read_json("metadata.json")
+    tensors = store.read_tensors("operators.safetensors")
+    A = tensors.pop("A")
+    operators = Operators(Basis(**metadata["basis"], **tensors), A, metadata["scale"])
+    return operators.to(torch.device(device)), metadata

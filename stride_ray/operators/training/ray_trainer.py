@@ -1,0 +1,159 @@
+"""The paper's loop under Ray Train: one to many workers that take one and the same step together.
+
+The loop's own checkpoints, plain safetensors in the run directory at any fsspec URL, are what it resumes from, after
+a killed worker (Ray Train starts the group again) as after a killed driver (the same command again). Ray Train thus
+needs no shared storage of its own; it forms the process group, watches over the workers and collects the metrics.
+"""
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import torch
+
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.models.loading import load_run_model
+from stride_ray.operators.membership import membership_of
+from stride_ray.operators.stored import load_operators, save_operators
+from stride_ray.operators.training.trainer import Loop, Ranks, run_loop
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Stage
+from stride_ray.runtime.storage import Store
+from stride_ray.runtime.tasks import RETRIES, Pool, settle
+from stride_ray.runtime.urls import first_line
+
+# How many times Ray Train waits for room for its workers, a minute each: as long as a cloud may take to bring a node.
+WAITS = 20
+
+
+def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Pool) -> None:
+    """Train the run's operators and leave them in ``trained/`` of the stage's folder, unless they are there already.
+
+    Meanwhile ``loop/`` holds the newest checkpoint; the numbers of each evaluation stay in ``training.json``.
+
+    Args:
+        config: the run's.
+        blocks: the pool.
+        stage: the operators stage; with fit.start = closed_form its ``fitted/`` is what the loop begins from.
+        pool: how many workers, and on what.
+
+    Raises:
+        StrideError: the loop's own, that its workers died again and again, or that there is no room for them any more.
+    """
+    if stage.store.exists("trained/metadata.json"):
+        return
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    loop = stage.store.child("loop")
+    loop.remove("error.json")
+    backend, kind = ("nccl", "GPU") if pool.device == "cuda" else ("gloo", "CPU")
+    with tempfile.TemporaryDirectory(prefix="stride_ray-") as scratch, _own_interrupt():
+        trainer = _quiet(TorchTrainer)(
+            _worker,
+            train_loop_config={
+                "config": config,
+                "blocks": blocks,
+                "stage": stage.store,
+                "device": pool.device,
+                "folder": os.getcwd(),
+            },
+            torch_config=TorchConfig(backend=backend),
+            scaling_config=ScalingConfig(
+                num_workers=pool.workers,
+                use_gpu=pool.device == "cuda",
+                resources_per_worker={"CPU": 1} | ({"GPU": 1} if pool.device == "cuda" else {}),
+            ),
+            run_config=RunConfig(
+                name=f"stride-{stage.identity}",
+                storage_path=scratch,
+                # Without a limit a node that never comes back would be waited for for ever.
+                failure_config=FailureConfig(max_failures=RETRIES, controller_failure_limit=WAITS),  # type: ignore[call-arg]
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            if "startup timed out" in str(error) or "WorkerGroupStartup" in f"{error!r}{error.__cause__!r}":
+                raise StrideError(
+                    f"Ray Train found no room for {pool.workers} worker(s) with a {kind} each, {WAITS + 1} times in a "
+                    "row (a node that was lost and has not come back?); its checkpoints are kept: run the same command "
+                    "again when the nodes are back, or with a lower compute.workers."
+                ) from error
+            if not loop.exists("error.json"):
+                raise StrideError(
+                    f"The loop's workers failed {RETRIES} times and more; its checkpoints are kept, so the same "
+                    f"command goes on from the last one. Ray Train says: {first_line(error)}"
+                ) from error
+    if loop.exists("error.json"):
+        raise StrideError(loop.read_json("error.json")["error"])
+    stage.store.remove("loop")
+
+
+def _worker(given: dict[str, Any]) -> None:
+    """One rank, from its first step or the last checkpoint to the operators."""
+    from ray import train
+
+    settle(given["folder"])
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every report
+    context = train.get_context()
+    ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    stage: Store = given["stage"]
+    store = stage.child("loop")
+    # What is wrong with the input is wrong again at the next try: the driver tells it, and no rank goes on.
+    if store.exists("error.json"):
+        return
+    try:
+        train_rank(given["config"], given["blocks"], stage, given["device"], ranks, train.report)
+    except StrideError as error:
+        store.write_json("error.json", {"error": str(error)})
+        if ranks.world > 1:
+            raise  # others may be waiting for this rank, for ever
+
+
+def train_rank(config: Config, blocks: Blocks, stage: Store, device: str, ranks: Ranks, report: Any = None) -> None:
+    """What each rank does, with the process group formed already where there are several; see train_distributed."""
+    model = load_run_model(config, device)
+    model.check_ids(torch.tensor([[blocks.manifest["max_token_id"]]]))
+    start = load_operators(stage.child("fitted"))[0] if config.fit.start == "closed_form" else None
+    loop = Loop(config, model, blocks, membership_of(config), start, ranks)
+    log = run_loop(loop, stage.child("loop"), report)
+    if ranks.rank == 0:
+        stage.write_json("training.json", log)
+        save_operators(stage.child("trained"), loop.operators(), {})
+
+
+@contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Ray Train sets a handler of its own for Ctrl-C and leaves it behind; put the old one back."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
+def _quiet(trainer: type) -> type:
+    """The trainer without the watcher that asks Ray's dashboard for the controller's state, where there is none.
+
+    It would report its failure again and again. What it watches for is a controller that dies alone; a Ray that was
+    started for this command, which is the one without a dashboard, ends with the command.
+    """
+    if ray._private.worker.get_dashboard_url():
+        return trainer
+
+    class Quiet(trainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+
+    return Quiet

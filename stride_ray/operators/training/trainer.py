@@ -1,0 +1,383 @@
+"""The paper's loop as plain torch: all subsets' operators and what they share, trained jointly on three losses.
+
+The streaming form of the objective (method.md): a step walks to its blocks, and each serves fidelity for two of its
+own subsets and stability for one of the step's others; the first few answer to all the step's subsets, for linearity.
+What a step does is a function of (seed, step), so a loop that was stopped goes on from parameters, optimiser and step
+alone. With several ranks each takes a slice of the step's (block, subset) pairs and the gradients are summed: the
+step is the same whatever the number of ranks, up to the order of floating-point sums.
+
+Only the subsets of a step receive gradients in it. Their rows of the stack have AdamW's moments of their own, which
+rest while a row rests; one dense optimiser would let them decay, and move rows, in steps that say nothing about them.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stride_ray.corpus.blocks import Batch, Blocks
+from stride_ray.models.batch_size import rows_at_once
+from stride_ray.models.causal_lm import SplitModel
+from stride_ray.operators.forms import Basis, Operators, random_basis
+from stride_ray.operators.membership import Membership
+from stride_ray.operators.training.batches import OWN, Step, Walk, own_and_other, plan_step
+from stride_ray.operators.training.objective import (
+    added_squares,
+    linearity_loss,
+    projection,
+    stability_losses,
+    steered_losses,
+)
+from stride_ray.operators.training.optimizers import RowAdam, muon
+from stride_ray.operators.validation import STRENGTHS, gap
+from stride_ray.runtime.config import Config
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store, tensor_bytes
+
+# Share of the steps in which the learning rate rises; after that it falls to zero (paper's Appendix F.5).
+WARM_UP = 0.05
+# The shared matrices' rate, as a share of the rows': a row is visited every K/rows steps and must find them nearby.
+SHARED_RATE = 0.1
+RIDGE = 1.0
+# How often, over all steps, the loop is evaluated and kept.
+EVALUATIONS, CHECKPOINTS = 10, 20
+# Blocks whose members' and others' responses are compared on the way, and the most subsets of each kind.
+EVALUATED, EVALUATED_SUBSETS = 32, 4
+
+Report = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who else runs the loop; alone by default."""
+
+    rank: int = 0
+    world: int = 1
+
+    def share(self, count: int) -> slice:
+        """This rank's part of ``count`` things."""
+        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in place; every rank must call it."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+ALONE = Ranks()
+
+
+class _Held(NamedTuple):
+    """Some blocks with their streams, which pairs are computed from."""
+
+    places: np.ndarray  # ascending indices into the batch
+    h: Tensor  # (B, T, D)
+    ids: Tensor
+    mask: Tensor
+
+    def of(self, pairs: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Stream, ids and mask of each pair's block."""
+        at = torch.from_numpy(np.searchsorted(self.places, pairs[:, 0])).to(self.h.device)
+        return self.h[at], self.ids[at], self.mask[at]
+
+
+class Loop:
+    """Parameters, optimiser and position of the joint loop.
+
+    W_in (D, r) is trained, W_out (D, r) for the gate form only, and the stack A (K, …). ``gain`` multiplies W_out so
+    that an A whose entries have root mean square a adds about a times the stream's size (a nats, to logits): one
+    learning rate then serves every model and form.
+
+    Args:
+        config: the run's.
+        model: as fitted.load_run_model gives it.
+        blocks: the pool.
+        membership: M.
+        start: operators to begin from (the closed form's); None: a random basis and A = 0.
+        ranks: who else runs the loop.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: SplitModel,
+        blocks: Blocks,
+        membership: Membership,
+        start: Operators | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.config, self.model, self.membership, self.ranks = config, model, membership, ranks
+        self.walk = Walk(blocks, config.seed, config.fit.blocks_per_step)
+        self.done = 0
+        self._at_once = rows_at_once(config, self.model, blocks.block_tokens)
+        self._sample = blocks.batch(blocks.sample(EVALUATED, config.seed + 2))
+        self._pairs = own_and_other(membership, self._sample.ordinals, config.seed, EVALUATED_SUBSETS)
+        # Far fewer columns than rows: about as many explain any responses, and the loss would say nothing.
+        self.columns = max(1, min(OWN * self.walk.per_step, membership.subsets) // 8)
+        self.Z = torch.empty(0)
+        if config.fit.linearity:
+            self.Z = projection(membership, len(blocks), self.columns, config.seed).to(model.device)
+        self._set_parameters(start)
+        self.moments = RowAdam(self.A)
+        kind = muon if config.fit.optimizer == "muon" else torch.optim.AdamW
+        self.optimizer = kind(self.shared, lr=0.0, weight_decay=0.0)
+
+    def _set_parameters(self, start: Operators | None) -> None:
+        """Parameters where they begin, and the gain; the closed form has the strength that helps its members most."""
+        wanted, model = self.config.operators, self.model
+        sizes = (model.width, model.vocabulary, wanted.rank, wanted.sketch)
+        basis = start.basis if start else random_basis(wanted.form, *sizes, self.config.seed)
+        # From here on responses to first order are plain gradients, whatever the closed form made of them.
+        self._constant = replace(basis, unit=False, target="model", centre=torch.empty(0)).to(model.device)
+        trained = basis.form == "gate"
+        size = torch.linalg.matrix_norm(basis.W_out, 2) if trained else 1.0
+        self.W_in = self._constant.W_in.clone().requires_grad_(True)
+        self.W_out = (self._constant.W_out / size).requires_grad_(trained)
+        self.shared = [self.W_in, self.W_out] if trained else [self.W_in]
+        self.gain = torch.ones((), device=model.device)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        A = start.A if start else torch.randn(self.membership.subsets, *basis.shape, generator=generator)
+        A = (A / A.square().mean().sqrt()).to(model.device)
+        self.A = torch.zeros_like(A)
+        members = self._pairs[0]
+        self.gain = 1 / self._steering(members, A).clamp(min=1e-30)
+        if start:
+            held = self._hold(self._sample, members)
+            means = [float(self._responses(held, members, A * strength).mean()) for strength in STRENGTHS]
+            self.A = A * STRENGTHS[int(np.argmax(means))]
+
+    def basis(self) -> Basis:
+        """The basis as it stands; gradients reach W_in, and W_out where it is trained."""
+        return replace(self._constant, W_in=self.W_in, W_out=self.W_out * self.gain)
+
+    def operators(self) -> Operators:
+        """A copy of what has been trained so far."""
+        basis = self.basis()
+        detached = {name: getattr(basis, name).detach().clone() for name in ("W_in", "W_out")}
+        return Operators(replace(basis, **detached), self.A.clone())
+
+    def step(self) -> dict[str, float]:
+        """Take one step.
+
+        Returns:
+            The three losses before it, over the pairs of all ranks: fidelity in nats, stability in the units of its
+            form, linearity in nats².
+
+        Raises:
+            StrideError: where a gradient is not finite.
+        """
+        fit, plan = self.config.fit, plan_step(self.walk, self.membership, self.config.seed, self.done)
+        rows = torch.from_numpy(plan.subsets).to(self.A.device)
+        A = self.A[rows].requires_grad_(True)
+        pairs = {"fidelity": plan.fidelity, "stability": plan.stability, "linearity": plan.linearity}
+        weights = {"fidelity": 1.0, "stability": fit.stability, "linearity": fit.linearity}
+        if len(rows) < 2 * self.columns:
+            weights["linearity"] = 0.0
+        mine = {name: self._mine(found) for name, found in pairs.items() if weights[name]}
+        held = self._hold(plan.batch, np.concatenate(list(mine.values())))
+        losses = dict.fromkeys(pairs, torch.zeros((), device=self.A.device))
+        if "linearity" in mine:
+            losses["linearity"], slopes = self._linearity(held, plan, A.detach(), rows)
+        for name, some in mine.items():
+            for index, part in enumerate(self._parts(some)):
+                h, ids, mask = held.of(part)
+                chosen = A[part[:, 1]]
+                if name == "stability":
+                    found = stability_losses(self.model, self.basis(), h, mask, chosen, fit.top_m, fit.stability_form)
+                else:
+                    found = steered_losses(self.model, self.basis(), h, ids, mask, chosen)
+                if name == "linearity":
+                    (-weights[name] * found @ slopes.split(self._at_once)[index]).backward()
+                else:
+                    mean = found.sum() / len(pairs[name])
+                    (weights[name] * mean).backward()
+                    losses[name] = losses[name] + mean.detach()
+        summed = self._update(rows, A, torch.stack(list(losses.values())))
+        return dict(zip(losses, summed, strict=True))
+
+    def _update(self, rows: Tensor, A: Tensor, losses: Tensor) -> list[float]:
+        """Sum losses and gradients over the ranks and move the parameters; returns the losses."""
+        leaves = [A, *self.shared]
+        flat = [(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in leaves]
+        parts = self.ranks.sum(torch.cat([losses, *flat])).split([len(losses), *(len(x) for x in flat)])
+        if not all(part.isfinite().all() for part in parts):
+            raise StrideError(
+                f"The loop's losses or gradients are not finite at step {self.done}; lower fit.learning_rate, or use "
+                "float32 or bfloat16 (model.dtype)."
+            )
+        rate = self.rate()
+        self.moments.update(self.A, rows, parts[1].view_as(A), rate)
+        for parameter, gradient in zip(self.shared, parts[2:], strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        self.optimizer.param_groups[0]["lr"] = SHARED_RATE * rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done += 1
+        return parts[0].tolist()
+
+    def _linearity(self, held: _Held, plan: Step, A: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's part of the linearity loss, and the loss's derivative by the responses of this rank's pairs.
+
+        The responses are computed here without a graph, and again by the caller, some at a time, for their gradients:
+        the suffix of all subsets is never held, and no collective has to be differentiated.
+        """
+        y = self._responses(held, plan.linearity, A).view(-1, len(rows)).requires_grad_(True)
+        loss = linearity_loss(y, self.Z[rows], RIDGE)
+        (slopes,) = torch.autograd.grad(loss, y)
+        return loss.detach() / self.ranks.world, slopes.flatten()[self.ranks.share(len(plan.linearity))]
+
+    def rate(self) -> float:
+        """The rows' learning rate at the next step: linear warm-up, then linear decay towards zero."""
+        steps = self.config.fit.steps
+        warm = max(1, round(WARM_UP * steps))
+        share = min((self.done + 1) / warm, (steps - self.done) / max(1, steps - warm))
+        return self.config.fit.learning_rate * share
+
+    def evaluate(self) -> dict[str, float]:
+        """Does it learn? Members against non-members on a fixed sample, less the blocks of the last step.
+
+        Returns:
+            ``gap`` and ``gap_error`` (nats; judge.gap), ``member_response`` (nats) and ``steering``, the median size
+            of what members' operators add, relative to the stream's (in nats for the logit form).
+        """
+        members, others = self._pairs
+        pairs = np.concatenate([members, others])
+        y = self._responses(self._hold(self._sample, self._mine(pairs)), pairs, self.A).cpu().numpy()
+        found = np.full((len(self._sample.ordinals), self.membership.subsets), np.nan)
+        found[pairs[:, 0], pairs[:, 1]] = y
+        inside = np.zeros(found.shape, dtype=bool)
+        inside[members[:, 0], members[:, 1]] = True
+        measured = np.isfinite(found)
+        seen = np.isin(self._sample.ordinals, self.walk.batch(max(0, self.done - 1)).ordinals)
+        kept = ~seen & (measured & inside).any(1) & (measured & ~inside).any(1)
+        difference, error = gap(found[kept], inside[kept]) if kept.sum() > 1 else (float("nan"), float("nan"))
+        return {
+            "gap": difference,
+            "gap_error": error,
+            "member_response": float(np.nanmean(found[inside])),
+            "steering": float(self._steering(members, self.A)),
+        }
+
+    @torch.no_grad()
+    def _responses(self, held: _Held, pairs: np.ndarray, A: Tensor) -> Tensor:
+        """y = CE_0 − CE_k of all ranks' pairs, (len(pairs),) nats; ``held`` has the blocks of this rank's.
+
+        ``pairs`` index the blocks of the batch and the rows of ``A``.
+        """
+        y = torch.zeros(len(pairs), device=A.device)
+        mine = self._mine(pairs)
+        places, back = np.unique(mine[:, 0], return_inverse=True)
+        base = [self.model.losses(*held.of(part)) for part in self._parts(places[:, None])]
+        steered = [
+            steered_losses(self.model, self.basis(), *held.of(part), A[torch.from_numpy(part[:, 1]).to(A.device)])
+            for part in self._parts(mine)
+        ]
+        if len(mine):
+            y[self.ranks.share(len(pairs))] = torch.cat(base)[torch.from_numpy(back).to(A.device)] - torch.cat(steered)
+        return self.ranks.sum(y)
+
+    @torch.no_grad()
+    def _steering(self, pairs: np.ndarray, A: Tensor) -> Tensor:
+        """Median over pairs and positions of the size of what is added, relative to the stream (nats for logits)."""
+        sizes = []
+        for part in self._parts(pairs[:EVALUATED]):
+            h, _, mask = self._hold(self._sample, part).of(part)
+            squares = added_squares(self.basis(), h, A[torch.from_numpy(part[:, 1]).to(A.device)])
+            sizes.append(squares[mask != 0].sqrt())
+        return torch.cat(sizes).median()
+
+    def _hold(self, batch: Batch, pairs: np.ndarray) -> _Held:
+        """The trunk of the blocks that some pairs need."""
+        places = np.unique(pairs[:, 0])
+        ids, mask = (torch.from_numpy(x[places]).to(self.model.device) for x in (batch.ids, batch.mask))
+        streams = [self.model.trunk(some) for some in ids.split(self._at_once)] if len(places) else []
+        return _Held(places, torch.cat(streams) if streams else torch.zeros(0, device=ids.device), ids, mask)
+
+    def _mine(self, pairs: np.ndarray) -> np.ndarray:
+        return pairs[self.ranks.share(len(pairs))]
+
+    def _parts(self, pairs: np.ndarray) -> list[np.ndarray]:
+        """Pairs in batches that fit compute.batch_tokens."""
+        return [pairs[first : first + self._at_once] for first in range(0, len(pairs), self._at_once)]
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the rest of the loop depends on, for safetensors; a fixed W_out is made again from the seed."""
+        state = {"A": self.A, "gain": self.gain, "step": torch.tensor(self.done)}
+        state |= dict(zip(("W_in", "W_out"), self.shared, strict=False))
+        state |= {"first": self.moments.first, "second": self.moments.second, "visits": self.moments.visits}
+        for index, parameter in enumerate(self.shared):
+            state |= {f"optimizer.{index}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        return {name: value.detach().cpu() for name, value in state.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from what ``state`` returned."""
+        here = {name: value.to(self.model.device) for name, value in state.items() if name != "step"}
+        self.done = int(state["step"])
+        self.A, self.gain = here["A"], here["gain"]
+        self.moments.first, self.moments.second, self.moments.visits = (here[n] for n in ("first", "second", "visits"))
+        with torch.no_grad():
+            for name, parameter in zip(("W_in", "W_out"), self.shared, strict=False):
+                parameter.copy_(here[name])
+        for name, value in here.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                self.optimizer.state[self.shared[int(index)]][key] = state[name] if key == "step" else value
+
+
+def run_loop(loop: Loop, store: Store, report: Report | None = None) -> list[dict[str, float]]:
+    """Take the loop to its last step, from the newest checkpoint in ``store`` if there is one.
+
+    Rank 0 publishes a checkpoint (``step-….safetensors``) every twentieth of the way. Every tenth all ranks evaluate,
+    rank 0 adds the numbers to ``log.json`` and prints them, and every rank calls ``report`` with them.
+
+    Args:
+        loop: new, made with the configuration that ``store`` was made with.
+        store: a folder.
+        report: called after each evaluation.
+
+    Returns:
+        The numbers of all evaluations: ``step``, the losses and what ``Loop.evaluate`` says.
+    """
+    steps, first = loop.config.fit.steps, not loop.ranks.rank
+    if names := store.names("", ".safetensors"):
+        loop.load(store.read_tensors(names[-1]))
+    log = [e for e in (store.read_json("log.json") if store.exists("log.json") else []) if e["step"] <= loop.done]
+    started, begun = time.monotonic(), loop.done
+    while loop.done < steps:
+        losses = loop.step()
+        if _due(loop.done, steps, EVALUATIONS):
+            found = {"step": loop.done, **losses, **loop.evaluate()}
+            log.append(found)
+            if first:
+                store.write_json("log.json", log)
+                _say(found, steps, (loop.done - begun) / (time.monotonic() - started))
+            if report:
+                report(found)
+        if first and _due(loop.done, steps, CHECKPOINTS):
+            older = store.names("", ".safetensors")
+            store.write(f"step-{loop.done:07d}.safetensors", tensor_bytes(loop.state()))
+            for name in older:
+                store.remove(name)
+    return log
+
+
+def _due(done: int, steps: int, times: int) -> bool:
+    """Whether something that happens so many times, and at the end, happens after this step."""
+    return done == steps or done % max(1, steps // times) == 0
+
+
+def _say(found: dict[str, float], steps: int, speed: float) -> None:
+    """One line: what, how far, how fast, how long still, and what the numbers are."""
+    left = (steps - found["step"]) / speed
+    losses = ", ".join(f"{name} {found[name]:.4g}" for name in ("fidelity", "stability", "linearity"))
+    # Not print(): Ray Train replaces it with one that says everything twice.
+    sys.stderr.write(
+        f"train: step {found['step']}/{steps}, {speed:.2f} steps/s, {left / 60:.1f} min left; {losses}; "
+        f"steering {found['steering']:.2%}, members minus others {found['gap']:+.4f} ± {found['gap_error']:.4f} nats\n"
+    )

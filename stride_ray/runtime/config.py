@@ -1,0 +1,234 @@
+"""The configuration of a run: a frozen tree of options, TOML in and out, and which stage depends on which key.
+
+Options are declared in options.py; the command line, the commented ``run.toml`` and the checks are all made from there.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+import tomli_w
+
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import (
+    AttributeConfig,
+    ComputeConfig,
+    CorpusConfig,
+    FitConfig,
+    MembershipConfig,
+    ModelConfig,
+    OperatorConfig,
+    RecoverConfig,
+    RespondConfig,
+    ScanConfig,
+    SelectConfig,
+    SolveConfig,
+    _option,
+)
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run's whole configuration."""
+
+    seed: int = _option(0, "of everything random: membership, bases, sketches, the loop's order", low=0)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    membership: MembershipConfig = field(default_factory=MembershipConfig)
+    operators: OperatorConfig = field(default_factory=OperatorConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    solve: SolveConfig = field(default_factory=SolveConfig)
+    respond: RespondConfig = field(default_factory=RespondConfig)
+    recover: RecoverConfig = field(default_factory=RecoverConfig)
+    attribute: AttributeConfig = field(default_factory=AttributeConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    scan: ScanConfig = field(default_factory=ScanConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def flat(self) -> dict[str, Any]:
+        """All options as ``{"section.key": value}``, JSON-serialisable, in order of declaration."""
+        return {name: _plain(_lookup(self, name)) for name in option_fields()}
+
+    def updated(self, changes: Mapping[str, Any], where: str = "the command line") -> "Config":
+        """A copy with ``{"section.key": value}`` applied; values may be strings, as typed on a command line.
+
+        Raises:
+            StrideError: for an unknown key (naming the nearest one) or a value outside its range.
+        """
+        known = option_fields()
+        config = self
+        for name, value in changes.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise StrideError(
+                    f"{where} has the key {name!r}, which is no option"
+                    + (f"; did you mean {near[0]!r}?" if near else "; 'stride-ray config' lists them all.")
+                )
+            config = _replaced(config, name.split("."), _checked(name, value, known[name], where))
+        return config
+
+
+# The stage before each, and what each one's output depends on besides its inputs. A stage's identity also holds the
+# keys of the stages before it.
+STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "blocks": ("", ("corpus.columns", "corpus.tokenizer", "corpus.layout", "corpus.block_tokens", "corpus.shard_mb")),
+    "curvature": ("blocks", ("seed", "model.path", "model.start", "model.dtype", "operators.layers")),
+    "operators": ("curvature", ("model.split", "membership", "operators", "fit")),
+    "directions": ("curvature", ("solve",)),
+    "responses": ("operators", ("solve", "respond", "attribute.top")),
+    "estimates": ("responses", ("recover",)),
+    "influence": ("estimates", ("attribute.candidates",)),
+    "exact": ("curvature", ("solve", "attribute.top")),
+}
+
+
+def stage_keys(config: Config, stage: str) -> dict[str, Any]:
+    """The options that ``stage`` and everything before it depend on, as ``{"section.key": value}``."""
+    prefixes: list[str] = []
+    while stage:
+        stage, own = STAGES[stage]
+        prefixes += own
+    return {k: v for k, v in config.flat().items() if any(k == p or k.startswith(p + ".") for p in prefixes)}
+
+
+def stage_hash(config: Config, stage: str) -> str:
+    """Sixteen hexadecimal digits that change whenever an option that ``stage`` depends on does."""
+    return digest(stage_keys(config, stage))
+
+
+def digest(value: Any) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def loads(text: str, where: str = "the configuration") -> Config:
+    """Read a configuration from TOML; keys that are absent keep their defaults.
+
+    Raises:
+        StrideError: for text that is no TOML, unknown keys and values out of range, naming ``where`` and the key.
+    """
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise StrideError(f"{where} is not valid TOML: {error}.") from None
+    flat: dict[str, Any] = {}
+    tree.pop("run", None)  # what Run.save adds: facts, not options
+    for name, value in tree.items():
+        if isinstance(value, dict) and is_dataclass(getattr(Config(), name, None)):
+            flat.update({f"{name}.{key}": item for key, item in value.items()})
+        else:
+            flat[name] = value
+    return Config().updated(flat, where)
+
+
+def dumps(config: Config, comments: bool = False) -> str:
+    """The configuration as canonical TOML; with ``comments``, each option under a line that explains it."""
+    lines, section, flat = [], "", config.flat()
+    for name, declared in option_fields().items():
+        parent, _, key = name.rpartition(".")
+        if parent != section:
+            lines += ["", f"[{parent}]"]
+            section = parent
+        if comments:
+            choices = declared.metadata["choices"]
+            lines.append(f"# {declared.metadata['help']}" + (f" [{' | '.join(choices)}]" if choices else ""))
+        value = flat[name]
+        if isinstance(value, dict):
+            inner = ", ".join(tomli_w.dumps({k: v}).strip() for k, v in value.items())
+            lines.append(f"{key} = {{ {inner} }}" if inner else f"{key} = {{}}")
+        else:
+            lines.append(tomli_w.dumps({key: value}).strip())
+    return "\n".join(lines) + "\n"
+
+
+def option_fields() -> dict[str, dataclasses.Field]:
+    """Every option by its dotted name, with its declaration (default, help, choices)."""
+    found: dict[str, dataclasses.Field] = {}
+    for outer in fields(Config):
+        value = getattr(Config(), outer.name)
+        if is_dataclass(value):
+            found.update({f"{outer.name}.{inner.name}": inner for inner in fields(value)})
+        else:
+            found[outer.name] = outer
+    return found
+
+
+def _lookup(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _replaced(node: Any, path: list[str], value: Any) -> Any:
+    inner = value if len(path) == 1 else _replaced(getattr(node, path[0]), path[1:], value)
+    return replace(node, **{path[0]: inner})
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _checked(name: str, value: Any, declared: dataclasses.Field, where: str) -> Any:
+    """``value`` in the option's own type, or one sentence."""
+    default = _lookup(Config(), name)
+    metadata = declared.metadata
+    try:
+        value = _converted(value, default)
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        kinds = {dict: "role=column pairs", tuple: "a list of paths", bool: "true or false", str: "text"}
+        kind = {**kinds, int: "a whole number", float: "a number"}[type(default)]
+        raise StrideError(f"{where} sets {name} to {value!r}; it must be {kind}.") from None
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise StrideError(f"{where} sets {name} to {value!r}; it must be one of {', '.join(metadata['choices'])}.")
+    low = metadata["low"]
+    if low is not None and value < low:
+        raise StrideError(f"{where} sets {name} to {value}; it must be at least {low}.")
+    if name == "recover.penalty_ratio" and not 0 < value <= 1:
+        raise StrideError(f"{where} sets {name} to {value}; it must lie above 0 and at most 1.")
+    return value
+
+
+def _converted(value: Any, default: Any) -> Any:
+    if isinstance(default, bool):
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if isinstance(value, bool):
+            return value
+        raise TypeError
+    if isinstance(default, dict):
+        if isinstance(value, str):
+            pairs = [item.partition("=") for item in value.split(",") if item]
+            if not all(separator for _, separator, _ in pairs):
+                raise ValueError
+            return {key.strip(): item.strip() for key, _, item in pairs}
+        return {str(key): str(item) for key, item in value.items()}
+    if isinstance(default, tuple):
+        return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
+    if isinstance(default, str) and not isinstance(value, str):
+        raise TypeError
+    if isinstance(value, bool):
+        raise TypeError
+    if isinstance(default, int):
+        try:
+            whole = int(value)  # not by way of a float, which has 53 bits
+        except ValueError:
+            whole = int(float(value))  # 1e9
+            value = float(value)
+        if not isinstance(value, str) and whole != value:
+            raise ValueError
+        return whole
+    if isinstance(default, float) and not math.isfinite(float(value)):
+        raise ValueError
+    return type(default)(value)

@@ -1,0 +1,96 @@
+"""The tree is the pipeline: imports run one way, mathematics knows no Ray, no folder holds too much."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stride_ray
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "stride_ray"
+# What a folder may import: itself and those before it.
+ORDER = (
+    *("runtime", "corpus", "models", "operators", "report", "attribution", "selection", "contamination", "evaluate"),
+    "cli",
+)
+# The mathematics: no Ray here, nor in anything that they import of ours.
+MATHEMATICS = (
+    *("models.sites", "models.vocabulary", "models.matrices", "models.curvature.conjugate_gradients"),
+    *("models.curvature.gauss_newton", "models.curvature.sketch", "operators.forms", "operators.closed_form"),
+    *("operators.membership", "operators.one_bit", "operators.training.objective", "attribution.lasso"),
+)
+
+
+def files():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path):
+    """Modules of ours that a file imports, where it is or within functions, and whether that is for types alone."""
+    tree = ast.parse(path.read_text())
+    typing = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing:
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("stride_ray", "benchmarks"):
+            for name in node.names:
+                inner = f"{node.module}.{name.name}"
+                yield inner if (ROOT / inner.replace(".", "/")).with_suffix(".py").exists() else node.module
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names if each.name.split(".")[0] in ("stride_ray", "benchmarks"))
+
+
+def test_arrows_run_one_way():
+    back = []
+    for path in files():
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if len(parts) == 1:
+            continue  # the doors
+        for module in imported(path):
+            folder = module.split(".")[1] if "." in module else ""
+            if module.startswith("benchmarks") or (folder and ORDER.index(folder) > ORDER.index(parts[0])):
+                back.append(f"{'/'.join(parts)} imports {module}")
+    assert not back
+
+
+def test_no_imports_in_a_circle():
+    arrows = {}
+    for path in files():
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        arrows[name] = {module for module in imported(path) if module != "stride_ray"}
+    settled = set()
+    while free := {name for name, to in arrows.items() if name not in settled and to <= settled | {name}}:
+        settled |= free
+    assert not set(arrows) - settled
+
+
+def test_no_folder_is_too_full_and_no_file_too_long():
+    here = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert len(here) <= 12, sorted(path.name for path in here)
+    for folder in {path.parent for path in files()}:
+        assert len(list(folder.glob("*.py"))) <= 12, folder
+    long = {path.name: lines for path in files() if (lines := len(path.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_mathematics_imports_no_ray():
+    code = "import sys; " + "; ".join(f"import stride_ray.{each}" for each in MATHEMATICS)
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'ray' not in sys.modules"], check=True)
+
+
+def test_the_facade_is_lazy_and_whole():
+    code = "import stride_ray, sys; assert not {'torch', 'ray', 'pyarrow'} & set(sys.modules); stride_ray.Config"
+    subprocess.run([sys.executable, "-c", f"{code}; assert not {{'torch', 'ray'}} & set(sys.modules)"], check=True)
+    for name in stride_ray.__all__:
+        assert name in dir(stride_ray)
+        assert getattr(stride_ray, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'attributes'"):
+        _ = stride_ray.attributes

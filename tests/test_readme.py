@@ -1,4 +1,4 @@
-"""The README's promises: every snippet in it runs, in order, in one folder, on the real quickstart."""
+"""The README's promises: every snippet in it and in docs/ runs, in order, in one folder, on the real quickstart."""
 
 import os
 import re
@@ -10,13 +10,19 @@ import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SNIPPETS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = [
+    snippet
+    for page in PAGES
+    for snippet in re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+]
 
 # How each snippet begins, what it prints, and what it leaves.
 EXPECTED = [
     ("source .venv", [], []),
     ("from stride_ray", ["influence"], ["mine/influence/prompts/page.html"]),
     ("echo", ["influence/ask", "exact/ask"], ["mine/exact/ask/page.html"]),
+    ("stride-ray config", ["[solve]", "steps = 1"], []),
     ("stride-ray select", ["tokens, by rank over prompts", "At random beside it"], ["chosen/random/manifest.parquet"]),
     ("mkdir -p evaluation", ["1 new finding(s)", "status 2", "0 new finding(s)"], ["scans/latest.json"]),
     ("stride-ray plan", ["1,000,000 blocks, 500 queries, 8 workers", "all of estimated", "a further batch"], []),

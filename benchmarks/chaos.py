@@ -42,9 +42,9 @@ from stride_ray.selection.select import select
 
 NODE, WORKER, DRIVER = KINDS = ("node", "worker", "driver")
 NODES, NAME = 2, "asked"
-# What Ray calls the processes that do our work: Ray Data's workers, members of a crew, tasks. Its own (agents, without
+# What Ray calls the processes that do our work: Ray Data's workers, actors of a pool, tasks. Its own (agents, without
 # which a node ends; actors that count) are left alone.
-OURS = ("ray::MapWorker", "ray::_Member", "ray::_task")
+OURS = ("ray::MapWorker", "ray::_PoolActor", "ray::_task")
 # Stages in order, by the folder whose being there says that the stage has begun.
 STAGES = {
     "shard": "blocks",
@@ -118,7 +118,7 @@ def chaos(out: str, rounds: int, seed: int = 0) -> list[Round]:
                 made = _round(root, plain, root / f"round-{number:03d}", rng, nodes)
                 store.write_json(record, asdict(made))
             found.append(_restored(store.read_json(record)))
-            tqdm.write(f"round {number}: {told(found[-1])}")
+            tqdm.write(f"round {number}: {describe(found[-1])}")
         return found
     finally:
         os.environ.pop("RAY_ADDRESS", None)
@@ -227,7 +227,7 @@ def data_files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
 
 
-def told(found: Round) -> str:
+def describe(found: Round) -> str:
     """A round in a line."""
     struck = ", ".join(f"{kind} in {stage}" for kind, stage in found.strikes) or "nothing was struck"
     end = "equal" if found.equal else found.failure or f"{len(found.different)} files differ: {found.different[:5]}"

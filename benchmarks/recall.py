@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from stride_ray.attribution.directions import begin_directions, part_count, read_directions, take_directions
+from stride_ray.attribution.directions import begin_directions, compute_directions, part_count, read_directions
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.shard import shard
 from stride_ray.evaluate.baselines.lexical import tfidf
@@ -25,11 +25,11 @@ from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark
 from stride_ray.models.curvature.kfac import SITES, begin_curvature, finish_curvature, load_sites
 from stride_ray.models.curvature.sketch import sketch_of, sketched
 from stride_ray.models.loading import load_measured_model, measured_weights
-from stride_ray.models.pool_worker import PoolWorker
+from stride_ray.models.pool_worker import ModelWorker
 from stride_ray.models.sites import harm_halved, site_gradients
 from stride_ray.operators.one_bit import packed_queries, packed_rows, products, word_starts
 from stride_ray.operators.site_fit import coordinates_in, shapes_of
-from stride_ray.runtime.actor_pool import crew_for
+from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
@@ -67,14 +67,14 @@ def measure_recall(
     stage = Stage(run.store.child("recall"), blocks.manifest["fingerprint"])
     units = [(f"scores-{i:05d}", *ends) for i, ends in enumerate(blocks.cut(unit_count(len(blocks))))]
     questions = query_table(benchmark.queries)
-    with crew_for(run.config, len(units)) as crew:
-        finish_curvature(run.config, blocks, curvature, crew)
+    with shared_actor_pool(run.config, len(units)) as actors:
+        finish_curvature(run.config, blocks, curvature, actors)
         directions = begin_directions(run, questions, "recall")
-        take_directions(run.config, blocks, curvature.store, directions, len(questions), crew)
+        compute_directions(run.config, blocks, curvature.store, directions, len(questions), actors)
         done = stage.done()
         left = [unit for unit in units if unit[0] not in done]
-        given = (run.config, blocks, crew.device, curvature.store, directions, stage, tuple(row_bytes))
-        progress(crew.map(RecallWorker, given, left), "recall", len(left), "units", lambda _: 1)
+        given = (run.config, blocks, actors.device, curvature.store, directions, stage, tuple(row_bytes))
+        progress(actors.map(RecallWorker, given, left), "recall", len(left), "units", lambda _: 1)
     read = [stage.store.read_tensors(f"{name}.safetensors") for name, *_ in units]
     scores = {key: torch.cat([each[key] for each in read], 1).numpy() for key in read[0]}
     return {
@@ -103,7 +103,7 @@ def filled_pool(benchmark: Benchmark, texts: Sequence[str], store: Store, size: 
     return run
 
 
-class RecallWorker(PoolWorker):
+class RecallWorker(ModelWorker):
     """Publishes some blocks' exact influence on all queries, and the products of their rows of every size."""
 
     load = staticmethod(load_measured_model)

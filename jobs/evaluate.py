@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ablations=parsed.ablations,
             compute=compute_of(parsed),
         )
-        print(done["told"])
+        print(done["summary"])
         print(json.dumps(done["result"]))
 
     return exit_status("evaluate", work)

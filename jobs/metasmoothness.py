@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done = metasmoothness(
             benchmark, parsed.recipe, parsed.out, parsed.draws, parsed.seed, parsed.step, compute_of(parsed)
         )
-        print(done["told"])
+        print(done["summary"])
 
     return exit_status("metasmoothness", work)
 

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             like=parsed.like,
             compute=compute_of(parsed),
         )
-        print(done["told"])
+        print(done["summary"])
 
     return exit_status("retrain", work)
 

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from stride_ray.attribution.attribute import answer
 from stride_ray.cli.arguments import assignment
 from stride_ray.cli.exits import exit_status
-from stride_ray.corpus.documents import Encoded
+from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.queries import SCHEMA, row
 from stride_ray.corpus.shard import shard
 from stride_ray.evaluate.closed_loop import LOSS, ClosedLoop, compare_arms
@@ -60,7 +60,7 @@ def prepare(folder: str, out: str, sources: bool, changes: dict[str, str]) -> tu
     queries = given.read_table("queries.parquet").to_pylist()
     for index, query in enumerate(queries):
         ids = np.array(query["token_ids"], dtype=np.int32)
-        query |= row(f"q{index}", Encoded(f"q{index}", query["domain"], ids, None))
+        query |= row(f"q{index}", TokenizedDocument(f"q{index}", query["domain"], ids, None))
     answer(run, pa.Table.from_pylist([{name: query[name] for name in SCHEMA.names} for query in queries], SCHEMA), SET)
     return run, pa.Table.from_pylist(
         [{name: query[name] for name in ("query_id", "domain", "part")} for query in queries]

@@ -30,7 +30,7 @@ from stride_ray.operators.fit import fit
 from stride_ray.runtime import actor_pool, tasks
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import Pool
+from stride_ray.runtime.tasks import WorkerAllocation
 
 TOKENS, VOCABULARY = 32, 320
 # Text of a corpus that wants to be a script.
@@ -232,11 +232,11 @@ def killed_at_write(count):
             yield writes
 
 
-class PlainCrew:
-    """Crew without Ray: its maps run in this process, one unit after the other."""
+class PlainPool:
+    """An actor pool without Ray: its maps run in this process, one unit after the other."""
 
-    def __init__(self, pool):
-        self.pool, self.device = pool, pool.device
+    def __init__(self, allocation):
+        self.allocation, self.device = allocation, allocation.device
 
     def __enter__(self):
         return self
@@ -249,20 +249,20 @@ class PlainCrew:
         return [worker(unit) for unit in units]
 
 
-def _plain_map(make, arguments, units, pool):
-    return PlainCrew(pool).map(make, arguments, units)
+def _plain_map(make, arguments, units, allocation):
+    return PlainPool(allocation).map(make, arguments, units)
 
 
 def run_plainly(patch):
     """Have what is imported run without Ray: the same functions in a plain loop, which Ray must not differ from."""
     changes = {
         tasks.connected: lambda compute: contextlib.nullcontext(),
-        tasks.pool: lambda compute, units, worker_gb=0.0: Pool(1, "cpu"),
+        tasks.allocate_workers: lambda compute, units, worker_gb=0.0: WorkerAllocation(1, "cpu"),
         tasks.map_dataset: _plain_map,
-        tasks.map_tasks: lambda function, given, units, pool: [function(*given, unit) for unit in units],
+        tasks.map_tasks: lambda function, given, units, allocation: [function(*given, unit) for unit in units],
         actor_pool.map_actors: _plain_map,
-        actor_pool.Crew: PlainCrew,
-        actor_pool.crew_for: lambda compute, units: PlainCrew(Pool(1, "cpu")),
+        actor_pool.ActorPool: PlainPool,
+        actor_pool.shared_actor_pool: lambda compute, units: PlainPool(WorkerAllocation(1, "cpu")),
     }
     named = {original.__name__: original for original in changes}
     users = [module for name, module in sys.modules.items() if name.startswith(("stride_ray.", "benchmarks."))]

@@ -20,12 +20,11 @@ from stride_ray.cli.main import main
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.tokenizing import load_tokenizer
-from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import Pool, map_dataset, map_tasks
-from stride_ray.runtime.tasks import pool as workers_of
+from stride_ray.runtime.tasks import WorkerAllocation, allocate_workers, map_dataset, map_tasks
 
 JOBS = Path(__file__).parent.parent / "jobs"
 
@@ -271,18 +270,18 @@ def test_more_workers_than_there_are(copied, parts, told, one_ray):
     assert "asks for 3 worker(s) with a GPU each; the Ray cluster has 0 GPUs" in sentence
     assert time.monotonic() - began < 60
     with pytest.raises(StrideError, match="64"):
-        workers_of(ComputeConfig(workers=64), 100)
+        allocate_workers(ComputeConfig(workers=64), 100)
 
 
 def test_a_workers_sentence_survives_the_way_back(one_ray):
     def fail(unit):
         raise StrideError("one sentence")
 
-    one = Pool(1, "cpu")
+    one = WorkerAllocation(1, "cpu")
     with pytest.raises(StrideError, match=r"^one sentence$"):
         list(map_tasks(fail, (), [1], one))
-    with Crew(one) as crew, pytest.raises(StrideError, match=r"^one sentence$"):
-        list(crew.map(lambda: fail, (), [1]))
+    with ActorPool(one) as actors, pytest.raises(StrideError, match=r"^one sentence$"):
+        list(actors.map(lambda: fail, (), [1]))
     with pytest.raises(StrideError, match=r"^one sentence$"):
         list(map_dataset(lambda: fail, (), [{"unit": 1}], one))
 

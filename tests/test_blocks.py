@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stride_ray.corpus import blocks
 from stride_ray.corpus.blocks import Blocks, document_shares, fixed_lists
-from stride_ray.corpus.documents import Encoded
+from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.numbering import with_ordinals
 from stride_ray.corpus.packing import make_blocks
 from stride_ray.corpus.readers import Rejected
@@ -20,7 +20,7 @@ TOKENS = 4
 
 def encoded(name, count, masked):
     mask = np.arange(count) % 2 == 0 if masked else None
-    return Encoded(name, f"source-{name}", np.arange(1, count + 1, dtype=np.int32), mask)
+    return TokenizedDocument(name, f"source-{name}", np.arange(1, count + 1, dtype=np.int32), mask)
 
 
 @pytest.fixture(params=[4096, 3])

@@ -7,8 +7,8 @@ from test_sites import llama
 from stride_ray.models import batch_size
 from stride_ray.models.batch_size import kept_bytes, rows_at_once
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.models.sites import find_sites, tapped
-from stride_ray.runtime import actor_pool, tasks
+from stride_ray.models.sites import find_sites, forward_with_activations
+from stride_ray.runtime import memory, tasks
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.memory import peak_bytes, resident_bytes, restart_peak
 from stride_ray.runtime.options import ComputeConfig
@@ -61,11 +61,11 @@ def test_a_pass_takes_about_what_was_counted():
     rows, tokens = 64, 128
     ids, names = torch.zeros(rows, tokens, dtype=torch.long), find_sites(big)
     counted = rows * kept_bytes(big, tokens)
-    held = tapped(big, names, ids)  # so that libraries have loaded what they load
+    held = forward_with_activations(big, names, ids)  # so that libraries have loaded what they load
     del held
     restart_peak()
     before = resident_bytes()
-    z, _, wrote = tapped(big, names, ids)
+    z, _, wrote = forward_with_activations(big, names, ids)
     torch.autograd.grad(z.sum(), list(wrote.values()))
     grown = peak_bytes() - before
     assert 0.5 * counted < grown < 2 * batch_size.PASS * counted
@@ -77,7 +77,7 @@ def test_workers_are_no_more_than_memory_holds(monkeypatch, parts):
     monkeypatch.setattr(tasks.ray_state.state, "get_max_resources_from_cluster_config", lambda: {"CPU": 8})
 
     def workers(worker_gb, units=100, **compute):
-        return tasks.pool(ComputeConfig(device="cpu", **compute), units, worker_gb).workers
+        return tasks.allocate_workers(ComputeConfig(device="cpu", **compute), units, worker_gb).workers
 
     assert (workers(4.0), workers(0.0), workers(1.0), workers(100.0)) == (4, 8, 8, 1)
     assert workers(4.0, workers=8) == 8  # who asks for eight gets eight
@@ -86,6 +86,6 @@ def test_workers_are_no_more_than_memory_holds(monkeypatch, parts):
     cluster["CPU"] /= 4  # a quarter of the nodes is there, and the rest can come
     assert workers(4.0) == 4
     small = Config().updated({"model.path": str(parts.model), "compute.worker_gb": 6.0})
-    assert actor_pool.expected_gb(small) == actor_pool.SMALL_GB
-    assert actor_pool.expected_gb(small.updated({"compute.worker_gb": 1.0})) == 1.0
-    assert actor_pool.expected_gb(small.updated({"model.path": "a/hub-id"})) == 6.0
+    assert memory.expected_gb(small) == memory.SMALL_MODEL_GB
+    assert memory.expected_gb(small.updated({"compute.worker_gb": 1.0})) == 1.0
+    assert memory.expected_gb(small.updated({"model.path": "a/hub-id"})) == 6.0

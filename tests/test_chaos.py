@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos import STAGES, Round, counted, data_files, told
+from benchmarks.chaos import STAGES, Round, counted, data_files, describe
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,9 +31,9 @@ def test_rounds_are_told_and_counted():
     bad = Round((("node", "fit"),), 1, 50.0, ("exact/asked/influence-00000.parquet",))
     lost = Round((), 3, 900.0, (), "it did not end within 900 s")
     assert [each.equal for each in (good, bad, lost)] == [True, False, False]
-    assert told(good) == "node in fit, driver in exact; 2 driver(s), 60 s; equal"
-    assert "1 files differ" in told(bad)
-    assert "did not end" in told(lost)
+    assert describe(good) == "node in fit, driver in exact; 2 driver(s), 60 s; equal"
+    assert "1 files differ" in describe(bad)
+    assert "did not end" in describe(lost)
     assert counted([good, bad, lost]) == {"driver in exact": 1, "node in fit": 2}
 
 

@@ -40,7 +40,7 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import Pool
+from stride_ray.runtime.tasks import WorkerAllocation
 
 N, Q, S = 40, 6, 24
 JOB = Path(__file__).parent.parent / "jobs" / "evaluate.py"
@@ -236,8 +236,8 @@ def test_checkpoints_are_made_once_and_datamodels_read_the_truth(made, tmp_path,
     done = compare(made, str(out), ["datamodels", "tracin", "trak"])
     assert done["failed"] == {}
     assert sorted(path.name for path in (out / "checkpoints").glob("epoch-*")) == ["epoch-1", "epoch-2", "epoch-3"]
-    assert "Training once more for checkpoints took" in done["told"]
-    assert "not counted (TracIn, TRAK)" in done["told"]
+    assert "Training once more for checkpoints took" in done["summary"]
+    assert "not counted (TracIn, TRAK)" in done["summary"]
     assert read_scores(Store(str(out)), "sums/datamodels.npz").shape == (Q, S)
     assert sorted(scores_of(out)) == ["tracin.npz", "trak.npz"]
     benchmark = read_benchmark(made)
@@ -267,7 +267,7 @@ def test_whatever_a_method_does_is_a_reason(made, tmp_path, monkeypatch):
         monkeypatch.setitem(comparison.METHODS, "random", replace(comparison.METHODS["random"], run=run))
         done = compare(made, str(tmp_path / "out"), ["random", "tfidf"])
         assert done["failed"] == {"random": told}
-        assert f"- random: {told}" in done["told"]
+        assert f"- random: {told}" in done["summary"]
     assert not (tmp_path / "out/scores/_done/random.json").exists()
 
 
@@ -323,7 +323,7 @@ def test_methods_are_known_by_name():
 def test_the_default_runs_on_a_pool_smaller_than_its_subsets_and_without_a_tokenizer(
     made, tmp_path, plain, monkeypatch, capsys
 ):
-    monkeypatch.setattr(stride_variants, "pool", lambda compute, units: Pool(3, "cpu"))
+    monkeypatch.setattr(stride_variants, "pool", lambda compute, units: WorkerAllocation(3, "cpu"))
     bare = tmp_path / "bare"
     shutil.copytree(made, bare)
     for path in (bare / "model").glob("*token*"):

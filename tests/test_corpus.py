@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stride_ray.corpus import packing
-from stride_ray.corpus.documents import Encoded, read
-from stride_ray.corpus.numbering import leave, left, with_ordinals
+from stride_ray.corpus.documents import TokenizedDocument, read
+from stride_ray.corpus.numbering import read_staged, with_ordinals, write_staged
 from stride_ray.corpus.packing import Counts, block_id, block_schema, iter_blocks, make_blocks
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import plan
@@ -36,7 +36,7 @@ def corpora(draw):
 
 
 def encoded(name, ids, mask=None, source="web"):
-    return Encoded(name, source, np.array(ids, np.int32), None if mask is None else np.array(mask, bool))
+    return TokenizedDocument(name, source, np.array(ids, np.int32), None if mask is None else np.array(mask, bool))
 
 
 def with_end(document, layout):
@@ -208,10 +208,10 @@ def test_block_ids_do_not_depend_on_the_place_and_are_unique_over_units(tmp_path
 
 
 def test_what_is_left_for_numbering_comes_back_whole_and_a_torn_file_is_a_sentence(tmp_path):
-    table, _ = make_blocks([Encoded("a", "s", np.arange(20, dtype=np.int32))], "split", 8, 0, 0)
+    table, _ = make_blocks([TokenizedDocument("a", "s", np.arange(20, dtype=np.int32))], "split", 8, 0, 0)
     store = Store(str(tmp_path))
-    leave(store, "00000", table)
-    assert left(store, "00000").equals(table)
+    write_staged(store, "00000", table)
+    assert read_staged(store, "00000").equals(table)
     (tmp_path / "00000.arrow").write_bytes((tmp_path / "00000.arrow").read_bytes()[:-20])
     with pytest.raises(StrideError, match=r"00000.arrow cannot be read .*; delete its folder and run again"):
-        left(store, "00000")
+        read_staged(store, "00000")

@@ -17,7 +17,12 @@ from stride_ray.runtime.config import Config
 from stride_ray.selection.choice import MANIFEST
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "cluster/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "cluster/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 FILES = (ROOT / "docs/files.md").read_text("utf-8")
 WORDS = 800
 

@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stride_ray.corpus import readers
-from stride_ray.corpus import splits as units
 from stride_ray.corpus.documents import Document, detect_columns, read, resolve_columns
+from stride_ray.corpus.files import SourceFile
 from stride_ray.corpus.readers import Rejected
-from stride_ray.corpus.splits import Unit, plan
+from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.urls import redacted, redacted_error
 
 TEXT = {"text": "text"}
 MANY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -273,7 +274,7 @@ def test_archives_caches_and_odd_names_can_be_read(tmp_path):
 def test_units_travel_as_json_and_tell_changes_by_version(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
     before = plan([path], 10)
-    assert [Unit.from_dict(json.loads(json.dumps(unit.to_dict()))) for unit in before] == before
+    assert [InputSplit.from_dict(json.loads(json.dumps(unit.to_dict()))) for unit in before] == before
     assert len({unit.key for unit in before}) == len(before) > 1
     os.utime(path, (1, 1))
     after = plan([path], 10)
@@ -312,18 +313,18 @@ def test_inputs_that_cannot_be_planned_are_told_in_a_sentence(tmp_path):
     ],
 )
 def test_no_credentials_in_what_is_shown(text, safe):
-    assert units.shown(text) == safe
+    assert redacted(text) == safe
 
 
 @pytest.mark.parametrize("url", ["ftp://me:secret@localhost:1/x.jsonl", "memory://me:secret@x/a.jsonl?sig=secret"])
 def test_no_credentials_in_errors(url):
     with pytest.raises(StrideError) as told:
         plan([url], 100)
-    unit = Unit("k", "jsonl", (units.SourceFile("a", url, 1, ""),), 0, 1)
+    unit = InputSplit("k", "jsonl", (SourceFile("a", url, 1, ""),), 0, 1)
     with pytest.raises(StrideError) as told_too:
         list(read(unit, TEXT))
     assert "secret" not in str(told.value) + str(told_too.value)
-    assert "secret" not in units.told(OSError("/me:secret@x sig=secret secret"), url)
+    assert "secret" not in redacted_error(OSError("/me:secret@x sig=secret secret"), url)
 
 
 @pytest.mark.parametrize(

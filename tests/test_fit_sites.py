@@ -95,7 +95,7 @@ def test_the_store_is_what_its_page_says(estimated):
     rows = store.read(store.facts["parts"][0])
     assert rows.bits.shape[1] == store.starts[-1]
     assert rows.scales.shape[1] == len(store.facts["sites"]) == 7
-    assert rows.bits[0].nbytes + rows.scales[0].nbytes == store.facts["row_bytes"] <= site_fit.MOST
+    assert rows.bits[0].nbytes + rows.scales[0].nbytes == store.facts["row_bytes"] <= site_fit.MAX_BLOCK_ROW_BYTES
     whole = store.take(np.arange(len(store)))
     some = store.take(np.array([0, 5, len(store) - 1]))
     assert np.array_equal(some.bits, whole.bits[[0, 5, -1]])
@@ -195,10 +195,10 @@ def test_the_budget_decides_between_blocks_and_subsets(parts, sharded, plain):
     run = Run(str(sharded("budget")), changes=options(parts))
     n = len(Blocks(run.stage("blocks").store))
     for share, rows in ((1.01, "blocks"), (0.99, "subsets")):
-        config = run.config.updated({"operators.budget_gb": share * n * site_fit.LEAST / 2**30})
+        config = run.config.updated({"operators.budget_gb": share * n * site_fit.MIN_BLOCK_ROW_BYTES / 2**30})
         of_blocks, K, room = site_fit.rows_for(config, n)
         assert (of_blocks, K) == ((True, n) if rows == "blocks" else (False, 16))
-        assert room <= site_fit.MOST
+        assert room <= site_fit.MAX_BLOCK_ROW_BYTES
 
 
 def run_verb(*arguments):
@@ -271,7 +271,7 @@ def test_blocks_that_overflow_are_counted_and_too_many_end_the_fit(parts, sharde
     folder = sharded("overflow")
     run = Run(str(folder), changes=options(parts, compute__batch_tokens=10**6, attribute__candidates=0))
     with monkeypatch.context() as patch:
-        patch.setattr(site_fit, "NOT_FINITE", 1.0)
+        patch.setattr(site_fit, "MAX_NONFINITE_SHARE", 1.0)
         fit(run)
     facts = run.stage("operators").store.read_json("metadata.json")
     assert 0 < facts["not_finite"] < facts["blocks"]

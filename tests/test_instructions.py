@@ -50,7 +50,7 @@ from stride_ray.runtime.actor_pool import map_actors
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import Pool
+from stride_ray.runtime.tasks import WorkerAllocation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import sft as job
@@ -274,7 +274,7 @@ def test_a_worker_of_ray_trains_the_same_model(done, parts, one_ray, tmp_path):
     blocks, stage = Blocks(done.run.stage("blocks").store), Stage(Store(str(tmp_path)), "same")
     answers = [row for row in asked_queries(done.run, NAME).to_pylist() if row["status"] == "ok"]
     given = (instruction_tuning.fine_tune, stage, blocks.store, answers, OPTIONS, str(parts.model), 0, "cpu")
-    (marker,) = map_actors(partial, given, [str(parts.model)], Pool(1, "cpu"))
+    (marker,) = map_actors(partial, given, [str(parts.model)], WorkerAllocation(1, "cpu"))
     before = json.loads((done.out / "_done/model.json").read_text())["losses"]
     for moment, losses in marker["losses"].items():
         assert losses == pytest.approx({name: before[moment][name] for name in losses}, abs=1e-5)

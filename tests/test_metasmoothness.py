@@ -72,7 +72,7 @@ def test_a_straight_recipe_has_one_and_a_chaotic_one_about_none(made, one_ray, t
     benchmark, recipe = made
     straight = metasmoothness(benchmark, recipe("Straight"), str(tmp_path / "straight"), draws=2)
     assert straight["smoothness"] > 0.999
-    assert "Metasmoothness 1.000 (2 draw(s) of weights, from 1.000 to 1.000; h = 0.1)" in straight["told"]
+    assert "Metasmoothness 1.000 (2 draw(s) of weights, from 1.000 to 1.000; h = 0.1)" in straight["summary"]
     chaotic = metasmoothness(benchmark, recipe("Chaotic"), str(tmp_path / "chaotic"), draws=2)
     assert abs(chaotic["smoothness"]) < 0.2  # a step back is as likely as one on, longer ones are more often back
 

@@ -20,7 +20,7 @@ def attempt(stage, *results, amount):
     """One attempt at a stage: a phase whose results cost (seconds, MB, worker) each."""
     with costed(stage), phase("score", "blocks", amount):
         for result in results:
-            costs.noted(result)
+            costs.add_result_cost(result)
 
 
 def test_costs_of_several_attempts_are_added(tmp_path):
@@ -40,7 +40,7 @@ def test_the_starts_of_several_phases_are_added(tmp_path):
     with costed(stage):
         for label, start in (("score", 1.0), ("rank", 2.0)):
             with phase(label, "blocks", 1):
-                costs.noted((5.0, 300, "a", {"start": start}))
+                costs.add_result_cost((5.0, 300, "a", {"start": start}))
     phases = json.loads((tmp_path / "cost.json").read_text())["phases"]
     assert phases["start"]["wall"] == 3.0
     assert (phases["score"]["busy"], phases["rank"]["busy"]) == (4.0, 3.0)

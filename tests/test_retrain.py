@@ -204,7 +204,7 @@ def test_results_are_those_of_the_recipe_in_a_plain_loop(made, retrained):
     assert (truth.losses[0] != truth.losses[1]).all()
     assert (done["trained"], done["models"]) == (4, 4)
     for fact in ("2 subsets of 12 of 24 blocks, 2 seed(s) each: 4 models", "correlation", "nats"):
-        assert fact in done["told"]
+        assert fact in done["summary"]
     assert done["agreement"] == pytest.approx(read_agreement(truth))
     for name in ("lds_seed0.jsonl", "lds_seed1.jsonl"):
         assert len((out / name).read_text().splitlines()) == 3

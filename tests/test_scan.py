@@ -12,7 +12,7 @@ from conftest import killed_at_write, run_plainly, write_lines
 
 from stride_ray.cli.main import main
 from stride_ray.contamination import nightly
-from stride_ray.contamination.compare import compare, told
+from stride_ray.contamination.compare import compare, describe
 from stride_ray.contamination.items import read_set
 from stride_ray.contamination.nightly import scan
 from stride_ray.runtime.errors import StrideError
@@ -267,7 +267,7 @@ def test_the_command_line_and_its_exit_statuses(place, capsys):
     assert main(["scan", "compare", nights[0], str(place)]) == 1
     assert "no finished scan" in capsys.readouterr().err
     found = compare(str(place / "scans/nights/n3"), nights[0])
-    assert told(found).splitlines()[0] == "1 resolved"
+    assert describe(found).splitlines()[0] == "1 resolved"
     assert main([*common, "--evaluation", str(place / "items.jsonl"), "--fields", "question"]) == 1
 
 

@@ -103,8 +103,8 @@ def test_what_is_not_understood_is_told_with_file_and_row(row, why, tmp_path):
     path = write(tmp_path / "bad.jsonl", [{"question": "fine", "answer": "yes"}, row])
     found = read_set(path)
     assert len(found.items) == 1
-    assert found.rejects[0].told().startswith("bad.jsonl, row 2: ")
-    assert why in found.rejects[0].told()
+    assert found.rejects[0].sentence().startswith("bad.jsonl, row 2: ")
+    assert why in found.rejects[0].sentence()
 
 
 def test_folders_parts_repeated_items_and_names(tmp_path):

@@ -15,7 +15,7 @@ from stride_ray.runtime.options import SelectConfig
 from stride_ray.runtime.storage import Store
 from stride_ray.selection import ranking
 from stride_ray.selection.choice import KEPT_UNNAMED, Best, Drawn, check_options, reasons, write_manifest
-from stride_ray.selection.duplicates import Taken, signature
+from stride_ray.selection.duplicates import NearDuplicateIndex, signature
 from stride_ray.selection.pool import POOL
 from stride_ray.selection.ranking import ORDERED, Database, Target, batches, random_order, rank_documents
 
@@ -295,7 +295,7 @@ def test_near_duplicates_are_passed_over_and_name_their_twin(tmp_path):
 def test_signatures_estimate_the_jaccard_similarity():
     rng = np.random.default_rng(1)
     one = rng.integers(0, 5000, 400)
-    taken = Taken(0.5)
+    taken = NearDuplicateIndex(0.5)
     taken.add("one", signature(one))
     assert taken.like(signature(one)) == "one"
     for cut, expected in ((40, "one"), (320, None)):

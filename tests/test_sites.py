@@ -20,12 +20,12 @@ from stride_ray.models.sites import (
     Site,
     add_moments,
     find_sites,
+    forward_with_activations,
     influence,
     moments_of,
     origin_weight,
     preconditioned,
     site_gradients,
-    tapped,
 )
 from stride_ray.models.vocabulary import SKETCH, TokenSide, projected, token_side
 from stride_ray.runtime.errors import StrideError
@@ -132,7 +132,7 @@ def test_sites_of_the_last_layers_alone_have_the_same_gradients(made, texts, wan
         torch.testing.assert_close(J, expected[name])
     torch.testing.assert_close(losses, again, equal_nan=True)
     with torch.no_grad():
-        z, _, wrote = tapped(model, names[first:], texts[0])
+        z, _, wrote = forward_with_activations(model, names[first:], texts[0])
     assert all(each.requires_grad for each in (z, *wrote.values()))
     assert wrote[names[first]].is_leaf  # nothing goes back further
 

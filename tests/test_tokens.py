@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from stride_ray.corpus.documents import Document, Encoded
+from stride_ray.corpus.documents import Document, TokenizedDocument
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.tokenizing import (
     encode,
@@ -134,7 +134,7 @@ def test_a_turn_without_a_marker_keeps_the_newline_that_ends_it(tokenizer):
 def test_conversations_that_the_template_does_not_take(tokenizer):
     forgotten = chat(tokenizer, FORGETFUL, turns("a", "b", "c", "d"))
     assert "generation" in forgotten.reason
-    assert isinstance(chat(tokenizer, FORGETFUL, turns("a", "b")), Encoded)
+    assert isinstance(chat(tokenizer, FORGETFUL, turns("a", "b")), TokenizedDocument)
     broken = chat(tokenizer, "{{ raise_exception('only one turn, please') }}", turns("a", "b"), "d7")
     assert broken == Rejected("d7", None, "the chat template does not take it: only one turn, please")
     with pytest.raises(StrideError, match="no chat template"):

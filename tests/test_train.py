@@ -21,7 +21,7 @@ from stride_ray.models.loading import load_run_model
 from stride_ray.operators.fit import fit
 from stride_ray.operators.membership import membership_of
 from stride_ray.operators.stored import load_operators
-from stride_ray.operators.training.batches import Walk, own_and_other, plan_step
+from stride_ray.operators.training.batches import SeededShuffle, own_and_other, plan_step
 from stride_ray.operators.training.optimizers import RowAdam
 from stride_ray.operators.training.ray_trainer import train_distributed, train_rank
 from stride_ray.operators.training.trainer import Loop, Ranks, run_loop
@@ -29,7 +29,7 @@ from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import Pool
+from stride_ray.runtime.tasks import WorkerAllocation
 
 V, N, T = 50, 48, 16
 
@@ -97,23 +97,23 @@ def test_the_walk_meets_every_block_once_an_epoch_and_needs_no_history(made, mon
     monkeypatch.setattr("stride_ray.operators.training.batches.SLICE", 5)
     monkeypatch.setattr("stride_ray.operators.training.batches.HELD_SLICES", 3)
     blocks = Blocks(Store(str(made / "blocks")))
-    walk = Walk(blocks, 3, 7)
+    walk = SeededShuffle(blocks, 3, 7)
     batches = [walk.batch(step) for step in range(2 * N // 7)]
     ordinals = np.concatenate([batch.ordinals for batch in batches])
     assert sorted(ordinals[:N]) == list(range(N))
     assert list(ordinals[:N]) != list(range(N))
     assert sorted(ordinals[:N]) != sorted(ordinals[N : 2 * N - 6])
-    later = Walk(blocks, 3, 7).batch(9)
+    later = SeededShuffle(blocks, 3, 7).batch(9)
     for array, again, read in zip(batches[9], later, blocks.batch(later.ordinals), strict=True):
         assert np.array_equal(array, again)
         assert np.array_equal(again, read)
-    assert len(Walk(blocks, 3, 1000).batch(0).ordinals) == N
+    assert len(SeededShuffle(blocks, 3, 1000).batch(0).ordinals) == N
 
 
 @pytest.mark.parametrize("form", ["regular", "bernoulli"])
 def test_a_step_pairs_blocks_with_their_own_subsets_and_with_others(made, form):
     config = config_of(made, membership__form=form)
-    membership, walk = membership_of(config), Walk(Blocks(Store(str(made / "blocks"))), 0, 6)
+    membership, walk = membership_of(config), SeededShuffle(Blocks(Store(str(made / "blocks"))), 0, 6)
     plan = plan_step(walk, membership, 0, 4)
     columns = membership.columns_at(plan.batch.ordinals)
     assert len(plan.fidelity) > 4
@@ -264,7 +264,7 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(made, tmp_path, 
     stage, killed, over = stage_of(tmp_path), [], threading.Event()
     killer = threading.Thread(target=_kill_a_worker, args=(stage.store.child("loop"), killed, over), daemon=True)
     killer.start()
-    train_distributed(config, Blocks(Store(str(made / "blocks"))), stage, Pool(1, "cpu"))
+    train_distributed(config, Blocks(Store(str(made / "blocks"))), stage, WorkerAllocation(1, "cpu"))
     over.set()
     assert killed
     found, _ = load_operators(stage.store.child("trained"))
@@ -277,7 +277,9 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(made, tmp_path, 
 
     broken = config_of(made, model__path=str(tmp_path / "nowhere"))
     with pytest.raises(StrideError, match="nowhere"):
-        train_distributed(broken, Blocks(Store(str(made / "blocks"))), stage_of(tmp_path / "other"), Pool(1, "cpu"))
+        train_distributed(
+            broken, Blocks(Store(str(made / "blocks"))), stage_of(tmp_path / "other"), WorkerAllocation(1, "cpu")
+        )
 
 
 @pytest.mark.cluster
@@ -302,10 +304,10 @@ def test_a_node_that_never_comes_back_ends_the_loop_and_fewer_workers_finish_it(
         killer.start()
         started = time.monotonic()
         with pytest.raises(StrideError, match=r"no room for 2 worker\(s\) with a CPU each, 3 times"):
-            train_distributed(config, blocks, stage, Pool(2, "cpu"))
+            train_distributed(config, blocks, stage, WorkerAllocation(2, "cpu"))
         assert time.monotonic() - started < 120
         assert stage.store.child("loop").names("", ".safetensors")
-        train_distributed(config, blocks, stage, Pool(1, "cpu"))
+        train_distributed(config, blocks, stage, WorkerAllocation(1, "cpu"))
         alone = loop_of(made, config)
         for _ in range(60):
             alone.step()

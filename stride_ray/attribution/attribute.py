@@ -15,7 +15,7 @@ from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.tokenizing import load_tokenizer
 from stride_ray.operators.fit import fit
 from stride_ray.report.page import attribution_page
-from stride_ray.runtime.actor_pool import crew_for
+from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 
@@ -54,7 +54,7 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
     stage = run.stage(table_stage(run), name)
     gap = f", largest relative duality gap {summary['largest_gap']:.1e}" if summary.get("largest_gap") else ""
     unsolved = f" ({summary['unsolved']} without a solve, which came to nothing)" if summary["unsolved"] else ""
-    how = "" if summary["exact"] == summary["rows"] else f"; the others are estimates{believable(summary)}"
+    how = "" if summary["exact"] == summary["rows"] else f"; the others are estimates{reliability_note(summary)}"
     print(
         f"\n{summary['queries']} queries ({summary['failed']} failed){unsolved}, {summary['rows']} influences, "
         f"median {summary['median_nonzeros']:g} blocks a query{gap}; {summary['exact']} of them are exact{how}.\n"
@@ -64,7 +64,7 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
     return {**summary, "page": page}
 
 
-def believable(summary: dict[str, Any]) -> str:
+def reliability_note(summary: dict[str, Any]) -> str:
     """How well estimates correlate with exact influence by their split-half reliability; empty where none is known."""
     if summary.get("reliability") is None:
         return ""
@@ -83,7 +83,7 @@ def answer(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
         return {**exact_influence(run, table, name), "mode": "exact"}
     if not run.store.exists("operators/metadata.json"):
         fit(run)
-    with crew_for(run.config, unit_count(len(Blocks(run.stage("blocks").store)))):
+    with shared_actor_pool(run.config, unit_count(len(Blocks(run.stage("blocks").store)))):
         respond_table(run, table, name)
         estimated = recover_estimates(run, name)
         return {"largest_gap": estimated["largest_gap"], **rescore(run, name), "mode": "estimated"}
@@ -102,7 +102,7 @@ def write_page(run: Run, name: str) -> str:
 def _write_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
     store = run.stage(table_stage(run), name).store
     facts = {**_about(run), **store.read_json("manifest.json"), "mode": mode_of(run), "name": name, "run": run.url}
-    facts["believable"] = believable(facts)
+    facts["believable"] = reliability_note(facts)
     trust = store.read_json("trust.json") if store.exists("trust.json") else None
     store.write("page.html", attribution_page(shown, facts, trust).encode())
     return store.name_of("page.html")

@@ -18,10 +18,10 @@ from stride_ray.models.curvature.conjugate_gradients import Gradient, curvature_
 from stride_ray.models.curvature.gauss_newton import GaussNewton, batch_rows
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.loading import load_measured_model, load_run_model
-from stride_ray.models.pool_worker import PoolWorker
+from stride_ray.models.pool_worker import ModelWorker
 from stride_ray.models.query_batches import batches, checked, padded
 from stride_ray.models.sites import site_gradients
-from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import costed
 from stride_ray.runtime.run import Run, Stage
@@ -62,7 +62,9 @@ def gradient_name(part: int) -> str:
     return f"gradients-{part:05d}"
 
 
-def take_directions(config: Config, blocks: Blocks, curvature: Store, stage: Stage, queries: int, crew: Crew) -> None:
+def compute_directions(
+    config: Config, blocks: Blocks, curvature: Store, stage: Stage, queries: int, actors: ActorPool
+) -> None:
     """Publish what is missing of all queries' gradients.
 
     Args:
@@ -71,14 +73,14 @@ def take_directions(config: Config, blocks: Blocks, curvature: Store, stage: Sta
         curvature: the finished sites.
         stage: ``directions/<name>``, begun, with ``queries.parquet``.
         queries: how many there are.
-        crew: that does it.
+        actors: that do it.
     """
     there = set(stage.store.names(ending=".safetensors"))
     parts = range(part_count(curvature, queries))
     missing = [part for part in parts if f"{gradient_name(part)}.safetensors" not in there]
     if missing:
         with costed(stage):
-            results = crew.map(DirectionWorker, (config, blocks, crew.device, curvature, stage), missing)
+            results = actors.map(DirectionWorker, (config, blocks, actors.device, curvature, stage), missing)
             stage.remember(progress(results, "queries", len(missing), "parts", lambda _: 1))
 
 
@@ -93,7 +95,7 @@ def read_directions(stage: Stage, part: int) -> tuple[list[dict[str, Any]], Grad
     return answers, stage.store.read_tensors(f"{gradient_name(part)}.safetensors")
 
 
-class DirectionWorker(PoolWorker):
+class DirectionWorker(ModelWorker):
     """Publishes some queries' gradients, with their losses and errors."""
 
     load = staticmethod(load_measured_model)

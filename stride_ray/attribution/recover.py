@@ -16,11 +16,11 @@ from stride_ray.attribution.lasso import recover
 from stride_ray.attribution.responses import read_responses
 from stride_ray.models.sites import HARM
 from stride_ray.operators.membership import Membership, membership_of
-from stride_ray.runtime.actor_pool import crew_for
+from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.config import Config
-from stride_ray.runtime.costs import START, apart, costed
+from stride_ray.runtime.costs import START, costed, record_separately
 from stride_ray.runtime.run import Run, Stage, part_name
-from stride_ray.runtime.tasks import Pool, map_tasks, progress
+from stride_ray.runtime.tasks import WorkerAllocation, map_tasks, progress
 
 # Response parts in a unit: the solver shares its passes over M between the queries of a unit.
 PARTS_PER_UNIT = 4
@@ -68,13 +68,13 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
     done = stage.done()
     missing = [unit for unit in units if part_name(unit[0] // PARTS_PER_UNIT) not in done]
     if missing:
-        with costed(stage), crew_for(run.config, len(missing)) as crew:
+        with costed(stage), shared_actor_pool(run.config, len(missing)) as actors:
             work = take_estimates if facts.get("rows") == "blocks" else solve_estimates
             given = (run.config, responses, stage, facts["blocks"])
-            # Where the crew has GPUs, the machines' CPUs are free, and there are more of them.
-            spare = crew.device == "cuda" and work is solve_estimates
-            cpus = Pool(crew.pool.workers, "cpu")
-            results = map_tasks(work, given, missing, cpus) if spare else crew.map(partial, (work, *given), missing)
+            # Where the actors have GPUs, the machines' CPUs are free, and there are more of them.
+            spare = actors.device == "cuda" and work is solve_estimates
+            cpus = WorkerAllocation(actors.allocation.workers, "cpu")
+            results = map_tasks(work, given, missing, cpus) if spare else actors.map(partial, (work, *given), missing)
             stage.remember(progress(results, "recover", len(missing), "units", _one))
     done = stage.done()
     markers = [done[part_name(index)] for index in range(len(units))]
@@ -114,7 +114,7 @@ def solve_estimates(config: Config, responses: Stage, stage: Stage, n_blocks: in
     membership = membership_of(config)
     # Imports and compiles what recovery needs, so that its cost is told apart.
     recover(np.arange(config.membership.subsets, dtype=float)[None], membership, 64, ratio=0.9)
-    apart(START, time.monotonic() - started)
+    record_separately(START, time.monotonic() - started)
     rows, vectors = read_all(responses, unit)
     options = config.recover
     recovered = recover(
@@ -125,7 +125,7 @@ def solve_estimates(config: Config, responses: Stage, stage: Stage, n_blocks: in
         nonnegative=options.nonnegative,
         row_scaling=options.row_scaling,
     )
-    apart("columns", sum(each.seconds for each in recovered))
+    record_separately("columns", sum(each.seconds for each in recovered))
     unscaled = weight_unit(config, membership, n_blocks)
     found = iter(recovered)
     for row in rows:

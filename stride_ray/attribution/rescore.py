@@ -17,22 +17,22 @@ from stride_ray.attribution.directions import (
     UNIT,
     begin_directions,
     clear_directions,
+    compute_directions,
     gradient_bytes,
     queries_a_unit,
-    take_directions,
 )
 from stride_ray.attribution.recover import read_estimates
-from stride_ray.attribution.scoring import QueryWorker, ScoreWorker, Scoring, query_name
+from stride_ray.attribution.scoring import QueryWorker, ScoreUnit, ScoreWorker, query_name
 from stride_ray.attribution.tables import rank_unit
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.queries import check_name, fingerprint
 from stride_ray.models.curvature.kfac import begin_curvature, finish_curvature
 from stride_ray.models.loading import measured_weights
 from stride_ray.models.pool_worker import check_tokenizer
-from stride_ray.runtime.actor_pool import Crew, crew_for
+from stride_ray.runtime.actor_pool import ActorPool, shared_actor_pool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import costed
-from stride_ray.runtime.run import Run, Stage, unless_finished
+from stride_ray.runtime.run import Run, Stage, tolerate_concurrent_finish
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import progress
 
@@ -40,7 +40,7 @@ from stride_ray.runtime.tasks import progress
 MOST, CANDIDATES, UNITS = 256, 128, 8
 # Candidates that hold 95 % of the exact best ten: ten, and so many times N^⅓ more where operators have 1 KiB a block,
 # falling with that power of the bytes (RESULTS.md, Shortlists; fitted at 1,600 to 115,465 blocks). And the most.
-FEWEST, MORE, FALL, LARGEST = 10, 34.0, 1.75, 1600
+BASE_CANDIDATES, CANDIDATE_FACTOR, BYTES_EXPONENT, MAX_CANDIDATES = 10, 34.0, 1.75, 1600
 
 
 def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
@@ -71,16 +71,16 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
         stage.store.write_table("queries.parquet", table)
     if not stage.store.exists("manifest.json"):
         with (
-            unless_finished(stage, "manifest.json"),
-            crew_for(run.config, unit_count(len(blocks))) as crew,
+            tolerate_concurrent_finish(stage, "manifest.json"),
+            shared_actor_pool(run.config, unit_count(len(blocks))) as actors,
         ):
-            finish_curvature(run.config, blocks, curvature, crew)
+            finish_curvature(run.config, blocks, curvature, actors)
             with costed(stage):
-                answers, groups = _query_gradients(run, blocks, curvature.store, stage, name, crew)
+                answers, groups = _query_gradients(run, blocks, curvature.store, stage, name, actors)
                 ranges = list(enumerate(blocks.cut(unit_count(len(blocks)))))
-                units = [Scoring(_unit_name(g, i), g, *ordinals) for g in groups for i, ordinals in ranges]
-                _score(run.config, blocks, curvature.store, stage, units, crew)
-                _rank(run.config, blocks, stage, units, answers, crew)
+                units = [ScoreUnit(_unit_name(g, i), g, *ordinals) for g in groups for i, ordinals in ranges]
+                _score(run.config, blocks, curvature.store, stage, units, actors)
+                _rank(run.config, blocks, stage, units, answers, actors)
     clear_directions(run, name)
     stage.clear_tensors()
     return stage.store.read_json("manifest.json")
@@ -117,13 +117,13 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
         stage.store.write_table("queries.parquet", run.stage("responses", name).store.read_table("queries.parquet"))
     if not stage.store.exists("manifest.json"):
         with (
-            unless_finished(stage, "manifest.json"),
-            crew_for(run.config, unit_count(len(blocks))) as crew,
+            tolerate_concurrent_finish(stage, "manifest.json"),
+            shared_actor_pool(run.config, unit_count(len(blocks))) as actors,
         ):
             if curvature is not None:
-                finish_curvature(run.config, blocks, curvature, crew)
+                finish_curvature(run.config, blocks, curvature, actors)
             with costed(stage):
-                _rescore(run, blocks, curvature.store if curvature else None, stage, estimates, name, wanted, crew)
+                _rescore(run, blocks, curvature.store if curvature else None, stage, estimates, name, wanted, actors)
     clear_directions(run, name)
     stage.clear_tensors()
     return stage.store.read_json("manifest.json")
@@ -137,17 +137,17 @@ def _rescore(
     estimates: Stage,
     name: str,
     candidates: int,
-    crew: Crew,
+    actors: ActorPool,
 ) -> None:
     rows = read_estimates(estimates)
-    units: list[Scoring] = []
+    units: list[ScoreUnit] = []
     if curvature is None:
         answers = [rows[at : at + UNIT] for at in range(0, len(rows), UNIT)]
     else:
-        answers, groups = _query_gradients(run, blocks, curvature, stage, name, crew, rows)
+        answers, groups = _query_gradients(run, blocks, curvature, stage, name, actors, rows)
         units = [unit for group in groups for unit in candidate_units(group, answers, candidates)]
-        _score(run.config, blocks, curvature, stage, units, crew)
-    _rank(run.config, blocks, stage, units, answers, crew)
+        _score(run.config, blocks, curvature, stage, units, actors)
+    _rank(run.config, blocks, stage, units, answers, actors)
 
 
 def candidate_count(config: Config, operators: dict[str, Any]) -> int:
@@ -163,16 +163,16 @@ def candidate_count(config: Config, operators: dict[str, Any]) -> int:
     wanted = config.attribute.candidates
     if wanted < 0 and "row_bytes" in operators:
         a_block = operators["row_bytes"] * operators["subsets"] / operators["blocks"]
-        return min(LARGEST, candidates_needed(operators["blocks"], a_block))
+        return min(MAX_CANDIDATES, candidates_needed(operators["blocks"], a_block))
     return 100 if wanted < 0 else wanted
 
 
 def candidates_needed(n_blocks: int, bytes_a_block: float) -> int:
     """How many candidates of a query hold 95 % of the exact best ten of so many blocks."""
-    return round(FEWEST + MORE * n_blocks ** (1 / 3) / (bytes_a_block / 1024) ** FALL)
+    return round(BASE_CANDIDATES + CANDIDATE_FACTOR * n_blocks ** (1 / 3) / (bytes_a_block / 1024) ** BYTES_EXPONENT)
 
 
-def candidate_units(group: tuple[int, ...], answers: list[list[dict[str, Any]]], candidates: int) -> list[Scoring]:
+def candidate_units(group: tuple[int, ...], answers: list[list[dict[str, Any]]], candidates: int) -> list[ScoreUnit]:
     """Units over the union of a group's candidates, CANDIDATES blocks at most; only a query's own are scored for it."""
     good = [row for part in group for row in answers[part] if row["status"] == "ok"]
     chosen = [_largest(row["ordinals"], row["estimates"], candidates) for row in good]
@@ -183,7 +183,7 @@ def candidate_units(group: tuple[int, ...], answers: list[list[dict[str, Any]]],
         pairs = [(row, np.flatnonzero(np.isin(some, mine))) for row, mine in enumerate(chosen)]
         rows = np.concatenate([np.full(len(places), row) for row, places in pairs])
         wanted = np.stack([rows, np.concatenate([places for _, places in pairs])]).astype(np.int32)
-        units.append(Scoring(_unit_name(group, index), group, ordinals=some, wanted=wanted))
+        units.append(ScoreUnit(_unit_name(group, index), group, ordinals=some, wanted=wanted))
     return units
 
 
@@ -198,7 +198,7 @@ def _query_gradients(
     curvature: Store,
     stage: Stage,
     name: str,
-    crew: Crew,
+    actors: ActorPool,
     estimated: list[dict[str, Any]] | None = None,
 ) -> tuple[list[list[dict[str, Any]]], list[tuple[int, ...]]]:
     """Publish H⁻¹ times all queries' directions.
@@ -219,8 +219,8 @@ def _query_gradients(
     missing = [part for part in parts if query_name(part[0]) not in done]
     if missing:
         directions = begin_directions(run, table, name)
-        take_directions(run.config, blocks, curvature, directions, queries, crew)
-        results = crew.map(QueryWorker, (directions, crew.device, curvature, stage), missing)
+        compute_directions(run.config, blocks, curvature, directions, queries, actors)
+        results = actors.map(QueryWorker, (directions, actors.device, curvature, stage), missing)
         stage.remember(progress(results, "invert", len(missing), "parts", lambda _: 1))
     done = stage.done()
     before = iter(known)
@@ -240,11 +240,13 @@ def _unit_name(group: tuple[int, ...], index: int) -> str:
     return f"scores-{group[0]:05d}-{group[-1]:05d}-{index:05d}"
 
 
-def _score(config: Config, blocks: Blocks, curvature: Store, stage: Stage, units: list[Scoring], crew: Crew) -> None:
+def _score(
+    config: Config, blocks: Blocks, curvature: Store, stage: Stage, units: list[ScoreUnit], actors: ActorPool
+) -> None:
     """Score what is missing."""
     done = stage.done()
     missing = [unit for unit in units if unit.name not in done]
-    results = crew.map(ScoreWorker, (config, blocks, crew.device, curvature, stage), missing)
+    results = actors.map(ScoreWorker, (config, blocks, actors.device, curvature, stage), missing)
     progress(results, "score", sum(unit.blocks for unit in missing), "blocks", lambda marker: marker["blocks"])
 
 
@@ -252,15 +254,15 @@ def _rank(
     config: Config,
     blocks: Blocks,
     stage: Stage,
-    units: list[Scoring],
+    units: list[ScoreUnit],
     answers: list[list[dict[str, Any]]],
-    crew: Crew,
+    actors: ActorPool,
 ) -> None:
     """Write what is missing of the tables, and the manifest."""
     done = stage.done()
     left = [part for part in range(len(answers)) if f"{part:05d}" not in done]
     groups = [(unit.group, unit.name) for unit in units]
-    told = crew.map(partial, (rank_unit, config, blocks, stage, groups, answers), left)
+    told = actors.map(partial, (rank_unit, config, blocks, stage, groups, answers), left)
     stage.remember(progress(told, "rank", len(left), "parts", lambda _: 1))
     markers = [marker for name, marker in stage.done().items() if name.isdigit()]
     kept = [rows for marker in markers for rows in marker["nonzeros"]]

@@ -24,11 +24,11 @@ from stride_ray.models.loading import load_run_model, measured_weights
 from stride_ray.models.query_batches import batches, checked, padded
 from stride_ray.operators.row_store import RowStore
 from stride_ray.operators.stored import load_operators
-from stride_ray.runtime.actor_pool import crew_for
+from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import costed
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.run import Run, Stage, part_name, unless_finished
+from stride_ray.runtime.run import Run, Stage, part_name, tolerate_concurrent_finish
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import progress
 from stride_ray.runtime.urls import first_line
@@ -66,7 +66,7 @@ def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     facts = operators.store.read_json("metadata.json")
     # What rows were added for since the fit began is told by the rows alone.
     corpus = facts.get("corpus", operators.store.read_json("stage.json")["keys"]["corpus"])
-    told_of_new_blocks(run, facts)
+    check_unfitted_blocks(run, facts)
     stage = run.begin("responses", name, corpus=corpus, queries=fingerprint(table), weights=weights)
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", table)
@@ -75,7 +75,7 @@ def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     return _respond_steered(run, operators.store, stage, table)
 
 
-def told_of_new_blocks(run: Run, facts: dict[str, Any]) -> None:
+def check_unfitted_blocks(run: Run, facts: dict[str, Any]) -> None:
     """Refuse a pool with blocks that have no rows and may be given some; say so where they may not.
 
     Raises:
@@ -95,12 +95,12 @@ def _respond_sites(run: Run, operators: Store, stage: Stage, name: str, queries:
     """Products with the rows of operators at every site."""
     if not stage.store.exists("manifest.json"):
         with (
-            unless_finished(stage, "manifest.json"),
+            tolerate_concurrent_finish(stage, "manifest.json"),
             costed(stage),
-            crew_for(run.config, unit_count(len(RowStore(operators)))) as crew,
+            shared_actor_pool(run.config, unit_count(len(RowStore(operators)))) as actors,
         ):
             blocks, curvature = Blocks(run.stage("blocks").store), run.stage("curvature").store
-            respond_sites(run, blocks, curvature, operators, stage, name, crew)
+            respond_sites(run, blocks, curvature, operators, stage, name, actors)
             markers = [marker for unit, marker in stage.done().items() if unit.startswith("part-")]
             reliable = [each for marker in markers for each in marker["reliability"]]
             summary = {
@@ -123,14 +123,14 @@ def _respond_steered(run: Run, operators: Store, stage: Stage, table: pa.Table) 
     done = stage.done()
     missing = [unit for unit in units if part_name(unit[0]) not in done]
     if missing:
-        with costed(stage), crew_for(run.config, len(missing)) as crew:
-            given = (run.config, run.store, stage, crew.device)
+        with costed(stage), shared_actor_pool(run.config, len(missing)) as actors:
+            given = (run.config, run.store, stage, actors.device)
             if mode == "auto" and "modes" not in done:
                 stage.remember(
-                    progress(crew.map(Comparer, given, [(0, 0)]), "compare modes", 1, "samples", lambda _: 1)
+                    progress(actors.map(Comparer, given, [(0, 0)]), "compare modes", 1, "samples", lambda _: 1)
                 )
             total = sum(min(UNIT, table.num_rows - start) for _, start in missing)
-            results = crew.map(Responder, (*given, _chosen(stage, mode)), missing)
+            results = actors.map(Responder, (*given, _chosen(stage, mode)), missing)
             stage.remember(progress(results, "respond", total, "queries", lambda marker: marker["queries"]))
     done = stage.done()
     summary = {

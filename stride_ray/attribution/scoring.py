@@ -17,7 +17,7 @@ from stride_ray.corpus.blocks import Batch, Blocks
 from stride_ray.corpus.queries import NOT_FINITE
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.loading import load_measured_model
-from stride_ray.models.pool_worker import PoolWorker
+from stride_ray.models.pool_worker import ModelWorker
 from stride_ray.models.sites import influence, site_gradients
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Stage
@@ -25,7 +25,7 @@ from stride_ray.runtime.storage import Store, tensor_bytes
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoreUnit:
     """A unit of work.
 
     Attributes:
@@ -80,7 +80,7 @@ class QueryWorker:
         return self.stage.mark(name, started, answers=answers)
 
 
-class ScoreWorker(PoolWorker):
+class ScoreWorker(ModelWorker):
     """Scores a unit's blocks for a group of queries and publishes what is kept.
 
     Of consecutive blocks each query's ``attribute.top`` largest influences, of candidates all that are wanted:
@@ -96,7 +96,7 @@ class ScoreWorker(PoolWorker):
         self.group: tuple[int, ...] = ()
         self.queries: dict[str, torch.Tensor] = {}
 
-    def __call__(self, unit: Scoring) -> dict[str, Any]:
+    def __call__(self, unit: ScoreUnit) -> dict[str, Any]:
         """Do one unit; returns its marker."""
         started = time.monotonic()
         if unit.group != self.group:
@@ -110,10 +110,10 @@ class ScoreWorker(PoolWorker):
         self.stage.store.write(f"{unit.name}.safetensors", tensor_bytes(kept))
         return self.stage.mark(unit.name, started, blocks=unit.blocks)
 
-    def _batches(self, unit: Scoring) -> Iterator[Batch]:
+    def _batches(self, unit: ScoreUnit) -> Iterator[Batch]:
         if unit.ordinals is None:
             return self.blocks.batches(unit.start, unit.stop, self.rows)
-        return self.taken(unit.ordinals)
+        return self.batches_at(unit.ordinals)
 
     def _largest(self, scores: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
         # Ties go by ordinal, whatever the unit: the order of equals must not depend on the sort.
@@ -129,7 +129,7 @@ class ScoreWorker(PoolWorker):
         return {name: torch.cat([tensors.pop(name) for tensors in full]).to(self.model.device) for name in names}
 
 
-def _wanted(scores: torch.Tensor, unit: Scoring) -> dict[str, torch.Tensor]:
+def _wanted(scores: torch.Tensor, unit: ScoreUnit) -> dict[str, torch.Tensor]:
     kept = torch.full_like(scores, torch.nan)
     # What Ray hands over must not be written to, which torch does not know of.
     rows, places = torch.tensor(unit.wanted).long()

@@ -16,11 +16,11 @@ import torch
 
 from stride_ray.attribution.directions import (
     begin_directions,
+    compute_directions,
     gradient_bytes,
     part_count,
     queries_a_unit,
     read_directions,
-    take_directions,
 )
 from stride_ray.attribution.responses import response_schema
 from stride_ray.corpus.blocks import Blocks
@@ -31,7 +31,7 @@ from stride_ray.models.sites import HARM, harm_halved
 from stride_ray.operators.one_bit import Queries, packed_queries, products
 from stride_ray.operators.row_store import RowStore
 from stride_ray.operators.sketched_rows import SKETCH, finite_rows
-from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Run, Stage, part_name
 from stride_ray.runtime.storage import Store, tensor_bytes
@@ -55,7 +55,7 @@ RESPONSES = pa.schema(
 
 
 def respond_sites(
-    run: Run, blocks: Blocks, curvature: Store, operators: Store, stage: Stage, name: str, crew: Crew
+    run: Run, blocks: Blocks, curvature: Store, operators: Store, stage: Stage, name: str, actors: ActorPool
 ) -> None:
     """Publish the responses, ``part-*.parquet``.
 
@@ -71,7 +71,7 @@ def respond_sites(
         operators: the finished store of rows.
         stage: ``responses/<name>``, begun, with ``queries.parquet``.
         name: the query set.
-        crew: that does it.
+        actors: that do it.
     """
     config, table = run.config, stage.store.read_table("queries.parquet")
     parts = list(range(part_count(curvature, table.num_rows)))
@@ -79,8 +79,8 @@ def respond_sites(
     missing = [part for part in parts if code_name(part) not in done]
     if missing:
         directions = begin_directions(run, table, name)
-        take_directions(config, blocks, curvature, directions, table.num_rows, crew)
-        coded = crew.map(QueryCoder, (directions, operators, crew.device, stage), missing)
+        compute_directions(config, blocks, curvature, directions, table.num_rows, actors)
+        coded = actors.map(QueryCoder, (directions, operators, actors.device, stage), missing)
         stage.remember(progress(coded, "code", len(missing), "parts", lambda _: 1))
     store = RowStore(operators)
     several = MOST // queries_a_unit(gradient_bytes(curvature))
@@ -91,10 +91,10 @@ def respond_sites(
     units = [(group, *each) for group in open_groups for each in slices]
     missing_units = [unit for unit in units if scan_name(unit[0], unit[1]) not in done]
     total = sum(part["count"] for _, _, some in missing_units for part in some)
-    results = crew.map(RowScanner, (config, operators, stage), missing_units)
+    results = actors.map(RowScanner, (config, operators, stage), missing_units)
     stage.remember(progress(results, "multiply", total, "rows", lambda marker: marker["rows"]))
     left = [(part, group, len(slices)) for group in open_groups for part in group if part_name(part) not in done]
-    gathered = crew.map(partial, (gather, stage, config.attribute.top if store.of_blocks else 0), left)
+    gathered = actors.map(partial, (gather, stage, config.attribute.top if store.of_blocks else 0), left)
     stage.remember(progress(gathered, "gather", len(left), "parts", lambda _: 1))
 
 

@@ -84,14 +84,14 @@ def run_scan(run: Run, parsed: argparse.Namespace) -> int:
 
 def compare_nights(arguments: Sequence[str]) -> int:
     """``scan compare A B``; returns its exit status."""
-    from stride_ray.contamination.compare import compare, told
+    from stride_ray.contamination.compare import compare, describe
 
     parser = argparse.ArgumentParser(prog="stride-ray scan compare", description=COMPARE)
     parser.add_argument("a", metavar="A", help="dated folder of the earlier night")
     parser.add_argument("b", metavar="B", help="dated folder of the later night")
     parsed = parser.parse_args(arguments)
     found = compare(parsed.a, parsed.b)
-    print(told(found), file=sys.stdout)
+    print(describe(found), file=sys.stdout)
     return 2 if found.new else 0
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stride_ray.attribution.attribute import believable, mode_of
+from stride_ray.attribution.attribute import mode_of, reliability_note
 from stride_ray.runtime.config import STAGES
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
@@ -54,7 +54,7 @@ def _figures(stage: str, facts: dict[str, Any]) -> str:
     if stage == "curvature":
         return f"{len(facts['sites'])} sites"
     if stage == "responses":
-        return f"{facts['queries']} queries, {facts['failed']} failed, {facts['mode']}{believable(facts)}"
+        return f"{facts['queries']} queries, {facts['failed']} failed, {facts['mode']}{reliability_note(facts)}"
     exact = f" ({facts['exact']} of them exact)" if "exact" in facts else ""
     median = f"median {facts['median_nonzeros']:g} a query"
     return f"{facts['rows']} influences{exact} of {facts['queries']} queries, {median}"

@@ -82,7 +82,7 @@ def _shard(run: Run, parsed: argparse.Namespace) -> int:
     if manifest["rejected"]:
         print(f"{manifest['rejected']} rows were rejected; the first:")
     for reject in manifest["rejects"][:5]:
-        print(f"  {Rejected(**reject).told()}")
+        print(f"  {Rejected(**reject).sentence()}")
     return 0
 
 
@@ -136,9 +136,9 @@ def _select_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _select(run: Run, parsed: argparse.Namespace) -> int:
-    from stride_ray.selection.select import select, told
+    from stride_ray.selection.select import describe, select
 
-    print(told(select(run, parsed.name, parsed.out, parsed.blocks), parsed.out))
+    print(describe(select(run, parsed.name, parsed.out, parsed.blocks), parsed.out))
     return 0
 
 

@@ -67,7 +67,7 @@ def compare(a: str, b: str) -> Difference:
     return difference(*tables)
 
 
-def told(found: Difference) -> str:
+def describe(found: Difference) -> str:
     """The difference as lines for a person."""
     if not (found.new or found.resolved or found.changed):
         return "Nothing is new and nothing is resolved."

@@ -153,7 +153,7 @@ def query_table(run: Run, items: Sequence[Item]) -> pa.Table:
         for item in items
     ]
     rows = [
-        failed(item.key, each.told()) if isinstance(each, Rejected) else row(item.key, each)
+        failed(item.key, each.sentence()) if isinstance(each, Rejected) else row(item.key, each)
         for item, each in zip(items, encode(documents, tokenizer), strict=True)
     ]
     return pa.Table.from_pylist(rows, QUERIES)

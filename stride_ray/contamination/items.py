@@ -137,7 +137,7 @@ def read_set(
             else:
                 items.setdefault(found.key, found)
     if not items:
-        why = f"; the first row that is not understood: {rejects[0].told()}" if rejects else ""
+        why = f"; the first row that is not understood: {rejects[0].sentence()}" if rejects else ""
         raise StrideError(f"The evaluation set {name} ({path}) has no items{why}.")
     return EvaluationSet(name, tuple(items.values()), count - len(items) - len(rejects), tuple(rejects))
 

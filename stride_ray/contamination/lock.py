@@ -134,7 +134,7 @@ class Lock:
         """On a local disk: a file linked to its name is whole at once, and linking fails where the name is taken."""
         path = self.store.path(NAME)
         partial = f"{path}.{uuid.uuid4().hex}"
-        with self.store.told(NAME, "write"):
+        with self.store.translated_errors(NAME, "write"):
             os.makedirs(self.store.root, exist_ok=True)
             try:
                 if ended is not None:

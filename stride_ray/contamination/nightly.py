@@ -27,12 +27,12 @@ from stride_ray.contamination.verdicts import counts, verdicts
 from stride_ray.contamination.webhook import post
 from stride_ray.corpus.documents import resolve_columns
 from stride_ray.corpus.queries import check_name
-from stride_ray.corpus.splits import Unit, plan
+from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store, refuse_inside
-from stride_ray.runtime.urls import safe_url, shown
+from stride_ray.runtime.urls import redacted, safe_url
 
 CLEAN, FAILED, FOUND = 0, 1, 2
 # Nights that the page's plots go back, this one among them.
@@ -96,7 +96,7 @@ def scan(
         payload = {**manifest, "folder": folder, "status": status, "findings": found.new, "text": headline(manifest)}
         failure = post(webhook, payload)
     if not failure:
-        store.write_json(f"nights/{manifest['night']}/{TOLD}", {"webhook": shown(webhook)})
+        store.write_json(f"nights/{manifest['night']}/{TOLD}", {"webhook": redacted(webhook)})
     return {**manifest, "folder": folder, "status": FAILED if failure else status, "webhook": failure}
 
 
@@ -135,7 +135,7 @@ def corpus_of(run: Run, state: Store) -> Corpus:
     size = int(config.shard_mb * 1e6)
     units = plan(config.input, size)
     files = {file.name: file for unit in units for file in unit.files}
-    known = [Unit.from_dict(each) for each in state.read_json("units.json")] if state.exists("units.json") else []
+    known = [InputSplit.from_dict(each) for each in state.read_json("units.json")] if state.exists("units.json") else []
     same = [unit for unit in known if all(_same(file, files.get(file.name)) for file in unit.files)]
     if same:
         units = same + plan(config.input, size, skip={file.name for unit in same for file in unit.files})
@@ -250,7 +250,7 @@ def _told(each: EvaluationSet, table: pa.Table, lexical: Lexical, found: Differe
         "items": len(each.items),
         "repeated": each.repeated,
         "rejected": len(each.rejects),
-        "rejects": [reject.told() for reject in each.rejects[:5]],
+        "rejects": [reject.sentence() for reject in each.rejects[:5]],
         "short": sum(item.key in lexical.short for item in each.items),
         "verdicts": counts(mine),
         "new": sum(row["set"] == each.name for row in found.new),

@@ -21,12 +21,12 @@ import zstandard
 from stride_ray.contamination.nightly import corpus_of
 from stride_ray.corpus.files import END, SourceFile, compression
 from stride_ray.corpus.readers import raw_lines
-from stride_ray.corpus.splits import Unit
+from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage, claim
 from stride_ray.runtime.storage import Store, refuse_inside
-from stride_ray.runtime.urls import filesystem, shown
+from stride_ray.runtime.urls import filesystem, redacted
 
 # The target's hidden folder that says how it came about, which who reads the target does not take for documents.
 RECORD = ".purified"
@@ -68,7 +68,7 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
     if results.names() and not results.exists(f"{RECORD}/stage.json"):
         raise StrideError(f"{results.name_of('')} is not empty; give a new folder for the cleaned corpus.")
     # Not the night's name: a scan that is run again to go on with this makes a night of its own.
-    keys = {"run": shown(run.url), "whole": whole, "input": corpus.state, "findings": digest(rows)}
+    keys = {"run": redacted(run.url), "whole": whole, "input": corpus.state, "findings": digest(rows)}
     stage = claim(Stage(results.child(RECORD), digest(keys)), "purify", keys)
     files = sorted((file.name, unit) for unit in corpus.units for file in unit.files)
     files = list(dict(files).items())  # one of a file's units will do: it is written whole
@@ -137,7 +137,7 @@ def _copy(file: SourceFile, path: str) -> None:
         shutil.copyfileobj(source, target)
 
 
-def _write_text(unit: Unit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
+def _write_text(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
     fs, place = filesystem(file.url)
     packing = compression(file.name)
     with fs.open(place, "rb") as source:
@@ -149,9 +149,9 @@ def _write_text(unit: Unit, file: SourceFile, path: str, cleaner: _Cleaner) -> N
         _through(packing, target, iter([cleaned["text"].encode()]))
 
 
-def _write_lines(unit: Unit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
+def _write_lines(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
     def lines() -> Iterator[bytes]:
-        for offset, line in raw_lines(Unit(unit.key, "jsonl", (file,), 0, END)):
+        for offset, line in raw_lines(InputSplit(unit.key, "jsonl", (file,), 0, END)):
             if offset not in cleaner.leaks:
                 yield line + b"\n"
                 continue
@@ -163,7 +163,7 @@ def _write_lines(unit: Unit, file: SourceFile, path: str, cleaner: _Cleaner) -> 
         _through(compression(file.name), target, lines())
 
 
-def _write_parquet(unit: Unit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
+def _write_parquet(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
     fs, place = filesystem(file.url)
     with fs.open(place, "rb") as source:
         table = pq.ParquetFile(source)
@@ -176,7 +176,7 @@ def _write_parquet(unit: Unit, file: SourceFile, path: str, cleaner: _Cleaner) -
                 first += held.num_rows
 
 
-def _write_arrow(unit: Unit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
+def _write_arrow(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
     fs, place = filesystem(file.url)
     with fs.open(place, "rb") as source:
         framed = source.read(6) == b"ARROW1"
@@ -232,7 +232,7 @@ def _through(packing: str, target: IO[bytes], pieces: Iterator[bytes]) -> None:
             target.write(piece)
 
 
-_WRITERS: dict[str, Callable[[Unit, SourceFile, str, _Cleaner], None]] = {
+_WRITERS: dict[str, Callable[[InputSplit, SourceFile, str, _Cleaner], None]] = {
     "text": _write_text,
     "jsonl": _write_lines,
     "parquet": _write_parquet,

@@ -5,7 +5,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from stride_ray.runtime.urls import first_line, shown, told
+from stride_ray.runtime.urls import first_line, redacted, redacted_error
 
 SECONDS = 10.0
 
@@ -16,11 +16,11 @@ def post(url: str, payload: dict[str, Any]) -> str:
     try:
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method="POST")
         if request.type not in ("http", "https"):
-            return f"{shown(url)} is no http address"
+            return f"{redacted(url)} is no http address"
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             answer.read()
     except urllib.error.HTTPError as error:
-        return f"{shown(url)} answered {error.code}"
+        return f"{redacted(url)} answered {error.code}"
     except (OSError, ValueError) as error:
-        return f"{shown(url)} cannot be reached ({told(error, url)})" if str(error) else first_line(error)
+        return f"{redacted(url)} cannot be reached ({redacted_error(error, url)})" if str(error) else first_line(error)
     return ""

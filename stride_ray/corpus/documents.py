@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stride_ray.corpus.readers import Rejected, Row, rows
-from stride_ray.corpus.splits import Unit
+from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
 
 # What makes up a document, one of these sets of roles.
@@ -63,7 +63,7 @@ class Document:
     loss_mask: list[bool] | None = None
 
 
-def read(unit: Unit, columns: Mapping[str, str]) -> Iterator[Document | Rejected]:
+def read(unit: InputSplit, columns: Mapping[str, str]) -> Iterator[Document | Rejected]:
     """The documents of a unit in file order, and a reject for each row that is none.
 
     Args:
@@ -77,7 +77,7 @@ def read(unit: Unit, columns: Mapping[str, str]) -> Iterator[Document | Rejected
         yield item
 
 
-def read_placed(unit: Unit, columns: Mapping[str, str]) -> Iterator[tuple[int, Document | Rejected]]:
+def read_placed(unit: InputSplit, columns: Mapping[str, str]) -> Iterator[tuple[int, Document | Rejected]]:
     """As ``read``, each with its place: the byte offset of a line, the number of a row, or of a text file in the unit.
 
     A reject's place is -1.
@@ -95,7 +95,7 @@ def read_placed(unit: Unit, columns: Mapping[str, str]) -> Iterator[tuple[int, D
         yield place, _document(row, columns)
 
 
-def resolve_columns(units: Sequence[Unit], columns: Mapping[str, str] | None = None) -> dict[str, str]:
+def resolve_columns(units: Sequence[InputSplit], columns: Mapping[str, str] | None = None) -> dict[str, str]:
     """The complete mapping of roles to columns: as given, what makes up a document being detected where it is not.
 
     Returns:
@@ -129,7 +129,7 @@ def resolve_columns(units: Sequence[Unit], columns: Mapping[str, str] | None = N
     )
 
 
-def detect_columns(units: Sequence[Unit], advice: str = _ADVICE) -> dict[str, str]:
+def detect_columns(units: Sequence[InputSplit], advice: str = _ADVICE) -> dict[str, str]:
     """Which columns make up a document, by their names in the first readable row.
 
     Known are messages; prompt with completion or answer, question with answer, instruction with output; token_ids or
@@ -163,7 +163,7 @@ def detect_columns(units: Sequence[Unit], advice: str = _ADVICE) -> dict[str, st
     )
 
 
-def _readable_rows(units: Sequence[Unit], rejects: list[Rejected] | None = None) -> Iterator[Row]:
+def _readable_rows(units: Sequence[InputSplit], rejects: list[Rejected] | None = None) -> Iterator[Row]:
     for unit in units:
         if unit.kind == "text":
             continue
@@ -318,7 +318,7 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
+class TokenizedDocument:
     """A document as tokens.
 
     Attributes:

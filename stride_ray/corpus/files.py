@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fsspec.implementations.local import LocalFileSystem
 
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import filesystem, shown, told
+from stride_ray.runtime.urls import filesystem, redacted, redacted_error
 
 # ``Unit.stop`` of a unit that goes on to the end of its file.
 END = -1
@@ -80,14 +80,16 @@ def list_files(given: str) -> list[SourceFile]:
         elif any(sign in path for sign in "*?["):
             root, found = _expand_glob(fs, path)
         else:
-            raise StrideError(f"Input {shown(given)} does not exist; check the path, or create it.")
+            raise StrideError(f"Input {redacted(given)} does not exist; check the path, or create it.")
     except StrideError:
         raise
     except PermissionError as error:
-        raise StrideError(f"Input {shown(given)} cannot be read: permission denied ({told(error, given)}).") from None
+        raise StrideError(
+            f"Input {redacted(given)} cannot be read: permission denied ({redacted_error(error, given)})."
+        ) from None
     except Exception as error:  # every remote file system raises classes of its own
         raise StrideError(
-            f"Input {shown(given)} cannot be listed ({told(error, given)}); "
+            f"Input {redacted(given)} cannot be listed ({redacted_error(error, given)}); "
             "check the address, the credentials and the network."
         ) from None
     named = {_relative(file, root): file for file in found}
@@ -95,7 +97,7 @@ def list_files(given: str) -> list[SourceFile]:
     _refuse_tables(given, [named[name] for name in kept])
     files = [_source_file(fs, given, named[name], name, found[named[name]]) for name in sorted(kept)]
     if not files:
-        raise StrideError(f"Input {shown(given)} matches no file; check the folder or pattern.")
+        raise StrideError(f"Input {redacted(given)} matches no file; check the folder or pattern.")
     if isinstance(fs, LocalFileSystem):
         for name in kept:
             _refuse_strange(named[name])
@@ -105,18 +107,18 @@ def list_files(given: str) -> list[SourceFile]:
 def _refuse_strange(path: str) -> None:
     """A local path of which a listing does not tell that it is a whole file."""
     if not os.path.exists(path):
-        raise StrideError(f"{shown(path)} is a link to nothing; restore what it points to or remove it.")
+        raise StrideError(f"{redacted(path)} is a link to nothing; restore what it points to or remove it.")
     if os.path.isdir(path):
-        raise StrideError(f"{shown(path)} is a link to a folder; name that folder as an input of its own.")
+        raise StrideError(f"{redacted(path)} is a link to a folder; name that folder as an input of its own.")
     if not os.path.isfile(path):
-        raise StrideError(f"{shown(path)} is no file that can be read twice (a pipe?); give a file.")
+        raise StrideError(f"{redacted(path)} is no file that can be read twice (a pipe?); give a file.")
 
 
 def _refuse_tables(given: str, paths: Sequence[str]) -> None:
     """A table is no text, though one among other files may be; only an input of nothing else is refused."""
     if paths and all(path.lower().removesuffix(compression(path)).endswith(_TABLES) for path in paths):
         raise StrideError(
-            f"Input {shown(given)} is a table that is not read ({', '.join(_TABLES)}); make it Parquet, as in "
+            f"Input {redacted(given)} is a table that is not read ({', '.join(_TABLES)}); make it Parquet, as in "
             "pandas.read_csv(…).to_parquet(…), or JSON Lines."
         )
 
@@ -193,10 +195,10 @@ def _resolve_datasets(fs: Any, names: list[str], path_of: Callable[[str], str]) 
             parts = [folder + entry["filename"] for entry in json.loads(fs.cat_file(state))["_data_files"]]
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise StrideError(
-                f"{shown(state)} does not list a dataset's files ({type(error).__name__}); save it anew."
+                f"{redacted(state)} does not list a dataset's files ({type(error).__name__}); save it anew."
             ) from None
         missing = [part for part in parts if part not in present]
         if missing:
-            raise StrideError(f"{shown(state)} lists {missing[0]}, which is missing; save the dataset anew.")
+            raise StrideError(f"{redacted(state)} lists {missing[0]}, which is missing; save the dataset anew.")
         kept += parts
     return kept

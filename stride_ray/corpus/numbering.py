@@ -18,7 +18,7 @@ from stride_ray.runtime.urls import first_line
 _SCAFFOLD = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
-def leave(store: Store, name: str, table: pa.Table) -> None:
+def write_staged(store: Store, name: str, table: pa.Table) -> None:
     """Keep a part's blocks until they get their ordinals."""
     buffer = pa.BufferOutputStream()
     with pa.ipc.new_file(buffer, table.schema, options=_SCAFFOLD) as file:
@@ -26,7 +26,7 @@ def leave(store: Store, name: str, table: pa.Table) -> None:
     store.write(f"{name}.arrow", memoryview(buffer.getvalue()))
 
 
-def left(store: Store, name: str) -> pa.Table:
+def read_staged(store: Store, name: str) -> pa.Table:
     """What ``leave`` kept."""
     try:
         return pa.ipc.open_file(store.read(f"{name}.arrow")).read_all()
@@ -47,7 +47,7 @@ def number_part(stage: Stage, staged: Stage, unit: tuple[int, int]) -> dict[str,
     index, first = unit
     name = part_name(index)
     marker = staged.store.read_json(f"_done/{name}.json")
-    table = with_ordinals(left(staged.store, name), first)
+    table = with_ordinals(read_staged(staged.store, name), first)
     content = stage.store.write_table(f"{name}.parquet", table)
     return stage.mark(
         name, started, counts=marker["counts"], max_token_id=marker["max_token_id"], first_ordinal=first, sha256=content

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stride_ray.corpus.documents import Encoded
+from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.readers import Rejected
 from stride_ray.runtime.errors import StrideError
 
@@ -105,7 +105,7 @@ def block_schema(block_tokens: int, ordinals: bool = True) -> pa.Schema:
 
 
 def make_blocks(
-    items: Iterable[Encoded | Rejected], layout: str, block_tokens: int, end_of_text: int, pad: int
+    items: Iterable[TokenizedDocument | Rejected], layout: str, block_tokens: int, end_of_text: int, pad: int
 ) -> tuple[pa.Table, Counts]:
     """All blocks of a unit as one table, without ordinals, and what became of its documents.
 
@@ -152,7 +152,12 @@ class _Span(NamedTuple):
 
 
 def iter_blocks(
-    items: Iterable[Encoded | Rejected], layout: str, block_tokens: int, end_of_text: int, pad: int, counts: Counts
+    items: Iterable[TokenizedDocument | Rejected],
+    layout: str,
+    block_tokens: int,
+    end_of_text: int,
+    pad: int,
+    counts: Counts,
 ) -> Iterator[pa.RecordBatch]:
     """``make_blocks`` in batches of about a thousand blocks, for units too large for memory; fills ``counts``."""
     if layout not in LAYOUTS:
@@ -183,7 +188,7 @@ def iter_blocks(
         yield batch
 
 
-def _distinct(items: Iterable[Encoded | Rejected], counts: Counts) -> Iterator[Encoded]:
+def _distinct(items: Iterable[TokenizedDocument | Rejected], counts: Counts) -> Iterator[TokenizedDocument]:
     """The documents, rejects counted, each with an id of its own.
 
     An id column need not be unique, but two documents of one source and id would share block ids. The second is
@@ -201,7 +206,7 @@ def _distinct(items: Iterable[Encoded | Rejected], counts: Counts) -> Iterator[E
             name = f"{item.document_id}~{copy}"
         seen.add(identity)
         counts.repeated += copy > 1
-        yield item if copy == 1 else Encoded(name, item.source, item.ids, item.mask)
+        yield item if copy == 1 else TokenizedDocument(name, item.source, item.ids, item.mask)
 
 
 class _Builder:
@@ -215,7 +220,7 @@ class _Builder:
         self._masks: list[npt.NDArray[np.bool_]] = []
         self._spans: list[list[_Span]] = []  # of each block begun
 
-    def add(self, document: Encoded, ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_] | None) -> None:
+    def add(self, document: TokenizedDocument, ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_] | None) -> None:
         """Append a document's tokens ([tokens]), which may go on over several blocks."""
         start = 0
         while start < len(ids):

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.corpus.documents import Document, Encoded, detect_columns, read
+from stride_ray.corpus.documents import Document, TokenizedDocument, detect_columns, read
 from stride_ray.corpus.readers import Rejected, Row, rows
-from stride_ray.corpus.splits import Unit, plan
+from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.corpus.tokenizing import encode
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import safe_url
@@ -63,7 +63,7 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
             number += "~"
         if isinstance(result, Rejected):
             known = result.document_id or (result.file if named and isinstance(item, Document) else number)
-            table.append(failed(known, result.told()))
+            table.append(failed(known, result.sentence()))
             continue
         table.append(row(result.document_id if named else number, result))
     twice = [name for name, count in collections.Counter(r["query_id"] for r in table).items() if count > 1]
@@ -74,14 +74,14 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
     return pa.Table.from_pylist(table, SCHEMA)
 
 
-def _id_column(unit: Unit) -> dict[str, str]:
+def _id_column(unit: InputSplit) -> dict[str, str]:
     """The column that names queries, where the first row has one."""
     first = next((item for item in rows(unit, None) if isinstance(item, Row)), None)
     found = [name for name in ("query_id", "id") if first is not None and name in first.values]
     return {"id": found[0]} if found else {}
 
 
-def row(query_id: str, encoded: Encoded) -> dict[str, Any]:
+def row(query_id: str, encoded: TokenizedDocument) -> dict[str, Any]:
     """A table row of an encoded query; its error where it has no loss."""
     ids = encoded.ids
     mask = np.ones(len(ids), dtype=bool) if encoded.mask is None else encoded.mask

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import zstandard
 
 from stride_ray.corpus.files import END, SourceFile, compression
-from stride_ray.corpus.splits import Unit
+from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import filesystem, shown, told
+from stride_ray.runtime.urls import filesystem, redacted, redacted_error
 
 _CHUNK = 1 << 20
 # Rows decoded to Python objects at once; rows may be whole books.
@@ -50,7 +50,7 @@ class Rejected:
     reason: str
     document_id: str = ""
 
-    def told(self) -> str:
+    def sentence(self) -> str:
         """The reject in a line, for a person."""
         return f"{self.file}{'' if self.row is None else f', row {self.row}'}: {self.reason}"
 
@@ -71,7 +71,7 @@ class Row(NamedTuple):
     number: Callable[[], int | None]
 
 
-def rows(unit: Unit, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
+def rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
     """Rows of a unit in file order.
 
     Args:
@@ -106,8 +106,8 @@ def unfetched(file: SourceFile, error: BaseException) -> StrideError:
     elif isinstance(error, PermissionError):
         why = "permission denied"
     else:
-        why = told(error, file.url)
-    return StrideError(f"Cannot read {shown(file.url)} ({why}); put that right and run the same command again.")
+        why = redacted_error(error, file.url)
+    return StrideError(f"Cannot read {redacted(file.url)} ({why}); put that right and run the same command again.")
 
 
 def _is_corrupt(error: Exception) -> bool:
@@ -116,7 +116,7 @@ def _is_corrupt(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    text = shown(str(error)).strip()
+    text = redacted(str(error)).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
@@ -174,7 +174,7 @@ def _lines(chunks: Iterable[bytes], offset: int) -> Iterator[tuple[int, bytes]]:
         yield offset, rest
 
 
-def raw_lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
+def raw_lines(unit: InputSplit) -> Iterator[tuple[int, bytes]]:
     """``(offset in the decompressed file, line)`` of the lines that a JSON Lines unit owns."""
     # Reading begins one byte early: should that be a newline, a line starts at ``start`` exactly. Whatever comes before
     # the first newline then belongs to the unit before.
@@ -188,7 +188,7 @@ def raw_lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
         yield offset, line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
 
 
-def _json_rows(unit: Unit) -> Iterator[Row | Rejected]:
+def _json_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
     file = unit.files[0]
     first = 0  # offset of the unit's first line
     index = -1
@@ -231,7 +231,7 @@ def _json_rows(unit: Unit) -> Iterator[Row | Rejected]:
         yield Rejected(file.name, index + 2, reason)  # compressed files only: they are read from their first line
 
 
-def _text_rows(unit: Unit) -> Iterator[Row | Rejected]:
+def _text_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
     fs = filesystem(unit.files[0].url)[0]
     for i in range(0, len(unit.files), _FETCH_FILES):
         files = unit.files[i : i + _FETCH_FILES]
@@ -250,7 +250,7 @@ def _text_rows(unit: Unit) -> Iterator[Row | Rejected]:
                 yield Row(file.name, file.name, {"text": text}, lambda: None)
 
 
-def _parquet_rows(unit: Unit, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
+def _parquet_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
     file = unit.files[0]
     fs, path = filesystem(file.url)
     with fs.open(path, "rb") as handle:
@@ -303,7 +303,7 @@ def _row_or_error(row: pa.RecordBatch) -> dict[str, Any] | Exception:
         return error
 
 
-def _arrow_rows(unit: Unit, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
+def _arrow_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
     """Rows of the record batches whose message starts in the unit's byte range.
 
     Batches before the range are hopped over by their headers, so that rows are numbered without being read.

@@ -16,11 +16,11 @@ from typing import Any, TextIO
 import numpy as np
 
 from stride_ray.corpus.blocks import fixed_lists
-from stride_ray.corpus.documents import Encoded, read, resolve_columns
-from stride_ray.corpus.numbering import leave, number_part
+from stride_ray.corpus.documents import TokenizedDocument, read, resolve_columns
+from stride_ray.corpus.numbering import number_part, write_staged
 from stride_ray.corpus.packing import Counts, make_blocks
 from stride_ray.corpus.readers import Rejected
-from stride_ray.corpus.splits import Unit, plan
+from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.corpus.tokenizing import (
     encode_stream,
     end_of_text_id,
@@ -35,7 +35,7 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import CorpusConfig
 from stride_ray.runtime.run import Run, Stage, part_name
 from stride_ray.runtime.storage import refuse_inside
-from stride_ray.runtime.tasks import connected, map_dataset, map_tasks, pool, progress
+from stride_ray.runtime.tasks import allocate_workers, connected, map_dataset, map_tasks, progress
 from stride_ray.runtime.urls import first_line
 
 
@@ -77,7 +77,7 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
     with connected(run.config.compute), costed(stage):
         if missing:
             work = [{"index": i, "unit": unit.to_dict()} for i, unit in missing]
-            workers = pool(run.config.compute, len(work))
+            workers = allocate_workers(run.config.compute, len(work))
             # The copy, which is what later stages read text with, whatever has become of the original.
             copy = stage.store.child("tokenizer").url
             results = map_dataset(Tokenise, (replace(config, tokenizer=copy), columns, staged), work, workers)
@@ -87,11 +87,11 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
         markers_by_part = {**staged.done(), **numbered}
         counts = [markers_by_part[part_name(i)]["counts"]["blocks"] for i in range(len(units))]
         if not sum(counts):
-            run.forget(stage)  # nothing but the plan and the options, which would refuse the corrected command
+            run.roll_back(stage)  # nothing but the plan and the options, which would refuse the corrected command
             raise StrideError(_nothing(config, markers_by_part))
         first = np.concatenate([[0], np.cumsum(counts)]).tolist()
         todo = [(i, first[i]) for i in range(len(units)) if part_name(i) not in numbered]
-        results = map_tasks(number_part, (stage, staged), todo, pool(run.config.compute, len(todo)))
+        results = map_tasks(number_part, (stage, staged), todo, allocate_workers(run.config.compute, len(todo)))
         stage.remember(progress(results, "number", len(todo), "parts", lambda _: 1))
     manifest = _manifest(stage, config, tokenizer, len(units))
     stage.store.write_json("manifest.json", manifest)
@@ -100,7 +100,9 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
     return manifest
 
 
-def _register(stage: Stage, config: CorpusConfig, units: list[Unit], begun: bool) -> tuple[list[Unit], dict[str, str]]:
+def _register(
+    stage: Stage, config: CorpusConfig, units: list[InputSplit], begun: bool
+) -> tuple[list[InputSplit], dict[str, str]]:
     """The units in the order of their numbering: those known already, then new ones; kept in plan.json.
 
     Until a unit is done the input may still be put right.
@@ -110,7 +112,7 @@ def _register(stage: Stage, config: CorpusConfig, units: list[Unit], begun: bool
         stage.store.write_json("plan.json", {"columns": columns, "units": [unit.to_dict() for unit in units]})
         return units, columns
     record = stage.store.read_json("plan.json")
-    known = [Unit.from_dict(unit) for unit in record["units"]]
+    known = [InputSplit.from_dict(unit) for unit in record["units"]]
     files = {file.name: file for unit in known for file in unit.files}
     for unit in units:
         for file in unit.files:
@@ -149,16 +151,16 @@ class Tokenise:
         self.config, self.columns, self.staged = config, columns, staged
         self.tokenizer = load_tokenizer(config.tokenizer)
         self.end_of_text = end_of_text_id(self.tokenizer) if config.layout == "pack" else -1
-        self.example: Encoded | None = None
+        self.example: TokenizedDocument | None = None
 
     def __call__(self, work: dict[str, Any]) -> dict[str, Any]:
         """Do one unit; returns its marker or findings."""
         started = time.monotonic()
-        encoded = self._watched(encode_stream(read(Unit.from_dict(work["unit"]), self.columns), self.tokenizer))
+        encoded = self._watched(encode_stream(read(InputSplit.from_dict(work["unit"]), self.columns), self.tokenizer))
         layout, tokens = self.config.layout, self.config.block_tokens
         table, counts = make_blocks(encoded, layout, tokens, self.end_of_text, pad_id(self.tokenizer))
         name = part_name(work["index"])
-        leave(self.staged.store, name, table)
+        write_staged(self.staged.store, name, table)
         ids = fixed_lists(table["token_ids"], tokens, 0)
         facts = {"counts": counts.to_dict(), "max_token_id": int(ids.max(initial=0))}
         marker = self.staged.mark(name, started, **facts)
@@ -166,10 +168,10 @@ class Tokenise:
         self.example = None
         return {**marker, "index": work["index"], "example": example}
 
-    def _watched(self, items: Iterable[Encoded | Rejected]) -> Iterator[Encoded | Rejected]:
+    def _watched(self, items: Iterable[TokenizedDocument | Rejected]) -> Iterator[TokenizedDocument | Rejected]:
         """The items, keeping the first that has a mask to show it to a person."""
         for item in items:
-            if self.example is None and isinstance(item, Encoded) and item.mask is not None:
+            if self.example is None and isinstance(item, TokenizedDocument) and item.mask is not None:
                 self.example = item
             yield item
 
@@ -203,5 +205,5 @@ def _show_example(markers: list[dict[str, Any]], out: TextIO) -> None:
 def _nothing(config: CorpusConfig, markers: dict[str, dict[str, Any]]) -> str:
     rejects = [reject for marker in markers.values() for reject in marker["counts"]["rejects"]]
     count = sum(marker["counts"]["rejected"] for marker in markers.values())
-    why = f"; {count} rejected, the first: {Rejected(**rejects[0]).told()}" if rejects else ""
+    why = f"; {count} rejected, the first: {Rejected(**rejects[0]).sentence()}" if rejects else ""
     return f"The corpus {', '.join(config.input)} gives no block{why}. Check the input and the columns."

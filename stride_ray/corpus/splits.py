@@ -18,14 +18,14 @@ import pyarrow.parquet as pq
 
 from stride_ray.corpus.files import END, SourceFile, compression, kind_of, list_files
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import filesystem, shown, told
+from stride_ray.runtime.urls import filesystem, redacted, redacted_error
 
 # Footers are read side by side: over a network each costs a round trip or two.
 _FOOTER_THREADS = 16
 
 
 @dataclass(frozen=True)
-class Unit:
+class InputSplit:
     """One unit of work: a part of one file, or several whole text files.
 
     Attributes:
@@ -49,13 +49,13 @@ class Unit:
         return {"key": self.key, "kind": self.kind, "files": files, "start": self.start, "stop": self.stop}
 
     @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> "Unit":
+    def from_dict(cls, value: dict[str, Any]) -> "InputSplit":
         """The inverse of ``to_dict``."""
         files = tuple(SourceFile(*file) for file in value["files"])
         return cls(value["key"], value["kind"], files, value["start"], value["stop"])
 
 
-def plan(inputs: Sequence[str], shard_bytes: int, skip: Collection[str] = ()) -> list[Unit]:
+def plan(inputs: Sequence[str], shard_bytes: int, skip: Collection[str] = ()) -> list[InputSplit]:
     """Cut the inputs into units.
 
     Args:
@@ -76,23 +76,25 @@ def plan(inputs: Sequence[str], shard_bytes: int, skip: Collection[str] = ()) ->
     if shard_bytes < 1:
         raise StrideError(f"A unit of {shard_bytes} bytes cannot be cut; give a positive size.")
     owners: dict[str, SourceFile] = {}
-    units: list[Unit] = []
+    units: list[InputSplit] = []
     for given in inputs:
         files = list_files(str(given))
         for file in files:
             other = owners.setdefault(file.name, file)
             if other is not file:
                 raise StrideError(
-                    f"{shown(other.url)} and {shown(file.url)} would both be called {file.name!r}; "
+                    f"{redacted(other.url)} and {redacted(file.url)} would both be called {file.name!r}; "
                     "give their common parent folder as the one input, or rename one."
                 )
         units += _cut([file for file in files if file.name not in skip], shard_bytes)
     if not units and not skip:
-        raise StrideError(f"{', '.join(map(shown, map(str, inputs)))}: every file is empty; give files with documents.")
+        raise StrideError(
+            f"{', '.join(map(redacted, map(str, inputs)))}: every file is empty; give files with documents."
+        )
     return units
 
 
-def _cut(files: list[SourceFile], shard_bytes: int) -> Iterator[Unit]:
+def _cut(files: list[SourceFile], shard_bytes: int) -> Iterator[InputSplit]:
     """The units of one input's files, in the order of their first file."""
     kinds = [kind_of(file.name) for file in files]
     parquet = [file for file, kind in zip(files, kinds, strict=True) if kind == "parquet"]
@@ -113,9 +115,11 @@ def _cut(files: list[SourceFile], shard_bytes: int) -> Iterator[Unit]:
                 yield _unit(kind, (file,), start, min(start + shard_bytes, file.size))
 
 
-def _unit(kind: str, files: tuple[SourceFile, ...], start: int, stop: int) -> Unit:
+def _unit(kind: str, files: tuple[SourceFile, ...], start: int, stop: int) -> InputSplit:
     identity = json.dumps([kind, [file.name for file in files], start, stop])
-    return Unit(f"{kind}-{hashlib.blake2b(identity.encode(), digest_size=10).hexdigest()}", kind, files, start, stop)
+    return InputSplit(
+        f"{kind}-{hashlib.blake2b(identity.encode(), digest_size=10).hexdigest()}", kind, files, start, stop
+    )
 
 
 def _grouped(files: list[SourceFile], shard_bytes: int) -> dict[SourceFile, tuple[SourceFile, ...]]:
@@ -143,7 +147,7 @@ def _row_group_bytes(file: SourceFile) -> list[int] | None:
         # pyarrow tells of corrupt content by ArrowInvalid or by an OSError without a number.
         if isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None):
             return None  # planned whole, so that reading it reports it as rejected while the rest goes on
-        raise StrideError(f"{shown(file.url)} cannot be read ({told(error, file.url)}).") from None
+        raise StrideError(f"{redacted(file.url)} cannot be read ({redacted_error(error, file.url)}).") from None
 
 
 def _row_group_ranges(sizes: list[int] | None, shard_bytes: int) -> Iterator[tuple[int, int]]:

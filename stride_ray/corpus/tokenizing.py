@@ -18,10 +18,10 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from stride_ray.corpus.documents import Document, Encoded
+from stride_ray.corpus.documents import Document, TokenizedDocument
 from stride_ray.corpus.readers import Rejected
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import filesystem, first_line, shown, told
+from stride_ray.runtime.urls import filesystem, first_line, redacted, redacted_error
 
 # Characters handed to the tokenizer at once: its own record of a token takes a hundred bytes.
 _BATCH_CHARACTERS = 1 << 20
@@ -51,7 +51,7 @@ def load_tokenizer(path: "str | os.PathLike[str] | tokenizers.Tokenizer | PreTra
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=path)
     elif "://" in (place := os.fspath(path)):
         with tempfile.TemporaryDirectory() as folder:
-            tokenizer = _load_local(_downloaded(place, folder), shown(place))
+            tokenizer = _load_local(_downloaded(place, folder), redacted(place))
     else:
         place = os.path.expanduser(place)
         # A hub id is a name or an owner and a name; asking the hub for what was meant as a path takes long to fail.
@@ -79,7 +79,7 @@ def _load_local(place: str, name: str) -> Any:
     except Exception as error:  # the libraries raise their own for each way in which a file may be bad
         reason = first_line(error)
         raise StrideError(
-            f"No tokenizer can be loaded from {name} ({shown(reason)}); give a folder with tokenizer.json, "
+            f"No tokenizer can be loaded from {name} ({redacted(reason)}); give a folder with tokenizer.json, "
             "a .gguf file or a hub id that can be reached."
         ) from None
 
@@ -101,7 +101,7 @@ def _downloaded(url: str, folder: str) -> str:
                 fs.get_file(info["name"], os.path.join(folder, info["name"].rpartition("/")[2]))
     except Exception as error:  # every remote file system raises classes of its own
         raise StrideError(
-            f"The tokenizer at {shown(url)} cannot be fetched ({told(error, url)}); "
+            f"The tokenizer at {redacted(url)} cannot be fetched ({redacted_error(error, url)}); "
             "check the address, the credentials and the network."
         ) from None
     return folder
@@ -140,7 +140,9 @@ def vocabulary_size(tokenizer: Any) -> int:
     return size
 
 
-def encode_stream(items: Iterable[Document | Rejected], tokenizer: Any | None) -> Iterator[Encoded | Rejected]:
+def encode_stream(
+    items: Iterable[Document | Rejected], tokenizer: Any | None
+) -> Iterator[TokenizedDocument | Rejected]:
     """``encode`` over a stream, in the stream's order; rejects pass through. A mebibyte of text at a time."""
     for batch in _batched(items):
         encoded = iter(encode([item for item in batch if isinstance(item, Document)], tokenizer))
@@ -148,7 +150,7 @@ def encode_stream(items: Iterable[Document | Rejected], tokenizer: Any | None) -
             yield item if isinstance(item, Rejected) else next(encoded)
 
 
-def encode(documents: Sequence[Document], tokenizer: Any | None) -> list[Encoded | Rejected]:
+def encode(documents: Sequence[Document], tokenizer: Any | None) -> list[TokenizedDocument | Rejected]:
     """Documents to token ids, one result for each, in their order.
 
     Args:
@@ -160,7 +162,7 @@ def encode(documents: Sequence[Document], tokenizer: Any | None) -> list[Encoded
     Raises:
         StrideError: a tokenizer is needed and missing, or names no end-of-text, or has no chat template.
     """
-    results: list[Encoded | Rejected] = []
+    results: list[TokenizedDocument | Rejected] = []
     for batch in _batched(documents):
         results += _encode_batch([item for item in batch if isinstance(item, Document)], tokenizer)
     return results
@@ -180,7 +182,7 @@ def _batched(items: Iterable[Document | Rejected]) -> Iterator[list[Document | R
         yield batch
 
 
-def _encode_batch(documents: list[Document], tokenizer: Any | None) -> list[Encoded | Rejected]:
+def _encode_batch(documents: list[Document], tokenizer: Any | None) -> list[TokenizedDocument | Rejected]:
     if tokenizer is None and any(document.token_ids is None for document in documents):
         raise StrideError("A tokenizer is needed to read text; name one, or the model that it belongs to.")
     # All strings of the batch in one call: the fast tokenizers work through them in parallel.
@@ -188,7 +190,7 @@ def _encode_batch(documents: list[Document], tokenizer: Any | None) -> list[Enco
         text for document in documents for text in (document.text, document.prompt, document.answer) if text is not None
     ]
     pieces = iter(_text_ids(texts, tokenizer))
-    results: list[Encoded | Rejected] = []
+    results: list[TokenizedDocument | Rejected] = []
     for document in documents:
         if document.text is not None:
             result = _checked(document, next(pieces), None)
@@ -216,17 +218,19 @@ def _text_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     return [each.ids for each in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _checked(document: Document, ids: Sequence[int], mask: Sequence[bool] | None) -> Encoded | Rejected:
+def _checked(document: Document, ids: Sequence[int], mask: Sequence[bool] | None) -> TokenizedDocument | Rejected:
     if not len(ids):
         return Rejected(document.document_id, None, "no tokens")
     if mask is None:
-        return Encoded(document.document_id, document.source, np.fromiter(ids, np.int32, len(ids)))
+        return TokenizedDocument(document.document_id, document.source, np.fromiter(ids, np.int32, len(ids)))
     if not any(mask):
         return Rejected(document.document_id, None, "no token counts: its loss mask is false throughout")
-    return Encoded(document.document_id, document.source, np.asarray(ids, np.int32), np.asarray(mask, np.bool_))
+    return TokenizedDocument(
+        document.document_id, document.source, np.asarray(ids, np.int32), np.asarray(mask, np.bool_)
+    )
 
 
-def _given_ids(document: Document, limit: int | None) -> Encoded | Rejected:
+def _given_ids(document: Document, limit: int | None) -> TokenizedDocument | Rejected:
     ids = document.token_ids or []
     lowest, highest = min(ids, default=0), max(ids, default=0)
     if lowest < 0:
@@ -237,7 +241,7 @@ def _given_ids(document: Document, limit: int | None) -> Encoded | Rejected:
     return _checked(document, ids, document.loss_mask)
 
 
-def _conversation(document: Document, tokenizer: Any) -> Encoded | Rejected:
+def _conversation(document: Document, tokenizer: Any) -> TokenizedDocument | Rejected:
     messages = document.messages or []
     if not tokenizer.chat_template:
         raise StrideError(
@@ -308,7 +312,7 @@ def _assistant_spans(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[st
     return text, spans
 
 
-def show_masked(encoded: Encoded, tokenizer: Any) -> str:
+def show_masked(encoded: TokenizedDocument, tokenizer: Any) -> str:
     """The document as text, the tokens that count between ⟦ and ⟧."""
     ids = encoded.ids.tolist()
     flags = [True] * len(ids) if encoded.mask is None else encoded.mask.tolist()

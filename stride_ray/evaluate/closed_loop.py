@@ -31,7 +31,7 @@ from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage, claim
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import connected, keep_to, map_tasks, pool, progress
+from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, map_tasks, progress
 from stride_ray.selection.ranking import Target
 from stride_ray.selection.select import RANDOM, select, select_by
 
@@ -216,7 +216,7 @@ def _train(
     missing = [unit for unit in units if unit[2] not in done]
     if missing:
         with connected(run.config.compute):
-            workers = pool(run.config.compute, len(missing))
+            workers = allocate_workers(run.config.compute, len(missing))
             given = (store, stage, model, start, recipe, tokenizer, workers.device)
             results = map_tasks(train_arm, given, missing, workers)
             stage.remember(progress(results, "train", len(missing), "models", lambda _: 1))
@@ -240,7 +240,7 @@ def train_arm(
 ) -> dict[str, Any]:
     """One training in a worker: what was measured first, the done-marker last."""
     started = time.monotonic()
-    keep_to(device)
+    hide_gpus(device)
     arm, seed, name = unit
     benchmark = arm_benchmark(store, ARMS[arm], model, start)
     recipe = load_recipe(recipe_name, benchmark)

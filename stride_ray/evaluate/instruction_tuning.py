@@ -45,7 +45,7 @@ from stride_ray.runtime.config import digest, stage_keys
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage, claim
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import connected, keep_to, pool
+from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus
 
 # The query set's name in the run; what stands between a question and its answer.
 NAME, SEPARATOR = "instructions", "\n"
@@ -164,7 +164,7 @@ def attribute_instructions(
         tables = {name: read_queries(f"{store.url}/{name}", tokenizer) for name in files}
         if "model" not in stage.done():
             asked = pa.concat_tables([tables[QUERIES], tables[HELD_OUT]]).to_pylist()
-            workers = pool(run.config.compute, 1)
+            workers = allocate_workers(run.config.compute, 1)
             given = (fine_tune, stage, blocks.store, _good(asked), options, start, seed, workers.device)
             list(map_actors(partial, given, [model], workers))  # an actor ends; a task's process would keep its memory
         if not run.config.attribute.exact:
@@ -277,7 +277,7 @@ def fine_tune(
     ``start`` is where ``model`` is as a checkpoint that transformers loads by itself; made where it differs.
     """
     started = time.monotonic()
-    keep_to(device)
+    hide_gpus(device)
     tokenizer = load_tokenizer(store.child("tokenizer").url)
     if start != model and "start" not in stage.done():
         publish(stage.store.child("start"), plain(load_model(model, device="cpu").model), tokenizer)

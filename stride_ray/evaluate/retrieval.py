@@ -14,7 +14,7 @@ from stride_ray.attribution.lasso import recover
 from stride_ray.attribution.respond import respond_table
 from stride_ray.attribution.responses import read_responses
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.corpus.documents import Encoded
+from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.queries import SCHEMA, row
 from stride_ray.corpus.word_counts import similar_blocks
 from stride_ray.evaluate.split_halves import TOP, most_helpful
@@ -60,7 +60,7 @@ def source_retrieval(run: Run, ids: np.ndarray, sources: list[str], kinds: list[
     pool_sources = np.array(pool.take(np.arange(len(pool)), ["source"])["source"].to_pylist())
     table = pa.Table.from_pylist(
         [
-            row(f"{kind}-{i}", Encoded(source, source, x))
+            row(f"{kind}-{i}", TokenizedDocument(source, source, x))
             for i, (x, source, kind) in enumerate(zip(ids, sources, kinds, strict=True))
         ],
         SCHEMA,

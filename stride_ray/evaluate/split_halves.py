@@ -16,7 +16,7 @@ from stride_ray.attribution.responses import read_responses
 from stride_ray.operators.membership import Membership, membership_of
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Run
-from stride_ray.runtime.tasks import Pool, connected, map_tasks, pool, progress
+from stride_ray.runtime.tasks import WorkerAllocation, allocate_workers, connected, map_tasks, progress
 
 # Blocks that are compared; queries recovered from halves, at most; shuffled matrices (with 19 the smallest p is 0.05).
 TOP, QUERIES, CONTROLS = 10, 20, 19
@@ -92,7 +92,7 @@ def halves_agreement(run: Run, name: str, n_blocks: int) -> Halves | None:
     if K < 2:
         return None
     with connected(run.config.compute):
-        workers = Pool(pool(run.config.compute, CONTROLS + 1).workers, "cpu")
+        workers = WorkerAllocation(allocate_workers(run.config.compute, CONTROLS + 1).workers, "cpu")
         units = list(range(CONTROLS + 1))
         results = map_tasks(agreement, (run.config, responses[np.sort(chosen)], n_blocks), units, workers)
         done = sorted(progress(results, "trust", len(units), "matrices", lambda _: 1), key=lambda each: each["unit"])

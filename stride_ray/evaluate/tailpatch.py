@@ -16,13 +16,13 @@ from stride_ray.attribution.attribute import asked_queries, read_influence
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.word_counts import similar_blocks
 from stride_ray.evaluate.retraining.lds import Interval, mean_interval
-from stride_ray.models.pool_worker import PoolWorker
+from stride_ray.models.pool_worker import ModelWorker
 from stride_ray.models.query_batches import padded
 from stride_ray.runtime.actor_pool import map_actors
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
-from stride_ray.runtime.tasks import connected, pool, progress
+from stride_ray.runtime.tasks import allocate_workers, connected, progress
 
 # Queries in a unit of work; steps on random blocks that a query's is compared with; resamplings of the interval.
 UNIT, DRAWS = 4, 4
@@ -111,7 +111,7 @@ def tail_patch(run: Run, name: str, k: int = 10, learning_rate: float = 0.01, se
     units = [queries[start : start + UNIT] for start in range(0, len(queries), UNIT)]
     config = run.config.updated({"model.dtype": "float32"})
     with connected(config.compute):
-        workers = pool(config.compute, len(units))
+        workers = allocate_workers(config.compute, len(units))
         given = (config, blocks, workers.device, learning_rate)
         results = map_actors(Patcher, given, units, workers)
         done = progress(results, "tail-patch", len(queries), "queries", lambda found: len(found["queries"]))
@@ -154,7 +154,7 @@ def lexical_top(blocks: Blocks, queries: Sequence[dict[str, Any]], k: int) -> di
     return {query["query_id"]: top for query, top in zip(queries, tops, strict=True)}
 
 
-class Patcher(PoolWorker):
+class Patcher(ModelWorker):
     """Takes steps for units of queries; after each the parameters are what they were, bit for bit."""
 
     def __init__(self, config: Config, blocks: Blocks, device: str, learning_rate: float) -> None:

@@ -10,7 +10,7 @@ import weakref
 import torch
 
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.models.sites import EMBEDDING, tapped
+from stride_ray.models.sites import EMBEDDING, forward_with_activations
 from stride_ray.runtime.config import Config
 
 # Tokens in a batch that more of them would not make faster.
@@ -59,7 +59,7 @@ def kept_bytes(model: SplitModel, tokens: int) -> int:
 
         ids = torch.zeros(1, tokens, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            kept = tapped(model, [EMBEDDING], ids)
+            kept = forward_with_activations(model, [EMBEDDING], ids)
         known[tokens] = max(1, sum(storages.values()))
         del kept
     return known[tokens]

@@ -9,7 +9,7 @@ from typing import Any
 
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import file_system, first_line
+from stride_ray.runtime.urls import first_line, open_url
 
 # What a model is, of the files that lie beside it: a tokenizer's, a card and logs change nothing that it computes.
 WEIGHTS = ("config.json", ".safetensors", ".bin", ".gguf", ".py")
@@ -88,7 +88,7 @@ def unloadable(path: str | Path, local: str, error: Exception) -> StrideError:
 
 def _listed(url: str) -> tuple[Any, dict[str, Any]]:
     """The file system of a model's URL and its files by name; StrideError where these are no model."""
-    files, root = file_system(url)
+    files, root = open_url(url)
     found = {e["name"].rsplit("/", 1)[-1]: e for e in files.ls(root, detail=True) if e["type"] == "file"}
     if "config.json" not in found and not (found and url.endswith(".gguf")):
         raise StrideError(f"{url} is not a model folder: it has no config.json")

@@ -41,7 +41,7 @@ def load_measured_model(config: Config, device: str) -> SplitModel:
     """
     if not config.model.start:
         return load_run_model(config, device)
-    return between(config.model.start, config.model.path, config.model.dtype, device)
+    return interpolated_model(config.model.start, config.model.path, config.model.dtype, device)
 
 
 def measured_weights(config: Config) -> str:
@@ -72,7 +72,7 @@ def _settle_gpu(device: str, dtype: str) -> None:
 
 
 @lru_cache(maxsize=1)
-def between(start_path: str, path: str, dtype: str, device: str) -> SplitModel:
+def interpolated_model(start_path: str, path: str, dtype: str, device: str) -> SplitModel:
     """The model whose parameters lie LATE of the way from those at ``start_path`` to those at ``path``.
 
     Raises:

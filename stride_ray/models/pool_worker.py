@@ -12,7 +12,7 @@ from stride_ray.corpus.tokenizing import load_tokenizer
 from stride_ray.models.batch_size import rows_at_once
 from stride_ray.models.download import local_model
 from stride_ray.models.loading import load_run_model
-from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Stage
@@ -56,12 +56,12 @@ def corpus_of(stage: Stage, manifest: str, blocks: Blocks) -> str:
     return now
 
 
-def token_counts(blocks: Blocks, crew: Crew) -> np.ndarray:
+def token_counts(blocks: Blocks, actors: ActorPool) -> np.ndarray:
     """How often each token is a real token of the pool: (largest id + 1,) int64."""
     parts = [part["name"] for part in blocks.manifest["parts"]]
     vocabulary = blocks.manifest["max_token_id"] + 1
     counted = progress(
-        crew.map(partial, (count_tokens, blocks, vocabulary), parts), "count", len(parts), "parts", lambda _: 1
+        actors.map(partial, (count_tokens, blocks, vocabulary), parts), "count", len(parts), "parts", lambda _: 1
     )
     return sum((found["counts"] for found in counted), np.zeros(vocabulary, dtype=np.int64))
 
@@ -77,8 +77,8 @@ def count_tokens(blocks: Blocks, vocabulary: int, part: str) -> dict[str, Any]:
     return {"counts": counts}
 
 
-def over_sample(
-    crew: Crew,
+def map_sample_slices(
+    actors: ActorPool,
     make: Callable[..., Any],
     given: tuple[Any, ...],
     ordinals: np.ndarray,
@@ -90,7 +90,7 @@ def over_sample(
     ``take`` gets each in this order as soon as it can, and what it returns is kept in its place.
     """
     units = [(index, part) for index, part in enumerate(np.array_split(ordinals, SLICES)) if len(part)]
-    results = map(take, in_order(crew.map(make, given, units)))
+    results = map(take, in_order(actors.map(make, given, units)))
     return progress(results, what, len(ordinals), "blocks", lambda found: found["blocks"])
 
 
@@ -106,7 +106,7 @@ def in_order(results: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             following += 1
 
 
-class PoolWorker:
+class ModelWorker:
     """A worker that holds the run's model and reads the pool, ``rows`` blocks at a time.
 
     It reads the pool as the stage found it: blocks that are added meanwhile are no part of it.
@@ -131,7 +131,7 @@ class PoolWorker:
         self.rows = rows_at_once(config, self.model, self.blocks.block_tokens)
         self.tokens = self.rows * self.blocks.block_tokens
 
-    def taken(self, ordinals: np.ndarray) -> Iterator[Batch]:
+    def batches_at(self, ordinals: np.ndarray) -> Iterator[Batch]:
         """Some blocks, wherever in the pool, ``rows`` at a time."""
         for start in range(0, len(ordinals), self.rows):
             yield self.blocks.batch(ordinals[start : start + self.rows])

@@ -156,7 +156,7 @@ def site_module(model: SplitModel, name: str) -> Any:
     return model.model.get_input_embeddings() if name == EMBEDDING else model.model.get_submodule(name)
 
 
-def tapped(
+def forward_with_activations(
     model: SplitModel, sites: Iterable[str], ids_BT: Tensor
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """A forward pass, and what every site but head and origin reads and writes in it.
@@ -230,7 +230,7 @@ def add_moments(
     ``totals`` holds Σ u uᵀ and Σ g gᵀ by site, float32 (see Moments): at 135 million parameters 0.4 GB.
     """
     sites = list(sites)
-    z, read, wrote = tapped(model, sites, ids_BT)
+    z, read, wrote = forward_with_activations(model, sites, ids_BT)
     written = written_gradients(z, wrote, _slope(model, ids_BT, mask_BT, z))
     read[HEAD] = z.detach().float()
     counted = _counted(mask_BT)
@@ -300,7 +300,7 @@ def site_gradients(
         An iterator over (site, J) with J float32 of shape (B, F, D); of embedding, head and origin (B, n, D), n the
         coordinates of tokens.
     """
-    z, read, wrote = tapped(model, [site.name for site in sites], ids_BT)
+    z, read, wrote = forward_with_activations(model, [site.name for site in sites], ids_BT)
     ends, losses, slope = head_gradients(model, sites, ids_BT, mask_BT, z.detach())
     written = written_gradients(z, wrote, slope)
 

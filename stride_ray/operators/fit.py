@@ -19,20 +19,21 @@ import torch
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.models.curvature.kfac import begin_curvature, finish_curvature
 from stride_ray.models.loading import measured_weights
-from stride_ray.models.pool_worker import PoolWorker, check_tokenizer, corpus_of, over_sample, token_counts
+from stride_ray.models.pool_worker import ModelWorker, check_tokenizer, corpus_of, map_sample_slices, token_counts
 from stride_ray.operators.closed_form import add_to_subsets, operators_from_sums, preconditioned_basis, stream_moments
 from stride_ray.operators.forms import Operators, gradients
 from stride_ray.operators.membership import membership_of
 from stride_ray.operators.site_fit import fit_sites
 from stride_ray.operators.stored import load_basis, load_operators, save_basis, save_operators
 from stride_ray.operators.validation import judge
-from stride_ray.runtime.actor_pool import Crew, expected_gb
+from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
-from stride_ray.runtime.costs import apart, costed
+from stride_ray.runtime.costs import costed, record_separately
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.run import Run, Stage, unless_finished
+from stride_ray.runtime.memory import expected_gb
+from stride_ray.runtime.run import Run, Stage, tolerate_concurrent_finish
 from stride_ray.runtime.storage import tensor_bytes
-from stride_ray.runtime.tasks import connected, pool, progress
+from stride_ray.runtime.tasks import allocate_workers, connected, progress
 
 # Tokens that the second moments are estimated from.
 MOMENT_TOKENS = 32_768
@@ -68,7 +69,7 @@ def fit(run: Run) -> dict[str, Any]:
     if finished and not grown(stage.store.read_json("metadata.json"), blocks):
         _clear(stage)
         return stage.store.read_json("metadata.json")
-    with nullcontext() if finished else unless_finished(stage, "metadata.json"), connected(config.compute):
+    with nullcontext() if finished else tolerate_concurrent_finish(stage, "metadata.json"), connected(config.compute):
         if curvature is not None:
             _fit_sites(config, blocks, curvature, stage)
         else:
@@ -96,53 +97,53 @@ def grown(facts: dict[str, Any], blocks: Blocks) -> bool:
 
 def _fit_sites(config: Config, blocks: Blocks, curvature: Stage, stage: Stage) -> None:
     """The preconditioner, then rows at every site."""
-    with Crew(pool(config.compute, unit_count(len(blocks)), expected_gb(config))) as crew:
-        finish_curvature(config, blocks, curvature, crew)
+    with ActorPool(allocate_workers(config.compute, unit_count(len(blocks)), expected_gb(config))) as actors:
+        finish_curvature(config, blocks, curvature, actors)
         with costed(stage):
-            fit_sites(config, blocks, curvature.store, stage, crew)
+            fit_sites(config, blocks, curvature.store, stage, actors)
 
 
 def _fit(config: Config, blocks: Blocks, stage: Stage) -> None:
     """Fit by the run's method, and publish what was judged."""
     if config.fit.method == "closed_form":
-        with Crew(pool(config.compute, len(blocks.shards()), expected_gb(config))) as crew:
-            _closed_form(config, blocks, stage, crew)
-            _finish(config, blocks, stage, crew)
+        with ActorPool(allocate_workers(config.compute, len(blocks.shards()), expected_gb(config))) as actors:
+            _closed_form(config, blocks, stage, actors)
+            _finish(config, blocks, stage, actors)
         return
     from stride_ray.operators.training.ray_trainer import train_distributed
 
     if config.fit.start == "closed_form":
-        with Crew(pool(config.compute, len(blocks.shards()), expected_gb(config))) as crew:
-            _closed_form(config, blocks, stage, crew)
-    train_distributed(config, blocks, stage, pool(config.compute, config.fit.blocks_per_step))
-    with Crew(pool(config.compute, 1, expected_gb(config))) as crew:
-        _finish(config, blocks, stage, crew)
+        with ActorPool(allocate_workers(config.compute, len(blocks.shards()), expected_gb(config))) as actors:
+            _closed_form(config, blocks, stage, actors)
+    train_distributed(config, blocks, stage, allocate_workers(config.compute, config.fit.blocks_per_step))
+    with ActorPool(allocate_workers(config.compute, 1, expected_gb(config))) as actors:
+        _finish(config, blocks, stage, actors)
 
 
-def _closed_form(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
+def _closed_form(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:
     """Basis, sums per shard, and the operators that they give, in ``fitted/``."""
     if stage.store.exists("fitted/metadata.json"):
         return
     units = [(index, *shard) for index, shard in enumerate(blocks.shards())]
     if not stage.store.exists("basis.json"):
-        save_basis(stage.store, "basis", _fit_basis(config, blocks, crew))
+        save_basis(stage.store, "basis", _fit_basis(config, blocks, actors))
     done = stage.done()
     missing = [unit for unit in units if f"sum-{unit[0]:03d}" not in done]
     if missing:
-        sums = crew.map(Accumulator, (config, blocks, stage, crew.device), missing)
+        sums = actors.map(Accumulator, (config, blocks, stage, actors.device), missing)
         progress(sums, "fit", sum(u[2] - u[1] for u in missing), "blocks", lambda marker: marker["blocks"])
-    progress(crew.map(partial, (reduce_sums, config, stage, len(units)), [len(blocks)]), "reduce", 1, "", _one)
+    progress(actors.map(partial, (reduce_sums, config, stage, len(units)), [len(blocks)]), "reduce", 1, "", _one)
 
 
 def _one(_: Any) -> int:
     return 1
 
 
-def _fit_basis(config: Config, blocks: Blocks, crew: Crew) -> Any:
+def _fit_basis(config: Config, blocks: Blocks, actors: ActorPool) -> Any:
     """Token counts over the whole pool and second moments over a sample, then the basis."""
-    counts = token_counts(blocks, crew) if config.operators.form == "logit" else np.zeros(0, dtype=np.int64)
+    counts = token_counts(blocks, actors) if config.operators.form == "logit" else np.zeros(0, dtype=np.int64)
     sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
-    moments = over_sample(crew, Moments, (config, blocks, crew.device), sample, "precondition")
+    moments = map_sample_slices(actors, Moments, (config, blocks, actors.device), sample, "precondition")
     positions = sum(m["positions"] for m in moments)
     stream, gradient = (sum(m[name] for m in moments) / positions for name in ("stream", "gradient"))
     full = np.zeros(moments[0]["vocabulary"], dtype=np.int64)
@@ -153,7 +154,7 @@ def _fit_basis(config: Config, blocks: Blocks, crew: Crew) -> Any:
     )
 
 
-class Moments(PoolWorker):
+class Moments(ModelWorker):
     """Second moments of the stream (and its gradients) over some blocks."""
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
@@ -162,7 +163,7 @@ class Moments(PoolWorker):
         stream: Any = 0.0
         gradient: Any = 0.0
         positions = 0
-        for batch in self.taken(ordinals):
+        for batch in self.batches_at(ordinals):
             z, g, count = stream_moments(
                 self.model, self.tensors(batch.ids), self.tensors(batch.mask), self.config.operators.form != "logit"
             )
@@ -171,7 +172,7 @@ class Moments(PoolWorker):
         return {**facts, "stream": stream, "gradient": gradient, "vocabulary": self.model.vocabulary}
 
 
-class Accumulator(PoolWorker):
+class Accumulator(ModelWorker):
     """Adds the J of a shard's blocks to their subsets' sums and publishes them."""
 
     def __init__(self, config: Config, blocks: Blocks, stage: Stage, device: str) -> None:
@@ -192,7 +193,7 @@ class Accumulator(PoolWorker):
         name = f"sum-{index:03d}"
         added = time.monotonic()
         self.stage.store.write(f"{name}.safetensors", tensor_bytes({"sums": sums[:-1].cpu()}))
-        apart("sums", time.monotonic() - added)
+        record_separately("sums", time.monotonic() - added)
         return self.stage.mark(name, started, blocks=stop - start)
 
 
@@ -207,10 +208,10 @@ def reduce_sums(config: Config, stage: Stage, shards: int, n_blocks: int) -> dic
     return {"subsets": len(A)}
 
 
-def _finish(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
+def _finish(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:
     """Judge what was fitted, publish it as final, and clear the scaffolding."""
     folder = "trained" if config.fit.method == "train" else "fitted"
-    judged = crew.map(Judge, (config, blocks, stage, crew.device), [folder])
+    judged = actors.map(Judge, (config, blocks, stage, actors.device), [folder])
     progress(judged, "judge", 1, "fit", _one)
     _clear(stage)
 
@@ -222,7 +223,7 @@ def _clear(stage: Stage) -> None:
         stage.store.remove(name)
 
 
-class Judge(PoolWorker):
+class Judge(ModelWorker):
     """Measures fitted operators and publishes them as the stage's result."""
 
     def __init__(self, config: Config, blocks: Blocks, stage: Stage, device: str) -> None:

@@ -109,7 +109,7 @@ class RowStore:
     def _mapped(self, name: str) -> memoryview:
         if not self.store.local:
             return memoryview(self.store.read(name))
-        with self.store.told(name, "read"), open(self.store.path(name), "rb") as file:
+        with self.store.translated_errors(name, "read"), open(self.store.path(name), "rb") as file:
             try:
                 return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             except ValueError:  # an empty file cannot be mapped

@@ -24,9 +24,9 @@ from stride_ray.models.sites import Site
 from stride_ray.operators.membership import membership_of
 from stride_ray.operators.one_bit import Rows, packed_queries, products, row_bytes, word_starts
 from stride_ray.operators.row_store import FORMAT, RowStore
-from stride_ray.operators.sketched_rows import LAYOUT, SKETCH, RowWorker, SketchWorker, over_pool, subset_rows
+from stride_ray.operators.sketched_rows import LAYOUT, SKETCH, RowWorker, SketchWorker, map_block_ranges, subset_rows
 from stride_ray.operators.validation import SAMPLE, gap, members, with_targets
-from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Stage
@@ -35,9 +35,9 @@ from stride_ray.runtime.tasks import progress
 
 # Bytes of a row beyond which accuracy gains little, for blocks and for subsets, whose sums are held in float32 while
 # they are added up; and below which rows are of subsets (RESULTS.md, Operators).
-MOST, MOST_SUBSET, LEAST = 64 * 1024, 24 * 1024, 1024
+MAX_BLOCK_ROW_BYTES, MAX_SUBSET_ROW_BYTES, MIN_BLOCK_ROW_BYTES = 64 * 1024, 24 * 1024, 1024
 # Share of blocks whose gradients are not finite from which on the fit is refused.
-NOT_FINITE = 0.05
+MAX_NONFINITE_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Layout:
 def rows_for(config: Config, n_blocks: int) -> tuple[bool, int, float]:
     """Whether rows are of blocks, how many there are, and the bytes that each may take."""
     options, budget = config.operators, config.operators.budget_gb * 2**30
-    if options.rows == "blocks" or (options.rows == "auto" and budget / n_blocks >= LEAST):
-        return True, n_blocks, min(budget / n_blocks, MOST)
+    if options.rows == "blocks" or (options.rows == "auto" and budget / n_blocks >= MIN_BLOCK_ROW_BYTES):
+        return True, n_blocks, min(budget / n_blocks, MAX_BLOCK_ROW_BYTES)
     K = config.membership.subsets
-    return False, K, min(budget / K, MOST_SUBSET)
+    return False, K, min(budget / K, MAX_SUBSET_ROW_BYTES)
 
 
 def layout_of(config: Config, n_blocks: int, sites: tuple[Site, ...], shares: dict[str, float]) -> Layout:
@@ -112,7 +112,7 @@ def make_sketch(config: Config, curvature: Store, stage: Stage, n_blocks: int) -
     return {"row_bytes": layout.row_bytes}
 
 
-def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, crew: Crew) -> None:
+def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, actors: ActorPool) -> None:
     """Publish the rows and, last, ``metadata.json``; where that is there, add the rows of blocks that came since.
 
     Args:
@@ -120,28 +120,28 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, cr
         blocks: the pool.
         curvature: of the finished stage.
         stage: ``operators``, begun.
-        crew: that does it.
+        actors: that do it.
 
     Raises:
         StrideError: as layout_of, or where too many blocks' gradients are not finite.
     """
     if not stage.store.exists(LAYOUT):
-        progress(crew.map(partial, (make_sketch, config, curvature, stage), [len(blocks)]), "sketch", 1, "", _one)
+        progress(actors.map(partial, (make_sketch, config, curvature, stage), [len(blocks)]), "sketch", 1, "", _one)
     layout = stage.store.read_json(LAYOUT)
     known = stage.store.read_json("metadata.json") if stage.store.exists("metadata.json") else {}
-    given, first = (config, blocks, stage, crew.device), known.get("blocks", 0)
+    given, first = (config, blocks, stage, actors.device), known.get("blocks", 0)
     if layout["rows"] == "blocks":
         layout["subsets"] = len(blocks)
         ranges = blocks.cut(unit_count(len(blocks) - first), first)
         # A name says which blocks: were the pool to grow meanwhile, it would be cut elsewhere.
         names = [f"rows-{start:09d}-{stop:09d}" for start, stop in ranges]
-        over_pool(RowWorker, names, ranges, given, stage, crew)
+        map_block_ranges(RowWorker, names, ranges, given, stage, actors)
         parts = names
     else:
-        names, parts = subset_rows(given, layout["subsets"], crew)
+        names, parts = subset_rows(given, layout["subsets"], actors)
     done = stage.done()
     failed = sum(done[name]["not_finite"] for name in names)
-    if failed > NOT_FINITE * (len(blocks) - first):
+    if failed > MAX_NONFINITE_SHARE * (len(blocks) - first):
         raise StrideError(
             f"The gradients of {failed} of {len(blocks) - first} blocks are not finite (the first: block "
             f"{min(done[name]['spoilt'] for name in names if done[name]['not_finite'])}): the model overflows on this "
@@ -158,7 +158,7 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, cr
         "parts": known.get("parts", [])
         + [{"name": name, **{key: done[name][key] for key in ("first", "count", "hash")}} for name in parts],
     }
-    judged = crew.map(SiteJudge, given, [facts])
+    judged = actors.map(FitValidator, given, [facts])
     progress(judged, "judge", 1, "fit", _one)
 
 
@@ -166,7 +166,7 @@ def _one(_: Any) -> int:
     return 1
 
 
-class SiteJudge(SketchWorker):
+class FitValidator(SketchWorker):
     """Measures whether rows answer to their own blocks, and publishes the store's metadata.
 
     Products are divided by both lengths: blocks' lengths differ a hundredfold, and a few would make up the whole mean.
@@ -175,7 +175,7 @@ class SiteJudge(SketchWorker):
     def __call__(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Do it; returns the metadata."""
         sample = with_targets(self.blocks, self.blocks.sample(SAMPLE, self.config.seed + 1))
-        pieces = [self.sections(*self.trimmed(batch)) for batch in self.taken(sample)]
+        pieces = [self.sections(*self.trimmed(batch)) for batch in self.batches_at(sample)]
         sections = [torch.cat(each).cpu().numpy() for each in zip(*pieces, strict=True)]
         good = np.stack([np.isfinite(each).all(1) for each in sections]).all(0)
         sections = [each[good] for each in sections]

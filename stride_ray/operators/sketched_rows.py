@@ -18,12 +18,12 @@ from stride_ray.corpus.blocks import Blocks
 from stride_ray.models.curvature.kfac import load_sites
 from stride_ray.models.curvature.sketch import sketched_gradients
 from stride_ray.models.loading import load_measured_model
-from stride_ray.models.pool_worker import PoolWorker
+from stride_ray.models.pool_worker import ModelWorker
 from stride_ray.operators.closed_form import add_to_subsets
 from stride_ray.operators.membership import membership_of
 from stride_ray.operators.one_bit import Rows, packed_rows
 from stride_ray.operators.row_store import write_rows
-from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Stage
 from stride_ray.runtime.storage import tensor_bytes
@@ -34,7 +34,7 @@ UNIT, FEW, WAVE, ROWS = 65_536, 16, 64, 128
 SKETCH, LAYOUT = "sketch", "layout.json"
 
 
-def subset_rows(given: tuple[Any, ...], subsets: int, crew: Crew) -> tuple[list[str], list[str]]:
+def subset_rows(given: tuple[Any, ...], subsets: int, actors: ActorPool) -> tuple[list[str], list[str]]:
     """Publish the rows of so many subsets; returns the names of the units over the pool and of the rows' parts."""
     config, blocks, stage, _ = given
     ranges = blocks.cut(max(min(FEW, len(blocks.shards())), -(-len(blocks) // UNIT)))
@@ -48,9 +48,9 @@ def subset_rows(given: tuple[Any, ...], subsets: int, crew: Crew) -> tuple[list[
         done = stage.done()
         left = [(index, first) for index, first in enumerate(starts) if added[index] not in done]
         if left:
-            over_pool(SumWorker, names[units], ranges[units], given, stage, crew)
+            map_block_ranges(SumWorker, names[units], ranges[units], given, stage, actors)
             work = (add_sums, config, blocks, stage, names[units], wave, last)
-            stage.remember(progress(crew.map(partial, work, left), "reduce", len(left), "parts", lambda _: 1))
+            stage.remember(progress(actors.map(partial, work, left), "reduce", len(left), "parts", lambda _: 1))
             # Those of a later wave are not there yet.
             stage.clear_tensors("sum-")
             stage.clear_tensors(f"total-{wave - 1:05d}-")
@@ -64,13 +64,13 @@ def total_name(wave: int, part: int) -> str:
     return f"total-{wave:05d}-{part:05d}"
 
 
-def over_pool(
-    make: Any, names: list[str], ranges: list[tuple[int, int]], given: tuple[Any, ...], stage: Stage, crew: Crew
+def map_block_ranges(
+    make: Any, names: list[str], ranges: list[tuple[int, int]], given: tuple[Any, ...], stage: Stage, actors: ActorPool
 ) -> None:
     """Have a worker do what is missing of the pool's ordinal ranges."""
     done = stage.done()
     left = [(name, *ordinals) for name, ordinals in zip(names, ranges, strict=True) if name not in done]
-    results = crew.map(make, given, left)
+    results = actors.map(make, given, left)
     total = sum(stop - start for _, start, stop in left)
     stage.remember(progress(results, "fit", total, "blocks", lambda marker: marker["blocks"]))
 
@@ -80,7 +80,7 @@ def failed_blocks(ordinals: list[int]) -> dict[str, Any]:
     return {"not_finite": len(ordinals), "spoilt": min(ordinals, default=None)}
 
 
-class SketchWorker(PoolWorker):
+class SketchWorker(ModelWorker):
     """A worker that takes sketches of blocks' gradients."""
 
     load = staticmethod(load_measured_model)

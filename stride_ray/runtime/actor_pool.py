@@ -1,13 +1,17 @@
-"""A pool of actors that works through units: units of a dead or slow actor go to one that has nothing to do.
+"""An actor pool with speculative execution: idle actors re-execute the units of slow or dead ones.
 
-A unit may thus be done twice. That is no harm: what it publishes has the same bytes, whole files at a time, and the
-first result counts.
+A unit may run twice. That is safe: what it publishes has the same bytes, whole files at a time, and the first result
+counts.
+
+Example: units 0 to 3 on actors A and B; A holds 0 and 2 when its node dies. B does 1 and 3, has nothing left to do, and
+after PATIENCE seconds without a result gets 0 and then 2. When Ray brings A back, whatever it still answers is ignored.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -16,52 +20,86 @@ from ray._private import state as ray_state
 
 from stride_ray.runtime import metrics
 from stride_ray.runtime.config import Config
+from stride_ray.runtime.memory import expected_gb
 from stride_ray.runtime.tasks import (
     PATIENCE,
     RETRIES,
-    Pool,
     Unit,
     Worker,
+    WorkerAllocation,
+    allocate_workers,
+    capture_errors,
     connected,
-    killed,
-    pool,
+    lethal_unit_error,
+    prepare_process,
     ready_of,
     result_of,
-    settle,
-    wrapped,
 )
 
-# Units an actor holds: the next one is there when the first is done.
-HELD = 2
-# How many times longer than the longest unit so far nothing may happen, until units are given out twice.
-SLOW = 3
-# Seconds until a call is made again that an actor could not be reached for.
-BREATH = 1.0
+# Units that an actor holds: the next one is there when the first is done.
+QUEUED_PER_ACTOR = 2
+# After this many times the longest unit's time without a result, idle actors get units that others hold.
+STRAGGLER_FACTOR = 3
+# Seconds until a call is made again for which the actor could not be reached.
+RETRY_SECONDS = 1.0
 
 
-class Crew:
-    """A pool of actors for the length of a ``with`` block, for one or several maps over units of work.
+@dataclass(frozen=True)
+class _Call:
+    """A unit submitted to an actor."""
+
+    actor: Any
+    unit_index: int
+    map_number: int
+    submitted_at: float
+
+
+@dataclass
+class _Progress:
+    """What a map knows: units that wait, units without a result, and when the last result came."""
+
+    waiting: list[int]
+    unfinished: set[int]
+    last_result_at: float = field(default_factory=time.monotonic)
+    longest_seconds: float = 0.0
+    restarts_at_last_result: dict[Any, int] = field(default_factory=dict)  # of actors that could not be reached since
+
+    @property
+    def stalled(self) -> bool:
+        patience = max(PATIENCE, STRAGGLER_FACTOR * self.longest_seconds)
+        return time.monotonic() - self.last_result_at >= patience
+
+    def finish(self, call: _Call) -> None:
+        self.last_result_at = time.monotonic()
+        self.restarts_at_last_result = {}
+        self.longest_seconds = max(self.longest_seconds, self.last_result_at - call.submitted_at)
+        self.unfinished.remove(call.unit_index)
+
+
+class ActorPool:
+    """Actors for the length of a ``with`` block, for one or several maps over units of work.
 
     Actors outlive a map, so that what a process keeps (the model, see ``loading.load_run_model``) serves the next one.
     An actor whose node is lost comes back where there is room. Until then, and where one is far slower than the
-    others, those that have nothing to do get its units too: after PATIENCE seconds, or SLOW times what the longest
-    unit took, without a result.
+    others, idle actors get its units too: after PATIENCE seconds, or STRAGGLER_FACTOR times what the longest unit took,
+    without a result.
     """
 
-    def __init__(self, pool: Pool) -> None:
-        self.pool, self.device = pool, pool.device
-        self._calls: dict[Any, list[Any]] = {}  # actor to the calls that it has not answered
+    def __init__(self, allocation: WorkerAllocation) -> None:
+        self.allocation, self.device = allocation, allocation.device
+        self._actors: list[Any] = []
+        self._in_flight: dict[Any, _Call] = {}
         self._maps = 0
 
-    def __enter__(self) -> "Crew":
-        options = {**self.pool.options, "max_restarts": -1, "max_task_retries": RETRIES}
-        member: Any = ray.remote(_Member)
-        self._calls = {member.options(**options).remote(os.getcwd()): [] for _ in range(self.pool.workers)}
+    def __enter__(self) -> "ActorPool":
+        options = {**self.allocation.options, "max_restarts": -1, "max_task_retries": RETRIES}
+        actor: Any = ray.remote(_PoolActor)
+        self._actors = [actor.options(**options).remote(os.getcwd()) for _ in range(self.allocation.workers)]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each in self._calls:
-            ray.kill(each)
+        for actor in self._actors:
+            ray.kill(actor)
 
     def map(
         self, make: Callable[..., Worker], arguments: tuple[Any, ...], units: Sequence[Unit]
@@ -72,110 +110,103 @@ class Crew:
             StrideError: the worker's own, or that a unit killed its workers again and again.
         """
         self._maps += 1
-        what = (self._maps, ray.put((make, arguments)))
-        waiting = list(reversed(range(len(units))))
-        running: dict[Any, int] = {}  # a call to its unit's place
-        left = set(waiting)
-        given: dict[Any, float] = {}
-        lives: dict[Any, int] = {}  # of actors that could not be reached since the last result
-        since, longest = time.monotonic(), 0.0
-        while left:
-            stalled = time.monotonic() - since >= max(PATIENCE, SLOW * longest)
-            for actor, calls in self._calls.items():
-                while (waiting and len(calls) < HELD) or (stalled and not calls and left):
-                    at = waiting.pop() if waiting else _rarest(running, left)
-                    calls.append(actor.work.remote(*what, units[at]))
-                    running[calls[-1]], given[calls[-1]] = at, time.monotonic()
-            for call in ready_of([each for calls in self._calls.values() for each in calls], since):
-                actor = next(actor for actor, calls in self._calls.items() if call in calls)
-                self._calls[actor].remove(call)
-                at = running.pop(call, -1)  # -1: an earlier map's, which another actor had answered
-                if at not in left:
-                    continue
+        job = ray.put((make, arguments))
+        progress = _Progress(list(reversed(range(len(units)))), set(range(len(units))))
+        while progress.unfinished:
+            self._submit(job, units, progress)
+            for reference in ready_of(list(self._in_flight), progress.last_result_at):
+                call = self._in_flight.pop(reference)
+                if call.map_number != self._maps or call.unit_index not in progress.unfinished:
+                    continue  # an earlier map's, or another actor was faster
                 try:
-                    result = result_of(call)
+                    result = result_of(reference)
                 except ray.exceptions.ActorUnavailableError:
-                    # Its node is lost, and Ray does not know that yet: no fault of the unit's. But where its process
-                    # has come up again and again and nothing is ever done, the unit is what kills it.
-                    restarts = ray_state.actors(actor._actor_id.hex())["NumRestarts"]
-                    if restarts - lives.setdefault(actor, restarts) > RETRIES:
-                        raise killed(f"Ray started the worker again {restarts} times") from None
-                    waiting.append(at)
-                    metrics.refused()
-                    time.sleep(BREATH)
+                    self._retry(call, progress)
                     continue
-                since, lives = time.monotonic(), {}
-                longest = max(longest, since - given[call])
-                left.remove(at)
+                progress.finish(call)
                 yield result
 
+    def _submit(self, job: Any, units: Sequence[Unit], progress: _Progress) -> None:
+        """Give every actor with room the next unit; in a stall, every idle one a unit that others hold."""
+        stalled = progress.stalled
+        for actor in self._actors:
+            held = sum(call.actor is actor for call in self._in_flight.values())
+            while (progress.waiting and held < QUEUED_PER_ACTOR) or (stalled and not held and progress.unfinished):
+                index = progress.waiting.pop() if progress.waiting else self._least_replicated(progress.unfinished)
+                reference = actor.work.remote(self._maps, job, units[index])
+                self._in_flight[reference] = _Call(actor, index, self._maps, time.monotonic())
+                held += 1
 
-def _rarest(running: dict[Any, int], left: set[int]) -> int:
-    """Of the units without a result, the one that the fewest actors have."""
-    held = list(running.values())
-    return min(left, key=lambda at: (held.count(at), at))
+    def _least_replicated(self, unfinished: set[int]) -> int:
+        """Of the units without a result, the one that the fewest actors hold."""
+        held = [call.unit_index for call in self._in_flight.values() if call.map_number == self._maps]
+        return min(unfinished, key=lambda index: (held.count(index), index))
+
+    def _retry(self, call: _Call, progress: _Progress) -> None:
+        """Its node is lost and Ray has not noticed yet: try again, the unit is not to blame.
+
+        But where the actor's process was started more than RETRIES times without a single result, the unit kills it.
+        """
+        # Ray's public state API asks the dashboard, which a local Ray is started without.
+        restarts = ray_state.actors(call.actor._actor_id.hex())["NumRestarts"]
+        if restarts - progress.restarts_at_last_result.setdefault(call.actor, restarts) > RETRIES:
+            raise lethal_unit_error(f"Ray started the worker again {restarts} times") from None
+        progress.waiting.append(call.unit_index)
+        metrics.count_unavailable_call()
+        time.sleep(RETRY_SECONDS)
 
 
-class _Member:
-    """An actor of a crew: holds the worker of the map that it is in."""
+class _PoolActor:
+    """An actor of a pool: holds the worker of the map that it is in."""
 
     def __init__(self, folder: str) -> None:
-        settle(folder)
-        self.map = 0
+        prepare_process(folder)
+        self.map_number = 0
         self.worker: Worker | None = None
 
-    def work(self, number: int, what: tuple[Callable[..., Worker], tuple[Any, ...]], unit: Unit) -> dict[str, Any]:
-        if number != self.map or self.worker is None:
-            self.worker = None  # let go of the last map's before the next one's memory is asked for
-            made = wrapped(self._make, *what)
+    def work(self, map_number: int, job: tuple[Callable[..., Worker], tuple[Any, ...]], unit: Unit) -> dict[str, Any]:
+        if map_number != self.map_number or self.worker is None:
+            self.worker = None  # frees the last map's first: two models may not fit
+            outcome = capture_errors(self._make_worker, *job)
             if self.worker is None:
-                return made  # the sentence that says why not
-            self.map = number
-        return wrapped(self.worker, unit)
+                return outcome  # the error
+            self.map_number = map_number
+        return capture_errors(self.worker, unit)
 
-    def _make(self, make: Callable[..., Worker], arguments: tuple[Any, ...]) -> dict[str, Any]:
+    def _make_worker(self, make: Callable[..., Worker], arguments: tuple[Any, ...]) -> dict[str, Any]:
         self.worker = make(*arguments)
         return {}
 
 
-_open: list[Crew] = []  # the crew of the block that is being executed, if there is one
+_open: list[ActorPool] = []  # the pool of the enclosing ``shared_actor_pool`` block
 
 
 @contextmanager
-def crew_for(config: Config, units: int) -> Iterator[Crew]:
-    """Ray and a crew for ``units`` pieces of work: those of the block around this one, where it has them, or new ones.
+def shared_actor_pool(config: Config, units: int) -> Iterator[ActorPool]:
+    """The enclosing block's actor pool, whatever the arguments; if there is none, Ray and a pool for ``units`` units.
 
     Stages that follow each other within a block thus share processes, which take seconds to start and load a model.
 
     Raises:
-        StrideError: as connected and pool.
+        StrideError: as connected and allocate_workers.
     """
     if _open:
         yield _open[-1]
         return
-    with connected(config.compute), Crew(pool(config.compute, units, expected_gb(config))) as crew:
-        _open.append(crew)
+    with (
+        connected(config.compute),
+        ActorPool(allocate_workers(config.compute, units, expected_gb(config))) as actors,
+    ):
+        _open.append(actors)
         try:
-            yield crew
+            yield actors
         finally:
             _open.pop()
 
 
 def map_actors(
-    make: Callable[..., Worker], arguments: tuple[Any, ...], units: Sequence[Unit], pool: Pool
+    make: Callable[..., Worker], arguments: tuple[Any, ...], units: Sequence[Unit], allocation: WorkerAllocation
 ) -> Iterator[dict[str, Any]]:
-    """Apply ``make(*arguments)`` to every unit in a pool of actors of its own, see ``Crew.map``."""
-    with Crew(pool) as crew:
-        yield from crew.map(make, arguments, units)
-
-
-# A small model's files, bytes, and what a worker with one takes, GB.
-SMALL, SMALL_GB = 2**26, 1.5
-
-
-def expected_gb(config: Config) -> float:
-    """What a worker is expected to take, for how many there may be: ``compute.worker_gb``, less with a small model."""
-    path = config.model.path
-    files = [entry for entry in os.scandir(path) if entry.is_file()] if os.path.isdir(path) else []
-    small = bool(files) and sum(entry.stat().st_size for entry in files) < SMALL
-    return min(SMALL_GB, config.compute.worker_gb) if small else config.compute.worker_gb
+    """Apply ``make(*arguments)`` to every unit in an actor pool of its own, see ``ActorPool.map``."""
+    with ActorPool(allocation) as actors:
+        yield from actors.map(make, arguments, units)

@@ -21,7 +21,7 @@ NAME = "cost.json"
 START = "start"
 # Later results per first one that tell what a result takes; units are not all of one size.
 ENOUGH = 3
-# What a result says: seconds, peak MB, which worker, and the seconds that it kept ``apart``.
+# What a result says: seconds, peak MB, which worker, and the seconds of separate phases.
 Cost = tuple[float, int, str, dict[str, float]]
 
 
@@ -36,7 +36,7 @@ class Phase:
         seen: the workers that took part.
         peak_mb: the most that a worker held since it was started, MB.
         first: of these, seconds of each worker's first result. ``results``: how many there were.
-        apart: of all seconds of work, those that are not in ``busy`` but phases of their own, by label.
+        separate: of all seconds of work, those that are not in ``busy`` but phases of their own, by label.
     """
 
     amount: int = 0
@@ -47,7 +47,7 @@ class Phase:
     first: float = 0.0
     results: int = 0
     seen: set[str] = field(default_factory=set)
-    apart: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    separate: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, cost: Cost) -> None:
         """Count what a worker said of a result, see ``paid``."""
@@ -59,7 +59,7 @@ class Phase:
         self.peak_mb = max(self.peak_mb, peak)
         self.seen.add(worker)
         for label, part in apart.items():
-            self.apart[label] += part
+            self.separate[label] += part
 
     def facts(self, label: str) -> dict[str, dict[str, Any]]:
         """For cost.json: this phase and those that were kept apart from it.
@@ -71,7 +71,7 @@ class Phase:
         later = self.results - len(self.seen)
         told_apart = later >= ENOUGH * workers
         start = max(0.0, self.first - workers * (self.busy - self.first) / later) if told_apart else 0.0
-        apart = dict(self.apart)
+        apart = dict(self.separate)
         if start:
             apart[START] = apart.get(START, 0.0) + start
         wall = max(0.0, self.wall - sum(apart.values()) / workers)
@@ -90,7 +90,7 @@ _current = Phase()
 _apart: defaultdict[str, float] = defaultdict(float)  # of the result that this worker is making
 
 
-def apart(label: str, seconds: float) -> None:
+def record_separately(label: str, seconds: float) -> None:
     """In a worker: so many seconds of this result grow otherwise than the rest and are a phase of their own."""
     _apart[label] += seconds
 
@@ -101,16 +101,16 @@ def begun() -> float:
     return time.monotonic()
 
 
-def paid(began: float) -> Cost:
+def result_cost(began: float) -> Cost:
     """What a result cost this worker since it was ``begun``.
 
     Returns:
-        Seconds, peak MB, which worker it is, and the seconds that were kept ``apart``, by label.
+        Seconds, peak MB, which worker it is, and the seconds of separate phases, by label.
     """
     return time.monotonic() - began, peak_mb(), f"{socket.gethostname()}/{os.getpid()}", dict(_apart)
 
 
-def noted(cost: Cost | None) -> None:
+def add_result_cost(cost: Cost | None) -> None:
     """At the driver: a result has come with this cost."""
     if cost is not None:
         _current.add(cost)

@@ -8,6 +8,11 @@ import resource
 import sys
 from typing import Any
 
+from stride_ray.runtime.config import Config
+
+# A small model's files, bytes, and what a worker with one takes, GB.
+SMALL_MODEL_BYTES, SMALL_MODEL_GB = 2**26, 1.5
+
 # glibc's mallopt: options (malloc.h) and their values. Large buffers come from the heap instead of a mapping of their
 # own; the heap shrinks only when 2 GiB at its end are free, and grows by at least 64 MiB.
 _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = (-4, 0), (-1, 2**31 - 1), (-2, 2**26)
@@ -79,3 +84,11 @@ def peak_mb() -> int:
 def _lifetime_peak() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def expected_gb(config: Config) -> float:
+    """What a worker is expected to take, for how many there may be: ``compute.worker_gb``, less with a small model."""
+    path = config.model.path
+    files = [entry for entry in os.scandir(path) if entry.is_file()] if os.path.isdir(path) else []
+    small = bool(files) and sum(entry.stat().st_size for entry in files) < SMALL_MODEL_BYTES
+    return min(SMALL_MODEL_GB, config.compute.worker_gb) if small else config.compute.worker_gb

@@ -51,6 +51,6 @@ def report(stage: str, result: Mapping[str, Any]) -> None:
         _metrics()["stride_solver_gap"].set(result["largest_gap"], {"stage": stage})
 
 
-def refused() -> None:
+def count_unavailable_call() -> None:
     """Count a call that a lost node refused, as a failure of the stage ``workers``."""
     _metrics()["stride_failures"].inc(1, {"stage": "workers"})

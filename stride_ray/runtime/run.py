@@ -15,7 +15,7 @@ from stride_ray.runtime.config import Config, digest, dumps, loads, stage_hash, 
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.memory import peak_mb
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.urls import safe_url, shown
+from stride_ray.runtime.urls import redacted, safe_url
 
 # What a stage writes before its first unit of work.
 PREPARED = {"stage.json", "plan.json", "tokenizer", "queries.parquet"}
@@ -113,7 +113,7 @@ class Run:
         self.save()
         return opened
 
-    def forget(self, opened: Stage) -> None:
+    def roll_back(self, opened: Stage) -> None:
         """Undo ``begin`` for a stage that came to nothing: its folder goes, and run.toml is as it was."""
         opened.store.remove("")
         if self._before is None:
@@ -123,7 +123,7 @@ class Run:
 
     def save(self) -> None:
         """Write run.toml: the configuration, the code's version and, once known, the corpus fingerprint."""
-        text = dumps(self.config.updated({"corpus.input": [shown(url) for url in self.config.corpus.input]}))
+        text = dumps(self.config.updated({"corpus.input": [redacted(url) for url in self.config.corpus.input]}))
         text += f'\n[run]\ncode_version = "{__version__}"\n'
         if self.store.exists("blocks/manifest.json"):
             text += f'corpus_fingerprint = "{self.store.read_json("blocks/manifest.json")["fingerprint"]}"\n'
@@ -143,7 +143,7 @@ class Run:
         return opened
 
 
-class _Claimed(Store):
+class _OwnedStore(Store):
     """A folder that one claim to a stage covers: written to only while the claim stands.
 
     A second command with other settings may take a folder in which no unit is done yet; the first, which may still be
@@ -155,10 +155,10 @@ class _Claimed(Store):
         self._at, self._keys = at, keys
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Claimed, (self.url, self._at, self._keys)
+        return _OwnedStore, (self.url, self._at, self._keys)
 
     def child(self, name: str) -> Store:
-        return _Claimed(super().child(name).url, self._at, self._keys)
+        return _OwnedStore(super().child(name).url, self._at, self._keys)
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         self._check()
@@ -198,11 +198,11 @@ def claim(opened: Stage, stage: str, keys: Mapping[str, Any]) -> Stage:
         for name in sorted(there):
             opened.store.remove(name)
         opened.store.write_json("stage.json", {"stage": stage, "code_version": __version__, "keys": keys})
-    return Stage(_Claimed(opened.store.url, opened.store.url, digest(keys)), opened.identity)
+    return Stage(_OwnedStore(opened.store.url, opened.store.url, digest(keys)), opened.identity)
 
 
 @contextmanager
-def unless_finished(stage: Stage, by: str) -> Iterator[None]:
+def tolerate_concurrent_finish(stage: Stage, by: str) -> Iterator[None]:
     """Forgive what goes wrong once the file ``by`` says that the stage is finished.
 
     The same command may have been started twice: the faster one has cleared away what the slower one works with.

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import file_system, first_line, safe_url
+from stride_ray.runtime.urls import first_line, open_url, safe_url
 
 # Rows in a Parquet row group; readers that want a few rows of a file read whole groups.
 ROW_GROUP = 4096
@@ -40,7 +40,7 @@ class Store:
         self.url = str(url).rstrip("/") or "/"
         try:
             if "://" in self.url:
-                self.fs, self.root = file_system(self.url)
+                self.fs, self.root = open_url(self.url)
             else:  # a local name may hold "::", which fsspec would take for a chain of URLs
                 self.fs, self.root = LocalFileSystem(), LocalFileSystem._strip_protocol(self.url)
         except (ValueError, ImportError) as error:
@@ -78,12 +78,12 @@ class Store:
 
     def exists(self, name: str) -> bool:
         """Whether a file of that name is there."""
-        with self.told(name, "read"):
+        with self.translated_errors(name, "read"):
             return bool(self.fs.exists(self.path(name)))
 
     def names(self, folder: str = "", ending: str = "") -> list[str]:
         """Names directly inside ``folder``, sorted, without hidden and half-written ones."""
-        with self.told(folder, "list"):
+        with self.translated_errors(folder, "list"):
             where = self.path(folder).rstrip("/")
             try:
                 found = self.fs.ls(where, detail=False)
@@ -94,12 +94,12 @@ class Store:
 
     def size(self) -> int:
         """Bytes of all that lies in the folder and below it."""
-        with self.told("", "list"):
+        with self.translated_errors("", "list"):
             return int(self.fs.du(self.root, total=True))
 
     def read(self, name: str) -> bytes:
         """The whole file."""
-        with self.told(name, "read"):
+        with self.translated_errors(name, "read"):
             return self.fs.cat_file(self.path(name))
 
     def read_text(self, name: str) -> str:
@@ -112,7 +112,7 @@ class Store:
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Publish a whole file atomically, replacing an older one."""
         path = self.path(name)
-        with self.told(name, "write"):
+        with self.translated_errors(name, "write"):
             if not self.local:
                 self.fs.pipe_file(path, bytes(data))
                 return
@@ -140,7 +140,7 @@ class Store:
         with open(path, "rb") as file:
             for chunk in iter(lambda: file.read(1 << 20), b""):
                 digest.update(chunk)
-        with self.told(name, "write"):
+        with self.translated_errors(name, "write"):
             if not self.local:
                 self.fs.put_file(path, target)
                 return digest.hexdigest()
@@ -159,7 +159,7 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Delete a file or a folder with all it holds, if it is there."""
-        with self.told(name, "delete"):
+        with self.translated_errors(name, "delete"):
             if not self.fs.exists(self.path(name)):
                 return
             if self.local:
@@ -183,7 +183,7 @@ class Store:
         """Many JSON records, fetched at once where the file system can."""
         if self.local or not names:
             return [self.read_json(name) for name in names]
-        with self.told(names[0], "read"):
+        with self.translated_errors(names[0], "read"):
             found = self.fs.cat([self.path(name) for name in names])
         return [self._json(name, found[self.path(name)]) for name in names]
 
@@ -227,7 +227,7 @@ class Store:
         Raises:
             StrideError: for a file that is missing or not Parquet.
         """
-        with self.told(name, "read"):
+        with self.translated_errors(name, "read"):
             handle = open(self.path(name), "rb") if self.local else self.fs.open(self.path(name), "rb")  # noqa: SIM115
         with handle:
             try:
@@ -237,7 +237,7 @@ class Store:
                 raise StrideError(f"{self.name_of(name)} cannot be read as Parquet: {first_line(error)}") from None
 
     @contextmanager
-    def told(self, name: str, deed: str) -> Iterator[None]:
+    def translated_errors(self, name: str, deed: str) -> Iterator[None]:
         """Turn what file systems raise into one sentence."""
         place = self.name_of(name)
         try:

@@ -45,7 +45,7 @@ Worker = Callable[[Unit], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Pool:
+class WorkerAllocation:
     """What a stage may use: a number of workers with one CPU each, and a GPU each on ``cuda``."""
 
     workers: int
@@ -108,7 +108,7 @@ def _check_answers(address: str) -> None:
         ) from None
 
 
-def pool(compute: ComputeConfig, units: int, worker_gb: float = 0.0) -> Pool:
+def allocate_workers(compute: ComputeConfig, units: int, worker_gb: float = 0.0) -> WorkerAllocation:
     """The workers that a stage with ``units`` pieces of work gets.
 
     Where their number is left open there are no more than the cluster's memory holds at ``worker_gb`` each; that
@@ -133,22 +133,22 @@ def pool(compute: ComputeConfig, units: int, worker_gb: float = 0.0) -> Pool:
             f"compute asks for {asked} worker(s) with a {kind} each; the Ray cluster has {have.get(kind, 0):g} {kind}s "
             f"and can scale to {most[kind]:g}: lower compute.workers, change compute.device or add nodes."
         )
-    return Pool(max(1, min(asked, units)), device)
+    return WorkerAllocation(max(1, min(asked, units)), device)
 
 
-def wrapped(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+def capture_errors(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """What ``work`` returns and what it cost; a StrideError as a result too, for Ray would bury it in tracebacks."""
     began = costs.begun()
     try:
-        return {**work(*arguments), _COST: costs.paid(began)}
+        return {**work(*arguments), _COST: costs.result_cost(began)}
     except StrideError as error:
         return {_SENTENCE: str(error)}
 
 
-def _unwrapped(result: dict[str, Any]) -> dict[str, Any]:
+def _result_or_raise(result: dict[str, Any]) -> dict[str, Any]:
     if _SENTENCE in result:
         raise StrideError(result[_SENTENCE])
-    costs.noted(result.pop(_COST, None))
+    costs.add_result_cost(result.pop(_COST, None))
     return result
 
 
@@ -160,7 +160,7 @@ def use_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def settle(folder: str, threads: int = 1) -> None:
+def prepare_process(folder: str, threads: int = 1) -> None:
     """Make this process the driver's equal: its working folder, where relative paths start, its threads, its memory.
 
     Floating-point sums depend on the number of threads, so every worker has one, wherever it runs.
@@ -173,14 +173,14 @@ def settle(folder: str, threads: int = 1) -> None:
         os.chdir(folder)
 
 
-def keep_to(device: str) -> None:
+def hide_gpus(device: str) -> None:
     """Before torch looks: a worker that was given no GPU must not find one all the same."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def map_tasks(
-    function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], units: Sequence[Unit], pool: Pool
+    function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], units: Sequence[Unit], pool: WorkerAllocation
 ) -> Iterator[dict[str, Any]]:
     """Apply ``function(*arguments, unit)`` to every unit as Ray tasks, two per worker in flight.
 
@@ -201,12 +201,12 @@ def map_tasks(
 def _task(
     folder: str, function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], unit: Unit
 ) -> dict[str, Any]:
-    settle(folder)
-    return wrapped(function, *arguments, unit)
+    prepare_process(folder)
+    return capture_errors(function, *arguments, unit)
 
 
 def map_dataset(
-    make: Callable[..., Worker], arguments: tuple[Any, ...], units: Sequence[dict[str, Any]], pool: Pool
+    make: Callable[..., Worker], arguments: tuple[Any, ...], units: Sequence[dict[str, Any]], pool: WorkerAllocation
 ) -> Iterator[dict[str, Any]]:
     """Apply ``make(*arguments)`` to every unit as a Ray Data pipeline; a unit and a result are JSON-like dicts.
 
@@ -231,9 +231,9 @@ def map_dataset(
     )
     try:
         for row in results.iter_rows():
-            yield _unwrapped(json.loads(row["result"]))
+            yield _result_or_raise(json.loads(row["result"]))
     except ray.exceptions.RayError as error:
-        raise _told(error) from None
+        raise _sentence_for(error) from None
     finally:
         _internal_kv_del(tries, del_by_prefix=True, namespace=NAMESPACE)
 
@@ -247,17 +247,17 @@ class _Row:
     """
 
     def __init__(self, make: Callable[..., Worker], arguments: tuple[Any, ...], folder: str, tries: str) -> None:
-        settle(folder)
+        prepare_process(folder)
         self.make, self.arguments, self.tries = make, arguments, tries
         self.worker: Worker | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(wrapped(self._begun, f"{self.tries}{row['at']}", json.loads(row["unit"])))}
+        return {"result": json.dumps(capture_errors(self._begun, f"{self.tries}{row['at']}", json.loads(row["unit"])))}
 
     def _begun(self, key: str, unit: Unit) -> dict[str, Any]:
         tried = int(_internal_kv_get(key, namespace=NAMESPACE) or 0)
         if tried > RETRIES:
-            raise killed(f"It was begun {tried} times.")
+            raise lethal_unit_error(f"It was begun {tried} times.")
         _internal_kv_put(key, str(tried + 1), namespace=NAMESPACE)
         return self._work(unit)
 
@@ -265,7 +265,7 @@ class _Row:
         if self.worker is None:
             began = time.monotonic()
             self.worker = self.make(*self.arguments)
-            costs.apart(costs.START, time.monotonic() - began)
+            costs.record_separately(costs.START, time.monotonic() - began)
         return self.worker(unit)
 
 
@@ -289,12 +289,12 @@ def result_of(reference: Any) -> dict[str, Any]:
         StrideError: the worker's own, or that the unit killed its workers again and again.
     """
     try:
-        return _unwrapped(ray.get(reference))
+        return _result_or_raise(ray.get(reference))
     except ray.exceptions.RayError as error:
-        raise _told(error) from None
+        raise _sentence_for(error) from None
 
 
-def killed(why: str) -> StrideError:
+def lethal_unit_error(why: str) -> StrideError:
     """The sentence for a unit that nobody survives."""
     return StrideError(
         f"A unit of work killed its worker {RETRIES} times and more (out of memory?); lower compute.worker_gb or "
@@ -302,10 +302,10 @@ def killed(why: str) -> StrideError:
     )
 
 
-def _told(error: BaseException) -> BaseException:
+def _sentence_for(error: BaseException) -> BaseException:
     """A sentence for what happens to workers from outside; anything else is a defect and keeps its traceback."""
     if isinstance(error, (ray.exceptions.ActorDiedError, ray.exceptions.WorkerCrashedError)):
-        return killed(f"Ray says: {first_line(error)}")
+        return lethal_unit_error(f"Ray says: {first_line(error)}")
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return StrideError(f"Ray killed workers for lack of memory; lower compute.workers. {first_line(error)}")
     if isinstance(error, ray.exceptions.LocalRayletDiedError):

@@ -14,7 +14,7 @@ from stride_ray.runtime.errors import StrideError
 TRIES = 6
 
 
-def file_system(url: str) -> tuple[Any, str]:
+def open_url(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL and the path inside it; raises what fsspec and its packages do."""
     retries = {"retries": {"mode": "standard", "total_max_attempts": TRIES}}
     options = {"config_kwargs": retries} if url.startswith(("s3://", "s3a://")) else {}
@@ -47,16 +47,19 @@ def filesystem(url: str) -> tuple[Any, str]:
     if url.startswith("file://") or ("://" not in url and ("::" not in url or os.path.lexists(url))):
         return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
     try:
-        return file_system(url)
+        return open_url(url)
     except (ValueError, ImportError) as error:
-        raise StrideError(f"{shown(url)} is not a path or URL that can be opened ({told(error, url)}).") from None
+        raise StrideError(
+            f"{redacted(url)} is not a path or URL that can be opened ({redacted_error(error, url)})."
+        ) from None
     except Exception as error:  # some connect at once, and raise classes of their own
         raise StrideError(
-            f"{shown(url)} cannot be reached ({told(error, url)}); check the address, the credentials and the network."
+            f"{redacted(url)} cannot be reached ({redacted_error(error, url)}); "
+            "check the address, the credentials and the network."
         ) from None
 
 
-def shown(text: str) -> str:
+def redacted(text: str) -> str:
     """A URL, or a message that holds some, without user names, passwords and queries (which may be signatures)."""
     text = re.sub(r"://[^/\s]*@", "://", text)
     text = re.sub(r"(https?://[^\s?]*)\?[^\s'\"]*", r"\1", text)
@@ -64,9 +67,9 @@ def shown(text: str) -> str:
     return re.sub(r"(://[^\s?]*)\?[^\s'\"]*=[^\s'\"]*", r"\1", text)
 
 
-def told(error: BaseException, url: str) -> str:
+def redacted_error(error: BaseException, url: str) -> str:
     """What went wrong with a URL, without the secrets that it carries."""
-    text = shown(str(error))
+    text = redacted(str(error))
     # The error may repeat the URL without its scheme, or parts of it.
     secrets = re.findall(r"://([^/\s]*)@", url) + re.findall(r"\?([^?\s]*=[^?\s]*)", url)
     parts = [part for secret in secrets for part in re.split("[:&=]", secret) if len(part) > 3]

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import SelectConfig
 from stride_ray.runtime.storage import Store
-from stride_ray.selection.duplicates import Taken
+from stride_ray.selection.duplicates import NearDuplicateIndex
 
 MANIFEST = pa.schema(
     [
@@ -84,7 +84,7 @@ class Best:
         self.whole = self.tokens if self.counts_tokens else self.documents
         self.quotas = read_quotas(options)
         self.left: dict[str, float] = {}
-        self.taken = Taken(options.near_duplicates) if options.near_duplicates else None
+        self.taken = NearDuplicateIndex(options.near_duplicates) if options.near_duplicates else None
         self.spared = scored - math.floor(options.drop_at * scored) if options.drop == "bottom" else scored
         self.named = 0
         self.passed_over = False

@@ -27,7 +27,7 @@ def signature(ids: np.ndarray) -> bytes:
     return sketch.hashvalues.astype("<u4").tobytes()
 
 
-class Taken:
+class NearDuplicateIndex:
     """The documents taken so far, for a question at a time; some 6 KB each.
 
     Args:

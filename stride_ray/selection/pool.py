@@ -17,11 +17,11 @@ from stride_ray.corpus.documents import Document, read_placed
 from stride_ray.corpus.files import current
 from stride_ray.corpus.packing import block_id
 from stride_ray.corpus.readers import unfetched
-from stride_ray.corpus.splits import Unit
+from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage, part_name
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.urls import shown
+from stride_ray.runtime.urls import redacted
 from stride_ray.selection.duplicates import SIGNATURE, signature
 
 POOL = pa.schema(
@@ -73,16 +73,16 @@ class Piece(NamedTuple):
     tokens: int
 
 
-def reading(run: Run, as_blocks: bool) -> tuple[Reading, list[Unit]]:
+def reading(run: Run, as_blocks: bool) -> tuple[Reading, list[InputSplit]]:
     """How to read a sharded run's documents, and the units of its input, one per part of the blocks."""
     store = run.stage("blocks").store
     plan, manifest = store.read_json("plan.json"), store.read_json("manifest.json")
-    units = [Unit.from_dict(unit) for unit in plan["units"]][: len(manifest["parts"])]
+    units = [InputSplit.from_dict(unit) for unit in plan["units"]][: len(manifest["parts"])]
     how = Reading(store, plan["columns"], manifest["block_tokens"], manifest["layout"] == "pack", as_blocks)
     return how, units
 
 
-def list_part(how: Reading, stage: Stage, signed: bool, work: tuple[int, Unit]) -> dict[str, Any]:
+def list_part(how: Reading, stage: Stage, signed: bool, work: tuple[int, InputSplit]) -> dict[str, Any]:
     """Publish the documents of one part (POOL) as ``_pool/part-*.parquet``; returns the marker.
 
     Args:
@@ -152,12 +152,12 @@ def _closed(piece: Piece, held: list[tuple[np.ndarray, np.ndarray]]) -> Piece:
     return piece._replace(ids=np.concatenate(ids).astype(np.int32), mask=np.concatenate(masks).astype(bool))
 
 
-def _needs_input(how: Reading, unit: Unit) -> bool:
+def _needs_input(how: Reading, unit: InputSplit) -> bool:
     """Whether the blocks do not tell all: rows are to be copied, or a packed block's source is that of most of it."""
     return not how.as_blocks or (how.packed and "source" in how.columns and unit.kind != "text")
 
 
-def refuse_changed(unit: Unit) -> None:
+def refuse_changed(unit: InputSplit) -> None:
     """Raise StrideError where a unit's files are not those that were sharded, or cannot be looked at."""
     for file in unit.files:
         try:
@@ -168,19 +168,19 @@ def refuse_changed(unit: Unit) -> None:
             raise unfetched(file, error) from None
         if now.content != file.content:
             raise StrideError(
-                f"{shown(file.url)} was changed since it was sharded: its size or its time is another; restore both, "
-                "or select blocks (--blocks), which need no input."
+                f"{redacted(file.url)} was changed since it was sharded: its size or its time is another; restore "
+                "both, or select blocks (--blocks), which need no input."
             )
 
 
-def _placed(how: Reading, unit: Unit) -> Iterator[tuple[int, Document]]:
+def _placed(how: Reading, unit: InputSplit) -> Iterator[tuple[int, Document]]:
     refuse_changed(unit)
     for place, item in read_placed(unit, how.columns):
         if isinstance(item, Document):
             yield place, item
 
 
-def _row_of(piece: Piece, placed: Iterator[tuple[int, Document]], unit: Unit) -> tuple[Document, int]:
+def _row_of(piece: Piece, placed: Iterator[tuple[int, Document]], unit: InputSplit) -> tuple[Document, int]:
     """The row of the input that became a document of the blocks; rows before it were rejected by the tokenizer."""
     for place, document in placed:
         stem, _, copy = piece.document_id.rpartition("~")

@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow.compute as pc
 
 from stride_ray.attribution.attribute import read_influence, table_stage
-from stride_ray.corpus.splits import Unit
+from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.run import Run, Stage, claim, part_name, unless_finished
+from stride_ray.runtime.run import Run, Stage, claim, part_name, tolerate_concurrent_finish
 from stride_ray.runtime.storage import Store, refuse_inside
-from stride_ray.runtime.tasks import Pool, connected, map_tasks, pool, progress
-from stride_ray.runtime.urls import safe_url, shown
+from stride_ray.runtime.tasks import WorkerAllocation, allocate_workers, connected, map_tasks, progress
+from stride_ray.runtime.urls import redacted, safe_url
 from stride_ray.selection.choice import (
     Best,
     Drawn,
@@ -119,8 +119,8 @@ def select_by(run: Run, targets: Sequence[Target], out: str, blocks: bool = Fals
     }
     stage = claim(Stage(Store(out), digest(keys)), "select", keys)
     if not stage.store.exists("selection.json"):
-        with unless_finished(stage, "selection.json"), connected(run.config.compute):
-            workers = Pool(pool(run.config.compute, len(units)).workers, "cpu")
+        with tolerate_concurrent_finish(stage, "selection.json"), connected(run.config.compute):
+            workers = WorkerAllocation(allocate_workers(run.config.compute, len(units)).workers, "cpu")
             _list(how, stage, units, bool(options.near_duplicates), workers)
             if "choice" not in stage.done():
                 _choose(run, targets, earlier, stage, len(units))
@@ -139,7 +139,7 @@ def _earlier(url: str) -> tuple[Store, int, str]:
     return store, found["round"], found["manifest_sha256"]
 
 
-def _list(how: Reading, stage: Stage, units: Sequence[Unit], signed: bool, workers: Pool) -> None:
+def _list(how: Reading, stage: Stage, units: Sequence[InputSplit], signed: bool, workers: WorkerAllocation) -> None:
     done = stage.done()
     missing = [(i, unit) for i, unit in enumerate(units) if f"pool-{i:05d}" not in done]
     results = map_tasks(list_part, (how, stage, signed), missing, workers)
@@ -202,7 +202,7 @@ def _told(tally: Tally) -> dict[str, Any]:
     }
 
 
-def _write(how: Reading, stage: Stage, units: Sequence[Unit], workers: Pool) -> None:
+def _write(how: Reading, stage: Stage, units: Sequence[InputSplit], workers: WorkerAllocation) -> None:
     done = stage.done()
     missing = []
     for arm in ("", RANDOM):
@@ -233,7 +233,7 @@ def _summary(run: Run, targets: Sequence[Target], stage: Stage, blocks: bool) ->
         if arm in arms:
             arms[arm].append({"name": marker["name"], "documents": marker["documents"], "sha256": marker["sha256"]})
     return {
-        "run": shown(run.url),
+        "run": redacted(run.url),
         "targets": {target.name: len(target.queries) for target in targets},
         "by": run.config.select.by,
         "form": "blocks" if blocks else "rows",
@@ -245,7 +245,7 @@ def _summary(run: Run, targets: Sequence[Target], stage: Stage, blocks: bool) ->
     }
 
 
-def told(summary: Mapping[str, Any], out: str) -> str:
+def describe(summary: Mapping[str, Any], out: str) -> str:
     """A selection's summary in a few lines for a person."""
     pool, kept, random = summary["pool"], summary["kept"], summary["random"]
     lines = [

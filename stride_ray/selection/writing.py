@@ -15,22 +15,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from stride_ray.corpus.documents import Encoded
+from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.files import END, compression
 from stride_ray.corpus.packing import Counts, block_schema, iter_blocks
 from stride_ray.corpus.readers import Row, raw_lines, rows
-from stride_ray.corpus.splits import Unit
+from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Stage, part_name
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.urls import filesystem, first_line, shown
+from stride_ray.runtime.urls import filesystem, first_line, redacted
 from stride_ray.selection.pool import Reading, pieces, refuse_changed
 
 # Rows of a data set held in memory at once.
 _ROWS = 1024
 
 
-def write_part(how: Reading, stage: Stage, work: tuple[str, int, Unit, np.ndarray]) -> dict[str, Any]:
+def write_part(how: Reading, stage: Stage, work: tuple[str, int, InputSplit, np.ndarray]) -> dict[str, Any]:
     """Publish the kept documents of one part as one file of ``data/``; returns the marker.
 
     Args:
@@ -54,8 +54,8 @@ def write_part(how: Reading, stage: Stage, work: tuple[str, int, Unit, np.ndarra
             counted = {"rows": count}
             if count != len(wanted):
                 raise StrideError(
-                    f"{shown(unit.files[0].url)} gave {count} of the {len(wanted)} documents that were selected from "
-                    "it; it was changed since it was sharded: restore it, or select blocks (--blocks)."
+                    f"{redacted(unit.files[0].url)} gave {count} of the {len(wanted)} documents that were selected "
+                    "from it; it was changed since it was sharded: restore it, or select blocks (--blocks)."
                 )
         name = f"data/{part_name(part)}{ending}"
         content = stage.store.put(f"{arm}/{name}" if arm else name, path)
@@ -76,7 +76,7 @@ def _blocks(how: Reading, store: Store, part: int, wanted: set[int], path: str) 
     tokenizer = load_tokenizer(how.blocks.child("tokenizer").url)
     sources = store.read_table(f"_pool/{part_name(part)}.parquet", ["source"])["source"].to_pylist()
     kept = (
-        Encoded(piece.document_id, sources[number], piece.ids, None if piece.mask.all() else piece.mask)
+        TokenizedDocument(piece.document_id, sources[number], piece.ids, None if piece.mask.all() else piece.mask)
         for number, piece in enumerate(pieces(how, part, tokens=True))
         if number in wanted
     )
@@ -89,7 +89,7 @@ def _blocks(how: Reading, store: Store, part: int, wanted: set[int], path: str) 
     return counts.blocks
 
 
-def _rows(unit: Unit, wanted: set[int], path: str) -> tuple[str, int]:
+def _rows(unit: InputSplit, wanted: set[int], path: str) -> tuple[str, int]:
     """The kept rows of a unit in a local file, as they were; returns the file's ending and their number."""
     if unit.kind == "parquet":
         return ".parquet", _parquet_rows(unit, wanted, path)
@@ -118,7 +118,7 @@ def _opened(path: str, packing: str) -> Iterator[IO[bytes]]:
             yield raw
 
 
-def _json_lines(unit: Unit, wanted: set[int]) -> Iterator[bytes]:
+def _json_lines(unit: InputSplit, wanted: set[int]) -> Iterator[bytes]:
     left = len(wanted)
     try:
         for offset, line in raw_lines(unit):
@@ -128,10 +128,10 @@ def _json_lines(unit: Unit, wanted: set[int]) -> Iterator[bytes]:
                 if not left:  # what comes after may be corrupt
                     return
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise StrideError(f"{shown(unit.files[0].url)} cannot be read: {first_line(error)}") from None
+        raise StrideError(f"{redacted(unit.files[0].url)} cannot be read: {first_line(error)}") from None
 
 
-def _text_lines(unit: Unit, wanted: set[int]) -> Iterator[bytes]:
+def _text_lines(unit: InputSplit, wanted: set[int]) -> Iterator[bytes]:
     names = {file.name for number, file in enumerate(unit.files) if number in wanted}
     for row in rows(unit, None):
         if isinstance(row, Row) and row.file in names:
@@ -139,7 +139,7 @@ def _text_lines(unit: Unit, wanted: set[int]) -> Iterator[bytes]:
             yield json.dumps(record, ensure_ascii=False).encode()
 
 
-def _parquet_rows(unit: Unit, wanted: set[int], path: str) -> int:
+def _parquet_rows(unit: InputSplit, wanted: set[int], path: str) -> int:
     fs, place = filesystem(unit.files[0].url)
     count = 0
     with fs.open(place, "rb") as handle:
@@ -159,11 +159,11 @@ def _parquet_rows(unit: Unit, wanted: set[int], path: str) -> int:
                             count += int(chosen.sum())
                     first += size
         except (pa.ArrowException, OSError) as error:
-            raise StrideError(f"{shown(unit.files[0].url)} cannot be read: {first_line(error)}") from None
+            raise StrideError(f"{redacted(unit.files[0].url)} cannot be read: {first_line(error)}") from None
     return count
 
 
-def _arrow_rows(unit: Unit, wanted: set[int], path: str) -> int:
+def _arrow_rows(unit: InputSplit, wanted: set[int], path: str) -> int:
     schema = _arrow_schema(unit)
     count, held = 0, list[dict[str, Any]]()
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -178,7 +178,7 @@ def _arrow_rows(unit: Unit, wanted: set[int], path: str) -> int:
     return count
 
 
-def _arrow_schema(unit: Unit) -> pa.Schema:
+def _arrow_schema(unit: InputSplit) -> pa.Schema:
     fs, place = filesystem(unit.files[0].url)
     with fs.open(place, "rb") as handle:
         if handle.read(6) == b"ARROW1":

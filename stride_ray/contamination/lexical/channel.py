@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from stride_ray.contamination.items import Item
 from stride_ray.contamination.lexical.ngrams import Field, fields_of
-from stride_ray.contamination.lexical.search import RAW, Corpus, known_meetings, meeting
+from stride_ray.contamination.lexical.search import RAW, Corpus, input_split_key, known_meetings
 from stride_ray.runtime.options import ScanConfig
 from stride_ray.runtime.run import Stage
 
@@ -75,7 +75,7 @@ def lexical_matches(stage: Stage, corpus: Corpus, items: Sequence[Item], options
     met = known_meetings(stage)
     for unit in corpus.units:
         held: dict[str, int] = {}
-        markers = met.get(meeting(unit, corpus.columns), {})
+        markers = met.get(input_split_key(unit, corpus.columns), {})
         for name, marker in markers.items():
             if marker["rows"]:
                 rows += [row for row in stage.store.read_table(f"{name}.parquet").to_pylist() if row["key"] in wanted]

@@ -18,13 +18,13 @@ from stride_ray.contamination.lexical.ngrams import Index, fields_of, numbering
 from stride_ray.contamination.lexical.words import split
 from stride_ray.corpus.documents import Document, read_placed
 from stride_ray.corpus.readers import Rejected
-from stride_ray.corpus.splits import Unit
+from stride_ray.corpus.splits import InputSplit
 from stride_ray.corpus.tokenizing import load_tokenizer
 from stride_ray.runtime.actor_pool import map_actors
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.run import Stage
-from stride_ray.runtime.tasks import connected, pool, progress
+from stride_ray.runtime.tasks import allocate_workers, connected, progress
 
 RAW = pa.schema(
     [
@@ -61,17 +61,17 @@ class Corpus(NamedTuple):
         tokenizer: for documents that are token ids; may be empty.
     """
 
-    units: tuple[Unit, ...]
+    units: tuple[InputSplit, ...]
     columns: dict[str, str]
     tokenizer: str
 
     @property
     def state(self) -> str:
         """Sixteen hexadecimal digits that change with its files, their content, and the columns."""
-        return digest(sorted(meeting(unit, self.columns) for unit in self.units))
+        return digest(sorted(input_split_key(unit, self.columns) for unit in self.units))
 
 
-def meeting(unit: Unit, columns: dict[str, str]) -> str:
+def input_split_key(unit: InputSplit, columns: dict[str, str]) -> str:
     """A unit's name in the state: it changes with the unit's place, its files' content and the columns."""
     return f"{unit.kind}-{digest([unit.to_dict() | {'files': [[*f[:1], *f[2:]] for f in unit.files]}, columns])}"
 
@@ -93,11 +93,11 @@ def search(
         ``units`` and ``items`` that were met anew.
     """
     met = known_meetings(stage)
-    batches: dict[frozenset[str], list[Unit]] = {}
+    batches: dict[frozenset[str], list[InputSplit]] = {}
     for unit in corpus.units:
-        before = frozenset(marker["batch"] for marker in met.get(meeting(unit, corpus.columns), {}).values())
+        before = frozenset(marker["batch"] for marker in met.get(input_split_key(unit, corpus.columns), {}).values())
         batches.setdefault(before, []).append(unit)
-    missing: dict[tuple[str, ...], list[Unit]] = {}
+    missing: dict[tuple[str, ...], list[InputSplit]] = {}
     for before, units in batches.items():
         seen = {key for batch in before for key in stage.store.read_json(f"{batch}.json")}
         left = tuple(item.key for item in items if item.key not in seen)
@@ -114,7 +114,7 @@ def search(
             batch = f"items-{digest(list(left))}"
             stage.store.write_json(f"{batch}.json", list(left))
             given = (index, batch, corpus, stage)
-            results = map_actors(Searcher, given, units, pool(compute, len(units)))
+            results = map_actors(Searcher, given, units, allocate_workers(compute, len(units)))
             stage.remember(progress(results, "search", len(units), "units", lambda _: 1))
             told = {"units": told["units"] + len(units), "items": max(told["items"], len(left))}
     return told
@@ -136,10 +136,10 @@ class Searcher:
         self.numbering = numbering(index)
         self.tokenizer = load_tokenizer(corpus.tokenizer) if "token_ids" in corpus.columns else None
 
-    def __call__(self, unit: Unit) -> dict[str, Any]:
+    def __call__(self, unit: InputSplit) -> dict[str, Any]:
         """Do one unit; returns its marker."""
         started = time.monotonic()
-        name = meeting(unit, self.corpus.columns)
+        name = input_split_key(unit, self.corpus.columns)
         meets = f"{name}-{self.batch}"
         rows: list[dict[str, Any]] = []
         holding = np.zeros(len(self.index.vocabulary) + 1, np.int64)
@@ -149,7 +149,7 @@ class Searcher:
         for place, item in read_placed(unit, self.corpus.columns):
             if isinstance(item, Rejected):
                 documents["rejected"] += 1
-                rejected = [*rejected, item.told()][:5]
+                rejected = [*rejected, item.sentence()][:5]
                 continue
             documents["read"] += 1
             file = unit.files[place if unit.kind == "text" else 0].name

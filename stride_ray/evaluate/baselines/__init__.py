@@ -49,19 +49,19 @@ METHODS: dict[str, Baseline] = {
     ),
     "ekfac_lent": Baseline(
         "EK-FAC, with our two",
-        postprocessing.lent(ekfac.scores),
+        postprocessing.with_our_postprocessing(ekfac.scores),
         False,
         "measured where ours is, negative scores halved",
     ),
     "astra_lent": Baseline(
         "EK-FAC, with our two and a solve",
-        postprocessing.lent(astra.scores),
+        postprocessing.with_our_postprocessing(astra.scores),
         False,
         "the same, a query's gradient solved for as ours is",
     ),
     "logra_lent": Baseline(
         "LoGRA, with our two",
-        postprocessing.lent(logra.scores),
+        postprocessing.with_our_postprocessing(logra.scores),
         False,
         "measured where ours is, negative scores halved",
     ),

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 
 from stride_ray.evaluate.baselines.problem import Method, Problem
-from stride_ray.models.loading import between
+from stride_ray.models.loading import interpolated_model
 from stride_ray.models.sites import harm_halved
 
 
-def lent(method: Method) -> Method:
+def with_our_postprocessing(method: Method) -> Method:
     """The method at that model, its negative scores halved."""
 
     def scores(problem: Problem) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
             if problem.start is not None:
-                between(problem.start, problem.model, "float32", "cpu").model.save_pretrained(folder)
+                interpolated_model(problem.start, problem.model, "float32", "cpu").model.save_pretrained(folder)
                 problem = replace(problem, model=folder)
             found = method(problem)
         return harm_halved(torch.from_numpy(found)).numpy()

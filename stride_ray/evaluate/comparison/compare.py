@@ -36,7 +36,7 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.memory import peak_mb
 from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import connected, keep_to, pool, settle
+from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, prepare_process
 from stride_ray.runtime.urls import first_line
 
 DEVELOPMENT, REPORT = "development", "report"
@@ -88,7 +88,7 @@ def compare(
 
     Returns:
         ``scored``: names of the methods scored now; ``failed``: reason by name; ``result``: the default method's
-        figures on the report part (all queries where there are no parts) beside the best rival's; ``told``: the
+        figures on the report part (all queries where there are no parts) beside the best rival's; ``summary``: the
         Markdown tables of that part.
 
     Raises:
@@ -132,7 +132,7 @@ def compare(
         "scored": [unit.entry.method for unit in waiting if unit.entry.method not in reasons],
         "failed": reasons,
         "result": {"benchmark": benchmark.name, "part": part, **_result(quoted, entries, part)},
-        "told": as_markdown(quoted, entries, header),
+        "summary": as_markdown(quoted, entries, header),
     }
 
 
@@ -298,7 +298,7 @@ class _Shelf:
 
 def _machine(compute: ComputeConfig) -> tuple[int, str]:
     """Cores that one task may have, those of the largest machine or as many as workers are asked for; the device."""
-    device = pool(compute, 1).device
+    device = allocate_workers(compute, 1).device
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most = int(max((each.get("CPU", 1) for each in nodes if device == "cpu" or "GPU" in each), default=1))
     return (min(compute.workers, most) if compute.workers and device == "cpu" else most), device
@@ -308,8 +308,8 @@ def _in_worker(
     folder: str, made_from: tuple[str, str], store: Store, slug: str, given: dict[str, Any], cores: int, device: str
 ) -> dict[str, Any]:
     """Do one unit in a worker; a failure comes back as its reason, which Ray would bury in tracebacks."""
-    settle(folder, cores)
-    keep_to(device)
+    prepare_process(folder, cores)
+    hide_gpus(device)
     try:
         benchmark = reread_benchmark(*made_from)
         shape, started = (len(benchmark.queries), len(benchmark.blocks)), time.monotonic()

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from stride_ray.attribution.attribute import answer, read_influence
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.corpus.documents import Encoded
+from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.queries import SCHEMA, row
 from stride_ray.corpus.shard import shard
 from stride_ray.corpus.tokenizing import load_tokenizer
@@ -30,7 +30,7 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import pool
+from stride_ray.runtime.tasks import allocate_workers
 
 # The query set's name in each run, and the folder of the one that cuts the pool for all.
 QUERIES, BLOCKS = "queries", "blocks"
@@ -222,7 +222,7 @@ def score(benchmark: Benchmark, variant: Variant, runs: Store, compute: ComputeC
     if failed:
         remarks.append(f"{len(failed)} queries failed and count as zeros: {failed[0]['error']}")
     found = dense(read_influence(run, QUERIES), len(benchmark.queries), n_blocks)
-    return found, peak_mb(run) * pool(compute, n_blocks).workers, "; ".join(remarks)
+    return found, peak_mb(run) * allocate_workers(compute, n_blocks).workers, "; ".join(remarks)
 
 
 def settings(benchmark: Benchmark, runs: Store, compute: ComputeConfig, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,7 +297,7 @@ def check_blocks(blocks: Blocks, benchmark: Benchmark) -> None:
 def query_table(queries: Texts) -> pa.Table:
     """Queries as the pipeline takes them (queries.SCHEMA), named q0, q1 and so on."""
     names = [f"q{number}" for number in range(len(queries))]
-    rows = [row(name, Encoded(name, name, queries.tokens(number))) for number, name in enumerate(names)]
+    rows = [row(name, TokenizedDocument(name, name, queries.tokens(number))) for number, name in enumerate(names)]
     return pa.Table.from_pylist(rows, SCHEMA)
 
 

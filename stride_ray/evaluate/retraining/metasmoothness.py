@@ -20,7 +20,7 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.run import Stage, claim
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import connected, keep_to, map_tasks, pool, progress
+from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, map_tasks, progress
 
 # h: the standard deviation of the first step of a block's weight. The second goes as far again.
 STEP = 0.1
@@ -51,7 +51,7 @@ def metasmoothness(
         compute: where to run; None: a local Ray, a worker per CPU.
 
     Returns:
-        ``smoothness``, the mean of S over draws; ``each``; ``told``, a sentence.
+        ``smoothness``, the mean of S over draws; ``each``; ``summary``, a sentence.
 
     Raises:
         StrideError: for a recipe without weights, a folder made with other settings, or parameters that are not finite.
@@ -70,7 +70,7 @@ def metasmoothness(
     if missing:
         compute = compute or ComputeConfig()
         with connected(compute):
-            workers = pool(compute, len(missing))
+            workers = allocate_workers(compute, len(missing))
             shared = (benchmark.url, benchmark.fingerprint, recipe_name, stage, workers.device, seed, step)
             progress(map_tasks(_train_one, shared, missing, workers), "train", len(missing), "models", lambda _: 1)
     start, *moved = (read_array(stage.store, f"{_name(unit)}.npy") for unit in units)
@@ -78,7 +78,7 @@ def metasmoothness(
     mean = float(np.mean(each))
     spread = f", from {min(each):.3f} to {max(each):.3f}" if draws > 1 else ""
     told = f"Metasmoothness {mean:.3f} ({draws} draw(s) of weights{spread}; h = {step:g}): 1 is straight, 0 is noise."
-    return {"smoothness": mean, "each": each, "told": told}
+    return {"smoothness": mean, "each": each, "summary": told}
 
 
 def smoothness(start: np.ndarray, one: np.ndarray, two: np.ndarray) -> float:
@@ -106,7 +106,7 @@ def _train_one(
 ) -> dict[str, Any]:
     """One training in a worker: parameters first, the done-marker last."""
     started = time.monotonic()
-    keep_to(device)
+    hide_gpus(device)
     draw, times = unit
     benchmark, recipe = opened(url, fingerprint, recipe_name)
     train: Any = recipe.train  # takes weights: the driver has looked

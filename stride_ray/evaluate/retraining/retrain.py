@@ -24,7 +24,7 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.run import Stage
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import connected, keep_to, map_tasks, pool, progress
+from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, map_tasks, progress
 
 # Inside the output folder: losses and done-markers of single trainings.
 WORK = "_retrain"
@@ -56,7 +56,7 @@ def retrain(
 
     Returns:
         subsets, seeds, trained (now), models (in all), mean_loss, agreement (``Evaluation.ceiling``; None with one
-        seed), and ``told``, a paragraph that says so.
+        seed), and ``summary``, a paragraph that says so.
 
     Raises:
         StrideError: for counts and fractions that make no subset, a folder made with other settings, a recipe that
@@ -77,7 +77,7 @@ def retrain(
     if missing:
         compute = compute or ComputeConfig()
         with connected(compute):
-            workers = pool(compute, len(missing))
+            workers = allocate_workers(compute, len(missing))
             draw = (fraction, seed, like)
             shared = (benchmark.url, benchmark.fingerprint, recipe_name, draw, stage, workers.device)
             results = map_tasks(_train_one, shared, [(*unit, names[unit]) for unit in missing], workers)
@@ -159,7 +159,7 @@ def _train_one(
 ) -> dict[str, Any]:
     """One training in a worker: losses first, the done-marker last."""
     started = time.monotonic()
-    keep_to(device)
+    hide_gpus(device)
     number, seed, name = unit
     benchmark, recipe = opened(url, fingerprint, recipe_name)
     rows = subset_rows(benchmark, number, *draw)
@@ -243,5 +243,5 @@ def _summary(benchmark: Benchmark, truth: Truth, trained: int, store: Store, sec
         "models": subsets * seeds,
         "mean_loss": float(truth.losses.mean()),
         "agreement": ceiling.value if ceiling else None,
-        "told": told,
+        "summary": told,
     }

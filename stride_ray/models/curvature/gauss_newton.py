@@ -21,7 +21,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.curvature.conjugate_gradients import Gradient, add
-from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, Site, site_module, tapped, token_weights, written_gradients
+from stride_ray.models.sites import (
+    EMBEDDING,
+    HEAD,
+    ORIGIN,
+    Site,
+    forward_with_activations,
+    site_module,
+    token_weights,
+    written_gradients,
+)
 
 # How far a second derivative may be from the transpose that it should be, in standard deviations of random numbers.
 ALIKE = 0.05
@@ -54,7 +63,7 @@ class Linearised:
         self.sites = tuple(site for site in sites if site.name != ORIGIN)
         # Fused attention has no second derivative.
         with contextlib.nullcontext() if stepped else sdpa_kernel(SDPBackend.MATH):
-            self.z, self.read, self.wrote = tapped(model, [site.name for site in self.sites], ids_BT)
+            self.z, self.read, self.wrote = forward_with_activations(model, [site.name for site in self.sites], ids_BT)
             self.w = torch.zeros_like(self.z, requires_grad=True)
             self.back = {} if stepped else self._transposed()
         self.states = self.z.detach()[:, :-1]

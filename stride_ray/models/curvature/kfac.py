@@ -10,7 +10,7 @@ import torch
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.models.curvature.sketch import sketched, sketched_gradients, whole_shape
 from stride_ray.models.loading import load_measured_model
-from stride_ray.models.pool_worker import PoolWorker, corpus_of, over_sample, token_counts
+from stride_ray.models.pool_worker import ModelWorker, corpus_of, map_sample_slices, token_counts
 from stride_ray.models.sites import (
     HEAD,
     ORIGIN,
@@ -25,7 +25,7 @@ from stride_ray.models.sites import (
     preconditioned,
 )
 from stride_ray.models.vocabulary import TokenSide
-from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import costed
 from stride_ray.runtime.run import Run, Stage
@@ -45,18 +45,18 @@ def begin_curvature(run: Run, blocks: Blocks, weights: str) -> Stage:
     return run.begin("curvature", corpus=corpus_of(run.stage("curvature"), "manifest.json", blocks), weights=weights)
 
 
-def finish_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
+def finish_curvature(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:
     """Measure the preconditioner where that is not done yet."""
     if not stage.store.exists("manifest.json"):
         with costed(stage):
-            measure_curvature(config, blocks, stage, crew)
+            measure_curvature(config, blocks, stage, actors)
 
 
-def measure_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) -> None:
+def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:
     """Publish the sites and a manifest."""
-    counts = token_counts(blocks, crew)
+    counts = token_counts(blocks, actors)
     sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
-    given = (config, blocks, crew.device)
+    given = (config, blocks, actors.device)
     sums = dict[str, Moments]()
 
     def add_up(found: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) 
         stage.store.remove(found["file"])
         return found
 
-    results = over_sample(crew, MomentWorker, (*given, stage.store), sample, "precondition", add_up)
+    results = map_sample_slices(actors, MomentWorker, (*given, stage.store), sample, "precondition", add_up)
     positions = sum(found["positions"] for found in results)
     counted = torch.zeros(results[0]["vocabulary"], dtype=torch.long)
     counted[: len(counts)] = torch.from_numpy(counts[: len(counted)])
@@ -79,7 +79,7 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, crew: Crew) 
             sites.append(preconditioned(ORIGIN, moments, counted, config.seed))
     save_sites(stage.store, UNSCALED, sites)
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:SCALE_BLOCKS])
-    found = over_sample(crew, ScaleWorker, (*given, stage.store), few, "scale")
+    found = map_sample_slices(actors, ScaleWorker, (*given, stage.store), few, "scale")
     loss = sum(each["loss"] for each in found) / sum(each["targets"] for each in found)
     weights = {site.name: 1.0 for site in sites}
     if ORIGIN in weights:
@@ -116,7 +116,7 @@ def load_sites(store: Store, name: str, device: Any) -> tuple[Site, ...]:
     )
 
 
-class MomentWorker(PoolWorker):
+class MomentWorker(ModelWorker):
     """Publishes second moments at all sites over some blocks."""
 
     load = staticmethod(load_measured_model)
@@ -131,7 +131,7 @@ class MomentWorker(PoolWorker):
         """Do one unit; returns its findings."""
         index, ordinals = unit
         totals, positions = dict[str, tuple[torch.Tensor, torch.Tensor]](), 0
-        for batch in self.taken(ordinals):
+        for batch in self.batches_at(ordinals):
             positions += add_moments(totals, self.model, self.names, *self.trimmed(batch))
         # By way of a file: at 135 million parameters they are 0.4 GB, and Ray would keep every slice's in memory.
         file = f"moments-{index:02d}.safetensors"
@@ -141,7 +141,7 @@ class MomentWorker(PoolWorker):
         return {**facts, "file": file, "sites": list(totals), "vocabulary": self.model.vocabulary}
 
 
-class ScaleWorker(PoolWorker):
+class ScaleWorker(ModelWorker):
     """Σ |H^-½ J|² by site, in a sketch of DIRECTIONS on either side, and the loss, over some blocks."""
 
     load = staticmethod(load_measured_model)
@@ -156,7 +156,7 @@ class ScaleWorker(PoolWorker):
         """Do one unit; returns its findings."""
         index, ordinals = unit
         squares, loss, targets = dict.fromkeys((site.name for site in self.sketches), 0.0), 0.0, 0
-        for batch in self.taken(ordinals):
+        for batch in self.batches_at(ordinals):
             found, losses = sketched_gradients(self.model, self.sketches, *self.trimmed(batch))
             for site, Z in zip(self.sketches, found, strict=True):
                 squares[site.name] += float(Z.double().square().sum()) / site.scale

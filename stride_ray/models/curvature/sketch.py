@@ -18,7 +18,15 @@ from torch import Tensor
 
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.matrices import orthonormal
-from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, Site, head_gradients, tapped, written_gradients
+from stride_ray.models.sites import (
+    EMBEDDING,
+    HEAD,
+    ORIGIN,
+    Site,
+    forward_with_activations,
+    head_gradients,
+    written_gradients,
+)
 from stride_ray.models.vocabulary import projected
 
 # Most directions kept of the logits, over the width of the stream.
@@ -122,7 +130,7 @@ def sketched_gradients(
 
     One forward and one backward pass. Returns (B, a·b) float32 by site, zeros for a sequence without targets.
     """
-    z, read, wrote = tapped(model, [site.name for site in sketches], ids_BT)
+    z, read, wrote = forward_with_activations(model, [site.name for site in sketches], ids_BT)
     ends, losses, slope = head_gradients(model, sketches, ids_BT, mask_BT, z.detach())
     written = written_gradients(z, wrote, slope)
     pieces = []

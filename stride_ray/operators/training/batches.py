@@ -19,7 +19,7 @@ OWN = 2
 SLICE, HELD_SLICES = 512, 64
 
 
-class Walk:
+class SeededShuffle:
     """The pool in a seeded order, epoch after epoch, of which a step takes the next blocks; any step, in any order.
 
     A pool of up to 32,768 blocks is shuffled whole. A larger one is walked in chapters of that size, each made of 64
@@ -69,7 +69,7 @@ class Step(NamedTuple):
     linearity: np.ndarray
 
 
-def plan_step(walk: Walk, membership: Membership, seed: int, step: int) -> Step:
+def plan_step(walk: SeededShuffle, membership: Membership, seed: int, step: int) -> Step:
     """The pairs of a step, from (seed, step) alone; blocks without a target serve nothing.
 
     Raises:

@@ -26,14 +26,14 @@ from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Stage
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import RETRIES, Pool, settle
+from stride_ray.runtime.tasks import RETRIES, WorkerAllocation, prepare_process
 from stride_ray.runtime.urls import first_line
 
 # How many times Ray Train waits for room for its workers, a minute each: as long as a cloud may take to bring a node.
 WAITS = 20
 
 
-def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Pool) -> None:
+def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: WorkerAllocation) -> None:
     """Train the run's operators and leave them in ``trained/`` of the stage's folder, unless they are there already.
 
     Meanwhile ``loop/`` holds the newest checkpoint; the numbers of each evaluation stay in ``training.json``.
@@ -102,7 +102,7 @@ def _worker(given: dict[str, Any]) -> None:
     """One rank, from its first step or the last checkpoint to the operators."""
     from ray import train
 
-    settle(given["folder"])
+    prepare_process(given["folder"])
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every report
     context = train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())

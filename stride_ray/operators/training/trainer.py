@@ -25,7 +25,7 @@ from stride_ray.models.batch_size import rows_at_once
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.operators.forms import Basis, Operators, random_basis
 from stride_ray.operators.membership import Membership
-from stride_ray.operators.training.batches import OWN, Step, Walk, own_and_other, plan_step
+from stride_ray.operators.training.batches import OWN, SeededShuffle, Step, own_and_other, plan_step
 from stride_ray.operators.training.objective import (
     added_squares,
     linearity_loss,
@@ -73,7 +73,7 @@ class Ranks:
 ALONE = Ranks()
 
 
-class _Held(NamedTuple):
+class _BatchStates(NamedTuple):
     """Some blocks with their streams, which pairs are computed from."""
 
     places: np.ndarray  # ascending indices into the batch
@@ -113,7 +113,7 @@ class Loop:
         ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.model, self.membership, self.ranks = config, model, membership, ranks
-        self.walk = Walk(blocks, config.seed, config.fit.blocks_per_step)
+        self.walk = SeededShuffle(blocks, config.seed, config.fit.blocks_per_step)
         self.done = 0
         self._at_once = rows_at_once(config, self.model, blocks.block_tokens)
         self._sample = blocks.batch(blocks.sample(EVALUATED, config.seed + 2))
@@ -221,7 +221,7 @@ class Loop:
         self.done += 1
         return parts[0].tolist()
 
-    def _linearity(self, held: _Held, plan: Step, A: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _linearity(self, held: _BatchStates, plan: Step, A: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's part of the linearity loss, and the loss's derivative by the responses of this rank's pairs.
 
         The responses are computed here without a graph, and again by the caller, some at a time, for their gradients:
@@ -265,7 +265,7 @@ class Loop:
         }
 
     @torch.no_grad()
-    def _responses(self, held: _Held, pairs: np.ndarray, A: Tensor) -> Tensor:
+    def _responses(self, held: _BatchStates, pairs: np.ndarray, A: Tensor) -> Tensor:
         """y = CE_0 − CE_k of all ranks' pairs, (len(pairs),) nats; ``held`` has the blocks of this rank's.
 
         ``pairs`` index the blocks of the batch and the rows of ``A``.
@@ -292,12 +292,12 @@ class Loop:
             sizes.append(squares[mask != 0].sqrt())
         return torch.cat(sizes).median()
 
-    def _hold(self, batch: Batch, pairs: np.ndarray) -> _Held:
+    def _hold(self, batch: Batch, pairs: np.ndarray) -> _BatchStates:
         """The trunk of the blocks that some pairs need."""
         places = np.unique(pairs[:, 0])
         ids, mask = (torch.from_numpy(x[places]).to(self.model.device) for x in (batch.ids, batch.mask))
         streams = [self.model.trunk(some) for some in ids.split(self._at_once)] if len(places) else []
-        return _Held(places, torch.cat(streams) if streams else torch.zeros(0, device=ids.device), ids, mask)
+        return _BatchStates(places, torch.cat(streams) if streams else torch.zeros(0, device=ids.device), ids, mask)
 
     def _mine(self, pairs: np.ndarray) -> np.ndarray:
         return pairs[self.ranks.share(len(pairs))]

@@ -1,4 +1,4 @@
-"""A crew of actors: every unit once, in whatever order; units of slow and lost actors go to others."""
+"""A actors of actors: every unit once, in whatever order; units of slow and lost actors go to others."""
 
 import os
 import signal
@@ -12,9 +12,9 @@ from ray.cluster_utils import Cluster
 from ray.experimental.internal_kv import _internal_kv_list
 
 from stride_ray.runtime import actor_pool, tasks
-from stride_ray.runtime.actor_pool import Crew
+from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.tasks import Pool
+from stride_ray.runtime.tasks import WorkerAllocation
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 
@@ -55,7 +55,7 @@ def impatient(monkeypatch):
 
 def test_units_of_a_slow_actor_are_given_to_one_that_has_nothing_to_do(one_ray, impatient, tmp_path):
     started = time.monotonic()
-    with Crew(Pool(2, "cpu")) as members:
+    with ActorPool(WorkerAllocation(2, "cpu")) as members:
         found = [each["unit"] for each in members.map(Slow, (tmp_path, 600.0), range(6))]
         assert sorted(found) == list(range(6))
         # The slow one still has its call; the next map does without it.
@@ -81,17 +81,19 @@ class Killer:
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("how", ["crew", "dataset"])
+@pytest.mark.parametrize("how", ["actors", "dataset"])
 def test_a_unit_that_always_kills_its_worker_is_told(how, one_ray):
     units = [{"unit": i} for i in range(4)]
-    mapped = {"crew": actor_pool.map_actors, "dataset": tasks.map_dataset}[how](Killer, (), units, Pool(2, "cpu"))
+    mapped = {"actors": actor_pool.map_actors, "dataset": tasks.map_dataset}[how](
+        Killer, (), units, WorkerAllocation(2, "cpu")
+    )
     with pytest.raises(StrideError, match="killed its worker 5 times and more"):
         list(mapped)
     assert not _internal_kv_list("", namespace=tasks.NAMESPACE)
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("how", ["crew", "dataset"])
+@pytest.mark.parametrize("how", ["actors", "dataset"])
 def test_half_the_nodes_are_lost_and_the_rest_goes_on(how, impatient):
     ray.shutdown()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
@@ -99,7 +101,9 @@ def test_half_the_nodes_are_lost_and_the_rest_goes_on(how, impatient):
     units = [{"unit": i} for i in range(40)]
     try:
         ray.init(cluster.address, logging_level="ERROR")
-        mapped = {"crew": actor_pool.map_actors, "dataset": tasks.map_dataset}[how](Sleepy, (), units, Pool(2, "cpu"))
+        mapped = {"actors": actor_pool.map_actors, "dataset": tasks.map_dataset}[how](
+            Sleepy, (), units, WorkerAllocation(2, "cpu")
+        )
         found = []
         for each in mapped:
             found.append(each["unit"])

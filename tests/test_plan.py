@@ -145,7 +145,7 @@ def test_the_verb_prints_a_table(pilot, capsys):
     assert lines[0] == "1,000,000 blocks, 128 queries, 8 workers"
     assert [line.split()[0] for line in lines[2:-1]] == ["blocks", "curvature", "directions", "exact", "all"]
     assert "41.8 min" in next(line for line in lines if line.startswith("blocks"))
-    assert lines[-1] == "operators take 2.15 kB a block; 940 candidates a query hold some 95 % of the exact best ten"
+    assert lines[-1] == "operators take 2.15 kB a block; 1514 candidates a query hold some 95 % of the exact best ten"
     assert main([*command[:4], "--blocks", "1e9", *command[6:]]) == 0
     few = capsys.readouterr().out.splitlines()[-1]
     assert few.startswith(

@@ -39,8 +39,8 @@ from stride_ray.runtime.tasks import progress
 # The most queries in one pass over the pool; the most candidates in a unit of work, and units of a group at least.
 MOST, CANDIDATES, UNITS = 256, 128, 8
 # Candidates that hold 95 % of the exact best ten: ten, and so many times N^⅓ more where operators have 1 KiB a block,
-# falling with that power of the bytes (RESULTS.md, Shortlists; fitted at 1,600 to 115,465 blocks). And the most.
-BASE_CANDIDATES, CANDIDATE_FACTOR, BYTES_EXPONENT, MAX_CANDIDATES = 10, 34.0, 1.75, 1600
+# falling with that power of the bytes (RESULTS.md, Shortlists; fitted at 1,600 to 25,600 blocks). And the most.
+BASE_CANDIDATES, CANDIDATE_FACTOR, BYTES_EXPONENT, MAX_CANDIDATES = 10, 55.0, 1.75, 1600
 
 
 def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
@@ -153,8 +153,8 @@ def _rescore(
 def candidate_count(config: Config, operators: dict[str, Any]) -> int:
     """How many candidates a query has.
 
-    Example: 115,465 blocks and 2 GB of operators are 18 KiB a block and make 20 candidates, a million blocks and 8 GB
-    8 KiB and 99; a million blocks and 2 GB make 940.
+    Example: 115,465 blocks with 18 KiB of operators each get 27 candidates a query; a million blocks get 155 with 8 KiB
+    each, and 496 with 4.
 
     Args:
         config: of the run.

@@ -61,6 +61,17 @@ def test_arrows_run_one_way():
     assert not back
 
 
+def test_the_page_shows_the_arrows_that_there_are():
+    real = set()
+    for path in files():
+        folder = path.relative_to(PACKAGE).parts[0]
+        to = {module.split(".")[1] for module in imported(path) if "." in module}
+        real |= {(folder, each) for each in to - {folder} if folder in ORDER}
+    page = (ROOT / "docs/how-it-works.md").read_text("utf-8").split("flowchart TD")[1].split("```")[0]
+    lines = [line.split(" --> ") for line in page.strip().splitlines()]
+    assert {(of.strip(), each.strip()) for of, to in lines for each in to.split("&")} == real
+
+
 def test_no_imports_in_a_circle():
     arrows = {}
     for path in files():

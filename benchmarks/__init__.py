@@ -1,1 +1,1 @@
-"""Measurements of the project itself, which no user needs: speed, scale, recall of shortlists, chaos, other tools."""
+"""Developers' benchmarks of the project itself: speed, scale, recall of shortlists, chaos, other tools."""

@@ -1,28 +1,28 @@
-"""Benchmarks: what the package claims about speed and memory, measured beside what anyone would use instead.
+"""Benchmarks: the package's claims about speed and memory, measured beside the tools one would use instead.
 
 `recover` times the recovery of influence against scikit-learn's Lasso and celer, one thread each, on the same problem,
-the same penalty and the same duality gap. It prints a table for people and one JSON object as its last line.
+with the same penalty and the same duality gap. It prints a table and one JSON object as its last line.
 
-`select` makes up influence tables of so many rows in a folder (kept: a second run only selects), ranks the documents
-that they name, chooses among them and writes the manifest, and prints seconds and peak memory.
+`select` generates synthetic influence tables of any number of rows in a folder (kept: a second run only selects), ranks
+their documents, selects from them, writes the manifest, and prints seconds and peak memory.
 
 `respond` and `fit` time responses and passes over blocks on random weights of a model's shape, on CPU or GPU, beside
-what bounds them: plain matrix products, a loop through the whole model, a forward pass.
+their bounds: plain matrix products, a loop through the whole model, a forward pass.
 
-`loop` fits operators in one pass and by the paper's trained loop, as long as that needs, on an accuracy benchmark.
+`loop` fits operators in one pass and by the paper's trained loop, run as long as it needs, on an accuracy benchmark.
 
-`scale` runs all stages on made-up text at several sizes: seconds and memory per stage, how they grow, and what
-`stride-ray plan` foretold from the smallest. `shard` stands beside datasets.map with the same tokenizer.
+`scale` runs all stages on synthetic text at several sizes: seconds and memory per stage, their growth, and the
+prediction of `stride-ray plan` from the smallest size. `shard` is compared with datasets.map, with the same tokenizer.
 
-`recall` fills an accuracy benchmark's pool up with blocks of other texts and tells how many of the exact best blocks
-are among the candidates of estimates and of words, as the pool grows.
+`recall` extends an accuracy benchmark's pool with blocks of other texts and measures how many of the exact best blocks
+are among the candidates of estimates and of TF-IDF, as the pool grows.
 
-`chaos` strikes runs at random on a cluster of several nodes and compares their bytes with an undisturbed run's: nodes
-are removed without grace, workers and drivers killed, in every stage, sometimes twice in a row. Exit status 0 only if
-every round ended with equal bytes. Run again, it does the rounds that are missing.
+`chaos` injects random failures into runs on a cluster of several nodes and compares their bytes with an undisturbed
+run's: nodes are removed ungracefully, workers and drivers killed, in every stage, sometimes twice in a row. The exit
+status is 0 only if every round ended with equal bytes. A second run does the missing rounds.
 
 `peers` runs bergson and a LoGRA beside ours on an accuracy benchmark's model, pool and queries, in an environment of
-their own that it makes: seconds from start to end, memory, bytes stored, LDS.
+their own that it creates: end-to-end seconds, memory, bytes stored, LDS.
 
     python -m benchmarks recall --benchmark continued --texts texts/ --blocks 1600,6400,25600 --folder /tmp/recall
     python -m benchmarks recover --blocks 1000000
@@ -56,14 +56,14 @@ if TYPE_CHECKING:
 
 
 def benchmark_select(args: argparse.Namespace) -> int:
-    """Rank and choose among made-up documents; print a line for people and the JSON line."""
+    """Rank and select synthetic documents; print a summary and the JSON line."""
     import tempfile
 
     from benchmarks.selection_rows import make_tables
     from stride_ray.runtime.config import Config
     from stride_ray.runtime.memory import peak_bytes, resident_bytes, restart_peak
     from stride_ray.runtime.storage import Store
-    from stride_ray.selection.choice import Best, reasons, write_manifest
+    from stride_ray.selection.choice import GreedyChooser, reasons, write_manifest
     from stride_ray.selection.ranking import Database, batches, rank_documents
 
     options = Config().updated({"select.by": args.by, "select.tokens": 0.2}).select
@@ -76,7 +76,7 @@ def benchmark_select(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch, Database(scratch) as database:
         ordered = rank_documents(database, [target], (store, pool), (), options, 0)
         ranked = time.perf_counter()
-        best = Best(options, args.documents, args.documents * 1000, 0)
+        best = GreedyChooser(options, args.documents, args.documents * 1000, 0)
         kept, _ = write_manifest(best, batches(ordered), reasons(options), 1, store, scratch)
         spilled = sum(os.path.getsize(os.path.join(scratch, name)) for name in os.listdir(scratch) if "." in name)
     done = time.perf_counter()
@@ -102,11 +102,11 @@ def benchmark_select(args: argparse.Namespace) -> int:
 
 
 def benchmark_speed(args: argparse.Namespace) -> int:
-    """Time responses or passes over the pool; print what was found, a line each, and the JSON line."""
+    """Time responses or passes over the pool; print the figures and the JSON line."""
     from benchmarks.speed import Setting, measure_passes, measure_respond, measure_solve
-    from stride_ray.runtime.memory import keep_freed
+    from stride_ray.runtime.memory import retain_freed_memory
 
-    keep_freed()  # as every worker does
+    retain_freed_memory()  # as every worker does
     given = {key: value for key, value in vars(args).items() if key not in ("command", "run")}
     measures = {"respond": measure_respond, "fit": measure_passes, "solve": measure_solve}
     return printed(measures[args.command](Setting(**given)))
@@ -133,7 +133,7 @@ def benchmark_scale(args: argparse.Namespace) -> int:
 
 
 def benchmark_shard(args: argparse.Namespace) -> int:
-    """Shard beside datasets.map; print a line each and the JSON line."""
+    """Compare shard with datasets.map; print the rates and the JSON line."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many cores as workers, not more
     from benchmarks.scale import measure_shard
 
@@ -145,7 +145,7 @@ def benchmark_shard(args: argparse.Namespace) -> int:
 
 
 def benchmark_recall(args: argparse.Namespace) -> int:
-    """Recall of the exact best blocks by pool size; print the table and the JSON line."""
+    """Measure recall of the exact best blocks by pool size; print the table and the JSON line."""
     from benchmarks.recall import measure_recall, table
 
     found = measure_recall(args.benchmark, args.texts, args.folder, args.blocks, args.row_bytes)
@@ -155,7 +155,7 @@ def benchmark_recall(args: argparse.Namespace) -> int:
 
 
 def benchmark_chaos(args: argparse.Namespace) -> int:
-    """Strike runs; print a line a round, a table and the JSON line."""
+    """Run the chaos test; print a line per round, a table and the JSON line."""
     from benchmarks.chaos import chaos, counted
 
     rounds = chaos(args.out, args.rounds, args.seed)
@@ -180,7 +180,7 @@ def benchmark_peers(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Parse the command line and run the benchmark asked for."""
+    """Parse the command line and run the requested benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("recover", help="recovery of influence against scikit-learn and celer")
@@ -238,7 +238,7 @@ def main() -> int:
     command.set_defaults(run=benchmark_shard)
     command = commands.add_parser("recall", help="how many of the exact best blocks shortlists hold")
     command.add_argument("--benchmark", required=True, help="an accuracy benchmark's folder, local")
-    command.add_argument("--texts", required=True, nargs="+", help="what its pool is filled up with")
+    command.add_argument("--texts", required=True, nargs="+", help="what its pool is extended with")
     command.add_argument("--blocks", type=counts, default="1600,6400,25600", help="sizes of the pool")
     command.add_argument("--row-bytes", type=counts, default="320,1250,5000,20000", help="of a block's operator")
     command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")
@@ -257,7 +257,7 @@ def main() -> int:
     command.add_argument("--seed", type=int, default=0, help="of what is struck when (default: 0)")
     command.set_defaults(run=benchmark_chaos)
     args = parser.parse_args()
-    # Before numpy is imported: its libraries read these once. Hence the imports inside the commands.
+    # Set before numpy is imported, because its libraries read these once; hence the imports inside the commands.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[name] = "1"
     from stride_ray.cli.exits import exit_status

@@ -1,8 +1,8 @@
-"""Does a run that is struck again and again end with the bytes of one that was left alone?
+"""Chaos test: does a run with repeated failures produce the same bytes as an undisturbed one?
 
-A cluster of several nodes is started on this machine, a driver runs all stages on it, and at random moments a node is
-removed without grace, a worker or the driver is killed, sometimes twice in a row. A driver that died is started again,
-as a scheduler would. Every data file is then compared with the undisturbed run's.
+A cluster of several nodes runs on this machine, and a driver runs all stages on it. At random moments a node is removed
+ungracefully, or a worker or the driver is killed, sometimes twice in a row. A driver that died is restarted, as a
+scheduler would. Every data file is then compared with the undisturbed run's.
 """
 
 import hashlib
@@ -42,10 +42,10 @@ from stride_ray.selection.select import select
 
 NODE, WORKER, DRIVER = KINDS = ("node", "worker", "driver")
 NODES, NAME = 2, "asked"
-# What Ray calls the processes that do our work: Ray Data's workers, actors of a pool, tasks. Its own (agents, without
-# which a node ends; actors that count) are left alone.
+# Ray's titles of processes that do our work: Ray Data's workers, pool actors, tasks. Ray's own processes (agents,
+# without which a node ends; actors that count) are spared.
 OURS = ("ray::MapWorker", "ray::_PoolActor", "ray::_task")
-# Stages in order, by the folder whose being there says that the stage has begun.
+# Stages in order, with the folder whose existence shows that the stage has begun.
 STAGES = {
     "shard": "blocks",
     "curvature": "curvature",
@@ -56,10 +56,10 @@ STAGES = {
     "exact": "exact",
     "select": "chosen",
 }
-# Seconds that a round may take; strikes in one, at most; seconds until a removed node is replaced, at most; seconds
-# from the file that a strike waits for to the strike, at most.
+# Time limit of a round in seconds; maximum strikes per round; maximum seconds until a removed node is replaced; maximum
+# seconds from the file that triggers a strike to the strike.
 LIMIT, STRIKES, ABSENT, DELAY = 900.0, 3, 5.0, 1.0
-# The corpus: modules of the standard library, in pieces of so many letters; how often every prompt is asked.
+# The corpus: modules of the standard library; characters per piece; copies of every prompt.
 MODULES, PIECE, COPIES = ("difflib.py", "json/decoder.py", "json/encoder.py", "textwrap.py", "string.py"), 800, 8
 _SUFFIXES = (".parquet", ".safetensors", ".jsonl")
 
@@ -69,11 +69,11 @@ class Round:
     """One disturbed run.
 
     Attributes:
-        strikes: what was struck (node, driver, or the task or actor of a worker) and in which stage, in order.
-        drivers: how many it took.
+        strikes: target (node, driver, or the name of a worker's task or actor) and stage of each strike, in order.
+        drivers: number of driver processes started.
         seconds: from the first driver's start to the last one's end.
-        different: data files that differ, are missing or are too many; empty is what is wanted.
-        failure: why it did not end, or empty.
+        different: data files that differ, are missing or are extra; empty on success.
+        failure: why the run did not finish, or empty.
     """
 
     strikes: tuple[tuple[str, str], ...]
@@ -84,19 +84,19 @@ class Round:
 
     @property
     def equal(self) -> bool:
-        """Whether it ended with the undisturbed run's bytes."""
+        """Whether it produced the undisturbed run's bytes."""
         return not self.different and not self.failure
 
 
 def chaos(out: str, rounds: int, seed: int = 0) -> list[Round]:
-    """Run undisturbed once, then ``rounds`` times disturbed; prints a line a round.
+    """Run once undisturbed, then ``rounds`` times disturbed; prints a line per round.
 
     Args:
-        out: a local folder; the corpus, the model, the undisturbed run and what is told of each round are made there,
-            and stay: a second command does the rounds that are missing. So do the folders of rounds that differ; the
-            others are removed.
+        out: a local folder for the corpus, the model, the undisturbed run and a record of each round. All are kept,
+            so a second command runs only the missing rounds. Run folders are kept for rounds that differ, and removed
+            otherwise.
         rounds: how many.
-        seed: of what is struck when.
+        seed: for targets and times of strikes.
 
     Raises:
         StrideError: the undisturbed run fails.
@@ -131,9 +131,9 @@ def _restored(facts: dict[str, Any]) -> Round:
 
 
 class _Nodes:
-    """A cluster on this machine: a head that runs no work, and NODES nodes of one CPU each, which come and go.
+    """A cluster on this machine: a head that runs no work, and NODES one-CPU nodes that come and go.
 
-    Every node has an address of its own: a driver works for the node of its address, and its is the head's.
+    Every node has its own address, because a driver attaches to the node with its address; the driver's is the head's.
     """
 
     def __init__(self) -> None:
@@ -147,13 +147,13 @@ class _Nodes:
         self._alive.append(self.cluster.add_node(num_cpus=1, node_ip_address=next(self._addresses)))
 
     def replace(self, now: float = float("inf")) -> None:
-        """Add those nodes again whose time has come."""
+        """Add back the nodes that are due."""
         while self._back and now > self._back[0]:
             self._back.pop(0)
             self._add()
 
     def strike(self, kind: str, rng: random.Random, driver: subprocess.Popen[bytes], now: float) -> str:
-        """Kill one of the kind; returns what it was, or nothing where there is none."""
+        """Kill a process or node of the given kind; returns its name, or an empty string if there is none."""
         if kind == DRIVER:
             driver.kill()
             driver.wait()
@@ -164,7 +164,7 @@ class _Nodes:
             self.cluster.remove_node(self._alive.pop(rng.randrange(len(self._alive))), allow_graceful=False)
             self._back = sorted([*self._back, now + rng.uniform(0, ABSENT)])
             return NODE
-        # Workers of this cluster are children of its raylets, which this process has started.
+        # The cluster's workers are children of its raylets, which this process started.
         titled = [(_title(each), each) for each in psutil.Process().children(recursive=True)]
         busy = [(title, each) for title, each in titled if title.startswith(OURS)]
         if not busy:
@@ -175,7 +175,7 @@ class _Nodes:
 
 
 def prepare(root: Path) -> None:
-    """Corpus, tokenizer, model and queries; what is there stays."""
+    """Make corpus, tokenizer, model and queries; existing ones are kept."""
     corpus = root / "corpus.jsonl"
     if not corpus.exists():
         library = Path(sysconfig.get_paths()["stdlib"])
@@ -192,7 +192,7 @@ def prepare(root: Path) -> None:
 
 
 def settings(root: Path) -> dict[str, Any]:
-    """Options that give every stage many small units."""
+    """Options that split every stage into many small units."""
     return {
         "corpus.input": [str(root / "corpus.jsonl")],
         "corpus.tokenizer": str(root / "tokenizer"),
@@ -207,7 +207,7 @@ def settings(root: Path) -> dict[str, Any]:
 
 
 def drive(root: str, folder: str) -> None:
-    """What the driver does: all stages, one after the other."""
+    """Run all stages in order, as the driver."""
     run = Run(folder, changes=settings(Path(root)))
     queries = f"{root}/queries.jsonl"
     with connected(run.config.compute), open(os.devnull, "w") as nowhere:
@@ -222,20 +222,20 @@ def drive(root: str, folder: str) -> None:
 
 
 def data_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every data file of a run by its name; markers and records hold times."""
+    """SHA-256 of every data file of a run by name; markers and records are skipped because they contain times."""
     paths = (path for path in folder.rglob("*") if path.suffix in _SUFFIXES)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
 
 
 def describe(found: Round) -> str:
-    """A round in a line."""
+    """Describe a round in one line."""
     struck = ", ".join(f"{kind} in {stage}" for kind, stage in found.strikes) or "nothing was struck"
     end = "equal" if found.equal else found.failure or f"{len(found.different)} files differ: {found.different[:5]}"
     return f"{struck}; {found.drivers} driver(s), {found.seconds:.0f} s; {end}"
 
 
 def counted(rounds: list[Round]) -> dict[str, int]:
-    """How often what was struck in which stage."""
+    """Count strikes by target and stage."""
     return dict(sorted(Counter(f"{kind} in {stage}" for each in rounds for kind, stage in each.strikes).items()))
 
 
@@ -247,10 +247,10 @@ def _driver(root: Path, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def _round(root: Path, plain: Path, folder: Path, rng: random.Random, nodes: _Nodes) -> Round:
-    """Start the driver, strike at the drawn moments, start it again where it died, compare with the plain run."""
+    """Start the driver, strike at the drawn moments, restart it if it dies, compare with the undisturbed run."""
     shutil.rmtree(folder, ignore_errors=True)
     Path(f"{folder}.log").unlink(missing_ok=True)
-    # A moment is a stage's so many files and a little later: time depends on what else the machine does.
+    # Strikes are triggered by a stage's number of files plus a short delay: wall time depends on the machine's load.
     stages = sorted(rng.choices(range(len(STAGES)), k=rng.randint(1, STRIKES)))
     folders = [[*STAGES.values()][at] for at in stages]
     moments = [(each, rng.randrange(_written(plain / each))) for each in folders]

@@ -1,4 +1,4 @@
-"""The recovery of influence beside scikit-learn's Lasso and celer: same problem, same penalty, same duality gap."""
+"""Recovery of influence compared with scikit-learn's Lasso and celer: same problem, same penalty, same duality gap."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def planted_responses(membership: Membership, n_blocks: int, queries: int, noise
 
 
 def full_gap(M: scipy.sparse.csc_array, y: NDArray, weights: NDArray, penalty: float) -> float:
-    """Return the duality gap of ½‖y − c − Mw‖² + λ‖w‖₁ over ½‖y − ȳ‖²: one judge for every solver's weights (N,)."""
+    """Return the duality gap of ½‖y − c − Mw‖² + λ‖w‖₁ over ½‖y − ȳ‖²: one check for all solvers' weights (N,)."""
     import numpy as np
 
     target = y - y.mean()
@@ -83,7 +83,7 @@ def benchmark_recover(args: argparse.Namespace) -> int:
         return result
 
     with threadpool_limits(limits=1):
-        recover(responses[:1], membership, min(N, 2000), ratio=0.5)  # compiles, which happens once per installation
+        recover(responses[:1], membership, min(N, 2000), ratio=0.5)  # triggers compilation, once per installation
         recovered = timed(
             "stride_ray", args.queries, lambda: recover(responses, membership, N, ratio=args.ratio, tolerance=args.gap)
         )
@@ -163,7 +163,7 @@ def benchmark_recover(args: argparse.Namespace) -> int:
 
 
 def _alone(args: argparse.Namespace, row: dict[str, Any], recovered: list[Any]) -> int:
-    """What is printed where no other solver could hold the problem."""
+    """Print the figures without other solvers, for problems that they cannot hold in memory."""
     import numpy as np
 
     found = {

@@ -1,23 +1,23 @@
-"""The one-pass fit beside the paper's trained loop on an accuracy benchmark: seconds to fit, and LDS, of each.
+"""The one-pass fit compared with the paper's trained loop on an accuracy benchmark: fitting time and LDS.
 
-How long a loop must run is its own affair: its steps are doubled until four times as many do not make members and
-others clearly more different under steering (``judge``), and what is compared is the shortest run at that level; a run
-twice as long may well fail to show what one four times as long does. Learning rates decay over a run, so each length is
-trained from its beginning. Nothing here looks at the retraining results but the LDS.
+The loop's length is determined by its own criterion: steps are doubled until four times as many do not significantly
+increase the difference between members and others under steering (validation.py). The shortest run at that level is
+compared, because a run twice as long may miss a gain that one four times as long shows. Learning rates decay over a
+run, so each length is trained from scratch. Only the LDS uses the retraining results.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from stride_ray.evaluate.comparison.stride_variants import BLOCKS, FORMS, Variant, cut_pool, score
+from stride_ray.evaluate.comparison.stride_variants import BLOCKS, FORMS, Variant, score, shard_pool
 from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark
-from stride_ray.runtime.costs import NAME
+from stride_ray.runtime.costs import COST_FILE
 from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import connected
 
-# What the paper's loop is given beside its form and steps; linear responses, so that fits alone are compared.
+# The paper's loop, besides form and steps; responses are linear, so that only the fits are compared.
 _LOOP: dict[str, Any] = {"fit.method": "train", "respond.mode": "linear", "recover.row_scaling": False}
 _ONCE: dict[str, Any] = {"fit.method": "closed_form"}
 
@@ -27,15 +27,15 @@ def measure_loop(benchmark_url: str, folder: str, form: str, steps: int, most_st
 
     Args:
         benchmark_url: with retraining results.
-        folder: what is made and measured stays: a second run goes on.
+        folder: outputs are kept there, so a second run resumes.
         form: gate, matrix or logit.
         steps: of the first loop.
-        most_steps: of the longest.
+        most_steps: of the longest loop.
 
     Returns:
-        ``once`` and ``loops``: each with seconds of its fit, its judge's gap in nats with the gap's standard error, and
-        LDS per part; ``plateau``: the steps that were enough, None where the longest loop was still gaining;
-        ``ratio_loop``: seconds of that loop (of the longest where there is no plateau) over the one pass's.
+        ``once`` and ``loops``: each with seconds of its fit, the validation gap in nats with its standard error, and
+        LDS per part; ``plateau``: the steps that were enough, None if the longest loop was still improving;
+        ``ratio_loop``: seconds of that loop (the longest if there is no plateau) over the one pass's.
     """
     benchmark = read_benchmark(benchmark_url)
     benchmark.retrained()
@@ -61,7 +61,7 @@ def _gained(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
 
 
 def _measured(benchmark: Benchmark, store: Store, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """One variant through the pipeline, or what was measured of it before."""
+    """Run one variant through the pipeline, or read its earlier measurement."""
     variant = Variant(name, {**FORMS, **changes})
     kept = f"{variant.slug}.json"
     if store.exists(kept):
@@ -69,12 +69,12 @@ def _measured(benchmark: Benchmark, store: Store, name: str, changes: Mapping[st
     runs, compute = store.child("runs"), ComputeConfig()
     with connected(compute):
         if not runs.exists(f"{BLOCKS}/blocks/manifest.json"):
-            cut_pool(benchmark, runs, compute)
+            shard_pool(benchmark, runs, compute)
         scores, _, remarks = score(benchmark, variant, runs, compute)
     operators = Run(f"{runs.url}/{variant.slug}").stage("operators").store
     facts = operators.read_json("metadata.json")
     measured = {
-        "seconds": operators.read_json(NAME)["wall"],
+        "seconds": operators.read_json(COST_FILE)["wall"],
         "gap": facts["gap"],
         "gap_error": facts["gap_error"],
         "lds": benchmark.lds(scores),
@@ -85,7 +85,7 @@ def _measured(benchmark: Benchmark, store: Store, name: str, changes: Mapping[st
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """What measure_loop found, for people."""
+    """Format the result as Markdown."""
     cells = list(found["once"]["lds"])
     lines = [f"| {found['form']} | seconds | gap, nats | {' | '.join(cells)} |", "|---" * (3 + len(cells)) + "|"]
     for name, each in [("one pass", found["once"]), *((f"{one['steps']} steps", one) for one in found["loops"])]:

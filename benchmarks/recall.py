@@ -1,8 +1,8 @@
-"""How many of the exact best blocks a shortlist finds as the pool grows: estimates by bytes a block, words, both.
+"""Recall of shortlists as the pool grows: share of the exact best blocks, from estimates by row size, TF-IDF, and both.
 
-A benchmark's pool is filled up with blocks of other texts, in random order, so that its first n blocks are a pool of n
-blocks for every n. One pass takes each block's exact influence on every query and, from the same gradients, rows of
-several sizes and their products; what a pass over the pool per size would say is the same (test_recall).
+A benchmark's pool is extended with blocks of other texts in random order, so that its first n blocks form a pool of n
+blocks for every n. A single pass computes each block's exact influence on every query and, from the same gradients,
+one-bit rows of several sizes and their products. The result equals one pass per size (test_recall).
 """
 
 import time
@@ -24,10 +24,10 @@ from stride_ray.evaluate.comparison.stride_variants import query_table, settings
 from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark
 from stride_ray.models.curvature.kfac import SITES, begin_curvature, finish_curvature, load_sites
 from stride_ray.models.curvature.sketch import sketch_of, sketched
-from stride_ray.models.loading import load_measured_model, measured_weights
+from stride_ray.models.loading import load_measured_model, measured_model_fingerprint
 from stride_ray.models.pool_worker import ModelWorker
-from stride_ray.models.sites import harm_halved, site_gradients
-from stride_ray.operators.one_bit import packed_queries, packed_rows, products, word_starts
+from stride_ray.models.sites import halve_negative, site_gradients
+from stride_ray.operators.one_bit import estimate_inner_products, packed_queries, packed_rows, word_starts
 from stride_ray.operators.site_fit import coordinates_in, shapes_of
 from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.config import Config
@@ -45,17 +45,17 @@ CANDIDATES = (10, 25, 50, 100, 400, 1600)
 def measure_recall(
     benchmark_url: str, texts: Sequence[str], folder: str, sizes: Sequence[int], row_bytes: Sequence[int]
 ) -> dict[str, Any]:
-    """Share of the exact best blocks among the candidates of each source, by pool size.
+    """Measure the share of the exact best blocks among each source's candidates, by pool size.
 
     Args:
-        benchmark_url: its pool comes first, its queries and model are used.
-        texts: inputs of shard that the pool is filled up with.
-        folder: what is made and measured stays: a second run goes on.
-        sizes: of the pool; the largest is what is measured, the others are its beginnings.
-        row_bytes: of a block's row, several.
+        benchmark_url: its pool comes first; its queries and model are used.
+        texts: inputs of shard that extend the pool.
+        folder: outputs are kept there, so a second run resumes.
+        sizes: pool sizes; the largest is measured, the others are prefixes of it.
+        row_bytes: bytes per block's row, several sizes.
 
     Returns:
-        ``rows``: blocks, source (bytes a block, or words, or both), and by "best of candidates" the mean over queries.
+        ``rows``: blocks, source (bytes per block, TF-IDF, or both), and by "best of candidates" the mean over queries.
 
     Raises:
         StrideError: for too few texts, or as shard.
@@ -63,7 +63,7 @@ def measure_recall(
     benchmark, store = read_benchmark(benchmark_url), Store(folder)
     run = filled_pool(benchmark, texts, store, max(sizes))
     blocks = Blocks(run.stage("blocks").store)
-    curvature = begin_curvature(run, blocks, measured_weights(run.config))
+    curvature = begin_curvature(run, blocks, measured_model_fingerprint(run.config))
     stage = Stage(run.store.child("recall"), blocks.manifest["fingerprint"])
     units = [(f"scores-{i:05d}", *ends) for i, ends in enumerate(blocks.cut(unit_count(len(blocks))))]
     questions = query_table(benchmark.queries)
@@ -85,7 +85,7 @@ def measure_recall(
 
 
 def filled_pool(benchmark: Benchmark, texts: Sequence[str], store: Store, size: int) -> Run:
-    """A run whose blocks are the benchmark's pool, then blocks of other texts in random order, ``size`` in all."""
+    """Make a run whose blocks are the benchmark's pool and then other texts' in random order, ``size`` in total."""
     given = settings(benchmark, store, ComputeConfig(), {})
     changes = {key: value for key, value in given.items() if key not in ("corpus.columns", "corpus.layout")}
     others = Run(f"{store.url}/texts", changes={**changes, "corpus.input": list(texts)})
@@ -104,7 +104,7 @@ def filled_pool(benchmark: Benchmark, texts: Sequence[str], store: Store, size: 
 
 
 class RecallWorker(ModelWorker):
-    """Publishes some blocks' exact influence on all queries, and the products of their rows of every size."""
+    """Publishes the exact influence of some blocks on all queries, and the estimates from rows of every size."""
 
     load = staticmethod(load_measured_model)
 
@@ -147,7 +147,7 @@ class RecallWorker(ModelWorker):
         }
 
     def __call__(self, unit: tuple[str, int, int]) -> dict[str, Any]:
-        """Do one unit; returns its marker."""
+        """Process one unit; returns its marker."""
         started = time.monotonic()
         name, first, last = unit
         found: dict[str, list[Tensor]] = {}
@@ -158,11 +158,11 @@ class RecallWorker(ModelWorker):
                 total = total + self.solved[site.name] @ J.flatten(1).T / site.scale
                 for size, sketches in self.sketches.items():
                     sections[size].append(sketch_of(sketches[at], J).cpu().numpy())
-            found.setdefault(EXACT, []).append(harm_halved(total).cpu())
+            found.setdefault(EXACT, []).append(halve_negative(total).cpu())
             for size, each in sections.items():
                 starts = word_starts([z.shape[1] for z in each])
-                estimates = products(packed_rows(each), self.codes[size], starts).sum(2)
-                found.setdefault(str(size), []).append(harm_halved(torch.from_numpy(estimates).float()))
+                estimates = estimate_inner_products(packed_rows(each), self.codes[size], starts).sum(2)
+                found.setdefault(str(size), []).append(halve_negative(torch.from_numpy(estimates).float()))
         self.stage.store.write(f"{name}.safetensors", tensor_bytes({k: torch.cat(v, 1) for k, v in found.items()}))
         return self.stage.mark(name, started)
 
@@ -170,7 +170,7 @@ class RecallWorker(ModelWorker):
 def recalls(
     run: Run, benchmark: Benchmark, scores: dict[str, np.ndarray], sizes: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Rows of the table."""
+    """Compute the table's rows."""
     pool = Blocks(run.stage("blocks").store)
     rows = []
     for n in sorted(sizes):
@@ -184,18 +184,18 @@ def recalls(
             rows.append({"blocks": n, "source": source, **_shares(best, mine)})
             if source != WORDS:
                 rows.append(
-                    {"blocks": n, "source": f"{source} and {WORDS}", **_shares(best, _turns(mine, listed[WORDS]))}
+                    {"blocks": n, "source": f"{source} and {WORDS}", **_shares(best, _interleave(mine, listed[WORDS]))}
                 )
     return rows
 
 
 def _ordered(scores: np.ndarray, count: int) -> np.ndarray:
-    """Columns of largest size by row, (Q, count)."""
+    """Columns with the largest absolute scores per row, (Q, count)."""
     return np.argsort(-np.abs(scores), axis=1, kind="stable")[:, :count]
 
 
-def _turns(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    """Two lists by row in turns, what was named already left out."""
+def _interleave(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """Interleave two ranked lists per row, without duplicates."""
     found = []
     for pair in zip(one, two, strict=True):
         mixed = np.stack(pair, 1).ravel()
@@ -204,7 +204,7 @@ def _turns(one: np.ndarray, two: np.ndarray) -> np.ndarray:
 
 
 def _shares(best: np.ndarray, candidates: np.ndarray) -> dict[str, float]:
-    """By "best of candidates" the mean share of the best that are among the first so many candidates."""
+    """By "best of candidates", the mean share of the best blocks among the first candidates."""
     found = {}
     for top in BEST:
         for count in CANDIDATES:
@@ -215,7 +215,7 @@ def _shares(best: np.ndarray, candidates: np.ndarray) -> dict[str, float]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """What measure_recall found, for people: shares of the exact best 10 and 50."""
+    """Format the result as Markdown: shares of the exact best 10 and 50."""
     cells = [f"{top} of {count}" for top in BEST for count in CANDIDATES if count >= top]
     lines = [f"| blocks | source | {' | '.join(cells)} |", "|---" * (2 + len(cells)) + "|"]
     for row in found["rows"]:

@@ -1,7 +1,7 @@
-"""How seconds and memory grow with the pool: the whole pipeline on made-up text of any size, and shard beside a peer.
+"""Time and memory as the pool grows: the whole pipeline on synthetic text of any size, and shard against a peer.
 
-Short blocks and a tiny model of random weights, so that a laptop can hold a million blocks: what is measured is how
-stages grow, not how fast a large model is (``speed`` measures that). Every size runs in a process of its own.
+Blocks are short and the model is tiny with random weights, so that a laptop can hold a million blocks: this measures
+how stages scale, not the speed of a large model (see ``speed``). Every size runs in its own process.
 """
 
 import itertools
@@ -26,26 +26,26 @@ from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.shard import shard
 from stride_ray.models.toy import VOCABULARY, train_tokenizer
 from stride_ray.operators.fit import fit
-from stride_ray.runtime.costs import NAME
+from stride_ray.runtime.costs import COST_FILE
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 
 BLOCK_TOKENS, SUBSETS, DEGREE, QUERIES, ASKED = 32, 1000, 10, 64, "asked"
-# Made-up words, how many letters they have, and words in a document; a file's documents.
+# Number of synthetic words, range of their letters, words per document, documents per file.
 WORDS, LETTERS, DOCUMENT, FILE = 2000, (2, 9), 200, 20_000
 SHAPE = Shape(layers=2, split=1, width=32, inner=64, heads=2, shared=2, vocabulary=VOCABULARY)
-_TOO_MANY = 1.15  # text in tokens over what the blocks need
+_TOO_MANY = 1.15  # tokens of text over tokens needed for the blocks
 
 
 def words(seed: int = 0) -> np.ndarray:
-    """Made-up words, (WORDS,) str."""
+    """Generate synthetic words, (WORDS,) str."""
     rng = np.random.default_rng(seed)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     return np.array(["".join(rng.choice(letters, rng.integers(*LETTERS))) for _ in range(WORDS)])
 
 
 def write_text(folder: Path, tokens: int, tokenizer: Any) -> None:
-    """JSON Lines of documents of made-up words, by Zipf's law, of at least so many tokens; what is there stays."""
+    """Write JSON Lines documents of synthetic Zipf-distributed words, at least ``tokens`` tokens, unless complete."""
     if (folder / "complete").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -64,7 +64,7 @@ def write_text(folder: Path, tokens: int, tokenizer: Any) -> None:
 
 
 def prepare(root: Path) -> Any:
-    """Tokenizer, tiny random model and queries; returns the tokenizer."""
+    """Make tokenizer, tiny random model and queries; returns the tokenizer."""
     root.mkdir(parents=True, exist_ok=True)
     known, rng = words(), np.random.default_rng(2)
     train_tokenizer((" ".join(rng.choice(known, DOCUMENT)) for _ in range(500)), root / "tokenizer")
@@ -72,14 +72,14 @@ def prepare(root: Path) -> Any:
     if not (root / "model" / "config.json").exists():
         random_model(SHAPE, "cpu", "float32").model.save_pretrained(root / "model")
         tokenizer.save_pretrained(root / "model")
-    rng = np.random.default_rng(3)  # a second run draws nothing for the tokenizer
+    rng = np.random.default_rng(3)  # a second run does not draw for the tokenizer
     queries = [{"id": str(i), "text": " ".join(rng.choice(known, 10))} for i in range(QUERIES)]
     (root / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries), "utf-8")
     return tokenizer
 
 
 def run_size(root: str, blocks: int) -> None:
-    """All stages, both modes, on about so many blocks; what is done stays."""
+    """Run all stages in both modes on about ``blocks`` blocks; finished stages are kept."""
     base, run = Path(root), Path(root) / f"run-{blocks}"
     options = {
         "corpus.input": [str(base / f"text-{blocks}" / "*.jsonl")],
@@ -99,11 +99,11 @@ def run_size(root: str, blocks: int) -> None:
 
 
 def measure(folder: str, sizes: list[int]) -> dict[str, Any]:
-    """Run every size, and compare: growth from size to size, and what the smallest foretold (``plan``).
+    """Run every size and report the growth between sizes, and the predictions of ``plan`` from the smallest.
 
     Returns:
-        ``runs``: per size, N and per stage seconds, the most MB that a worker and the driver held; ``growth``: per step
-        and stage, seconds and worker memory as ratios; ``plan``: per larger size and stage, foretold over real seconds.
+        ``runs``: per size, N and per stage seconds and peak MB of a worker and of the driver; ``growth``: per step and
+        stage, ratios of seconds and of worker memory; ``plan``: per larger size and stage, predicted over real seconds.
     """
     root = Path(folder).resolve()
     tokenizer = prepare(root)
@@ -132,7 +132,7 @@ def measure(folder: str, sizes: list[int]) -> dict[str, Any]:
 def _found(folder: Path) -> dict[str, Any]:
     run, stages, workers = Run(str(folder)), dict[str, Any](), 1
     for stage, named in STAGES.items():
-        cost = run.stage(stage, ASKED if named else "").store.read_json(NAME)
+        cost = run.stage(stage, ASKED if named else "").store.read_json(COST_FILE)
         workers = max(workers, *(each["workers"] for each in cost["phases"].values()))
         worker_mb = max(each["peak_mb"] for each in cost["phases"].values())
         stages[stage] = {"seconds": cost["wall"], "worker_mb": worker_mb, "driver_mb": cost["driver_mb"]}
@@ -140,7 +140,7 @@ def _found(folder: Path) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """What measure found, for people."""
+    """Format the result as Markdown."""
     lines = ["| blocks | stage | seconds | × the size before | worker MB | × | driver MB | foretold / real |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for index, run in enumerate(found["runs"]):
@@ -155,10 +155,10 @@ def table(found: dict[str, Any]) -> str:
 
 
 def measure_shard(folder: str, blocks: int, block_tokens: int, workers: int) -> dict[str, Any]:
-    """Tokens a second from JSON Lines to blocks in Parquet: shard, and ``datasets.map`` with as many processes.
+    """Tokens per second from JSON Lines to blocks in Parquet: shard, and ``datasets.map`` with as many processes.
 
-    Both use the same tokenizer, join documents by its end-of-text token and cut them into blocks. Beside them stands
-    the rate of the tokenizer alone, called with lists of texts in as many processes.
+    Both use the same tokenizer, join documents by its end-of-text token and cut them into blocks. For comparison, the
+    tokenizer alone is also timed, called with lists of texts in as many processes.
     """
     import datasets
 
@@ -210,7 +210,7 @@ def measure_shard(folder: str, blocks: int, block_tokens: int, workers: int) -> 
 
 
 def _tokenizer_rate(folder: str, file: str) -> float:
-    """Tokens a second of a tokenizer that is given a file's texts, a thousand at a time."""
+    """Tokens per second of a tokenizer on a file's texts, a thousand at a time."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [json.loads(line)["text"] for line in Path(file).read_text("utf-8").splitlines()]
     tokenizer(texts[:1000])

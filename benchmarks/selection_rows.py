@@ -1,4 +1,4 @@
-"""Influence tables of any size, made up: what selection from many rows costs in memory and time."""
+"""Synthetic influence tables of any size, to measure memory and time of selection from many rows."""
 
 import numpy as np
 import pyarrow as pa
@@ -8,14 +8,14 @@ from stride_ray.runtime.storage import Store
 from stride_ray.selection.pool import POOL
 from stride_ray.selection.ranking import Target
 
-# Documents per query's table; queries in a file; documents in a part of the pool; sources.
+# Documents per query; queries per file; documents per part of the pool; sources.
 NAMED, QUERIES_PER_FILE, PART, SOURCES = 100_000, 10, 100_000, 20
 
 
 def make_tables(store: Store, rows: int, documents: int, seed: int = 0) -> tuple[Target, list[str]]:
-    """Write a set's tables with so many rows and the table of the pool's documents; what is there stays.
+    """Write a query set's tables with about ``rows`` rows, and the table of the pool's documents, unless they exist.
 
-    Each query names NAMED documents, drawn anew, with normal influence.
+    Each query has NAMED random documents with normally distributed influence.
 
     Returns:
         The target, and the names of the pool's files.

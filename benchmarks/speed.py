@@ -1,7 +1,7 @@
-"""How fast responses and passes over the pool are, on random weights of a given shape: CPU or GPU, any dtype.
+"""Speed of responses and passes over the pool, on random weights of a given shape: CPU or GPU, any dtype.
 
-Speed depends on shapes, not on what the weights know. Every figure stands beside what bounds it: responses beside plain
-matrix products of the suffix's shapes and a loop through the whole model, a pass over the pool beside one forward pass.
+Speed depends on shapes, not on the weights' values. Every figure is compared with a bound: responses with plain matrix
+products of the suffix's shapes and a loop through the whole model, a pass over the pool with one forward pass.
 """
 
 import time
@@ -19,12 +19,12 @@ from stride_ray.models.curvature.gauss_newton import Linearised, batch_rows
 from stride_ray.models.sites import EMBEDDING, HEAD, Site, find_sites, influence, site_gradients
 from stride_ray.models.vocabulary import token_side
 from stride_ray.operators.closed_form import add_to_subsets
-from stride_ray.operators.forms import Operators, features, gradients, random_basis, steering
+from stride_ray.operators.forms import Operators, features, gradients, random_basis, steering_vectors
 from stride_ray.operators.membership import Membership
 from stride_ray.runtime.memory import peak_bytes, restart_peak
 
 RUNS = 3
-ENOUGH = 30.0  # seconds of measured runs, after which no other is begun
+ENOUGH = 30.0  # seconds of measured runs, after which no further one starts
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Shape:
 
 
 SHAPES = {
-    # What the tests and a laptop can bear.
+    # Small enough for the tests and a laptop.
     "small": Shape(6, 4, 256, 768, 4, 2, 4096),
     # SmolLM2-135M's.
     "135m": Shape(30, 19, 576, 1536, 9, 3, 49152),
-    # As large and as deep as the paper's smallest, ℓ=8 of 12.
+    # Size and depth of the paper's smallest model, ℓ=8 of 12.
     "286m": Shape(12, 8, 1024, 3584, 16, 16, 50304),
     # Qwen2.5-0.5B's, untied.
     "600m": Shape(24, 15, 896, 4864, 14, 2, 151936),
@@ -54,15 +54,15 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured.
+    """A configuration to measure.
 
     Attributes:
         shape: a name in SHAPES.
         device: auto, cpu or cuda.
-        dtype: of weights and stream.
+        dtype: of weights and the residual stream.
         form: gate or matrix operators. ``rank``: r. ``subsets``: K.
         tokens: T of queries and blocks. ``queries`` and ``blocks``: how many.
-        batch_tokens: tokens in one forward.
+        batch_tokens: tokens in one forward pass.
     """
 
     shape: str = "small"
@@ -78,7 +78,7 @@ class Setting:
 
 
 def random_model(shape: Shape, device: str, dtype: str) -> SplitModel:
-    """A Llama of this shape with random weights, split after its ℓ-th layer."""
+    """Make a Llama of this shape with random weights, split after its ℓ-th layer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -97,12 +97,13 @@ def random_model(shape: Shape, device: str, dtype: str) -> SplitModel:
 
 
 def measure_respond(setting: Setting) -> dict[str, Any]:
-    """Exact and linear responses of random operators that steer noticeably (2 % of the loss).
+    """Time exact and linear responses of random operators that steer noticeably (2 % of the loss).
 
     Returns:
-        ``seconds_exact`` and ``seconds_linear`` a query, their ``ratio_linear``; ``response_correlation`` of the two;
-        ``ratio_loop``: a loop through the whole model in equal batches over exact mode, beside ``ratio_flops`` that
-        the cut promises; ``share_of_floor``: the suffix's plain matrix products' time over exact mode's; peak bytes.
+        ``seconds_exact`` and ``seconds_linear`` per query, their ratio ``ratio_linear``; ``response_correlation``
+        between the two; ``ratio_loop``: time of a loop through the whole model in equal batches over exact mode's,
+        beside ``ratio_flops``, the ratio expected from starting at the split; ``share_of_floor``: time of the suffix's
+        plain matrix products over exact mode's; peak bytes.
     """
     shape = SHAPES[setting.shape]
     model = random_model(shape, setting.device, setting.dtype)
@@ -149,13 +150,13 @@ def measure_respond(setting: Setting) -> dict[str, Any]:
 
 
 def measure_passes(setting: Setting) -> dict[str, Any]:
-    """Passes over blocks: the closed form of each form of operators, and every block against queries.
+    """Time passes over blocks: the closed form of each form of operators, and scoring every block against queries.
 
-    Against queries twice: at all sites (``exact``), and at those of the last layers (``exact_last_quarter``).
+    Scoring is measured twice: at all sites (``exact``), and at those of the last layers (``exact_last_quarter``).
 
     Returns:
-        Blocks a second of a plain forward with loss (``forward``) and of each pass, ratios of seconds to the forward's
-        (``ratio_gate``…), and peak bytes of each.
+        Blocks per second of a plain forward with loss (``forward``) and of each pass, ratios of seconds to the
+        forward's (``ratio_gate``…), and peak bytes of each.
     """
     shape = SHAPES[setting.shape]
     model = random_model(shape, setting.device, setting.dtype)
@@ -189,7 +190,7 @@ def measure_passes(setting: Setting) -> dict[str, Any]:
 
         note(form, closed_form)
     some = (ids[: setting.queries], mask[: setting.queries])
-    # All layers last: the bytes of a query are told of them.
+    # All layers last: ``bytes_per_query`` is computed from the last iteration's sites.
     for name, layers in (("exact_last_quarter", 0.25), ("exact", 0.0)):
         sites = _plain_sites(model, layers)
         asked = {site.name: site.solved(J).flatten(1) for site, J in site_gradients(model, sites, *some)[0]}
@@ -206,12 +207,12 @@ def measure_passes(setting: Setting) -> dict[str, Any]:
 
 
 def measure_solve(setting: Setting) -> dict[str, Any]:
-    """What a query's solve costs over ``blocks`` of the pool, beside a forward pass with loss over the same blocks.
+    """Time a query's solve over ``blocks`` of the pool, beside a forward pass with loss over the same blocks.
 
     Returns:
         Seconds of the forward pass (``seconds_forward``), of linearising the model on the blocks, which several queries
-        share (``seconds_linearise``), and of a product of one query with the Gauss–Newton matrix
-        (``seconds_product``); both over the forward's (``ratio_linearise``, ``ratio_product``), and peak bytes.
+        share (``seconds_linearise``), and of one query's product with the Gauss–Newton matrix (``seconds_product``);
+        the latter two over the forward's (``ratio_linearise``, ``ratio_product``), and peak bytes.
     """
     shape = SHAPES[setting.shape]
     model = random_model(shape, setting.device, setting.dtype)
@@ -247,7 +248,7 @@ def measure_solve(setting: Setting) -> dict[str, Any]:
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What ``work`` returns and its seconds, after a run that warms up: the median of up to three."""
+    """Return the result of ``work`` and the median seconds of up to three runs, after one warm-up run."""
     work()
     _wait(device)
     seconds: list[float] = []
@@ -282,7 +283,7 @@ def _tokens(shape: Shape, rows: int, tokens: int, device: torch.device) -> Tenso
 def _noticeable(
     model: SplitModel, operators: Operators, ids: Tensor, mask: Tensor, subsets: Tensor, batch_tokens: int
 ) -> float:
-    """The factor, a power of two, from which on the mean |response| is 2 % of the loss."""
+    """Smallest power of two that scales the operators to a mean |response| of at least 2 % of the loss."""
     for power in range(-12, 24):
         louder = Operators(operators.basis, operators.A * 2.0**power)
         base, found = louder.exact(model, ids, mask, subsets, batch_tokens)
@@ -293,11 +294,11 @@ def _noticeable(
 
 @torch.no_grad()
 def whole_model_losses(model: SplitModel, operators: Operators, ids: Tensor, mask: Tensor, subsets: Tensor) -> Tensor:
-    """Losses under some operators by a forward through all layers for each, in one batch."""
+    """Losses under several operators with a forward through all layers for each, in one batch."""
 
     def steer(module: Any, given: Any, output: Any) -> Any:
         h = output[0] if isinstance(output, tuple) else output
-        moved = h + steering(operators.basis, features(operators.basis, h), operators.A[subsets]).to(h.dtype)
+        moved = h + steering_vectors(operators.basis, features(operators.basis, h), operators.A[subsets]).to(h.dtype)
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
     handle = model.layers[model.split_layer - 1].register_forward_hook(steer)
@@ -310,7 +311,7 @@ def whole_model_losses(model: SplitModel, operators: Operators, ids: Tensor, mas
 
 @torch.no_grad()
 def _suffix_products(model: SplitModel, shape: Shape, rows: int) -> float:
-    """Seconds of the plain matrix products that rows of tokens need from layer ℓ+1 to the logits."""
+    """Seconds of the plain matrix products that ``rows`` tokens need from layer ℓ+1 to the logits."""
     layer = [module.weight for module in model.layers[-1].modules() if isinstance(module, torch.nn.Linear)]
     weights = [*layer * (shape.layers - shape.split)]
     given = {w.shape[1]: torch.randn(rows, w.shape[1], device=model.device, dtype=model.dtype) for w in layer}
@@ -333,7 +334,7 @@ def _layer_numbers(shape: Shape) -> int:
 
 
 def _plain_sites(model: SplitModel, layers: float) -> tuple[Site, ...]:
-    """Sites with preconditioners of the right shapes: speed does not depend on what is in them."""
+    """Sites with preconditioners of the right shapes; their values do not affect speed."""
     D, tokens = model.width, token_side(torch.ones(model.vocabulary), 3)
     sites = []
     for name in find_sites(model, layers):

@@ -1,10 +1,10 @@
-"""Job: how well attribution methods foretell retraining, on one benchmark: scores, seconds, tables, a plot.
+"""Job: how well attribution methods predict retraining (LDS) on one benchmark: scores, seconds, tables, a plot.
 
-The folder holds pool.parquet, queries.parquet, model/, retraining results (jobs/retrain.py makes them) and, where
-training began from a checkpoint, start/. A command that was killed goes on where it stopped when it is run again. What
-is printed, and the JSON object on the last line, is about the report part of the queries (all, where there are no
-parts); lds.md in the output folder has the rest. Exit status as stride-ray's: 0 done, 1 with a sentence on standard
-error, 130 interrupted.
+The benchmark folder contains pool.parquet, queries.parquet, model/, retraining results (from jobs/retrain.py) and, if
+training started from a checkpoint, start/. A rerun of an interrupted command resumes where it stopped. The output, and
+the JSON object on the last line, cover the report part of the queries (all queries, if there are no parts); lds.md in
+the output folder contains the rest. Exit status as for stride-ray: 0 done, 1 failed with a message on standard error,
+130 interrupted.
 
     python jobs/evaluate.py --benchmark FOLDER --out FOLDER [--methods tfidf,logra,stride] [--ablations]
 """
@@ -20,7 +20,7 @@ from stride_ray.evaluate.comparison.compare import compare, method_names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, compare, print the tables and one line of JSON; returns the exit status."""
+    """Parse the arguments, compare the methods, print tables and one line of JSON; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"Methods: {', '.join(method_names())}.",

@@ -1,7 +1,7 @@
-"""Job: three trainings a draw that say whether attribution can work for a recipe, before anyone believes a table.
+"""Job: metasmoothness of a training recipe, from three trainings per draw: can attribution work for it at all?
 
-The benchmark's folder holds pool.parquet, queries.parquet, model/ and, where training began from a checkpoint, start/.
-A command that was killed goes on where it stopped when it is run again. Exit status as stride-ray's.
+The benchmark folder contains pool.parquet, queries.parquet, model/ and, if training started from a checkpoint, start/.
+A rerun of an interrupted command resumes where it stopped. Exit status as for stride-ray.
 
     python jobs/metasmoothness.py --benchmark FOLDER --out FOLDER [--draws 3]
 """
@@ -18,7 +18,7 @@ from stride_ray.evaluate.retraining.recipe import DEFAULT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, train, print; returns the exit status."""
+    """Parse the arguments, train and print the summary; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", required=True, metavar="FOLDER", help="the benchmark: a path or fsspec URL")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where trainings go; a rerun goes on there")

@@ -1,9 +1,9 @@
 """Job: plant leaks of a question set in other text, and measure how well a scan finds them.
 
-``write`` makes the planting: corpus, evaluation set, controls and the truth. ``measure`` trains a small model on it
-(minutes on two cores), scans it, and prints recall and precision of each channel by kind of leak and by memorised or
-not, the paper's protocol beside them, and on the last line one JSON object. Exit status: 0 done, 1 with a sentence on
-standard error, 130 interrupted.
+``write`` creates the corpus with planted leaks, the evaluation set, the controls and the ground truth. ``measure``
+trains a small model on the corpus (minutes on two cores), scans it, and prints recall and precision of each channel by
+kind of leak and by whether the model memorised it, with the paper's protocol for comparison, and one JSON object on the
+last line. Exit status: 0 done, 1 failed with a message on standard error, 130 interrupted.
 
     python jobs/plant.py write FOLDER --questions gsm8k_train.jsonl.gz --text lib/ [--rate 0.5] [--copies 1 4 16]
     python jobs/plant.py measure FOLDER [--no-baseline]
@@ -22,11 +22,11 @@ from stride_ray.evaluate.planting import Planting, plant
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, plant or measure, print; returns the exit status."""
+    """Parse the arguments, plant or measure, and print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     write = verbs.add_parser("write", help="make a planting")
-    write.add_argument("folder", help="where everything is made")
+    write.add_argument("folder", help="output folder")
     write.add_argument("--questions", required=True, help="JSON Lines (.gz too) with question and answer")
     write.add_argument("--text", required=True, action="append", help="file or folder to plant into; repeatable")
     usual = Planting()

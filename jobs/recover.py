@@ -1,4 +1,4 @@
-"""Job: the verb of this file's name, for ``ray job submit -- python jobs/VERB.py …``; see --help."""
+"""Job: runs the stride-ray verb of the same name, for ``ray job submit -- python jobs/VERB.py …``; see --help."""
 
 import sys
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Job: ground truth for the accuracy of attribution: train on random subsets of a benchmark's pool, record losses.
+"""Job: ground truth for attribution accuracy: train on random subsets of a benchmark's pool and record query losses.
 
-The folder holds pool.parquet, queries.parquet, model/ and, where training began from a checkpoint, start/. A command
-that was killed goes on where it stopped when it is run again; more subsets or seeds add to what is there. The recipe
-is the benchmarks' own unless a callable of yours is named, say recipe.py:make. Exit status as stride-ray's: 0 done,
-1 with a sentence on standard error, 130 interrupted.
+The benchmark folder contains pool.parquet, queries.parquet, model/ and, if training started from a checkpoint, start/.
+A rerun of an interrupted command resumes where it stopped; more subsets or seeds extend existing results. --recipe
+replaces the benchmarks' recipe with a callable of your own, for example recipe.py:make. Exit status as for stride-ray:
+0 done, 1 failed with a message on standard error, 130 interrupted.
 
     python jobs/retrain.py --benchmark FOLDER --out FOLDER [--subsets 64 --fraction 0.5 --seeds 3]
 """
@@ -20,7 +20,7 @@ from stride_ray.evaluate.retraining.retrain import retrain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, train, print the summary; returns the exit status."""
+    """Parse the arguments, train and print the summary; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", required=True, metavar="FOLDER", help="the benchmark: a path or fsspec URL")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where results go; a rerun goes on there")

@@ -1,9 +1,9 @@
 """Job: source retrieval on Python's standard library, printed as a table.
 
-The documents are its modules of 1 to 8 kB (without tests and encodings' tables; small documents, so that chance is
-small), cut into blocks of 128 tokens. 100 blocks are taken out; a model is trained on the rest, operators of subsets
-are fitted to it, and then 100 blocks of the pool (verbatim) and the 100 taken out (unseen blocks of documents whose
-other blocks are in the pool) are attributed. Ends with one JSON object.
+The documents are its modules of 1 to 8 kB, without tests and encoding tables, cut into blocks of 128 tokens; small
+documents keep the chance level low. 100 blocks are held out, a model is trained on the rest, and operators of subsets
+are fitted to it. Then 100 blocks of the pool (verbatim) and the 100 held-out blocks (unseen, from documents whose other
+blocks are in the pool) are attributed. The last line is one JSON object.
 
     python jobs/retrieval.py FOLDER [--queries 100]
 """
@@ -29,13 +29,13 @@ from stride_ray.operators.fit import fit
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.tasks import connected
 
-# Blocks of a document that stay in the pool at the least.
+# Minimum number of blocks of a document that stay in the pool.
 REMAINING = 3
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 
 def main() -> int:
-    """Build, train, fit, measure, print."""
+    """Build the pool, train, fit, attribute and print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="where everything is made; a rerun goes on there")
     parser.add_argument("--queries", type=int, default=100, help="queries of each kind (default: 100)")
@@ -84,7 +84,11 @@ def documents() -> list[Path]:
 
 
 def write_pool(root: Path, files: list[Path], queries: int) -> tuple[np.ndarray, list[str]]:
-    """Cut the documents, take full blocks out, write the rest to pool.parquet; returns what was taken out."""
+    """Cut the documents, hold out full blocks and write the rest to pool.parquet.
+
+    Returns:
+        The held-out blocks, token ids [queries, BLOCK_TOKENS], and their documents.
+    """
     tokenizer = load_tokenizer(str(root / "tokenizer"))
     pieces: list[tuple[str, list[int]]] = []
     for path in files:

@@ -1,9 +1,9 @@
-"""Job: stride-ray select and, with --retrain, what training on the selection is worth, in a closed loop.
+"""Job: stride-ray select and, with --retrain, a closed-loop measurement of the selection by retraining.
 
-With --retrain the selected, the random and a TF-IDF arm of as many tokens are trained by the run's recipe, each with
-several seeds, and asked queries that did not select: half of each target set, or the sets of --measure. It prints a
-table and, on the last line, one JSON object. Exit status as stride-ray's: 0 done, 1 with a sentence on standard error,
-130 interrupted.
+With --retrain, models are trained on the selected, the random and a TF-IDF arm of equal token count with the given
+recipe and several seeds each, and evaluated on queries that were not used for selection: half of each target set, or
+the sets of --measure. It prints a table and, on the last line, one JSON object. Exit status as for stride-ray: 0 done,
+1 failed with a message on standard error, 130 interrupted.
 
     python jobs/select.py RUN --name NAME --out URL --tokens 0.25
     python jobs/select.py RUN --name NAME --out URL --tokens 0.25 --retrain [--measure OTHER --seeds 3]
@@ -12,7 +12,7 @@ table and, on the last line, one JSON object. Exit status as stride-ray's: 0 don
 import sys
 
 if __name__ == "select":
-    # This folder comes first on the path of every script in it, and this file would hide the standard library's module.
+    # Python puts a script's folder first on sys.path, where this file would shadow the standard library's select.
     import importlib.machinery
     import importlib.util
     import os
@@ -37,7 +37,7 @@ else:
 
 
 def main(arguments: "Sequence[str] | None" = None) -> int:
-    """Parse, select, with --retrain train and print; returns the exit status."""
+    """Parse the arguments and select; with --retrain also train and print. Returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--retrain", action="store_true")

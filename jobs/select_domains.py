@@ -1,12 +1,13 @@
-"""Job: is data selected by influence better to train on? On a benchmark's pool, for each of its domains in turn.
+"""Job: is data selected by influence better training data? Tested on a benchmark's pool, for each domain in turn.
 
-The folder holds pool.parquet (token_ids, domain, document, position), queries.parquet (token_ids, domain, part), model/
-and start/. The pool becomes a run; each domain's queries are a target; documents with a share of the pool's tokens are
-selected for it, by influence, at random and by TF-IDF, and training on each arm is measured on queries that did not
-select. Nobody is told the domains, unless --sources makes the random arm's mix of them the selected one's. With --part
-development each target's queries are halved, for choosing between settings; without it development queries select and
-report queries measure. It prints a table and, on the last line, one JSON object. A command that was killed goes on
-where it stopped.
+The benchmark folder contains pool.parquet (token_ids, domain, document, position), queries.parquet (token_ids, domain,
+part), model/ and, if training started from a checkpoint, start/. The pool becomes a run, and the queries of each domain
+are a target. For each target, documents with a share of the pool's tokens are selected by influence, at random and by
+TF-IDF, and a model trained on each arm is evaluated on queries that were not used for selection. Selection does not see
+the domains, except that --sources gives the random arm the same mix of domains as the selected one. With --part
+development, halves of the target's development queries select and measure, for choosing between settings; without it,
+development queries select and report queries measure. It prints tables and, on the last line, one JSON object. A rerun
+of an interrupted command resumes where it stopped.
 
     python jobs/select_domains.py --benchmark FOLDER --out FOLDER [--share 0.2 --seeds 3 --set select.by=mean]
 """
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stride_ray.attribution.attribute import answer
+from stride_ray.attribution.attribute import write_tables
 from stride_ray.cli.arguments import assignment
 from stride_ray.cli.exits import exit_status
 from stride_ray.corpus.documents import TokenizedDocument
@@ -35,12 +36,12 @@ from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
 
 DEVELOPMENT, REPORT = "development", "report"
-# The run's one query set, and the length of a benchmark's rows.
+# Name of the run's only query set; tokens in a row of a benchmark's pool.
 SET, BLOCK_TOKENS = "queries", 128
 
 
 def prepare(folder: str, out: str, sources: bool, changes: dict[str, str]) -> tuple[Run, pa.Table]:
-    """The benchmark's pool as an attributed run, its rows joined to documents, and the queries with their ids."""
+    """Attribute all queries on the benchmark's pool; returns the run and the queries' ids, domains and parts."""
     given, store = Store(folder), Store(out)
     if not store.exists("pool.parquet"):
         store.write_table("pool.parquet", joined(given.read_table("pool.parquet")))
@@ -61,14 +62,16 @@ def prepare(folder: str, out: str, sources: bool, changes: dict[str, str]) -> tu
     for index, query in enumerate(queries):
         ids = np.array(query["token_ids"], dtype=np.int32)
         query |= row(f"q{index}", TokenizedDocument(f"q{index}", query["domain"], ids, None))
-    answer(run, pa.Table.from_pylist([{name: query[name] for name in SCHEMA.names} for query in queries], SCHEMA), SET)
+    write_tables(
+        run, pa.Table.from_pylist([{name: query[name] for name in SCHEMA.names} for query in queries], SCHEMA), SET
+    )
     return run, pa.Table.from_pylist(
         [{name: query[name] for name in ("query_id", "domain", "part")} for query in queries]
     )
 
 
 def joined(pool: pa.Table) -> pa.Table:
-    """A benchmark's rows as documents: the rows of one document in their order, one after the other."""
+    """A benchmark's rows joined into documents, in order of their positions."""
     documents: dict[str, dict[str, Any]] = {}
     for each in pool.sort_by([("document", "ascending"), ("position", "ascending")]).to_pylist():
         name = each["document"]
@@ -78,7 +81,7 @@ def joined(pool: pa.Table) -> pa.Table:
 
 
 def over_domains(found: dict[str, ClosedLoop], out: str) -> dict[str, dict[str, float]]:
-    """The selected arm's difference from each other over all domains' queries, with its interval, domains pooled."""
+    """Mean loss difference of the selected arm to each other arm over all domains' queries, with its interval."""
     pooled = {}
     for arm, folder in (("random", "selected-random"), ("TF-IDF", "tfidf")):
         pieces = []
@@ -94,7 +97,7 @@ def over_domains(found: dict[str, ClosedLoop], out: str) -> dict[str, dict[str, 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, select and train for every domain, print; returns the exit status."""
+    """Parse the arguments, select and train for every domain, and print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", required=True, metavar="FOLDER", help="a benchmark with domains")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything goes; a rerun goes on there")

@@ -1,9 +1,10 @@
-"""Job: fine-tune a model on instructions, and print which of them taught it each answer.
+"""Job: fine-tune a model on instructions, and attribute its answers to individual instructions.
 
-A sample of the instructions is trained on and others are asked; only answers carry loss, in training, in the blocks and
-in the queries. It prints, per query, the instructions that helped and harmed most, then the losses before and after,
-tail-patch, and how often near copies planted in the training set are found; the last line is one JSON object. A command
-that was killed goes on where it stopped. Exit status: 0 done, 1 with a sentence on standard error, 130 interrupted.
+The model is trained on a sample of the instructions, and others are the queries. Only answers carry loss, in training,
+blocks and queries. It prints the most helpful and most harmful instructions per query, the losses before and after,
+tail-patch, and how often near copies planted in the training set are found; the last line is one JSON object. A rerun
+of an interrupted command resumes where it stopped. Exit status: 0 done, 1 failed with a message on standard error, 130
+interrupted.
 
     python jobs/sft.py --instructions FILE --model MODEL --out FOLDER [--examples 200 --queries 8 --epochs 1]
         [--set attribute.exact=true]
@@ -21,7 +22,7 @@ from stride_ray.evaluate.instruction_tuning import Options, attribute_instructio
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, train, attribute, print; returns the exit status."""
+    """Parse the arguments, train, attribute and print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instructions", required=True, metavar="FILE", help="JSON Lines (.gz too) or Parquet")
     parser.add_argument("--model", required=True, help="to start from: a folder, hub id, URL or .gguf file")

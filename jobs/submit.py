@@ -1,14 +1,13 @@
-"""Submit a job to a Ray cluster, show its log, and end with its exit status: what a schedule runs every night.
+"""Submit a job to a Ray cluster, stream its log, and exit with its status; for schedulers that run a nightly scan.
 
-`ray job submit` ends with 1 for a job that failed, whatever its status, and with 0 for one that was stopped. This ends
-with the job's own status (`jobs/scan.py`: 2 says that there are new findings), with 130 for a stopped job, and stops
-the job when it is itself told to stop (SIGTERM, 143). A job that was lost with its driver's node, or whose driver was
-killed, is submitted again, and goes on where it was.
+`ray job submit` exits with 1 for any failed job, whatever its status, and with 0 for a stopped one. This script exits
+with the job's own status (2 from `jobs/scan.py` means new findings) and with 130 for a stopped job. On SIGTERM it stops
+the job and exits with 143. A job that was lost with its driver's node, or whose driver was killed, is submitted again
+and resumes.
 
     python jobs/submit.py --address http://head:8265 -- python /opt/stride_ray/jobs/scan.py s3://bucket/run --out …
 
-Everything that `ray job submit` reads from the environment holds here: RAY_API_SERVER_ADDRESS, RAY_AUTH_MODE,
-RAY_AUTH_TOKEN.
+It honours the environment variables of `ray job submit`: RAY_API_SERVER_ADDRESS, RAY_AUTH_MODE, RAY_AUTH_TOKEN.
 """
 
 import argparse
@@ -22,14 +21,14 @@ from typing import Any
 from stride_ray.cli.exits import exit_status
 from stride_ray.runtime.errors import StrideError
 
-# Seconds between looks at a job; until a head that does not answer is given up.
+# Seconds between polls of a job, and seconds without a response after which the head node is given up.
 LOOK, SILENCE = 2.0, 600.0
-# What a shell makes of a driver that a signal ended, 128 and more: lost, but for an interrupt.
+# Shells report a driver that was killed by a signal as status 128 or more. Such a job is lost, except for an interrupt.
 KILLED, INTERRUPTED = 128, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, submit, follow; returns the job's exit status."""
+    """Parse the arguments, submit the job and follow its log; returns the job's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--address", default=None, metavar="URL", help="of the Jobs API, as http://head:8265")
     parser.add_argument("--working-dir", default=None, metavar="DIR", help="uploaded; the job starts in it")
@@ -75,7 +74,7 @@ def _submit(parsed: argparse.Namespace) -> int:
 
 
 def _follow(client: Any, job: str) -> None:
-    """Print the job's log until the job has ended."""
+    """Print the job's log until the job ends."""
 
     async def tail() -> None:
         async for lines in client.tail_job_logs(job):

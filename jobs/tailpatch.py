@@ -1,6 +1,6 @@
-"""Job: tail-patch of a query set that was attributed; prints a table and, on the last line, one JSON object.
+"""Job: tail-patch scores of an attributed query set; prints a table and, on the last line, one JSON object.
 
-Exit status as stride-ray's: 0 done, 1 with a sentence on standard error, 130 interrupted.
+Exit status as for stride-ray: 0 done, 1 failed with a message on standard error, 130 interrupted.
 
     python jobs/tailpatch.py RUN --name NAME [--k 10] [--learning-rate 0.01] [--set attribute.exact=true]
 """
@@ -18,7 +18,7 @@ from stride_ray.runtime.run import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, measure, print; returns the exit status."""
+    """Parse the arguments, measure and print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the run directory, a path or fsspec URL")
     parser.add_argument("--name", required=True, help="of the query set")

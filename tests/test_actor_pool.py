@@ -9,7 +9,6 @@ import time
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from ray.experimental.internal_kv import _internal_kv_list
 
 from stride_ray.runtime import actor_pool, tasks
 from stride_ray.runtime.actor_pool import ActorPool
@@ -89,7 +88,6 @@ def test_a_unit_that_always_kills_its_worker_is_told(how, one_ray):
     )
     with pytest.raises(StrideError, match="killed its worker 5 times and more"):
         list(mapped)
-    assert not _internal_kv_list("", namespace=tasks.NAMESPACE)
 
 
 @pytest.mark.cluster

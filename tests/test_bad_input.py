@@ -88,7 +88,7 @@ def test_empty_corpus(parts, tmp_path, told, plain):
     write_lines(tmp_path / "blank/a.jsonl", [{"text": " "}, {"text": ""}])
     sentence = told("shard", tmp_path / "run", *shard_flags(parts, tmp_path / "blank"))
     assert not list((tmp_path / "run").glob("blocks/*"))
-    assert "gives no block; 2 rejected, the first: a.jsonl, row 1: 'text' is empty" in sentence
+    assert "produced no blocks; 2 rejected, the first: a.jsonl, row 1: 'text' is empty" in sentence
 
 
 def test_corrupt_files_beside_good_ones(parts, tmp_path, told, one_ray):
@@ -129,7 +129,7 @@ def test_a_pipe_and_a_run_directory_in_the_input(parts, tmp_path, told):
     shutil.copytree(parts.corpus, tmp_path / "corpus")
     assert "lies in the input" in told("shard", tmp_path / "corpus/run", *shard_flags(parts, tmp_path / "corpus"))
     os.mkfifo(tmp_path / "corpus/pipe")
-    assert "pipe is no file" in told("shard", tmp_path / "run", *shard_flags(parts, tmp_path / "corpus"))
+    assert "pipe is not a regular file" in told("shard", tmp_path / "run", *shard_flags(parts, tmp_path / "corpus"))
 
 
 def test_a_mistyped_model_leaves_nothing_behind(copied, parts, tmp_path, told, plain):
@@ -201,7 +201,7 @@ def test_queries_that_cannot_be_asked(copied, parts, tmp_path, told, plain):
     typo = write_lines(tmp_path / "typo.jsonl", [{"id": "x", "promt": "the comet", "completion": " met"}])
     sentence = told("attribute", folder, "--queries", typo)
     assert "'completion', 'id', 'promt'. 'completion' stands without 'prompt'. A query has text" in sentence
-    assert "no name for a query set" in told("attribute", folder, "--queries", parts.queries, "--name", "a/b")
+    assert "not a valid name for a query set" in told("attribute", folder, "--queries", parts.queries, "--name", "a/b")
     few = [{"id": "one", "text": "a"}, {"id": "long", "text": "the comet met the tide. " * 60}]
     out = told("attribute", folder, "--queries", write_lines(tmp_path / "few.jsonl", few), code=0)
     assert "has 1 token(s)" in out

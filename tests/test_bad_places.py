@@ -66,25 +66,25 @@ def test_a_quickstart_that_cannot_be_written(small_disk, told, plain):
 
 
 def test_an_argument_that_is_no_text(told):
-    assert "is no valid UTF-8" in told("shard", "run", "--input", "caf\udce9")
+    assert "is not valid UTF-8" in told("shard", "run", "--input", "caf\udce9")
 
 
 def test_options_that_gave_no_block_are_not_kept(parts, tmp_path, told, plain):
     file = write_lines(tmp_path / "c.jsonl", [{"body": "", "text": "the tide met the gull"}])
     run = tmp_path / "run"
     given = ["--tokenizer", parts.tokenizer, "--input", file]
-    assert "gives no block" in told("shard", run, *given, "--columns", "text=body")
+    assert "produced no blocks" in told("shard", run, *given, "--columns", "text=body")
     told("shard", run, *given, code=0)
     (tmp_path / "own").mkdir()
     (tmp_path / "own/run.toml").write_text("seed = 7\n")
-    assert "gives no block" in told("shard", tmp_path / "own", *given, "--columns", "text=body")
+    assert "produced no blocks" in told("shard", tmp_path / "own", *given, "--columns", "text=body")
     assert (tmp_path / "own/run.toml").read_text() == "seed = 7\n"
 
 
 def test_a_marker_that_is_none(tmp_path):
     stage = Run(str(tmp_path)).begin("blocks")
     stage.store.write("_done/part-00000.json", b"null")
-    with pytest.raises(StrideError, match=r"blocks/_done/part-00000\.json is no done-marker"):
+    with pytest.raises(StrideError, match=r"blocks/_done/part-00000\.json is not a valid done marker"):
         stage.done()
 
 

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 from stride_ray.evaluate.baselines import METHODS
 from stride_ray.evaluate.baselines.gradient import astra, ekfac, features, graddot, less, tracin
-from stride_ray.evaluate.baselines.gradient.per_example import mean_losses, passes, weight_shapes
+from stride_ray.evaluate.baselines.gradient.per_example import backward_batches, mean_losses, weight_shapes
 from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.evaluate.baselines.representation import airrep, embedding
 from stride_ray.models.causal_lm import SplitModel, load_model
@@ -94,11 +94,13 @@ def test_gradients_are_autograds(kind):
     given = texts(5, 3)
     expected = autograd(model, given)
     shapes = weight_shapes(model, embedding=True)
-    whole = features.gathered(features.batches(model, given, 28, {}), len(given))
+    whole = features.concatenate(features.batches(model, given, 28, {}), len(given))
     assert whole.keys() == shapes.keys()
     drawn = features.projections(shapes, 4, 0, model.device)
-    projected = features.gathered(features.batches(model, given, 1000, drawn), len(given))
-    changed = features.gathered(features.batches(model, given, 1000, drawn, change=lambda name, G: 2 * G), len(given))
+    projected = features.concatenate(features.batches(model, given, 1000, drawn), len(given))
+    changed = features.concatenate(
+        features.batches(model, given, 1000, drawn, change=lambda name, G: 2 * G), len(given)
+    )
     matrices = {name for name, each in expected[0].items() if each.ndim == 2 and "wpe" not in name}
     assert matrices == shapes.keys()
     for row, gradients in enumerate(expected):
@@ -131,12 +133,12 @@ def test_graddot_and_tracin_are_inner_products_of_gradients(problem):
 def test_projected_inner_products_are_right_on_average():
     model = SplitModel(MODELS["tied"]())
     given = texts(4, 5)
-    whole = features.gathered(features.batches(model, given, 1000, {}), 4)
+    whole = features.concatenate(features.batches(model, given, 1000, {}), 4)
     exact = sum(part @ part.T for part in whole.values())
     estimates = []
     for seed in range(150):
         drawn = features.projections(weight_shapes(model, True), 8, seed, model.device)
-        kept = features.gathered(features.batches(model, given, 1000, drawn), 4)
+        kept = features.concatenate(features.batches(model, given, 1000, drawn), 4)
         estimates.append(sum(part @ part.T for part in kept.values()))
     torch.testing.assert_close(torch.stack(estimates).mean(0), exact, rtol=0.1, atol=0.05 * float(exact.max()))
 
@@ -157,7 +159,7 @@ def test_ridge_is_the_influence_of_leaving_one_out(width):
     left_out = np.stack([x @ (whole - theta(np.delete(np.arange(40), i))) for i in range(40)], 1)
     halves = [torch.from_numpy(part) for part in np.split(X, [width // 2], axis=1)]
     asked = [torch.from_numpy(part) for part in np.split(x, [width // 2], axis=1)]
-    known = features.ridge(asked, halves, damping).numpy()
+    known = features.damped_products(asked, halves, damping).numpy()
     H = X.T @ X / 40 + amount * np.eye(width)
     np.testing.assert_allclose(known, x @ np.linalg.solve(H, X.T), rtol=1e-8)
     influence = known * (y - X @ whole) / 40
@@ -170,7 +172,7 @@ def test_ekfac_inverts_the_fisher_that_it_states():
     model = SplitModel(MODELS["tied"]())
     given = texts(30, 6)
     fisher = ekfac.fit(model, given, 10_000, seed=3)
-    uses = [use for _, batch in passes(model, given, 10_000, ekfac._sampled(model, 3)) for use in batch]
+    uses = [use for _, batch in backward_batches(model, given, 10_000, ekfac._sampled(model, 3)) for use in batch]
     assert fisher.keys() == {use.module for use in uses}
     for use in uses:
         layer, G = fisher[use.module], use.full()
@@ -307,4 +309,4 @@ def test_texts_that_the_model_cannot_take_are_told(problem):
     model = load_model(problem.model)
     model.context = 10
     with pytest.raises(StrideError, match="14 tokens are more than the context of 10"):
-        next(passes(model, blocks, 1000))
+        next(backward_batches(model, blocks, 1000))

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from stride_ray.evaluate.retraining.benchmark import read_benchmark
-from stride_ray.evaluate.retraining.results import Truth, write_truth
+from stride_ray.evaluate.retraining.results import RetrainingResults, write_truth
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
 
@@ -45,7 +45,7 @@ def write_benchmark(folder, start=True, **columns):
 def write_results(folder, n_queries=5):
     rng = np.random.default_rng(0)
     subsets = tuple(np.sort(rng.choice(len(LENGTHS), n, replace=False)) for n in (9, 12, 12))
-    truth = Truth(subsets, rng.random((2, 3, n_queries)).astype(np.float32), ("seed0", "seed1"))
+    truth = RetrainingResults(subsets, rng.random((2, 3, n_queries)).astype(np.float32), ("seed0", "seed1"))
     write_truth(Store(str(folder)), truth, np.arange(len(LENGTHS)))
     return truth
 
@@ -81,7 +81,7 @@ def test_problem_holds_no_results(tmp_path):
     problem = read_benchmark(folder).problem(("a", "b"), (1e-3, 5e-4), seed=3)
     assert (problem.model, problem.start) == (f"{folder}/model", f"{folder}/start")
     assert (problem.checkpoints, problem.learning_rates, problem.seed) == (("a", "b"), (1e-3, 5e-4), 3)
-    assert not any(isinstance(value, Truth) for value in vars(problem).values())
+    assert not any(isinstance(value, RetrainingResults) for value in vars(problem).values())
     assert read_benchmark(write_benchmark(tmp_path / "scratch", start=False)).problem().start is None
 
 
@@ -116,8 +116,8 @@ BAD = [
     ("pool.parquet", lists([]), "has no rows"),
     ("pool.parquet", lists([[0.5]], pa.list_(pa.float32())), "must be lists of integers, not list"),
     ("queries.parquet", lists([[1, 2]]).append_column("kind", pa.array([None], pa.string())), "row 0: kind is empty"),
-    ("pool.parquet", None, "it has no pool.parquet; it needs pool.parquet, queries.parquet and a model/ folder"),
-    ("model/config.json", None, "it has no model/config.json"),
+    ("pool.parquet", None, "pool.parquet is missing; it needs pool.parquet, queries.parquet and a model/ folder"),
+    ("model/config.json", None, "model/config.json is missing"),
 ]
 
 

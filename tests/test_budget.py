@@ -5,7 +5,7 @@ import torch
 from test_sites import llama
 
 from stride_ray.models import batch_size
-from stride_ray.models.batch_size import kept_bytes, rows_at_once
+from stride_ray.models.batch_size import rows_at_once, saved_activation_bytes
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.sites import find_sites, forward_with_activations
 from stride_ray.runtime import memory, tasks
@@ -25,10 +25,10 @@ def config(**compute):
 
 
 def test_what_is_kept_grows_with_the_text_and_does_not_depend_on_the_moment(model):
-    short, long = kept_bytes(model, 8), kept_bytes(model, 64)
+    short, long = saved_activation_bytes(model, 8), saved_activation_bytes(model, 64)
     assert 6 < long / short < 12
     again = SplitModel(model.model, split=1)
-    assert kept_bytes(again, 64) == long
+    assert saved_activation_bytes(again, 64) == long
 
 
 def test_a_stated_number_of_tokens_wins(model):
@@ -37,17 +37,17 @@ def test_a_stated_number_of_tokens_wins(model):
 
 
 def test_a_small_model_gets_the_largest_batch_and_a_small_budget_one_text(model):
-    assert rows_at_once(config(), model, 32) == batch_size.MOST // 32
+    assert rows_at_once(config(), model, 32) == batch_size.MAX_BATCH_TOKENS // 32
     assert rows_at_once(config(worker_gb=0.1), model, 32) == 1
 
 
 def test_batches_grow_with_the_budget(model, monkeypatch):
-    monkeypatch.setattr(batch_size, "LIBRARIES", 0)
-    each = batch_size.PASS * kept_bytes(model, 64)
-    weights = batch_size.WEIGHTS * sum(p.numel() * p.element_size() for p in model.model.parameters())
+    monkeypatch.setattr(batch_size, "LIBRARY_BYTES", 0)
+    each = batch_size.PASS_MEMORY_FACTOR * saved_activation_bytes(model, 64)
+    weights = batch_size.WEIGHT_MEMORY_FACTOR * sum(p.numel() * p.element_size() for p in model.model.parameters())
     monkeypatch.setitem(batch_size._kept[model], 64, 2**30)
     for rows in (1, 3, 7):
-        room = (weights + (rows + 0.5) * batch_size.PASS * 2**30) / 2**30
+        room = (weights + (rows + 0.5) * batch_size.PASS_MEMORY_FACTOR * 2**30) / 2**30
         assert rows_at_once(config(worker_gb=room, query_gb=0), model, 64) == rows
     assert each > 0
 
@@ -60,7 +60,7 @@ def test_a_pass_takes_about_what_was_counted():
     big = SplitModel(LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)), split=1)
     rows, tokens = 64, 128
     ids, names = torch.zeros(rows, tokens, dtype=torch.long), find_sites(big)
-    counted = rows * kept_bytes(big, tokens)
+    counted = rows * saved_activation_bytes(big, tokens)
     held = forward_with_activations(big, names, ids)  # so that libraries have loaded what they load
     del held
     restart_peak()
@@ -68,7 +68,7 @@ def test_a_pass_takes_about_what_was_counted():
     z, _, wrote = forward_with_activations(big, names, ids)
     torch.autograd.grad(z.sum(), list(wrote.values()))
     grown = peak_bytes() - before
-    assert 0.5 * counted < grown < 2 * batch_size.PASS * counted
+    assert 0.5 * counted < grown < 2 * batch_size.PASS_MEMORY_FACTOR * counted
 
 
 def test_workers_are_no_more_than_memory_holds(monkeypatch, parts):

@@ -14,7 +14,7 @@ from conftest import answered, run_plainly, write_lines
 from test_select import with_options
 from transformers import AutoModelForCausalLM
 
-from stride_ray.attribution.attribute import asked_queries
+from stride_ray.attribution.attribute import stored_queries
 from stride_ray.corpus.tokenizing import load_tokenizer
 from stride_ray.corpus.word_counts import similar_blocks
 from stride_ray.evaluate import answer_f1 as unigram
@@ -112,7 +112,7 @@ def test_the_lexical_arm_is_what_lexical_search_finds(attributed, found):
     chosen = set(json.loads((out / "tfidf/stage.json").read_text())["keys"]["targets"])
     assert chosen == {"asked"}
     asked = set(pq.read_table(out / "queries.parquet")["query_id"].to_pylist())
-    selecting = [row for row in asked_queries(run, "asked").to_pylist() if row["query_id"] not in asked]
+    selecting = [row for row in stored_queries(run, "asked").to_pylist() if row["query_id"] not in asked]
     from stride_ray.corpus.blocks import Blocks, document_shares
 
     blocks = Blocks(run.stage("blocks").store)

@@ -24,8 +24,8 @@ from stride_ray.corpus.tokenizing import load_tokenizer
 from stride_ray.evaluate.comparison import compare as comparison
 from stride_ray.evaluate.comparison import stride_variants
 from stride_ray.evaluate.comparison.compare import (
-    OURS,
-    THEIRS,
+    BASELINE_SOURCES,
+    STRIDE_SOURCES,
     chosen_methods,
     code_version,
     compare,
@@ -34,7 +34,7 @@ from stride_ray.evaluate.comparison.compare import (
 )
 from stride_ray.evaluate.retraining.benchmark import read_benchmark
 from stride_ray.evaluate.retraining.lds import subset_sums
-from stride_ray.evaluate.retraining.results import Truth, read_scores, write_truth
+from stride_ray.evaluate.retraining.results import RetrainingResults, read_scores, write_truth
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
@@ -61,7 +61,9 @@ def write_benchmark(folder, model):
     subsets = tuple(np.sort(rng.choice(N, N // 2, replace=False)) for _ in range(S))
     same = (np.arange(N, N + Q)[:, None] % 4 == np.arange(N) % 4).astype(float)
     losses = 4 - subset_sums(same, subsets).T + 0.5 * rng.normal(size=(2, S, Q))
-    write_truth(Store(str(folder)), Truth(subsets, losses.astype(np.float32), ("seed0", "seed1")), np.arange(N))
+    write_truth(
+        Store(str(folder)), RetrainingResults(subsets, losses.astype(np.float32), ("seed0", "seed1")), np.arange(N)
+    )
     return str(folder)
 
 
@@ -88,12 +90,12 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(comparison, "_machine", lambda compute: (1, "cpu"))
 
     def scored(shelf, unit):
-        facts = comparison._in_worker(*shelf.order(unit, 1, "cpu"))
+        facts = comparison._in_worker(*shelf._worker_arguments(unit, 1, "cpu"))
         if "failed" in facts:
             raise StrideError(facts["failed"])
         return facts
 
-    monkeypatch.setattr(comparison._Shelf, "_in_fresh_process", scored)
+    monkeypatch.setattr(comparison._ScoreCache, "_in_fresh_process", scored)
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +281,7 @@ def test_variants_of_one_configuration_run_once(made, tmp_path, monkeypatch):
         calls.append(variant.name)
         return np.random.default_rng(0).random((Q, N), dtype=np.float32), 7, "a remark"
 
-    monkeypatch.setattr(stride_variants, "cut_pool", lambda *given: None)
+    monkeypatch.setattr(stride_variants, "shard_pool", lambda *given: None)
     monkeypatch.setattr(stride_variants, "score", scored)
     exact = Config().attribute.exact
     again = stride_variants.Variant("STRIDE again", {"attribute.exact": exact})
@@ -295,7 +297,7 @@ def test_variants_of_one_configuration_run_once(made, tmp_path, monkeypatch):
 
 
 def test_methods_are_known_by_name():
-    with pytest.raises(StrideError, match=r"There is no method 'tdidf'; known are random, tfidf, .* stride"):
+    with pytest.raises(StrideError, match=r"Unknown method 'tdidf'; known are random, tfidf, .* stride"):
         chosen_methods(["random", "tdidf"], False)
     everything = chosen_methods(None, False)
     assert everything[:3] == ["random", "tfidf", "bm25"]
@@ -312,7 +314,9 @@ def test_methods_are_known_by_name():
         "ekfac_stages",
     }
     assert len(set(method_names())) == len(method_names())
-    assert len({code_version(*OURS), code_version(*THEIRS), code_version("models/causal_lm.py")}) == 3
+    assert (
+        len({code_version(*STRIDE_SOURCES), code_version(*BASELINE_SOURCES), code_version("models/causal_lm.py")}) == 3
+    )
     assert [each.default for each in stride_variants.VARIANTS] == [True] + [False] * (len(stride_variants.VARIANTS) - 1)
     assert not stride_variants.VARIANTS[0].changes
     assert all(
@@ -323,7 +327,7 @@ def test_methods_are_known_by_name():
 def test_the_default_runs_on_a_pool_smaller_than_its_subsets_and_without_a_tokenizer(
     made, tmp_path, plain, monkeypatch, capsys
 ):
-    monkeypatch.setattr(stride_variants, "pool", lambda compute, units: WorkerAllocation(3, "cpu"))
+    monkeypatch.setattr(stride_variants, "allocate_workers", lambda compute, units: WorkerAllocation(3, "cpu"))
     bare = tmp_path / "bare"
     shutil.copytree(made, bare)
     for path in (bare / "model").glob("*token*"):
@@ -331,7 +335,7 @@ def test_the_default_runs_on_a_pool_smaller_than_its_subsets_and_without_a_token
     benchmark, runs = read_benchmark(str(bare)), Store(str(tmp_path / "runs"))
     changes = {"membership.degree": 4, "operators.rank": 8, "operators.sketch": 16}
     variant = replace(stride_variants.VARIANTS[0], changes={**changes, **stride_variants.SUBSETS})
-    stride_variants.cut_pool(benchmark, runs, ComputeConfig())
+    stride_variants.shard_pool(benchmark, runs, ComputeConfig())
     assert "has no tokenizer that knows token" in capsys.readouterr().err
     found, peak, remark = stride_variants.score(benchmark, variant, runs, ComputeConfig())
     assert (found.shape, found.dtype) == ((Q, N), np.float32)
@@ -355,7 +359,7 @@ def test_blocks_that_are_not_the_pool_are_told(made, compared):
     stride_variants.check_blocks(blocks, benchmark)
     ids = benchmark.blocks.ids.copy()
     ids[7, 3] += 1
-    with pytest.raises(StrideError, match="block 7 does not hold the tokens of that pool row"):
+    with pytest.raises(StrideError, match="block 7 does not hold the tokens of that row"):
         stride_variants.check_blocks(blocks, replace(benchmark, blocks=replace(benchmark.blocks, ids=ids)))
     mask = benchmark.blocks.mask.copy()
     mask[4, mask[4].sum() - 1] = False

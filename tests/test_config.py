@@ -57,10 +57,10 @@ def test_lists_and_pairs_as_typed():
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("[fit]\nstepz = 3", "has the key 'fit.stepz', which is no option; did you mean 'fit.steps'"),
+        ("[fit]\nstepz = 3", "has the key 'fit.stepz', which is not an option; did you mean 'fit.steps'"),
         ("[corpsu]\ninput = []", "corpsu"),
         ("sed = 1", "did you mean 'seed'"),
-        ("corpus = 3", "'corpus', which is no option"),
+        ("corpus = 3", "'corpus', which is not an option"),
         ("[fit]\nsteps = 0", "sets fit.steps to 0; it must be at least 1"),
         ("[fit]\nsteps = 1.5", "must be a whole number"),
         ("[fit]\nsteps = true", "must be a whole number"),

@@ -5,7 +5,7 @@ import pytest
 
 from stride_ray.evaluate.retraining.datamodels import datamodel_sums
 from stride_ray.evaluate.retraining.lds import evaluate
-from stride_ray.evaluate.retraining.results import Truth
+from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.runtime.errors import StrideError
 
 N, Q = 40, 10
@@ -20,7 +20,7 @@ def truth_of(make, n_subsets, n_queries=Q, seed=0):
     for row, chosen in zip(member, subsets, strict=True):
         row[chosen] = 1
     losses = [make(member, n_queries, rng) for _ in range(2)]
-    return Truth(subsets, np.array(losses, dtype=np.float32), ("seed0", "seed1"))
+    return RetrainingResults(subsets, np.array(losses, dtype=np.float32), ("seed0", "seed1"))
 
 
 def linear(member, n_queries, rng):
@@ -66,7 +66,7 @@ def test_a_folds_own_losses_do_not_matter_to_it():
     for fold in np.array_split(order, 4):
         losses = truth.losses.copy()
         losses[:, fold] += 10 * np.random.default_rng(1).normal(size=losses[:, fold].shape)
-        after = datamodel_sums(Truth(truth.subsets, losses, truth.names), N, folds=4)
+        after = datamodel_sums(RetrainingResults(truth.subsets, losses, truth.names), N, folds=4)
         np.testing.assert_array_equal(after[:, fold], before[:, fold])
         others = np.setdiff1d(order, fold)
         assert (after[:, others] != before[:, others]).any(axis=0).all()

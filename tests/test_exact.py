@@ -64,7 +64,7 @@ def test_a_plain_loop_gives_the_same_bytes_and_passes_the_same_numbers(exactly, 
     one = sharded("plain")
     answered(one, parts)
     assert tables(one) == tables(folder)
-    monkeypatch.setattr(directions, "UNIT", 2)  # three units of queries ...
+    monkeypatch.setattr(directions, "MAX_QUERIES_PER_UNIT", 2)  # three units of queries ...
     two = sharded("passes")
     several, _, _ = answered(two, parts, compute__query_gb=1e-9)  # ... each in a pass of its own
     single = Run(str(one), changes={"attribute.exact": True})
@@ -196,4 +196,4 @@ def test_passes_follow_from_room_and_from_the_most_queries_of_one():
     assert rescore.passes_over(2**26, 64, 1e-9) == 32  # ... or of the two that a unit has room for
     assert rescore.passes_over(40, 600, 1.0) == 3  # at most 256 queries in one
     assert rescore.passes_over(40, 0, 0.0) == 1
-    assert [directions.queries_a_unit(size) for size in (1, 2**25, 2**27, 2**40)] == [16, 4, 1, 1]
+    assert [directions.queries_per_unit(size) for size in (1, 2**25, 2**27, 2**40)] == [16, 4, 1, 1]

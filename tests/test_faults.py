@@ -33,9 +33,9 @@ sys.exit(max(main(verb) for verb in [*verbs, ["recover", folder, *asked], ["resc
 # Stage, where its done-markers are, and the title of a process that works for it.
 STAGES = [
     ("shard", "blocks/_tokenised/_done", "ray::MapWorker"),
-    ("fit", "operators/_done", "ray::_Member.work"),
-    ("respond", "responses/asked/_done", "ray::_Member.work"),
-    ("recover", "estimates/asked/_done", "ray::_Member.work"),
+    ("fit", "operators/_done", "ray::_PoolActor.work"),
+    ("respond", "responses/asked/_done", "ray::_PoolActor.work"),
+    ("recover", "estimates/asked/_done", "ray::_PoolActor.work"),
 ]
 UNITS = {"shard": 120, "fit": 4, "respond": 20, "recover": 5}
 
@@ -146,7 +146,7 @@ def test_a_driver_that_is_told_to_stop_says_so(big, tmp_path):
     finally:
         kill_family(driver)
     told = log.read_text()
-    assert "told to stop (SIGTERM); run the same command again to go on" in told
+    assert "terminated (SIGTERM); run the same command again to go on" in told
     assert "SIGABRT" not in told
     assert "Traceback" not in told
 

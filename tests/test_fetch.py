@@ -8,7 +8,7 @@ import torch
 from test_model import tiny
 
 from stride_ray.models import download
-from stride_ray.models.download import model_state
+from stride_ray.models.download import model_fingerprint
 from stride_ray.runtime.errors import StrideError
 
 
@@ -18,26 +18,26 @@ def test_a_models_state_is_its_files(tmp_path, monkeypatch):
     shutil.copytree(folder, copy)
     (copy / "checkpoint-1").mkdir()
     (copy / "README.md").write_text("a card")
-    assert model_state(copy) == model_state(folder)
+    assert model_fingerprint(copy) == model_fingerprint(folder)
     monkeypatch.setattr(download, "LARGE", 1000)  # at some places only
-    sampled = model_state(copy)
+    sampled = model_fingerprint(copy)
     model = tiny()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.001)
     model.save_pretrained(copy)
     assert (copy / "model.safetensors").stat().st_size == (folder / "model.safetensors").stat().st_size
-    assert model_state(copy) != sampled
+    assert model_fingerprint(copy) != sampled
     store = fsspec.filesystem("memory")
     store.put(str(folder), "/bucket/state", recursive=True)
-    before = model_state("memory://bucket/state")
-    assert model_state("memory://bucket/state") == before
+    before = model_fingerprint("memory://bucket/state")
+    assert model_fingerprint("memory://bucket/state") == before
     store.pipe("/bucket/state/model.safetensors", (copy / "model.safetensors").read_bytes())
-    assert model_state("memory://bucket/state") != before
+    assert model_fingerprint("memory://bucket/state") != before
     with pytest.raises(StrideError, match="memory://nowhere/m cannot be listed"):
-        model_state("memory://nowhere/m")
+        model_fingerprint("memory://nowhere/m")
     with pytest.raises(StrideError, match=r"model nobody/nothing could not be loaded: no such path"):
-        model_state("nobody/nothing")
+        model_fingerprint("nobody/nothing")
 
 
 def test_a_hub_models_state_is_its_commit(tmp_path, monkeypatch):
@@ -50,5 +50,5 @@ def test_a_hub_models_state_is_its_commit(tmp_path, monkeypatch):
     found = set()
     for commit in ("1" * 40, "2" * 40):
         (cached / "refs/main").write_text(commit)
-        found.add(model_state("someone/model"))
+        found.add(model_fingerprint("someone/model"))
     assert len(found) == 2

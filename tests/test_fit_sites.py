@@ -181,7 +181,7 @@ def test_subsets_fitted_in_pieces_are_those_fitted_at_once(parts, sharded, plain
     more = {"operators__rows": "subsets", "membership__subsets": 16}
     runs = []
     for name, shards, rows in (("few", 2, 5), ("many", 16, 128)):
-        monkeypatch.setattr(sketched_rows, "FEW", shards)
+        monkeypatch.setattr(sketched_rows, "MIN_UNITS", shards)
         monkeypatch.setattr(sketched_rows, "ROWS", rows)
         runs.append(Run(str(sharded(name)), changes=options(parts, **more)))
         fit(runs[-1])
@@ -344,7 +344,7 @@ def test_operators_of_subsets_answer_for_their_own_blocks_and_are_not_added_to(p
     attribute(Run(str(folder)), parts.queries, "asked", io.StringIO())
     assert max(read_influence(Run(str(folder)), "asked")["ordinal"].to_pylist()) < before
     assert f"Blocks {before} to" in capsys.readouterr().err
-    with pytest.raises(StrideError, match=f"fitted on the first {before} blocks.*cannot be added to"):
+    with pytest.raises(StrideError, match=f"fitted on the first {before} blocks.*cannot be extended"):
         fit(Run(str(folder)))
 
 
@@ -402,7 +402,9 @@ def test_sums_of_many_units_are_added_in_waves(parts, sharded, plain, monkeypatc
         return store.take(np.arange(len(store))), writes
 
     once, _ = rows("one-wave")
-    monkeypatch.setattr(sketched_rows, "UNIT", 9)  # 11 units of 9 blocks, in waves of three, 16 subsets a file
+    monkeypatch.setattr(
+        sketched_rows, "MAX_BLOCKS_PER_UNIT", 9
+    )  # 11 units of 9 blocks, in waves of three, 16 subsets a file
     monkeypatch.setattr(sketched_rows, "WAVE", 3)
     monkeypatch.setattr(sketched_rows, "ROWS", 16)
     waves, writes = rows("waves")

@@ -104,7 +104,7 @@ def test_a_model_that_has_no_second_derivative_is_stepped_along(own, made, texts
 
 
 def test_a_folded_vocabulary_has_the_folded_product(made, texts, monkeypatch):
-    monkeypatch.setattr("stride_ray.models.vocabulary.SKETCH", 8)
+    monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", 8)
     model, names = made
     whole = raw_sites(model, names)
     side = token_side(torch.rand(V, generator=torch.Generator().manual_seed(3)) + 0.5, 0)

@@ -17,7 +17,7 @@ import torch
 from conftest import SUBJECTS, run_plainly, sentence, write_lines
 from transformers import AutoModelForCausalLM
 
-from stride_ray.attribution.attribute import asked_queries, read_influence
+from stride_ray.attribution.attribute import read_influence, stored_queries
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.tokenizing import load_tokenizer
 from stride_ray.evaluate import instruction_tuning
@@ -36,15 +36,15 @@ from stride_ray.evaluate.instruction_tuning import (
     Options,
     answers_only,
     attribute_instructions,
-    draw,
     near_copies_found,
     near_copy,
-    plain,
     print_taught,
     publish,
-    taught,
+    sample_rows,
+    saveable_copy,
+    top_instructions,
 )
-from stride_ray.evaluate.retraining.finetune import MASKED, FineTune
+from stride_ray.evaluate.retraining.finetune import IGNORE_INDEX, FineTune
 from stride_ray.evaluate.tailpatch import INFLUENCE, LEXICAL
 from stride_ray.runtime.actor_pool import map_actors
 from stride_ray.runtime.errors import StrideError
@@ -73,7 +73,7 @@ def counted(monkeypatch):
     seen, step = [], FineTune._step
 
     def spied(recipe, model, optimizer, ids, labels, *weight):
-        seen.extend(labels[:, 1:][labels[:, 1:] != MASKED].tolist())
+        seen.extend(labels[:, 1:][labels[:, 1:] != IGNORE_INDEX].tolist())
         step(recipe, model, optimizer, ids, labels, *weight)
 
     monkeypatch.setattr(FineTune, "_step", spied)
@@ -139,7 +139,7 @@ def test_blocks_and_queries_count_answers_only(done):
         parts = sorted(pieces[name], key=lambda piece: piece[0])
         assert np.concatenate([ids for _, ids, _ in parts]).tolist() == [*prompt, *answer]
         assert np.concatenate([mask for *_, mask in parts]).tolist() == [False] * len(prompt) + [True] * len(answer)
-    for row in asked_queries(done.run, NAME).to_pylist():
+    for row in stored_queries(done.run, NAME).to_pylist():
         prompt, answer = expected(done, QUERIES)[row["query_id"]]
         assert row["token_ids"] == [*prompt, *answer]
         assert row["loss_mask"] == [False] * len(prompt) + [True] * len(answer)
@@ -150,7 +150,7 @@ def test_blocks_and_queries_count_answers_only(done):
 
 def test_training_teaches_answers_only_and_is_what_was_published(done, parts, monkeypatch):
     blocks = Blocks(done.run.stage("blocks").store)
-    answers = [row for row in asked_queries(done.run, NAME).to_pylist() if row["status"] == "ok"]
+    answers = [row for row in stored_queries(done.run, NAME).to_pylist() if row["status"] == "ok"]
     seen = counted(monkeypatch)
     torch.set_num_threads(1)
     recipe = FineTune(answers_only(blocks, answers, str(parts.model)), epochs=2, batch=4, learning_rate=5e-3)
@@ -165,7 +165,7 @@ def test_training_teaches_answers_only_and_is_what_was_published(done, parts, mo
     # The loss of an answer is the model's own, given the prompt.
     losses = json.loads((done.out / "_done/model.json").read_text())["losses"]["after"]
     for name, (prompt, answer) in {**expected(done, QUERIES), **expected(done, HELD_OUT)}.items():
-        labels = torch.tensor([[MASKED] * len(prompt) + answer])
+        labels = torch.tensor([[IGNORE_INDEX] * len(prompt) + answer])
         with torch.no_grad():
             mine = published(input_ids=torch.tensor([[*prompt, *answer]]), labels=labels).loss
         assert losses[name] == pytest.approx(float(mine), abs=1e-4)
@@ -176,7 +176,7 @@ def test_influence_is_summed_to_whole_instructions(done):
     sums = Counter()
     for row in influence:
         sums[row["query_id"], row["document_id"]] += row["influence"]
-    found = taught(done.run)
+    found = top_instructions(done.run)
     documents = {(each["query_id"], row["document_id"]): row for each in found for row in each["documents"]}
     assert documents.keys() == sums.keys()
     assert any(row["blocks"] > 1 for row in documents.values())
@@ -193,7 +193,7 @@ def test_influence_is_summed_to_whole_instructions(done):
 def ranks_of_copies(done):
     """Ranks of the near copies of the planted queries among all instructions."""
     found = []
-    for each in taught(done.run)[: OPTIONS.queries // 2]:
+    for each in top_instructions(done.run)[: OPTIONS.queries // 2]:
         ranks = {row["document_id"]: row["rank"] for row in each["documents"]}
         found += [ranks[f"{each['query_id']}-copy-{copy}"] for copy in range(COPIES)]
     return found
@@ -272,7 +272,7 @@ def test_the_exact_answer_and_the_job(done, asked, parts, monkeypatch, capsys):
 
 def test_a_worker_of_ray_trains_the_same_model(done, parts, one_ray, tmp_path):
     blocks, stage = Blocks(done.run.stage("blocks").store), Stage(Store(str(tmp_path)), "same")
-    answers = [row for row in asked_queries(done.run, NAME).to_pylist() if row["status"] == "ok"]
+    answers = [row for row in stored_queries(done.run, NAME).to_pylist() if row["status"] == "ok"]
     given = (instruction_tuning.fine_tune, stage, blocks.store, answers, OPTIONS, str(parts.model), 0, "cpu")
     (marker,) = map_actors(partial, given, [str(parts.model)], WorkerAllocation(1, "cpu"))
     before = json.loads((done.out / "_done/model.json").read_text())["losses"]
@@ -282,10 +282,10 @@ def test_a_worker_of_ray_trains_the_same_model(done, parts, one_ray, tmp_path):
 
 
 def test_the_draw(asked, tmp_path):
-    files = draw(asked, OPTIONS, 0)
+    files = sample_rows(asked, OPTIONS, 0)
     assert {name: len(rows) for name, rows in files.items()} == {TRAIN: 34, QUERIES: 4, HELD_OUT: 3}
-    assert files == draw(asked, OPTIONS, 0)
-    assert files != draw(asked, OPTIONS, 1)
+    assert files == sample_rows(asked, OPTIONS, 0)
+    assert files != sample_rows(asked, OPTIONS, 1)
     questions = [row["question"] + row["answer"] for rows in files.values() for row in rows]
     copies = [row for row in files[TRAIN] if "-copy-" in row["id"]]
     assert {row["id"] for row in copies} == {f"planted-{i}-copy-{j}" for i in range(2) for j in range(2)}
@@ -298,7 +298,7 @@ def test_the_draw(asked, tmp_path):
         (asked, dataclasses.replace(OPTIONS, queries=1), "two queries and an epoch at least"),
     ):
         with pytest.raises(StrideError, match=told):
-            draw(given, options, 0)
+            sample_rows(given, options, 0)
 
 
 def test_a_near_copy_is_another_wording():
@@ -338,7 +338,7 @@ def test_a_model_that_refuses_to_be_saved_is_copied(parts, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(parts.model)
     model.save_pretrained = None  # what a GGUF model's does is to raise, for the sake of this entry
     model.config.quantization_config = {"quant_method": "gguf"}
-    publish(Store(str(tmp_path / "start")), plain(model), load_tokenizer(str(parts.tokenizer)))
+    publish(Store(str(tmp_path / "start")), saveable_copy(model), load_tokenizer(str(parts.tokenizer)))
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), found.parameters(), strict=True))
     assert not hasattr(found.config, "quantization_config")

@@ -10,10 +10,10 @@ from conftest import settings
 
 from stride_ray.cli.main import main
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.models.loading import load_run_model, measured_weights
+from stride_ray.models.loading import load_run_model, measured_model_fingerprint
 from stride_ray.operators.membership import membership_of
 from stride_ray.operators.stored import load_operators, save_operators
-from stride_ray.operators.validation import gap, judge
+from stride_ray.operators.validation import gap, validate
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 
@@ -39,17 +39,17 @@ def fitted(finished):
 
 def test_fitted_operators_are_told_from_shuffled_ones(finished, fitted):
     model, operators, blocks, membership, config = fitted
-    found = judge(model, operators, blocks, membership, config)
+    found = validate(model, operators, blocks, membership, config)
     assert {key: finished.facts[key] for key in found} == found
     assert found["learned"]
     assert found["gap_linear"] > 4 * found["gap_linear_error"]
     for seed in range(3):
         order = torch.randperm(len(operators.A), generator=torch.Generator().manual_seed(seed))
-        shuffled = judge(model, replace(operators, A=operators.A[order]), blocks, membership, config)
+        shuffled = validate(model, replace(operators, A=operators.A[order]), blocks, membership, config)
         assert abs(shuffled["gap_linear"]) < found["gap_linear"] / 4
-    zero = judge(model, replace(operators, A=operators.A * 0), blocks, membership, config)
+    zero = validate(model, replace(operators, A=operators.A * 0), blocks, membership, config)
     assert (zero["learned"], zero["gap"], zero["gap_linear"]) == (False, 0, 0)
-    negative = judge(model, replace(operators, A=-operators.A), blocks, membership, config)
+    negative = validate(model, replace(operators, A=-operators.A), blocks, membership, config)
     assert not negative["learned"]
     assert negative["gap_linear"] == pytest.approx(-found["gap_linear"], rel=1e-3)
     assert negative["verdict"].startswith("WARNING: ")
@@ -57,11 +57,11 @@ def test_fitted_operators_are_told_from_shuffled_ones(finished, fitted):
 
 def test_the_scale_lowers_members_losses(fitted):
     model, operators, blocks, membership, config = fitted
-    found = judge(model, operators, blocks, membership, config)
+    found = validate(model, operators, blocks, membership, config)
     assert found["member_response"] > 0
     assert found["gap"] > 0
     trained = replace(config, fit=replace(config.fit, method="train"))
-    assert judge(model, operators, blocks, membership, trained)["scale"] == operators.scale
+    assert validate(model, operators, blocks, membership, trained)["scale"] == operators.scale
 
 
 def test_a_pool_without_targets_is_told(fitted, monkeypatch):
@@ -72,7 +72,7 @@ def test_a_pool_without_targets_is_told(fitted, monkeypatch):
             return super().batch(ordinals)._replace(mask=np.zeros((len(ordinals), self.block_tokens), dtype=bool))
 
     with pytest.raises(StrideError, match="None of 64 blocks drawn from the pool has a token that counts"):
-        judge(model, operators, Masked(blocks.store), membership, config)
+        validate(model, operators, Masked(blocks.store), membership, config)
 
 
 def test_a_fit_that_learned_nothing_exits_with_3(finished, parts, tmp_path, plain, capsys):
@@ -80,13 +80,15 @@ def test_a_fit_that_learned_nothing_exits_with_3(finished, parts, tmp_path, plai
     folder = tmp_path / "run"
     shutil.copytree(finished.folder / "blocks", folder / "blocks")
     run = Run(str(folder), changes=settings(parts))
-    stage = run.begin("operators", corpus=finished.manifest["fingerprint"], weights=measured_weights(run.config))
+    stage = run.begin(
+        "operators", corpus=finished.manifest["fingerprint"], weights=measured_model_fingerprint(run.config)
+    )
     operators, _ = load_operators(finished.run.store.child("operators"))
     save_operators(stage.store.child("fitted"), replace(operators, A=-operators.A, scale=1.0), {})
     for _ in range(2):
         assert main(["fit", str(folder)]) == 3
         out, err = capsys.readouterr()
-        assert "WARNING: these operators do not tell members from non-members" in err
+        assert "WARNING: these operators do not distinguish members from non-members" in err
         assert "WARNING" not in out
     assert main(["status", str(folder)]) == 0
     assert "WARNING: learned nothing" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from stride_ray.evaluate.comparison.score_statistics import score_statistics
 from stride_ray.evaluate.retraining.lds import evaluate, resampled, subset_sums
-from stride_ray.evaluate.retraining.results import Truth
+from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.runtime.errors import StrideError
 
 N, S, Q = 60, 48, 12
@@ -20,10 +20,10 @@ def linear_truth(noise=0.05, seeds=2):
     rng = np.random.default_rng(1)
     weights = rng.normal(size=(Q, N)) * (rng.random((Q, N)) < 0.3)
     subsets = tuple(np.sort(rng.choice(N, N // 2, replace=False)) for _ in range(S))
-    truth = Truth(subsets, np.zeros((seeds, S, Q), np.float32), tuple(f"seed{i}" for i in range(seeds)))
+    truth = RetrainingResults(subsets, np.zeros((seeds, S, Q), np.float32), tuple(f"seed{i}" for i in range(seeds)))
     exact = 4 - truth.membership(N) @ weights.T
     losses = exact + noise * rng.normal(size=(seeds, S, Q))
-    return Truth(subsets, losses.astype(np.float32), truth.names), weights
+    return RetrainingResults(subsets, losses.astype(np.float32), truth.names), weights
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_true_weights_of_linear_losses_score_high_and_shuffled_ones_nothing():
 def test_centred_takes_a_runs_common_shift_away():
     truth, weights = linear_truth()
     shift = 50 * np.random.default_rng(6).normal(size=(1, S, 1))
-    shifted = Truth(truth.subsets, (truth.losses + shift).astype(np.float32), truth.names)
+    shifted = RetrainingResults(truth.subsets, (truth.losses + shift).astype(np.float32), truth.names)
     found = evaluate({"true": subset_sums(weights, truth.subsets)}, shifted, KINDS, PARTS)
     assert abs(found.figure("true").lds.value) < 0.4
     assert found.figure("true", target="centred").lds.value > 0.8
@@ -139,7 +139,7 @@ def test_ceiling_is_one_seed_against_another():
     ceiling = found.ceiling()
     assert ceiling.value == pytest.approx(expected, abs=1e-12)
     assert ceiling.low < ceiling.value < ceiling.high
-    one_seed = Truth(truth.subsets, truth.losses[:1], truth.names[:1])
+    one_seed = RetrainingResults(truth.subsets, truth.losses[:1], truth.names[:1])
     assert evaluate({}, one_seed, KINDS, PARTS).ceiling() is None
 
 

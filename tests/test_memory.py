@@ -10,12 +10,12 @@ import pytest
 # Ten buffers of 64 MiB one after the other: page faults of the first, of the rest; what is held then; after a restart.
 BUFFERS = """
 import ctypes, json, resource, sys
-from stride_ray.runtime.memory import keep_freed, peak_bytes, resident_bytes, restart_peak
+from stride_ray.runtime.memory import retain_freed_memory, peak_bytes, resident_bytes, restart_peak
 
 library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p
 if sys.argv[1] == "keep":
-    keep_freed()
+    retain_freed_memory()
 faults = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
 for _ in range(10):
     buffer = ctypes.c_void_p(library.malloc(ctypes.c_size_t(2**26)))

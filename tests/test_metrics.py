@@ -11,7 +11,7 @@ from servers import free_port
 # In a process of its own: a Ray with a port for metrics is not the one that the other tests share.
 DRIVER = """
 import sys, ray
-from stride_ray.runtime.tasks import Pool, map_tasks, progress
+from stride_ray.runtime.tasks import WorkerAllocation, map_tasks, progress
 
 def unit(number):
     return {"blocks": 10, "queries": number, "failed": number % 2, "largest_gap": number / 1000}
@@ -19,7 +19,7 @@ def unit(number):
 port = int(sys.argv[1])
 ray.init("local", num_cpus=1, include_dashboard=False, _metrics_export_port=port,
          _system_config={"metrics_report_interval_ms": 500})
-progress(map_tasks(unit, (), [1, 2, 3], Pool(1, "cpu")), "recover", 3, "units", lambda _: 1)
+progress(map_tasks(unit, (), [1, 2, 3], WorkerAllocation(1, "cpu")), "recover", 3, "units", lambda _: 1)
 progress(iter([{"queries": ["a", "b"], "blocks": [1]}]), "other", 1, "units", lambda _: 1)  # names of other things
 print("done", flush=True)
 sys.stdin.readline()

@@ -344,7 +344,7 @@ def test_wrong_ids(split):
 WRONG = [
     ("{folder}", {"dtype": "int8"}, "unknown dtype 'int8'; choose one of float32, bfloat16, float16"),
     ("{folder}", {"device": "gpu"}, "unknown device 'gpu'"),
-    ("{folder}", {"device": "cuda"}, "device cuda was asked for and this machine does not have it"),
+    ("{folder}", {"device": "cuda"}, "device cuda is not available on this machine"),
     ("{folder}", {"split": 40}, "layer 40 is outside the model's 1..3"),
     ("{folder}", {"split": 0}, "layer 0 is outside the model's 1..3"),
     ("{folder}", {"split": 1.5}, "split 1.5 is not a fraction of the model's depth"),
@@ -370,7 +370,7 @@ def test_a_hub_id_without_a_network(monkeypatch):
         raise OSError("We couldn't connect\nmore lines")
 
     monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", refuse)
-    with pytest.raises(StrideError, match=r"model a/b could not be loaded: .*Hub says: We couldn't connect$"):
+    with pytest.raises(StrideError, match=r"model a/b could not be loaded: .*Hub error: We couldn't connect$"):
         load_model("a/b")
 
 
@@ -397,7 +397,7 @@ def test_unusable_checkpoints(folder, tmp_path):
 
 def test_a_model_that_cannot_be_cut_is_refused():
     config = hf.BertConfig(**{k: v for k, v in COMMON.items() if k not in ("head_dim", "num_key_value_heads")})
-    with pytest.raises(StrideError, match="BertLMHeadModel looks at later tokens"):
+    with pytest.raises(StrideError, match="BertLMHeadModel is not causal"):
         SplitModel(hf.BertLMHeadModel(config), split=1)
     with pytest.raises(StrideError, match="LlamaModel has no language-model head"):
         SplitModel(hf.LlamaModel(FAMILIES["llama"]()), split=1)

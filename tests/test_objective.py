@@ -6,7 +6,7 @@ import torch
 import transformers as hf
 
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.operators.forms import features, random_basis, steering
+from stride_ray.operators.forms import features, random_basis, steering_vectors
 from stride_ray.operators.membership import Membership
 from stride_ray.operators.training.objective import linearity_loss, projection, stability_losses, steered_losses
 from stride_ray.runtime.errors import StrideError
@@ -42,7 +42,7 @@ def case(request):
 
 def dense_logits(model, basis, A, h):
     """Base and steered logits (n, T, V), all at once."""
-    added = steering(basis, features(basis, h), A)
+    added = steering_vectors(basis, features(basis, h), A)
     if basis.form == "logit":
         return model.suffix(h), model.suffix(h) + added
     return model.suffix(h), model.suffix(h + added)
@@ -78,7 +78,7 @@ def test_stability_is_the_divergence_on_the_top_tokens(case):
 
 def test_hidden_norm_is_the_size_of_what_is_added(case):
     model, basis, A, _, mask, h = case
-    added = steering(basis, features(basis, h), A).square().mean(-1)
+    added = steering_vectors(basis, features(basis, h), A).square().mean(-1)
     wanted = mean_over_targets(added if basis.form == "logit" else added / h.square().mean(-1), mask)
     found = stability_losses(model, basis, h, mask, A, M, "hidden_norm")
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stride_ray.operators import one_bit
-from stride_ray.operators.one_bit import Queries, Rows, packed_queries, packed_rows, products, row_bytes, word_starts
+from stride_ray.operators.one_bit import (
+    Queries,
+    Rows,
+    estimate_inner_products,
+    packed_queries,
+    packed_rows,
+    row_bytes,
+    word_starts,
+)
 
 
 def sections(rng, rows, sizes):
@@ -30,14 +38,14 @@ def test_products_count_bits_as_plain_arithmetic_adds(sizes, n, asked, seed):
     rng = np.random.default_rng(seed)
     z, q, starts = sections(rng, n, sizes), sections(rng, asked, sizes), word_starts(sizes)
     rows, queries = packed_rows(z), packed_queries(q)
-    found = products(rows, queries, starts)
+    found = estimate_inner_products(rows, queries, starts)
     assert found.shape == (asked, n, 2)
     np.testing.assert_allclose(found.sum(2), plainly(z, q, starts), rtol=1e-5, atol=1e-4)
     assert rows.bits.shape == (n, starts[-1])
     assert rows.bits[0].nbytes + rows.scales[0].nbytes == row_bytes(sizes)
     # A query's and a row's product have the same bits whatever stands beside them.
     one = Queries(queries.planes[-1:], queries.sums[-1:], queries.steps[-1:])
-    alone = products(Rows(rows.bits[-1:], rows.scales[-1:]), one, starts)
+    alone = estimate_inner_products(Rows(rows.bits[-1:], rows.scales[-1:]), one, starts)
     assert np.array_equal(alone[0, 0], found[-1, -1])
 
 
@@ -47,7 +55,7 @@ def test_estimates_are_unbiased_and_halves_tell_how_good_they_are():
     z = sections(rng, 300, sizes)
     q = [0.1 * part[:20] + other for part, other in zip(z, sections(rng, 20, sizes), strict=True)]
     true = sum(a @ b.T for a, b in zip(q, z, strict=True))
-    halves = products(packed_rows(z), packed_queries(q), word_starts(sizes))
+    halves = estimate_inner_products(packed_rows(z), packed_queries(q), word_starts(sizes))
     found = halves.sum(2)
     own = np.eye(20, 300, dtype=bool)
     assert found[own].mean() == pytest.approx(true[own].mean(), rel=0.02)
@@ -60,7 +68,7 @@ def test_four_bits_of_a_query_cost_next_to_nothing():
     rng = np.random.default_rng(1)
     (z,), (q,) = sections(rng, 200, [3000]), sections(rng, 10, [3000])
     whole = q @ (np.where(z >= 0, 1, -1) * (np.square(z).sum(1) / np.abs(z).sum(1))[:, None]).T
-    found = products(packed_rows([z]), packed_queries([q]), word_starts([3000])).sum(2)
+    found = estimate_inner_products(packed_rows([z]), packed_queries([q]), word_starts([3000])).sum(2)
     assert np.corrcoef(whole.ravel(), found.ravel())[0, 1] > 0.99
     assert len(packed_queries([q]).planes[0]) == 4
 
@@ -71,7 +79,9 @@ def test_zeros_and_what_is_not_finite_have_no_influence():
     rows = packed_rows([z])
     assert rows.scales.ravel().tolist() == [1, 0, 0, 0]
     queries = packed_queries([np.ones((1, 100), np.float32) * [[1]]])
-    assert products(rows, queries, word_starts([100])).sum(2).ravel() == pytest.approx([100, 0, 0, 0])
+    assert estimate_inner_products(rows, queries, word_starts([100])).sum(2).ravel() == pytest.approx([100, 0, 0, 0])
     none = packed_queries([np.zeros((1, 100), np.float32)])
-    assert not products(rows, none, word_starts([100])).any()
-    assert products(rows, packed_queries([np.zeros((0, 100), np.float32)]), word_starts([100])).shape == (0, 4, 2)
+    assert not estimate_inner_products(rows, none, word_starts([100])).any()
+    assert estimate_inner_products(
+        rows, packed_queries([np.zeros((0, 100), np.float32)]), word_starts([100])
+    ).shape == (0, 4, 2)

@@ -17,7 +17,7 @@ from stride_ray.operators.forms import (
     gradients,
     normalised,
     random_basis,
-    steering,
+    steering_vectors,
     stream_gradients,
 )
 from stride_ray.operators.membership import Membership
@@ -60,7 +60,7 @@ def texts():
 def true_losses(model, basis, A, ids, mask, unsteered):
     """Masked mean cross-entropy of each text that has targets, all logits at once, by torch's own functions."""
     h = unsteered
-    moved = steering(basis, features(basis, h), A)
+    moved = steering_vectors(basis, features(basis, h), A)
     logits = model.suffix(h) + moved[..., :V] if basis.form == "logit" else model.suffix(h + moved)
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
     weights = mask[:, 1:].float()

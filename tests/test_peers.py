@@ -9,7 +9,7 @@ from test_compare import made  # noqa: F401 - a benchmark with retraining result
 
 from benchmarks.peers import measure
 from benchmarks.peers.measure import compare_peers, ratios, table
-from benchmarks.peers.tools import TOOLS, Place
+from benchmarks.peers.tools import TOOLS, ToolPaths
 from stride_ray.evaluate.retraining.benchmark import read_benchmark
 from stride_ray.evaluate.retraining.lds import evaluate, subset_sums
 from stride_ray.runtime.errors import StrideError
@@ -46,7 +46,7 @@ def test_scores_of_a_peer_are_read_column_by_column(tmp_path):
     rows.tofile(folder / "scores.bin")
     told = {"names": names, "formats": ["float32", "bool"] * 3, "offsets": [0, 4, 8, 12, 16, 20], "itemsize": 24}
     (folder / "info.json").write_text(json.dumps({"num_rows": 5, "dtype": told}))
-    place = Place("python", "model", "pool", "queries", str(tmp_path), "run.toml", "asked")
+    place = ToolPaths("python", "model", "pool", "queries", str(tmp_path), "run.toml", "asked")
     quick = next(tool for tool in TOOLS if tool.name == "bergson, quick start")
     np.testing.assert_array_equal(quick.scores(place, 3, 5), expected)
     for command in (each for tool in TOOLS for each in tool.commands(place)):
@@ -63,7 +63,7 @@ def test_ratios_are_of_pools_of_one_size():
 
 
 def test_a_tool_that_is_not_known_is_told(tmp_path):
-    with pytest.raises(StrideError, match="no tool 'stride' to compare with; there are: bergson, quick start; "):
+    with pytest.raises(StrideError, match="Unknown tool 'stride' to compare with; there are: bergson, quick start; "):
         compare_peers("nowhere", str(tmp_path), [1], ["stride"])
 
 

@@ -138,7 +138,7 @@ def test_the_command_line_on_one_worker_gives_the_same_bytes(how, finished, part
     options = settings(parts, compute__workers=1, compute__batch_tokens=8192)
     assert run_main("shard", folder, *flags(options))[0] == 0
     code, out, _ = run_main("fit", folder)
-    assert (code, "answer to their members" in out) == (0, True)
+    assert (code, "respond to their members" in out) == (0, True)
     assert run_main("respond", folder, "--queries", parts.queries, "--name", "asked")[0] == 0
     code, out, _ = run_main("recover", folder, "--name", "asked")
     assert (code, "5 queries, 2 failed" in out) == (0, True)
@@ -174,7 +174,7 @@ def test_new_files_continue_the_numbering(finished, parts, tmp_path, plain):
     recover_estimates(run, "asked")
     rescore(run, "asked")
     assert data_files(tmp_path / "run") == {**new, **old}
-    with pytest.raises(StrideError, match=r"fitted on the first 99 blocks.* cannot be added to"):
+    with pytest.raises(StrideError, match=r"fitted on the first 99 blocks.* cannot be extended"):
         fit(run)
 
 
@@ -258,14 +258,16 @@ def test_auto_measures_whether_linear_responses_stand_for_steered_ones(
     shutil.copy(finished.folder / "run.toml", tmp_path)
     told = tmp_path / "operators/metadata.json"
     told.write_text(told.read_text().replace('"closed_form"', '"train"'))
-    monkeypatch.setattr("stride_ray.attribution.respond.ALIKE", alike)
+    monkeypatch.setattr("stride_ray.attribution.respond.MIN_CORRELATION", alike)
     found = respond(Run(str(tmp_path)), parts.queries, "auto")
     assert found["mode"] == mode
     assert 0 < found["correlation"] < 1
     respond(Run(str(tmp_path), changes={"respond.mode": mode}), parts.queries, "told")
     one, other = ((tmp_path / f"responses/{name}/part-00000.parquet").read_bytes() for name in ("auto", "told"))
     assert one == other
-    monkeypatch.setattr("stride_ray.attribution.respond.Comparer", None)  # what was measured is not measured again
+    monkeypatch.setattr(
+        "stride_ray.attribution.respond.ModeComparison", None
+    )  # what was measured is not measured again
     (tmp_path / "responses/auto/_done/part-00000.json").unlink()
     assert respond(Run(str(tmp_path), changes={"respond.mode": "auto"}), parts.queries, "auto") == found
 
@@ -329,7 +331,7 @@ def test_a_job_exits_with_the_stages_status(finished, tmp_path):
     done = subprocess.run(
         [sys.executable, JOBS / "fit.py", finished.folder], capture_output=True, text=True, timeout=120
     )
-    assert (done.returncode, "answer to their members" in done.stdout) == (0, True)
+    assert (done.returncode, "respond to their members" in done.stdout) == (0, True)
     done = subprocess.run([sys.executable, JOBS / "fit.py", tmp_path], capture_output=True, text=True, timeout=120)
     assert (done.returncode, "stride-ray shard" in done.stderr) == (1, True)
     assert "Traceback" not in done.stderr

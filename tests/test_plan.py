@@ -10,7 +10,7 @@ from stride_ray.cli.main import main
 from stride_ray.cli.plan import plan
 from stride_ray.operators.site_fit import rows_for
 from stride_ray.runtime import costs
-from stride_ray.runtime.costs import costed, phase
+from stride_ray.runtime.costs import phase, record_stage_costs
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store
@@ -18,7 +18,7 @@ from stride_ray.runtime.storage import Store
 
 def attempt(stage, *results, amount):
     """One attempt at a stage: a phase whose results cost (seconds, MB, worker) each."""
-    with costed(stage), phase("score", "blocks", amount):
+    with record_stage_costs(stage), phase("score", "blocks", amount):
         for result in results:
             costs.add_result_cost(result)
 
@@ -37,7 +37,7 @@ def test_costs_of_several_attempts_are_added(tmp_path):
 
 def test_the_starts_of_several_phases_are_added(tmp_path):
     stage = Stage(Store(str(tmp_path)), "identity")
-    with costed(stage):
+    with record_stage_costs(stage):
         for label, start in (("score", 1.0), ("rank", 2.0)):
             with phase(label, "blocks", 1):
                 costs.add_result_cost((5.0, 300, "a", {"start": start}))
@@ -48,9 +48,9 @@ def test_the_starts_of_several_phases_are_added(tmp_path):
 
 def test_an_attempt_that_fails_or_finds_nothing_to_do_leaves_costs_alone(tmp_path):
     stage = Stage(Store(str(tmp_path)), "identity")
-    with pytest.raises(ValueError, match="lost"), costed(stage), phase("score", "blocks", 3):
+    with pytest.raises(ValueError, match="lost"), record_stage_costs(stage), phase("score", "blocks", 3):
         raise ValueError("lost")
-    with costed(stage):
+    with record_stage_costs(stage):
         pass
     assert not (tmp_path / "cost.json").exists()
 
@@ -145,7 +145,7 @@ def test_the_verb_prints_a_table(pilot, capsys):
     assert lines[0] == "1,000,000 blocks, 128 queries, 8 workers"
     assert [line.split()[0] for line in lines[2:-1]] == ["blocks", "curvature", "directions", "exact", "all"]
     assert "41.8 min" in next(line for line in lines if line.startswith("blocks"))
-    assert lines[-1] == "operators take 2.15 kB a block; 1514 candidates a query hold some 95 % of the exact best ten"
+    assert lines[-1] == "operators take 2.15 kB a block; 1,515 candidates a query hold some 95 % of the exact best ten"
     assert main([*command[:4], "--blocks", "1e9", *command[6:]]) == 0
     few = capsys.readouterr().out.splitlines()[-1]
     assert few.startswith(
@@ -177,7 +177,7 @@ def test_a_pilot_without_costs_is_told(tmp_path):
 def test_sizes_are_whole_numbers(pilot, count, capsys):
     with pytest.raises(SystemExit):
         main(["plan", pilot.url, "--blocks", count, "--queries", "1", "--workers", "1"])
-    assert f"--blocks: {count!r} is no whole number of at least 1" in capsys.readouterr().err
+    assert f"--blocks: {count!r} is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_a_real_run_keeps_what_every_stage_cost(finished):
@@ -204,5 +204,5 @@ def test_a_real_run_keeps_what_every_stage_cost(finished):
 @pytest.mark.parametrize("text", ["0", "-3", "1.5", "many", "1e999", ""])
 def test_what_is_no_count_is_told(text):
     assert (count("1e6"), counts("1e4,20")) == (1_000_000, [10_000, 20])
-    with pytest.raises(ArgumentTypeError, match="no whole number of at least 1"):
+    with pytest.raises(ArgumentTypeError, match="is not a whole number of at least 1"):
         counts(f"4,{text}")

@@ -23,7 +23,7 @@ EXPECTED = [
     ("from stride_ray", ["influence"], ["mine/influence/prompts/page.html"]),
     ("echo", ["influence/ask", "exact/ask"], ["mine/exact/ask/page.html"]),
     ("stride-ray config", ["[solve]", "steps = 1"], []),
-    ("stride-ray select", ["tokens, by rank over prompts", "At random beside it"], ["chosen/random/manifest.parquet"]),
+    ("stride-ray select", ["tokens, by rank over prompts", "Random baseline"], ["chosen/random/manifest.parquet"]),
     ("mkdir -p evaluation", ["1 new finding(s)", "status 2", "0 new finding(s)"], ["scans/latest.json"]),
     ("stride-ray plan", ["1,000,000 blocks, 500 queries, 8 workers", "all of estimated", "a further batch"], []),
 ]

@@ -19,7 +19,7 @@ from stride_ray.runtime.run import Run
 
 @pytest.fixture(scope="module")
 def measured(parts, tmp_path_factory):
-    """A benchmark's pool filled up from 40 to 60 blocks."""
+    """A benchmark's pool extended from 40 to 60 blocks."""
     root = tmp_path_factory.mktemp("recall")
     (root / "made").mkdir()
     made = write_benchmark(root / "made", parts.model)

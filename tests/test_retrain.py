@@ -186,7 +186,7 @@ def test_checkpoints_are_whole_and_made_once(made, tmp_path, monkeypatch):
     assert checkpoints(made.benchmark, str(out), 0, SHORT) == (folders, rates)
     with pytest.raises(StrideError, match="was made with batch = 4, and now it is 8"):
         checkpoints(made.benchmark, str(out), 0, {**SHORT, "batch": 8})
-    with pytest.raises(StrideError, match="'size' is no hyperparameter of FineTune"):
+    with pytest.raises(StrideError, match="'size' is not a hyperparameter of FineTune"):
         checkpoints(made.benchmark, str(out), 0, {"size": 8})
 
 
@@ -267,7 +267,7 @@ def test_like_takes_the_subsets_that_are_there(made, retrained, tmp_path):
     found = read_truth(Store(str(tmp_path / "out")))
     assert done["trained"] == 2
     np.testing.assert_array_equal(found.losses[0], benchmark.retrained().losses[0])
-    with pytest.raises(StrideError, match="3 subsets are asked for, and the results in made have 2"):
+    with pytest.raises(StrideError, match="3 subsets were requested, and the results in made have 2"):
         retrain(benchmark, made.recipe, str(tmp_path / "more"), subsets=3, like=True)
     with pytest.raises(StrideError, match=r"retraining_seed0.npz is there already and was not made by this command"):
         retrain(benchmark, made.recipe, str(folder), subsets=2, like=True)

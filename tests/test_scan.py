@@ -194,7 +194,7 @@ def test_the_webhook_is_told_and_its_failure_leaves_the_report(place, hook):
     assert third["status"] == 1
     assert "cannot be reached" in third["webhook"]
     assert "secret" not in third["webhook"]
-    assert "no http address" in night(place, "n4", webhook="file:///etc/passwd")["webhook"]
+    assert "is not an HTTP URL" in night(place, "n4", webhook="file:///etc/passwd")["webhook"]
 
 
 def test_what_was_not_told_is_told_the_next_night(place, hook):
@@ -218,7 +218,7 @@ def test_a_night_that_was_killed_after_its_manifest_is_finished_and_told(place, 
     write = Store.write_json
 
     def killed(store, name, value):
-        if name == f"nights/n2/{nightly.TOLD}" or (name == "latest.json" and last == "manifest.json"):
+        if name == f"nights/n2/{nightly.REPORTED}" or (name == "latest.json" and last == "manifest.json"):
             raise KeyboardInterrupt
         write(store, name, value)
 
@@ -265,7 +265,7 @@ def test_the_command_line_and_its_exit_statuses(place, capsys):
     assert main(["scan", "compare", nights[0], str(place / "scans/nights/n3")]) == 2
     assert "1 new\n  items / i1: lexical" in capsys.readouterr().out
     assert main(["scan", "compare", nights[0], str(place)]) == 1
-    assert "no finished scan" in capsys.readouterr().err
+    assert "is not a finished scan" in capsys.readouterr().err
     found = compare(str(place / "scans/nights/n3"), nights[0])
     assert describe(found).splitlines()[0] == "1 resolved"
     assert main([*common, "--evaluation", str(place / "items.jsonl"), "--fields", "question"]) == 1

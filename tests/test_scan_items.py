@@ -84,7 +84,7 @@ def test_any_other_shape_by_naming_its_fields(tmp_path):
         read_set(path)
     with pytest.raises(StrideError, match="it has no field 'ask'; its fields are 'a1', 'a2'"):
         read_set(path, fields={"question": "ask"})
-    with pytest.raises(StrideError, match="'prompt' is no role"):
+    with pytest.raises(StrideError, match="'prompt' is not a role"):
         read_set(path, fields={"prompt": "q"})
 
 
@@ -95,7 +95,7 @@ def test_any_other_shape_by_naming_its_fields(tmp_path):
         ({"question": "a", "choices": ["x"], "answer": 4}, "'answer' is 4, which names none of the 1 choices"),
         ({"question": "a", "choices": [1], "answer": 0}, "'choices' does not hold a list of texts"),
         ({"question": " ", "answer": ""}, "'question' is empty"),
-        ({"question": "half \ud800"}, "half a character"),
+        ({"question": "half \ud800"}, "a lone surrogate"),
         ({"question": "a", "answer": {"b": 1}}, "'answer' holds dict"),
     ],
 )

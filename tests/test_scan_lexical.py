@@ -158,7 +158,7 @@ def test_n_grams_of_too_many_items_are_left_out(monkeypatch):
 
 
 def test_only_so_many_documents_are_kept_and_the_rest_counted(found, monkeypatch):
-    monkeypatch.setattr(search, "MOST", 2)
+    monkeypatch.setattr(search, "MAX_TEXTS_PER_FIELD", 2)
     lexical = found({"a.jsonl": [QUESTION] * 5, "bad.jsonl": [{"other": 1}]}, [{"question": QUESTION, "answer": ""}])
     assert lexical.matches.num_rows == 2
     assert (lexical.beyond, lexical.rejected) == (3, 1)

@@ -248,9 +248,9 @@ def test_in_a_browser_it_searches_sorts_and_runs_nothing_of_the_corpus(browser, 
     page.get_by_role("button", name="contrast").click()
     page.get_by_role("button", name="contrast").click()
     assert page.locator("#table th").nth(6).get_attribute("aria-sort") == "descending"
-    assert page.locator("#table tbody tr td").nth(1).text_content() == "i1"  # it could not be asked
+    assert page.locator("#table tbody tr td").nth(1).text_content() == "i1"  # it could not be measured
     page.locator("#table tbody tr").first.click()
-    assert "Could not be asked: too long </script>" in page.locator("#item .warning").text_content()
+    assert "Could not be measured: too long </script>" in page.locator("#item .warning").text_content()
     page.get_by_label("clean items too").check()
     assert page.locator("#count").text_content() == "1–25 of 1100"
     page.get_by_role("button", name="next").click()

@@ -227,14 +227,14 @@ def test_what_cannot_be_done_is_told(exactly, tmp_path, monkeypatch, capsys):
         ({"tokens": 9}, ["asked"], {"asked": ["short", "blank"]}, "Every query of 'asked' failed"),
         ({"tokens": 9}, ["asked"], {"asked": ["who"]}, "has no query 'who'"),
         ({"tokens": 9, "quotas": {"nowhere": "0.5"}}, ["asked"], None, "quota for the source 'nowhere'"),
-        ({"tokens": 9, "earlier": [str(tmp_path)]}, ["asked"], None, "is no finished selection"),
+        ({"tokens": 9, "earlier": [str(tmp_path)]}, ["asked"], None, "is not a finished selection"),
     ):
         with pytest.raises(StrideError, match=told):
             select(with_options(exactly.run, **options), names, out, queries=queries)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("a year's work")
     for mine in (str(tmp_path / "mine"), exactly.run.url):
-        with pytest.raises(StrideError, match="holds something else than stride_ray's select"):
+        with pytest.raises(StrideError, match="is not a folder of stride_ray's select"):
             select(with_options(exactly.run, tokens=9, quotas={"nowhere": "0.5"}), ["asked"], mine)
     assert (tmp_path / "mine/thesis.txt").read_text() == "a year's work"
     # What failed leaves nothing that would refuse the corrected command.

@@ -14,7 +14,14 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import SelectConfig
 from stride_ray.runtime.storage import Store
 from stride_ray.selection import ranking
-from stride_ray.selection.choice import KEPT_UNNAMED, Best, Drawn, check_options, reasons, write_manifest
+from stride_ray.selection.choice import (
+    KEPT_UNNAMED,
+    GreedyChooser,
+    RandomChooser,
+    check_options,
+    reasons,
+    write_manifest,
+)
 from stride_ray.selection.duplicates import NearDuplicateIndex, signature
 from stride_ray.selection.pool import POOL
 from stride_ray.selection.ranking import ORDERED, Database, Target, batches, random_order, rank_documents
@@ -92,7 +99,7 @@ def chosen(table, seed=0, **changes):
     wanted = options(**changes)
     check_options(wanted)
     named = table["mean_influence"].is_valid().to_numpy().sum() if table.num_rows else 0
-    best = Best(wanted, table.num_rows, sum(table["tokens"].to_pylist()), int(named))
+    best = GreedyChooser(wanted, table.num_rows, sum(table["tokens"].to_pylist()), int(named))
     frames = []
     for start in range(0, table.num_rows, 37):
         batch = table.slice(start, 37)
@@ -196,7 +203,7 @@ def test_queries_that_do_not_count_are_left_out_and_empty_tables_name_nobody(tmp
     assert names != sorted(names)  # a draw, not the alphabet, which would favour a source
     kept = chosen(nobody, documents=10)
     assert kept["kept"].sum() == 10
-    assert set(kept[kept["kept"]]["why"]) == {"taken although no query's table names it"}
+    assert set(kept[kept["kept"]]["why"]) == {"taken without influence on any query"}
 
 
 def test_limits_are_kept_and_what_does_not_fit_is_passed_over(tmp_path):
@@ -312,7 +319,7 @@ def test_what_an_earlier_selection_took_is_not_taken_again(tmp_path):
     table, store = ordered(tmp_path), Store(str(tmp_path / "first"))
     wanted = options(documents=30)
     first, _ = write_manifest(
-        Best(wanted, N, 0, 0), [table.slice(0, 90), table.slice(90)], reasons(wanted), 1, store, str(tmp_path)
+        GreedyChooser(wanted, N, 0, 0), [table.slice(0, 90), table.slice(90)], reasons(wanted), 1, store, str(tmp_path)
     )
     assert (first.documents, sum(first.source_documents.values())) == (30, 30)
     manifest = store.read_table("manifest.parquet").to_pandas()
@@ -332,7 +339,12 @@ def test_the_random_arm_has_each_sources_tokens(tmp_path):
     with Database(str(work)) as database:
         path = random_order(database, str(work / "ordered.parquet"), 0)
         drawn, _ = write_manifest(
-            Drawn(wanted), batches(path), reasons(SelectConfig(), drawn=True), 1, Store(str(work)), str(tmp_path)
+            RandomChooser(wanted),
+            batches(path),
+            reasons(SelectConfig(), drawn=True),
+            1,
+            Store(str(work)),
+            str(tmp_path),
         )
         one = pq.read_table(path)
         other = pq.read_table(random_order(database, str(work / "ordered.parquet"), 1))
@@ -351,7 +363,7 @@ def test_sources_of_one_document_are_drawn_from_together(tmp_path):
     strata = table.to_pandas().set_index("source")["stratum"]
     assert strata.notna().sum() == (pool["source"] == "s0").sum()
     assert set(strata.dropna().items()) == {("s0", "s0")}
-    drawn = Drawn({None: 500})
+    drawn = RandomChooser({None: 500})
     codes, _ = drawn.codes(table)
     taken = table.filter(pa.array(codes <= KEPT_UNNAMED)).to_pandas()
     assert not set(taken["source"]) & {"s0"}
@@ -362,7 +374,7 @@ def test_what_only_fits_because_larger_ones_did_not_is_told(tmp_path):
     found = chosen(ordered(tmp_path), tokens=1000)
     passed = (found["why"] == "no room left for it in the 1000 tokens asked for").to_numpy()
     kept, first = found["kept"].to_numpy(), int(np.argmax(passed))
-    small = "taken by best rank, fitting into the room that larger ones before it left"
+    small = "taken by best rank, fits the budget left by larger ones"
     assert set(found["why"][:first]) == {"taken by best rank"}
     assert set(found["why"][first:][kept[first:]]) == {small}
 

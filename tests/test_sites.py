@@ -12,11 +12,11 @@ from stride_ray.models.matrices import inverse_root
 from stride_ray.models.sites import (
     EMBEDDING,
     END_DAMPING,
-    HARM,
     HEAD,
+    NEGATIVE_SCORE_FACTOR,
     ORIGIN,
-    RARE,
-    Moments,
+    UNIGRAM_DAMPING,
+    KroneckerFactors,
     Site,
     add_moments,
     find_sites,
@@ -27,7 +27,7 @@ from stride_ray.models.sites import (
     preconditioned,
     site_gradients,
 )
-from stride_ray.models.vocabulary import SKETCH, TokenSide, projected, token_side
+from stride_ray.models.vocabulary import MAX_BUCKETS, TokenSide, projected, token_side
 from stride_ray.runtime.errors import StrideError
 
 V, D, F, B, T = 60, 16, 24, 5, 9
@@ -192,7 +192,9 @@ def test_influence_is_the_preconditioned_inner_product(made, texts):
             for i in range(B):
                 other = weight_gradient(model, site.name, ids[i], mask[i])
                 total[q, i] += (solved * other).sum() / 2.0
-    torch.testing.assert_close(found, torch.where(total > 0, total, HARM * total), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(
+        found, torch.where(total > 0, total, NEGATIVE_SCORE_FACTOR * total), atol=2e-3, rtol=2e-3
+    )
     assert (total[0] > 0).any()
     assert (total < 0).any()
 
@@ -207,11 +209,11 @@ def test_damping_bounds_the_inverse():
 
 
 def test_a_large_vocabulary_is_folded(monkeypatch):
-    monkeypatch.setattr("stride_ray.models.vocabulary.SKETCH", 8)
+    monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", 8)
     counts = torch.arange(V)
-    moments = Moments(np.eye(D), np.eye(1))
+    moments = KroneckerFactors(np.eye(D), np.eye(1))
     one, two, three = (preconditioned(HEAD, moments, counts, seed).tokens for seed in (0, 0, 1))
-    embedding = preconditioned(EMBEDDING, Moments(np.empty((0, 0)), np.eye(D)), counts, 0).tokens
+    embedding = preconditioned(EMBEDDING, KroneckerFactors(np.empty((0, 0)), np.eye(D)), counts, 0).tokens
     for part in ("weights", "buckets"):
         assert torch.equal(getattr(embedding, part), getattr(one, part))
         assert torch.equal(getattr(one, part), getattr(two, part))
@@ -223,7 +225,7 @@ def test_a_large_vocabulary_is_folded(monkeypatch):
 
 def test_folds_keep_inner_products():
     generator = torch.Generator().manual_seed(0)
-    many, errors = 3 * SKETCH, []
+    many, errors = 3 * MAX_BUCKETS, []
     x, y = torch.randn(2, 20, many, generator=generator)
     y = y + x
     for seed in range(5):
@@ -232,13 +234,13 @@ def test_folds_keep_inner_products():
         errors.append(found / (x * y).sum(1) - 1)
     errors = torch.cat(errors)
     assert abs(float(errors.mean())) < 4 * float(errors.std()) / 10
-    assert float(errors.std()) < 3 / SKETCH**0.5
+    assert float(errors.std()) < 3 / MAX_BUCKETS**0.5
 
 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("directed", [False, True])
 def test_sums_over_tokens_are_products_with_one_hot_rows(folded, directed, texts, monkeypatch):
-    monkeypatch.setattr("stride_ray.models.vocabulary.SKETCH", 8 if folded else V)
+    monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", 8 if folded else V)
     ids, generator = texts[0], torch.Generator().manual_seed(1)
     side = token_side(torch.rand(V, generator=generator), 0)
     if directed:
@@ -255,13 +257,13 @@ def test_the_origin_is_the_head_with_unigrams_for_predictions(made, texts):
     model, _ = made
     ids, mask = texts
     counts = torch.bincount(ids.flatten(), minlength=V)
-    origin = preconditioned(ORIGIN, Moments(np.eye(D), np.eye(1) / 4), counts, 0)
+    origin = preconditioned(ORIGIN, KroneckerFactors(np.eye(D), np.eye(1) / 4), counts, 0)
     ((_, J),), _ = site_gradients(model, (origin,), ids, mask)
     z = model.read(ids)
     pi = (counts + 1) / (counts + 1).sum()
     for row in range(B):
         weights = mask[row, 1:] / mask[row, 1:].sum().clamp(min=1)
-        g = (pi - torch.nn.functional.one_hot(ids[row, 1:], V)) * (pi + RARE).rsqrt() * 2  # 1 / √¼
+        g = (pi - torch.nn.functional.one_hot(ids[row, 1:], V)) * (pi + UNIGRAM_DAMPING).rsqrt() * 2  # 1 / √¼
         expected = g.T @ (z[row, :-1] * weights[:, None] / (1 + END_DAMPING) ** 0.5)
         torch.testing.assert_close(origin.whitened(J)[row], expected, atol=1e-5, rtol=1e-4)
 
@@ -276,8 +278,8 @@ def test_the_origin_weighs_less_the_more_the_model_knows():
 def test_a_folded_embedding_gives_the_fold_of_its_gradient(made, texts, monkeypatch):
     model, _ = made
     ids, mask = texts
-    monkeypatch.setattr("stride_ray.models.vocabulary.SKETCH", 8)
-    site = preconditioned(EMBEDDING, Moments(np.empty((0, 0)), np.eye(D)), torch.ones(V), 0)
+    monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", 8)
+    site = preconditioned(EMBEDDING, KroneckerFactors(np.empty((0, 0)), np.eye(D)), torch.ones(V), 0)
     whole = Site(EMBEDDING, torch.empty(0), torch.eye(D), TokenSide(torch.ones(V)))
     ((_, J),), _ = site_gradients(model, (site,), ids, mask)
     ((_, plain),), _ = site_gradients(model, (whole,), ids, mask)

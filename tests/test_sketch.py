@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_sites import B, D, V, made, site_moments, texts  # noqa: F401 -- fixtures
 
 from stride_ray.models.curvature.sketch import largest_shape, sketch_shapes, sketched, sketched_gradients, whole_shape
-from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, Moments, preconditioned, site_gradients
+from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, KroneckerFactors, preconditioned, site_gradients
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def sites(made, texts):  # noqa: F811
     sums, count = site_moments(model, names, ids, mask)
     counts = torch.bincount(ids.flatten(), minlength=V)
     found = [replace(preconditioned(name, m / count, counts, 0), scale=2.0) for name, m in sums.items()]
-    return (*found, preconditioned(ORIGIN, Moments(np.eye(D), np.eye(1) / 4), counts, 0))
+    return (*found, preconditioned(ORIGIN, KroneckerFactors(np.eye(D), np.eye(1) / 4), counts, 0))
 
 
 def test_whole_sketches_have_the_inner_products_of_whitened_gradients(made, texts, sites):  # noqa: F811

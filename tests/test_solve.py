@@ -89,7 +89,7 @@ def test_the_step_without_a_product_is_half_a_bound_on_the_one_with_it(monkeypat
     products = lambda vs: [shaped(G @ flat(v)) for v in vs]  # noqa: E731
     for steps in (1, 2, 3):
         halves = solve(asked, SITES, products, steps, 0.3)
-        monkeypatch.setattr(conjugate_gradients, "UNMEASURED", 0.0)
+        monkeypatch.setattr(conjugate_gradients, "UNMEASURED_STEP_SHARE", 0.0)
         before, after = (solve(asked, SITES, products, count, 0.3) for count in (steps, steps + 1))
         monkeypatch.undo()
         for start, half, measured in zip(before, halves, after, strict=True):
@@ -162,7 +162,7 @@ def test_a_solved_run_answers_otherwise_and_about_the_same_one_query_at_a_time(
     same = sorted(before.keys() & after.keys())
     both = np.array([[each[key] for key in same] for each in (before, after)])
     assert 0.5 < np.corrcoef(both)[0, 1] < 0.9999
-    monkeypatch.setattr(directions, "UNIT", 1)
+    monkeypatch.setattr(directions, "MAX_QUERIES_PER_UNIT", 1)
     two, _, _ = answered(sharded("solved one by one"), parts, **options)
     again = {(row["query_id"], row["ordinal"]): row["influence"] for row in read_influence(two, "asked").to_pylist()}
     assert again == pytest.approx(after, rel=1e-3, abs=1e-4)
@@ -189,6 +189,6 @@ def test_a_solve_that_spoils_a_query_is_told(unsolved, parts, sharded, plain, mo
     )
     run, summary, out = answered(folder, parts, solve__steps=2, solve__tokens=12 * 16)
     assert summary["unsolved"] == 3
-    assert "3 without a solve" in out
+    assert "3 whose solve took no step" in out
     same = [read_influence(each, "asked")["influence"].to_pylist() for each in (run, unsolved)]
     assert same[0] == pytest.approx(same[1], rel=1e-6)

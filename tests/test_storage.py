@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Stage, claim
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import safe_url
 
@@ -80,7 +81,7 @@ def test_errors_are_sentences(store):
     ):
         with pytest.raises(StrideError, match=told) as caught:
             read(name)
-        assert store.name_of(name) in str(caught.value)
+        assert store.display_url(name) in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
@@ -134,4 +135,17 @@ def test_messages_hold_no_secrets():
 
 def test_a_store_travels():
     store = Store("memory://travels/run/")
-    assert pickle.loads(pickle.dumps(store)).name_of("x") == "memory://travels/run/x"
+    assert pickle.loads(pickle.dumps(store)).display_url("x") == "memory://travels/run/x"
+
+
+def test_a_local_folder_stays_where_it_is_in_another_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    sent = pickle.dumps((Store("mine"), claim(Stage(Store("claimed"), "i"), "blocks", {})))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    store, stage = pickle.loads(sent)
+    store.write("a.txt", b"a")
+    stage.store.child("deep").write("b.txt", b"b")
+    assert (tmp_path / "mine/a.txt").exists()
+    assert (tmp_path / "claimed/deep/b.txt").exists()
+    assert not list((tmp_path / "elsewhere").iterdir())

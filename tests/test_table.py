@@ -8,7 +8,7 @@ import pytest
 
 from stride_ray.evaluate.comparison.table import SCHEMA, Entry, as_markdown, best_rival, plot, protocol, write_tables
 from stride_ray.evaluate.retraining.lds import evaluate
-from stride_ray.evaluate.retraining.results import Truth
+from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.runtime.storage import Store
 
 S, Q = 24, 8
@@ -25,7 +25,7 @@ ENTRIES = [
 def evaluation():
     rng = np.random.default_rng(0)
     subsets = tuple(np.sort(rng.choice(40, 10, replace=False)) for _ in range(S))
-    truth = Truth(subsets, rng.normal(size=(2, S, Q)).astype(np.float32), ("seed0", "seed1"))
+    truth = RetrainingResults(subsets, rng.normal(size=(2, S, Q)).astype(np.float32), ("seed0", "seed1"))
     target = -truth.losses.mean(0).T
     noise = {"STRIDE": 0.5, "TF-IDF": 2.0, "LoGRA": 1.0, "GradDot": 300.0}
     sums = {name: target + size * rng.normal(size=target.shape) for name, size in noise.items()}
@@ -100,7 +100,7 @@ def test_the_best_rival_may_be_lexical_and_is_compared_with_once(evaluation):
 
 def test_without_rivals_seeds_or_figures_tables_are_smaller(evaluation):
     truth, _ = evaluation
-    one_seed = Truth(truth.subsets, truth.losses[:1], ("seed0",))
+    one_seed = RetrainingResults(truth.subsets, truth.losses[:1], ("seed0",))
     sums = {"STRIDE": -truth.losses[0].T}
     found = evaluate(sums, one_seed, ["all"] * Q, ["all"] * Q)
     text = as_markdown(found, ENTRIES[1:2], "header")

@@ -13,7 +13,7 @@ from conftest import run_plainly
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.evaluate import tailpatch
 from stride_ray.evaluate.retraining.lds import Interval, mean_interval
-from stride_ray.evaluate.tailpatch import Patcher, tail_patch, top_blocks
+from stride_ray.evaluate.tailpatch import TailPatchWorker, tail_patch, top_blocks
 from stride_ray.runtime.errors import StrideError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
@@ -45,7 +45,7 @@ def test_a_plain_loop_in_other_units_gives_the_same_numbers(found, exactly, monk
 
 def test_a_step_is_plain_sgd_and_leaves_the_model_as_it_was(exactly):
     blocks = Blocks(exactly.run.stage("blocks").store)
-    worker = Patcher(exactly.run.config, blocks, "cpu", 0.05)
+    worker = TailPatchWorker(exactly.run.config, blocks, "cpu", 0.05)
     worker.rows = 3  # a step's blocks in several passes
     batch = blocks.batch(np.arange(8))
     ids, mask = worker.tensors(batch.ids), worker.tensors(batch.mask)

@@ -13,12 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stride_ray.evaluate.baselines import METHODS
 from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.evaluate.retraining.lds import evaluate, subset_sums
-from stride_ray.evaluate.retraining.results import Truth
+from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.sites import (
     EMBEDDING,
-    HARM,
     HEAD,
+    NEGATIVE_SCORE_FACTOR,
     add_moments,
     find_sites,
     influence,
@@ -70,7 +70,7 @@ def truth_of(model, toy, step, size):
             found.append(losses_of(model, queries))
             for name, change in changes.items():
                 weights[name] += size * change
-    return Truth(subsets, torch.stack(found).numpy()[None], ("toy",))
+    return RetrainingResults(subsets, torch.stack(found).numpy()[None], ("toy",))
 
 
 def lds(truth, scores):
@@ -107,7 +107,7 @@ def test_exact_influence_foretells_preconditioned_steps(toy):
     each = site_gradients(model, tuple(sites.values()), queries, mask[:Q])[0]
     asked = {site.name: site.solved(J).flatten(1) for site, J in each}
     scores = influence(asked, site_gradients(model, tuple(sites.values()), blocks, mask)[0])
-    signed = torch.where(scores > 0, scores, scores / HARM).numpy()
+    signed = torch.where(scores > 0, scores, scores / NEGATIVE_SCORE_FACTOR).numpy()
     truth = truth_of(model.model, toy, step, 1e-8)
     assert lds(truth, signed).value > 0.99
     assert lds(truth, scores.numpy()).value > 0.95  # harm counts half, whatever the truth

@@ -286,7 +286,7 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(made, tmp_path, 
 def test_a_node_that_never_comes_back_ends_the_loop_and_fewer_workers_finish_it(made, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
-    monkeypatch.setattr("stride_ray.operators.training.ray_trainer.WAITS", 2)
+    monkeypatch.setattr("stride_ray.operators.training.ray_trainer.MAX_STARTUP_RETRIES", 2)
     ray.shutdown()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]

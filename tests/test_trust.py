@@ -16,7 +16,7 @@ from conftest import SUBJECTS, run_plainly, settings, write_lines
 from stride_ray.attribution.attribute import attribute
 from stride_ray.attribution.lasso import Recovery, recover
 from stride_ray.evaluate.split_halves import some_rows, sparse_spearman
-from stride_ray.evaluate.trust import Trust, _between, _judged, trust
+from stride_ray.evaluate.trust import Trust, _judged, _mean_query_overlap, trust
 from stride_ray.operators.fit import fit
 from stride_ray.operators.membership import Membership
 from stride_ray.operators.stored import load_operators, save_operators
@@ -125,8 +125,8 @@ def test_sparse_spearman_is_scipy_s():
 
 def test_the_verdict_s_other_branches():
     tops = {"a": np.array([1, 2]), "b": np.array([2, 3]), "c": np.array([4, 5])}
-    assert _between(tops) == pytest.approx(1 / 6)
-    assert np.isnan(_between({"a": np.array([1])}))
+    assert _mean_query_overlap(tops) == pytest.approx(1 / 6)
+    assert np.isnan(_mean_query_overlap({"a": np.array([1])}))
     panel = Trust("exact", 10, 0, 1000, "", True, None, None, 0.5, 0.001, 0.01, 0.1, 0.1)
     assert _judged(panel, True)[0] == "good"
     assert _judged(panel, False)[0] == "none"

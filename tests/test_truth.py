@@ -8,7 +8,7 @@ import pytest
 import scipy.sparse
 
 from stride_ray.evaluate.retraining.results import (
-    Truth,
+    RetrainingResults,
     jsonl_bytes,
     npz_bytes,
     read_scores,
@@ -28,7 +28,7 @@ def make(lengths=(4, 4, 4), seeds=2):
     rng = np.random.default_rng(0)
     subsets = tuple(np.sort(rng.choice(10, n, replace=False)) for n in lengths)
     losses = rng.random((seeds, len(lengths), 5)).astype(np.float32)
-    return Truth(subsets, losses, tuple(f"seed{i}" for i in range(seeds)))
+    return RetrainingResults(subsets, losses, tuple(f"seed{i}" for i in range(seeds)))
 
 
 def assert_same(one, other):
@@ -109,13 +109,17 @@ def test_seeds_must_share_subsets_and_queries(tmp_path):
     store, truth = Store(str(tmp_path)), make()
     other = make((4, 4, 5))
     store.write("retraining_seed0.npz", npz_bytes(truth, 0))
-    store.write("retraining_seed1.npz", npz_bytes(Truth(other.subsets, truth.losses, truth.names), 1))
+    store.write("retraining_seed1.npz", npz_bytes(RetrainingResults(other.subsets, truth.losses, truth.names), 1))
     with pytest.raises(StrideError, match=r"retraining_seed1.npz and .*retraining_seed0.npz differ at subset 2"):
         read_truth(store)
-    store.write("retraining_seed1.npz", npz_bytes(Truth(truth.subsets[:2], truth.losses[:, :2], truth.names), 1))
+    store.write(
+        "retraining_seed1.npz", npz_bytes(RetrainingResults(truth.subsets[:2], truth.losses[:, :2], truth.names), 1)
+    )
     with pytest.raises(StrideError, match="differ in their number"):
         read_truth(store)
-    store.write("retraining_seed1.npz", npz_bytes(Truth(truth.subsets, truth.losses[:, :, :4], truth.names), 1))
+    store.write(
+        "retraining_seed1.npz", npz_bytes(RetrainingResults(truth.subsets, truth.losses[:, :, :4], truth.names), 1)
+    )
     with pytest.raises(StrideError, match=r"losses of 4 queries and .* of 5"):
         read_truth(store)
 
@@ -145,7 +149,7 @@ GOOD = '{"train_subset": [0, 1], "test_loss": [1.0, 2.0]}\n'
 BAD_LINES = [
     ("", "holds no subset"),
     (GOOD + '{"train_sub', "line 2, is not valid JSON"),
-    (GOOD + "[]", "line 2, is no JSON object"),
+    (GOOD + "[]", "line 2, is not a JSON object"),
     (GOOD + '{"test_loss": [1, 2]}', "line 2, has no train_subset"),
     (GOOD + '{"train_subset": [3]}', "line 2, has no test_loss"),
     (GOOD + '{"train_subset": [3], "test_loss": [1]}', "line 2: 1 losses, and 2 in the lines before"),

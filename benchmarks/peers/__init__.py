@@ -1,1 +1,1 @@
-"""Other attribution tools beside ours, on one machine."""
+"""Other attribution tools compared with ours, on one machine."""

@@ -2,7 +2,7 @@
 
     python logra.py MODEL POOL QUERIES SCORES
 
-The method with its defaults: 64×64 projections of every linear layer's gradient, inverse empirical Fisher.
+The method's defaults: 64×64 projections of every linear layer's gradient, inverse empirical Fisher.
 """
 
 import sys
@@ -23,7 +23,7 @@ ROWS, PAD, IGNORED = 16, 0, -100
 
 
 def loader(folder: str) -> DataLoader:
-    """Padded ids and labels of a dataset's rows in their order, ROWS at a time."""
+    """Load a dataset's rows in order as padded ids and labels, ROWS at a time."""
     rows = [torch.tensor(row) for row in datasets.load_from_disk(folder)["input_ids"]]
     ids, labels = (pad_sequence(rows, batch_first=True, padding_value=value) for value in (PAD, IGNORED))
     pairs: Any = [{"input_ids": i, "labels": j} for i, j in zip(ids, labels, strict=True)]
@@ -31,7 +31,7 @@ def loader(folder: str) -> DataLoader:
 
 
 def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: str) -> torch.Tensor:
-    """Σ over rows of the mean loss of a row's tokens."""
+    """Sum over rows of each row's mean token loss."""
     ids, labels = (batch[name].to(device) for name in ("input_ids", "labels"))
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     each = cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
@@ -39,7 +39,7 @@ def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: str) ->
 
 
 def main(model_folder: str, pool: str, queries: str, out: str) -> None:
-    """Cache the pool's projected gradients, ask every query, write (Q, N) float32."""
+    """Cache the pool's projected gradients, attribute every query, write (Q, N) float32."""
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     task = AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())
     attributor = LoGraAttributor(task, cache_dir=str(Path(out).parent))

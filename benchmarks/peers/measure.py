@@ -1,9 +1,8 @@
 """Other attribution tools on one machine: the same model, pool and queries, seconds, memory, bytes stored and LDS.
 
-The peers live in an environment of their own. Everything, ours too, is started as its users start it, as commands that
-begin with the interpreter, so that start-up counts for all; several sizes of the pool show what it is worth. LDS is
-taken where the pool is the benchmark's own. Tools that keep something for the next
-batch of queries are timed on one, too.
+The peers live in their own environment. Every tool, ours included, runs as its users run it, as commands starting with
+the interpreter, so start-up counts for all; several pool sizes show how much it matters. LDS is measured on the
+benchmark's own pool only. Tools that keep state for the next batch of queries are also timed on a second batch.
 """
 
 import json
@@ -24,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.peers.tools import BATCH_TOKENS, TOOLS, Place, Tool
+from benchmarks.peers.tools import BATCH_TOKENS, TOOLS, Tool, ToolPaths
 from stride_ray.evaluate.comparison.stride_variants import settings
 from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark
 from stride_ray.runtime.config import Config, dumps
@@ -33,12 +32,12 @@ from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.storage import Store
 
 PEERS = ("bergson==2.5.1", "dattri==0.3.0")
-# Their own requirements but torchvision and torchaudio, which neither imports and CPU builds of torch lack.
+# Their requirements without torchvision and torchaudio, which neither imports and CPU builds of torch lack.
 REQUIRED = (
     "accelerate bitsandbytes datasets huggingface-hub jaxtyping jinja2 ml_dtypes natsort numpy peft petname "
     "pretty_midi pyarrow pyyaml scipy simple-parsing torchopt tqdm transformers"
 ).split()
-PAUSE = 0.2  # seconds between looks at memory
+PAUSE = 0.2  # seconds between memory samples
 
 
 def compare_peers(
@@ -47,9 +46,9 @@ def compare_peers(
     """Run every tool on the benchmark's pool, once for every multiple of its size.
 
     Args:
-        benchmark_url: a benchmark's folder (benchmark.read_benchmark), local.
-        folder: for the peers' environment, their inputs and outputs; what was measured there before stays.
-        multiples: sizes of the pool over the benchmark's. Rows beyond the first multiple are the pool's, turned.
+        benchmark_url: a local benchmark folder (benchmark.read_benchmark).
+        folder: for the peers' environment, inputs and outputs; earlier measurements there are reused.
+        multiples: pool sizes relative to the benchmark's; rows beyond the first multiple are the pool's, rotated.
         names: of the tools; none: all.
 
     Returns:
@@ -57,11 +56,11 @@ def compare_peers(
         and, at the first multiple, LDS by part and kind; and the ratios of the peers' seconds to ours.
 
     Raises:
-        StrideError: for a folder that is no benchmark, or a tool that is not known or fails.
+        StrideError: for a folder that is not a benchmark, or a tool that is unknown or fails.
     """
     if unknown := set(names) - {tool.name for tool in TOOLS}:
         known = "; ".join(tool.name for tool in TOOLS)
-        raise StrideError(f"There is no tool {min(unknown)!r} to compare with; there are: {known}.")
+        raise StrideError(f"Unknown tool {min(unknown)!r} to compare with; there are: {known}.")
     benchmark, root = read_benchmark(benchmark_url), Path(folder).resolve()
     chosen = [tool for tool in TOOLS if not names or tool.name in names]
     python = environment(root / "environment") if any(not tool.ours for tool in chosen) else sys.executable
@@ -75,7 +74,7 @@ def compare_peers(
 
 
 def environment(folder: Path) -> str:
-    """The interpreter of the peers' environment, made where it is not there: our torch, their packages."""
+    """Return the peers' interpreter, creating the environment if necessary: our torch version, their packages."""
     python = folder / "bin/python"
     if not (folder / "complete").exists():
         venv.create(folder, clear=True, with_pip=True)
@@ -87,10 +86,10 @@ def environment(folder: Path) -> str:
     return str(python)
 
 
-def inputs(benchmark: Benchmark, folder: Path, multiple: int, python: str) -> Place:
-    """Model, pool and queries as each tool wants them, under ``folder``."""
+def inputs(benchmark: Benchmark, folder: Path, multiple: int, python: str) -> ToolPaths:
+    """Write model, pool and queries in each tool's format under ``folder``."""
     names = ("model", "pool", "queries", "", "run.toml", "asked.parquet")
-    place = Place(python, *(str(folder / name) for name in names))
+    place = ToolPaths(python, *(str(folder / name) for name in names))
     if (folder / "complete").exists():
         return place
     shutil.rmtree(folder, ignore_errors=True)
@@ -113,8 +112,8 @@ def inputs(benchmark: Benchmark, folder: Path, multiple: int, python: str) -> Pl
     return place
 
 
-def measured(tool: Tool, place: Place, folder: Path, benchmark: Benchmark, multiple: int) -> dict[str, Any]:
-    """One row; read where it was measured before."""
+def measured(tool: Tool, place: ToolPaths, folder: Path, benchmark: Benchmark, multiple: int) -> dict[str, Any]:
+    """Measure one row, or read an earlier measurement."""
     result = folder / "measured.json"
     if not result.exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -149,7 +148,7 @@ def measured(tool: Tool, place: Place, folder: Path, benchmark: Benchmark, multi
 
 
 def _checked(command: list[str], log: Path) -> int:
-    """Run a command to its end; returns the peak of its processes' memory together, bytes."""
+    """Run a command to completion; returns the peak total memory of its processes, bytes."""
     peak = 0
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
     with open(log, "a") as file:
@@ -171,7 +170,7 @@ def _children(process: Any) -> list[Any]:
 
 
 def _held(process: Any) -> int:
-    """Memory of a process with its share of what it has in common with others; 0 where it has ended."""
+    """Proportional set size of a process, bytes; 0 if it has ended."""
     try:
         return process.memory_full_info().pss
     except psutil.Error:
@@ -179,7 +178,7 @@ def _held(process: Any) -> int:
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Every peer's seconds over each of ours, where the pool is as large."""
+    """Every peer's seconds over each of ours, at equal pool size."""
     return {
         f"{peer['tool']} / {own['tool']} at {peer['blocks']}": peer["seconds"] / own["seconds"]
         for peer in rows
@@ -189,7 +188,7 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The rows as Markdown."""
+    """Format the rows as Markdown."""
     lines = [
         "| tool | blocks | s | s, a further batch | peak MiB | stored MiB | LDS |",
         "|---|---|---|---|---|---|---|",

@@ -1,1 +1,1 @@
-"""Queries to ranked tables of influence: directions, responses, recovery, exact rescoring."""
+"""Queries to ranked influence tables: query directions, responses, recovery, exact rescoring."""

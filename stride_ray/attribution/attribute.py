@@ -1,4 +1,7 @@
-"""Stage attribute: queries to ranked tables, a console table and a page: respond, recover and rescore, or exact."""
+"""Stage attribute: rank training blocks by influence on each query; write tables, a console summary and a page.
+
+In estimated mode it runs respond, recover and rescore; in exact mode it scores every block (exact_influence).
+"""
 
 import sys
 import textwrap
@@ -21,63 +24,69 @@ from stride_ray.runtime.run import Run
 
 # Blocks shown per query and side, in the console and on the page; queries on the page.
 CONSOLE_BLOCKS, PAGE_BLOCKS, PAGE_QUERIES = 3, 8, 1000
-# By mode, the stage with the tables, and the other mode.
+# By mode: the stage that holds the tables, the other mode, and the command-line flag.
 TABLES = {"exact": "exact", "estimated": "influence"}
-OTHER = {"exact": "estimated", "estimated": "exact"}
+OTHER_MODE = {"exact": "estimated", "estimated": "exact"}
 FLAGS = {"exact": "--exact", "estimated": "--no-exact"}
-# Points of a query's curve of influence by rank; sources of a query's breakdown.
+# Points on a query's influence-by-rank curve; sources in a query's breakdown.
 CURVE, SOURCES = 24, 6
 
 
 def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> dict[str, Any]:
-    """Which training blocks made the model answer like this, for every query.
+    """Attribute every query to the training blocks that influenced the model on it.
+
+    Example:
+        >>> from stride_ray import Run, attribute
+        >>> done = attribute(Run("mine"), "queries.jsonl", "asked", out=open("printed.txt", "w"))
+        >>> done["mode"], done["page"].endswith("influence/asked/page.html")
+        ('estimated', True)
 
     Args:
         run: with finished ``blocks/``.
         queries: JSON Lines or Parquet with text, prompt and completion, or messages (queries.read_queries).
         name: of the query set; tables go to ``influence/<name>/`` or ``exact/<name>/``.
-        out: where the console table is written; None: standard output.
+        out: stream for the console table; None: standard output.
 
     Returns:
-        The summary of rescore or exact_influence with ``mode``, exact or estimated, and ``page``, the page's URL.
+        The summary of rescore or exact_influence, plus ``mode`` (exact or estimated) and ``page`` (the page's URL).
 
     Raises:
-        StrideError: as read_queries and answer.
+        StrideError: blocks are missing; as read_queries and answer.
     """
     out = out or sys.stdout
     run.require("blocks", "manifest.json", "stride-ray shard")
     table = read_queries(queries, load_tokenizer(run.store.child("blocks/tokenizer").url))
-    summary = answer(run, table, name)
+    summary = write_tables(run, table, name)
     shown = shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS)
     print_table(shown[:20], out)
     page = _write_page(run, name, shown)
     stage = run.stage(table_stage(run), name)
     gap = f", largest relative duality gap {summary['largest_gap']:.1e}" if summary.get("largest_gap") else ""
-    unsolved = f" ({summary['unsolved']} without a solve, which came to nothing)" if summary["unsolved"] else ""
+    unsolved = f" ({summary['unsolved']} whose solve took no step)" if summary["unsolved"] else ""
     how = "" if summary["exact"] == summary["rows"] else f"; the others are estimates{reliability_note(summary)}"
     print(
         f"\n{summary['queries']} queries ({summary['failed']} failed){unsolved}, {summary['rows']} influences, "
-        f"median {summary['median_nonzeros']:g} blocks a query{gap}; {summary['exact']} of them are exact{how}.\n"
-        f"Tables: {stage.store.name_of('influence-*.parquet')}\nPage:   {page}",
+        f"median {summary['median_nonzeros']:g} blocks per query{gap}; {summary['exact']} of them are exact{how}.\n"
+        f"Tables: {stage.store.display_url('influence-*.parquet')}\nPage:   {page}",
         file=out,
     )
     return {**summary, "page": page}
 
 
 def reliability_note(summary: dict[str, Any]) -> str:
-    """How well estimates correlate with exact influence by their split-half reliability; empty where none is known."""
+    """State the estimates' correlation with exact influence, the root of their reliability; empty if unknown."""
     if summary.get("reliability") is None:
         return ""
     return f", which correlate with exact influence at about {summary['reliability'] ** 0.5:.2f} (split halves)"
 
 
-def answer(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
-    """Ranked tables for tokenised queries (queries.SCHEMA); returns the last stage's summary and ``mode``.
+def write_tables(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
+    """Write ranked tables for tokenised queries (queries.SCHEMA); returns the last stage's summary and ``mode``.
 
-    Operators are fitted first where that is not done yet.
+    Fits the operators first if they are missing.
 
     Raises:
-        StrideError: as respond_table, recover_estimates and rescore, or exact_influence.
+        StrideError: as fit, respond_table, recover_estimates and rescore, or exact_influence.
     """
     if run.config.attribute.exact:
         return {**exact_influence(run, table, name), "mode": "exact"}
@@ -90,36 +99,36 @@ def answer(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
 
 
 def mode_of(run: Run) -> str:
-    """How the run answers: ``exact`` or ``estimated``."""
+    """Return the run's attribution mode: ``exact`` or ``estimated``."""
     return "exact" if run.config.attribute.exact else "estimated"
 
 
 def write_page(run: Run, name: str) -> str:
-    """Write the page of a query set's tables anew, with what the trust panel found meanwhile; returns its URL."""
+    """Rewrite a query set's page, including the trust panel's results if there are any; returns its URL."""
     return _write_page(run, name, shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS))
 
 
 def _write_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
     store = run.stage(table_stage(run), name).store
-    facts = {**_about(run), **store.read_json("manifest.json"), "mode": mode_of(run), "name": name, "run": run.url}
+    facts = {**_provenance(run), **store.read_json("manifest.json"), "mode": mode_of(run), "name": name, "run": run.url}
     facts["believable"] = reliability_note(facts)
     trust = store.read_json("trust.json") if store.exists("trust.json") else None
     store.write("page.html", attribution_page(shown, facts, trust).encode())
-    return store.name_of("page.html")
+    return store.display_url("page.html")
 
 
 def table_stage(run: Run) -> str:
-    """The stage with a query set's tables: ``exact``, or ``influence`` where the rest is estimated."""
+    """Return the stage that holds the tables: ``exact`` in exact mode, ``influence`` in estimated mode."""
     return TABLES[mode_of(run)]
 
 
-def asked_queries(run: Run, name: str) -> pa.Table:
-    """The queries (queries.SCHEMA) that a query set's tables answer."""
+def stored_queries(run: Run, name: str) -> pa.Table:
+    """Read the queries (queries.SCHEMA) of a query set's tables."""
     return run.stage(table_stage(run), name).store.read_table("queries.parquet")
 
 
-def _about(run: Run) -> dict[str, Any]:
-    """What the page says of how its numbers came about: model, blocks, how, learned, verdict."""
+def _provenance(run: Run) -> dict[str, Any]:
+    """Provenance for the page: ``model``, ``blocks``, ``how`` (the method), ``learned`` and ``verdict``."""
     if run.config.attribute.exact:
         facts = run.stage("curvature").store.read_json("manifest.json")
         how = f"every block scored at {len(facts['sites'])} sites of the model"
@@ -133,9 +142,13 @@ def _about(run: Run) -> dict[str, Any]:
 
 
 def read_influence(run: Run, name: str, table: str = "influence") -> pa.Table:
-    """A query set's whole table: ``influence``, ``documents`` or ``recovery``."""
+    """Read a whole table of a query set: ``influence``, ``documents`` or ``recovery``.
+
+    Raises:
+        StrideError: the run's mode has no finished tables for this set, naming the command that makes them.
+    """
     mode = mode_of(run)
-    verb, other = "attribute --exact" if mode == "exact" else "rescore", OTHER[mode]
+    verb, other = "attribute --exact" if mode == "exact" else "rescore", OTHER_MODE[mode]
     here, there = (run.store.exists(f"{TABLES[each]}/{name}/manifest.json") for each in (mode, other))
     if there and not here:
         raise StrideError(
@@ -148,23 +161,24 @@ def read_influence(run: Run, name: str, table: str = "influence") -> pa.Table:
 
 
 def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[str, Any]]:
-    """The first queries of a set with their text and their most helpful and most harmful blocks with theirs.
+    """Collect the first queries of a set for display, each with its most helpful and most harmful blocks.
 
     Args:
-        run: with finished influence of that name.
+        run: with finished influence on this query set.
         name: the query set.
-        queries: how many queries at most.
-        blocks: how many blocks a side at most.
+        queries: maximum number of queries.
+        blocks: maximum number of helpful blocks, and of harmful ones, per query.
 
     Returns:
-        Per query: query_id, error, base_loss, nonzeros, gap, ``prompt`` (tokens without loss), ``completion`` (the
-        rest), ``helping`` and ``harming``: lists of rows of the influence table with ``text`` and ``share`` of the
-        query's largest |influence|; and of the whole table's rows ``curve``, at most CURVE influences by rank, evenly
-        spaced, ``half``, how many blocks hold half of the positive influence, and ``sources``, [source, share of the
-        positive influence], the largest SOURCES.
+        Per query: query_id, error, base_loss, nonzeros, gap, ``prompt`` (the text outside the loss mask),
+        ``completion`` (the text inside it), and ``helping`` and ``harming``, rows of the influence table with the
+        block's ``text`` and its ``share``, |influence| over the query's largest. Over all of the query's rows:
+        ``curve``, at most CURVE evenly spaced pairs [0-based rank, influence]; ``half``, the number of top blocks that
+        hold half of the positive influence; and ``sources``, the SOURCES largest as (source, share of the positive
+        influence).
     """
     tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
-    asked = asked_queries(run, name).slice(0, queries).to_pylist()
+    asked = stored_queries(run, name).slice(0, queries).to_pylist()
     recovery = {row["query_id"]: row for row in read_influence(run, name, "recovery").to_pylist()}
     influence = read_influence(run, name)
     where = _rows_of(influence["query_id"])
@@ -204,7 +218,7 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
 
 
 def _rows_of(column: pa.ChunkedArray) -> dict[str, tuple[int, int]]:
-    """First row and number of rows of each query of an influence table, where a query's rows follow each other."""
+    """Return each query's first row and row count in an influence table whose rows are contiguous by query."""
     codes = column.combine_chunks().dictionary_encode()
     numbers = codes.indices.to_numpy()
     firsts = np.flatnonzero(np.diff(numbers, prepend=-1))
@@ -214,7 +228,7 @@ def _rows_of(column: pa.ChunkedArray) -> dict[str, tuple[int, int]]:
 
 
 def _shares(sources: list[str], values: np.ndarray) -> list[tuple[str, float]]:
-    """The largest SOURCES sources' shares of the positive influence."""
+    """Shares of the positive influence by source, for the SOURCES largest."""
     sums: dict[str, float] = {}
     for source, value in zip(sources, values.tolist(), strict=True):
         sums[source] = sums.get(source, 0.0) + max(value, 0.0)
@@ -224,7 +238,7 @@ def _shares(sources: list[str], values: np.ndarray) -> list[tuple[str, float]]:
 
 
 def block_texts(pool: Blocks, ordinals: list[int], tokenizer: Any) -> list[str]:
-    """The text of some blocks, without padding."""
+    """Decode blocks to text, without padding."""
     if not ordinals:
         return []
     table = pool.take(ordinals, ["token_ids", "spans"])
@@ -233,7 +247,7 @@ def block_texts(pool: Blocks, ordinals: list[int], tokenizer: Any) -> list[str]:
 
 
 def print_table(shown: list[dict[str, Any]], out: TextIO) -> None:
-    """Queries with their most helpful and most harmful blocks, a line each."""
+    """Print each query with its most helpful blocks and its most harmful block, one line per block."""
     for query in shown:
         title = " ".join((query["prompt"] + query["completion"]).split())
         if query["error"]:

@@ -1,20 +1,20 @@
-"""Loops over columns of the membership matrix, compiled: what recovery spends its time in.
+"""Compiled loops over columns of the membership matrix, where recovery spends its time.
 
-A column is a row of ``ids``: the numbers of the subsets that its block belongs to, padded with K, "no subset". Sums are
-taken per query and in a fixed order, so that the bits of one query's result do not depend on the others.
+A column is a row of ``ids``: the ids of the subsets that its block belongs to, padded with K for "no subset". Sums are
+taken per query and in a fixed order, so the bits of one query's result do not depend on the others.
 """
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-# Epochs of descend between two looks at its gap, each of which costs about as much as an epoch.
+# Epochs of descend between computations of the duality gap, each of which costs about an epoch.
 CHECK = 10
 
 
 @njit(cache=True, nogil=True)
 def _sift_down(value: NDArray, ordinal: NDArray, at: int, size: int) -> None:
-    """Restore the min-heap below a position whose value was replaced."""
+    """Restore the min-heap below a position whose value has changed."""
     while 2 * at + 1 < size:
         child = 2 * at + 1
         if child + 1 < size and value[child + 1] < value[child]:
@@ -38,16 +38,17 @@ def scan(
     ordinal_QC: NDArray,
     count_Q: NDArray,
 ) -> None:
-    """Offer every column's correlation with every query's residual to that query's heap of the largest.
+    """Push every column's correlation with every query's residual onto that query's heap of the largest.
 
-    ids (n, width) are columns first…first+n−1; residual_KQ (K+1, Q) has a zero row for the id K. A value counts only
-    above floor_Q, which rises once the heap of capacity_Q entries is full: nearly all columns cost one comparison.
+    ids (n, width) are columns first…first+n−1; residual_KQ (K+1, Q) has a zero row for the id K. Only values above
+    floor_Q are pushed, and floor_Q rises once the heap of capacity_Q entries is full, so nearly all columns cost one
+    comparison. Updates value_QC, ordinal_QC, count_Q and floor_Q in place.
     """
     width, queries = ids.shape[1], residual_KQ.shape[1]
     total = np.empty(queries)
     for row in range(len(ids)):
         total[:] = 0.0
-        # Each query is a vector lane and adds its terms in the same order, whatever the number of lanes.
+        # Each query is a SIMD lane and adds its terms in the same order for any number of lanes.
         for i in range(0, width - 1, 2):
             a, b = residual_KQ[np.int64(ids[row, i])], residual_KQ[np.int64(ids[row, i + 1])]
             for q in range(queries):
@@ -66,7 +67,7 @@ def scan(
             if total[q] <= floor_Q[q]:
                 continue
             value, ordinal, size = value_QC[q], ordinal_QC[q], count_Q[q]
-            if size < capacity_Q[q]:  # a plain list until it is full
+            if size < capacity_Q[q]:  # an unordered list until it is full
                 value[size], ordinal[size] = total[q], first + row
                 count_Q[q] = size = size + 1
                 lowest = size // 2 if size == capacity_Q[q] else -1
@@ -81,7 +82,10 @@ def scan(
 
 @njit(cache=True, nogil=True)
 def gram_of(ids: NDArray, scale: NDArray, target: NDArray) -> tuple[NDArray, NDArray]:
-    """Return XᵀX (W, W) and Xᵀy (W,) of the centred, row-scaled columns; scale and target are (K+1,), 0 at K."""
+    """Return XᵀX (n, n) and Xᵀy (n,) of the centred, row-scaled columns; scale and target are (K+1,), 0 at K.
+
+    The target y must be centred.
+    """
     n, width = ids.shape
     K = len(scale) - 1
     gram, correlation, mean = np.empty((n, n)), np.zeros(n), np.zeros(n)
@@ -105,7 +109,7 @@ def gram_of(ids: NDArray, scale: NDArray, target: NDArray) -> tuple[NDArray, NDA
 
 @njit(cache=True, nogil=True)
 def predict(ids: NDArray, weights: NDArray, scale: NDArray) -> NDArray:
-    """Return X w before centring: (K,) float64."""
+    """Return X w for the row-scaled, uncentred columns: (K,) float64."""
     total = np.zeros(len(scale))
     for a in range(len(ids)):
         for i in range(ids.shape[1]):
@@ -126,9 +130,9 @@ def descend(
 ) -> None:
     """Coordinate descent on ½‖target − X w‖² + penalty·‖w‖₁, in place, over the centred, row-scaled columns.
 
-    A step costs the column's width and not the number of columns: the residual is kept as a vector that is not centred
-    and a shift, so that a column of a few ones changes a few numbers. Ends where the duality gap over ½‖target‖² is
-    within the tolerance (looked at every CHECK epochs), or after so many epochs.
+    A step costs O(width), not O(K): the residual is stored as an uncentred vector plus a scalar shift, so a sparse
+    column changes only a few entries. Stops when the duality gap over ½‖target‖² is within the tolerance (checked
+    every CHECK epochs), or after ``epochs`` epochs.
     """
     n, width = ids.shape
     K = len(scale) - 1
@@ -154,7 +158,7 @@ def descend(
             if _gap(ids, scale, target, weights, residual, shift, sums, penalty, nonnegative) <= tolerance * half:
                 return
         for a in range(n):
-            if norms[a] <= 1e-12 * abs(sums[a]):  # all subsets, or none: no column that tells them apart
+            if norms[a] <= 1e-12 * abs(sums[a]):  # in all subsets or in none: zero after centring
                 continue
             slope = shift * sums[a] + norms[a] * weights[a]
             for i in range(width):
@@ -184,7 +188,7 @@ def _gap(
     penalty: float,
     nonnegative: bool,
 ) -> float:
-    """The duality gap of descend's problem at the residual (K+1,) plus the shift."""
+    """Duality gap of descend's problem at the residual (K+1,) plus the shift."""
     n, width = ids.shape
     largest, size, rr, ry = penalty, 0.0, 0.0, 0.0
     for a in range(n):
@@ -201,9 +205,9 @@ def _gap(
 
 @njit(cache=True, nogil=True)
 def gap_of(rr: float, ry: float, largest: float, size: float, penalty: float, nonnegative: bool) -> float:
-    """The duality gap of ½‖y − Xw‖² + penalty·‖w‖₁, from ‖r‖², rᵀy, max|Xᵀr| (nonnegative: max Xᵀr) and ‖w‖₁.
+    """Duality gap of ½‖y − Xw‖² + penalty·‖w‖₁, from ‖r‖², rᵀy, max|Xᵀr| (nonnegative: max Xᵀr) and ‖w‖₁.
 
-    The dual point is s·r with the s that maximises the dual, −½s²‖r‖² + s·yᵀr, where s·Xᵀr stays within the penalty.
+    The dual point is s·r, with the s that maximises the dual −½s²‖r‖² + s·yᵀr subject to s·Xᵀr within the penalty.
     """
     bound = penalty / largest if largest > 0.0 else np.inf
     dual = max(min(ry / rr, bound) if rr > 0.0 else 0.0, 0.0 if nonnegative else -bound)

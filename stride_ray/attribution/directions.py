@@ -1,7 +1,7 @@
-"""Queries to directions: each query's gradient at all sites, and what a solve makes of it (conjugate_gradients.py).
+"""Query directions: each query's gradient at all sites, refined by a Gauss–Newton solve (conjugate_gradients.py).
 
-``directions/<name>/gradients-*.safetensors`` hold it by site for the queries that did not fail, until the tables that
-they are for are written.
+``directions/<name>/gradients-*.safetensors`` hold them by site for the queries that did not fail. They are removed once
+the influence tables are written.
 """
 
 import time
@@ -19,21 +19,21 @@ from stride_ray.models.curvature.gauss_newton import GaussNewton, batch_rows
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.loading import load_measured_model, load_run_model
 from stride_ray.models.pool_worker import ModelWorker
-from stride_ray.models.query_batches import batches, checked, padded
+from stride_ray.models.query_batches import batches, padded, validate_query
 from stride_ray.models.sites import site_gradients
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
-from stride_ray.runtime.costs import costed
+from stride_ray.runtime.costs import record_stage_costs
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store, tensor_bytes
 from stride_ray.runtime.tasks import progress
 
-# Queries whose gradients are made in one unit at most, and the bytes of these; a solve holds seven times as much.
-UNIT, UNIT_BYTES = 16, 2**27
+# Maximum queries per work unit, and maximum bytes of their gradients; a solve holds seven times as much.
+MAX_QUERIES_PER_UNIT, UNIT_BYTES = 16, 2**27
 
 
 def begin_directions(run: Run, table: pa.Table, name: str) -> Stage:
-    """The stage's folder, with the queries in it. Blocks that are sharded later change nothing about it."""
+    """Open the stage's folder and store the queries in it; blocks sharded after the curvature do not invalidate it."""
     keys = run.stage("curvature").store.read_json("stage.json")["keys"]
     about = {key: keys[key] for key in ("corpus", "weights")}
     stage = run.begin("directions", name, queries=fingerprint(table), **about)
@@ -42,14 +42,14 @@ def begin_directions(run: Run, table: pa.Table, name: str) -> Stage:
     return stage
 
 
-def queries_a_unit(gradient_bytes: int) -> int:
-    """How many queries' gradients of so many bytes each are made in one unit."""
-    return max(1, min(UNIT, UNIT_BYTES // max(1, gradient_bytes)))
+def queries_per_unit(gradient_bytes: int) -> int:
+    """Number of queries per work unit, given the bytes of one query's gradient."""
+    return max(1, min(MAX_QUERIES_PER_UNIT, UNIT_BYTES // max(1, gradient_bytes)))
 
 
 def part_count(curvature: Store, queries: int) -> int:
-    """Parts of so many queries; they follow from the size of a gradient alone."""
-    return -(-queries // queries_a_unit(gradient_bytes(curvature)))
+    """Number of parts that the queries are split into; depends only on their count and the size of a gradient."""
+    return -(-queries // queries_per_unit(gradient_bytes(curvature)))
 
 
 def gradient_bytes(curvature: Store) -> int:
@@ -58,45 +58,48 @@ def gradient_bytes(curvature: Store) -> int:
 
 
 def gradient_name(part: int) -> str:
-    """The name of some queries' gradients, and of their marker."""
+    """Name of the file with a part's gradients, and of its done marker."""
     return f"gradients-{part:05d}"
 
 
 def compute_directions(
     config: Config, blocks: Blocks, curvature: Store, stage: Stage, queries: int, actors: ActorPool
 ) -> None:
-    """Publish what is missing of all queries' gradients.
+    """Compute and write the query gradients that are missing.
 
     Args:
         config: of the run.
-        blocks: the pool, of which a sample says what the curvature is.
-        curvature: the finished sites.
+        blocks: the pool; the Gauss–Newton matrix is taken over a sample of it.
+        curvature: the finished ``curvature/`` store, with the sites.
         stage: ``directions/<name>``, begun, with ``queries.parquet``.
-        queries: how many there are.
-        actors: that do it.
+        queries: number of queries.
+        actors: the actor pool.
     """
     there = set(stage.store.names(ending=".safetensors"))
     parts = range(part_count(curvature, queries))
     missing = [part for part in parts if f"{gradient_name(part)}.safetensors" not in there]
     if missing:
-        with costed(stage):
+        with record_stage_costs(stage):
             results = actors.map(DirectionWorker, (config, blocks, actors.device, curvature, stage), missing)
             stage.remember(progress(results, "queries", len(missing), "parts", lambda _: 1))
 
 
 def clear_directions(run: Run, name: str) -> None:
-    """Remove the gradients when the tables that they were for are written; they may be far larger than these."""
+    """Remove the gradients; once the tables are written they are not needed, and may be far larger."""
     run.stage("directions", name).clear_tensors()
 
 
 def read_directions(stage: Stage, part: int) -> tuple[list[dict[str, Any]], Gradient]:
-    """What became of a part's queries, and the gradients of those that did not fail by site, (q, F, D) each."""
+    """Read a part's query statuses, and by site the gradients (q, F, D) of the queries that did not fail."""
     answers = stage.store.read_json(f"_done/{gradient_name(part)}.json")["answers"]
     return answers, stage.store.read_tensors(f"{gradient_name(part)}.safetensors")
 
 
 class DirectionWorker(ModelWorker):
-    """Publishes some queries' gradients, with their losses and errors."""
+    """Writes the gradients of a part's queries, with their losses and errors in the done marker.
+
+    Gradients are taken at the measured model (checkpoint interpolation), losses at the run's own.
+    """
 
     load = staticmethod(load_measured_model)
 
@@ -105,15 +108,15 @@ class DirectionWorker(ModelWorker):
         self.stage = stage
         self.sites = load_sites(curvature, SITES, self.model.device)
         self.curved = int(curvature.read_json("manifest.json")["blocks"])
-        self.unit = queries_a_unit(gradient_bytes(curvature))
+        self.unit = queries_per_unit(gradient_bytes(curvature))
         self.table = stage.store.read_table("queries.parquet")
         self.trained = load_run_model(config, device)
 
     def __call__(self, part: int) -> dict[str, Any]:
-        """Do one unit; returns its marker."""
+        """Process one part; returns its done marker."""
         started = time.monotonic()
         rows = self.table.slice(part * self.unit, self.unit).to_pylist()
-        answers = [{**checked(self.model, row), "base_loss": None, "steps": None} for row in rows]
+        answers = [{**validate_query(self.model, row), "base_loss": None, "steps": None} for row in rows]
         waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
         found: list[Gradient] = []
         for batch in batches(rows, waiting, self.tokens):
@@ -135,14 +138,14 @@ class DirectionWorker(ModelWorker):
                 answer["steps"] = each.steps
         names = [site.name for site in self.sites] if found else []
         tensors = {name: torch.stack([each.pop(name) for each in found]).cpu() for name in names}
-        # The marker first: that the file is there is what says that the unit is done.
+        # Marker first: here the presence of the file, which can be removed, means that the unit is done.
         marker = self.stage.mark(gradient_name(part), started, answers=answers)
         self.stage.store.write(f"{gradient_name(part)}.safetensors", tensor_bytes(tensors))
         return marker
 
     @cached_property
     def _gauss_newton(self) -> GaussNewton:
-        """Of a sample of the pool, which is read once for all steps and units."""
+        """The Gauss–Newton matrix over a sample of the pool, read once per worker."""
         length = self.blocks.block_tokens
         ordinals = self.blocks.sample(-(-self.config.solve.tokens // length), self.config.seed, self.curved)
         size = batch_rows(self.rows, self.model, length)

@@ -1,14 +1,14 @@
-"""From the K responses of a query to the influence of every block: an exact Lasso at any N.
+"""Lasso recovery: the influence of all N blocks on a query from its K responses, exact at any N.
 
 The paper recovers influence by coordinate descent over all N columns of M. Here M is never stored and N may be 1e9, so
 the solver is a working-set method. One pass over M's columns, shared by a batch of queries, yields every query's
-largest correlations |Mᵀr|. The columns that violate optimality join that query's working set, coordinate descent over
-its columns' few ones solves the small problem, and so on, until the duality gap of the full problem is below the
-tolerance. The pass knows max|Mᵀr| over all N columns, so the gap is that of the full problem: a certificate, not an
-estimate.
+largest correlations |Mᵀr|. Columns that violate the optimality conditions join the query's working set, and coordinate
+descent on the sparse columns solves the restricted problem. Rounds repeat until the duality gap of the full problem is
+below the tolerance. Each pass computes max|Mᵀr| over all N columns, so the gap is a certificate for the full problem,
+not an estimate.
 
-Queries share passes but never arithmetic: sums run per query in a fixed order and everything else is done one query at
-a time, so that a result has the same bits whatever else is in the batch.
+Queries share passes but never arithmetic: sums run per query in a fixed order and all else is done one query at a time,
+so the bits of a result do not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from stride_ray.attribution.coordinate_descent import descend, gap_of, gram_of, 
 from stride_ray.operators.membership import Membership
 from stride_ray.runtime.errors import StrideError
 
-BATCH = 64  # queries that share a pass: their residuals (K·64·8 bytes) should stay in a core's L2 cache
-FIRST_GROWTH, LAST_GROWTH = 128, 512  # most columns that join a working set in its first round and, doubling, later
-PRUNE_ABOVE = 1.5  # times K: a working set beyond it drops its zeros, which bounds the Gram matrix at any λ
+BATCH = 64  # queries per pass: their residuals (K·64·8 bytes) should fit in a core's L2 cache
+FIRST_GROWTH, LAST_GROWTH = 128, 512  # maximum columns that join a working set per round: doubles from first to last
+PRUNE_ABOVE = 1.5  # times K: a larger working set drops its zero weights, which bounds the Gram matrix at any λ
 MAX_ROUNDS = 500
-MAX_EPOCHS = 200  # of coordinate descent in one small problem; what is left over, the next round takes up
-MAX_POLISH = 20  # linear solves after it ...
-POLISH_BELOW = 512  # ... in working sets of this size, where they cost nothing, and in larger ones once ...
-POLISH_WITHIN = 1e-3  # ... the relative gap is this small: before, the next round's working set is another
+MAX_EPOCHS = 200  # of coordinate descent per restricted problem; the next round continues from there
+MAX_POLISH = 20  # linear solves after coordinate descent
+POLISH_BELOW = 512  # columns: up to this size polishing is nearly free, so it is always done
+POLISH_WITHIN = 1e-3  # relative gap from which larger working sets are polished too; before, they still change
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Recovery:
     """The influence of the pool on one query: the non-zero part of ŵ(x) (method: Recovery).
 
     Attributes:
-        ordinals: (A,) int64, ascending: the blocks with influence.
+        ordinals: (A,) int64, ascending: the blocks with non-zero influence.
         weights: (A,) float64, their ŵ, in the unit of the responses (nats, if those are drops in cross-entropy);
             positive: training on the block lowers the query's loss. With `row_scaling`, see `recover`.
         intercept: c, in the unit of the responses.
         penalty: λ = ratio · λ_max of this query.
-        gap: duality gap of the full N-column problem over ½‖y − ȳ‖². Above the tolerance only where `rounds` reached
+        gap: duality gap of the full N-column problem over ½‖y − ȳ‖². Above the tolerance only if `rounds` reached
             MAX_ROUNDS or the tolerance is finer than floating point allows.
         rounds: passes over M's columns that this query took part in.
-        seconds: its share of these passes' time and of making the columns, the part of the work that grows with N.
+        seconds: its share of the time for these passes and for generating columns, the cost that grows with N.
     """
 
     ordinals: NDArray[np.int64]
@@ -62,7 +62,7 @@ class Recovery:
 
 @dataclass(frozen=True)
 class _Problem:
-    """What all queries of a call share; `scale` is what multiplies M's rows, (K+1,), 0 for the "no subset" id K."""
+    """State shared by all queries of a call; `scale` (K+1,) multiplies M's rows and is 0 for the "no subset" id K."""
 
     membership: Membership
     n_blocks: int
@@ -74,7 +74,7 @@ class _Problem:
 
 @dataclass
 class _Query:
-    """The state of one query between passes; ids, ordinals and weights describe its working set."""
+    """The state of one query between passes; ordinals and weights describe its working set."""
 
     mean: float
     target: NDArray[np.float64]  # y − ȳ
@@ -92,7 +92,7 @@ class _Query:
 
 
 def row_scale(membership: Membership, n_blocks: int) -> NDArray[np.float64]:
-    """Return what `row_scaling` multiplies M's rows by: (K,) float64, mean|S| / |S_k| (1 where S_k is empty)."""
+    """Return the row factors of `row_scaling`: (K,) float64, mean|S| / |S_k|, 1 for an empty S_k."""
     sizes = membership.sizes(n_blocks)
     return np.where(sizes > 0, sizes.mean() / np.maximum(sizes, 1), 1.0)
 
@@ -100,9 +100,9 @@ def row_scale(membership: Membership, n_blocks: int) -> NDArray[np.float64]:
 def _polish(gram: NDArray, correlation: NDArray, penalty: float, weights: NDArray) -> NDArray:
     """Return the exact minimiser on the support and signs of weights, or the best point on the way there.
 
-    Coordinate descent finds the support soon and the last digits late; a few linear solves replace that tail. With the
-    signs fixed the objective is quadratic, so it falls all the way to its minimiser; where a weight would change sign
-    first, the step ends there, the weight leaves the support, and the next solve goes on.
+    Coordinate descent finds the support early but the last digits late; a few linear solves replace that tail. With
+    fixed signs the objective is quadratic and decreases all the way to its minimiser. If a weight would change sign
+    first, the step stops there, the weight leaves the support, and the next solve continues.
     """
     polished = weights.copy()
     for _ in range(MAX_POLISH):
@@ -114,7 +114,7 @@ def _polish(gram: NDArray, correlation: NDArray, penalty: float, weights: NDArra
         try:
             factor = cho_factor(gram[np.ix_(support, support)], overwrite_a=True, check_finite=False)
             end = cho_solve(factor, correlation[support] - penalty * signs, check_finite=False)
-        except np.linalg.LinAlgError:  # duplicate columns: the minimiser is not unique, and descent has found one
+        except np.linalg.LinAlgError:  # duplicate columns: the minimiser is not unique, so keep descent's
             break
         if not np.isfinite(end).all():
             break
@@ -122,7 +122,7 @@ def _polish(gram: NDArray, correlation: NDArray, penalty: float, weights: NDArra
         if len(crossing) == 0:
             polished[support] = end
             break
-        reach = start[crossing] / (start[crossing] - end[crossing])  # in (0, 1]: the share of the step to zero
+        reach = start[crossing] / (start[crossing] - end[crossing])  # in (0, 1]: step fraction to zero
         polished[support] = start + reach.min() * (end - start)
         polished[support[crossing[reach == reach.min()]]] = 0.0
 
@@ -133,7 +133,7 @@ def _polish(gram: NDArray, correlation: NDArray, penalty: float, weights: NDArra
 
 
 def _solve_small(problem: _Problem, query: _Query, tolerance: float, polish: bool) -> None:
-    """Minimise over the working set, starting from its weights; then update the residual."""
+    """Minimise over the working set from its current weights, then update the residual."""
     scale = problem.scale
     ids = problem.membership.columns_at(query.ordinals).astype(np.int64)
     descend(ids, scale, query.target, query.weights, query.penalty, problem.nonnegative, tolerance, MAX_EPOCHS)
@@ -154,23 +154,23 @@ def _relative_gap(query: _Query, largest: float, nonnegative: bool) -> float:
 
 
 def _advance(problem: _Problem, query: _Query, value: NDArray, ordinal: NDArray) -> None:
-    """Take one query through a round: value and ordinal are the pass's largest correlations and their columns."""
+    """Advance one query by a round, given the pass's largest correlations (value) and their columns (ordinal)."""
     query.rounds += 1
     largest = float(value.max()) if len(value) else 0.0
     if query.penalty < 0:
-        # Below this the correlations are rounding: no column tells the subsets apart (d = K), or none is positive.
+        # Below this, correlations are rounding error: all columns are constant (d = K), or none is positive.
         noise = 1e-13 * np.sqrt(2 * query.half * problem.membership.degree) * problem.scale.max()
         query.penalty = problem.ratio * largest if largest > noise else 0.0
         query.done = query.penalty == 0.0
         if query.done:
             return
-    # No column above the floor λ: then λ bounds them all.
+    # The pass returns only correlations above λ; if there are none, λ is the bound.
     query.gap = _relative_gap(query, max(largest, query.penalty), problem.nonnegative)
     query.done = query.gap <= problem.tolerance or query.rounds == MAX_ROUNDS
     if query.done:
         return
     if len(query.ordinals) > PRUNE_ABOVE * problem.membership.subsets:
-        keep = query.weights != 0  # a column dropped wrongly comes back as a violator
+        keep = query.weights != 0  # a column that is still needed returns as a violator
         query.ordinals, query.weights = query.ordinals[keep], query.weights[keep]
     fresh = ~np.isin(ordinal, query.ordinals) & (value > query.penalty)
     order = np.lexsort((ordinal, -value))
@@ -178,14 +178,14 @@ def _advance(problem: _Problem, query: _Query, value: NDArray, ordinal: NDArray)
     query.ordinals = np.concatenate([query.ordinals, joining])
     query.weights = np.concatenate([query.weights, np.zeros(len(joining))])
     query.growth = min(2 * query.growth, LAST_GROWTH)
-    # Early small problems need not be solved finer than the full one is; without fresh columns precision is what lacks.
+    # Early rounds need not be more precise than the full problem; without new columns only precision is missing.
     inner = max(0.1 * problem.tolerance, 1e-2 * query.gap if len(joining) else 0.0)
     polish = len(query.ordinals) <= POLISH_BELOW or query.gap <= POLISH_WITHIN
     _solve_small(problem, query, min(inner, 1e-4), polish)
 
 
 def _recover_batch(problem: _Problem, queries: list[_Query], stored: Iterable[tuple[int, NDArray]] | None) -> None:
-    """Run rounds until every query of the batch is done; queries that are leave the passes."""
+    """Run rounds until every query of the batch is done; finished queries drop out of the passes."""
     while active := [query for query in queries if not query.done]:
         began = time.monotonic()
         residual_KQ = np.stack([np.append(query.residual, 0.0) * problem.scale for query in active], axis=1)
@@ -207,7 +207,7 @@ def _start(responses: NDArray) -> _Query:
     y = np.ascontiguousarray(responses)
     mean = float(y.mean())
     target = y - mean
-    # Centring a constant leaves rounding of its mean, which is no signal: then the residual is zero and so is the gap.
+    # Centring a constant vector leaves rounding error, not signal; set the residual, and so the gap, to zero.
     constant = float(np.abs(target).max()) <= 1e-14 * abs(mean)
     target = np.zeros_like(target) if constant else target - target.mean()
     query = _Query(mean=mean, target=target, half=0.5 * float(target @ target), residual=target)
@@ -230,22 +230,22 @@ def recover(
     """Recover each query's influence vector from its responses (method: Recovery; the paper's Section 4 and Table 6).
 
     Solves, per query, min over c and w of ½‖y − c·1 − M w‖² + λ‖w‖₁ with λ = ratio · λ_max and
-    λ_max = ‖Mᵀ(y − ȳ)‖_∞, exactly: to a duality gap of the full problem. Memory beyond the cache does not grow with N.
+    λ_max = ‖Mᵀ(y − ȳ)‖_∞, to the given duality gap of the full problem. Memory beyond the cache does not grow with N.
 
     Args:
-        responses_QK: (Q, K) float, a row of responses y(x) per query; solved in float64.
+        responses_QK: (Q, K) integer or float, a row of responses y(x) per query; solved in float64.
         membership: M.
         n_blocks: N, the columns of M.
         ratio: λ/λ_max, above 0. At 1 and above every w is empty.
         nonnegative: w ≥ 0; λ_max is then max Mᵀ(y − ȳ).
-        row_scaling: the model of operators that are subset means: y = c·1 + diag(mean|S| / |S_k|) M w, λ_max and λ
-            likewise of the scaled matrix. The factor mean|S| keeps the problem well-conditioned and w in the unit of
+        row_scaling: for operators that are subset means. The model is y = c·1 + diag(mean|S| / |S_k|) M w, and λ_max
+            and λ are of the scaled matrix. The factor mean|S| keeps the problem well-conditioned and w in the unit of
             the responses; v = mean|S|·w is the influence in y = c·1 + diag(1/|S_k|) M v.
-        tolerance: relative duality gap to reach, from 1e-14 to 1 (of ½‖y − ȳ‖²).
-        cache_bytes: keep the columns' ids in memory between passes if they fit; else recompute them in every pass.
+        tolerance: duality gap to reach, relative to ½‖y − ȳ‖², from 1e-14 to below 1.
+        cache_bytes: the columns' ids are kept between passes if they fit in this, else recomputed in every pass.
 
     Returns:
-        One `Recovery` a query, in order. A query of all-equal responses has an empty one with gap 0. The bits of a
+        One `Recovery` per query, in order; empty with gap 0 if all of a query's responses are equal. The bits of a
         result do not depend on the other queries.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Stage recover: responses to every query's estimated influence, as Ray tasks over queries.
+"""Stage recover: estimate every query's block influence from its responses, in parallel over queries.
 
-Where rows are subsets, a Lasso recovers the influence of N blocks from K responses (recover.py); where they are blocks
-a response is an estimate already. Estimates of operators at every site are in the unit of exact influence, a block's
-mean influence on itself; those of the paper's forms are in that of their responses.
+If operator rows are subsets, a Lasso recovers the influence of N blocks from K responses (lasso.py); if rows are
+blocks, a response already is an estimate. Estimates from operators at all sites are in the unit of exact influence, a
+block's mean influence on itself; those from the paper's forms are in the unit of their responses.
 """
 
 import time
@@ -14,15 +14,15 @@ import pyarrow as pa
 
 from stride_ray.attribution.lasso import recover
 from stride_ray.attribution.responses import read_responses
-from stride_ray.models.sites import HARM
+from stride_ray.models.sites import NEGATIVE_SCORE_FACTOR
 from stride_ray.operators.membership import Membership, membership_of
 from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.config import Config
-from stride_ray.runtime.costs import START, costed, record_separately
+from stride_ray.runtime.costs import START, record_separately, record_stage_costs
 from stride_ray.runtime.run import Run, Stage, part_name
 from stride_ray.runtime.tasks import WorkerAllocation, map_tasks, progress
 
-# Response parts in a unit: the solver shares its passes over M between the queries of a unit.
+# Response parts per work unit; the queries of a unit share the solver's passes over M.
 PARTS_PER_UNIT = 4
 ESTIMATES = pa.schema(
     [
@@ -42,36 +42,42 @@ ESTIMATES = pa.schema(
 
 
 def recover_estimates(run: Run, name: str) -> dict[str, Any]:
-    """Estimate every query's influence.
+    """Estimate the influence of the blocks on every query.
 
-    ``estimates/<name>/part-*.parquet`` has a row per query: ``ordinals`` and ``estimates`` of the blocks whose estimate
-    is not zero, the solver's penalty, intercept, relative duality gap and rounds where there was something to solve,
-    and how reliable the responses are where rows say that (respond_sites.respond_sites).
+    ``estimates/<name>/part-*.parquet`` has a row per query: ``ordinals`` and ``estimates`` of the blocks with a
+    non-zero estimate; the Lasso's penalty, intercept, relative duality gap and rounds (null without a solve); and the
+    split-half reliability of responses at all sites (site_responses.respond_sites).
+
+    Example:
+        >>> from stride_ray import Run
+        >>> from stride_ray.attribution.recover import recover_estimates
+        >>> recover_estimates(Run("mine"), "asked")["failed"]
+        0
 
     Args:
-        run: with finished responses of that name.
+        run: with finished responses to this query set.
         name: the query set.
 
     Returns:
-        Counts: ``queries``, ``failed``, ``rows``, the median number of non-zeros and the largest relative gap.
+        Counts: ``queries``, ``failed``, ``rows``, ``median_nonzeros``, ``largest_gap`` (relative) and ``parts``.
 
     Raises:
-        StrideError: for a missing stage or other settings.
+        StrideError: a stage is missing or was made with other settings.
     """
     responses = run.require("responses", "manifest.json", f"stride-ray respond --name {name}", name)
     parts = responses.store.read_json("manifest.json")["parts"]
     keys = responses.store.read_json("stage.json")["keys"]
-    # The blocks that the operators were fitted on: whatever was sharded since then comes after them.
+    # The number of blocks that the operators were fitted on; blocks sharded later have higher ordinals.
     facts = run.require("operators", "metadata.json", "stride-ray fit").store.read_json("metadata.json")
     stage = run.begin("estimates", name, **{key: keys[key] for key in ("corpus", "queries", "weights")})
     units = [list(range(start, min(start + PARTS_PER_UNIT, parts))) for start in range(0, parts, PARTS_PER_UNIT)]
     done = stage.done()
     missing = [unit for unit in units if part_name(unit[0] // PARTS_PER_UNIT) not in done]
     if missing:
-        with costed(stage), shared_actor_pool(run.config, len(missing)) as actors:
-            work = take_estimates if facts.get("rows") == "blocks" else solve_estimates
+        with record_stage_costs(stage), shared_actor_pool(run.config, len(missing)) as actors:
+            work = estimates_of_block_rows if facts.get("rows") == "blocks" else solve_estimates
             given = (run.config, responses, stage, facts["blocks"])
-            # Where the actors have GPUs, the machines' CPUs are free, and there are more of them.
+            # The Lasso runs on CPUs. If the actors hold GPUs, the more numerous CPUs are idle.
             spare = actors.device == "cuda" and work is solve_estimates
             cpus = WorkerAllocation(actors.allocation.workers, "cpu")
             results = map_tasks(work, given, missing, cpus) if spare else actors.map(partial, (work, *given), missing)
@@ -95,24 +101,26 @@ def _one(_: Any) -> int:
     return 1
 
 
-def take_estimates(config: Config, responses: Stage, stage: Stage, n_blocks: int, unit: list[int]) -> dict[str, Any]:
-    """Estimates of some response parts where a row is a block's."""
+def estimates_of_block_rows(
+    config: Config, responses: Stage, stage: Stage, n_blocks: int, unit: list[int]
+) -> dict[str, Any]:
+    """Turn responses of block rows into estimates; negative ones are scaled by HARM."""
     started = time.monotonic()
     tables = [responses.store.read_table(f"{part_name(part)}.parquet") for part in unit]
     rows = []
     for row in pa.concat_tables(tables).to_pylist():
         value = np.array(row.pop("response"), dtype=np.float64)
         ordinals = np.array(row.pop("rows"), dtype=np.int64)
-        value = np.where(value > 0, value, HARM * value)
+        value = np.where(value > 0, value, NEGATIVE_SCORE_FACTOR * value)
         rows.append({**row, "ordinals": ordinals[value != 0], "estimates": value[value != 0]})
     return _publish(stage, unit, started, rows)
 
 
 def solve_estimates(config: Config, responses: Stage, stage: Stage, n_blocks: int, unit: list[int]) -> dict[str, Any]:
-    """Estimates of some response parts where a row is a subset's: a Lasso per query."""
+    """Recover estimates from responses of subset rows, with a Lasso per query."""
     started = time.monotonic()
     membership = membership_of(config)
-    # Imports and compiles what recovery needs, so that its cost is told apart.
+    # Warm up imports and the Numba cache, so that start-up is recorded separately from solving.
     recover(np.arange(config.membership.subsets, dtype=float)[None], membership, 64, ratio=0.9)
     record_separately(START, time.monotonic() - started)
     rows, vectors = read_all(responses, unit)
@@ -126,7 +134,7 @@ def solve_estimates(config: Config, responses: Stage, stage: Stage, n_blocks: in
         row_scaling=options.row_scaling,
     )
     record_separately("columns", sum(each.seconds for each in recovered))
-    unscaled = weight_unit(config, membership, n_blocks)
+    unscaled = influence_scale(config, membership, n_blocks)
     found = iter(recovered)
     for row in rows:
         row |= {"ordinals": [], "estimates": []}
@@ -138,23 +146,23 @@ def solve_estimates(config: Config, responses: Stage, stage: Stage, n_blocks: in
 
 
 def read_all(responses: Stage, unit: list[int]) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Some response parts as one: rows without the vectors, and the vectors (rows, K)."""
+    """Read and concatenate response parts: rows without their vectors, and the vectors (rows, K)."""
     read = [read_responses(responses.store, part) for part in unit]
     return [row for rows, _ in read for row in rows], np.concatenate([found for _, found in read])
 
 
-def weight_unit(config: Config, membership: Membership, n_blocks: int) -> float:
-    """What a weight is multiplied by to be in the unit of exact influence; 1 where responses are not.
+def influence_scale(config: Config, membership: Membership, n_blocks: int) -> float:
+    """Factor from a Lasso weight to influence: the mean subset size for row-scaled site operators, else 1.
 
-    A row at every site is the mean over its subset, so y = diag(1/|S_k|) M v with v the influence, and recover's w is
-    v over the mean size.
+    An operator row at all sites is the mean over its subset, so y = diag(1/|S_k|) M v with v the influence; the w that
+    ``recover`` returns is v divided by the mean subset size.
     """
     scaled = config.operators.form == "sites" and config.recover.row_scaling
     return float(membership.sizes(n_blocks).mean()) if scaled else 1.0
 
 
 def _publish(stage: Stage, unit: list[int], started: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write a unit's table and its marker."""
+    """Write a unit's table and its done marker."""
     name = part_name(unit[0] // PARTS_PER_UNIT)
     columns = {key: [row.get(key) for row in rows] for key in ESTIMATES.names}
     digest = stage.store.write_table(f"{name}.parquet", pa.Table.from_pydict(columns, ESTIMATES))
@@ -171,7 +179,7 @@ def _publish(stage: Stage, unit: list[int], started: float, rows: list[dict[str,
 
 
 def read_estimates(stage: Stage) -> list[dict[str, Any]]:
-    """All queries of a finished set, in order, as rows of ESTIMATES with NumPy arrays for lists."""
+    """Read the estimates of a finished query set, in order: rows of ESTIMATES with lists as NumPy arrays."""
     parts = stage.store.read_json("manifest.json")["parts"]
     rows: list[dict[str, Any]] = []
     for part in range(parts):

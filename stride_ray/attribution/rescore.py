@@ -1,9 +1,8 @@
-"""Stage rescore: exact influence of a query's candidates, estimates for the rest, and the ranked tables.
+"""Stage rescore: exact influence for a query's shortlist, estimates for the rest, and the ranked tables.
 
-Exact is J(x)ᵀ H⁻¹ J_i (sites.py): a K-FAC influence function at layers' outputs (Grosse et al. 2023, arXiv 2308.03296).
-Of a query's candidates it costs a forward and a backward pass per candidate. With every block as a candidate
-(``exact_influence``) no operators, responses or estimates are needed, and a batch of queries costs one pass over the
-pool.
+Exact influence is J(x)ᵀ H⁻¹ J_i (sites.py), a K-FAC influence function at layer outputs (Grosse et al. 2023, arXiv
+2308.03296). It costs a forward and a backward pass per candidate. Scoring every block (``exact_influence``) needs no
+operators, responses or estimates, and costs one pass over the pool per batch of queries.
 """
 
 import math
@@ -14,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 
 from stride_ray.attribution.directions import (
-    UNIT,
+    MAX_QUERIES_PER_UNIT,
     begin_directions,
     clear_directions,
     compute_directions,
     gradient_bytes,
-    queries_a_unit,
+    queries_per_unit,
 )
 from stride_ray.attribution.recover import read_estimates
 from stride_ray.attribution.scoring import QueryWorker, ScoreUnit, ScoreWorker, query_name
@@ -27,27 +26,27 @@ from stride_ray.attribution.tables import rank_unit
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.queries import check_name, fingerprint
 from stride_ray.models.curvature.kfac import begin_curvature, finish_curvature
-from stride_ray.models.loading import measured_weights
+from stride_ray.models.loading import measured_model_fingerprint
 from stride_ray.models.pool_worker import check_tokenizer
 from stride_ray.runtime.actor_pool import ActorPool, shared_actor_pool
 from stride_ray.runtime.config import Config
-from stride_ray.runtime.costs import costed
+from stride_ray.runtime.costs import record_stage_costs
 from stride_ray.runtime.run import Run, Stage, tolerate_concurrent_finish
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import progress
 
-# The most queries in one pass over the pool; the most candidates in a unit of work, and units of a group at least.
-MOST, CANDIDATES, UNITS = 256, 128, 8
-# Candidates that hold 95 % of the exact best ten: ten, and so many times N^⅓ more where operators have 1 KiB a block,
-# falling with that power of the bytes (RESULTS.md, Shortlists; fitted at 1,600 to 25,600 blocks). And the most.
+# Maximum queries per pass over the pool; maximum candidates per work unit, and the units aimed at per group.
+MAX_QUERIES_PER_PASS, CANDIDATES, MIN_UNITS = 256, 128, 8
+# Candidates that hold 95 % of the exact top ten: BASE + FACTOR · N^⅓ / KiB^EXPONENT, with the operators' KiB per block
+# (RESULTS.md, Shortlists; fitted at 1,600 to 25,600 blocks). The last is the cap.
 BASE_CANDIDATES, CANDIDATE_FACTOR, BYTES_EXPONENT, MAX_CANDIDATES = 10, 55.0, 1.75, 1600
 
 
 def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     """Score every block for every query and write the ranked tables.
 
-    The tables of ``exact/<name>/`` are those of rescore, with the blocks of largest influence (``attribute.top``) and
-    nothing in the solver's columns.
+    The tables in ``exact/<name>/`` have the columns of rescore's. They hold the ``attribute.top`` blocks of largest
+    |influence|; the Lasso columns are null.
 
     Args:
         run: with finished ``blocks/``.
@@ -55,16 +54,18 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
         name: of the query set.
 
     Returns:
-        Counts: ``queries``, ``failed``, ``rows``, ``median_nonzeros``, ``parts``.
+        ``queries``, ``failed``, ``rows`` and ``exact`` (here equal to ``rows``), ``median_nonzeros``, ``unsolved``
+        (queries whose Gauss–Newton solve took no step, leaving the direction at J) and ``parts``.
 
     Raises:
-        StrideError: for a missing stage, other settings, another query set of that name, or a model without sites.
+        StrideError: a stage is missing or was made with other settings, another query set has this name, or the model
+            has no sites.
     """
     check_name(name)
     blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
     corpus = blocks.manifest["fingerprint"]
     check_tokenizer(run.config, blocks)
-    weights = measured_weights(run.config)
+    weights = measured_model_fingerprint(run.config)
     curvature = begin_curvature(run, blocks, weights)
     stage = run.begin("exact", name, corpus=corpus, queries=fingerprint(table), weights=weights)
     if not stage.store.exists("queries.parquet"):
@@ -75,7 +76,7 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
             shared_actor_pool(run.config, unit_count(len(blocks))) as actors,
         ):
             finish_curvature(run.config, blocks, curvature, actors)
-            with costed(stage):
+            with record_stage_costs(stage):
                 answers, groups = _query_gradients(run, blocks, curvature.store, stage, name, actors)
                 ranges = list(enumerate(blocks.cut(unit_count(len(blocks)))))
                 units = [ScoreUnit(_unit_name(g, i), g, *ordinals) for g in groups for i, ordinals in ranges]
@@ -89,21 +90,30 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
 def rescore(run: Run, name: str) -> dict[str, Any]:
     """Compute the influence of every query's candidates exactly, and write the ranked tables.
 
-    ``influence-*.parquet`` holds the blocks with influence, most helpful first and most harmful last, and says of each
-    whether it is exact or estimated; ``documents-*`` the same summed to documents, each block's influence shared by
-    tokens; ``recovery-*`` a row per query with the solver's figures, how many blocks are named and how many of them are
-    exact, and the error of a failed query. Candidates are the ``attribute.candidates`` blocks of largest estimate
+    ``influence-*.parquet`` holds the blocks with influence, most helpful first and most harmful last, each marked exact
+    or estimated; ``documents-*`` the same summed to documents, with a block's influence split by token share;
+    ``recovery-*`` a row per query with the solver's diagnostics, the numbers of blocks listed and of exact ones, and
+    the error of a failed query. Candidates are the ``attribute.candidates`` blocks of largest |estimate|
     (candidate_count).
 
+    Example:
+        >>> from stride_ray import Run, read_influence
+        >>> from stride_ray.attribution.rescore import rescore
+        >>> done = rescore(Run("mine"), "asked")
+        >>> best = read_influence(Run("mine"), "asked").to_pylist()[0]
+        >>> best["query_id"], best["rank"], best["exact"], best["influence"] > 0
+        ('sea', 1, True, True)
+
     Args:
-        run: with finished estimates of that name.
+        run: with finished estimates for this query set.
         name: the query set.
 
     Returns:
-        As exact_influence, with ``exact``, how many of the rows are.
+        As exact_influence; ``exact`` is the number of rows that are not estimates, and ``reliability``, if known, the
+        median split-half reliability of the responses.
 
     Raises:
-        StrideError: for a missing stage, other settings, or a model without sites.
+        StrideError: a stage is missing or was made with other settings, or the model has no sites.
     """
     estimates = run.require("estimates", "manifest.json", f"stride-ray recover --name {name}", name)
     keys = estimates.store.read_json("stage.json")["keys"]
@@ -122,7 +132,7 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
         ):
             if curvature is not None:
                 finish_curvature(run.config, blocks, curvature, actors)
-            with costed(stage):
+            with record_stage_costs(stage):
                 _rescore(run, blocks, curvature.store if curvature else None, stage, estimates, name, wanted, actors)
     clear_directions(run, name)
     stage.clear_tensors()
@@ -142,7 +152,7 @@ def _rescore(
     rows = read_estimates(estimates)
     units: list[ScoreUnit] = []
     if curvature is None:
-        answers = [rows[at : at + UNIT] for at in range(0, len(rows), UNIT)]
+        answers = [rows[at : at + MAX_QUERIES_PER_UNIT] for at in range(0, len(rows), MAX_QUERIES_PER_UNIT)]
     else:
         answers, groups = _query_gradients(run, blocks, curvature, stage, name, actors, rows)
         units = [unit for group in groups for unit in candidate_units(group, answers, candidates)]
@@ -151,14 +161,14 @@ def _rescore(
 
 
 def candidate_count(config: Config, operators: dict[str, Any]) -> int:
-    """How many candidates a query has.
+    """Number of candidates per query: ``attribute.candidates``, or from the size of the operators if that is -1.
 
-    Example: 115,465 blocks with 18 KiB of operators each get 27 candidates a query; a million blocks get 155 with 8 KiB
-    each, and 496 with 4.
+    Example: 115,465 blocks with 18 KiB of operators per block get 27 candidates per query; a million blocks get 155
+    with 8 KiB and 496 with 4 KiB.
 
     Args:
         config: of the run.
-        operators: their metadata.json; the paper's forms have no bytes a block, and 100 candidates.
+        operators: their metadata.json. The paper's forms have no ``row_bytes`` and get 100 candidates.
     """
     wanted = config.attribute.candidates
     if wanted < 0 and "row_bytes" in operators:
@@ -168,16 +178,23 @@ def candidate_count(config: Config, operators: dict[str, Any]) -> int:
 
 
 def candidates_needed(n_blocks: int, bytes_a_block: float) -> int:
-    """How many candidates of a query hold 95 % of the exact best ten of so many blocks."""
+    """Number of candidates that hold 95 % of a query's exact top ten, fitted (RESULTS.md, Shortlists).
+
+    Example: 1,000,000 blocks with 8 KiB (8,192 bytes) each need 10 + 55 · 100 / 8^1.75 = 155.
+    """
     return round(BASE_CANDIDATES + CANDIDATE_FACTOR * n_blocks ** (1 / 3) / (bytes_a_block / 1024) ** BYTES_EXPONENT)
 
 
 def candidate_units(group: tuple[int, ...], answers: list[list[dict[str, Any]]], candidates: int) -> list[ScoreUnit]:
-    """Units over the union of a group's candidates, CANDIDATES blocks at most; only a query's own are scored for it."""
+    """Cut the union of a group's candidates into units of at most CANDIDATES blocks; a query keeps only its own scores.
+
+    Example: two queries with candidates [5, 9] and [5, 7] have the union [5, 7, 9]. With fewer than UNITS blocks each
+    gets its own unit: ``ordinals`` [5] with ``wanted`` [[0, 1], [0, 0]], [7] with [[1], [0]], and [9] with [[0], [0]].
+    """
     good = [row for part in group for row in answers[part] if row["status"] == "ok"]
     chosen = [_largest(row["ordinals"], row["estimates"], candidates) for row in good]
     union = np.unique(np.concatenate([np.zeros(0, np.int64), *chosen]))
-    units, size = [], max(1, min(CANDIDATES, -(-len(union) // UNITS)))
+    units, size = [], max(1, min(CANDIDATES, -(-len(union) // MIN_UNITS)))
     for index, at in enumerate(range(0, len(union), size)):
         some = union[at : at + size]
         pairs = [(row, np.flatnonzero(np.isin(some, mine))) for row, mine in enumerate(chosen)]
@@ -188,7 +205,7 @@ def candidate_units(group: tuple[int, ...], answers: list[list[dict[str, Any]]],
 
 
 def _largest(ordinals: np.ndarray, estimates: np.ndarray, count: int) -> np.ndarray:
-    """The ordinals of largest estimate, helpful or harmful; ties by ordinal."""
+    """Return the ordinals of largest |estimate|; ties are broken by ordinal."""
     return ordinals[np.lexsort((ordinals, -np.abs(estimates)))[:count]]
 
 
@@ -201,15 +218,15 @@ def _query_gradients(
     actors: ActorPool,
     estimated: list[dict[str, Any]] | None = None,
 ) -> tuple[list[list[dict[str, Any]]], list[tuple[int, ...]]]:
-    """Publish H⁻¹ times all queries' directions.
+    """Compute and write H⁻¹ times the directions of all queries.
 
     Returns:
-        What is known of each part's queries, with their estimates where there are some, a query that failed before
-        or here failed; and groups of parts whose H⁻¹J fit in ``compute.query_gb``.
+        Per part a row per query with its status, and its estimates if given (a query that failed earlier or here has
+        status "failed"); and groups of parts whose H⁻¹J fit in ``compute.query_gb``.
     """
     table = stage.store.read_table("queries.parquet")
     size, queries = gradient_bytes(curvature), table.num_rows
-    unit = queries_a_unit(size)
+    unit = queries_per_unit(size)
     known = [{"error": None}] * queries if estimated is None else estimated
     parts = [
         (index, tuple(row["error"] for row in known[at : at + unit]))
@@ -230,20 +247,22 @@ def _query_gradients(
 
 
 def passes_over(gradient_bytes: int, queries: int, query_gb: float) -> int:
-    """How many passes over the pool so many queries need, whose H⁻¹J takes so many bytes each."""
+    """Number of passes over the pool for queries whose H⁻¹J take ``gradient_bytes`` each; at most one per part."""
     room = math.ceil(gradient_bytes * queries / max(1, query_gb * 2**30))
-    return min(max(1, room, -(-queries // MOST)), max(1, -(-queries // queries_a_unit(gradient_bytes))))
+    return min(
+        max(1, room, -(-queries // MAX_QUERIES_PER_PASS)), max(1, -(-queries // queries_per_unit(gradient_bytes)))
+    )
 
 
 def _unit_name(group: tuple[int, ...], index: int) -> str:
-    # First and last of its parts: with another query_gb other parts go together.
+    # First and last part of the group: another compute.query_gb groups the parts differently.
     return f"scores-{group[0]:05d}-{group[-1]:05d}-{index:05d}"
 
 
 def _score(
     config: Config, blocks: Blocks, curvature: Store, stage: Stage, units: list[ScoreUnit], actors: ActorPool
 ) -> None:
-    """Score what is missing."""
+    """Score the units without a done marker."""
     done = stage.done()
     missing = [unit for unit in units if unit.name not in done]
     results = actors.map(ScoreWorker, (config, blocks, actors.device, curvature, stage), missing)
@@ -258,7 +277,7 @@ def _rank(
     answers: list[list[dict[str, Any]]],
     actors: ActorPool,
 ) -> None:
-    """Write what is missing of the tables, and the manifest."""
+    """Write the missing tables, then the manifest."""
     done = stage.done()
     left = [part for part in range(len(answers)) if f"{part:05d}" not in done]
     groups = [(unit.group, unit.name) for unit in units]

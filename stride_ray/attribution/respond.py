@@ -1,9 +1,9 @@
-"""Stage respond: queries to response vectors, through a pool of actors that each hold the model and the operators.
+"""Stage respond: queries to response vectors, on an actor pool that holds the model and the operators.
 
-Operators at every site respond to first order (site_responses.py). For the paper's forms there are two modes:
-``exact`` steers: a query's trunk runs once and the suffix once per operator, in batches bounded by a token budget.
-``linear`` takes all K responses from one forward (and a backward where J needs one). ``auto`` is linear for the closed
-form, whose operators are made for it, and else measures on a sample of queries whether the two agree.
+Responses of operators at all sites are first-order (site_responses.py). The paper's forms have two modes. ``exact``
+steers the model: the trunk runs once per query and the suffix once per operator, in batches bounded by a token budget.
+``linear`` computes all K responses from one forward pass, plus a backward pass if J needs one. ``auto`` is linear for
+the closed form, which is derived for it; otherwise it measures on a sample of queries whether the two modes agree.
 """
 
 import sys
@@ -20,38 +20,46 @@ from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.queries import check_name, fingerprint, read_queries
 from stride_ray.corpus.tokenizing import load_tokenizer
 from stride_ray.models.batch_size import rows_at_once
-from stride_ray.models.loading import load_run_model, measured_weights
-from stride_ray.models.query_batches import batches, checked, padded
+from stride_ray.models.loading import load_run_model, measured_model_fingerprint
+from stride_ray.models.query_batches import batches, padded, validate_query
 from stride_ray.operators.row_store import RowStore
 from stride_ray.operators.stored import load_operators
 from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.config import Config
-from stride_ray.runtime.costs import costed
+from stride_ray.runtime.costs import record_stage_costs
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage, part_name, tolerate_concurrent_finish
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import progress
 from stride_ray.runtime.urls import first_line
 
-# Queries in a unit of work: what a killed worker loses at most.
-UNIT = 16
-# What auto measures both ways: queries, operators, and the correlation from which on linear stands for exact.
-SAMPLE, OPERATORS, ALIKE = 8, 64, 0.99
+# Queries per work unit: the most that a killed worker loses.
+QUERIES_PER_UNIT = 16
+# For auto: queries and operators measured in both modes, and the correlation from which linear replaces exact.
+SAMPLE, SAMPLE_OPERATORS, MIN_CORRELATION = 8, 64, 0.99
 
 
 def respond(run: Run, queries: str, name: str) -> dict[str, Any]:
     """Measure every query's response to every operator.
 
+    Example:
+        >>> from stride_ray import Run
+        >>> from stride_ray.attribution.respond import respond
+        >>> respond(Run("mine"), "queries.jsonl", "asked")["queries"]
+        2
+
     Args:
         run: with finished ``operators/``.
-        queries: where they are (queries.read_queries).
-        name: of the query set, a folder's name.
+        queries: path or URL of the queries (queries.read_queries).
+        name: of the query set; also its folder's name.
 
     Returns:
-        Counts: ``queries``, ``failed``; the ``mode`` used; where auto measured it, the ``correlation`` of the two.
+        ``queries``, ``failed`` and ``parts`` (counts); ``mode``, the one used; ``correlation`` of the two modes if
+        auto measured it; ``reliability``, the median over queries, for operators at all sites.
 
     Raises:
-        StrideError: for a missing stage, other settings, another query set of that name, or unreadable queries.
+        StrideError: a stage is missing or was made with other settings, another query set has this name, or the
+            queries cannot be read.
     """
     run.require("operators", "metadata.json", "stride-ray fit")
     tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
@@ -59,12 +67,12 @@ def respond(run: Run, queries: str, name: str) -> dict[str, Any]:
 
 
 def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
-    """As respond, for a table of tokenised queries (queries.SCHEMA)."""
+    """Like respond, for tokenised queries (queries.SCHEMA)."""
     check_name(name)
-    weights = measured_weights(run.config)
+    weights = measured_model_fingerprint(run.config)
     operators = run.require("operators", "metadata.json", "stride-ray fit", weights=weights)
     facts = operators.store.read_json("metadata.json")
-    # What rows were added for since the fit began is told by the rows alone.
+    # Rows may have been added since the first fit; then metadata.json has the current corpus fingerprint.
     corpus = facts.get("corpus", operators.store.read_json("stage.json")["keys"]["corpus"])
     check_unfitted_blocks(run, facts)
     stage = run.begin("responses", name, corpus=corpus, queries=fingerprint(table), weights=weights)
@@ -76,15 +84,15 @@ def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
 
 
 def check_unfitted_blocks(run: Run, facts: dict[str, Any]) -> None:
-    """Refuse a pool with blocks that have no rows and may be given some; say so where they may not.
+    """Check for blocks that were sharded after the fit: an error if rows can be added for them, else a warning.
 
     Raises:
-        StrideError: naming them, and the command that adds them.
+        StrideError: naming these blocks and the command that adds their rows.
     """
     before, now = facts["blocks"], len(Blocks(run.stage("blocks").store))
     if before == now:
         return
-    store = run.store.name_of("operators")
+    store = run.store.display_url("operators")
     which = f"Blocks {before:,} to {now - 1:,} were sharded after the fit and are not in {store}"
     if facts.get("rows") == "blocks":
         raise StrideError(f"{which}; add them with 'stride-ray fit', which keeps what is there.")
@@ -92,11 +100,11 @@ def check_unfitted_blocks(run: Run, facts: dict[str, Any]) -> None:
 
 
 def _respond_sites(run: Run, operators: Store, stage: Stage, name: str, queries: int) -> dict[str, Any]:
-    """Products with the rows of operators at every site."""
+    """Responses of operators at all sites: products of query directions with operator rows."""
     if not stage.store.exists("manifest.json"):
         with (
             tolerate_concurrent_finish(stage, "manifest.json"),
-            costed(stage),
+            record_stage_costs(stage),
             shared_actor_pool(run.config, unit_count(len(RowStore(operators)))) as actors,
         ):
             blocks, curvature = Blocks(run.stage("blocks").store), run.stage("curvature").store
@@ -119,24 +127,24 @@ def _respond_steered(run: Run, operators: Store, stage: Stage, table: pa.Table) 
     """Responses of the paper's forms."""
     method = operators.read_json("metadata.json")["method"]
     mode = "linear" if run.config.respond.mode == "auto" and method == "closed_form" else run.config.respond.mode
-    units = [(index, start) for index, start in enumerate(range(0, table.num_rows, UNIT))]
+    units = [(index, start) for index, start in enumerate(range(0, table.num_rows, QUERIES_PER_UNIT))]
     done = stage.done()
     missing = [unit for unit in units if part_name(unit[0]) not in done]
     if missing:
-        with costed(stage), shared_actor_pool(run.config, len(missing)) as actors:
+        with record_stage_costs(stage), shared_actor_pool(run.config, len(missing)) as actors:
             given = (run.config, run.store, stage, actors.device)
             if mode == "auto" and "modes" not in done:
                 stage.remember(
-                    progress(actors.map(Comparer, given, [(0, 0)]), "compare modes", 1, "samples", lambda _: 1)
+                    progress(actors.map(ModeComparison, given, [(0, 0)]), "compare modes", 1, "samples", lambda _: 1)
                 )
-            total = sum(min(UNIT, table.num_rows - start) for _, start in missing)
-            results = actors.map(Responder, (*given, _chosen(stage, mode)), missing)
+            total = sum(min(QUERIES_PER_UNIT, table.num_rows - start) for _, start in missing)
+            results = actors.map(Responder, (*given, _resolved_mode(stage, mode)), missing)
             stage.remember(progress(results, "respond", total, "queries", lambda marker: marker["queries"]))
     done = stage.done()
     summary = {
         "queries": table.num_rows,
         "failed": sum(done[part_name(index)]["failed"] for index, _ in units),
-        "mode": _chosen(stage, mode),
+        "mode": _resolved_mode(stage, mode),
         "parts": len(units),
         **({"correlation": done["modes"]["correlation"]} if mode == "auto" else {}),
     }
@@ -144,16 +152,16 @@ def _respond_steered(run: Run, operators: Store, stage: Stage, table: pa.Table) 
     return summary
 
 
-def _chosen(stage: Stage, mode: str) -> str:
-    """The mode; for auto what the measurement says, exact where there was nothing to measure."""
+def _resolved_mode(stage: Stage, mode: str) -> str:
+    """Resolve auto from the measured correlation; exact if nothing could be measured."""
     if mode != "auto":
         return mode
     correlation = stage.done()["modes"]["correlation"]
-    return "linear" if correlation is not None and correlation >= ALIKE else "exact"
+    return "linear" if correlation is not None and correlation >= MIN_CORRELATION else "exact"
 
 
 class Responder:
-    """Answers units of queries; makes one Parquet file per unit."""
+    """Computes the responses of a unit of queries and writes them to one Parquet file."""
 
     def __init__(self, config: Config, root: Store, stage: Stage, device: str, mode: str = "") -> None:
         self.config, self.stage, self.mode = config, stage, mode
@@ -164,12 +172,12 @@ class Responder:
         self.tokens = length * rows_at_once(config, self.model, length)
 
     def __call__(self, unit: tuple[int, int]) -> dict[str, Any]:
-        """Do one unit; returns its marker or findings."""
+        """Process one unit; returns its done marker."""
         started = time.monotonic()
         index, start = unit
-        rows = self.queries.slice(start, UNIT).to_pylist()
+        rows = self.queries.slice(start, QUERIES_PER_UNIT).to_pylist()
         unknown = np.full(len(self.operators.A), np.nan, np.float32)
-        answers = [{**checked(self.model, row), "response": unknown} for row in rows]
+        answers = [{**validate_query(self.model, row), "response": unknown} for row in rows]
         if self.mode == "linear":
             self._linear(rows, answers)
         else:
@@ -182,7 +190,7 @@ class Responder:
         return self.stage.mark(name, started, queries=len(rows), failed=failed, sha256=digest)
 
     def _linear(self, rows: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
-        """Batches of queries, padded on the right, up to the token budget."""
+        """Fill in linear responses, in right-padded batches within the token budget."""
         waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
         for batch in batches(rows, waiting, self.tokens):
             ids, mask = padded([rows[i] for i in batch], self.model.device)
@@ -202,19 +210,19 @@ class Responder:
         _fill(answer, base, found.cpu().numpy())
 
 
-class Comparer(Responder):
-    """Measures how well exact and linear responses agree: the mean over queries of their correlation."""
+class ModeComparison(Responder):
+    """Measures the agreement of exact and linear responses: their correlation, averaged over queries."""
 
     def __call__(self, unit: tuple[int, int]) -> dict[str, Any]:
-        """Take the first SAMPLE queries that can be asked, and OPERATORS operators; returns the marker."""
+        """Compare both modes on the first SAMPLE valid queries and OPERATORS operators; returns the done marker."""
         started = time.monotonic()
         K, device = len(self.operators.A), self.model.device
-        some = torch.linspace(0, K - 1, min(K, OPERATORS), device=device).round().long()
+        some = torch.linspace(0, K - 1, min(K, SAMPLE_OPERATORS), device=device).round().long()
         found: list[float] = []
         for row in self.queries.to_pylist():
             if len(found) == SAMPLE:
                 break
-            if checked(self.model, row)["status"] == "ok":
+            if validate_query(self.model, row)["status"] == "ok":
                 ids, mask = padded([row], device)
                 linear = self.operators.linear(self.model, ids, mask)[0, some]
                 exact = self.operators.exact(self.model, ids[0], mask[0], some, self.tokens)[1]

@@ -1,4 +1,4 @@
-"""Responses on disk: what respond leaves and recovery takes up."""
+"""Responses on disk: respond writes them, recover reads them."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from stride_ray.runtime.storage import Store
 
 
 def response_schema(subsets: int) -> pa.Schema:
-    """Schema of responses/<name>/part-*.parquet; a response is nats (exact), inner products of J (linear) or nan."""
+    """Schema of responses/<name>/part-*.parquet: nats (exact mode), inner products with J (linear), NaN if failed."""
     return pa.schema(
         [
             pa.field("query_id", pa.string(), nullable=False),
@@ -24,7 +24,7 @@ def response_schema(subsets: int) -> pa.Schema:
 
 
 def read_responses(store: Store, part: int) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """One part of a response folder: its rows without the vectors, and the vectors (rows, K) float32 (0 if failed)."""
+    """Read a response part: its rows without the vectors, and the vectors (rows, K) float32, 0 for failed queries."""
     table = store.read_table(f"{part_name(part)}.parquet")
     width = table.schema.field("response").type.list_size
     responses = np.nan_to_num(fixed_lists(table["response"], width, np.nan))

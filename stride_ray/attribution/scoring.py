@@ -1,6 +1,7 @@
-"""Exact influence of blocks on queries: workers that take whole gradients at all sites and multiply them.
+"""Exact influence of blocks on queries: workers that multiply unsketched gradients at all sites.
 
-A unit of work is a group of queries and some blocks; the group's H⁻¹J are held, the blocks' J made and let go.
+A work unit is a group of queries and some blocks. The group's H⁻¹J stay in memory; the blocks' J are computed and
+freed batch by batch.
 """
 
 import time
@@ -26,14 +27,15 @@ from stride_ray.runtime.storage import Store, tensor_bytes
 
 @dataclass(frozen=True)
 class ScoreUnit:
-    """A unit of work.
+    """A work unit: blocks to score for a group of queries.
 
     Attributes:
-        name: of its file and marker.
-        group: the parts of queries that it is for.
-        start, stop: ordinals of its blocks, where these follow each other; all of them are scored for all queries.
-        ordinals: (n,) its blocks, ascending, where they are candidates; else None.
-        wanted: (2, pairs) rows of the group's queries and places in ``ordinals`` that are scored.
+        name: of its file and done marker.
+        group: the query parts of the group.
+        start, stop: range of block ordinals, all of which are scored for all queries; unused with ``ordinals``.
+        ordinals: (n,) ascending ordinals of candidate blocks, or None for a range.
+        wanted: (2, pairs) the pairs to keep with ``ordinals``: row among the group's valid queries, index into
+            ``ordinals``.
     """
 
     name: str
@@ -45,24 +47,24 @@ class ScoreUnit:
 
     @property
     def blocks(self) -> int:
-        """How many blocks it takes gradients of."""
+        """Number of blocks whose gradients the unit computes."""
         return self.stop - self.start if self.ordinals is None else len(self.ordinals)
 
 
 def query_name(part: int) -> str:
-    """The name of some queries' H⁻¹J, and of their marker."""
+    """Name of the file with a part's H⁻¹J, and of its done marker."""
     return f"queries-{part:05d}"
 
 
 class QueryWorker:
-    """Publishes H⁻¹ times some queries' directions, of those that did not fail."""
+    """Writes H⁻¹ times the directions of a part's queries, without those that failed."""
 
     def __init__(self, directions: Stage, device: str, curvature: Store, stage: Stage) -> None:
         self.directions, self.stage, self.device = directions, stage, device
         self.sites = load_sites(curvature, SITES, device)
 
     def __call__(self, unit: tuple[int, tuple[str | None, ...]]) -> dict[str, Any]:
-        """Do one unit: the number of a part, and the errors of its queries that failed on the way here, else None."""
+        """Process a part, given its index and each query's error from earlier stages or None; returns its marker."""
         started = time.monotonic()
         part, errors = unit
         answers, gradients = read_directions(self.directions, part)
@@ -81,10 +83,10 @@ class QueryWorker:
 
 
 class ScoreWorker(ModelWorker):
-    """Scores a unit's blocks for a group of queries and publishes what is kept.
+    """Scores a unit's blocks for a group of queries and writes the scores to keep.
 
-    Of consecutive blocks each query's ``attribute.top`` largest influences, of candidates all that are wanted:
-    ``ordinals`` (Q, n) int64 and ``influence`` (Q, n) float32, nan where it is not wanted.
+    For a range of blocks these are each query's ``attribute.top`` largest, for candidates all wanted pairs:
+    ``ordinals`` (Q, n) int64 and ``influence`` (Q, n) float32, NaN for pairs that are not wanted.
     """
 
     load = staticmethod(load_measured_model)
@@ -97,7 +99,7 @@ class ScoreWorker(ModelWorker):
         self.queries: dict[str, torch.Tensor] = {}
 
     def __call__(self, unit: ScoreUnit) -> dict[str, Any]:
-        """Do one unit; returns its marker."""
+        """Process one unit; returns its done marker."""
         started = time.monotonic()
         if unit.group != self.group:
             self.group, self.queries = unit.group, self._load(unit.group)
@@ -116,22 +118,22 @@ class ScoreWorker(ModelWorker):
         return self.batches_at(unit.ordinals)
 
     def _largest(self, scores: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
-        # Ties go by ordinal, whatever the unit: the order of equals must not depend on the sort.
+        # The stable sort breaks ties by ordinal, so the order does not depend on the unit.
         order = scores.abs().argsort(dim=1, descending=True, stable=True)[:, : self.config.attribute.top]
         return {"ordinals": order + start, "influence": scores.gather(1, order)}
 
     def _load(self, group: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        """H⁻¹ J of a group's queries by site; nothing where all of them failed."""
+        """Load H⁻¹ J of a group's queries by site; empty if all of them failed."""
         stored = [self.stage.store.read_tensors(f"{query_name(part)}.safetensors") for part in group]
         full = [tensors for tensors in stored if tensors]
         names = list(full[0]) if full else []
-        # Each is let go when it was copied: together they may be half of what a worker has.
+        # Freed as they are copied: together they may take half of the worker's memory.
         return {name: torch.cat([tensors.pop(name) for tensors in full]).to(self.model.device) for name in names}
 
 
 def _wanted(scores: torch.Tensor, unit: ScoreUnit) -> dict[str, torch.Tensor]:
     kept = torch.full_like(scores, torch.nan)
-    # What Ray hands over must not be written to, which torch does not know of.
+    # torch.tensor copies: arrays from Ray are read-only, which torch does not support.
     rows, places = torch.tensor(unit.wanted).long()
     kept[rows, places] = scores[rows, places]
     ordinals = torch.tensor(unit.ordinals).expand(scores.shape).contiguous()

@@ -1,7 +1,7 @@
-"""Responses of operators at every site: a query's direction (directions.py), and its product with every row.
+"""Responses of operators at all sites: products of a query's direction (directions.py) with every operator row.
 
-Actors hold slices of the store. Where rows are subsets all K products of a query are kept, for Lasso to work on; where
-they are blocks the ``attribute.top`` of largest influence.
+Each work unit scans a slice of the row store. If rows are subsets, all K products of a query are kept as input to the
+Lasso; if rows are blocks, only the ``attribute.top`` of largest influence.
 """
 
 import math
@@ -19,7 +19,7 @@ from stride_ray.attribution.directions import (
     compute_directions,
     gradient_bytes,
     part_count,
-    queries_a_unit,
+    queries_per_unit,
     read_directions,
 )
 from stride_ray.attribution.responses import response_schema
@@ -27,8 +27,8 @@ from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.queries import NOT_FINITE
 from stride_ray.models.curvature.kfac import load_sites
 from stride_ray.models.curvature.sketch import sketch_of, whole_shape
-from stride_ray.models.sites import HARM, harm_halved
-from stride_ray.operators.one_bit import Queries, packed_queries, products
+from stride_ray.models.sites import NEGATIVE_SCORE_FACTOR, halve_negative
+from stride_ray.operators.one_bit import Queries, estimate_inner_products, packed_queries
 from stride_ray.operators.row_store import RowStore
 from stride_ray.operators.sketched_rows import SKETCH, finite_rows
 from stride_ray.runtime.actor_pool import ActorPool
@@ -37,9 +37,9 @@ from stride_ray.runtime.run import Run, Stage, part_name
 from stride_ray.runtime.storage import Store, tensor_bytes
 from stride_ray.runtime.tasks import progress
 
-# The most queries that share a pass over the rows.
-MOST = 256
-# Bytes of rows in a unit of the pass, and units at least, so that few workers end together.
+# Maximum queries per pass over the rows.
+MAX_QUERIES_PER_PASS = 256
+# Bytes of rows per work unit, and the minimum number of units, which balances the load of few workers.
 SLICE, SLICES = 2**28, 8
 RESPONSES = pa.schema(
     [
@@ -57,21 +57,21 @@ RESPONSES = pa.schema(
 def respond_sites(
     run: Run, blocks: Blocks, curvature: Store, operators: Store, stage: Stage, name: str, actors: ActorPool
 ) -> None:
-    """Publish the responses, ``part-*.parquet``.
+    """Compute the responses and write them to ``part-*.parquet``.
 
-    ``response`` holds the products with rows, in units of a block's mean influence on itself: with all K where rows are
-    subsets (responses.response_schema), with the ``rows`` named where they are blocks (RESPONSES). ``reliability``: how
-    well the two halves of a product agree over rows (their correlation r over all rows, 2r / (1 + r) for the whole;
-    Spearman–Brown), an estimate of the squared correlation with the products of whole gradients.
+    ``response`` holds products with rows, in units of a block's mean influence on itself: all K products if rows are
+    subsets (responses.response_schema), those with the listed ``rows`` if rows are blocks (RESPONSES). ``reliability``
+    is the split-half reliability of the products over rows: with r the correlation of the two halves over all rows,
+    2r / (1 + r) (Spearman–Brown). It estimates the squared correlation with products of unsketched gradients.
 
     Args:
         run: the run.
         blocks: the pool.
-        curvature: the finished sites.
-        operators: the finished store of rows.
+        curvature: the finished ``curvature/`` store, with the sites.
+        operators: the finished row store.
         stage: ``responses/<name>``, begun, with ``queries.parquet``.
         name: the query set.
-        actors: that do it.
+        actors: the actor pool.
     """
     config, table = run.config, stage.store.read_table("queries.parquet")
     parts = list(range(part_count(curvature, table.num_rows)))
@@ -83,9 +83,9 @@ def respond_sites(
         coded = actors.map(QueryCoder, (directions, operators, actors.device, stage), missing)
         stage.remember(progress(coded, "code", len(missing), "parts", lambda _: 1))
     store = RowStore(operators)
-    several = MOST // queries_a_unit(gradient_bytes(curvature))
+    several = MAX_QUERIES_PER_PASS // queries_per_unit(gradient_bytes(curvature))
     groups = [parts[at : at + several] for at in range(0, len(parts), several)]
-    slices = list(enumerate(sliced(store.facts["parts"], store.facts["row_bytes"])))
+    slices = list(enumerate(slice_parts(store.facts["parts"], store.facts["row_bytes"])))
     done = stage.done()
     open_groups = [group for group in groups if any(part_name(part) not in done for part in group)]
     units = [(group, *each) for group in open_groups for each in slices]
@@ -94,36 +94,36 @@ def respond_sites(
     results = actors.map(RowScanner, (config, operators, stage), missing_units)
     stage.remember(progress(results, "multiply", total, "rows", lambda marker: marker["rows"]))
     left = [(part, group, len(slices)) for group in open_groups for part in group if part_name(part) not in done]
-    gathered = actors.map(partial, (gather, stage, config.attribute.top if store.of_blocks else 0), left)
+    gathered = actors.map(partial, (merge_slices, stage, config.attribute.top if store.of_blocks else 0), left)
     stage.remember(progress(gathered, "gather", len(left), "parts", lambda _: 1))
 
 
 def code_name(part: int) -> str:
-    """The name of some queries' codes, and of their marker."""
+    """Name of the file with a part's quantised sketches, and of its done marker."""
     return f"codes-{part:05d}"
 
 
 def scan_name(group: list[int], index: int) -> str:
-    """The name of a group's products with a slice of the rows, and of their marker."""
+    """Name of the file with a group's products with a slice of the rows, and of its done marker."""
     return f"scan-{group[0]:05d}-{index:05d}"
 
 
-def sliced(parts: list[dict[str, Any]], row_bytes: int) -> list[list[dict[str, Any]]]:
-    """Consecutive parts of the store, about SLICE bytes together, in SLICES slices at least where there are as many."""
+def slice_parts(parts: list[dict[str, Any]], row_bytes: int) -> list[list[dict[str, Any]]]:
+    """Split the store's parts into consecutive slices of about SLICE bytes; at least SLICES, if there are as many."""
     total = sum(part["count"] for part in parts) * row_bytes
     count = min(len(parts), max(SLICES, -(-total // SLICE)))
     return [[parts[i] for i in some] for some in np.array_split(np.arange(len(parts)), count)]
 
 
 class QueryCoder:
-    """Publishes sketches of some queries' directions in four bits a coordinate, with what became of the queries."""
+    """Sketches the directions of a part's queries and writes them at four bits per coordinate, with the statuses."""
 
     def __init__(self, directions: Stage, operators: Store, device: str, stage: Stage) -> None:
         self.directions, self.responses, self.device = directions, stage, device
         self.sketches = load_sites(operators, SKETCH, device)
 
     def __call__(self, part: int) -> dict[str, Any]:
-        """Do one unit; returns its marker."""
+        """Process one part; returns its done marker."""
         started = time.monotonic()
         answers, gradients = read_directions(self.directions, part)
         rows = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
@@ -142,13 +142,13 @@ class QueryCoder:
 
 
 def read_codes(store: Store, parts: list[int]) -> Queries:
-    """The codes of all queries of some parts that did not fail, in order."""
+    """Read the quantised sketches of the queries that did not fail, over several parts, in order."""
     read = [store.read_tensors(f"{code_name(part)}.safetensors") for part in parts]
     return Queries(*(np.concatenate([each[f.name].numpy() for each in read]) for f in fields(Queries)))
 
 
 class RowScanner:
-    """Multiplies a group's queries with a slice of the rows and publishes what is kept of it."""
+    """Multiplies a group's queries with a slice of the rows; writes the kept products and half moments."""
 
     def __init__(self, config: Config, operators: Store, stage: Stage) -> None:
         self.top, self.stage = config.attribute.top, stage
@@ -156,21 +156,21 @@ class RowScanner:
         self.group: list[int] = []
 
     def __call__(self, unit: tuple[list[int], int, list[dict[str, Any]]]) -> dict[str, Any]:
-        """Do one unit; returns its marker."""
+        """Process one unit (group, slice index, the slice's parts); returns its done marker."""
         started = time.monotonic()
         group, index, parts = unit
         if group != self.group:
             self.group, self.queries = group, read_codes(self.stage.store, group)
         values, moments = [], np.zeros((len(self.queries), 6))
         for part in parts:
-            halves = products(self.rows.read(part), self.queries, self.rows.starts)
+            halves = estimate_inner_products(self.rows.read(part), self.queries, self.rows.starts)
             moments += half_moments(halves)
             values.append(halves.sum(2).astype(np.float32))
         found = torch.from_numpy(np.concatenate(values, 1))
         numbers = torch.arange(parts[0]["first"], parts[0]["first"] + found.shape[1]).expand(found.shape)
         if self.rows.of_blocks and found.shape[1] > self.top:
-            # Ties go by number, whatever the slice.
-            order = harm_halved(found).abs().argsort(dim=1, descending=True, stable=True)[:, : self.top]
+            # Ties are broken by row number, independently of the slicing.
+            order = halve_negative(found).abs().argsort(dim=1, descending=True, stable=True)[:, : self.top]
             found, numbers = found.gather(1, order), numbers.gather(1, order)
         kept = {"rows": numbers.contiguous(), "values": found, "moments": torch.from_numpy(moments)}
         name = scan_name(group, index)
@@ -179,22 +179,22 @@ class RowScanner:
 
 
 def half_moments(halves: np.ndarray) -> np.ndarray:
-    """(Q, 6): of halves (Q, n, 2) n, Σa, Σb, Σa², Σb² and Σab, by query."""
+    """Reduce halves (Q, n, 2) to n, Σa, Σb, Σa², Σb² and Σab per query: (Q, 6)."""
     a, b = halves[..., 0], halves[..., 1]
     n = np.full(len(a), float(a.shape[1]))
     return np.stack([n, a.sum(1), b.sum(1), (a * a).sum(1), (b * b).sum(1), (a * b).sum(1)], 1)
 
 
 def reliability(moments: np.ndarray) -> np.ndarray:
-    """Split-half reliability from half_moments, 2r / (1 + r), 0 where r is not positive: (Q,)."""
+    """Split-half reliability 2r / (1 + r) from half_moments, 0 if r ≤ 0: (Q,)."""
     n, a, b, aa, bb, ab = moments.T
     spread = np.sqrt(np.maximum((n * aa - a * a) * (n * bb - b * b), 0.0))
     r = np.divide(n * ab - a * b, spread, out=np.zeros(len(n)), where=spread > 0)
     return np.where(r > 0, 2 * r / (1 + r), 0.0)
 
 
-def gather(stage: Stage, top: int, unit: tuple[int, list[int], int]) -> dict[str, Any]:
-    """The responses of one part's queries from all slices of the rows; the ``top`` largest, or all where that is 0."""
+def merge_slices(stage: Stage, top: int, unit: tuple[int, list[int], int]) -> dict[str, Any]:
+    """Merge one part's responses over all slices, keeping the ``top`` largest (0: all); returns the done marker."""
     started = time.monotonic()
     part, group, slices = unit
     markers = stage.done()
@@ -212,7 +212,7 @@ def gather(stage: Stage, top: int, unit: tuple[int, list[int], int]) -> dict[str
         row = {**answer, "rows": [], "response": [], "reliability": None}
         if answer["status"] == "ok":
             number, value, row["reliability"] = next(found)
-            size = np.abs(np.where(value > 0, value, HARM * value))
+            size = np.abs(np.where(value > 0, value, NEGATIVE_SCORE_FACTOR * value))
             order = np.sort(np.lexsort((number, -size))[: top or None])
             order = order[np.argsort(number[order], kind="stable")]
             row |= {"rows": number[order], "response": value[order]}

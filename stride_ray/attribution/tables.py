@@ -1,4 +1,4 @@
-"""Tables of influence: a query's blocks ranked, the same summed to documents, and a row on how each query went."""
+"""Influence tables: blocks ranked per query, their influence summed to documents, and diagnostics per query."""
 
 import time
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class Influence:
     Attributes:
         ordinals: (n,) int64, ascending.
         weights: (n,) float64; positive: training on the block lowers the query's loss.
-        exact: (n,) bool; else estimated.
+        exact: (n,) bool; False: estimated.
     """
 
     ordinals: NDArray[np.int64]
@@ -68,7 +68,7 @@ class Influence:
 
 
 def rank_tables(queries: list[str], influences: list[Influence], blocks: Blocks) -> tuple[pa.Table, pa.Table]:
-    """The influence and documents tables (INFLUENCE, DOCUMENTS) of some queries."""
+    """Build the influence and documents tables (INFLUENCE, DOCUMENTS) of some queries."""
     everything = np.unique(np.concatenate([np.zeros(0, np.int64), *(each.ordinals for each in influences)]))
     known = blocks.take(everything, ["block_id", "source", "spans"])
     block_ids, sources = known["block_id"].to_numpy(), np.array(known["source"].to_pylist(), dtype=object)
@@ -76,7 +76,7 @@ def rank_tables(queries: list[str], influences: list[Influence], blocks: Blocks)
     first_span = np.searchsorted(span_rows, np.arange(len(everything)))
     ranked, summed = [], []
     for query, each in zip(queries, influences, strict=True):
-        # Ties in influence go by ordinal, so the order is the same however the solver met them.
+        # Ties are broken by ordinal, so the ranking does not depend on the solver's order.
         order = np.lexsort((each.ordinals, -each.weights))
         at = np.searchsorted(everything, each.ordinals[order])
         weights = each.weights[order]
@@ -97,7 +97,7 @@ def rank_tables(queries: list[str], influences: list[Influence], blocks: Blocks)
 
 
 def _largest_document(row: int, documents: np.ndarray, shares: np.ndarray, first_span: np.ndarray) -> str:
-    """The document that most of a block's tokens belong to."""
+    """Return the document with the largest share of a block's tokens."""
     stop = first_span[row + 1] if row + 1 < len(first_span) else len(documents)
     return documents[first_span[row] + int(np.argmax(shares[first_span[row] : stop]))]
 
@@ -105,7 +105,7 @@ def _largest_document(row: int, documents: np.ndarray, shares: np.ndarray, first
 def _documents(
     query: str, at: np.ndarray, weights: np.ndarray, spans: tuple[np.ndarray, np.ndarray, np.ndarray], sources: Any
 ) -> dict[str, Any]:
-    """One query's influence summed to documents, in rank order."""
+    """Sum one query's influence to documents, each block split by token share; in rank order."""
     span_rows, span_documents, shares = spans
     by_row = dict(zip(at.tolist(), weights.tolist(), strict=True))
     totals: dict[str, list[Any]] = {}
@@ -136,16 +136,16 @@ def rank_unit(
     answers: list[list[dict[str, Any]]],
     part: int,
 ) -> dict[str, Any]:
-    """Publish the tables of one part's queries; returns the marker.
+    """Write the tables of one part of the queries; returns the done marker.
 
     Args:
         config: of the run.
         blocks: the pool.
         stage: with the scores (scoring.ScoreWorker).
-        scored: the group and the name of each file of scores; none: estimates alone.
-        answers: by part, what is known of its queries: rows of RECOVERY, with ``ordinals`` and ``estimates`` where
-            there are some.
-        part: whose tables.
+        scored: (group, name) of each score file; empty: use estimates alone.
+        answers: per part, a row per query with fields of RECOVERY, plus ``ordinals`` and ``estimates`` if there are
+            estimates.
+        part: index of the part.
     """
     started = time.monotonic()
     mine = answers[part]
@@ -183,7 +183,7 @@ def _influences(
     answers: list[list[dict[str, Any]]],
     part: int,
 ) -> Any:
-    """Influence on each of a part's queries that did not fail."""
+    """Yield the Influence on each query of a part that did not fail."""
     good = [answer for answer in answers[part] if answer["status"] == "ok"]
     group = next((group for group, _ in scored if part in group), (part,))
     before = sum(answer["status"] == "ok" for each in group if each < part for answer in answers[each])
@@ -194,21 +194,21 @@ def _influences(
     )
     values = np.concatenate([np.zeros((len(good), 0)), *(each["influence"][rows].double().numpy() for each in read)], 1)
     for answer, at, weights in zip(good, ordinals, values, strict=True):
-        yield merged(answer, at, weights, config.attribute.top, calibrate=config.operators.form != "sites")
+        yield merge_influence(answer, at, weights, config.attribute.top, calibrate=config.operators.form != "sites")
 
 
-def merged(
+def merge_influence(
     answer: dict[str, Any], ordinals: np.ndarray, scores: np.ndarray, top: int, calibrate: bool = False
 ) -> Influence:
-    """A query's influence: exact scores where they are finite, estimates for the other blocks, the ``top`` largest.
+    """Merge a query's exact scores with estimates for the other blocks, keeping the ``top`` largest by |influence|.
 
     Args:
         answer: with ``ordinals``, ascending, and ``estimates``, or neither.
-        ordinals: (n,) blocks that were scored.
-        scores: (n,) float64, nan where not for this query.
-        top: how many are kept at most.
-        calibrate: estimates are in another unit than scores; they are multiplied by the least-squares factor that
-            the blocks with both give, if it is positive.
+        ordinals: (n,) scored blocks.
+        scores: (n,) float64; NaN if the block was not scored for this query.
+        top: maximum number of blocks kept.
+        calibrate: set if estimates are not in the unit of the scores. They are then multiplied by the least-squares
+            factor fitted on the blocks that have both, if it is positive.
     """
     scored = np.isfinite(scores)
     ordinals, scores = ordinals[scored], scores[scored]

@@ -1,1 +1,1 @@
-"""The command line: its verbs, their options, and what looks over all stages (plan, status, quickstart)."""
+"""The command line: verbs and their options, and commands that span all stages (plan, status, quickstart)."""

@@ -1,4 +1,4 @@
-"""Exit statuses: what becomes of a program's work, its errors and what stops it."""
+"""Exit statuses of programs: mapping errors and interruptions to status and message."""
 
 import errno
 import signal
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from stride_ray.runtime.errors import StrideError, Terminated
 
-# What is wrong with a disk, a path or a limit, and not with this package.
+# Errors of disks, paths or limits, as opposed to bugs in this package.
 OUTSIDE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
@@ -17,9 +17,10 @@ OUTSIDE = {
 
 
 def exit_status(program: str, work: Callable[[], int | None]) -> int:
-    """Do a program's work; a StrideError becomes a sentence on standard error and 1, an interrupt 130, None 0.
+    """Run a program's work and return its exit status; ``program`` prefixes the messages.
 
-    SIGTERM interrupts too, with 143.
+    The status is what ``work`` returns (None: 0), 1 after a StrideError or an OSError of the environment, with a
+    message on standard error, 130 after an interrupt and 143 after SIGTERM.
     """
     try:
         with _stoppable():
@@ -31,11 +32,11 @@ def exit_status(program: str, work: Callable[[], int | None]) -> int:
         if error.errno not in OUTSIDE:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        told = f"{error.strerror}{where}; put that right and run the same command again: what is done is kept"
+        told = f"{error.strerror}{where}; fix this and run the same command again: what is done is kept"
         print(f"{program}: {told}", file=sys.stderr)
         return 1
     except Terminated:
-        print(f"{program}: told to stop (SIGTERM); run the same command again to go on", file=sys.stderr)
+        print(f"{program}: terminated (SIGTERM); run the same command again to go on", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)
@@ -44,7 +45,7 @@ def exit_status(program: str, work: Callable[[], int | None]) -> int:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM becomes an exception, so that what is open is closed."""
+    """Turn SIGTERM into an exception, so that cleanup code runs."""
 
     def stop(number: int, frame: object) -> None:
         raise Terminated

@@ -1,7 +1,8 @@
-"""The command line: parses a verb of verbs.py with its options, and does it.
+"""The command line: parses a verb of verbs.py with its options and runs it.
 
-Exit status: 0 done; 1 a sentence on standard error says what is wrong; 3 done, but the fit learned nothing that can
-be told from noise; 130 interrupted, 143 by SIGTERM. ``scan`` has its own (scan.py): 2 says that there are new findings.
+Exit status: 0 done; 1 failed, with a message on standard error; 3 done, but the fit is not distinguishable from noise;
+130 interrupted, 143 by SIGTERM. argparse exits with 2 on a bad command line, except for ``scan``, where 2 means new
+findings (scan.py).
 """
 
 import argparse
@@ -20,10 +21,10 @@ from stride_ray.runtime.storage import Store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit status."""
+    """Run a verb and return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if strange := next((each for each in given if any("\ud800" <= c <= "\udfff" for c in each)), None):
-        print(f"stride-ray: the argument {strange!r} is no valid UTF-8; rename what it names", file=sys.stderr)
+        print(f"stride-ray: the argument {strange!r} is not valid UTF-8; rename what it names", file=sys.stderr)
         return 1
     if given[:1] == ["scan"]:
         return scan.status_of(lambda: _scanned(given))
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _scanned(given: list[str]) -> int:
-    """The verb scan, which reads its arguments under its own exit statuses."""
+    """Run the verb scan, whose argument parsing is subject to its own exit statuses."""
     if given[1:2] == ["compare"]:
         return exit_status("stride-ray", lambda: scan.compare_nights(given[2:]))
     parsed = _parser().parse_args(given)
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_options(parser: argparse.ArgumentParser, verb: Verb) -> None:
-    """The verb's options with a flag each, and the two ways to all others."""
+    """Add a flag for each of the verb's own options, and --config and --set for all others."""
     parser.add_argument("--config", metavar="FILE", help="TOML with any options ('stride-ray config' lists them)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any option, as in --set fit.steps=800"
@@ -78,7 +79,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def run_of(arguments: Sequence[str]) -> tuple[Run, argparse.Namespace]:
-    """The run that a verb's arguments name, with the options that they set, and the arguments, for scripts."""
+    """For scripts: the run that a verb's arguments select, with their options applied, and the parsed arguments."""
     parsed = _parser().parse_args(arguments)
     return _opened(parsed), parsed
 

@@ -1,25 +1,25 @@
-"""What a larger run will read, write, hold and take, worked out from what a smaller one really did (``plan``).
+"""Capacity planning: I/O, memory and time of a larger run, extrapolated from the measured cost of a pilot run.
 
 A pilot is a finished run of the same model and options on a sample of the corpus. Each of its phases (``cost.json``) is
-split into work, which grows with blocks or queries and is shared by the workers, and the rest (start of workers and
-model, reading, publishing), which does not. Sizes on disk grow with what they hold; a worker's memory does not grow.
+split into work, which grows with blocks or queries and is shared by the workers, and a remainder (starting workers and
+model, reading, publishing), which is constant. Sizes on disk grow with their contents; a worker's memory is constant.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stride_ray.attribution.directions import queries_a_unit
+from stride_ray.attribution.directions import queries_per_unit
 from stride_ray.attribution.recover import PARTS_PER_UNIT
 from stride_ray.attribution.rescore import CANDIDATES, candidate_count, candidates_needed, passes_over
-from stride_ray.attribution.respond import UNIT
+from stride_ray.attribution.respond import QUERIES_PER_UNIT
 from stride_ray.attribution.site_responses import SLICE
 from stride_ray.attribution.site_responses import SLICES as SLICED
 from stride_ray.corpus.blocks import shard_count, unit_count
 from stride_ray.models.pool_worker import SLICES
 from stride_ray.operators.site_fit import rows_for
 from stride_ray.runtime.config import Config
-from stride_ray.runtime.costs import NAME
+from stride_ray.runtime.costs import COST_FILE
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.urls import safe_url
@@ -27,14 +27,18 @@ from stride_ray.runtime.urls import safe_url
 
 @dataclass(frozen=True)
 class Size:
-    """A run's size.
+    """The quantities that the cost of a run depends on.
 
     Attributes:
-        blocks: N. ``subsets``: K of the Lasso. ``queries``: how many.
-        store: bytes of operators at every site; 0 for the paper's forms.
-        passes: over the pool, where every block is scored exactly.
-        rows: kept per query. ``candidates``: of a query.
-        together: queries in a part of directions. ``responded``: in a part of responses.
+        blocks: N.
+        subsets: K of the Lasso.
+        queries: number of queries.
+        store: bytes of the per-site operators; 0 for the paper's forms.
+        passes: passes over the pool in exact mode.
+        rows: rows kept per query.
+        candidates: candidates per query.
+        together: queries per work unit of directions.
+        responded: queries per work unit of responses.
     """
 
     blocks: int
@@ -50,15 +54,15 @@ class Size:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage will cost.
+    """Estimated cost of a stage.
 
     Attributes:
-        stage: its folder in the run directory.
-        reads: bytes, of what earlier stages wrote; the corpus itself for ``blocks`` is not counted.
+        stage: the name of its folder in the run directory.
+        reads: bytes read from earlier stages; the corpus that ``blocks`` reads is not counted.
         writes: bytes.
-        holds: MB, the most that a worker holds.
-        seconds: wall clock.
-        worker_seconds: work of all workers together.
+        holds: peak memory of a worker, MB.
+        seconds: wall-clock time.
+        worker_seconds: work, summed over workers.
     """
 
     stage: str
@@ -77,7 +81,7 @@ def _queries(old: Size, new: Size) -> float:
     return new.queries / max(1, old.queries)
 
 
-def _once(old: Size, new: Size) -> float:
+def _constant(old: Size, new: Size) -> float:
     return 1.0
 
 
@@ -86,7 +90,7 @@ def _passes(old: Size, new: Size) -> float:
 
 
 def _rescored(old: Size, new: Size) -> float:
-    # As if no two queries had a candidate in common.
+    # Upper bound: assumes that no two queries share a candidate.
     return _queries(old, new) * new.candidates / max(1, old.candidates)
 
 
@@ -99,8 +103,8 @@ def _recovered(old: Size, new: Size) -> float:
 
 
 def _solved(old: Size, new: Size) -> float:
-    # Measured (RESULTS.md, Scale): the more blocks, the more are active, until there are as many as subsets.
-    before, after = (min(1.0, size.blocks / (FULL * size.subsets)) for size in (old, new))
+    # Measured (RESULTS.md, Scale): the number of active blocks grows with N until it reaches that of the subsets.
+    before, after = (min(1.0, size.blocks / (SATURATION_BLOCKS_PER_SUBSET * size.subsets)) for size in (old, new))
     return _queries(old, new) * (after / before) ** 0.5
 
 
@@ -116,7 +120,7 @@ def _shards(old: Size, new: Size) -> float:
     return shard_count(new.blocks) / shard_count(old.blocks)
 
 
-# Stages in order, and whether each query set has its own.
+# Stages in order, and whether each query set has its own folder.
 STAGES = {
     "blocks": False,
     "curvature": False,
@@ -127,13 +131,13 @@ STAGES = {
     "influence": True,
     "exact": True,
 }
-# The stages of the two ways to an answer, and of the one, those that a further batch of queries takes.
+# Stages of each attribution mode; "a further batch" is the part of "estimated" to be repeated for more queries.
 MODES = {
     "estimated": ("blocks", "curvature", "operators", "directions", "responses", "estimates", "influence"),
     "a further batch": ("directions", "responses", "estimates", "influence"),
     "exact": ("blocks", "curvature", "directions", "exact"),
 }
-# How a phase's work grows, by the label of its progress line, which a stage may come before; all others do not grow.
+# Growth of a phase's work, by "label" of its progress line or "stage/label"; other phases do not grow.
 GROWTH: dict[str, Callable[[Size, Size], float]] = {
     "shard": _blocks,
     "number": _blocks,
@@ -166,7 +170,7 @@ def _estimates(size: Size) -> int:
     return -(-_responses(size) // PARTS_PER_UNIT)
 
 
-# Units of work, which bound the workers that a phase can keep busy; of the others there are as many as anyone has.
+# Number of work units, which limits the parallelism of a phase; other phases are assumed to use all workers.
 UNITS: dict[str, Callable[[Size], int]] = {
     "queries": _directions,
     "code": _directions,
@@ -187,9 +191,9 @@ UNITS: dict[str, Callable[[Size], int]] = {
     "judge": lambda _: 1,
     "sketch": lambda _: 1,
 }
-# Blocks per subset from which on the solver's working sets are full.
-FULL = 100
-# By stage: how what it writes grows, and which earlier stages it reads whole.
+# Blocks per subset beyond which the Lasso solver's working sets stop growing.
+SATURATION_BLOCKS_PER_SUBSET = 100
+# By stage: growth of its output, and the earlier stages that it reads completely.
 WRITES: dict[str, Callable[[Size, Size], float]] = {
     "blocks": _blocks,
     "exact": _ranked,
@@ -209,17 +213,17 @@ READS = {
 
 
 def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list[Estimate]:
-    """Estimates for the stages that the pilot has finished, in order.
+    """Estimates for the pilot's finished stages, in order.
 
     Args:
-        pilot: a finished run of the same kind on less.
-        name: of its query set.
+        pilot: a finished run with the same model and options on a sample.
+        name: the pilot's query set.
         blocks: N of the larger run.
-        queries: of the larger run.
-        workers: that will work side by side.
+        queries: number of queries of the larger run.
+        workers: number of workers of the larger run.
 
     Raises:
-        StrideError: the pilot has no costs, or no finished query set of that name.
+        StrideError: the pilot has no recorded costs, or no finished query set of that name.
     """
     found = dict[str, tuple[Stage, dict[str, Any]]]()
     for stage, named in STAGES.items():
@@ -238,7 +242,7 @@ def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list
     for stage, (_, cost) in found.items():
         seconds, worker_seconds = 0.0, 0.0
         for label, each in cost["phases"].items():
-            grown = each["busy"] * GROWTH.get(f"{stage}/{label}", GROWTH.get(label, _once))(old, new)
+            grown = each["busy"] * GROWTH.get(f"{stage}/{label}", GROWTH.get(label, _constant))(old, new)
             rest = max(0.0, each["wall"] - each["busy"] / each["workers"])
             seconds += rest + grown / min(workers, _units(stage, label, new, workers))
             worker_seconds += grown
@@ -249,21 +253,21 @@ def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list
 
 
 def _written(stage: str, size: int, old: Size, new: Size) -> float:
-    """Bytes that a stage will leave, which left so many; beside rows at every site lies what does not grow."""
+    """Bytes that a stage will write, from its ``size`` in the pilot; of per-site operators only the rows grow."""
     if stage == "operators" and old.store:
         return max(0.0, size - old.store) + new.store
-    return size * WRITES.get(stage, _once)(old, new)
+    return size * WRITES.get(stage, _constant)(old, new)
 
 
 def _units(stage: str, label: str, size: Size, workers: int) -> int:
-    """How many units a phase has; as many as workers where that is not known."""
+    """Number of work units of a phase; ``workers`` if unknown."""
     counted = UNITS.get(f"{stage}/{label}", UNITS.get(label))
     return workers if counted is None else max(1, counted(size))
 
 
 def _costs(pilot: Run, stage: str, name: str) -> dict[str, tuple[Stage, dict[str, Any]]]:
     opened = pilot.stage(stage, name)
-    return {stage: (opened, opened.store.read_json(NAME))} if opened.store.exists(NAME) else {}
+    return {stage: (opened, opened.store.read_json(COST_FILE))} if opened.store.exists(COST_FILE) else {}
 
 
 def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: int) -> tuple[Size, Size]:
@@ -272,7 +276,7 @@ def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: i
     gradient = 0
     if "curvature" in found:
         gradient = found["curvature"][0].store.read_json("manifest.json")["gradient_bytes"]
-    together = queries_a_unit(gradient)
+    together = queries_per_unit(gradient)
     options, pool = pilot.config, pilot.stage("blocks").store.read_json("manifest.json")["blocks"]
 
     def size(n: int, q: int) -> Size:
@@ -281,21 +285,21 @@ def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: i
         store = facts["subsets"] * facts["row_bytes"] if facts else 0.0
         candidates = min(n, candidate_count(options, facts))
         rows = min(n, options.attribute.top)
-        responded = together if facts else UNIT
+        responded = together if facts else QUERIES_PER_UNIT
         return Size(n, options.membership.subsets, q, store, passes, rows, candidates, together, responded)
 
     return size(pool, known), size(blocks, queries)
 
 
 def _operators(config: Config, n_blocks: int) -> dict[str, Any]:
-    """What metadata.json will say of the size of operators at every site; nothing for the paper's forms."""
+    """The size entries of metadata.json for per-site operators; empty for the paper's forms."""
     of_blocks, rows, room = rows_for(config, n_blocks)
     facts = {"rows": "blocks" if of_blocks else "subsets", "row_bytes": room, "subsets": rows, "blocks": n_blocks}
     return facts if config.operators.form == "sites" else {}
 
 
 def table(estimates: list[Estimate], blocks: int, queries: int, workers: int) -> str:
-    """A table for a person."""
+    """The estimates as a table for display, with totals per mode."""
     lines = [
         f"{blocks:,} blocks, {queries:,} queries, {workers} workers",
         f"{'stage':<18}{'reads':>12}{'writes':>12}{'a worker holds':>16}{'work':>16}{'takes':>12}",
@@ -319,7 +323,7 @@ def table(estimates: list[Estimate], blocks: int, queries: int, workers: int) ->
 
 
 def memory(config: Config, estimates: list[Estimate]) -> str:
-    """A line where a worker holds more than the option by which workers are counted; else empty."""
+    """A warning line if a worker's peak memory exceeds ``compute.worker_gb``, else empty."""
     largest = max(estimates, key=lambda each: each.holds)
     held, allowed = largest.holds * 2**20, config.compute.worker_gb * 2**30
     if held <= allowed:
@@ -331,7 +335,7 @@ def memory(config: Config, estimates: list[Estimate]) -> str:
 
 
 def accuracy(config: Config, n_blocks: int) -> str:
-    """A line on what the operators' budget means for a pool of that size; empty for the paper's forms."""
+    """A line on the accuracy that ``operators.budget_gb`` allows for this pool size; empty for the paper's forms."""
     facts = _operators(config, n_blocks)
     if not facts:
         return ""

@@ -1,7 +1,7 @@
-"""The main job on a small real corpus: Python's own standard library, and a model trained on it on the spot.
+"""End-to-end attribution on a small real corpus, Python's standard library, with a model trained on it.
 
-Nothing is fetched and nothing is special: the same stages that a cluster runs on a terabyte, with a model small enough
-to be trained in a minute or two. Everything lies in one folder, and running it again goes on where it stopped.
+Nothing is downloaded. The stages are those that a cluster runs on a terabyte, with a model small enough to train in a
+minute or two. All output is in one folder; a rerun resumes where it stopped.
 """
 
 import json
@@ -21,7 +21,7 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.tasks import connected
 
-# The sample by name; a module that this Python does not have is left out, and the count printed.
+# Modules in the sample; those missing from this Python are skipped, and the number copied is printed.
 MODULES = (
     "argparse.py bisect.py calendar.py contextlib.py copy.py csv.py difflib.py fractions.py getopt.py glob.py "
     "gzip.py heapq.py html/parser.py http/server.py ipaddress.py json/__init__.py json/decoder.py "
@@ -48,16 +48,16 @@ BLOCK_TOKENS, EPOCHS = 128, 2
 
 
 def quickstart(folder: str) -> dict[str, Any]:
-    """Corpus, tokenizer, model, blocks, operators, and about ten attributed prompts, under one folder.
+    """Make corpus, tokenizer, model, blocks, operators and about ten attributed prompts in one folder.
 
     Args:
-        folder: a local folder; made, or gone on with.
+        folder: a local folder; created, or resumed from.
 
     Returns:
-        attribute's summary.
+        The summary of ``attribute``.
 
     Raises:
-        StrideError: where the standard library's sources are not installed, or as the stages do.
+        StrideError: the standard library's sources are not installed, or a stage failed.
     """
     root, began = Path(folder), time.monotonic()
     _say(1, f"a sample of Python's standard library -> {root / 'corpus'}")
@@ -72,7 +72,7 @@ def quickstart(folder: str) -> dict[str, Any]:
 
 
 def _stages(run: Run, root: Path, began: float) -> dict[str, Any]:
-    """The stages, on one local Ray."""
+    """Run the stages and train the model within one Ray connection."""
     _say(3, f"documents to blocks -> {root / 'run' / 'blocks'}")
     manifest = shard(run)
     print(f"{manifest['documents']} documents became {manifest['blocks']} blocks of {BLOCK_TOKENS} tokens")
@@ -94,7 +94,7 @@ def _stages(run: Run, root: Path, began: float) -> dict[str, Any]:
 
 
 def settings(root: Path | str) -> dict[str, Any]:
-    """The quickstart's options, all others at their defaults; what it works on lies under ``root``, a path or URL."""
+    """The options that the quickstart changes from their defaults; its inputs lie under ``root``, a path or URL."""
     return {
         "corpus.input": [f"{root}/corpus"],
         "corpus.tokenizer": f"{root}/tokenizer",
@@ -109,7 +109,7 @@ def _say(step: int, text: str) -> None:
 
 
 def write_corpus(folder: Path) -> list[Path]:
-    """Copy the sample; a copy keeps its bytes and its time, so a rerun finds nothing changed."""
+    """Copy the sample with modification times and return its files; a rerun therefore sees unchanged input."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for name in MODULES:
         source, target = library / name, folder / name

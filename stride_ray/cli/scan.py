@@ -1,7 +1,7 @@
-"""The verb ``scan``: its arguments, what it prints, its exit status, and ``scan compare``.
+"""The verb ``scan``: arguments, output, exit status, and ``scan compare``.
 
-Exit status: 0 nothing new; 2 new findings over the thresholds; 1 failure, a bad command line and a webhook that did
-not take the summary among them; 130 interrupted.
+Exit status: 0 nothing new; 2 new findings above the thresholds; 1 failure, including a bad command line and a webhook
+that did not accept the summary; 130 interrupted, 143 by SIGTERM.
 """
 
 import argparse
@@ -18,7 +18,7 @@ COMPARE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the verb takes beside a run and options."""
+    """Add the verb's arguments other than the run and its options."""
     parser.epilog = COMPARE
     parser.add_argument("--out", required=True, metavar="URL", help="folder of all nights; the same every night")
     parser.add_argument(
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def status_of(work: Callable[[], int]) -> int:
-    """Do work that parses arguments: argparse ends with 2 on a bad command line, which here means new findings."""
+    """Run work that parses arguments, with argparse's exit status 2 changed to 1: for a scan 2 means new findings."""
     try:
         return work()
     except SystemExit as error:
@@ -50,7 +50,7 @@ def status_of(work: Callable[[], int]) -> int:
 
 
 def run_scan(run: Run, parsed: argparse.Namespace) -> int:
-    """Do the verb; returns its exit status."""
+    """Run the verb and return its exit status."""
     from stride_ray.contamination.items import EvaluationSet, read_folder, read_set
     from stride_ray.contamination.nightly import scan
     from stride_ray.contamination.summary import headline
@@ -67,7 +67,7 @@ def run_scan(run: Run, parsed: argparse.Namespace) -> int:
         told = ", ".join(f"{count} {verdict}" for verdict, count in each["verdicts"].items())
         print(f"{each['name']}: {each['items']} items, {told}; {each['new']} new")
         for reject in each["rejects"]:
-            print(f"  not understood: {reject}")
+            print(f"  not parsed: {reject}")
     print(headline(done))
     print(f"Report: {done['folder']}/report.md")
     if parsed.purify:
@@ -78,12 +78,12 @@ def run_scan(run: Run, parsed: argparse.Namespace) -> int:
             f"Purified: {counts['documents']} documents changed or left out, {counts['files']} files in {parsed.purify}"
         )
     if done["webhook"]:
-        raise StrideError(f"The report is in place, but the webhook was not told: {done['webhook']}.")
+        raise StrideError(f"The report is in place, but the webhook did not take the summary: {done['webhook']}.")
     return int(done["status"])
 
 
 def compare_nights(arguments: Sequence[str]) -> int:
-    """``scan compare A B``; returns its exit status."""
+    """Run ``scan compare A B`` and return its exit status."""
     from stride_ray.contamination.compare import compare, describe
 
     parser = argparse.ArgumentParser(prog="stride-ray scan compare", description=COMPARE)
@@ -96,12 +96,12 @@ def compare_nights(arguments: Sequence[str]) -> int:
 
 
 def _fields(text: str) -> dict[str, str]:
-    """Role to field(s): ``question=ctx,choices=a+b`` names two fields that hold a choice each.
+    """Parse ROLE=FIELD pairs; in ``question=ctx,choices=a+b`` each of the fields a and b holds one choice.
 
     Raises:
-        StrideError: for a part without an equals sign.
+        StrideError: a part has no equals sign or no value.
     """
     pairs = [part.partition("=") for part in text.split(",") if part]
     if not all(equals and value for _, equals, value in pairs):
-        raise StrideError(f"--fields {text!r} is no list of ROLE=FIELD.")
+        raise StrideError(f"--fields {text!r} is not a list of ROLE=FIELD.")
     return {role.strip(): value.strip().replace("+", ",") for role, _, value in pairs}

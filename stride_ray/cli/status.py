@@ -1,4 +1,4 @@
-"""What a run directory holds: each stage done, under way or missing, with its figures."""
+"""Status of a run directory: whether each stage is done, under way or missing, with key figures."""
 
 from typing import Any
 
@@ -10,13 +10,15 @@ from stride_ray.runtime.urls import safe_url
 
 
 def status(run: Run) -> str:
-    """A few lines for a person.
+    """A summary for display, with a line per stage and query set.
 
     Raises:
-        StrideError: where there is no run directory.
+        StrideError: this is not a run directory.
     """
     if not run.store.exists("run.toml"):
-        raise StrideError(f"{safe_url(run.url)} is no run directory: it has no run.toml; 'stride-ray shard' makes one.")
+        raise StrideError(
+            f"{safe_url(run.url)} is not a run directory: it has no run.toml; 'stride-ray shard' makes one."
+        )
     lines = [f"run {safe_url(run.url)}, whose answers are {mode_of(run)} (attribute.exact)"]
     for stage in STAGES:
         names = [""] if stage in ("blocks", "operators", "curvature") else run.store.names(stage) or ["(none)"]

@@ -1,6 +1,6 @@
-"""The verbs of the command line, a line each in VERBS: what they take, what they do and what they print.
+"""The verbs of the command line, one entry each in VERBS: arguments, action and output.
 
-Stages are imported when a verb is done: they import torch and Ray, which --help and --version do not wait for.
+Stages are imported only when a verb runs: they import torch and Ray, which would slow down --help and --version.
 """
 
 import argparse
@@ -23,14 +23,14 @@ MODES = {
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb.
+    """A verb of the command line.
 
     Attributes:
-        about: what it does, for --help.
-        add_arguments: declares what it takes beside options.
-        do: does it, given the run (None for a verb that has none) and the arguments; returns the exit status.
-        options: of the run (config.py), which get a flag of their own; all others are set by --set or --config. Empty:
-            the verb takes the run as it is.
+        about: description for --help.
+        add_arguments: adds the arguments that are not options of the run.
+        do: runs the verb, given the run (None if it takes none) and the parsed arguments; returns the exit status.
+        options: options of the run (config.py) with a flag of their own; all others are set with --set or --config.
+            Empty: the verb uses the run's stored configuration and has no --set or --config.
     """
 
     about: str
@@ -77,7 +77,7 @@ def _shard(run: Run, parsed: argparse.Namespace) -> int:
     print(
         f"{manifest['documents']} documents became {manifest['blocks']} blocks of {manifest['block_tokens']} tokens "
         f"({manifest['tokens']} tokens, {manifest['target_tokens']} of them targets) in {len(manifest['parts'])} "
-        f"part(s) under {run.stage('blocks').store.name_of('')}"
+        f"part(s) under {run.stage('blocks').store.display_url('')}"
     )
     if manifest["rejected"]:
         print(f"{manifest['rejected']} rows were rejected; the first:")
@@ -173,7 +173,7 @@ def _config(run: None, parsed: argparse.Namespace) -> int:
 
 
 def _quickstart_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", default="quickstart", help="where everything is made")
+    parser.add_argument("folder", nargs="?", default="quickstart", help="output folder")
 
 
 def _quickstart(run: None, parsed: argparse.Namespace) -> int:

@@ -1,5 +1,5 @@
-"""Contamination scans: did evaluation items leak into a corpus, and does the model trained on it lean on the leak?
+"""Contamination scans: did evaluation items leak into a corpus, and does the model trained on it rely on the leak?
 
-Two channels that are never mixed: words (``lexical/``), which prove a copy, and influence (``influence.py``), which
-raises a suspicion and no more. ``nightly.scan`` runs both, night after night.
+Two channels that are never mixed: lexical matches (``lexical/``) prove a copy; influence (``influence.py``) only raises
+a suspicion. ``nightly.scan`` runs both every night.
 """

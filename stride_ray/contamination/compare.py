@@ -1,4 +1,4 @@
-"""Two nights side by side: which findings are new, resolved or changed."""
+"""Compare two nights: which findings are new, resolved or changed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +15,12 @@ _KEPT = ("set", "item_id", "key", "verdict", "question", "overlap", "documents",
 
 @dataclass(frozen=True)
 class Difference:
-    """What changed from one scan to a later one; each a list of rows of the verdicts' table, in its order.
+    """Changes from one scan to a later one, as lists of rows of the verdicts table, in table order.
 
     Attributes:
-        new: findings (any verdict but clean) of items that were clean or not there.
-        resolved: findings of the earlier scan whose items are clean now, or not evaluated any more (``gone`` is True).
-        changed: findings in both under another verdict; ``before`` is the earlier one.
+        new: findings (any verdict but clean) on items that were clean or absent.
+        resolved: earlier findings on items that are now clean, or no longer evaluated (``gone`` is True).
+        changed: findings in both scans with different verdicts; ``before`` is the earlier one.
     """
 
     new: list[dict[str, Any]]
@@ -29,7 +29,7 @@ class Difference:
 
 
 def difference(earlier: pa.Table | None, later: pa.Table) -> Difference:
-    """Compare two tables of verdicts by item; without an earlier one, every finding is new."""
+    """Compare two verdict tables by item; without an earlier one, every finding is new."""
     old = {row["key"]: row for row in earlier.to_pylist()} if earlier is not None else {}
     now = {row["key"]: row for row in later.to_pylist()}
     found = {key: row for key, row in now.items() if row["verdict"] != CLEAN}
@@ -50,17 +50,17 @@ def difference(earlier: pa.Table | None, later: pa.Table) -> Difference:
 
 
 def compare(a: str, b: str) -> Difference:
-    """What is new and what is resolved from the dated folder ``a`` to ``b``.
+    """Compare the dated folder ``a`` with the later ``b``.
 
     Raises:
-        StrideError: where one of them is no finished scan.
+        StrideError: one of them is not a finished scan.
     """
     tables = []
     for url in (a, b):
         store = Store(url)
         if not store.exists("manifest.json"):
             raise StrideError(
-                f"{safe_url(url)} is no finished scan: it has no manifest.json; give the dated folders, as in "
+                f"{safe_url(url)} is not a finished scan: it has no manifest.json; give the dated folders, as in "
                 "SCANS/nights/2026-01-31."
             )
         tables.append(store.read_table("verdicts.parquet"))
@@ -68,7 +68,7 @@ def compare(a: str, b: str) -> Difference:
 
 
 def describe(found: Difference) -> str:
-    """The difference as lines for a person."""
+    """Format the difference for the console."""
     if not (found.new or found.resolved or found.changed):
         return "Nothing is new and nothing is resolved."
     lines = []
@@ -79,7 +79,7 @@ def describe(found: Difference) -> str:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A finding in a line: what, where, how sure."""
+    """Format a finding in one line: item, verdict, evidence."""
     text = f"{row['set']} / {row['item_id']}: {row['verdict']}"
     if row.get("gone"):
         return f"{text}; the item is not evaluated any more"

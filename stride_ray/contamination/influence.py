@@ -1,16 +1,16 @@
-"""The influence channel: is an item's loss low, and tied to some block, as no control item's is?
+"""The influence channel: is an item's loss low, and does it depend on one block, unlike for control items?
 
-Two things are measured. The *contrast*: an item's influences (as ``attribute`` gives them, divided by the median of
-their size, which takes out how strongly the item pulls at all) are compared block by block with the controls', and a
-contrast is how many standard deviations a block's influence on the item lies above its mean influence on controls; the
-largest counts. A block that moves every item, such as one that happens to hold the only arithmetic of a corpus, has no
-contrast. A control is compared with the other controls. And the *loss* itself. The statistic is the sum of both, each
-measured in the controls' own spread: a near-relative of a leaked item is tied to its block too, but the model does not
-know its answer; an easy item has a low loss, but no block of its own. That these two, and neither concentration nor the
-top influence nor the means of several contrasts, tell leaks apart was found on development plantings (RESULTS.md).
+It measures two quantities. The *contrast*: an item's influences (from ``attribute``, divided by their median absolute
+value, which removes the item's overall scale) are compared with the controls' block by block. A block's contrast is how
+many standard deviations its influence on the item lies above its mean influence on the controls; the item's contrast is
+the largest. A block that moves every item, such as the only block with arithmetic in a corpus, has no contrast. A
+control is compared with the other controls. The second quantity is the *loss*. The statistic combines log contrast and
+negative loss, each standardised by the controls: a near-relative of a leaked item is tied to its block too, but the
+model does not know its answer; an easy item has a low loss, but no block of its own. On development plantings
+(RESULTS.md) these two separated leaks, while concentration, the top influence and means of several contrasts did not.
 
-Such a finding is a suspicion: a near-relative of the item may do the same, and so may chance, at the rate stated. It is
-only as good as the controls: items of another kind, or harder ones, tell nothing.
+A finding is a suspicion: a near-relative of the item may cause one, and so may chance, at the stated rate. It is only
+as good as the controls: items of another kind, or harder ones, are not a valid comparison.
 """
 
 import time
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.attribution.attribute import answer, mode_of, table_stage
+from stride_ray.attribution.attribute import mode_of, table_stage, write_tables
 from stride_ray.contamination.items import Item
 from stride_ray.contamination.significance import p_values, standardised
 from stride_ray.corpus.documents import Document
@@ -28,7 +28,7 @@ from stride_ray.corpus.queries import SCHEMA as QUERIES
 from stride_ray.corpus.queries import failed, row
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.tokenizing import encode, load_tokenizer
-from stride_ray.models.loading import measured_weights
+from stride_ray.models.loading import measured_model_fingerprint
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage
@@ -48,44 +48,45 @@ TIES = pa.schema(
         pa.field("influence", pa.float64()),
     ]
 )
-# Controls that a p-value needs at the least. The smallest contrast that a logarithm is taken of.
-LEAST, FAINT = 20, 1e-3
+# Minimum number of controls for a p-value. Lower bound on the contrast before its logarithm is taken.
+MIN_CONTROLS, MIN_CONTRAST = 20, 1e-3
 
 
 def checkpoint(run: Run) -> str:
-    """What influence depends on beside the items: the run's weights, settings and blocks, as 16 hexadecimal digits.
+    """Digest (16 hexadecimal digits) of what influence depends on besides the items: weights, settings and blocks.
 
     Raises:
-        StrideError: where the run has no blocks yet.
+        StrideError: the run has no blocks yet.
     """
     manifest = run.require("blocks", "manifest.json", "stride-ray shard").store.read_json("manifest.json")
-    identity, weights = run.stage(table_stage(run)).identity, measured_weights(run.config)
+    identity, weights = run.stage(table_stage(run)).identity, measured_model_fingerprint(run.config)
     return digest([mode_of(run), identity, manifest["fingerprint"], weights])
 
 
 def item_ties(run: Run, stage: Stage, items: Sequence[Item], controls: Sequence[Item]) -> tuple[pa.Table, int]:
-    """Every item's and control's contrast (TIES), measured where the state does not hold it yet.
+    """Return the contrasts of all items and controls (TIES), measuring those that are not in the state.
 
     Args:
-        run: with blocks; the attribution is the run's own, estimated or exact.
-        stage: the state's folder of this checkpoint and these controls.
-        items: to be asked about.
-        controls: to compare with.
+        run: with blocks; attribution is exact or estimated, as the run is configured.
+        stage: the state's folder for this checkpoint and these controls.
+        items: items to test.
+        controls: items to compare with.
 
     Returns:
-        The table, and how many items were measured now.
+        The table, and the number of items measured in this call.
 
     Raises:
-        StrideError: as attribution does, and where fewer than LEAST controls can be asked.
+        StrideError: attribution fails, or fewer than LEAST controls can be measured.
     """
     name = f"scan-{stage.identity}"
     if "controls" not in stage.done():
         table = _ties(run, stage, f"{name}-controls", controls, True, f"{name}-controls")
         known = table["contrast"].null_count
-        if len(table) - known < LEAST:
+        if len(table) - known < MIN_CONTROLS:
             why = next((error for error in table["error"].to_pylist() if error), "too few were given")
             raise StrideError(
-                f"Only {len(table) - known} control items can be asked of the model ({why}); give at least {LEAST}."
+                f"Only {len(table) - known} control items can be asked of the model ({why}); give at least "
+                f"{MIN_CONTROLS}."
             )
         _publish(stage, "controls", table)
     seen = {key for marker in stage.done().values() for key in stage.store.read_json(f"{marker['unit']}.json")}
@@ -102,13 +103,13 @@ def item_ties(run: Run, stage: Stage, items: Sequence[Item], controls: Sequence[
 
 
 def item_p_values(ties: pa.Table) -> dict[str, float]:
-    """Each item's p-value against the controls, by key; 1 where it could not be asked.
+    """Return each item's p-value against the controls, by key; 1 if it could not be measured.
 
-    The statistic: how far log contrast lies above the controls' and loss below it (significance.standardised), added.
+    The statistic is the standardised log contrast minus the standardised loss (significance.standardised).
     """
     control = np.array(ties["control"].to_pylist(), bool)
     contrast, loss = (ties[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in ("contrast", "loss"))
-    tied = standardised(np.log(np.maximum(contrast, FAINT)), control)
+    tied = standardised(np.log(np.maximum(contrast, MIN_CONTRAST)), control)
     statistic = tied - standardised(loss, control)
     p = p_values(statistic[~control], statistic[control])
     keys = [key for key, is_control in zip(ties["key"].to_pylist(), control, strict=True) if not is_control]
@@ -123,8 +124,8 @@ def _publish(stage: Stage, unit: str, table: pa.Table) -> None:
 
 
 def _ties(run: Run, stage: Stage, name: str, items: Sequence[Item], control: bool, controls: str) -> pa.Table:
-    """Attribute items under a query set's name, and compare them with the controls' query set."""
-    answer(run, query_table(run, items), name)
+    """Attribute items as query set ``name``, and compare them with the controls' query set."""
+    write_tables(run, query_table(run, items), name)
     reference = _Reference(run, controls)
     rows = []
     asked = {item.key: item for item in items}
@@ -144,7 +145,7 @@ def _ties(run: Run, stage: Stage, name: str, items: Sequence[Item], control: boo
 
 
 def query_table(run: Run, items: Sequence[Item]) -> pa.Table:
-    """Items as queries (queries.SCHEMA) by their keys: question as prompt and answer as completion, or the text."""
+    """Tokenise items as queries (queries.SCHEMA) by key: question and answer as prompt and completion, else as text."""
     tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
     documents = [
         Document(item.key, item.set_name, prompt=f"{item.question}\n", answer=item.answer)
@@ -160,7 +161,7 @@ def query_table(run: Run, items: Sequence[Item]) -> pa.Table:
 
 
 def _parts(run: Run, name: str) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Influence and recovery tables of a query set, a part at a time."""
+    """Yield the influence and recovery tables of a query set, part by part."""
     stage = run.stage(table_stage(run), name)
     for part in range(stage.store.read_json("manifest.json")["parts"]):
         read = (stage.store.read_table(f"{table}-{part:05d}.parquet") for table in ("influence", "recovery"))
@@ -170,7 +171,7 @@ def _parts(run: Run, name: str) -> Iterator[tuple[pa.Table, pa.Table]]:
 class _Reference:
     """Mean and spread of each block's influence over the controls.
 
-    Only blocks that some control's table names are held; a block that a table does not name has influence 0 there.
+    Holds only blocks listed for some control; a block not listed for a control has influence 0 on it.
     """
 
     def __init__(self, run: Run, name: str) -> None:
@@ -190,14 +191,14 @@ class _Reference:
         self.sums = np.bincount(at, flat, minlength=len(self.ordinals))
         self.squares = np.bincount(at, flat**2, minlength=len(self.ordinals))
         spread = _spread(self.sums, self.squares, self.count)
-        # Added to every spread: that of a block that few controls name is not known.
+        # Regulariser added to every spread: that of a block listed for few controls is unreliable.
         self.floor = float(np.median(spread)) if len(spread) else 1.0
 
     def contrast(self, blocks: list[dict[str, Any]], control: bool) -> dict[str, Any]:
-        """The largest contrast of an item's blocks (rows of the influence table), and the block that has it.
+        """Return the largest contrast over an item's blocks (rows of the influence table), and its block.
 
-        ``share`` is that block's share of the sum of all influences' sizes. A control's own values are taken out of
-        what it is compared with.
+        ``share`` is that block's |influence| over the sum of all |influence|. For a control the comparison is
+        leave-one-out: its own values are removed from the statistics.
         """
         influence = np.array([each["influence"] for each in blocks])
         ordinals = np.array([each["ordinal"] for each in blocks], np.int64)

@@ -1,8 +1,9 @@
-"""Evaluation sets: items of a question, choices and an answer, from JSON Lines or Parquet in the shapes in use.
+"""Evaluation sets: items with a question, choices and an answer, from JSON Lines or Parquet in common schemas.
 
-Read as they are: GSM8K (question, answer), ARC (question, choices {text, label}, answerKey), MMLU (question, choices,
+Detected schemas: GSM8K (question, answer), ARC (question, choices {text, label}, answerKey), MMLU (question, choices,
 answer as index or letter), HellaSwag (ctx, endings, label), TruthfulQA (question, best_answer; mc1_targets), PIQA-like
-goal and sol1, sol2, prompt with completion or target, and plain text. Any other shape by naming the fields.
+(goal, sol1, sol2), prompt with completion or target, and plain text, among others (_SHAPES). Any other schema can be
+read by naming its fields.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from stride_ray.corpus.splits import plan
 from stride_ray.runtime.errors import StrideError
 
 ROLES = ("question", "choices", "answer", "id")
-# Field names in use, the most telling first; a shape is the first whose question is there with all the rest it names.
+# Known schemas, the most specific first; the first one whose fields are all present applies.
 _SHAPES: tuple[dict[str, str], ...] = (
     {"question": "ctx", "choices": "endings", "answer": "label"},  # HellaSwag
     {"question": "question", "choices": "choices", "answer": "answerKey"},  # ARC, OpenBookQA, CommonsenseQA
@@ -42,7 +43,7 @@ _SHAPES: tuple[dict[str, str], ...] = (
     {"question": "content"},
 )
 _IDS = ("id", "item_id", "query_id", "question_id", "task_id", "ind", "uid")
-_SPLIT = re.compile(r"(-\d{5}-of-\d{5})?(\.(jsonl|json|ndjson|parquet|txt))?(\.(gz|zst))?$", re.I)
+_SUFFIXES = re.compile(r"(-\d{5}-of-\d{5})?(\.(jsonl|json|ndjson|parquet|txt))?(\.(gz|zst))?$", re.I)
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class Item:
     """One item of an evaluation set.
 
     Attributes:
-        key: 16 hexadecimal digits of the set's name and the item's content: the same item every night.
+        key: digest (16 hexadecimal digits) of the set's name and the item's content, stable over nights.
         set_name: of its evaluation set.
         item_id: the row's own id, else ``file#row``.
         file: its file's name.
-        row: line (from 1) in JSON Lines, row (from 0) in Parquet.
+        row: line (from 1) in JSON Lines, row (from 0) in Parquet; -1 if unknown.
         question: the question, or the whole of a plain text.
-        choices: what may be answered; empty where it is free.
-        answer: the right answer's text; empty where the row tells none.
+        choices: the answer choices; empty for free answers.
+        answer: text of the correct answer; empty if the row does not give it.
     """
 
     key: str
@@ -72,13 +73,13 @@ class Item:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A named set.
+    """A named evaluation set.
 
     Attributes:
         name: of the set.
         items: distinct items in reading order.
-        repeated: rows that say what an earlier one said.
-        rejects: rows that are not understood, each with file, row and why.
+        repeated: number of rows that duplicate an earlier item.
+        rejects: rows that could not be parsed, each with file, row and reason.
     """
 
     name: str
@@ -88,65 +89,67 @@ class EvaluationSet:
 
 
 def read_folder(folder: str, fields: Mapping[str, str] | None = None) -> list[EvaluationSet]:
-    """Every file of a folder (a glob, or any fsspec URL) as an evaluation set, named by its path without endings.
+    """Read every file of a folder (a glob, or any fsspec URL) as an evaluation set named by its path without suffixes.
 
-    Files that differ in ``-00000-of-00002`` only make one set.
+    Files that differ only in a shard suffix such as ``-00000-of-00002`` form one set.
 
     Args:
         folder: of JSON Lines (``.gz``, ``.zst``), Parquet or text files.
-        fields: question, choices, answer or id to the field that holds it; detected where not given.
+        fields: role (question, choices, answer, id) to field; detected where not given.
 
     Raises:
         StrideError: as read_set.
     """
-    names = sorted({_SPLIT.sub("", file.name) for unit in plan([folder], 2**30) for file in unit.files})
+    names = sorted({_SUFFIXES.sub("", file.name) for unit in plan([folder], 2**30) for file in unit.files})
     return [read_set(folder, name, fields, only=name) for name in names]
 
 
 def read_set(
     path: str, name: str = "", fields: Mapping[str, str] | None = None, only: str | None = None
 ) -> EvaluationSet:
-    """One evaluation set.
+    """Read one evaluation set.
 
     Args:
         path: a file, or several by folder or glob.
-        name: of the set; empty: the file's without ending.
+        name: of the set; empty: the file name without suffixes.
         fields: as in read_folder.
-        only: leave out files whose name without endings is another.
+        only: read only files whose name without suffixes is this.
 
     Raises:
-        StrideError: nothing there, no row is an item, or an unknown role.
+        StrideError: nothing is there, no row is an item, or a role is unknown.
     """
     unknown = [role for role in fields or {} if role not in ROLES]
     if unknown:
-        raise StrideError(f"{unknown[0]!r} is no role of a field of an evaluation set; the roles are {_listed(ROLES)}.")
-    name = name or _SPLIT.sub("", os.path.basename(path.rstrip("/")))
+        raise StrideError(
+            f"{unknown[0]!r} is not a role of an evaluation set's fields; the roles are {_listed(ROLES)}."
+        )
+    name = name or _SUFFIXES.sub("", os.path.basename(path.rstrip("/")))
     items: dict[str, Item] = {}
     rejects: list[Rejected] = []
     count = 0
     for unit in plan([path], 2**30):
-        if only is not None and all(_SPLIT.sub("", file.name) != only for file in unit.files):
+        if only is not None and all(_SUFFIXES.sub("", file.name) != only for file in unit.files):
             continue
         for row in rows(unit, None):
             count += 1
             found = row if isinstance(row, Rejected) else _item(row, name, fields or {})
-            if only is not None and isinstance(row, Row) and _SPLIT.sub("", row.file) != only:
+            if only is not None and isinstance(row, Row) and _SUFFIXES.sub("", row.file) != only:
                 count -= 1
             elif isinstance(found, Rejected):
                 rejects.append(found)
             else:
                 items.setdefault(found.key, found)
     if not items:
-        why = f"; the first row that is not understood: {rejects[0].sentence()}" if rejects else ""
+        why = f"; the first row that could not be parsed: {rejects[0].sentence()}" if rejects else ""
         raise StrideError(f"The evaluation set {name} ({path}) has no items{why}.")
     return EvaluationSet(name, tuple(items.values()), count - len(items) - len(rejects), tuple(rejects))
 
 
 def check_names(sets: Sequence[EvaluationSet]) -> None:
-    """Refuse two sets of one name.
+    """Check that the names of the sets are distinct.
 
     Raises:
-        StrideError: naming it.
+        StrideError: naming a duplicate.
     """
     seen: set[str] = set()
     for each in sets:
@@ -155,8 +158,8 @@ def check_names(sets: Sequence[EvaluationSet]) -> None:
         seen.add(each.name)
 
 
-class _OddError(Exception):
-    """Why a row is no item; becomes a reject."""
+class _InvalidRowError(Exception):
+    """The reason why a row is not an item; turned into a reject."""
 
 
 def _item(row: Row, name: str, given: Mapping[str, str]) -> Item | Rejected:
@@ -167,8 +170,8 @@ def _item(row: Row, name: str, given: Mapping[str, str]) -> Item | Rejected:
         choices, labels = _choices(row.values, shape["choices"]) if "choices" in shape else ((), ())
         answer = _answer(row.values, shape, choices, labels)
         if not question.strip() and not answer.strip():
-            raise _OddError(f"{shape['question']!r} is empty")
-    except _OddError as error:
+            raise _InvalidRowError(f"{shape['question']!r} is empty")
+    except _InvalidRowError as error:
         return Rejected(row.file, number, str(error))
     own = given.get("id") or next((key for key in _IDS if isinstance(row.values.get(key), str | int)), "")
     item_id = str(row.values[own]) if own in row.values else row.document_id
@@ -178,20 +181,20 @@ def _item(row: Row, name: str, given: Mapping[str, str]) -> Item | Rejected:
 
 
 def _shape(values: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
-    """Role to field(s), as given, else the first known shape that the row has; null fields are not there."""
+    """Return role to field(s): the given ones, else the first matching schema; null fields count as missing."""
     there = {key for key, value in values.items() if value is not None}
     named = {role: field for role, field in given.items() if role != "id"}
     for field in named.values():
         missing = [part for part in field.split(",") if part not in there]
         if missing:
-            raise _OddError(f"it has no field {missing[0]!r}; its fields are {_listed(sorted(there))}")
+            raise _InvalidRowError(f"it has no field {missing[0]!r}; its fields are {_listed(sorted(there))}")
     if "question" in named:
         return named
     for shape in _SHAPES:
         fields = [part for field in shape.values() for part in field.split(",")]
         if all(field in there for field in fields):
             return {**shape, **named}
-    raise _OddError(
+    raise _InvalidRowError(
         f"none of its fields {_listed(sorted(there))} is known to hold a question; say which does, as in "
         "--fields question=FIELD,answer=FIELD"
     )
@@ -202,7 +205,7 @@ def _text(values: Mapping[str, Any], field: str) -> str:
     if isinstance(value, dict):  # MMLU-like {"stem": …}, TriviaQA's {"value": …}
         value = next((value[key] for key in ("stem", "text", "value") if isinstance(value.get(key), str)), value)
     if not isinstance(value, str):
-        raise _OddError(f"{field!r} holds {type(value).__name__}, not a text")
+        raise _InvalidRowError(f"{field!r} holds {type(value).__name__}, not a text")
     return _whole(value, field)
 
 
@@ -210,12 +213,12 @@ def _whole(value: str, field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _OddError(f"{field!r} holds half a character (a lone surrogate)") from None
+        raise _InvalidRowError(f"{field!r} contains an invalid character (a lone surrogate)") from None
     return value
 
 
 def _choices(values: Mapping[str, Any], field: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Choices' texts and their labels (empty where there are none)."""
+    """Return the choices' texts and their labels (empty if there are none)."""
     value = values[field] if "," not in field else [values[part] for part in field.split(",")]
     labels: Sequence[Any] = ()
     if isinstance(value, dict):
@@ -225,14 +228,14 @@ def _choices(values: Mapping[str, Any], field: str) -> tuple[tuple[str, ...], tu
         labels = [each.get("label", "") for each in value]
         value = [each.get("text") for each in value]
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise _OddError(f"{field!r} does not hold a list of texts")
+        raise _InvalidRowError(f"{field!r} does not hold a list of texts")
     return tuple(_whole(each, field) for each in value), tuple(str(label) for label in labels)
 
 
 def _answer(
     values: Mapping[str, Any], shape: Mapping[str, str], choices: tuple[str, ...], labels: tuple[str, ...]
 ) -> str:
-    """The right answer's text: the field's own, or the choice that it points to."""
+    """Return the correct answer's text: the field's own, or the choice that it points to."""
     if "answer" not in shape:
         if shape.get("choices", "").endswith("_targets") and 1 in labels_of(labels):
             return choices[labels_of(labels).index(1)]
@@ -243,27 +246,27 @@ def _answer(
         value = value.get("value", value.get("text", value))
     if isinstance(value, list):
         if not value or not isinstance(value[0], str):
-            raise _OddError(f"{field!r} does not hold a list of texts")
+            raise _InvalidRowError(f"{field!r} does not hold a list of texts")
         value = value[0]
     if not choices:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise _OddError(f"{field!r} holds {type(value).__name__}, not a text")
+            raise _InvalidRowError(f"{field!r} holds {type(value).__name__}, not a text")
         return _whole(str(value), field)
     place = _place(value, choices, labels, int(shape["choices"].startswith("option1,")))
     if place is None:
-        if value in ("", -1, "-1"):  # test splits keep their answers to themselves
+        if value in ("", -1, "-1"):  # test splits hide their answers
             return ""
-        raise _OddError(f"{field!r} is {value!r}, which names none of the {len(choices)} choices")
+        raise _InvalidRowError(f"{field!r} is {value!r}, which names none of the {len(choices)} choices")
     return choices[place]
 
 
 def labels_of(labels: tuple[str, ...]) -> list[int]:
-    """TruthfulQA's labels, 1 for what is right."""
+    """Parse TruthfulQA's labels, 1 for a correct choice; 0 for labels that are not numbers."""
     return [int(label) if label.isdigit() else 0 for label in labels]
 
 
 def _place(value: Any, choices: tuple[str, ...], labels: tuple[str, ...], first: int) -> int | None:
-    """Which choice an answer means: by label, its own text, number from ``first`` (WinoGrande: 1), letter."""
+    """Resolve an answer to a choice: by label, text, number counted from ``first`` (WinoGrande: 1), or letter."""
     word = str(value).strip()
     if word in labels:
         return labels.index(word)

@@ -1,8 +1,8 @@
-"""One scan at a time: a lock file with an owner and a lease, renewed by its owner, that others take over once it ends.
+"""One scan at a time: a lock file with an owner and a lease that the owner renews; others take it over once it expires.
 
-Locally the file is created exclusively. An object store that knows conditional writes (S3 itself) creates it so; on
-one that does not, the owner looks, writes, waits a moment and reads again, and the last writer has won. That holds as
-long as nobody writes long after looking; whoever was displaced all the same is told so by ``check``.
+On a local disk the file is created exclusively, on object stores with conditional writes (S3 itself) likewise. On
+others the owner reads, writes, waits a moment and reads again: the last writer wins. This is safe unless a process
+writes long after it read; one that is displaced that way finds out from ``check``.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
 
 NAME = "scan.lock"
-# Seconds between writing a lock without a conditional create, and reading whose it is.
+# Seconds between writing a lock to an object store and reading back its owner.
 SETTLE = 2.0
-# How often a slow or half-written answer of an object store is asked for again.
-LOOKS = 3
+# Maximum reads of a lock file if an object store is slow or returns a half-written one.
+MAX_READS = 3
 
 
 def _machine() -> str:
-    """Where a process id means something: this boot of this machine, and on Linux the processes that it can see."""
+    """Identify the scope of a process id: this boot of this machine, and the PID namespace; empty except on Linux."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
@@ -35,7 +35,7 @@ def _machine() -> str:
 
 
 def _ended(held: dict[str, Any]) -> bool:
-    """Whether the owner was a process of this machine that is no more."""
+    """Whether the owner was a process on this machine that has ended."""
     if not _machine() or held.get("machine") != _machine():
         return False
     try:
@@ -48,14 +48,14 @@ def _ended(held: dict[str, Any]) -> bool:
 
 
 class Lock:
-    """A lock on a folder for the length of a ``with`` block.
+    """A lock on a folder for the duration of a ``with`` block.
 
     Args:
         store: the folder.
-        lease: seconds that the lock holds without being renewed; it is renewed every third of that.
+        lease: seconds until the lock expires unless renewed; it is renewed every third of that.
 
     Raises:
-        StrideError: on entering, where another scan holds it, saying who and until when.
+        StrideError: on entering, if another scan holds it, naming its owner and expiry.
     """
 
     def __init__(self, store: Store, lease: float) -> None:
@@ -71,13 +71,13 @@ class Lock:
             if held is not None and held["expires"] > time.time() and not _ended(held):
                 until = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(held["expires"]))
                 raise StrideError(
-                    f"{self.store.name_of(NAME)} is held by {held['owner']} until {until} at the earliest: another "
+                    f"{self.store.display_url(NAME)} is held by {held['owner']} until {until} at the earliest: another "
                     "scan is under way; wait for it (or, where that one was killed, until then)."
                 )
             if self._link(held) if self.store.local else self._claim(held):
                 self._thread.start()
                 return self
-        raise StrideError(f"{self.store.name_of(NAME)} changes hands faster than it can be taken; try again.")
+        raise StrideError(f"{self.store.display_url(NAME)} changes hands faster than it can be taken; try again.")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -89,15 +89,15 @@ class Lock:
             self.store.remove(NAME)
 
     def check(self) -> None:
-        """Refuse to go on without the lock; to be called before anything is published.
+        """Verify that the lock is still held; call this before publishing.
 
         Raises:
-            StrideError: where the lease ran out and another scan took the lock.
+            StrideError: the lease expired and another scan took the lock, or the lock file is gone.
         """
         held = self._read()
         if self.lost or held is None or held["owner"] != self.owner:
             raise StrideError(
-                f"{self.store.name_of(NAME)} was taken over by another scan, which did not see this one in time; "
+                f"{self.store.display_url(NAME)} was taken over by another scan, which did not see this one in time; "
                 "run the same command again: what is done is kept."
             )
 
@@ -107,8 +107,8 @@ class Lock:
         return json.dumps({**told, "expires": now + self.lease}).encode()
 
     def _look(self) -> dict[str, Any] | None:
-        """Who holds the lock; asked again where the answer took so long that it may be of the past."""
-        for _ in range(LOOKS):
+        """Read who holds the lock, again if an object store took so long that the answer may be stale."""
+        for _ in range(MAX_READS):
             asked = time.monotonic()
             held = self._read()
             if self.store.local or time.monotonic() - asked < SETTLE / 2:
@@ -116,7 +116,7 @@ class Lock:
         return held
 
     def _claim(self, ended: dict[str, Any] | None) -> bool:
-        """In an object store: make the file, or write over one that ended; whether it is ours after a moment."""
+        """On an object store: create the file, or overwrite an expired one; returns whether it is ours after SETTLE."""
         try:
             if ended is not None:
                 self.store.write(NAME, self._record())
@@ -124,21 +124,21 @@ class Lock:
                 self.store.fs.pipe_file(self.store.path(NAME), self._record(), mode="create")
         except FileExistsError:
             return False
-        except Exception:  # whatever a store says that knows no conditional create
+        except Exception:  # stores without conditional create raise errors of their own
             self.store.write(NAME, self._record())
         time.sleep(SETTLE)
         held = self._read()
         return held is not None and held["owner"] == self.owner
 
     def _link(self, ended: dict[str, Any] | None) -> bool:
-        """On a local disk: a file linked to its name is whole at once, and linking fails where the name is taken."""
+        """On a local disk: hard-link a complete file to the name, which is atomic and fails if the name is taken."""
         path = self.store.path(NAME)
         partial = f"{path}.{uuid.uuid4().hex}"
         with self.store.translated_errors(NAME, "write"):
             os.makedirs(self.store.root, exist_ok=True)
             try:
                 if ended is not None:
-                    os.rename(path, partial)  # of several that try, one succeeds
+                    os.rename(path, partial)  # succeeds for one of several processes
                 with open(partial, "wb") as file:
                     file.write(self._record())
                 os.link(partial, path)
@@ -150,8 +150,8 @@ class Lock:
         return True
 
     def _read(self) -> dict[str, Any] | None:
-        """What the file says; one that stays unreadable as JSON is nobody's, as some stores show half-written ones."""
-        for left in reversed(range(LOOKS)):
+        """Read the file; some stores return half-written ones, so retry. If it stays invalid JSON, it has no owner."""
+        for left in reversed(range(MAX_READS)):
             if not self.store.exists(NAME):
                 return None
             try:
@@ -170,7 +170,7 @@ class Lock:
         while not self._stop.wait(self.lease / 3):
             with contextlib.suppress(
                 StrideError
-            ):  # a store that is away for a while; the next time comes before the end
+            ):  # tolerate a brief outage: the next renewal comes before the lease expires
                 held = self._read()
                 if held is None or held["owner"] != self.owner:
                     self.lost = True

@@ -1,11 +1,11 @@
-"""One night's scan: evaluation sets against a corpus and the model trained on it, and a dated folder that says so.
+"""A nightly scan: evaluation sets against a corpus and the model trained on it, with the results in a dated folder.
 
-A scan's folder holds ``nights/<date>/`` (verdicts.parquet, matches.parquet, report.md, report.html, then manifest.json,
-which makes it a finished night, then told.json, which says that exit status and webhook were given), ``latest.json``
-(which night is the last good one), ``state/`` (what need not be done again) and, while a scan works, ``scan.lock``.
+A scan folder holds ``nights/<date>/`` (verdicts.parquet, matches.parquet, report.md, report.html, then manifest.json,
+which marks the night as finished, then told.json, which marks it as reported by exit status and webhook),
+``latest.json`` (the last finished night), ``state/`` (cached work) and, while a scan runs, ``scan.lock``.
 
-What is new in a night is so since the last one that was told: a finding whose message failed, or whose scan was killed
-before it, is told the next time.
+Findings are new relative to the last reported night: if the webhook failed or the scan was killed before it, they are
+reported again the next time.
 """
 
 import time
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from stride_ray.attribution.attribute import mode_of
 from stride_ray.contamination.compare import Difference, difference
-from stride_ray.contamination.influence import LEAST, TIES, checkpoint, item_ties
+from stride_ray.contamination.influence import MIN_CONTROLS, TIES, checkpoint, item_ties
 from stride_ray.contamination.items import EvaluationSet, Item, check_names
 from stride_ray.contamination.lexical.channel import Lexical, lexical_matches
 from stride_ray.contamination.lexical.search import RAW, Corpus, search
@@ -35,9 +35,9 @@ from stride_ray.runtime.storage import Store, refuse_inside
 from stride_ray.runtime.urls import redacted, safe_url
 
 CLEAN, FAILED, FOUND = 0, 1, 2
-# Nights that the page's plots go back, this one among them.
+# Nights in the page's plots, including this one.
 NIGHTS = 60
-TOLD = "told.json"
+REPORTED = "told.json"
 
 
 def scan(
@@ -48,25 +48,32 @@ def scan(
     night: str = "",
     webhook: str = "",
 ) -> dict[str, Any]:
-    """Scan, publish the night, tell the webhook.
+    """Scan, publish the night's results, post to the webhook.
+
+    Example:
+        >>> from stride_ray import Run, read_set, scan
+        >>> night = scan(Run("mine", changes={"scan.influence": False}), [read_set("evaluation.jsonl")], "nights")
+        >>> night["status"], night["sets"][0]["items"]
+        (2, 2)
 
     Args:
-        run: its input is the corpus of the lexical channel, sharded or not; its model and blocks are those of the
-            influence channel (``scan.influence``). Another checkpoint is another run; ``out`` may stay the same.
+        run: provides the lexical channel's corpus (its input, sharded or not) and the influence channel's model and
+            blocks (``scan.influence``). Another checkpoint is another run; ``out`` may stay the same.
         sets: evaluation sets.
         out: the scan's folder, any fsspec URL; the same every night.
-        controls: items like these that nobody has published: the influence channel's null, which it cannot do without.
-        night: name of the dated folder; empty: today (UTC), with a number where today has one already. One that is
-            finished but was not told is told, as it is.
-        webhook: where to POST the summary; empty: nowhere.
+        controls: unpublished items of the same kind, the null distribution of the influence channel, which requires
+            them.
+        night: name of the dated folder; empty: today (UTC), with a number if today's exists. A night that is finished
+            but was not reported is reported as it is.
+        webhook: URL to POST the summary to; empty: none.
 
     Returns:
         The manifest, with ``folder``, ``status`` (0 nothing new, 2 new findings, 1 the webhook failed) and ``webhook``
-        (what went wrong there, or empty).
+        (its error, or empty).
 
     Raises:
-        StrideError: another scan is under way; no set; influence without controls; as the channels do. The last good
-            night stays in place.
+        StrideError: another scan is running, there is no evaluation set, an option or name is invalid, influence lacks
+            controls, or a channel fails. The last finished night stays in place.
     """
     check_names([*sets, *controls])
     for key, share in (("overlap", run.config.scan.overlap), ("false_discovery", run.config.scan.false_discovery)):
@@ -79,10 +86,10 @@ def scan(
             "No evaluation set is given; name a folder (--set-folder) or a file (--evaluation NAME=PATH)."
         )
     given = len({item.key for each in controls for item in each.items})
-    if run.config.scan.influence and given < LEAST:
+    if run.config.scan.influence and given < MIN_CONTROLS:
         raise StrideError(
             f"The influence channel needs control items, and {given} are given: name items like these that nobody has "
-            f"published (--control PATH; {LEAST} at the least, better hundreds), or leave the channel out "
+            f"published (--control PATH; {MIN_CONTROLS} at the least, better hundreds), or leave the channel out "
             "(--set scan.influence=false)."
         )
     store = Store(out)
@@ -96,27 +103,27 @@ def scan(
         payload = {**manifest, "folder": folder, "status": status, "findings": found.new, "text": headline(manifest)}
         failure = post(webhook, payload)
     if not failure:
-        store.write_json(f"nights/{manifest['night']}/{TOLD}", {"webhook": redacted(webhook)})
+        store.write_json(f"nights/{manifest['night']}/{REPORTED}", {"webhook": redacted(webhook)})
     return {**manifest, "folder": folder, "status": FAILED if failure else status, "webhook": failure}
 
 
 def last_night(store: Store) -> str:
-    """The name of a scan folder's last good night; empty where there is none."""
+    """Return the name of a scan folder's last finished night; empty if there is none."""
     return store.read_json("latest.json")["night"] if store.exists("latest.json") else ""
 
 
 def _last_told(store: Store, night: str) -> str:
-    """The last night up to ``night`` whose outcome was told; empty where none was, or it is gone."""
-    while night and not store.exists(f"nights/{night}/{TOLD}"):
+    """Return the last reported night up to ``night``; empty if there is none or it was deleted."""
+    while night and not store.exists(f"nights/{night}/{REPORTED}"):
         manifest = f"nights/{night}/manifest.json"
         night = store.read_json(manifest)["before"] if store.exists(manifest) else ""
     return night
 
 
 def earlier_nights(store: Store, night: str) -> list[dict[str, Any]]:
-    """Manifests of a scan folder's finished nights up to ``night``, oldest first; NIGHTS less one at most."""
+    """Return the manifests of finished nights up to ``night``, oldest first; at most NIGHTS − 1."""
     found: dict[str, dict[str, Any]] = {}
-    # Names need not sort by time; every night names the one before it.
+    # Names need not sort by time, so follow each manifest's link to the night before.
     while night and night not in found and len(found) < NIGHTS - 1 and store.exists(f"nights/{night}/manifest.json"):
         found[night] = store.read_json(f"nights/{night}/manifest.json")
         night = found[night]["before"]
@@ -124,10 +131,10 @@ def earlier_nights(store: Store, night: str) -> list[dict[str, Any]]:
 
 
 def corpus_of(run: Run, state: Store) -> Corpus:
-    """The run's input, cut into units that stay as they are while their files do; new files make new units.
+    """Split the run's input into units; units of unchanged files are kept, new files make new units.
 
     Raises:
-        StrideError: no input, or one that cannot be read.
+        StrideError: the run has no input, or it cannot be read.
     """
     config = run.config.corpus
     if not config.input:
@@ -158,7 +165,7 @@ def _night(
     state = store.child("state")
     name = night or _today(store)
     if store.exists(f"nights/{name}/manifest.json"):
-        return _untold(store, name)
+        return _load_unreported(store, name)
     corpus = corpus_of(run, state)
     stage = Stage(state.child("lexical"), digest(["lexical", options.words, options.shortest, *RAW.names]))
     done = search(stage, corpus, items, options.words, options.shortest, run.config.compute)
@@ -178,8 +185,8 @@ def _night(
         "new": len(found.new),
         "changed": len(found.changed),
         "resolved": len(found.resolved),
-        "sets": [_told(each, table, lexical, found) for each in sets],
-        "corpus": _counted(corpus, lexical),
+        "sets": [_set_facts(each, table, lexical, found) for each in sets],
+        "corpus": _corpus_facts(corpus, lexical),
         "influence": influence,
         "options": {k.partition(".")[2]: v for k, v in run.config.flat().items() if k.startswith("scan.")},
     }
@@ -198,10 +205,10 @@ def _night(
     return manifest, found
 
 
-def _untold(store: Store, night: str) -> tuple[dict[str, Any], Difference]:
-    """A finished night that nobody was told of, for what was missing after its manifest."""
-    if store.exists(f"nights/{night}/{TOLD}"):
-        raise StrideError(f"{store.name_of('nights')}/{night} is finished; give another name for this night.")
+def _load_unreported(store: Store, night: str) -> tuple[dict[str, Any], Difference]:
+    """Load a finished but unreported night, and update latest.json if that is missing."""
+    if store.exists(f"nights/{night}/{REPORTED}"):
+        raise StrideError(f"{store.display_url('nights')}/{night} is finished; give another name for this night.")
     manifest = store.read_json(f"nights/{night}/manifest.json")
     if last_night(store) == manifest["before"]:
         store.write_json("latest.json", {"night": night})
@@ -213,7 +220,7 @@ def _table(store: Store, night: str) -> pa.Table | None:
 
 
 def _today(store: Store) -> str:
-    """Today's first name that no finished night has."""
+    """Return today's first name that is not a finished night."""
     today = time.strftime("%Y-%m-%d", time.gmtime())
     number, name = 1, today
     while store.exists(f"nights/{name}/manifest.json"):
@@ -225,7 +232,7 @@ def _today(store: Store) -> str:
 def _influence(
     run: Run, state: Store, items: list[Item], controls: Sequence[EvaluationSet]
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Ties of all items, and what the manifest says of how they came about."""
+    """Return the ties of all items, and the influence channel's facts for the manifest."""
     given = [item for each in controls for item in each.items]
     made_of = checkpoint(run)
     identity = digest([made_of, TIES.names, *(item.key for item in given)])
@@ -243,7 +250,7 @@ def _influence(
     }
 
 
-def _told(each: EvaluationSet, table: pa.Table, lexical: Lexical, found: Difference) -> dict[str, Any]:
+def _set_facts(each: EvaluationSet, table: pa.Table, lexical: Lexical, found: Difference) -> dict[str, Any]:
     mine = table.filter(pa.array([name == each.name for name in table["set"].to_pylist()]))
     return {
         "name": each.name,
@@ -258,7 +265,7 @@ def _told(each: EvaluationSet, table: pa.Table, lexical: Lexical, found: Differe
     }
 
 
-def _counted(corpus: Corpus, lexical: Lexical) -> dict[str, Any]:
+def _corpus_facts(corpus: Corpus, lexical: Lexical) -> dict[str, Any]:
     return {
         "state": corpus.state,
         "units": len(corpus.units),
@@ -273,6 +280,6 @@ def _counted(corpus: Corpus, lexical: Lexical) -> dict[str, Any]:
 
 
 def _alarming(run: Run, found: Difference) -> bool:
-    """Whether this night's new findings are what the caller is to be told by the exit status."""
+    """Whether the new findings set the exit status to FOUND (``scan.alarm``)."""
     fresh = [*found.new, *(row for row in found.changed if row["before"] == "influence")]
     return any(run.config.scan.alarm == "any" or row["verdict"] != "influence" for row in fresh)

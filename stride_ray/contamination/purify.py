@@ -1,7 +1,7 @@
-"""The corpus without what leaked: every file of the input again, in its own format, spans or whole documents left out.
+"""Write the corpus without lexical findings: each input file in its own format, without leaked spans or documents.
 
-Lines and files that hold no finding keep their bytes; a Parquet or Arrow file keeps its schema, its row groups or
-batches, and every column but the cleaned one. Only what the lexical channel proved is taken out.
+Lines and files without a finding keep their bytes; a Parquet or Arrow file keeps its schema, its row groups or batches,
+and all columns but the cleaned one. Only findings of the lexical channel are removed.
 """
 
 import gzip
@@ -28,9 +28,9 @@ from stride_ray.runtime.run import Run, Stage, claim
 from stride_ray.runtime.storage import Store, refuse_inside
 from stride_ray.runtime.urls import filesystem, redacted
 
-# The target's hidden folder that says how it came about, which who reads the target does not take for documents.
+# Hidden folder in the target with stage.json and the done markers; readers of the target skip it.
 RECORD = ".purified"
-# Spans of one document: part's name to (start, stop) pairs.
+# Spans of one document: part name to (start, stop) pairs.
 Spans = dict[str, list[tuple[int, int]]]
 
 
@@ -38,19 +38,19 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
     """Write the scanned input without a night's lexical findings.
 
     Args:
-        run: the one that was scanned.
+        run: the scanned run.
         scans: the scan's folder.
-        night: which of its nights.
-        target: an empty folder for the cleaned files, under the names that they have in the input. The same again
-            does what is missing.
-        whole: leave out documents that hold a finding, not just the spans.
+        night: name of the night.
+        target: an empty folder for the cleaned files, which keep their names in the input. Running again with the same
+            folder does only what is missing.
+        whole: remove whole documents that contain a finding, not just the spans.
 
     Returns:
-        Counts: ``files``, ``documents`` (changed or left out), ``spans``, ``characters`` taken out of spans.
+        Counts: ``files`` written, ``documents`` changed or left out, ``spans`` and ``characters`` removed.
 
     Raises:
-        StrideError: the input is not as it was scanned, documents are token ids, which have no spans, or the folder
-            holds something else.
+        StrideError: the input has changed since the scan, spans would have to be cut from token ids, or the folder is
+            not empty.
     """
     store = Store(scans)
     matches = store.read_table(f"nights/{night}/matches.parquet")
@@ -66,12 +66,12 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
     results = Store(target)
     refuse_inside(results, run.config.corpus.input, "The cleaned corpus")
     if results.names() and not results.exists(f"{RECORD}/stage.json"):
-        raise StrideError(f"{results.name_of('')} is not empty; give a new folder for the cleaned corpus.")
-    # Not the night's name: a scan that is run again to go on with this makes a night of its own.
+        raise StrideError(f"{results.display_url('')} is not empty; give a new folder for the cleaned corpus.")
+    # Keyed by the findings, not the night's name: repeating the scan to resume makes a new night.
     keys = {"run": redacted(run.url), "whole": whole, "input": corpus.state, "findings": digest(rows)}
     stage = claim(Stage(results.child(RECORD), digest(keys)), "purify", keys)
     files = sorted((file.name, unit) for unit in corpus.units for file in unit.files)
-    files = list(dict(files).items())  # one of a file's units will do: it is written whole
+    files = list(dict(files).items())  # one unit per file is enough: files are written whole
     done = stage.done()
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, unit) in enumerate(files):
@@ -96,13 +96,13 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
 
 
 class _Cleaner:
-    """Takes the spans of a file's documents out of their rows' values."""
+    """Removes leaked spans or documents from the rows of a file."""
 
     def __init__(self, columns: dict[str, str], leaks: dict[int, Spans], whole: bool, counts: Counter[str]) -> None:
         self.columns, self.leaks, self.whole, self.counts = columns, leaks, whole, counts
 
     def cleaned(self, place: int, values: dict[str, Any]) -> dict[str, Any] | None:
-        """A row's values (the same object where nothing leaked into it); None: leave it out."""
+        """Return a row's cleaned values (the same object if it has no finding), or None to leave it out."""
         spans = self.leaks.get(place)
         if not spans:
             return values
@@ -121,7 +121,7 @@ class _Cleaner:
         return values
 
     def cut(self, text: str, spans: list[tuple[int, int]]) -> str:
-        """The text without some spans, which may overlap."""
+        """Remove spans, which may overlap, from a text."""
         kept, end = [], 0
         for start, stop in sorted(spans):
             kept.append(text[end : max(start, end)])
@@ -192,7 +192,7 @@ def _write_arrow(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleane
 
 
 def _cleaned_table(table: pa.Table, first: int, cleaner: _Cleaner) -> pa.Table:
-    """A table whose first row is number ``first`` of its file."""
+    """Clean a table whose first row is row ``first`` of its file."""
     touched = [place - first for place in cleaner.leaks if first <= place < first + table.num_rows]
     if not touched:
         return table
@@ -218,7 +218,7 @@ def _unpacked(data: bytes, packing: str) -> bytes:
 
 
 def _through(packing: str, target: IO[bytes], pieces: Iterator[bytes]) -> None:
-    """Write pieces compressed as a name's ending asks, without a time or name in the file."""
+    """Write pieces with the given compression, without a timestamp or file name, so bytes are reproducible."""
     if packing == ".gz":
         with gzip.GzipFile(filename="", mode="wb", fileobj=target, mtime=0) as packed:
             for piece in pieces:

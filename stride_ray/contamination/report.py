@@ -1,6 +1,6 @@
-"""The page of one night's scan: its outcome, the trend over nights, the items that are not clean, and why they are not.
+"""The page of a night's scan: outcome, trend over nights, and the items that are not clean, with their evidence.
 
-A page stays below 5 MB whatever was scanned: items and excerpts beyond their room are left out, and counted.
+A page stays below 5 MB: items and excerpts beyond the byte budget are left out and counted.
 """
 
 import math
@@ -20,12 +20,12 @@ from stride_ray.contamination.summary import HEAD, NOTE, about, headline, set_ro
 from stride_ray.contamination.verdicts import CLEAN
 from stride_ray.report.page import embedded, render
 
-# Bytes of rows of findings, of rows of clean items, and of both with all evidence.
+# Byte budgets: rows of findings, rows of clean items, and everything including evidence.
 FOUND_BYTES, CLEAN_BYTES, ALL_BYTES = 2_000_000, 1_000_000, 4_500_000
-# Documents of an item, passages of a document per field, and characters of a passage and of an item's text.
+# Maximum documents per item, passages per document and field, and characters per passage and per item text.
 DOCUMENTS, PASSAGES, PASSAGE, TEXT = 5, 3, 1200, 4000
 _QUESTION = 120
-# Of a row for the script; all but the first four are in verdicts.VERDICTS under the same names.
+# Columns of a row for the page's script; all but the first four are named as in verdicts.VERDICTS.
 _ROW = (
     *("item", "mark", "note", "short", "set", "verdict", "question", "overlap", "documents", "first_document"),
     *("contrast", "p", "q", "loss", "memorised", "share", "ordinal", "tied_document", "error"),
@@ -40,18 +40,18 @@ def scan_page(
     found: Difference,
     history: Sequence[dict[str, Any]],
 ) -> str:
-    """The page of a night.
+    """Render the page of a night.
 
     Args:
         facts: the night's manifest (nightly.scan).
         table: its verdicts.
-        lexical: what the lexical channel found.
-        items: all that were scanned.
-        found: against the last scan that was told.
-        history: manifests of nights before, oldest first.
+        lexical: results of the lexical channel.
+        items: all scanned items.
+        found: difference from the last reported scan.
+        history: manifests of earlier nights, oldest first.
 
     Returns:
-        HTML that needs nothing beside it.
+        Self-contained HTML.
     """
     findings, clean = _listed(facts, table, lexical, found)
     kept, near = _fitting(findings, FOUND_BYTES), _fitting(clean, CLEAN_BYTES)
@@ -88,7 +88,7 @@ def scan_page(
 def _listed(
     facts: dict[str, Any], table: pa.Table, lexical: Lexical, found: Difference
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of findings (new, changed, as before, resolved) and of clean items, those nearest to a finding first."""
+    """Return rows of findings (new, changed, unchanged, resolved) and of clean items, closest to a finding first."""
     now = {row["key"]: row for row in table.to_pylist()}
     marks: dict[str, tuple[str, str]] = {row["key"]: ("new", "") for row in found.new}
     marks |= {row["key"]: ("changed", f"{row['before']} in {facts['since']}") for row in found.changed}
@@ -105,22 +105,22 @@ def _listed(
 
     def told(row: dict[str, Any]) -> dict[str, Any]:
         mark, note = marks.get(row["key"], (None, ""))
-        values = {name: _brief(row.get(name)) for name in _ROW}
+        values = {name: _json_value(row.get(name)) for name in _ROW}
         extra = {"key": row["key"], "item": row["item_id"], "mark": mark, "note": note}
         return {**values, **extra, "question": row["question"][:_QUESTION], "short": row["key"] in lexical.short}
 
     return [told(row) for row in listed], [told(row) for row in clean]
 
 
-def _brief(value: Any) -> Any:
-    """A value as the page's data may hold it."""
+def _json_value(value: Any) -> Any:
+    """Make a value fit for JSON: floats with four digits, None if not finite."""
     if isinstance(value, float):
         return float(f"{value:.4g}") if math.isfinite(value) else None
     return value
 
 
 def _fitting(rows: list[dict[str, Any]], room: int) -> list[dict[str, Any]]:
-    """The first rows, as many as fit into some bytes."""
+    """Return the leading rows that fit into ``room`` bytes."""
     kept = []
     for row in rows:
         room -= _size([row[name] for name in _ROW])
@@ -135,7 +135,7 @@ def _size(value: Any) -> int:
 
 
 class _Evidence:
-    """Texts of items and of the documents that hold them, for items by their keys in the order of the page."""
+    """Evidence for the page's items, in page order: their texts, and excerpts of the documents that contain them."""
 
     def __init__(self, lexical: Lexical, items: Sequence[Item], keys: list[str], options: dict[str, Any]) -> None:
         self.keys, self.options = keys, options
@@ -146,14 +146,14 @@ class _Evidence:
             self.matches.setdefault(row["key"], []).append(row)
 
     def dealt(self, findings: int, room: int) -> tuple[dict[int, dict[str, Any]], int]:
-        """Evidence by number of row; every finding gets a first document before one gets a second, clean items last.
+        """Fill the byte budget round-robin: a first document for each finding, then a second, …; clean items last.
 
         Args:
-            findings: how many of the rows are findings.
-            room: bytes.
+            findings: number of leading rows that are findings.
+            room: budget in bytes.
 
         Returns:
-            The evidence, and how many documents were left out for want of room.
+            Evidence by row index, and the number of documents left out for lack of room.
         """
         shown: dict[int, dict[str, Any]] = {}
         left_out = 0
@@ -175,7 +175,7 @@ class _Evidence:
         return shown, left_out
 
     def _texts(self, key: str) -> list[list[str]]:
-        """The item's texts by the names of its searched fields."""
+        """Return the item's [field name, text] pairs."""
         item = self.items[key]
         texts = {"question": item.question}
         texts |= {f"choice {i}": choice for i, choice in enumerate(item.choices, 1)}
@@ -186,7 +186,7 @@ class _Evidence:
         return [[name, _cut(text, TEXT)] for name, text in texts.items() if text]
 
     def _documents(self, key: str) -> list[dict[str, Any]]:
-        """The documents that hold most of an item, the best first, each with what it holds of which field."""
+        """Return the documents with the largest overlap with an item, findings first, with the matches per field."""
         documents: dict[tuple[str, str, int], dict[str, list[dict[str, Any]]]] = {}
         for row in self.matches.get(key, ()):
             fields = documents.setdefault((row["source"], row["file"], row["place"]), {})
@@ -206,7 +206,7 @@ class _Evidence:
         for name, runs in sorted(fields.items(), key=lambda each: -each[1][0]["overlap"]):
             spans = _units(texts[name], _joined((run["item_start"], run["item_stop"]) for run in runs))
             held.append(
-                {"field": name, "overlap": _brief(runs[0]["overlap"]), "spans": spans, "passages": _passages(runs)}
+                {"field": name, "overlap": _json_value(runs[0]["overlap"]), "spans": spans, "passages": _passages(runs)}
             )
         return {
             **{name: first[name] for name in ("source", "file", "place")},
@@ -217,7 +217,7 @@ class _Evidence:
 
 
 def _passages(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Excerpts of a document with the copied spans, those that overlap in one; the ones with most of a copy."""
+    """Merge overlapping excerpts of a document; keep the PASSAGES with the most copied text, in document order."""
     pieces: list[dict[str, Any]] = []
     for run in sorted(runs, key=lambda run: (run["part"], run["start"], run["stop"])):
         start, stop = run["excerpt_start"], run["excerpt_start"] + len(run["excerpt"])
@@ -243,7 +243,7 @@ def _passage(piece: dict[str, Any]) -> dict[str, Any]:
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans in order, those that overlap or touch as one."""
+    """Sort spans and merge those that overlap or touch."""
     joined: list[tuple[int, int]] = []
     for start, stop in sorted(spans):
         if joined and start <= joined[-1][1]:
@@ -254,7 +254,7 @@ def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _units(text: str, spans: list[tuple[int, int]]) -> list[list[int]]:
-    """Spans that count characters of a text as a browser counts them: in units of UTF-16, those beyond its end cut."""
+    """Convert spans from characters to UTF-16 units, as browsers count; drop spans that start beyond the text."""
     last = len(text)
     return [[_width(text[:start]), _width(text[:stop])] for start, stop in spans if start < last]
 
@@ -268,7 +268,7 @@ def _cut(text: str, longest: int) -> str:
 
 
 def _trend(nights: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Findings per night and channel of the last night's sets; None where a set or a channel was not asked."""
+    """Count findings per night and channel for the last night's sets; None if the set or channel was not scanned."""
     told = [{each["name"]: each["verdicts"] for each in night["sets"]} for night in nights]
     sets = []
     for name in told[-1]:

@@ -1,17 +1,18 @@
-"""From a statistic to a p-value against controls, and from many p-values to findings at a false-discovery rate."""
+"""P-values of a statistic against controls, and q-values for findings at a false-discovery rate."""
 
 import numpy as np
+import scipy.stats
 
-# Controls whose values the tail is fitted to: a share of them, and the fewest that bear a fit.
+# Share of the controls, the largest, that the tail is fitted to, and the minimum number for a fit.
 TAIL_SHARE, TAIL_LEAST = 0.1, 10
-# No p-value is smaller: a tail fitted to some controls knows nothing of that.
+# Lower bound on p-values: a tail fitted to few controls cannot support smaller ones.
 SMALLEST = 1e-15
 
 
 def standardised(values: np.ndarray, control: np.ndarray) -> np.ndarray:
-    """Values (n,) as distances from the controls' median in the controls' spread (1.4826 median absolute deviations).
+    """Robust z-scores: values (n,) minus the controls' median, over 1.4826 times the controls' median abs. deviation.
 
-    ``control`` (n,) says which are controls; nan stay nan, and controls that are all alike spread by 1.
+    ``control`` (n,) marks the controls. NaN stay NaN; a spread of 0 is replaced by 1, and without controls all are NaN.
     """
     known = values[control & ~np.isnan(values)]
     if not len(known):
@@ -21,16 +22,16 @@ def standardised(values: np.ndarray, control: np.ndarray) -> np.ndarray:
 
 
 def p_values(statistics: np.ndarray, controls: np.ndarray) -> np.ndarray:
-    """How often a control is at least as extreme as each item.
+    """Empirical p-values of the items against the controls, with a fitted tail.
 
-    Inside the controls' range the share of controls that reach the item's value, both counted in. Counting alone never
-    gets below 1/(m + 1), too much for one leak among many items; beyond the tenth of the controls that are largest, an
-    exponential tail fitted to these goes on, as in Knijnenburg et al. (2009), if that is smaller. The fit needs 10
+    Within the controls' range, p is (1 + number of controls at or above the item's value) / (m + 1). This is never
+    below 1/(m + 1), too coarse for one leak among many items. Above the largest control, p is that of an exponential
+    tail fitted to the top tenth of the controls, as in Knijnenburg et al. (2009), if that is smaller. The fit needs 10
     controls in the tail.
 
     Args:
-        statistics: (n,) of the items, large is suspicious; nan gives 1.
-        controls: (m,) of the controls; nan are left out.
+        statistics: (n,) of the items; large is suspicious, NaN gives 1.
+        controls: (m,) of the controls; NaN are ignored.
 
     Returns:
         (n,) float64 in (0, 1].
@@ -51,7 +52,7 @@ def p_values(statistics: np.ndarray, controls: np.ndarray) -> np.ndarray:
 
 
 def adjusted(p: np.ndarray) -> np.ndarray:
-    """Benjamini and Hochberg's adjusted p-values (q): those at most α are findings at false-discovery rate α.
+    """Benjamini–Hochberg adjusted p-values (q): those at most α are findings at false-discovery rate α.
 
     Args:
         p: (n,) p-values.
@@ -59,19 +60,14 @@ def adjusted(p: np.ndarray) -> np.ndarray:
     Returns:
         (n,) float64, not below p and not above 1.
     """
-    n = len(p)
-    order = np.argsort(p, kind="stable")
-    scaled = p[order] * n / np.arange(1, n + 1)
-    q = np.empty(n)
-    q[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0) if n else scaled
-    return q
+    return scipy.stats.false_discovery_control(p) if len(p) else p.astype(np.float64)
 
 
 def q_values(p: np.ndarray) -> np.ndarray:
-    """Storey's q-values: ``adjusted``, times the share of items that are no findings as the large p-values tell it.
+    """Storey's q-values: ``adjusted`` times the share of true nulls, estimated from the large p-values.
 
-    Where most items leaked, Benjamini and Hochberg's rate is far below the one asked for. The share is estimated from
-    p > 1/2 with one more counted (Storey, Taylor and Siegmund 2004), and is 1 for a few items.
+    If most items leaked, the Benjamini–Hochberg rate is far below the requested one. The share is estimated as
+    (1 + number of p > 1/2) / (n / 2) (Storey, Taylor and Siegmund 2004), capped at 1, as it is for very few items.
 
     Args:
         p: (n,) p-values.

@@ -1,11 +1,11 @@
-"""A scan's report as one Markdown text, every text escaped; stride_ray.contamination.report makes the page of it."""
+"""A scan's report in Markdown, with all text escaped; stride_ray.contamination.report renders the HTML page."""
 
 import html
 from typing import Any
 
 from stride_ray.contamination.compare import Difference, line
 
-# Findings listed per heading; the tables hold all.
+# Maximum findings listed per heading; the tables hold all.
 _LISTED = 200
 HEAD = (
     "set",
@@ -26,11 +26,11 @@ NOTE = (
 
 
 def markdown(facts: dict[str, Any], found: Difference) -> str:
-    """The report as Markdown.
+    """Render the report as Markdown.
 
     Args:
         facts: the night's manifest (nightly.scan).
-        found: against the last scan that was told.
+        found: difference from the last reported scan.
     """
     lines = [f"# Contamination scan, {facts['night']}", "", headline(facts), "", NOTE, ""]
     lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
@@ -44,7 +44,7 @@ def markdown(facts: dict[str, Any], found: Difference) -> str:
 
 
 def headline(facts: dict[str, Any]) -> str:
-    """The outcome in a sentence."""
+    """Summarise the outcome in one sentence."""
     since = f" since {facts['since']}" if facts["since"] else " (the first scan)"
     total = sum(sum(each["verdicts"][name] for name in ("lexical", "influence", "both")) for each in facts["sets"])
     items = sum(each["items"] for each in facts["sets"])
@@ -55,7 +55,7 @@ def headline(facts: dict[str, Any]) -> str:
 
 
 def set_rows(facts: dict[str, Any]) -> list[list[Any]]:
-    """A row per set of a night's manifest, with what HEAD names."""
+    """Return a row per set of a night's manifest, with the columns of HEAD."""
     kinds = ("lexical", "influence", "both", "clean")
     return [
         [s["name"], s["items"], *(s["verdicts"][k] for k in kinds), s["short"], s["rejected"], s["new"], s["resolved"]]
@@ -68,7 +68,7 @@ def _sections(found: Difference) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def about(facts: dict[str, Any]) -> list[str]:
-    """How a night came about, a line each."""
+    """Describe the corpus, options and channels of a night, a line each."""
     corpus, options = facts["corpus"], facts["options"]
     lines = [
         f"corpus: {corpus['documents']} documents in {corpus['units']} units, {corpus['rejected']} rows rejected",
@@ -84,7 +84,7 @@ def about(facts: dict[str, Any]) -> list[str]:
         *lines,
         f"influence: model {influence['model']}, {influence['mode']}, {influence['blocks']} blocks; "
         f"{influence['controls']} control items, false-discovery rate "
-        f"{options['false_discovery']:g}; {influence['failed']} items could not be asked",
+        f"{options['false_discovery']:g}; {influence['failed']} items could not be measured",
     ]
 
 
@@ -93,7 +93,7 @@ def _cell(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text that Markdown shows as it is, in one line."""
+    """Escape a text for Markdown and HTML, on one line."""
     text = html.escape(" ".join(text.split()), quote=False)
     for sign in "\\`*_[]":
         text = text.replace(sign, "\\" + sign)

@@ -1,8 +1,8 @@
-"""One verdict per item, each with its evidence: lexical, influence, both or clean.
+"""One verdict per item, with its evidence: lexical, influence, both or clean.
 
-``lexical``: some document holds enough of one of the item's fields; a copy, whatever the model made of it.
-``influence``: its loss is low and leans on a block as no control's does; a suspicion, never proof.
-``both`` and ``clean`` say what they are called. An item that a channel could not look at is judged by the other.
+``lexical``: a document contains enough of one of the item's fields. This is a copy, learned by the model or not.
+``influence``: the item's loss is low and depends on one block more than for controls; a suspicion, never proof.
+``both``: lexical and influence. ``clean``: neither. If a channel cannot evaluate an item, the other decides.
 """
 
 from collections.abc import Sequence
@@ -23,25 +23,25 @@ VERDICTS = pa.schema(
         pa.field("item_id", pa.string(), nullable=False),
         pa.field("key", pa.string(), nullable=False),
         pa.field("verdict", pa.string(), nullable=False),
-        pa.field("before", pa.string()),  # the verdict of the scan before; null: the item is new
+        pa.field("before", pa.string()),  # the previous scan's verdict; null: the item is new
         pa.field("question", pa.string(), nullable=False),  # its first 200 characters
-        pa.field("overlap", pa.float64(), nullable=False),  # largest share of a field that a document holds
+        pa.field("overlap", pa.float64(), nullable=False),  # largest share of a field found in one document
         pa.field("documents", pa.int32(), nullable=False),  # documents over the threshold
-        pa.field("first_document", pa.string()),  # the one with most, null: no match at all
-        pa.field("contrast", pa.float64()),  # influence.py; null: not asked
+        pa.field("first_document", pa.string()),  # the one with the largest overlap; null: no match
+        pa.field("contrast", pa.float64()),  # influence.py; null: not measured
         pa.field("p", pa.float64()),
         pa.field("q", pa.float64()),  # p adjusted for false discovery
         pa.field("loss", pa.float64()),  # mean over the answer's tokens, nats
         pa.field("memorised", pa.bool_()),  # the loss is below that of 95 % of the controls
-        pa.field("share", pa.float64()),  # of all influence, the tied block's
-        pa.field("block_id", pa.uint64()),  # the tied block, whatever the verdict
+        pa.field("share", pa.float64()),  # the tied block's share of all influence
+        pa.field("block_id", pa.uint64()),  # the tied block, for every verdict
         pa.field("ordinal", pa.int64()),
         pa.field("tied_document", pa.string()),
         pa.field("influence", pa.float64()),
-        pa.field("error", pa.string()),  # why influence could not be asked
+        pa.field("error", pa.string()),  # why influence could not be measured
     ]
 )
-# Share of the controls that a memorised item is predicted better than.
+# A memorised item has a lower loss than this share of the controls.
 MEMORISED = 0.95
 _SHOWN = 200
 
@@ -49,14 +49,14 @@ _SHOWN = 200
 def verdicts(
     items: Sequence[Item], lexical: Lexical, ties: pa.Table | None, false_discovery: float, before: dict[str, str]
 ) -> pa.Table:
-    """VERDICTS, a row per item in the order of the items.
+    """Build the VERDICTS table, a row per item in the order of the items.
 
     Args:
-        items: of all sets; the false-discovery rate is over all of them together.
-        lexical: that channel's findings.
+        items: of all sets; the false-discovery rate applies to all of them together.
+        lexical: results of the lexical channel.
         ties: influence.TIES; None: the channel was off.
         false_discovery: largest q-value (significance.q_values) of a suspicion.
-        before: item's key to verdict in the scan before.
+        before: item key to verdict in the previous scan.
     """
     holding: dict[str, dict[str, float]] = {}
     finding: dict[str, set[str]] = {}
@@ -89,10 +89,10 @@ def verdicts(
 
 
 def _tied(items: Sequence[Item], ties: pa.Table, false_discovery: float) -> dict[str, dict[str, Any]]:
-    """By item's key, what the influence channel says of it."""
+    """Return the influence channel's columns of VERDICTS and ``suspected``, by item key."""
     p = item_p_values(ties)
     rows = {row["key"]: row for row in ties.to_pylist() if not row["control"]}
-    # One item in two sets is one test each: it has a key in each.
+    # An item in two sets has a key in each and is tested twice.
     asked = [item.key for item in items if rows.get(item.key, {}).get("contrast") is not None]
     q = dict(zip(asked, q_values(np.array([p[key] for key in asked])).tolist(), strict=True))
     losses = [row["loss"] for row in ties.to_pylist() if row["control"] and row["loss"] is not None]
@@ -112,6 +112,6 @@ def _tied(items: Sequence[Item], ties: pa.Table, false_discovery: float) -> dict
 
 
 def counts(table: pa.Table) -> dict[str, int]:
-    """How many items have each verdict."""
+    """Return the number of items per verdict."""
     found = table["verdict"].to_pylist()
     return {name: found.count(name) for name in (LEXICAL, INFLUENCE, BOTH, CLEAN)}

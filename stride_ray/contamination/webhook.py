@@ -1,4 +1,4 @@
-"""Telling somebody: a night's summary posted as JSON. The report is published before, so that failing harms nothing."""
+"""Webhook: post a night's summary as JSON. The report is published first, so a failure loses nothing."""
 
 import json
 import urllib.error
@@ -11,12 +11,12 @@ SECONDS = 10.0
 
 
 def post(url: str, payload: dict[str, Any]) -> str:
-    """POST a JSON object; empty when the other side took it (2xx), else what went wrong, in a clause."""
+    """POST a JSON object; returns an empty string if the server accepted it (2xx), else the error as a clause."""
     data = json.dumps(payload).encode()
     try:
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method="POST")
         if request.type not in ("http", "https"):
-            return f"{redacted(url)} is no http address"
+            return f"{redacted(url)} is not an HTTP URL"
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             answer.read()
     except urllib.error.HTTPError as error:

@@ -1,1 +1,1 @@
-"""Documents and queries to token blocks: files, splits, readers, tokenizing, packing, numbering."""
+"""From documents and queries to token blocks: files, splits, readers, tokenizing, packing, numbering."""

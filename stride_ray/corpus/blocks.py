@@ -1,4 +1,4 @@
-"""The pool as later stages read it: N blocks by ordinal, in batches or one by one, and cut into fixed shards."""
+"""Read access to the pool: N blocks by ordinal, in batches or individually, and fixed shards of it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class Batch(NamedTuple):
 
 
 def fixed_lists(column: pa.ChunkedArray | pa.Array, width: int, missing: Any) -> np.ndarray:
-    """A column of lists of ``width`` values as an (n, width) array; null lists are filled with ``missing``."""
+    """A list column with ``width`` values per row as an (n, width) array; null rows are filled with ``missing``."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     valid = np.asarray(array.is_valid())
     values = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
@@ -33,14 +33,15 @@ def fixed_lists(column: pa.ChunkedArray | pa.Array, width: int, missing: Any) ->
 
 
 def shard_count(n_blocks: int) -> int:
-    """How many shards a pool of so many blocks is summed in: 4 to 64, where it has as many blocks."""
+    """Number of shards for sums over a pool: one per 1,024 blocks, between 4 and 64, at most one per block."""
     return min(n_blocks, min(max(4, -(-n_blocks // 1024)), 64))
 
 
 def unit_count(n_blocks: int) -> int:
-    """How many units of work a pass over so many blocks is cut into: a function of N alone.
+    """Number of work units of a pass over the pool, a function of N alone.
 
-    A thousand blocks each, at least eight units; eight thousand where N is so large that there are thousands of units.
+    A unit has up to 1,024 blocks, and there are at least eight units (or N, if fewer). Beyond 8,192 units, units grow
+    instead, to at most 8,192 blocks.
     """
     if n_blocks <= 8:
         return max(1, n_blocks)
@@ -48,13 +49,13 @@ def unit_count(n_blocks: int) -> int:
 
 
 class Blocks:
-    """A finished ``blocks/`` folder.
+    """The blocks of a finished ``blocks/`` folder.
 
     Args:
         store: the folder.
 
     Attributes:
-        manifest: its manifest (counts, parts, fingerprint).
+        manifest: counts, parts and fingerprint.
         block_tokens: T, tokens in a block.
     """
 
@@ -69,14 +70,14 @@ class Blocks:
         return int(self._first[-1])
 
     def beginning(self, n_blocks: int) -> str:
-        """The fingerprint of the pool when it had its first ``n_blocks`` blocks; empty where no part ends there."""
+        """The fingerprint that the pool had with its first ``n_blocks`` blocks; empty if no part ends there."""
         parts = int(np.searchsorted(self._first, n_blocks))
         if parts == len(self._first) or self._first[parts] != n_blocks:
             return ""
         return digest([part["sha256"] for part in self.manifest["parts"][:parts]])
 
     def batches(self, start: int, stop: int, rows: int) -> Iterator[Batch]:
-        """Blocks ``start`` to ``stop`` in batches of at most ``rows``; a batch never crosses a row group."""
+        """Blocks ``start`` to ``stop`` (exclusive) in batches of at most ``rows``, none across row groups."""
         for table, first in self._groups(start, stop, ["token_ids", "loss_mask"]):
             for offset in range(0, table.num_rows, rows):
                 piece = table.slice(offset, rows)
@@ -84,7 +85,7 @@ class Blocks:
                 yield Batch(ordinals, *self._arrays(piece))
 
     def take(self, ordinals: Sequence[int] | np.ndarray, columns: Sequence[str]) -> pa.Table:
-        """Columns of any blocks, rows in the order of ``ordinals`` (repeats allowed); reads each row group once."""
+        """Columns of arbitrary blocks in the order of ``ordinals`` (repeats allowed); reads each row group once."""
         wanted = np.asarray(ordinals, dtype=np.int64)
         order, tables, seen = np.argsort(wanted, kind="stable"), [], np.unique(wanted)
         while len(seen):
@@ -92,8 +93,8 @@ class Blocks:
             inside = seen < first + table.num_rows
             if not inside.any():
                 raise StrideError(
-                    f"{self.store.name_of('')} has fewer blocks than its manifest says; restore the part with block "
-                    f"{int(seen[0])}."
+                    f"{self.store.display_url('')} has fewer blocks than its manifest says; restore the part with "
+                    f"block {int(seen[0])}."
                 )
             tables.append(table.take(pa.array(seen[inside] - first)))
             seen = seen[~inside]
@@ -105,24 +106,24 @@ class Blocks:
         return found.take(pa.array(positions))
 
     def batch(self, ordinals: Sequence[int] | np.ndarray) -> Batch:
-        """Any blocks as one batch."""
+        """Arbitrary blocks as one batch."""
         return Batch(np.asarray(ordinals), *self._arrays(self.take(ordinals, ["token_ids", "loss_mask"])))
 
     def shards(self) -> list[tuple[int, int]]:
-        """The pool cut into 4 to 64 ordinal ranges, a function of N alone.
+        """The pool as 4 to 64 ordinal ranges (fewer if it has under 4 blocks), a function of N alone.
 
-        Sums over the pool are taken per shard and then over shards in order, so that they do not depend on how
-        many workers there were.
+        Sums over the pool are taken per shard and then over shards in order, so they do not depend on the number of
+        workers.
         """
         return self.cut(shard_count(len(self)))
 
     def cut(self, count: int, first: int = 0) -> list[tuple[int, int]]:
-        """The pool from block ``first`` on as so many ordinal ranges of nearly equal size."""
+        """The pool from block ``first`` on as ``count`` ordinal ranges of nearly equal size."""
         edges = np.linspace(first, len(self), count + 1).astype(int)
         return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
 
     def sample(self, count: int, seed: int, among: int | None = None) -> np.ndarray:
-        """Ordinals of ``count`` blocks (or all) drawn without replacement, ascending; of the first ``among`` alone."""
+        """Sorted ordinals of at most ``count`` blocks, drawn without replacement from the first ``among`` (or all)."""
         n = len(self) if among is None else among
         return np.sort(np.random.default_rng([seed, n]).choice(n, min(count, n), replace=False))
 
@@ -131,7 +132,7 @@ class Blocks:
         return ids.astype(np.int64), fixed_lists(table["loss_mask"], self.block_tokens, True)
 
     def _groups(self, start: int, stop: int, columns: list[str]) -> Iterator[tuple[pa.Table, int]]:
-        """Row groups that hold ordinals start…stop, cut to them, with the ordinal of each one's first row."""
+        """Row groups restricted to ordinals start…stop, each with the ordinal of its first row."""
         for index, part in enumerate(self.manifest["parts"]):
             low, high = int(self._first[index]), int(self._first[index + 1])
             if high <= start or low >= stop:
@@ -152,13 +153,13 @@ class Blocks:
 
 
 def document_shares(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which documents each block holds, and how much of it.
+    """The documents in each block and their shares of it.
 
     Args:
         table: blocks with a ``spans`` column.
 
     Returns:
-        For every span: row (int64), document id (object), share of the block's spanned tokens (float64).
+        For every span: row (int64), document id (object), share of the block's tokens without padding (float64).
     """
     spans = table["spans"].combine_chunks()
     rows = np.repeat(np.arange(len(spans)), pc.list_value_length(spans).to_numpy(zero_copy_only=False))

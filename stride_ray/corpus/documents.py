@@ -1,7 +1,7 @@
-"""Documents of a unit: which columns of the input mean what, and rows turned into documents or rejects.
+"""Documents of a unit: mapping input columns to roles, and converting rows into documents or rejects.
 
-A document is text, a prompt with its answer, a conversation or ready-made token ids. Its id and source say where it
-came from whatever machine read it; both go into block identities and into every result that a person sees.
+A document is text, a prompt with its answer, a conversation or token ids. Its id and source identify its origin and do
+not depend on the machine that read it; both are part of block ids and of all displayed results.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +15,11 @@ from stride_ray.corpus.readers import Rejected, Row, rows
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
 
-# What makes up a document, one of these sets of roles.
+# The sets of roles that can form a document.
 _CONTENTS: tuple[tuple[str, ...], ...] = (("text",), ("prompt", "answer"), ("messages",), ("token_ids",))
 _ROLES = ("text", "prompt", "answer", "messages", "token_ids", "loss_mask", "id", "source")
 
-# What the public data sets call them, the most telling names first.
+# Column names of public data sets by role, most specific first.
 _KNOWN: tuple[dict[str, str], ...] = (
     {"messages": "messages"},
     {"prompt": "prompt", "answer": "completion"},
@@ -32,7 +32,7 @@ _KNOWN: tuple[dict[str, str], ...] = (
     {"text": "content"},
 )
 
-# Rows in which a mapped column has to turn up once before the mapping is called wrong.
+# A mapped column must occur at least once in this many rows, or the mapping is rejected.
 _PROBE_ROWS = 100
 _ADVICE = "Say which one does, as in --columns text=body or --columns prompt=query,answer=reply."
 
@@ -42,15 +42,15 @@ class Document:
     """One document; exactly one of text, prompt with answer, messages and token_ids is set.
 
     Attributes:
-        document_id: the id column's value; else ``name`` for a file that is one document, ``name#<byte offset>`` for
-            a line of JSON Lines (in the decompressed file), ``name#<row of the file>`` for Parquet and Arrow.
-        source: the source column's value, else the file's name.
+        document_id: value of the id column; without one, ``name`` for a text file, ``name#<byte offset>`` for a line
+            of JSON Lines (in the decompressed file), ``name#<row of the file>`` for Parquet and Arrow.
+        source: value of the source column, else the file's name.
         text: plain text, not blank.
         prompt: text before the answer; may be empty.
-        answer: what the model is to learn to say, not blank.
-        messages: turns with "role" and "content", as chat templates take them.
+        answer: the completion that carries the loss, not blank.
+        messages: turns with "role" and "content", in the form that chat templates take.
         token_ids: token ids, at least one.
-        loss_mask: with token_ids: which of them count, as many.
+        loss_mask: with token_ids: whether each carries loss, same length.
     """
 
     document_id: str
@@ -64,23 +64,23 @@ class Document:
 
 
 def read(unit: InputSplit, columns: Mapping[str, str]) -> Iterator[Document | Rejected]:
-    """The documents of a unit in file order, and a reject for each row that is none.
+    """The documents of a unit in file order, with a reject for each invalid row.
 
     Args:
         unit: from ``plan``.
-        columns: role to column, complete (see ``resolve_columns``). Text files need none.
+        columns: complete mapping of roles to columns (see ``resolve_columns``); ignored for text files.
 
     Raises:
-        StrideError: the mapping is wrong in itself, or a file cannot be fetched. Bad content never raises.
+        StrideError: the mapping is inconsistent, or a file cannot be fetched. Bad content never raises.
     """
-    for _, item in read_placed(unit, columns):
+    for _, item in read_with_positions(unit, columns):
         yield item
 
 
-def read_placed(unit: InputSplit, columns: Mapping[str, str]) -> Iterator[tuple[int, Document | Rejected]]:
-    """As ``read``, each with its place: the byte offset of a line, the number of a row, or of a text file in the unit.
+def read_with_positions(unit: InputSplit, columns: Mapping[str, str]) -> Iterator[tuple[int, Document | Rejected]]:
+    """``read`` with positions: the byte offset of a line, a row's number, or a text file's index in the unit.
 
-    A reject's place is -1.
+    Rejects have position -1.
     """
     if unit.kind == "text":
         columns = {"text": "text"}
@@ -96,14 +96,14 @@ def read_placed(unit: InputSplit, columns: Mapping[str, str]) -> Iterator[tuple[
 
 
 def resolve_columns(units: Sequence[InputSplit], columns: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The complete mapping of roles to columns: as given, what makes up a document being detected where it is not.
+    """Validate a mapping of roles to columns; detects the content columns if the mapping has none.
 
     Returns:
-        Role to column; empty where all units are text files and nothing was given.
+        The complete mapping, role to column; empty if all units are text files and nothing was given.
 
     Raises:
-        StrideError: unknown role, roles that do not go together, a mapped column that none of the first rows has, or
-            nothing to detect.
+        StrideError: unknown role, incompatible roles, a mapped column missing from all of the first rows, or no known
+            column names to detect.
     """
     given = dict(columns or {})
     content = _content_roles(given)
@@ -120,7 +120,7 @@ def resolve_columns(units: Sequence[InputSplit], columns: Mapping[str, str] | No
         missing = {role: name for role, name in missing.items() if name not in names}
         if not missing:
             return given
-    if not names:  # nothing readable among the first rows: reading will tell, reject by reject
+    if not names:  # no readable rows; reading will report each as a reject
         return given
     role, name = next(iter(missing.items()))
     raise StrideError(
@@ -130,20 +130,20 @@ def resolve_columns(units: Sequence[InputSplit], columns: Mapping[str, str] | No
 
 
 def detect_columns(units: Sequence[InputSplit], advice: str = _ADVICE) -> dict[str, str]:
-    """Which columns make up a document, by their names in the first readable row.
+    """Detect the content columns by their names in the first readable row.
 
-    Known are messages; prompt with completion or answer, question with answer, instruction with output; token_ids or
-    input_ids (with loss_mask where there is one); text or content; in this order.
+    Known names, in this order: messages; prompt with completion or answer; question with answer; instruction with
+    output; token_ids (with loss_mask if present) or input_ids (likewise); text; content.
 
     Args:
-        units: where the rows are.
-        advice: what the reader is told where none of the known names is there.
+        units: the input.
+        advice: last sentence of the error message if no known name is found.
 
     Returns:
-        Role to column; empty where all units are text files.
+        Role to column; empty if all units are text files.
 
     Raises:
-        StrideError: no row can be read, or none of the known names is there.
+        StrideError: no row can be read, or no known name is found.
     """
     if all(unit.kind == "text" for unit in units):
         return {}
@@ -179,10 +179,10 @@ def _listed(names: Any) -> str:
 
 
 def _content_roles(columns: Mapping[str, str]) -> tuple[str, ...]:
-    """The roles that make up a document; empty where none is mapped.
+    """The mapped content roles; empty if none is mapped.
 
     Raises:
-        StrideError: unknown roles, or roles that do not go together.
+        StrideError: unknown or incompatible roles.
     """
     unknown = [role for role in columns if role not in _ROLES]
     if unknown:
@@ -199,8 +199,8 @@ def _content_roles(columns: Mapping[str, str]) -> tuple[str, ...]:
     return content
 
 
-class _UnfitError(Exception):
-    """Why a row is no document; becomes a reject."""
+class InvalidRowError(Exception):
+    """A row is not a valid document; becomes a reject."""
 
 
 def _document(row: Row, columns: Mapping[str, str]) -> Document | Rejected:
@@ -213,81 +213,81 @@ def _document(row: Row, columns: Mapping[str, str]) -> Document | Rejected:
             role: _CHECKS[role](_value(row, columns[role]), columns[role]) for role in columns if role in _CHECKS
         }
         if "loss_mask" in content and len(content["loss_mask"]) != len(content["token_ids"]):
-            raise _UnfitError(
+            raise InvalidRowError(
                 f"{len(content['loss_mask'])} values in {columns['loss_mask']!r} "
                 f"for {len(content['token_ids'])} in {columns['token_ids']!r}"
             )
-    except _UnfitError as error:
+    except InvalidRowError as error:
         return Rejected(row.file, row.number(), str(error), identity.get("id", ""))
     return Document(identity.get("id", row.document_id), identity.get("source", row.file), **content)
 
 
 def _value(row: Row, column: str) -> Any:
     if column not in row.values:
-        raise _UnfitError(f"no column {column!r}")
+        raise InvalidRowError(f"no column {column!r}")
     return row.values[column]
 
 
 def _name(row: Row, column: str) -> str:
-    """An id or source: a string, or a whole number as one."""
+    """An id or source as a string; the value may be an integer."""
     value = _value(row, column)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not _checked_text(value, column):
-        raise _UnfitError(f"{column!r} is empty")
+        raise InvalidRowError(f"{column!r} is empty")
     return value
 
 
 def _checked_text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise _UnfitError(f"{column!r} is {_kind(value)}, not a string")
+        raise InvalidRowError(f"{column!r} is {_kind(value)}, not a string")
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: JSON can spell it, nothing after can store it
-        raise _UnfitError(f"{column!r} holds half a character (a lone surrogate)") from None
+    except UnicodeEncodeError:  # a lone surrogate: valid in JSON, but neither Parquet nor UTF-8 can store it
+        raise InvalidRowError(f"{column!r} contains an invalid character (a lone surrogate)") from None
     return value
 
 
 def _full_text(value: Any, column: str) -> str:
     if not _checked_text(value, column).strip():
-        raise _UnfitError(f"{column!r} is empty")
+        raise InvalidRowError(f"{column!r} is empty")
     return value
 
 
 def _messages(value: Any, column: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
-        raise _UnfitError(f"{column!r} is {_kind(value)}, not a list of messages")
+        raise InvalidRowError(f"{column!r} is {_kind(value)}, not a list of messages")
     if not value:
-        raise _UnfitError(f"{column!r} is empty")
+        raise InvalidRowError(f"{column!r} is empty")
     turns = []
     for turn in value:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise _UnfitError(f"{column!r} holds a message without a role")
-        # Columnar files give every message all the keys that any has; templates take null for a value.
+            raise InvalidRowError(f"{column!r} holds a message without a role")
+        # Columnar files pad every message with the keys of all others; templates would treat null as a value.
         turns.append({key: part for key, part in turn.items() if part is not None})
         content = turns[-1].get("content")
         if isinstance(content, str):
             _checked_text(content, column)
         elif "content" not in turns[-1] and "tool_calls" not in turns[-1]:
-            raise _UnfitError(f"{column!r} holds a message without content")
+            raise InvalidRowError(f"{column!r} holds a message without content")
     return turns
 
 
 def _integers(value: Any, column: str) -> list[int]:
     if not isinstance(value, list):
-        raise _UnfitError(f"{column!r} is {_kind(value)}, not a list of token ids")
+        raise InvalidRowError(f"{column!r} is {_kind(value)}, not a list of token ids")
     if not value:
-        raise _UnfitError(f"{column!r} is empty")
-    # The set of types is made at the speed of C; bool is a type of its own here.
+        raise InvalidRowError(f"{column!r} is empty")
+    # A set of types is built at C speed and, unlike isinstance, distinguishes bool from int.
     odd = next(iter(set(map(type, value)) - {int}), None)
     if odd is not None:
-        raise _UnfitError(f"{column!r} holds {_TYPE_NAMES.get(odd, odd.__name__)} among its token ids")
+        raise InvalidRowError(f"{column!r} holds {_TYPE_NAMES.get(odd, odd.__name__)} among its token ids")
     return value
 
 
 def _flags(value: Any, column: str) -> list[bool]:
     if not isinstance(value, list) or not set(map(type, value)) <= {bool, int} or not set(value) <= {0, 1}:
-        raise _UnfitError(f"{column!r} is not a list of true and false (or 1 and 0)")
+        raise InvalidRowError(f"{column!r} is not a list of true and false (or 1 and 0)")
     return list(map(bool, value))
 
 
@@ -319,13 +319,13 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
 
 @dataclass(frozen=True, eq=False)
 class TokenizedDocument:
-    """A document as tokens.
+    """A tokenised document.
 
     Attributes:
         document_id: as in Document.
         source: as in Document.
         ids: token ids, int32 [tokens], at least one.
-        mask: which tokens count, bool [tokens], one at least; None: all.
+        mask: which tokens carry loss, bool [tokens], at least one True; None: all.
     """
 
     document_id: str

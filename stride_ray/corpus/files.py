@@ -1,4 +1,4 @@
-"""The files of an input: listed from paths, folders, globs and URLs, with what tells that one has changed."""
+"""Listing the files of an input (paths, folders, globs, URLs), with size and version to detect changes."""
 
 import json
 import os
@@ -10,14 +10,14 @@ from fsspec.implementations.local import LocalFileSystem
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import filesystem, redacted, redacted_error
 
-# ``Unit.stop`` of a unit that goes on to the end of its file.
+# ``InputSplit.stop`` of a unit that extends to the end of its file; also an unknown file size.
 END = -1
 
 _COMPRESSIONS = (".gz", ".zst")
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 _TABLES = (".csv", ".tsv", ".xls", ".xlsx")
 _DATASET_FILES = ("state.json", "dataset_info.json")
-# File systems put what changes with a file's content under different names; the first that is there serves.
+# Keys under which file systems report a file's version; the first one present is used.
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 
 
@@ -25,10 +25,10 @@ class SourceFile(NamedTuple):
     """One file of the input.
 
     Attributes:
-        name: path relative to its input's own root, so that moving the input changes no identity.
-        url: where to read it, with whatever credentials the input's URL carries; for messages use ``shown``.
-        size: bytes, END where the file system does not say.
-        version: changes when the content does (ETag or modification time); empty where nothing is known.
+        name: path relative to the root of its input, so that moving the input changes no identity.
+        url: where to read it, including credentials in the input's URL; use ``redacted`` in messages.
+        size: bytes; END if the file system does not report it.
+        version: ETag or modification time, which changes with the content; empty if unknown.
     """
 
     name: str
@@ -38,26 +38,26 @@ class SourceFile(NamedTuple):
 
     @property
     def content(self) -> tuple[int, str]:
-        """What tells that the file is still the one that it was, as well as its file system knows."""
+        """Size and version, whose equality means an unchanged file as far as its file system reports."""
         return self.size, self.version
 
 
-def current(file: SourceFile) -> SourceFile:
-    """The file as it is now; raises what its file system does."""
+def refreshed(file: SourceFile) -> SourceFile:
+    """The file with its current size and version; exceptions of the file system pass through."""
     fs, path = filesystem(file.url)
     return _source_file(fs, file.url, path, file.name, fs.info(path))
 
 
 def compression(name: str) -> str:
-    """How a file is compressed by its name's ending: ".gz", ".zst" or "" for not at all."""
+    """The compression suffix of a file name: ".gz", ".zst" or "" if uncompressed."""
     return next((ending for ending in _COMPRESSIONS if name.lower().endswith(ending)), "")
 
 
 def kind_of(name: str) -> str:
-    """The kind of unit for a file: by its ending before that of its compression; anything unknown is text."""
+    """The unit kind of a file by its suffix, ignoring that of a compression; anything unknown is text."""
     packed = compression(name)
     kind = _KINDS.get(os.path.splitext(name.lower().removesuffix(packed))[1], "text")
-    # A compressed Parquet or Arrow file is not a thing; as text it is rejected as such, with its name.
+    # Compressed Parquet or Arrow files are not supported; read as text, they are rejected by name.
     return "text" if packed and kind != "jsonl" else kind
 
 
@@ -65,16 +65,16 @@ def list_files(given: str) -> list[SourceFile]:
     """All files of one input, sorted by name.
 
     Raises:
-        StrideError: as ``plan`` says.
+        StrideError: the input is missing, cannot be read, is a table (CSV, Excel), or matches no file.
     """
     fs, path = filesystem(given)
     try:
-        if fs.exists(path):  # first, for a name may hold the characters of a glob
+        if fs.exists(path):  # checked first, because a name may contain glob characters
             top = fs.info(path)
             if top["type"] != "directory":
                 _refuse_tables(given, [path])
                 if isinstance(fs, LocalFileSystem):
-                    _refuse_strange(path)
+                    _check_regular_file(path)
                 return [_source_file(fs, given, path, _leaf(path), top)]
             root, found = path, fs.find(path, detail=True)
         elif any(sign in path for sign in "*?["):
@@ -87,7 +87,7 @@ def list_files(given: str) -> list[SourceFile]:
         raise StrideError(
             f"Input {redacted(given)} cannot be read: permission denied ({redacted_error(error, given)})."
         ) from None
-    except Exception as error:  # every remote file system raises classes of its own
+    except Exception as error:  # remote file systems raise their own classes
         raise StrideError(
             f"Input {redacted(given)} cannot be listed ({redacted_error(error, given)}); "
             "check the address, the credentials and the network."
@@ -100,22 +100,22 @@ def list_files(given: str) -> list[SourceFile]:
         raise StrideError(f"Input {redacted(given)} matches no file; check the folder or pattern.")
     if isinstance(fs, LocalFileSystem):
         for name in kept:
-            _refuse_strange(named[name])
+            _check_regular_file(named[name])
     return files
 
 
-def _refuse_strange(path: str) -> None:
-    """A local path of which a listing does not tell that it is a whole file."""
+def _check_regular_file(path: str) -> None:
+    """Raise StrideError for a local path that is not a regular file: a broken link, a link to a folder, a pipe."""
     if not os.path.exists(path):
         raise StrideError(f"{redacted(path)} is a link to nothing; restore what it points to or remove it.")
     if os.path.isdir(path):
         raise StrideError(f"{redacted(path)} is a link to a folder; name that folder as an input of its own.")
     if not os.path.isfile(path):
-        raise StrideError(f"{redacted(path)} is no file that can be read twice (a pipe?); give a file.")
+        raise StrideError(f"{redacted(path)} is not a regular file (a pipe?); give a file.")
 
 
 def _refuse_tables(given: str, paths: Sequence[str]) -> None:
-    """A table is no text, though one among other files may be; only an input of nothing else is refused."""
+    """Raise StrideError for an input that consists of tables (CSV, Excel) only; among other files they are text."""
     if paths and all(path.lower().removesuffix(compression(path)).endswith(_TABLES) for path in paths):
         raise StrideError(
             f"Input {redacted(given)} is a table that is not read ({', '.join(_TABLES)}); make it Parquet, as in "
@@ -124,7 +124,7 @@ def _refuse_tables(given: str, paths: Sequence[str]) -> None:
 
 
 def _expand_glob(fs: Any, path: str) -> tuple[str, dict[str, Any]]:
-    """The folder before the first magic part of a pattern, and ``{path: info}`` of the files that it matches."""
+    """The folder before the first wildcard of a pattern, and ``{path: info}`` of the files that it matches."""
     parts = path.split("/")
     first = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
     found: dict[str, Any] = {}
@@ -138,29 +138,29 @@ def _relative(path: str, root: str) -> str:
 
 
 def _visible(name: str) -> bool:
-    """Whether to read a file: not hidden, no byte code, and not the empty object that stands for a folder."""
+    """Whether to read a file: not hidden, not byte code, and not the empty object that represents a folder."""
     parts = name.split("/")
     return bool(parts[-1]) and not any(part.startswith(".") or part == "__pycache__" for part in parts)
 
 
 def _leaf(path: str) -> str:
-    # Over HTTP the path is the whole URL: its query is no part of the name.
+    # Over HTTP the path is the whole URL; its query is not part of the name.
     path = path.partition("?")[0] if "://" in path else path
     return path.rstrip("/").rpartition("/")[2]
 
 
 def _source_file(fs: Any, given: str, path: str, name: str, info: dict[str, Any]) -> SourceFile:
     size = info.get("size")
-    if info.get("islink"):  # fsspec tells the link's own time
+    if info.get("islink"):  # fsspec reports the link's own modification time
         info = {**info, "mtime": os.stat(path).st_mtime if os.path.exists(path) else None}
     version = next((str(info[key]).strip('"') for key in _VERSION_KEYS if info.get(key) is not None), "")
-    # A name that is no valid Unicode (possible on Linux) could not be written to a table.
+    # A file name that is not valid Unicode (possible on Linux) could not be written to a table.
     name = name.encode("utf-8", "backslashreplace").decode()
     return SourceFile(name, _url(fs, given, path), END if size is None else int(size), version)
 
 
 def _url(fs: Any, given: str, path: str) -> str:
-    """The URL of a path on the file system that ``given`` led to."""
+    """The URL of a path on the file system of the input ``given``."""
     if isinstance(fs, LocalFileSystem):
         return f"file://{path}"
     first, _, rest = given.partition("::")
@@ -168,7 +168,7 @@ def _url(fs: Any, given: str, path: str) -> str:
         return f"{first.partition('://')[0]}://{path.lstrip('/')}::{rest}"
     if rest:  # a cache: simplecache::s3://bucket/folder
         return f"{first}::{rest.partition('://')[0]}://{path}"
-    # Keep what stands before the path: host, user and password belong to the file system, not to the path.
+    # Keep the prefix of the path: host, user and password belong to the file system, not to the path.
     stripped = fs._strip_protocol(given)
     if given.rstrip("/").endswith(stripped):
         return given.rstrip("/").removesuffix(stripped) + path
@@ -176,9 +176,9 @@ def _url(fs: Any, given: str, path: str) -> str:
 
 
 def _resolve_datasets(fs: Any, names: list[str], path_of: Callable[[str], str]) -> list[str]:
-    """Names to read once each folder with a saved Hugging Face dataset is reduced to the files that make it up.
+    """The names to read, with each saved Hugging Face dataset reduced to its data files.
 
-    Such a folder also holds metadata, and may hold caches of earlier computations.
+    The folder of a dataset also holds metadata and possibly caches of earlier computations.
     """
     present = set(names)
     folders = {name.removesuffix("state.json") for name in names if name.rpartition("/")[2] == "state.json"}

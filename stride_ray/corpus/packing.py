@@ -1,9 +1,9 @@
-"""Encoded documents to blocks of equal length, the things that influence is measured for.
+"""Tokenised documents to blocks of equal length, the units of attribution.
 
-Two layouts. "pack", as in pre-training: documents are joined by end-of-text and the stream is cut every
-``block_tokens``, so that a block may hold parts of several documents. "split": each document is cut alone and its tail
-padded. In both nothing is dropped: the spans of a document, put together, are the document. Packing starts afresh with
-each unit, so that units are independent of each other.
+There are two layouts. "pack", as in pre-training: documents are joined by end-of-text and the stream is cut every
+``block_tokens`` tokens, so a block may hold parts of several documents. "split": each document is cut separately and
+its tail padded. Neither drops tokens: the spans of a document add up to the document. Packing restarts with each unit,
+so units are independent of each other.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ from stride_ray.runtime.errors import StrideError
 
 LAYOUTS = ("pack", "split")
 
-# Rejects that are kept for a person to look at; all are counted.
+# Rejects kept for inspection; all are counted.
 KEPT_REJECTS = 20
 
-# Blocks put together at once; bounds the memory of ``iter_blocks``.
+# Blocks per batch of ``iter_blocks``; bounds its memory.
 _BATCH_BLOCKS = 1024
 
 _SPAN = pa.struct(
@@ -40,16 +40,16 @@ _SPAN = pa.struct(
 
 @dataclass
 class Counts:
-    """What became of a unit's documents. Counts of several units add up with ``+``.
+    """Document statistics of a unit. Counts of several units add up with ``+``.
 
     Attributes:
-        documents: documents that are in the blocks.
-        blocks: rows.
-        tokens: tokens of documents, end-of-text included, padding not.
-        target_tokens: those of them that count in the loss.
-        rejected: documents, or unreadable rests of files, left out.
-        repeated: documents whose id another of the unit had, and that were given one of their own (``id~2``).
-        rejects: the first KEPT_REJECTS of the rejected.
+        documents: documents in the blocks.
+        blocks: number of blocks.
+        tokens: tokens of documents, including end-of-text but not padding.
+        target_tokens: tokens that carry loss.
+        rejected: rejected documents or unreadable remainders of files.
+        repeated: documents renamed (``id~2``) because another in the unit has the same id.
+        rejects: the first KEPT_REJECTS rejects.
     """
 
     documents: int = 0
@@ -65,13 +65,13 @@ class Counts:
         return Counts(**{**values, "rejects": values["rejects"][:KEPT_REJECTS]})
 
     def reject(self, item: Rejected) -> None:
-        """Count a reject, and keep it if it is among the first."""
+        """Count a reject, and keep it if it is one of the first KEPT_REJECTS."""
         self.rejected += 1
         if len(self.rejects) < KEPT_REJECTS:
             self.rejects.append(item)
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts as JSON-serialisable values."""
+        """The counts as a JSON-serialisable dict."""
         return asdict(self)
 
     @classmethod
@@ -83,14 +83,14 @@ class Counts:
 def block_schema(block_tokens: int, ordinals: bool = True) -> pa.Schema:
     """Columns of a table of blocks.
 
-    ``block_id`` uint64; ``ordinal`` int64, the block's number in the corpus; ``source`` string, of the span with most
-    tokens; ``spans`` list of (document_id, start, length): the block's tokens from its first, span after span, are
-    ``length`` tokens of that document from its token ``start`` on, and whatever follows the last span is padding;
-    ``token_ids`` int32 [block_tokens]; ``loss_mask`` bool [block_tokens], which tokens count, null: all.
+    ``block_id`` uint64; ``ordinal`` int64, the block's number in the corpus; ``source`` string, that of the longest
+    span; ``spans`` list of (document_id, start, length): the block is the concatenation of these spans, each
+    ``length`` tokens of a document from its token ``start`` on, followed by padding; ``token_ids`` int32
+    [block_tokens]; ``loss_mask`` bool [block_tokens], which tokens carry loss, null: all.
 
     Args:
         block_tokens: tokens in a block.
-        ordinals: with the ordinal column, or as ``make_blocks`` gives it, without.
+        ordinals: whether to include the ordinal column, which tables from ``make_blocks`` lack.
     """
     columns = [
         pa.field("block_id", pa.uint64(), nullable=False),
@@ -98,7 +98,7 @@ def block_schema(block_tokens: int, ordinals: bool = True) -> pa.Schema:
         pa.field("source", pa.string(), nullable=False),
         pa.field("spans", pa.list_(_SPAN), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32(), block_tokens), nullable=False),
-        # Not of fixed size: a null among lists of fixed size is more than most readers of Parquet can bear.
+        # Not a fixed-size list: most Parquet readers fail on nulls among those.
         pa.field("loss_mask", pa.list_(pa.bool_())),
     ]
     return pa.schema([column for column in columns if ordinals or column.name != "ordinal"])
@@ -107,21 +107,21 @@ def block_schema(block_tokens: int, ordinals: bool = True) -> pa.Schema:
 def make_blocks(
     items: Iterable[TokenizedDocument | Rejected], layout: str, block_tokens: int, end_of_text: int, pad: int
 ) -> tuple[pa.Table, Counts]:
-    """All blocks of a unit as one table, without ordinals, and what became of its documents.
+    """All blocks of a unit as one table without ordinals, and the counts.
 
     Args:
-        items: one unit's documents in reading order, rejects among them.
+        items: the documents and rejects of a unit, in reading order.
         layout: "pack" or "split".
         block_tokens: B, tokens in a block.
-        end_of_text: id put after each document that does not end with it ("pack"). It belongs to the document's last
-            span and counts, unless the document has a mask, which then stays as it is.
-        pad: id that fills a last block; never counts.
+        end_of_text: id appended to each document that does not end with it ("pack"). It belongs to the document's last
+            span, and carries loss unless the document has a mask.
+        pad: padding id; never carries loss.
 
     Returns:
-        A table with ``block_schema(block_tokens, ordinals=False)``, in the order of the documents, and the counts.
+        A table with ``block_schema(block_tokens, ordinals=False)``, in document order, and the counts.
 
     Raises:
-        StrideError: unknown layout, or blocks of less than one token.
+        StrideError: unknown layout, or ``block_tokens`` below 1.
     """
     counts = Counts()
     batches = list(iter_blocks(items, layout, block_tokens, end_of_text, pad, counts))
@@ -129,18 +129,18 @@ def make_blocks(
 
 
 def block_id(source: str, document_id: str, start: int) -> int:
-    """A block's identity, from its first span: that document's source and id, and the token where the span starts.
+    """A block's id, from the source, the document id and the start token of its first span.
 
-    The first 8 bytes of a BLAKE2b hash as an unsigned integer; the same on every machine.
+    An 8-byte BLAKE2b hash as a big-endian unsigned integer; the same on every machine.
     """
     name = f"{_document_name(source, document_id)}, {start}]".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
 
 
-@lru_cache(maxsize=4 * _BATCH_BLOCKS)  # a block is named when its batch is full
+@lru_cache(maxsize=4 * _BATCH_BLOCKS)  # ids are computed per batch, some time after ``_distinct`` hashed the document
 def _document_name(source: str, document_id: str) -> str:
-    """The beginning of the JSON list [source, document_id, start]; a document may have many blocks."""
-    # JSON, because joined by any separator two different triples could read the same. A string by itself is faster.
+    """The beginning of the JSON list [source, document_id, start], cached because a document may have many blocks."""
+    # JSON, because with a plain separator two different triples could collide. Dumping the strings alone is faster.
     return f"[{json.dumps(source)}, {json.dumps(document_id)}"
 
 
@@ -159,7 +159,7 @@ def iter_blocks(
     pad: int,
     counts: Counts,
 ) -> Iterator[pa.RecordBatch]:
-    """``make_blocks`` in batches of about a thousand blocks, for units too large for memory; fills ``counts``."""
+    """``make_blocks`` in batches of at most 1,024 blocks, for units that exceed memory; updates ``counts``."""
     if layout not in LAYOUTS:
         raise StrideError(f"There is no layout {layout!r}; choose pack or split.")
     if block_tokens < 1:
@@ -189,12 +189,12 @@ def iter_blocks(
 
 
 def _distinct(items: Iterable[TokenizedDocument | Rejected], counts: Counts) -> Iterator[TokenizedDocument]:
-    """The documents, rejects counted, each with an id of its own.
+    """The documents with unique ids; rejects are counted.
 
-    An id column need not be unique, but two documents of one source and id would share block ids. The second is
-    called ``id~2``, by order in the unit; dropping it would lose data that the model was trained on.
+    An id column need not be unique, but two documents with the same source and id would share block ids. The second in
+    the unit is renamed to ``id~2``; dropping it would lose data that the model was trained on.
     """
-    # 64-bit hashes rather than the ids themselves: a unit may hold millions.
+    # 64-bit hashes instead of the ids: a unit may hold millions.
     seen: set[int] = set()
     for item in items:
         if isinstance(item, Rejected):
@@ -210,7 +210,7 @@ def _distinct(items: Iterable[TokenizedDocument | Rejected], counts: Counts) -> 
 
 
 class _Builder:
-    """A stream of tokens with its spans, cut at every ``block_tokens``; always starts at a block's first token."""
+    """Buffer of tokens and spans, cut every ``block_tokens``; its first token is always the first of a block."""
 
     def __init__(self, block_tokens: int, pad: int) -> None:
         self.block_tokens = block_tokens
@@ -218,10 +218,10 @@ class _Builder:
         self.length = 0  # tokens held, padding included
         self._ids: list[npt.NDArray[np.int32]] = []
         self._masks: list[npt.NDArray[np.bool_]] = []
-        self._spans: list[list[_Span]] = []  # of each block begun
+        self._spans: list[list[_Span]] = []  # per block, including a partial one
 
     def add(self, document: TokenizedDocument, ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_] | None) -> None:
-        """Append a document's tokens ([tokens]), which may go on over several blocks."""
+        """Append a document's tokens ([tokens]), which may extend over several blocks."""
         start = 0
         while start < len(ids):
             filled = (self.length + start) % self.block_tokens
@@ -244,7 +244,7 @@ class _Builder:
         self.length += len(ids)
 
     def take(self, count: int) -> pa.RecordBatch:
-        """Remove the first ``count`` blocks, all of them full, and return them as rows."""
+        """Remove the first ``count`` blocks, which must be full, and return them as rows."""
         size = count * self.block_tokens
         ids, mask = np.concatenate(self._ids), np.concatenate(self._masks)
         spans = self._spans[:count]
@@ -255,7 +255,7 @@ class _Builder:
 
 
 def _batch(spans: Sequence[Sequence[_Span]], ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_]) -> pa.RecordBatch:
-    """Rows of blocks: spans of each, ids int32 [blocks × B], mask bool [blocks, B]."""
+    """Blocks as rows, from the spans of each block, ids int32 [blocks × B] and mask bool [blocks, B]."""
     schema = block_schema(mask.shape[1], ordinals=False)
     flat = [span for block in spans for span in block]
     offsets = np.cumsum([0, *map(len, spans)])

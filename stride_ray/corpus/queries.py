@@ -1,7 +1,6 @@
-"""Queries: any input that documents can come from, tokenised into one small Parquet table.
+"""Queries: any supported document input, tokenised into one small table.
 
-A query that cannot be asked (one token, no target, an unreadable line) stays in the table with its error: nothing is
-dropped.
+An invalid query (one token, no target, an unreadable line) stays in the table with its error; none is dropped.
 """
 
 import collections
@@ -28,7 +27,7 @@ SCHEMA = pa.schema(
     ]
 )
 
-# What is wrong with a query whose losses are finite and whose gradients are not.
+# Error of a query whose losses are finite but whose gradient is not.
 NOT_FINITE = "its gradient is not finite; the model overflows on this text"
 _ADVICE = "A query has text; prompt and completion (or answer); messages; or token_ids: rename the columns."
 
@@ -37,16 +36,16 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
     """Read and tokenise queries.
 
     Args:
-        path: JSON Lines, Parquet or any other input of documents: a text (loss on every token), prompt and completion
-            (or answer), or messages (loss on the answers); an optional ``query_id`` or ``id``.
-        tokenizer: the corpus's.
+        path: JSON Lines, Parquet or any other document input with text (loss on every token), prompt and completion
+            or answer, messages (loss on the answers), or token_ids; optionally ``query_id`` or ``id``.
+        tokenizer: that of the corpus.
 
     Returns:
-        SCHEMA; queries without an id are numbered q0, q1, … (q1~ where another is called q1); ``status`` is "ok" or
-        "failed".
+        A table with SCHEMA. Queries without an id are numbered q0, q1, … (q1~ if another query has the id q1);
+        ``status`` is "ok" or "failed".
 
     Raises:
-        StrideError: for a path without queries, or an id used twice.
+        StrideError: no queries, or a duplicate id.
     """
     units = plan([path], shard_bytes=2**26)
     columns = {**detect_columns(units, _ADVICE), **_id_column(units[0])}
@@ -59,7 +58,7 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
     for index, item in enumerate(items):
         result = item if isinstance(item, Rejected) else next(encoded)
         number = f"q{index}"
-        while number in given:  # another query's own id
+        while number in given:  # taken by another query's explicit id
             number += "~"
         if isinstance(result, Rejected):
             known = result.document_id or (result.file if named and isinstance(item, Document) else number)
@@ -75,14 +74,14 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
 
 
 def _id_column(unit: InputSplit) -> dict[str, str]:
-    """The column that names queries, where the first row has one."""
+    """Mapping of the id role to the column with query ids, if the first readable row has one."""
     first = next((item for item in rows(unit, None) if isinstance(item, Row)), None)
     found = [name for name in ("query_id", "id") if first is not None and name in first.values]
     return {"id": found[0]} if found else {}
 
 
 def row(query_id: str, encoded: TokenizedDocument) -> dict[str, Any]:
-    """A table row of an encoded query; its error where it has no loss."""
+    """The table row of a tokenised query; a failed row if it has no token to predict."""
     ids = encoded.ids
     mask = np.ones(len(ids), dtype=bool) if encoded.mask is None else encoded.mask
     if len(ids) < 2:
@@ -93,12 +92,12 @@ def row(query_id: str, encoded: TokenizedDocument) -> dict[str, Any]:
 
 
 def failed(query_id: str, error: str) -> dict[str, Any]:
-    """A table row of a query that cannot be asked."""
+    """The table row of an invalid query."""
     return {"query_id": query_id, "token_ids": [], "loss_mask": [], "status": "failed", "error": error}
 
 
 def fingerprint(table: pa.Table) -> str:
-    """Content hash of a table of queries."""
+    """Content hash of a query table, 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for record in table.to_pylist():
         digest.update(repr(sorted(record.items(), key=lambda item: item[0])).encode())
@@ -106,6 +105,6 @@ def fingerprint(table: pa.Table) -> str:
 
 
 def check_name(name: str, of: str = "query set") -> None:
-    """Refuse what cannot be a folder's name, of a query set or of a night."""
+    """Raise StrideError for a name (of a query set or a nightly scan) that cannot be a folder name."""
     if not name or "/" in name or name.startswith((".", "_")):
-        raise StrideError(f"{name!r} is no name for a {of}; use letters, digits, '-' and '_'.")
+        raise StrideError(f"{name!r} is not a valid name for a {of}; use letters, digits, '-' and '_'.")

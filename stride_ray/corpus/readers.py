@@ -1,9 +1,9 @@
-"""Rows of a unit, one reader for each kind of file; what cannot be read comes out as a reject beside them.
+"""Rows of a unit, with one reader per kind of file; unreadable content is yielded as rejects.
 
-Everything streams: a chunk, a line, a batch of rows or a few small files are in memory at a time. Two sorts of failure
-are kept apart. Bad content (a corrupt line, page or stream) is a property of the input: it is rejected, with its place,
-and the rest goes on. A file that cannot be fetched says nothing of its content: that raises, lest a network failure be
-recorded as rejected documents.
+All readers stream: only a chunk, a line, a batch of rows or a few small files are in memory at a time. There are two
+kinds of failure. Bad content (a corrupt line, page or stream) is a property of the input: it is rejected with its
+position, and reading continues. A file that cannot be fetched raises, so that a network failure is not recorded as
+rejected documents.
 """
 
 import asyncio
@@ -25,9 +25,9 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import filesystem, redacted, redacted_error
 
 _CHUNK = 1 << 20
-# Rows decoded to Python objects at once; rows may be whole books.
+# Rows decoded to Python objects at once; a row may be a whole book.
 _BATCH_ROWS = 256
-# Small text files fetched at once: a remote file system runs these requests side by side.
+# Small text files fetched at once: a remote file system runs these requests concurrently.
 _FETCH_FILES = 64
 _CORRUPT = (pa.ArrowException, zlib.error, zstandard.ZstdError, EOFError, UnicodeDecodeError, struct.error)
 _SCHEMA, _DICTIONARY, _RECORDS = 1, 2, 3  # MessageHeader in Arrow's Message.fbs
@@ -35,14 +35,14 @@ _SCHEMA, _DICTIONARY, _RECORDS = 1, 2, 3  # MessageHeader in Arrow's Message.fbs
 
 @dataclass(frozen=True)
 class Rejected:
-    """A document, or the unreadable rest of a file, that is left out, and why.
+    """A rejected document, or the unreadable remainder of a file.
 
     Attributes:
-        file: name of the file; the document's id where only that is known (after reading).
-        row: number of the line (JSON Lines, from 1) or row in the file (Parquet and Arrow, from 0, as in document
+        file: name of the file; for rejects after reading, when only that is known, the document's id.
+        row: line number (JSON Lines, from 1) or row number in the file (Parquet and Arrow, from 0, as in document
             ids); None for a whole file.
-        reason: what is wrong, for a person.
-        document_id: the row's own id, where it has one that is fit.
+        reason: what is wrong, for display.
+        document_id: the row's id, if it has a valid one.
     """
 
     file: str
@@ -51,18 +51,18 @@ class Rejected:
     document_id: str = ""
 
     def sentence(self) -> str:
-        """The reject in a line, for a person."""
+        """The reject as one line for display."""
         return f"{self.file}{'' if self.row is None else f', row {self.row}'}: {self.reason}"
 
 
 class Row(NamedTuple):
-    """One row as read, before its columns are given a meaning.
+    """One row as read, before columns are mapped to roles.
 
     Attributes:
         file: name of its file.
         document_id: ``name`` for a text file, ``name#<byte offset>`` for JSON Lines, ``name#<row>`` otherwise.
         values: ``{column: value}``; ``{"text": …}`` for a text file.
-        number: gives the row or line number (``Rejected.row``); called for rejects only, for it may cost a scan.
+        number: returns the row or line number (``Rejected.row``); called for rejects only, since it may scan the file.
     """
 
     file: str
@@ -76,7 +76,7 @@ def rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Re
 
     Args:
         unit: what to read.
-        columns: columns to read where the format allows it; None for all.
+        columns: columns to read, if the format supports a choice; None: all.
 
     Raises:
         StrideError: a file cannot be fetched (gone, no permission, no connection).
@@ -93,25 +93,25 @@ def rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Re
     except (OSError, asyncio.TimeoutError) as error:
         raise unfetched(unit.files[0], error) from None
     except Exception as error:
-        # botocore and aiohttp raise classes of their own; importing them to name them would tie us to S3.
+        # botocore and aiohttp raise their own classes; importing them here would make S3 a hard dependency.
         if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "adlfs"):
             raise unfetched(unit.files[0], error) from None
         raise
 
 
 def unfetched(file: SourceFile, error: BaseException) -> StrideError:
-    """The sentence for a file that its file system does not give."""
+    """The error for a file that cannot be fetched."""
     if isinstance(error, FileNotFoundError):
         why = "it is gone"
     elif isinstance(error, PermissionError):
         why = "permission denied"
     else:
         why = redacted_error(error, file.url)
-    return StrideError(f"Cannot read {redacted(file.url)} ({why}); put that right and run the same command again.")
+    return StrideError(f"Cannot read {redacted(file.url)} ({why}); fix this and run the same command again.")
 
 
 def _is_corrupt(error: Exception) -> bool:
-    """Whether the content is at fault: pyarrow reports much of that as an OSError without a number."""
+    """Whether an error means corrupt content, which pyarrow often reports as an OSError without errno."""
     return isinstance(error, _CORRUPT) or (type(error) is OSError and error.errno is None)
 
 
@@ -121,17 +121,17 @@ def _reason(error: Exception) -> str:
 
 
 def _chunks(file: SourceFile, start: int = 0) -> Iterator[bytes]:
-    """The file from byte ``start`` on, decompressed by its ending, in pieces of about a mebibyte.
+    """The file from byte ``start`` on, decompressed by its suffix; chunks of 1 MiB, or of 64 KiB before decompression.
 
     Raises:
-        EOFError: a compressed file ends too early.
+        EOFError: a compressed file is truncated.
     """
     fs, path = filesystem(file.url)
     with fs.open(path, "rb") as handle:
         if start:
             handle.seek(start)
         packing = compression(file.name)
-        # A compressed piece may swell a thousandfold.
+        # A compressed chunk may expand a thousandfold.
         raw = iter(partial(handle.read, _CHUNK // 16 if packing else _CHUNK), b"")
         yield from _inflated(raw, packing)
 
@@ -145,7 +145,7 @@ def _inflated(raw: Iterable[bytes], packing: str) -> Iterator[bytes]:
     )
     machine, inside = fresh(), False
     for chunk in raw:
-        # Files made by concatenation hold several streams; gzip tools pad the end with zeros.
+        # Concatenated files contain several streams; some gzip tools pad the end with zeros.
         while chunk:
             if not inside and packing == ".gz" and not (chunk := chunk.lstrip(b"\0")):
                 break
@@ -160,7 +160,7 @@ def _inflated(raw: Iterable[bytes], packing: str) -> Iterator[bytes]:
 
 
 def _lines(chunks: Iterable[bytes], offset: int) -> Iterator[tuple[int, bytes]]:
-    """``(offset of the line's first byte, line without its newline)``; ``offset`` is that of the first chunk."""
+    """``(offset, line without newline)`` of each line; ``offset`` is that of the first chunk."""
     parts: list[bytes] = []
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
@@ -175,9 +175,9 @@ def _lines(chunks: Iterable[bytes], offset: int) -> Iterator[tuple[int, bytes]]:
 
 
 def raw_lines(unit: InputSplit) -> Iterator[tuple[int, bytes]]:
-    """``(offset in the decompressed file, line)`` of the lines that a JSON Lines unit owns."""
-    # Reading begins one byte early: should that be a newline, a line starts at ``start`` exactly. Whatever comes before
-    # the first newline then belongs to the unit before.
+    """``(offset in the decompressed file, line)`` of the lines that start in a JSON Lines unit."""
+    # Start one byte early and skip the first line: if that byte is a newline, a line starts at ``start`` exactly;
+    # otherwise the rest of a line of the previous unit is skipped.
     early = unit.start - 1 if unit.start else 0
     found = _lines(_chunks(unit.files[0], early), early)
     if unit.start:
@@ -228,7 +228,7 @@ def _json_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
         if not _is_corrupt(error):
             raise
         reason = f"unreadable from here to the end of the file: {_reason(error)}"
-        yield Rejected(file.name, index + 2, reason)  # compressed files only: they are read from their first line
+        yield Rejected(file.name, index + 2, reason)  # only compressed files, which are read from their first line
 
 
 def _text_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
@@ -236,7 +236,7 @@ def _text_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
     for i in range(0, len(unit.files), _FETCH_FILES):
         files = unit.files[i : i + _FETCH_FILES]
         paths = [filesystem(file.url)[1] for file in files]
-        # Not ``cat``, which would expand the characters of a glob in a name.
+        # Not ``cat``, which would expand glob characters in a name.
         for file, data in zip(files, fs.cat_ranges(paths, None, None, on_error="return"), strict=True):
             if isinstance(data, BaseException):
                 raise unfetched(file, data)
@@ -255,7 +255,7 @@ def _parquet_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator
     fs, path = filesystem(file.url)
     with fs.open(path, "rb") as handle:
         try:
-            # With a buffer size, columns are read page by page rather than a row group at a time.
+            # With a buffer size, columns are read page by page instead of by row group.
             table = pq.ParquetFile(handle, buffer_size=_CHUNK, pre_buffer=False)
         except Exception as error:
             if not _is_corrupt(error):
@@ -280,13 +280,13 @@ def _parquet_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator
 
 
 def _batch_rows(name: str, batch: pa.RecordBatch, first: int) -> Iterator[Row | Rejected]:
-    """Rows of a batch; ``first`` is the number in the file of its first row."""
+    """Rows of a batch; ``first`` is its first row's number in the file."""
     for start in range(0, batch.num_rows, _BATCH_ROWS):
         part = batch.slice(start, _BATCH_ROWS)
         decoded: list[dict[str, Any] | Exception]
         try:
             decoded = part.to_pylist()
-        except (ValueError, OverflowError):  # one bad value fails all rows: strings are not validated before
+        except (ValueError, OverflowError):  # one bad value fails the whole batch: strings are validated only now
             decoded = [_row_or_error(part.slice(i, 1)) for i in range(part.num_rows)]
         for i, values in enumerate(decoded):
             number = first + start + i
@@ -306,15 +306,15 @@ def _row_or_error(row: pa.RecordBatch) -> dict[str, Any] | Exception:
 def _arrow_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
     """Rows of the record batches whose message starts in the unit's byte range.
 
-    Batches before the range are hopped over by their headers, so that rows are numbered without being read.
+    Only the headers of earlier batches are read, which is enough to number rows.
     """
     file = unit.files[0]
     fs, path = filesystem(file.url)
     row = 0
     with fs.open(path, "rb") as handle:
         try:
-            position = 8 if handle.read(6) == b"ARROW1" else 0  # the file format is the stream between two frames
-            head = b""  # schema and dictionaries: with them a batch alone is a stream
+            position = 8 if handle.read(6) == b"ARROW1" else 0  # the file format is a stream between magic and footer
+            head = b""  # schema and dictionaries; prepended to a batch, they form a valid stream
             while unit.stop == END or position < unit.stop:
                 message = _arrow_message(handle, position)
                 if message is None:
@@ -331,13 +331,13 @@ def _arrow_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[R
         except Exception as error:
             if not _is_corrupt(error):
                 raise
-            # Units of one file all meet the fault of an early header, but only one owns the place.
+            # A corrupt header fails all later units of the file; only the unit that owns its position reports it.
             if position >= unit.start:
                 yield Rejected(file.name, row, f"unreadable from here to the end of the file: {_reason(error)}")
 
 
 def _arrow_batch(name: str, stream: bytes, row: int, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
-    """Rows of the one batch of a stream; ``row`` is the number in the file of its first row."""
+    """Rows of a stream with a single batch; ``row`` is its first row's number in the file."""
     try:
         with pa.ipc.open_stream(pa.py_buffer(stream)) as reader:
             batch = reader.read_next_batch()
@@ -351,12 +351,12 @@ def _arrow_batch(name: str, stream: bytes, row: int, columns: Collection[str] | 
 
 
 def _arrow_message(handle: Any, position: int) -> tuple[int, int, int] | None:
-    """``(kind, rows, bytes with prefix and body)`` of the message at ``position``; None at the end of the stream.
+    """``(kind, rows, total bytes)`` of the message at ``position``; None at the end of the stream.
 
-    A message is 0xFFFFFFFF, the size of its metadata (int32), the metadata (a FlatBuffer) and a body.
+    A message consists of 0xFFFFFFFF, the size of its metadata (int32), the metadata (a FlatBuffer) and a body.
 
     Raises:
-        pa.ArrowInvalid, struct.error: the bytes are not such a message.
+        pa.ArrowInvalid, struct.error: the bytes are not a valid message.
     """
     handle.seek(position)
     prefix = handle.read(8)
@@ -368,7 +368,7 @@ def _arrow_message(handle: Any, position: int) -> tuple[int, int, int] | None:
     metadata = handle.read(size)
 
     def field(table: int, slot: int) -> int | None:
-        """Where a FlatBuffer table's field stands; None where it has its default value."""
+        """Offset of a field of a FlatBuffer table; None if the field has its default value."""
         vtable = table - struct.unpack_from("<i", metadata, table)[0]
         if 4 + 2 * slot >= struct.unpack_from("<H", metadata, vtable)[0]:
             return None

@@ -1,8 +1,8 @@
-"""Stage shard: documents to numbered blocks in Parquet, on Ray Data.
+"""Stage shard: documents to numbered blocks in Parquet.
 
-Two passes over units of work. The first tokenises and cuts a unit's documents into blocks; once every unit's count is
-known, the second gives the blocks their dense ordinals and publishes the final parts. New input continues the
-numbering: a block that exists keeps its ordinal, and so its subsets.
+Two passes over the units. The first (Ray Data) tokenises a unit's documents and cuts them into blocks. Once all block
+counts are known, the second (Ray tasks) assigns dense ordinals and publishes the final parts. New input continues the
+numbering, so existing blocks keep their ordinals and thereby their subsets.
 """
 
 import sys
@@ -30,7 +30,7 @@ from stride_ray.corpus.tokenizing import (
     vocabulary_size,
 )
 from stride_ray.runtime.config import digest
-from stride_ray.runtime.costs import costed
+from stride_ray.runtime.costs import record_stage_costs
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import CorpusConfig
 from stride_ray.runtime.run import Run, Stage, part_name
@@ -40,19 +40,26 @@ from stride_ray.runtime.urls import first_line
 
 
 def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
-    """Cut the run's corpus into blocks, or add what is new in its input.
+    """Cut the run's corpus into blocks, or add new input to existing blocks.
+
+    Example:
+        >>> from stride_ray import Run, shard
+        >>> options = {"corpus.input": "corpus.jsonl", "model.path": "model", "corpus.block_tokens": 16}
+        >>> manifest = shard(Run("mine", changes=options))
+        >>> manifest["documents"], manifest["rejected"], manifest["blocks"] > 60
+        (60, 0, True)
 
     Args:
         run: its configuration names input and tokenizer.
-        out: where a masked example is shown, for data with prompts; None: standard output.
+        out: where a masked example is printed, for data with a loss mask; None: standard output.
 
     Returns:
-        ``blocks/manifest.json``: counts of documents, blocks, tokens, targets and rejects, the first rejects with
+        ``blocks/manifest.json``: counts of documents, blocks, tokens, target tokens and rejects, the first rejects with
         file, row and reason, the parts with their content hashes, and the corpus fingerprint.
 
     Raises:
-        StrideError: for input that is missing, empty, or was changed since it was sharded; no tokenizer; other
-            settings than the directory's; resources that the cluster cannot give.
+        StrideError: missing or empty input, or input that changed since it was sharded; no tokenizer; settings that
+            differ from the directory's; more resources than the cluster can provide.
     """
     config = run.config.corpus
     if not config.input:
@@ -63,7 +70,7 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.tokenizer)
     units = plan(config.input, int(config.shard_mb * 1e6))
     if not run.stage("blocks").store.exists("plan.json"):
-        resolve_columns(units, config.columns)  # a wrong mapping is told before the directory is claimed for it
+        resolve_columns(units, config.columns)  # report a wrong mapping before claiming the directory with it
     stage = run.begin("blocks")
     staged = Stage(stage.store.child("_tokenised"), stage.identity)
     numbered = stage.done()
@@ -74,11 +81,11 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
     if len(numbered) == len(units) and stage.store.exists("manifest.json"):
         stage.store.remove("_tokenised")
         return stage.store.read_json("manifest.json")
-    with connected(run.config.compute), costed(stage):
+    with connected(run.config.compute), record_stage_costs(stage):
         if missing:
             work = [{"index": i, "unit": unit.to_dict()} for i, unit in missing]
             workers = allocate_workers(run.config.compute, len(work))
-            # The copy, which is what later stages read text with, whatever has become of the original.
+            # The saved copy, as in later stages: the original may change or disappear.
             copy = stage.store.child("tokenizer").url
             results = map_dataset(Tokenise, (replace(config, tokenizer=copy), columns, staged), work, workers)
             markers = progress(results, "shard", len(work), "units", lambda _: 1)
@@ -87,8 +94,8 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
         markers_by_part = {**staged.done(), **numbered}
         counts = [markers_by_part[part_name(i)]["counts"]["blocks"] for i in range(len(units))]
         if not sum(counts):
-            run.roll_back(stage)  # nothing but the plan and the options, which would refuse the corrected command
-            raise StrideError(_nothing(config, markers_by_part))
+            run.roll_back(stage)  # else the stored plan and options would reject the corrected command
+            raise StrideError(_no_blocks_message(config, markers_by_part))
         first = np.concatenate([[0], np.cumsum(counts)]).tolist()
         todo = [(i, first[i]) for i in range(len(units)) if part_name(i) not in numbered]
         results = map_tasks(number_part, (stage, staged), todo, allocate_workers(run.config.compute, len(todo)))
@@ -103,9 +110,9 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
 def _register(
     stage: Stage, config: CorpusConfig, units: list[InputSplit], begun: bool
 ) -> tuple[list[InputSplit], dict[str, str]]:
-    """The units in the order of their numbering: those known already, then new ones; kept in plan.json.
+    """The units in order of their numbering, known ones before new ones, and the columns; recorded in plan.json.
 
-    Until a unit is done the input may still be put right.
+    Until the first unit is done, the plan is replaced, so that the input may still be corrected.
     """
     if not begun or not stage.store.exists("plan.json"):
         columns = resolve_columns(units, config.columns)
@@ -130,22 +137,22 @@ def _register(
 
 
 def _save_tokenizer(stage: Stage, tokenizer: Any) -> None:
-    """Keep the tokenizer beside its blocks, so that later stages read text and show it without the original."""
+    """Save the tokenizer beside the blocks, so that later stages can encode and decode text without the original."""
     if stage.store.exists("tokenizer/tokenizer_config.json"):
         return
     with tempfile.TemporaryDirectory() as folder:
         try:
             tokenizer.save_pretrained(folder)
-        except Exception as error:  # the library's own, for a full disk too
+        except Exception as error:  # the library raises its own classes, even for a full disk
             raise StrideError(f"The tokenizer cannot be written to {folder}: {first_line(error)}.") from None
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        # The file whose presence means that all are there comes last.
+        # Written last: its presence means that all files are complete.
         for path in sorted(files, key=lambda path: path.name == "tokenizer_config.json"):
             stage.store.write(f"tokenizer/{path.relative_to(folder)}", path.read_bytes())
 
 
 class Tokenise:
-    """Turns a unit of input into one Parquet file of blocks without ordinals."""
+    """Worker of the first pass: turns an input unit into one Arrow file of blocks without ordinals."""
 
     def __init__(self, config: CorpusConfig, columns: dict[str, str], staged: Stage) -> None:
         self.config, self.columns, self.staged = config, columns, staged
@@ -154,7 +161,7 @@ class Tokenise:
         self.example: TokenizedDocument | None = None
 
     def __call__(self, work: dict[str, Any]) -> dict[str, Any]:
-        """Do one unit; returns its marker or findings."""
+        """Process one unit; returns its done marker with the unit's index and a masked example (may be empty)."""
         started = time.monotonic()
         encoded = self._watched(encode_stream(read(InputSplit.from_dict(work["unit"]), self.columns), self.tokenizer))
         layout, tokens = self.config.layout, self.config.block_tokens
@@ -169,7 +176,7 @@ class Tokenise:
         return {**marker, "index": work["index"], "example": example}
 
     def _watched(self, items: Iterable[TokenizedDocument | Rejected]) -> Iterator[TokenizedDocument | Rejected]:
-        """The items, keeping the first that has a mask to show it to a person."""
+        """Pass the items through and keep the first document with a mask as the example."""
         for item in items:
             if self.example is None and isinstance(item, TokenizedDocument) and item.mask is not None:
                 self.example = item
@@ -202,8 +209,8 @@ def _show_example(markers: list[dict[str, Any]], out: TextIO) -> None:
             return
 
 
-def _nothing(config: CorpusConfig, markers: dict[str, dict[str, Any]]) -> str:
+def _no_blocks_message(config: CorpusConfig, markers: dict[str, dict[str, Any]]) -> str:
     rejects = [reject for marker in markers.values() for reject in marker["counts"]["rejects"]]
     count = sum(marker["counts"]["rejected"] for marker in markers.values())
     why = f"; {count} rejected, the first: {Rejected(**rejects[0]).sentence()}" if rejects else ""
-    return f"The corpus {', '.join(config.input)} gives no block{why}. Check the input and the columns."
+    return f"The corpus {', '.join(config.input)} produced no blocks{why}. Check the input and the columns."

@@ -1,9 +1,9 @@
-"""The input cut into units ("input shards"): which files, byte ranges, row groups or batches one task reads.
+"""Splitting the input into units: the files, byte ranges or row groups that one task reads.
 
-The cut follows from the input alone, never from the cluster, so that a unit is the same wherever and whenever it is
-planned: Parquet by consecutive row groups, JSON Lines and Arrow by byte ranges (a unit owns the lines or batches that
-start inside its range), compressed files whole, small text files grouped in sorted order. Planning lists folders and
-reads Parquet footers and a saved dataset's ``state.json``; nothing else is opened.
+The split depends on the input only, not on the cluster, so units are reproducible. Parquet is split by consecutive row
+groups, JSON Lines and Arrow by byte ranges (a unit owns the lines or batches that start in its range). Compressed files
+are never split; small text files are grouped in sorted order. Planning lists folders and reads Parquet footers and the
+``state.json`` of saved datasets; it opens nothing else.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from stride_ray.corpus.files import END, SourceFile, compression, kind_of, list_
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import filesystem, redacted, redacted_error
 
-# Footers are read side by side: over a network each costs a round trip or two.
+# Footers are read concurrently: over a network each costs one or two round trips.
 _FOOTER_THREADS = 16
 
 
@@ -29,12 +29,12 @@ class InputSplit:
     """One unit of work: a part of one file, or several whole text files.
 
     Attributes:
-        key: stable id from kind, names and range; fit for a file name. It holds neither size nor version: compare
-            ``files`` to see whether a unit that is done has changed since.
+        key: stable id from kind, names and range, valid as a file name. It does not depend on size or version; compare
+            ``files`` to find out whether a finished unit has changed.
         kind: "jsonl", "parquet", "arrow" or "text".
-        files: the files in reading order; one, except for "text".
+        files: the files in reading order; exactly one, except for "text".
         start: first byte (jsonl, arrow) or row group (parquet); 0 for text.
-        stop: the byte or row group after the last one, or END.
+        stop: exclusive end, or END.
     """
 
     key: str
@@ -44,7 +44,7 @@ class InputSplit:
     stop: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The unit as JSON-serialisable values. URLs are kept as they were given, credentials included."""
+        """The unit as a JSON-serialisable dict. URLs keep their credentials."""
         files = [list(file) for file in self.files]
         return {"key": self.key, "kind": self.kind, "files": files, "start": self.start, "stop": self.stop}
 
@@ -59,17 +59,17 @@ def plan(inputs: Sequence[str], shard_bytes: int, skip: Collection[str] = ()) ->
     """Cut the inputs into units.
 
     Args:
-        inputs: files, folders (walked whole; hidden names and ``__pycache__`` skipped), globs, any fsspec URL. A
-            folder may hold Hugging Face datasets saved to disk.
-        shard_bytes: aim for a unit's size: bytes of JSON Lines, Arrow or text, uncompressed bytes of Parquet.
-        skip: names of files that are left out (those that other units hold already); nothing else is then no error.
+        inputs: files, folders (recursive, without hidden names and ``__pycache__``), globs, any fsspec URL. A folder
+            may contain Hugging Face datasets saved to disk.
+        shard_bytes: target size of a unit: bytes of JSON Lines, Arrow or text, uncompressed bytes of Parquet.
+        skip: names of files to leave out because other units hold them; if given, the result may be empty.
 
     Returns:
         The units, in the order of the inputs and of the sorted names within each. Names are unique over all inputs.
 
     Raises:
-        StrideError: an input is missing or unreadable, matches no file, or two inputs hold a file of the same name;
-            or there is nothing to read at all.
+        StrideError: an input is missing or unreadable or matches no file, two inputs contain a file of the same name,
+            or all files are empty.
     """
     if not inputs:
         raise StrideError('No input is given; say which files to read, as in input = ["corpus/"].')
@@ -123,7 +123,7 @@ def _unit(kind: str, files: tuple[SourceFile, ...], start: int, stop: int) -> In
 
 
 def _grouped(files: list[SourceFile], shard_bytes: int) -> dict[SourceFile, tuple[SourceFile, ...]]:
-    """Text files in runs of at most ``shard_bytes`` (one file at least), each under its first file."""
+    """Consecutive text files in groups of at most ``shard_bytes`` (at least one file), by the group's first file."""
     runs: list[list[SourceFile]] = []
     room = 0
     for file in files:
@@ -137,16 +137,16 @@ def _grouped(files: list[SourceFile], shard_bytes: int) -> dict[SourceFile, tupl
 
 
 def _row_group_bytes(file: SourceFile) -> list[int] | None:
-    """Uncompressed bytes of each row group, or None for a file that is not readable as Parquet."""
+    """Uncompressed bytes of each row group, or None if the file is not valid Parquet."""
     fs, path = filesystem(file.url)
     try:
         with fs.open(path, "rb") as handle:
             footer = pq.ParquetFile(handle).metadata
         return [footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)]
     except Exception as error:
-        # pyarrow tells of corrupt content by ArrowInvalid or by an OSError without a number.
+        # pyarrow reports corrupt content as ArrowInvalid or as an OSError without errno.
         if isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None):
-            return None  # planned whole, so that reading it reports it as rejected while the rest goes on
+            return None  # planned as one unit, so that reading it yields a reject and the rest continues
         raise StrideError(f"{redacted(file.url)} cannot be read ({redacted_error(error, file.url)}).") from None
 
 

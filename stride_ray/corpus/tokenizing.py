@@ -1,8 +1,8 @@
-"""Documents to token ids with a mask of the tokens that count, through any Hugging Face tokenizer.
+"""Documents to token ids and loss masks, with any Hugging Face tokenizer.
 
-What counts is what the model was trained to predict: all of a text, the answer after a prompt, the assistant's turns
-of a conversation. Influence is measured on these tokens only, so that the mask has to be exact; ``show_masked`` lets a
-person check it at a glance.
+The mask selects the tokens that the model was trained to predict: all of a text, the answer after a prompt, the
+assistant's turns of a conversation. Influence is measured on these tokens only, so the mask has to be exact;
+``show_masked`` displays it for inspection.
 """
 
 import os
@@ -23,7 +23,7 @@ from stride_ray.corpus.readers import Rejected
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import filesystem, first_line, redacted, redacted_error
 
-# Characters handed to the tokenizer at once: its own record of a token takes a hundred bytes.
+# Characters per tokenizer call; bounds memory, since a tokenizer's record of a token takes a hundred bytes.
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 512
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt")
@@ -32,18 +32,18 @@ _SHOWN_COUNTED = ("⟦", "⟧")
 
 
 def load_tokenizer(path: "str | os.PathLike[str] | tokenizers.Tokenizer | PreTrainedTokenizerBase") -> Any:
-    """Any Hugging Face tokenizer, ready for texts of any length.
+    """Load a Hugging Face tokenizer for texts of any length.
 
     Args:
-        path: a model or tokenizer folder, a ``tokenizer.json``, a ``.gguf`` file, any of these at an fsspec URL, a
-            hub id; or a tokenizer object, which is taken as it is.
+        path: a model or tokenizer folder, a ``tokenizer.json`` or a ``.gguf`` file, each local or at an fsspec URL; a
+            hub id; or a tokenizer object.
 
     Returns:
-        A transformers tokenizer that does not warn of length. A ``tokenizer.json`` may ask for truncation or padding;
-        calls from here switch both off.
+        A transformers tokenizer without length warnings. A ``tokenizer.json`` may configure truncation or padding; all
+        calls in this module disable both.
 
     Raises:
-        StrideError: there is no such tokenizer, or it cannot be read.
+        StrideError: the tokenizer does not exist or cannot be read.
     """
     if isinstance(path, PreTrainedTokenizerBase):
         tokenizer: Any = path
@@ -54,7 +54,7 @@ def load_tokenizer(path: "str | os.PathLike[str] | tokenizers.Tokenizer | PreTra
             tokenizer = _load_local(_downloaded(place, folder), redacted(place))
     else:
         place = os.path.expanduser(place)
-        # A hub id is a name or an owner and a name; asking the hub for what was meant as a path takes long to fail.
+        # Hub ids are "name" or "owner/name". Reject anything else early: a hub request for a path is slow to fail.
         looks_local = place.startswith((".", os.sep)) or place.endswith((".gguf", ".json")) or place.count("/") > 1
         looks_local = looks_local or ("/" in place and os.path.isdir(place.partition("/")[0]))
         if looks_local and not os.path.exists(place):
@@ -65,7 +65,7 @@ def load_tokenizer(path: "str | os.PathLike[str] | tokenizers.Tokenizer | PreTra
 
 
 def _load_local(place: str, name: str) -> Any:
-    """A tokenizer from a local path or hub id; ``name`` is what to call it in an error."""
+    """A tokenizer from a local path or hub id; ``name`` identifies it in error messages."""
     try:
         if place.endswith(".gguf"):
             folder, leaf = os.path.split(place)
@@ -76,7 +76,7 @@ def _load_local(place: str, name: str) -> Any:
         if os.path.isdir(place) and os.listdir(place) and not _is_wrapped(place) and os.path.isfile(plain):
             return PreTrainedTokenizerFast(tokenizer_file=plain)
         return AutoTokenizer.from_pretrained(place)
-    except Exception as error:  # the libraries raise their own for each way in which a file may be bad
+    except Exception as error:  # the libraries raise many classes for invalid files
         reason = first_line(error)
         raise StrideError(
             f"No tokenizer can be loaded from {name} ({redacted(reason)}); give a folder with tokenizer.json, "
@@ -89,7 +89,7 @@ def _is_wrapped(folder: str) -> bool:
 
 
 def _downloaded(url: str, folder: str) -> str:
-    """Fetch a tokenizer's files into ``folder``, leaving a model's weights behind; returns where they lie."""
+    """Download a tokenizer's files, but not model weights, into ``folder``; returns their local path."""
     fs, path = filesystem(url)
     try:
         if fs.info(path)["type"] != "directory":
@@ -99,7 +99,7 @@ def _downloaded(url: str, folder: str) -> str:
         for info in fs.ls(path, detail=True):
             if info["type"] != "directory" and not info["name"].endswith(_WEIGHTS):
                 fs.get_file(info["name"], os.path.join(folder, info["name"].rpartition("/")[2]))
-    except Exception as error:  # every remote file system raises classes of its own
+    except Exception as error:  # remote file systems raise their own classes
         raise StrideError(
             f"The tokenizer at {redacted(url)} cannot be fetched ({redacted_error(error, url)}); "
             "check the address, the credentials and the network."
@@ -108,10 +108,10 @@ def _downloaded(url: str, folder: str) -> str:
 
 
 def end_of_text_id(tokenizer: Any) -> int:
-    """The id of the token that ends a document.
+    """The id of the end-of-text token.
 
     Raises:
-        StrideError: the tokenizer names none.
+        StrideError: the tokenizer does not define one.
     """
     if tokenizer.eos_token_id is None:
         raise StrideError(
@@ -122,17 +122,17 @@ def end_of_text_id(tokenizer: Any) -> int:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id to pad with: the tokenizer's own, else its end-of-text, else 0. Padding is always masked."""
+    """The padding id: the tokenizer's pad token, else its end-of-text token, else 0. Padding is always masked."""
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return 0 if found is None else int(found)
 
 
-# Listing a vocabulary takes a tenth of a second; its length tells whether tokens were added since.
+# Cache of (length, size): listing a vocabulary takes a tenth of a second. A changed length means added tokens.
 _sizes: "weakref.WeakKeyDictionary[Any, tuple[int, int]]" = weakref.WeakKeyDictionary()
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """The largest token id plus one: what an embedding has to hold, gaps included."""
+    """The largest token id plus one, that is the number of rows an embedding needs, gaps included."""
     length, size = _sizes.get(tokenizer, (-1, 0))
     if length != len(tokenizer):
         size = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -143,7 +143,7 @@ def vocabulary_size(tokenizer: Any) -> int:
 def encode_stream(
     items: Iterable[Document | Rejected], tokenizer: Any | None
 ) -> Iterator[TokenizedDocument | Rejected]:
-    """``encode`` over a stream, in the stream's order; rejects pass through. A mebibyte of text at a time."""
+    """``encode`` over a stream, in order, in batches of about a million characters; rejects pass through."""
     for batch in _batched(items):
         encoded = iter(encode([item for item in batch if isinstance(item, Document)], tokenizer))
         for item in batch:
@@ -151,16 +151,16 @@ def encode_stream(
 
 
 def encode(documents: Sequence[Document], tokenizer: Any | None) -> list[TokenizedDocument | Rejected]:
-    """Documents to token ids, one result for each, in their order.
+    """Tokenise documents; returns one result per document, in order.
 
     Args:
-        documents: what to encode. Text gets no special tokens; a prompt is followed by its answer and end-of-text,
-            which both count; messages go through the chat template, the assistant's turns counting, and the marker
-            that ends each; token ids are taken as they are.
-        tokenizer: from ``load_tokenizer``; None will do where all documents are token ids.
+        documents: the documents. Text gets no special tokens. A prompt is followed by its answer and end-of-text, both
+            of which carry loss. Messages are rendered with the chat template; the assistant's turns carry loss,
+            including the marker that ends each. Token ids are used as they are.
+        tokenizer: from ``load_tokenizer``; may be None if all documents are token ids.
 
     Raises:
-        StrideError: a tokenizer is needed and missing, or names no end-of-text, or has no chat template.
+        StrideError: a tokenizer is needed but missing, or it lacks an end-of-text token or chat template.
     """
     results: list[TokenizedDocument | Rejected] = []
     for batch in _batched(documents):
@@ -185,7 +185,7 @@ def _batched(items: Iterable[Document | Rejected]) -> Iterator[list[Document | R
 def _encode_batch(documents: list[Document], tokenizer: Any | None) -> list[TokenizedDocument | Rejected]:
     if tokenizer is None and any(document.token_ids is None for document in documents):
         raise StrideError("A tokenizer is needed to read text; name one, or the model that it belongs to.")
-    # All strings of the batch in one call: the fast tokenizers work through them in parallel.
+    # All strings of the batch in one call, which fast tokenizers process in parallel.
     texts = [
         text for document in documents for text in (document.text, document.prompt, document.answer) if text is not None
     ]
@@ -212,8 +212,8 @@ def _text_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     call = {"add_special_tokens": False, "padding": False, "truncation": False}
     if getattr(type(tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
         return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **call)["input_ids"]
-    # What transformers does itself, but without the offsets of tokens, which take nearly as long as the tokens. A call
-    # settles the backend: no truncation, no padding, special tokens as the tokenizer has it.
+    # Same as a transformers call, but without token offsets, which take nearly as long as the tokens. The empty call
+    # configures the backend: no truncation, no padding, the tokenizer's treatment of special tokens.
     tokenizer("", **call)
     return [each.ids for each in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -256,20 +256,20 @@ def _conversation(document: Document, tokenizer: Any) -> TokenizedDocument | Rej
         template = tokenizer.get_chat_template()
         marked = _GENERATION.search(template)
         text, spans = _marked_spans(messages, tokenizer, template) if marked else _assistant_spans(messages, tokenizer)
-    except Exception as error:  # a template is a program: it raises what it likes
+    except Exception as error:  # a template is a program and may raise anything
         reason = first_line(error)
         return Rejected(document.document_id, None, f"the chat template does not take it: {reason}")
     told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, padding=False, truncation=False)
     starts, ends = np.asarray(told["offset_mapping"], np.int64).reshape(-1, 2).T
     mask = np.zeros(len(starts), np.bool_)
-    for start, end in spans:  # a token that reaches into a turn belongs to it: the turn could not be said without
+    for start, end in spans:  # a token that overlaps a turn belongs to it: the turn cannot be generated without it
         mask |= (np.maximum(starts, start) < np.minimum(ends, end)) & (ends > starts)
     return _checked(document, told["input_ids"], mask.tolist())
 
 
 def _marked_spans(messages: list[dict[str, Any]], tokenizer: Any, template: str) -> tuple[str, list[tuple[int, int]]]:
-    """A rendered conversation and the character ranges that the template itself marks as the assistant's."""
-    # Not the tokenizer's own mask: where a marked range ends in white space that no token covers, that one runs on to
+    """A rendered conversation and the character ranges that the template marks as the assistant's."""
+    # The tokenizer's own mask is not used: if a marked range ends in white space that no token covers, it extends to
     # the end of the conversation.
     rendered: Any = render_jinja_template(
         [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
@@ -281,11 +281,11 @@ def _marked_spans(messages: list[dict[str, Any]], tokenizer: Any, template: str)
 def _assistant_spans(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     """A rendered conversation and the character ranges of the assistant's turns.
 
-    A turn is what the template adds from the prompt for it to the turn's end, without white space after the marker
-    that ends it (the model never says that).
+    A turn is the text after its generation prompt up to and including its end marker, without the white space after
+    the marker, which the model never generates.
 
     Raises:
-        ValueError: the template renders earlier turns differently once others follow.
+        ValueError: the template renders a turn differently if others follow it.
     """
 
     def render(turns: list[dict[str, Any]], prompted: bool) -> str:
@@ -299,7 +299,7 @@ def _assistant_spans(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[st
         after = render(messages[: i + 1], False)
         if i:
             before = render(messages[:i], True)
-        else:  # no template renders nothing, so the prompt for a first turn is what any other turn is prompted with
+        else:  # templates cannot render an empty conversation: take the generation prompt from another one
             other = [{"role": "user", "content": "-"}]
             prompt = render(other, True).removeprefix(render(other, False))
             before = after[: after.find(prompt) + len(prompt)] if prompt in after else after + prompt
@@ -313,13 +313,13 @@ def _assistant_spans(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[st
 
 
 def show_masked(encoded: TokenizedDocument, tokenizer: Any) -> str:
-    """The document as text, the tokens that count between ⟦ and ⟧."""
+    """The document as text, with the tokens that carry loss between ⟦ and ⟧."""
     ids = encoded.ids.tolist()
     flags = [True] * len(ids) if encoded.mask is None else encoded.mask.tolist()
     shown_text, before, position = "", "", 0
     for counted, run in groupby(flags):
         start, position = position, position + len(list(run))
-        # Decoded from the beginning each time: alone, a run would lose the space before its first word.
+        # Decode from the beginning each time: decoded alone, a run would lose the space before its first word.
         whole = tokenizer.decode(ids[:position], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         piece = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids[start:position])
         shown_text += f"{_SHOWN_COUNTED[0]}{piece}{_SHOWN_COUNTED[1]}" if counted else piece

@@ -1,6 +1,6 @@
-"""Lexical search: blocks that share a text's words, by TF-IDF over token uni- and bigrams, as scikit-learn has it.
+"""Lexical search: TF-IDF similarity (scikit-learn) over token unigrams and bigrams.
 
-It never looks at the model: the bar that attribution must clear, and a cheap second opinion.
+It does not use the model: a baseline that attribution has to beat, and a cheap second opinion.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,32 +11,32 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from stride_ray.corpus.blocks import Blocks
 
-NGRAMS: dict[str, Any] = {"token_pattern": r"\S+", "ngram_range": (1, 2)}  # uni- and bigrams of what is between spaces
+NGRAMS: dict[str, Any] = {"token_pattern": r"\S+", "ngram_range": (1, 2)}  # unigrams and bigrams of space-separated ids
 
 
 def words(ids: Iterable[int]) -> str:
-    """Token ids with spaces between, so that scikit-learn's text tools count n-grams of a model's own tokens."""
+    """Token ids separated by spaces, so that scikit-learn's vectorizers count n-grams of the model's tokens."""
     return " ".join(map(str, ids))
 
 
 def tfidf(**options: Any) -> TfidfVectorizer:
-    """Tf-idf vectors of unit length over what ``words`` gives, counts sublinear."""
+    """TF-IDF vectorizer for the output of ``words``, with sublinear counts and unit-length vectors."""
     return TfidfVectorizer(**NGRAMS, sublinear_tf=True, **options)
 
 
 def similar_blocks(blocks: Blocks, asked: Iterable[Iterable[int]], k: int) -> list[np.ndarray]:
-    """Ordinals of the k blocks most similar to each text, best first, those that share no token with it left out.
+    """Ordinals of the k blocks most similar to each text, best first; blocks without a common token are left out.
 
     Args:
         blocks: the pool, whose vectors are held in memory.
         asked: token ids of each text.
-        k: how many at most.
+        k: maximum number of blocks per text.
     """
     return [ordinals[np.lexsort((ordinals, -found))[:k]] for ordinals, found in similarities(blocks, asked)]
 
 
 def similarities(blocks: Blocks, asked: Iterable[Iterable[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Per text, the ordinals (int64) of the blocks that share a token with it, and their cosine similarity."""
+    """Per text, the ordinals (int64) of the blocks that share a token with it, and their cosine similarities."""
     vectorizer = tfidf()
     pooled = (
         words(ids[mask])

@@ -1,1 +1,1 @@
-"""How far attribution can be trusted: measurements with a protocol, an interval and a baseline beside them."""
+"""How far attribution can be trusted: measurements, each with a protocol, an interval and a baseline."""

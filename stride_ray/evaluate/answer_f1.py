@@ -1,4 +1,4 @@
-"""Unigram F1 of decoded answers, the paper's metric for selection from instruction data (method: metrics)."""
+"""Unigram F1 of decoded answers, the paper's metric for instruction-data selection (method.md, Metrics)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,30 +7,30 @@ from typing import Any
 import numpy as np
 import torch
 
-# New tokens at most: of an answer, and never beyond the model's context.
+# Maximum new tokens of an answer; the model's context is a further limit.
 LONGEST = 128
 
 
 def unigram_f1(said: str, wanted: str) -> float:
-    """F1 of the words of two texts, lower-cased and split at white space, counted with multiplicity; 0 for no words."""
+    """F1 of two texts' lower-cased, whitespace-split words, counted with multiplicity; 0 if no word is shared."""
     a, b = Counter(said.lower().split()), Counter(wanted.lower().split())
     shared = sum((a & b).values())
     return 2 * shared / (sum(a.values()) + sum(b.values())) if shared else 0.0
 
 
 def has_answers(queries: Sequence[dict[str, Any]]) -> bool:
-    """Whether every query (queries.SCHEMA) is a prompt without loss and then an answer."""
+    """Whether every query (queries.SCHEMA) starts with a prompt without loss and ends with an answer."""
     return all(not query["loss_mask"][0] and query["loss_mask"][-1] for query in queries)
 
 
 @torch.no_grad()
 def answer_f1(model: Any, tokenizer: Any, queries: Sequence[dict[str, Any]]) -> np.ndarray:
-    """(Q,) float32: each prompt is continued greedily, and compared with its answer.
+    """Continue each prompt greedily and compare with its answer, (Q,) float32.
 
     Args:
         model: a Hugging Face causal language model.
-        tokenizer: decodes its tokens and names the one that ends a text.
-        queries: with prompts, see ``has_answers``; a conversation is asked for its first answer.
+        tokenizer: decodes its tokens and defines the end-of-text token.
+        queries: with prompts, see ``has_answers``; only a conversation's first answer is generated.
     """
     model.eval()
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 10**9

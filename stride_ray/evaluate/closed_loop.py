@@ -1,8 +1,8 @@
-"""Does training on what was selected do better than on as much at random, and on what lexical search selects?
+"""Closed loop: does training on selected data beat training on equally much random or lexically selected data?
 
-Three arms of equal size are trained by the run's recipe with several seeds, and asked queries that the selection has
-not seen: the other half of each target set, by a seeded draw, or sets of their own. One training is a unit of work, a
-Ray task with a done-marker, so a command that was killed goes on where it stopped.
+Three arms of equal size are trained by the run's recipe with several seeds, and evaluated on queries not used for
+selection: the other half of each target set, split by seed, or separate query sets. A work unit is one training, a Ray
+task with a done marker, so an interrupted command resumes where it stopped.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.attribution.attribute import asked_queries, read_influence
+from stride_ray.attribution.attribute import read_influence, stored_queries
 from stride_ray.attribution.tables import DOCUMENTS
 from stride_ray.corpus.blocks import Blocks, document_shares, fixed_lists
 from stride_ray.corpus.queries import fingerprint
@@ -38,20 +38,20 @@ from stride_ray.selection.select import RANDOM, select, select_by
 SELECTED, LEXICAL = "selected", "TF-IDF"
 # Each arm's folder inside the output folder.
 ARMS = {SELECTED: "selected", RANDOM: f"selected/{RANDOM}", LEXICAL: "tfidf"}
-# Measures of a trained model; which way is better.
+# Measures of a trained model.
 LOSS, F1 = "loss, nats per token", "unigram F1"
 
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """What became of the arms.
+    """Results of the arms.
 
     Attributes:
-        selected_by, measured_on: how many queries.
-        seeds: trainings of each arm.
-        tokens: per arm, what it trained on; ``pool_tokens`` is what there was.
-        arms: per measure (LOSS, and F1 for queries with prompts) and arm.
-        differences: per measure, the selected arm's minus another's, query by query and seed by seed.
+        selected_by, measured_on: numbers of queries.
+        seeds: trainings per arm.
+        tokens: training tokens per arm; ``pool_tokens`` is the pool's total.
+        arms: by measure (LOSS, and F1 for queries with prompts) and arm.
+        differences: by measure, the selected arm minus each other arm, paired by query and seed.
     """
 
     selected_by: int
@@ -63,7 +63,7 @@ class ClosedLoop:
     differences: dict[str, dict[str, Interval]]
 
     def as_table(self) -> str:
-        """The figures as Markdown."""
+        """Format the results as Markdown."""
         lines = [
             f"Selected by {self.selected_by} queries, measured on {self.measured_on} others; {self.seeds} trainings an "
             f"arm; the pool has {self.pool_tokens} tokens. Intervals: 95 %, over queries and seeds.",
@@ -80,30 +80,30 @@ class ClosedLoop:
 def closed_loop(
     run: Run, names: Sequence[str], out: str, measure: Sequence[str] = (), seeds: int = 3, recipe: str = DEFAULT
 ) -> ClosedLoop:
-    """Select, train on each arm, and ask what was kept apart.
+    """Select, train on each arm, and evaluate on held-out queries.
 
-    Training begins from ``model.start``, else from random weights of the model's shape, as in
-    ``evaluate.finetune.FineTune``, unless another recipe is named. The TF-IDF arm takes the documents with a block most
-    similar to one of the same queries, by the same greedy ranks, under the same quotas, as many tokens.
+    Training begins from ``model.start``, or from random weights of the model's shape, as in
+    ``evaluate.retraining.finetune.FineTune``, unless another recipe is given. The TF-IDF arm selects as many tokens
+    under the same quotas and greedy ranking, but ranks documents by their block most similar to one of those queries.
 
     Args:
-        run: attributed on the names; its ``select`` options say how and how much.
-        names: target query sets. Where nothing is measured on others, half of each one's queries selects and the
-            other half measures.
+        run: attributed on the names; its ``select`` options set the method and the amount.
+        names: target query sets. If ``measure`` is empty, half of each set's queries selects and the other half
+            measures.
         out: a path or fsspec URL; gets the arms, the trainings' losses and ``closed_loop.json``.
         measure: query sets of the run to measure on.
-        seeds: trainings of each arm.
-        recipe: see ``evaluate.recipe.load_recipe``.
+        seeds: trainings per arm.
+        recipe: see ``evaluate.retraining.recipe.load_recipe``.
 
     Raises:
-        StrideError: too few queries, nothing selected, a set that is used twice, or as ``select``.
+        StrideError: too few queries, an empty selection, a set that both selects and measures, or as ``select``.
     """
     names = list(dict.fromkeys(names))
     if both := sorted(set(names) & set(measure)):
         raise StrideError(
             f"The query set {both[0]!r} is to select and to measure; measure on queries that do not select."
         )
-    good = {name: _good(run, name) for name in [*names, *measure]}
+    good = {name: _shuffled_successful_ids(run, name) for name in [*names, *measure]}
     chosen = {name: good[name] if measure else good[name][: len(good[name]) // 2] for name in names}
     asked = {name: good[name] for name in measure} or {name: good[name][len(good[name]) // 2 :] for name in names}
     if not all([*chosen.values(), *asked.values()]):
@@ -119,7 +119,7 @@ def compare_arms(
     seeds: int = 3,
     recipe: str = DEFAULT,
 ) -> ClosedLoop:
-    """As ``closed_loop``, with the ids of the queries of each set that select (``chosen``) and that measure."""
+    """Run ``closed_loop`` on given query ids of each set: ``chosen`` ones select, ``asked`` ones measure."""
     if seeds < 1:
         raise StrideError(f"{seeds} seeds make no model; there must be at least 1.")
     store, names = Store(out), list(chosen)
@@ -129,7 +129,7 @@ def compare_arms(
     size = {"select.by": "rank", "select.documents": 0, "select.tokens": summary["kept"]["tokens"]}
     other = Run(run.url, run.config, {**size, "select.drop": "none"})
     lexical = select_by(other, _lexical_targets(run, chosen, store), f"{store.url}/{ARMS[LEXICAL]}", blocks=True)
-    questions = pa.concat_tables([_only(asked_queries(run, name), ids) for name, ids in asked.items()])
+    questions = pa.concat_tables([_filter_queries(stored_queries(run, name), ids) for name, ids in asked.items()])
     told = {SELECTED: summary["kept"], RANDOM: summary["random"], LEXICAL: lexical["kept"]}
     measured = _train(run, store, questions, told, seeds, recipe)
     found = ClosedLoop(
@@ -152,27 +152,27 @@ def _shown(figure: Interval, sign: str) -> str:
     return f"{figure.value:{sign}.4f} ({figure.low:{sign}.4f} to {figure.high:{sign}.4f})"
 
 
-def _good(run: Run, name: str) -> list[str]:
-    """A set's queries that did not fail, in an order drawn from the seed and their ids."""
+def _shuffled_successful_ids(run: Run, name: str) -> list[str]:
+    """Return a set's successful queries, shuffled by the seed and their ids."""
     rows = read_influence(run, name, "recovery").to_pylist()
     good = [row["query_id"] for row in rows if row["status"] == "ok"]
     seed = f"{run.config.seed}/{name}/"
     return sorted(good, key=lambda query: hashlib.blake2b((seed + query).encode()).digest())
 
 
-def _only(table: pa.Table, ids: Sequence[str]) -> pa.Table:
+def _filter_queries(table: pa.Table, ids: Sequence[str]) -> pa.Table:
     wanted = set(ids)
     return table.filter(pa.array([query in wanted for query in table["query_id"].to_pylist()]))
 
 
 def _lexical_targets(run: Run, chosen: Mapping[str, Sequence[str]], store: Store) -> list[Target]:
-    """Tables like influence's with TF-IDF's similarity in its place: a document's is that of its best block."""
+    """Build document tables with TF-IDF similarity instead of influence; a document has its best block's similarity."""
     blocks = Blocks(run.stage("blocks").store)
     rows, names, _ = document_shares(blocks.take(np.arange(len(blocks)), ["spans"]))
     documents, codes = np.unique(names.astype(str), return_inverse=True)
     targets = []
     for name, ids in chosen.items():
-        queries = _only(asked_queries(run, name), ids).to_pylist()
+        queries = _filter_queries(stored_queries(run, name), ids).to_pylist()
         found = similarities(blocks, (query["token_ids"] for query in queries))
         tables = []
         for query, (ordinals, values) in zip(queries, found, strict=True):
@@ -198,7 +198,7 @@ def _lexical_targets(run: Run, chosen: Mapping[str, Sequence[str]], store: Store
 def _train(
     run: Run, store: Store, questions: pa.Table, arms: dict[str, dict[str, Any]], seeds: int, recipe: str
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Per measure and arm, (seeds, queries) float32."""
+    """Train the arms and return, by measure and arm, (seeds, queries) float32."""
     store.write_table("queries.parquet", questions)
     model, start = run.config.model.path, run.config.model.start
     keys = {
@@ -210,7 +210,7 @@ def _train(
     }
     stage = claim(Stage(store.child("_retrain"), digest(keys)), "closed loop", keys)
     tokenizer = run.stage("blocks").store.child("tokenizer").url
-    load_recipe(recipe, arm_benchmark(store, ARMS[SELECTED], model, start))  # a sentence now
+    load_recipe(recipe, arm_benchmark(store, ARMS[SELECTED], model, start))  # fails here with a clear error
     units = [(arm, seed, f"{ARMS[arm].replace('/', '-')}-seed-{seed}") for arm in arms for seed in range(seeds)]
     done = stage.done()
     missing = [unit for unit in units if unit[2] not in done]
@@ -238,7 +238,7 @@ def train_arm(
     device: str,
     unit: tuple[str, int, str],
 ) -> dict[str, Any]:
-    """One training in a worker: what was measured first, the done-marker last."""
+    """Run one training in a worker; publish the measurements first, the done marker last."""
     started = time.monotonic()
     hide_gpus(device)
     arm, seed, name = unit
@@ -258,7 +258,7 @@ def train_arm(
 
 
 def arm_benchmark(store: Store, arm: str, model: str, start: str) -> Benchmark:
-    """An arm's blocks and the measured queries, as a recipe wants them; tokens without loss are masked."""
+    """An arm's blocks and the measured queries as a recipe's benchmark; tokens without loss are masked."""
     data = store.child(f"{arm}/data")
     tables = [data.read_table(name, ["token_ids", "loss_mask"]) for name in data.names("", ".parquet")]
     table = pa.concat_tables(tables)

@@ -1,8 +1,8 @@
-"""Instruction tuning end to end: fine-tune on instructions, then ask which of them taught the model an answer.
+"""Instruction tuning end to end: fine-tune on instructions, then find which of them taught the model an answer.
 
-Only answers carry loss: in training, in the pool's blocks and in the queries. The fine-tune runs on the very blocks
-that are attributed, so what it saw is what can be found; influence is summed to instructions. Half of the queries have
-near copies planted in the training set, a check with a known truth; the others' relatives nobody knows.
+Only answers carry loss: in training, in the pool's blocks and in the queries. The model is fine-tuned on the very
+blocks that are attributed, and influence is summed per instruction. Half of the queries have near copies planted in the
+training set, a check with known truth; for the others no truth is known.
 """
 
 import copy
@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 from scipy.stats import binomtest, hypergeom
 
-from stride_ray.attribution.attribute import asked_queries, attribute, mode_of, read_influence
+from stride_ray.attribution.attribute import attribute, mode_of, read_influence, stored_queries
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.documents import Document, read, resolve_columns
 from stride_ray.corpus.queries import read_queries
@@ -47,28 +47,28 @@ from stride_ray.runtime.run import Run, Stage, claim
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus
 
-# The query set's name in the run; what stands between a question and its answer.
+# The query set's name in the run; the separator between question and answer.
 NAME, SEPARATOR = "instructions", "\n"
 TRAIN, QUERIES, HELD_OUT = "train.jsonl", "queries.jsonl", "heldout.jsonl"
-# Groups of queries, and how their ids begin: with near copies in the training set, and without; and what to beat.
+# Query groups, also their id prefixes: with near copies in the training set, and without; and the chance baseline.
 PLANTED, UNSEEN, CHANCE = "planted", "unseen", "chance"
-# Near copies of a planted query; instructions that one may be among; instructions shown a side; blocks of a tail-patch.
+# Near copies per planted query; cut-off for finding one; instructions printed per sign; blocks per tail-patch step.
 COPIES, TOP, HELPING, HARMING, PATCH = 2, 10, 3, 1, 3
-# Tokens in a block: nineteen in twenty of GSM8K's examples have no more. Blocks in a training step.
+# Tokens per block: 95 % of GSM8K's examples fit. Blocks per training step.
 BLOCK_TOKENS, BATCH = 320, 4
 Rows = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How much, and how it is trained on.
+    """Amounts of data, and training options.
 
     Attributes:
-        examples: training instructions, near copies of queries not counted.
+        examples: training instructions, not counting near copies of queries.
         queries: instructions to attribute; the first half are planted.
-        held_out: further instructions that only the loss is measured on.
-        epochs: of the fine-tune.
-        learning_rate: its peak.
+        held_out: further instructions, used only to measure the loss.
+        epochs: of fine-tuning.
+        learning_rate: peak.
     """
 
     examples: int = 200
@@ -80,14 +80,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a fine-tune and its attribution, by PLANTED and UNSEEN queries; intervals are 95 %.
+    """Results of a fine-tune and its attribution, by PLANTED and UNSEEN queries; intervals are 95 %.
 
     Attributes:
-        instructions: in the training set, ``planted`` near copies among them, cut into ``blocks`` blocks.
-        answer_tokens: those of all ``tokens`` that carry loss.
-        measured: answers whose loss was measured; the unseen ones are held out of training.
+        instructions: size of the training set, including ``planted`` near copies, cut into ``blocks`` blocks.
+        answer_tokens: number of the ``tokens`` tokens that carry loss.
+        measured: number of answers whose loss was measured; the unseen ones are held out of training.
         loss: their mean "before" and "after" the fine-tune, and its "change", nats per token.
-        lift: tail-patch by INFLUENCE and LEXICAL, see ``tailpatch.Lift``; a group where no query has one is missing.
+        lift: tail-patch by INFLUENCE and LEXICAL, see ``tailpatch.Lift``; groups without a lift are missing.
         found: share of planted queries with a near copy among the TOP instructions, by INFLUENCE, LEXICAL and CHANCE.
     """
 
@@ -102,7 +102,7 @@ class Outcome:
     found: dict[str, Interval]
 
     def as_table(self) -> str:
-        """The figures as Markdown."""
+        """Format the results as Markdown."""
         lines = [
             f"{self.instructions} instructions ({self.planted} near copies of queries), {self.blocks} blocks; "
             f"{self.answer_tokens} of {self.tokens} tokens are answers and carry loss. Intervals: 95 %.\n",
@@ -131,16 +131,16 @@ def attribute_instructions(
 ) -> Outcome:
     """Fine-tune a model on instructions, and find the ones that taught it each query's answer.
 
-    Prints tables as they come; the same command again does what is missing. ``out`` gets the files that ``draw`` tells
-    of; ``start/``, a GGUF model as a plain checkpoint; ``model/``, the fine-tuned one; ``run/``, a run directory like
-    any other, in layout ``split``, attributed on the query set NAME; and ``outcome.json``.
+    Prints tables as they become available; rerunning the command computes only what is missing. ``out`` gets the files
+    of ``draw``; ``start/``, a GGUF model converted to a plain checkpoint; ``model/``, the fine-tuned one; ``run/``, a
+    regular run directory in layout ``split``, attributed on the query set NAME; and ``outcome.json``.
 
     Args:
         instructions: any input of documents with a prompt and an answer (question, instruction, prompt, …).
-        model: to start from, whatever ``load_model`` takes.
+        model: the model to start from, as for ``load_model``.
         out: a path or fsspec URL.
-        options: how much; None: the defaults.
-        changes: options of the run, on top of ``settings``; ``seed`` is also that of the sample and the fine-tune.
+        options: amounts; None: the defaults.
+        changes: options of the run, on top of ``settings``; ``seed`` also sets the sample and the fine-tune.
 
     Raises:
         StrideError: too few instructions, a folder made with other settings, or as the stages do.
@@ -148,14 +148,14 @@ def attribute_instructions(
     options, store = options or Options(), Store(out)
     start = f"{store.url}/start" if model.endswith(".gguf") else model
     run = Run(f"{store.url}/run", changes={**settings(store.url, model, start, options), **(changes or {})})
-    load_tokenizer(run.config.corpus.tokenizer)  # a sentence now
+    load_tokenizer(run.config.corpus.tokenizer)  # fails here with a clear error
     seed = run.config.seed
-    files = draw(instructions, options, seed)
+    files = sample_rows(instructions, options, seed)
     keys = {**stage_keys(run.config, "blocks"), **asdict(options), "batch": BATCH, "seed": seed, "model": model}
     keys["instructions"] = digest(files)
     stage = claim(Stage(store, digest(keys)), "sft", keys)
     for name, rows in files.items():
-        if not store.exists(name):  # a new time would tell shard that its input changed
+        if not store.exists(name):  # shard would take a new modification time for changed input
             store.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     with connected(run.config.compute):
         shard(run)
@@ -166,7 +166,7 @@ def attribute_instructions(
             asked = pa.concat_tables([tables[QUERIES], tables[HELD_OUT]]).to_pylist()
             workers = allocate_workers(run.config.compute, 1)
             given = (fine_tune, stage, blocks.store, _good(asked), options, start, seed, workers.device)
-            list(map_actors(partial, given, [model], workers))  # an actor ends; a task's process would keep its memory
+            list(map_actors(partial, given, [model], workers))  # an actor exits; a task's process would keep its memory
         if not run.config.attribute.exact:
             print(fit(run)["verdict"])
         summary = attribute(run, f"{store.url}/{QUERIES}", NAME, io.StringIO())
@@ -184,14 +184,14 @@ def attribute_instructions(
         measured={group: sum(_group(name) == group for name in losses["after"]) for group in (PLANTED, UNSEEN)},
         loss={moment: _by_group(values) for moment, values in losses.items()},
         lift={method: _by_group(values) for method, values in lifts.items()},
-        found=near_copies_found(taught(run), tables[TRAIN].to_pylist(), _good(tables[QUERIES].to_pylist())),
+        found=near_copies_found(top_instructions(run), tables[TRAIN].to_pylist(), _good(tables[QUERIES].to_pylist())),
     )
     store.write_json("outcome.json", asdict(outcome))
     return outcome
 
 
 def settings(url: str, model: str, start: str, options: Options) -> dict[str, Any]:
-    """The run's options, all others at their defaults."""
+    """Build the run's options; all others keep their defaults."""
     return {
         "corpus.input": [f"{url}/{TRAIN}"],
         "corpus.columns": {"id": "id", "prompt": "question", "answer": "answer"},
@@ -200,16 +200,16 @@ def settings(url: str, model: str, start: str, options: Options) -> dict[str, An
         "corpus.block_tokens": BLOCK_TOKENS,
         "model.path": f"{url}/model",
         "model.start": start,
-        "membership.subsets": min(1000, options.examples),  # no more than there are blocks
-        "compute.batch_tokens": BLOCK_TOKENS,  # one block a pass: more are no faster on CPUs, and take memory
+        "membership.subsets": min(1000, options.examples),  # not more than blocks
+        "compute.batch_tokens": BLOCK_TOKENS,  # one block per pass: more are no faster on CPUs, and need memory
     }
 
 
-def draw(instructions: str, options: Options, seed: int) -> dict[str, list[dict[str, str]]]:
-    """What goes into TRAIN, QUERIES and HELD_OUT: rows with id, question and answer, no instruction in two of them.
+def sample_rows(instructions: str, options: Options, seed: int) -> dict[str, list[dict[str, str]]]:
+    """Draw the disjoint rows (id, question, answer) of TRAIN, QUERIES and HELD_OUT.
 
-    An id is the place in the input that ``documents.read`` gives, but for queries: ``planted-0`` is one that TRAIN has
-    near copies of, ``planted-0-copy-0`` and so on, and ``unseen-0`` one without.
+    Ids are the input positions from ``documents.read``. Queries have others: ``planted-0`` has near copies in TRAIN,
+    ``planted-0-copy-0`` and so on, and ``unseen-0`` has none.
 
     Raises:
         StrideError: other columns than a prompt and an answer, or too few rows with both.
@@ -243,7 +243,7 @@ def draw(instructions: str, options: Options, seed: int) -> dict[str, list[dict[
 
 
 def near_copy(question: str, answer: str, rng: random.Random) -> tuple[str, str]:
-    """A question and its answer in other words, by ``planting.disguised``'s rules."""
+    """Paraphrase a question and its answer by the rules of ``planting.disguised``."""
     lines = disguised(question, answer, "paraphrase", rng).split("\n")
     at = max(1, len(question.splitlines()))
     return "\n".join(lines[:at]), "\n".join(lines[at:])
@@ -262,7 +262,7 @@ def _good(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _by_group(values: Mapping[str, float]) -> dict[str, Interval]:
-    """Means of finite values by group of the query that they belong to."""
+    """Means of finite values by query group."""
     groups: dict[str, list[float]] = {}
     for name in (name for name, value in values.items() if np.isfinite(value)):
         groups.setdefault(_group(name), []).append(values[name])
@@ -272,15 +272,15 @@ def _by_group(values: Mapping[str, float]) -> dict[str, Interval]:
 def fine_tune(
     stage: Stage, store: Store, answers: Rows, options: Options, start: str, seed: int, device: str, model: str
 ) -> dict[str, Any]:
-    """In a worker: train on the blocks, measure answers before and after, publish the model, then a marker of losses.
+    """Train on the blocks in a worker, measure answers before and after, publish the model, then mark with the losses.
 
-    ``start`` is where ``model`` is as a checkpoint that transformers loads by itself; made where it differs.
+    ``start`` is ``model`` as a checkpoint that transformers loads directly; it is written first if the two differ.
     """
     started = time.monotonic()
     hide_gpus(device)
     tokenizer = load_tokenizer(store.child("tokenizer").url)
     if start != model and "start" not in stage.done():
-        publish(stage.store.child("start"), plain(load_model(model, device="cpu").model), tokenizer)
+        publish(stage.store.child("start"), saveable_copy(load_model(model, device="cpu").model), tokenizer)
         stage.mark("start", started)
     benchmark = answers_only(Blocks(store), answers, start)
     recipe = FineTune(benchmark, epochs=options.epochs, batch=BATCH, learning_rate=options.learning_rate, device=device)
@@ -294,7 +294,7 @@ def fine_tune(
 
 
 def answers_only(blocks: Blocks, answers: Rows, start: str) -> Benchmark:
-    """All blocks, and the answers to measure, as the recipe wants them: prompts and padding masked."""
+    """All blocks, and the answers to measure, as the recipe's benchmark: prompts and padding masked."""
     batch = blocks.batch(np.arange(len(blocks)))
     ids, mask = padded(answers, "cpu")
     trained = Texts(batch.ids.astype(np.int32), np.ascontiguousarray(batch.mask))
@@ -304,19 +304,19 @@ def answers_only(blocks: Blocks, answers: Rows, start: str) -> Benchmark:
     return Benchmark(blocks.store.url, trained, measured, labels, labels, start, start, None, fingerprint)
 
 
-def plain(model: Any) -> Any:
-    """A model's float32 copy that can be saved, which one loaded from GGUF refuses to be."""
+def saveable_copy(model: Any) -> Any:
+    """Copy a model to float32 so that it can be saved, which a model loaded from GGUF does not allow."""
     from transformers import AutoModelForCausalLM  # seconds to import
 
     config: Any = copy.deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)  # what is loaded from the copy would refuse too
+    config.__dict__.pop("quantization_config", None)  # otherwise models loaded from the copy could not be saved either
     fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fresh.load_state_dict(model.state_dict())
     return fresh
 
 
 def publish(store: Store, model: Any, tokenizer: Any) -> None:
-    """A checkpoint with its tokenizer, file by file: only a marker written after says that it is whole."""
+    """Write a checkpoint with its tokenizer, file by file; it counts as complete only once a marker is written."""
     with tempfile.TemporaryDirectory(prefix="stride-sft-") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -324,11 +324,11 @@ def publish(store: Store, model: Any, tokenizer: Any) -> None:
             store.put(path.name, str(path))
 
 
-def taught(run: Run) -> list[dict[str, Any]]:
+def top_instructions(run: Run) -> list[dict[str, Any]]:
     """Each query with the instructions that taught it: its row of the recovery table and ``documents``.
 
-    ``documents`` are all its rows of the documents table, most helpful first, each with its ``share`` of the summed
-    influence of its sign.
+    ``documents`` holds its rows of the documents table, most helpful first, each with its ``share`` of the summed
+    influence of the same sign.
     """
     found = {row["query_id"]: {**row, "documents": []} for row in read_influence(run, NAME, "recovery").to_pylist()}
     for row in read_influence(run, NAME, "documents").to_pylist():
@@ -343,11 +343,11 @@ def taught(run: Run) -> list[dict[str, Any]]:
 
 
 def print_taught(run: Run, train: Rows) -> None:
-    """Each query with its HELPING most helpful and HARMING most harmful instructions, a line each."""
+    """Print each query with its HELPING most helpful and HARMING most harmful instructions, one per line."""
     texts = {row["id"]: row for row in train}
     tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
-    asked = {row["query_id"]: row["token_ids"] for row in asked_queries(run, NAME).to_pylist()}
-    for query in taught(run):
+    asked = {row["query_id"]: row["token_ids"] for row in stored_queries(run, NAME).to_pylist()}
+    for query in top_instructions(run):
         name, documents = query["query_id"], query["documents"]
         print(f"\n{name}: {_line(tokenizer.decode(asked[name]), 100)}")
         print(f"  failed: {query['error']}" if query["error"] else "  rank   influence   share")
@@ -364,7 +364,7 @@ def _line(text: str, width: int) -> str:
 
 
 def _lifts(run: Run, stage: Stage) -> dict[str, dict[str, float]]:
-    """Tail-patch's lift by method and query, kept in a marker."""
+    """Tail-patch lifts by method and query, cached in a marker."""
     name = f"tailpatch-{mode_of(run)}"
     if name not in stage.done():
         started = time.monotonic()
@@ -377,7 +377,7 @@ def _lifts(run: Run, stage: Stage) -> dict[str, dict[str, float]]:
 def near_copies_found(answers: Rows, train: Rows, queries: Rows) -> dict[str, Interval]:
     """Share of planted queries with a near copy among the TOP instructions, with Clopper–Pearson intervals.
 
-    By INFLUENCE, as ``taught`` says, by LEXICAL over whole texts, with prompts (rows of queries.SCHEMA), by CHANCE.
+    By INFLUENCE (from ``taught``), LEXICAL over whole texts including prompts (rows of queries.SCHEMA), and CHANCE.
     """
     planted = [row for row in queries if _group(row["query_id"]) == PLANTED]
     if not planted:

@@ -1,8 +1,8 @@
-"""How well a scan finds leaks that were planted: recall and precision by channel, by disguise, by memory.
+"""How well a scan detects planted leaks: recall and precision by channel, disguise and memorisation.
 
-A small model is trained on the planted corpus, the scan runs as it would anywhere, and its verdicts are held against
-the truth. Beside it the paper's protocol: does a replica's block lie among an item's 100 most positive or 100 most
-negative influences?
+A small model is trained on the planted corpus, a regular scan runs on it, and its verdicts are compared with the truth.
+The paper's protocol is measured as well: is a block with a replica of an item among the item's 100 most positive or 100
+most negative influences?
 """
 
 import json
@@ -29,22 +29,22 @@ from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
 
 BLOCK_TOKENS, EPOCHS = 128, 6
-# Most positive and most negative blocks of the paper's protocol; rows and columns of LoGRA's projections.
+# Blocks at each end in the paper's protocol; rank of LoGRA's projections.
 BUCKET, RANK = 100, 16
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of a table of recall.
+class RecallRow:
+    """One row of a recall table.
 
     Attributes:
         channel: "lexical", "influence", "either"; or a method of the paper's protocol.
-        leaks: of which kind, or "all".
+        leaks: kind of leaks, or "all".
         memorised: whether only memorised leaks count.
         count: leaked items.
-        recall: share of them found.
-        precision: share of leaked ones among all items found (nan in the paper's protocol).
-        chance: share that finding as many items at random would find.
+        recall: share of them detected.
+        precision: share of leaked ones among all detected items (nan in the paper's protocol).
+        chance: recall expected when detecting as many items at random.
         p: one-sided binomial test of the recall against chance.
     """
 
@@ -59,7 +59,7 @@ class Line:
 
 
 def planted_run(root: Path, changes: dict[str, Any] | None = None, epochs: int = EPOCHS, seed: int = 0) -> Run:
-    """Tokenizer, blocks and a model trained on them for a planting's folder; what is there already stays."""
+    """Make tokenizer, blocks and a model trained on them in a planting's folder; existing ones are kept."""
     texts = (json.loads(line)["text"] for line in (root / "corpus/planted.jsonl").open(encoding="utf-8"))
     train_tokenizer(texts, root / "tokenizer")
     settings: dict[str, Any] = {
@@ -76,16 +76,16 @@ def planted_run(root: Path, changes: dict[str, Any] | None = None, epochs: int =
     return run
 
 
-def measure(root: Path, run: Run, baseline: bool = True) -> list[Line]:
-    """Scan a planting and compare with its truth.
+def measure(root: Path, run: Run, baseline: bool = True) -> list[RecallRow]:
+    """Scan a planting and compare the verdicts with its truth.
 
     Args:
-        root: what ``plant`` wrote.
-        run: planted_run's.
+        root: the folder written by ``plant``.
+        run: from ``planted_run``.
         baseline: whether to score LoGRA too, for the paper's protocol.
 
     Returns:
-        The tables' lines.
+        The tables' rows.
     """
     items = read_set(str(root / "sets/items.jsonl"))
     out = root / "scans"
@@ -109,7 +109,7 @@ def measure(root: Path, run: Run, baseline: bool = True) -> list[Line]:
     return lines
 
 
-def _channels(table: Sequence[dict[str, Any]], truth: dict[str, dict[str, Any]]) -> list[Line]:
+def _channels(table: Sequence[dict[str, Any]], truth: dict[str, dict[str, Any]]) -> list[RecallRow]:
     found: dict[str, Callable[[str], bool]] = {
         "lexical": lambda verdict: verdict in ("lexical", "both"),
         "influence": lambda verdict: verdict in ("influence", "both"),
@@ -130,15 +130,17 @@ def _channels(table: Sequence[dict[str, Any]], truth: dict[str, dict[str, Any]])
     return lines
 
 
-def _line(channel: str, leaks: str, memorised: bool, caught: int, count: int, precision: float, chance: float) -> Line:
+def _line(
+    channel: str, leaks: str, memorised: bool, caught: int, count: int, precision: float, chance: float
+) -> RecallRow:
     if not count:
-        return Line(channel, leaks, memorised, 0, float("nan"), precision, chance, 1.0)
+        return RecallRow(channel, leaks, memorised, 0, float("nan"), precision, chance, 1.0)
     p = float(binomtest(caught, count, chance, alternative="greater").pvalue)
-    return Line(channel, leaks, memorised, count, caught / count, precision, chance, p)
+    return RecallRow(channel, leaks, memorised, count, caught / count, precision, chance, p)
 
 
 def replica_blocks(root: Path, run: Run, truth: dict[str, dict[str, Any]]) -> dict[str, set[int]]:
-    """Ordinals of the blocks that hold the first replica of each leaked item, by item's id."""
+    """Ordinals of the blocks that hold the first replica of each leaked item, by item id."""
     pieces = {row["id"]: row["text"] for row in map(json.loads, (root / "corpus/planted.jsonl").open(encoding="utf-8"))}
     blocks = Blocks(run.stage("blocks").store)
     where: dict[str, list[tuple[int, int, int]]] = {}
@@ -161,7 +163,7 @@ def replica_blocks(root: Path, run: Run, truth: dict[str, dict[str, Any]]) -> di
 
 
 def _buckets_of(run: Run, out: Path, leaked: Sequence[Item]) -> dict[str, set[int]]:
-    """Each item's BUCKET most positive and most negative blocks, as the scan's own influence tables have them."""
+    """Each item's BUCKET most positive and most negative blocks, from the scan's own influence tables."""
     wanted = {item.key for item in leaked}
     found: dict[str, set[int]] = {}
     exact = run.store.child("exact")
@@ -193,7 +195,7 @@ def _logra_buckets(run: Run, leaked: Sequence[Item]) -> dict[str, set[int]]:
 
 
 def _extremes(ordinals: np.ndarray, influence: np.ndarray) -> set[int]:
-    """The BUCKET largest positive and BUCKET largest negative; ties go by ordinal, and zeros are in neither."""
+    """The BUCKET largest positive and BUCKET largest negative, without zeros; ties by ordinal."""
     order = np.lexsort((ordinals, -influence))
     top = [i for i in order[:BUCKET] if influence[i] > 0]
     bottom = [i for i in order[::-1][:BUCKET] if influence[i] < 0]
@@ -208,8 +210,8 @@ def _protocol(
     memory: dict[str, bool],
     places: dict[str, set[int]],
     n: int,
-) -> list[Line]:
-    """Recall of the first replica in the buckets; chance: as many blocks drawn at random hold one of its."""
+) -> list[RecallRow]:
+    """Recall of the first replica in the buckets; chance: that as many random blocks include one of its blocks."""
     lines = []
     for kind in (*KINDS, "all"):
         for memorised in (False, True):
@@ -224,8 +226,8 @@ def _protocol(
     return lines
 
 
-def as_table(lines: Sequence[Line]) -> str:
-    """The lines as a Markdown table; recall of all leaks and of memorised ones side by side."""
+def as_table(lines: Sequence[RecallRow]) -> str:
+    """Format the rows as Markdown, with recall of all leaks and of memorised ones side by side."""
     head = "| channel | leaks | recall (n) | of memorised (n) | precision | chance | p |\n|---|---|---|---|---|---|---|"
     rows = [head]
     for every, memory in zip(lines[::2], lines[1::2], strict=True):

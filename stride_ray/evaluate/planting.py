@@ -1,8 +1,8 @@
-"""Planted leaks: benchmark items copied into other text in several disguises, with the truth of it on disk.
+"""Planted leaks: benchmark items copied into other text in several disguises, with the truth on disk.
 
-A measurement of a scan needs a corpus in which every leak is known. Items of a question set are dealt into three
-lots: leaked ones, which are inserted into pieces of some other text; clean ones, which stand beside them in the
-evaluation set; and controls, which nobody has seen and which make the null distribution.
+Evaluating a scan needs a corpus in which every leak is known. The items of a question set are split into leaked
+ones, which are inserted into pieces of other text; clean ones, which join them in the evaluation set; and controls,
+which were never seen and form the null distribution.
 """
 
 import json
@@ -18,7 +18,7 @@ from stride_ray.corpus.splits import plan
 from stride_ray.runtime.errors import StrideError
 
 KINDS = ("verbatim", "paraphrase", "reordered", "answer")
-# Characters of a piece of the other text that items are inserted into.
+# Characters per piece of the text that items are inserted into.
 PIECE = 1500
 _SYNONYMS = {
     "buys": "purchases", "buy": "purchase", "bought": "purchased", "gets": "receives", "got": "received",
@@ -47,12 +47,12 @@ class Planting:
     """How leaks are planted.
 
     Attributes:
-        items: of the evaluation set, leaked and clean ones together.
-        rate: share of them that leak, the same number for every kind and count of copies.
-        copies: counts of copies, dealt out evenly.
-        controls: items that stay out of both.
-        characters: of the other text to plant into; 0: all.
-        seed: of the deal, the disguises and the places.
+        items: size of the evaluation set, leaked and clean items together.
+        rate: share of them that leak, balanced over kinds and numbers of copies.
+        copies: numbers of copies, assigned evenly.
+        controls: items kept out of both.
+        characters: of the text to plant into; 0: all.
+        seed: for the split, the disguises and the positions.
     """
 
     items: int = 240
@@ -69,15 +69,15 @@ def plant(questions: Path, texts: Sequence[str], out: Path, planting: Planting) 
     Args:
         questions: JSON Lines (``.gz`` too) with ``question`` and ``answer``.
         texts: files or folders of text to plant into.
-        out: a folder; ``corpus/planted.jsonl``, ``sets/items.jsonl``, ``controls/controls.jsonl`` and ``truth.jsonl``
-            are written there, the same bytes for the same arguments.
+        out: a folder; gets ``corpus/planted.jsonl``, ``sets/items.jsonl``, ``controls/controls.jsonl`` and
+            ``truth.jsonl``, byte-identical for the same arguments.
         planting: how many of what.
 
     Returns:
         Counts: ``pieces``, ``planted`` (copies), ``leaked``, ``clean``, ``controls``.
 
     Raises:
-        StrideError: where there are too few questions or pieces of text.
+        StrideError: if there are too few questions, or no text.
     """
     rng = random.Random(planting.seed)
     asked = _questions(questions)
@@ -117,11 +117,11 @@ def plant(questions: Path, texts: Sequence[str], out: Path, planting: Planting) 
 
 
 def disguised(question: str, answer: str, kind: str, rng: random.Random) -> str:
-    """An item as it leaks: one of KINDS.
+    """Disguise an item as one of KINDS.
 
-    ``verbatim``: question and answer as they are. ``paraphrase``: by rules, synonyms and numbers as words (or words as
-    numbers) at two places in three, and conditions moved behind what they condition. ``reordered``: the question's
-    sentences and the answer's lines, each shuffled. ``answer``: the answer alone, as it is.
+    ``verbatim``: question and answer unchanged. ``paraphrase``: rule-based, with synonyms and numbers as words (or the
+    reverse) at two out of three places, and conditional clauses moved to the end. ``reordered``: the question's
+    sentences and the answer's lines, each shuffled. ``answer``: the answer alone, unchanged.
     """
     if kind == "answer":
         return answer
@@ -135,7 +135,7 @@ def disguised(question: str, answer: str, kind: str, rng: random.Random) -> str:
 
 
 def _shuffled(parts: list[str], rng: random.Random) -> list[str]:
-    """Another order of the parts, where there is one."""
+    """Shuffle the parts into another order, if there is one."""
     order = parts[:]
     for _ in range(10):
         rng.shuffle(order)
@@ -168,7 +168,7 @@ def _clause(sentence: str) -> str:
 
 
 def _inserted(piece: str, texts: list[str], rng: random.Random) -> str:
-    """The texts as paragraphs of their own, each at the start of some line of the piece."""
+    """Insert the texts as separate paragraphs, each at the start of a line of the piece."""
     starts = [0, *(match.end() for match in re.finditer(r"\n", piece))]
     places = sorted((rng.choice(starts), text) for text in texts)
     for place, text in reversed(places):
@@ -188,7 +188,7 @@ def _questions(path: Path) -> list[dict[str, str]]:
 
 
 def _pieces(texts: Sequence[str], characters: int) -> list[dict[str, str]]:
-    """Pieces of about PIECE characters, cut at line ends: id, source, text."""
+    """Cut the texts at line ends into pieces of about PIECE characters: id, source, text."""
     units = plan(texts, 2**26)
     columns = resolve_columns(units)
     pieces: list[dict[str, str]] = []

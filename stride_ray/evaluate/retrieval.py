@@ -1,7 +1,7 @@
-"""Source retrieval: given text from a document, do a query's top ten blocks hold one of that document?
+"""Source retrieval: for a query taken from a document, do its top ten blocks include one of that document?
 
-A necessary property and no more: lexical search has it too, which is why TF-IDF stands beside it, as do the same
-responses recovered with a membership matrix that is not the one they were made with, and chance.
+A necessary but not sufficient property, since lexical search has it too. Baselines are therefore TF-IDF, the same
+responses recovered with a wrong membership matrix, and chance.
 """
 
 from dataclasses import dataclass, replace
@@ -24,14 +24,14 @@ from stride_ray.runtime.run import Run
 
 @dataclass(frozen=True)
 class Retrieval:
-    """One method on one kind of query.
+    """One method's result on one kind of query.
 
     Attributes:
         method: its name.
-        kind: of the queries.
+        kind: kind of the queries.
         hits: how often a block of the source was among the top ten.
-        queries: of how many.
-        low: lower end of the 95 % Clopper–Pearson interval of the share.
+        queries: number of queries.
+        low: lower end of the share's 95 % Clopper–Pearson interval.
         high: its upper end.
     """
 
@@ -44,17 +44,17 @@ class Retrieval:
 
 
 def source_retrieval(run: Run, ids: np.ndarray, sources: list[str], kinds: list[str]) -> list[Retrieval]:
-    """Measure how often the top ten blocks of a query hold one of its source.
+    """Measure how often a query's top ten blocks include one of its source.
 
     Args:
-        run: with finished ``operators/``; a block's ``source`` is the document that it was cut from.
-        ids: (n, T) token ids of the queries; each counts in full.
+        run: with finished ``operators/``; a block's ``source`` is the document it was cut from.
+        ids: (n, T) token ids of the queries; all tokens carry loss.
         sources: each query's document.
         kinds: each query's kind.
 
     Returns:
         Per method and kind: STRIDE, STRIDE with shuffled membership, TF-IDF over token uni- and bigrams (sublinear,
-        as scikit-learn has it), and chance (ten blocks drawn without replacement; hits is an expectation).
+        as in scikit-learn), and chance (ten blocks drawn without replacement; hits is an expectation).
     """
     pool = Blocks(run.stage("blocks").store)
     pool_sources = np.array(pool.take(np.arange(len(pool)), ["source"])["source"].to_pylist())
@@ -104,7 +104,7 @@ def _lasso_top(run: Run, responses: np.ndarray, membership: Membership, n_blocks
 
 
 def as_table(found: list[Retrieval]) -> str:
-    """The measurements as Markdown, with how many times chance."""
+    """Format the results as Markdown, including the ratio to chance."""
     chance = {each.kind: each.hits for each in found if each.method == "chance"}
     lines = [
         "| queries | method | source in top 10 | 95 % interval | times chance |",

@@ -1,6 +1,6 @@
-"""Do two halves of the subsets name the same blocks? Influence recovered from each, against what chance would give.
+"""Split-half reliability: agreement of the influence recovered from two halves of the subsets, compared with chance.
 
-Chance is the same responses recovered with membership matrices that they were not made with.
+Chance is estimated by recovering the same responses with membership matrices that they were not made with.
 """
 
 from dataclasses import dataclass, replace
@@ -18,22 +18,22 @@ from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.tasks import WorkerAllocation, allocate_workers, connected, map_tasks, progress
 
-# Blocks that are compared; queries recovered from halves, at most; shuffled matrices (with 19 the smallest p is 0.05).
+# Top blocks compared; maximum queries recovered; control matrices (with 19, the smallest p is 0.05).
 TOP, QUERIES, CONTROLS = 10, 20, 19
-# Relative duality gap that ranks need; influence itself is solved finer.
+# Relative duality gap, sufficient for ranks; influence itself is solved more accurately.
 TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Agreement of influence recovered from two halves of the subsets, means over queries.
+    """Split-half agreement, averaged over queries.
 
     Attributes:
-        queries: how many queries were recovered.
-        spearman: rank correlation of the two over all blocks.
-        overlap: share of the top TOP (positive influence) that both name.
-        control_spearman, control_overlap: the same with other membership matrices, means over CONTROLS of them.
-        p: share of matrices, the right one among them, that agree at least as well (spearman) as the right one.
+        queries: number of queries recovered.
+        spearman: rank correlation between the halves over all blocks.
+        overlap: share of the top TOP blocks (positive influence) that both halves have.
+        control_spearman, control_overlap: the same under control membership matrices, means over CONTROLS of them.
+        p: share of matrices, including the right one, with a Spearman correlation at least as high as the right one's.
     """
 
     queries: int
@@ -45,36 +45,36 @@ class Halves:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SomeRows(Membership):
-    """Some rows of a membership matrix, numbered anew; ``subsets`` is how many there are.
+class RowSubset(Membership):
+    """Selected rows of a membership matrix, renumbered; ``subsets`` is their number.
 
     Attributes:
-        whole: the matrix.
-        number: (whole.subsets + 1,) each subset's new number; ``subsets`` for those left out, and for "no subset".
+        whole: the full matrix.
+        number: (whole.subsets + 1,) each subset's new number; ``subsets`` for those left out and for "no subset".
     """
 
     whole: Membership
     number: NDArray
 
     def columns_at(self, ordinals: NDArray) -> NDArray:
-        """As Membership's; columns may hold "no subset" anywhere."""
+        """As in Membership, except that "no subset" may appear anywhere in a column."""
         return self.number[self.whole.columns_at(ordinals)]
 
 
-def some_rows(whole: Membership, rows: NDArray) -> SomeRows:
-    """The given rows of a matrix, as ``recover`` takes it."""
+def some_rows(whole: Membership, rows: NDArray) -> RowSubset:
+    """Select rows of a membership matrix, in the form that ``recover`` accepts."""
     number = np.full(whole.subsets + 1, len(rows), np.min_scalar_type(len(rows)))
     number[rows] = np.arange(len(rows))
     degree = min(whole.degree, len(rows))
-    return SomeRows(len(rows), degree, whole.seed, whole.form, whole=whole, number=number)
+    return RowSubset(len(rows), degree, whole.seed, whole.form, whole=whole, number=number)
 
 
 def halves_agreement(run: Run, name: str, n_blocks: int) -> Halves | None:
-    """Agreement of halves under the right matrix and CONTROLS others, a Ray task each.
+    """Measure split-half agreement under the right matrix and CONTROLS others, one Ray task each.
 
     Args:
-        run: with finished responses of that name.
-        name: the query set; QUERIES of those that did not fail are drawn from it.
+        run: with finished responses for ``name``.
+        name: the query set; up to QUERIES of its successful queries are sampled.
         n_blocks: N of the operators.
 
     Returns:
@@ -103,7 +103,7 @@ def halves_agreement(run: Run, name: str, n_blocks: int) -> Halves | None:
 
 
 def agreement(config: Config, responses: NDArray, n_blocks: int, unit: int) -> dict[str, Any]:
-    """Mean agreement over queries of halves of matrix ``unit``: 0 is the run's, others have other seeds."""
+    """Mean agreement of halves over queries under matrix ``unit``: 0 is the run's own, others have other seeds."""
     whole = membership_of(config)
     whole = replace(whole, seed=(whole.seed + 1_000_003 * unit) % 2**64)
     options, found = config.recover, []
@@ -133,7 +133,7 @@ def most_helpful(found: Recovery) -> NDArray:
 
 
 def sparse_spearman(one: Recovery, two: Recovery, n_blocks: int) -> float:
-    """Spearman correlation over all blocks of two sparse vectors, zeros tied; 0 where one of them is all zeros."""
+    """Spearman correlation of two sparse vectors over all blocks, zeros tied; 0 if either is all zeros."""
     union = np.union1d(one.ordinals, two.ordinals)
     zeros = n_blocks - len(union)
     ranks = []
@@ -142,7 +142,7 @@ def sparse_spearman(one: Recovery, two: Recovery, n_blocks: int) -> float:
         dense[np.searchsorted(union, each.ordinals)] = each.weights
         below = int((dense < 0).sum())
         tied = zeros + int((dense == 0).sum())
-        # Ranks among the union; those above zero move up by the zeros outside it, and all zeros share one rank.
+        # Ranks within the union: positive values move up by the zeros outside it, and all zeros share one rank.
         rank = rankdata(dense) + np.where(dense > 0, zeros, 0)
         middle = below + (tied + 1) / 2
         rank = np.where(dense == 0, middle, rank) - (n_blocks + 1) / 2

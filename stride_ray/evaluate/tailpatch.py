@@ -1,7 +1,7 @@
-"""Tail-patch: does one more gradient step on a query's top blocks lower its loss more than a step on random ones?
+"""Tail-patch: does a gradient step on a query's top blocks lower its loss more than a step on random blocks?
 
-Method: metrics, "tail-patch" (Chang et al. 2024, arXiv:2410.17413). It needs no retraining, and it favours blocks that
-resemble the query, which is why lexical search stands beside it.
+See "tail-patch" under Metrics in method.md (Chang et al. 2024, arXiv:2410.17413). It needs no retraining but favours
+blocks that resemble the query, hence the lexical baseline beside it.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from stride_ray.attribution.attribute import asked_queries, read_influence
+from stride_ray.attribution.attribute import read_influence, stored_queries
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.word_counts import similar_blocks
 from stride_ray.evaluate.retraining.lds import Interval, mean_interval
@@ -24,22 +24,22 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.tasks import allocate_workers, connected, progress
 
-# Queries in a unit of work; steps on random blocks that a query's is compared with; resamplings of the interval.
+# Queries per work unit; steps on random blocks per query, for comparison.
 UNIT, DRAWS = 4, 4
 INFLUENCE, LEXICAL = "influence", "TF-IDF"
 
 
 @dataclass(frozen=True)
 class Lift:
-    """One method's tail-patch.
+    """Tail-patch results of one method.
 
     Attributes:
         method: INFLUENCE or LEXICAL.
-        changes: per query, change of its masked mean token loss after a step on the method's top blocks, nats; nan
-            where the method names none.
-        values: per query, the lift: that minus the mean change after steps on random blocks; negative is good.
-        queries: how many queries have a lift.
-        mean: of the lifts, with its 95 % bootstrap interval over queries; nan without any.
+        changes: per query, change of its masked mean token loss after a step on the method's top blocks, nats; nan if
+            the method has no blocks for it.
+        values: per query, the lift: that change minus the mean change after steps on random blocks; negative is good.
+        queries: number of queries with a lift.
+        mean: mean lift with its 95 % bootstrap interval over queries; nan if there are none.
     """
 
     method: str
@@ -51,13 +51,13 @@ class Lift:
 
 @dataclass(frozen=True)
 class TailPatch:
-    """Tail-patch of a query set.
+    """Tail-patch results of a query set.
 
     Attributes:
-        k: blocks in a step. ``learning_rate``: of the step. ``seed``: of the random blocks.
-        query_ids: the queries measured: those that did not fail.
+        k: blocks per step. ``learning_rate``: of the step. ``seed``: for the random blocks.
+        query_ids: the measured queries, i.e. those that did not fail.
         base: their loss before any step, nats per token.
-        random: mean change of each one's loss over DRAWS steps on k random blocks.
+        random: each query's mean change in loss over DRAWS steps on k random blocks.
         lifts: by method.
     """
 
@@ -70,7 +70,7 @@ class TailPatch:
     lifts: tuple[Lift, ...]
 
     def as_table(self) -> str:
-        """The lifts as Markdown, with the mean change after random steps below."""
+        """Format the lifts as Markdown, followed by the mean change after random steps."""
         lines = ["| top blocks by | lift, nats per token | 95 % interval | queries |", "|---|---|---|---|"]
         for each in self.lifts:
             mean, low, high = each.mean.value, each.mean.low, each.mean.high
@@ -81,17 +81,18 @@ class TailPatch:
 
 
 def tail_patch(run: Run, name: str, k: int = 10, learning_rate: float = 0.01, seed: int = 0) -> TailPatch:
-    """Take one gradient step per query and set of blocks, on Ray workers, and compare what became of its loss.
+    """Take one gradient step per query and set of blocks, on Ray workers, and measure the change in the query's loss.
 
-    A step is plain SGD on the mean loss of the blocks' tokens, by all parameters, from the frozen model, in float32
-    whatever ``model.dtype`` is (in bfloat16 it would be rounded away). It needs three times the model's memory.
+    Each step is plain SGD on the mean token loss of the blocks, over all parameters, starting from the unmodified
+    model. It runs in float32 regardless of ``model.dtype``, since bfloat16 would round it away, and needs three times
+    the model's memory.
 
     Args:
-        run: with finished influence of that name, estimated or exact as ``attribute.exact`` says.
+        run: with finished influence for ``name``, estimated or exact as set by ``attribute.exact``.
         name: the query set.
-        k: the blocks of a step: a query's largest influences, the positive ones only, so there may be fewer.
-        learning_rate: of the step, small enough that the loss is nearly linear in it; lifts grow with it.
-        seed: of the random blocks, which also depend on the query's place in the set.
+        k: blocks per step: a query's largest positive influences, possibly fewer than k.
+        learning_rate: of the step, small enough for the loss to be nearly linear in it; lifts grow with it.
+        seed: for the random blocks, which also depend on the query's position in the set.
 
     Returns:
         Lifts by INFLUENCE and LEXICAL.
@@ -102,7 +103,7 @@ def tail_patch(run: Run, name: str, k: int = 10, learning_rate: float = 0.01, se
     if k < 1 or not 0 < learning_rate < np.inf:
         raise StrideError(f"tail-patch: k is {k} and the learning rate {learning_rate}; both must be positive.")
     blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
-    queries = answered_queries(run, name)
+    queries = successful_queries(run, name)
     tops = {INFLUENCE: top_blocks(run, name, k), LEXICAL: lexical_top(blocks, queries, k)}
     for query in queries:
         draws = [np.random.default_rng([seed, query["place"], i]) for i in range(DRAWS)]
@@ -113,7 +114,7 @@ def tail_patch(run: Run, name: str, k: int = 10, learning_rate: float = 0.01, se
     with connected(config.compute):
         workers = allocate_workers(config.compute, len(units))
         given = (config, blocks, workers.device, learning_rate)
-        results = map_actors(Patcher, given, units, workers)
+        results = map_actors(TailPatchWorker, given, units, workers)
         done = progress(results, "tail-patch", len(queries), "queries", lambda found: len(found["queries"]))
     found = sorted((each for unit in done for each in unit["queries"]), key=lambda each: each["place"])
     random = np.array([np.mean(each["random"]) for each in found])
@@ -123,15 +124,15 @@ def tail_patch(run: Run, name: str, k: int = 10, learning_rate: float = 0.01, se
     return TailPatch(k, learning_rate, seed, tuple(ids), tuple(base), tuple(random.tolist()), tuple(lifts))
 
 
-def answered_queries(run: Run, name: str) -> list[dict[str, Any]]:
-    """Rows of a set's queries (queries.SCHEMA) that did not fail, each with its ``place`` in the set.
+def successful_queries(run: Run, name: str) -> list[dict[str, Any]]:
+    """Return a set's queries (rows of queries.SCHEMA) that did not fail, each with its ``place`` in the set.
 
     Raises:
         StrideError: influence is not finished, or every query failed.
     """
     recovery = read_influence(run, name, "recovery").to_pylist()
     good = {row["query_id"] for row in recovery if row["status"] == "ok"}
-    asked = asked_queries(run, name).to_pylist()
+    asked = stored_queries(run, name).to_pylist()
     found = [{**row, "place": place} for place, row in enumerate(asked) if row["query_id"] in good]
     if not found:
         raise StrideError(f"Every query of {name!r} failed; the recovery table says why.")
@@ -139,7 +140,7 @@ def answered_queries(run: Run, name: str) -> list[dict[str, Any]]:
 
 
 def top_blocks(run: Run, name: str, k: int) -> dict[str, np.ndarray]:
-    """Ordinals of each query's k largest influences, the positive ones only, by query id."""
+    """Ordinals of each query's k largest positive influences, by query id."""
     table = read_influence(run, name)
     table = table.filter(pc.and_(pc.less_equal(table["rank"], k), pc.greater(table["influence"], 0)))
     tops: dict[str, list[int]] = {}
@@ -149,13 +150,13 @@ def top_blocks(run: Run, name: str, k: int) -> dict[str, np.ndarray]:
 
 
 def lexical_top(blocks: Blocks, queries: Sequence[dict[str, Any]], k: int) -> dict[str, np.ndarray]:
-    """Ordinals of each query's k most similar blocks by TF-IDF, by query id (word_counts.similar_blocks)."""
+    """Ordinals of each query's k most similar blocks by TF-IDF (word_counts.similar_blocks), by query id."""
     tops = similar_blocks(blocks, (query["token_ids"] for query in queries), k)
     return {query["query_id"]: top for query, top in zip(queries, tops, strict=True)}
 
 
-class Patcher(ModelWorker):
-    """Takes steps for units of queries; after each the parameters are what they were, bit for bit."""
+class TailPatchWorker(ModelWorker):
+    """Takes steps for units of queries, restoring the parameters bit for bit after each."""
 
     def __init__(self, config: Config, blocks: Blocks, device: str, learning_rate: float) -> None:
         super().__init__(config, blocks, device)
@@ -163,7 +164,7 @@ class Patcher(ModelWorker):
         self.kept = [parameter.detach().clone() for parameter in self.model.model.parameters()]
 
     def __call__(self, unit: list[dict[str, Any]]) -> dict[str, Any]:
-        """Do one unit; returns per query its base loss and the changes by method."""
+        """Process one unit; returns each query's base loss and its change by method."""
         return {"queries": [self._query(query) for query in unit]}
 
     def _query(self, query: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +180,7 @@ class Patcher(ModelWorker):
         return float(losses.double().sum() / mask[:, 1:].sum())
 
     def _change(self, query: dict[str, Any], base: float, ordinals: np.ndarray) -> float:
-        """Change of the query's loss after a step on some blocks; nan where none of them has a target."""
+        """Change of the query's loss after a step on the given blocks; nan if they have no targets."""
         batch = self.blocks.batch(ordinals) if len(ordinals) else None
         if batch is None or not batch.mask[:, 1:].any():
             return float("nan")

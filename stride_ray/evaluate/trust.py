@@ -1,8 +1,9 @@
-"""The trust panel: what can be said of an attribution without retraining anything, ending in one plain verdict.
+"""The trust panel: checks of an attribution that need no retraining, ending in a plain verdict.
 
-Estimated from subsets: do two halves of the subsets name the same blocks, and more so than halves of membership
-matrices that the responses were not made with? Else: do different queries get different blocks, and some that lexical
-search finds too? Passing is necessary and no more: how well influence foretells retraining, only retraining can say.
+For estimates from subsets: do two halves of the subsets agree on the top blocks, and more so than under membership
+matrices that the responses were not made with? Otherwise: do different queries get different blocks, and some that
+lexical search also finds? Passing is necessary but not sufficient: only retraining (LDS) shows how well influence
+predicts it.
 """
 
 from dataclasses import dataclass, replace
@@ -12,29 +13,29 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from stride_ray.attribution.attribute import OTHER, mode_of, read_influence, table_stage, write_page
+from stride_ray.attribution.attribute import OTHER_MODE, mode_of, read_influence, table_stage, write_page
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.evaluate.split_halves import TOP, Halves, halves_agreement
-from stride_ray.evaluate.tailpatch import answered_queries, lexical_top, top_blocks
+from stride_ray.evaluate.tailpatch import lexical_top, successful_queries, top_blocks
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 
-# Verdicts, see ``trust``.
+# Thresholds of the verdict, see ``trust``.
 CHANCE, AGREEING, SAME = 0.05, 0.3, 0.5
 
 
 @dataclass(frozen=True)
 class Trust:
-    """The panel.
+    """The results of all checks.
 
     Attributes:
-        mode: exact or estimated. ``queries``, ``failed``: how many there are, and how many of them failed.
+        mode: exact or estimated. ``queries``, ``failed``: number of queries, and how many of them failed.
         blocks: N.
-        fit: the fit's own verdict; empty in exact mode, which has no fit. ``learned``: what it says.
-        halves: agreement of halves; None where operators are not of subsets.
-        other_mode: mean overlap of the top TOP with the other mode's; None where that has no answer to these queries.
+        fit: the fit's own verdict; empty in exact mode, which has no fit. ``learned``: its result.
+        halves: split-half agreement; None unless operators are of subsets.
+        other_mode: mean overlap of the top TOP with the other mode's; None if that has no results for these queries.
         lexical: mean overlap with TF-IDF's top TOP. ``lexical_p``: one-sided binomial test of it against chance.
-        chance: mean overlap with blocks drawn at random, expected.
+        chance: expected mean overlap with blocks drawn at random.
         between: mean overlap of different queries' top TOP; nan for one query. ``lexical_between``: TF-IDF's.
         level: good, weak or none. ``verdict``: a sentence.
     """
@@ -56,7 +57,7 @@ class Trust:
     verdict: str = ""
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """The checks: what, found, by chance."""
+        """The checks as rows: name, result, value expected by chance."""
         rows = [("queries failed", f"{self.failed} of {self.queries}", "")]
         if self.halves is not None:
             h = self.halves
@@ -64,7 +65,7 @@ class Trust:
             rows.append((f"halves of the subsets, Spearman {what}", f"{h.spearman:.3f}", f"{h.control_spearman:.3f}"))
             rows.append((f"halves of the subsets, top {TOP} shared", f"{h.overlap:.1%}", f"{h.control_overlap:.1%}"))
         if self.other_mode is not None:
-            what = f"top {TOP} shared with the {OTHER[self.mode]} answer"
+            what = f"top {TOP} shared with the {OTHER_MODE[self.mode]} answer"
             rows.append((what, f"{self.other_mode:.1%}", f"{self.chance:.1%}"))
         rows.append((f"top {TOP} shared with TF-IDF's", f"{self.lexical:.1%}", f"{self.chance:.1%}"))
         if np.isfinite(self.between):
@@ -73,23 +74,23 @@ class Trust:
         return rows
 
     def as_table(self) -> str:
-        """The panel as Markdown, the verdict last."""
+        """Format the panel as Markdown, with the verdict last."""
         rows = (f"| {check} | {found} | {chance} |" for check, found, chance in self.rows())
         lines = ["| check | found | by chance |", "|---|---|---|", *rows]
         return "\n".join([*lines, "", *([self.fit, ""] if self.fit else []), self.verdict])
 
 
 def trust(run: Run, name: str) -> Trust:
-    """Check a query set's influence, estimated or exact as ``attribute.exact`` says, and judge it; its page shows that.
+    """Check a query set's influence, estimated or exact as set by ``attribute.exact``; its page shows the verdict.
 
-    ``none``: no query has a helpful block; or, estimated, the fit learned nothing, or halves of the subsets agree no
+    ``none``: no query has a helpful block; or, if estimated, the fit learned nothing, or halves of the subsets agree no
     better than chance (p above 0.05). ``weak``: half of the queries failed; or halves of the subsets share less than
-    0.3 of the top ten; or, without subsets, the top ten share no more with TF-IDF's than chance (p above 0.05), or
-    different queries share half of theirs and twice what they share of TF-IDF's. Else ``good``. The thresholds are
-    conventions.
+    0.3 of the top ten; or, without subsets, the top ten overlap with TF-IDF's no more than by chance (p above 0.05), or
+    different queries share at least half of theirs and twice as much as TF-IDF's. Otherwise ``good``. The thresholds
+    are conventions.
 
     Args:
-        run: with finished influence of that name.
+        run: with finished influence for ``name``.
         name: the query set.
 
     Raises:
@@ -97,7 +98,7 @@ def trust(run: Run, name: str) -> Trust:
     """
     mode = mode_of(run)
     blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
-    queries = answered_queries(run, name)
+    queries = successful_queries(run, name)
     total = read_influence(run, name, "recovery").num_rows
     tops, lexical = top_blocks(run, name, TOP), lexical_top(blocks, queries, TOP)
     fit: dict[str, Any] = {"verdict": "", "learned": True}
@@ -105,7 +106,7 @@ def trust(run: Run, name: str) -> Trust:
         fit = run.stage("operators").store.read_json("metadata.json")
     n_blocks = int(fit.get("blocks", len(blocks)))
     chance = min(TOP, n_blocks) / n_blocks
-    shared, offered = _shared(tops, lexical)
+    shared, offered = _overlap_counts(tops, lexical)
     panel = Trust(
         mode=mode,
         queries=total,
@@ -118,8 +119,8 @@ def trust(run: Run, name: str) -> Trust:
         lexical=shared / max(offered, 1),
         lexical_p=float(binomtest(shared, offered, chance, "greater").pvalue) if offered else 1.0,
         chance=chance,
-        between=_between(tops),
-        lexical_between=_between(lexical),
+        between=_mean_query_overlap(tops),
+        lexical_between=_mean_query_overlap(lexical),
     )
     level, why = _judged(panel, bool(tops))
     panel = replace(panel, level=level, verdict=f"Trust: {level}, because {why}.")
@@ -130,12 +131,12 @@ def trust(run: Run, name: str) -> Trust:
 
 
 def _judged(panel: Trust, answered: bool) -> tuple[str, str]:
-    """The level and its reason."""
+    """Return the level and the reason for it."""
     halves = panel.halves
     if not answered:
         return "none", "no query has a block of positive influence"
     if not panel.learned:
-        return "none", "the operators do not tell members from non-members"
+        return "none", "the operators do not distinguish members from non-members"
     if halves is not None and halves.p > CHANCE:
         return "none", f"two halves of the subsets agree no better than under membership by chance (p = {halves.p:.2g})"
     if 2 * panel.failed >= panel.queries:
@@ -148,17 +149,17 @@ def _judged(panel: Trust, answered: bool) -> tuple[str, str]:
     if panel.between >= max(SAME, 2 * panel.lexical_between):
         return "weak", f"different queries share {panel.between:.0%} of their top {TOP} blocks"
     told = f"the top {TOP} blocks share {panel.lexical:.0%} with lexical search, {panel.chance:.1%} by chance"
-    return "good", f"{told}, and different queries get different blocks; how true it is only retraining shows"
+    return "good", f"{told}, and different queries get different blocks; only retraining can validate it"
 
 
-def _shared(left: dict[str, NDArray], right: dict[str, NDArray]) -> tuple[int, int]:
-    """Over queries that have both: blocks in both tops, and blocks in left's."""
+def _overlap_counts(left: dict[str, NDArray], right: dict[str, NDArray]) -> tuple[int, int]:
+    """Over queries present in both: blocks in both tops, and blocks in left's."""
     both = left.keys() & right.keys()
     return sum(len(np.intersect1d(left[q], right[q])) for q in both), sum(len(left[q]) for q in both)
 
 
-def _between(tops: dict[str, NDArray]) -> float:
-    """Mean share of a query's top blocks that another query's hold too, over all pairs; nan for fewer than two."""
+def _mean_query_overlap(tops: dict[str, NDArray]) -> float:
+    """Mean share of a query's top blocks that are in another query's, over all pairs; nan for fewer than two."""
     lengths = [len(top) for top in tops.values()]
     pairs = sum(lengths) * (len(tops) - 1)
     if not pairs:
@@ -168,14 +169,14 @@ def _between(tops: dict[str, NDArray]) -> float:
 
 
 def _other_mode(run: Run, name: str, tops: dict[str, NDArray]) -> float | None:
-    """Mean overlap with the top of the other mode's answer to the same queries, where there is one."""
+    """Mean overlap with the other mode's top blocks for the same queries; None if unavailable."""
     other = Run(run.url, run.config, {"attribute.exact": not run.config.attribute.exact})
     try:
         stages = [each.require(table_stage(each), "manifest.json", "", name) for each in (run, other)]
         asked = [stage.store.read_json("stage.json")["keys"] for stage in stages]
-    except StrideError:  # not there, or made with other settings
+    except StrideError:  # missing, or made with other settings
         return None
     if asked[0]["queries"] != asked[1]["queries"]:
         return None
-    shared, offered = _shared(tops, top_blocks(other, name, TOP))
+    shared, offered = _overlap_counts(tops, top_blocks(other, name, TOP))
     return shared / offered if offered else None

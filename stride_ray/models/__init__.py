@@ -1,1 +1,1 @@
-"""Any Hugging Face causal language model: loading, splitting, per-example gradients at its sites."""
+"""Hugging Face causal language models: loading, splitting at a layer, and per-example gradients at their sites."""

@@ -1,7 +1,7 @@
-"""How many texts go through a model at once, so that a worker stays within ``compute.worker_gb``.
+"""Batch size of a forward pass, chosen so that a worker stays within ``compute.worker_gb``.
 
-The answer follows from the model, the length of the texts and the options alone, not from what memory happens to be
-free: batches decide the last digits of floating-point sums, and these must be the same on every worker and in every
+It depends only on the model, the sequence length and the options, not on the memory that is free at the moment: batch
+composition changes the last digits of floating-point sums, and these must be identical on every worker and in every
 rerun.
 """
 
@@ -13,39 +13,41 @@ from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.sites import EMBEDDING, forward_with_activations
 from stride_ray.runtime.config import Config
 
-# Tokens in a batch that more of them would not make faster.
-MOST = 8192
-# What a process takes before it has a model (torch, Ray, numba), bytes.
-LIBRARIES = 2**30
-# A model's weights, and what goes with them: the preconditioner, about as large.
-WEIGHTS = 2.0
-# Memory in a pass over what its forward keeps for its backward: gradients under way, inputs of sites.
-PASS = 1.3
-# Share of a GPU's memory that may be planned with.
-GPU = 0.7
+# Maximum tokens per batch; larger batches are no faster.
+MAX_BATCH_TOKENS = 8192
+# Bytes that a process uses before it loads a model (torch, Ray, numba).
+LIBRARY_BYTES = 2**30
+# Factor on the weights' bytes: the preconditioner is about as large as the model.
+WEIGHT_MEMORY_FACTOR = 2.0
+# Peak memory of a pass, as a multiple of what its forward saves for backward: adds gradients and the sites' inputs.
+PASS_MEMORY_FACTOR = 1.3
+# Usable share of a GPU's memory.
+GPU_MEMORY_SHARE = 0.7
 _kept: weakref.WeakKeyDictionary[SplitModel, dict[int, int]] = weakref.WeakKeyDictionary()
 
 
 def rows_at_once(config: Config, model: SplitModel, tokens: int) -> int:
-    """How many texts of so many tokens go through the model at once: one at least.
+    """The number of texts of ``tokens`` tokens per forward pass, at least one.
 
-    Example: SmolLM2-135M keeps 215 MiB for the backward pass of 256 tokens. Of 4 GiB a worker's libraries take 1,
-    weights and preconditioner 1, ``compute.query_gb`` 1; the rest holds three texts.
+    Example: SmolLM2-135M saves 215 MiB for the backward pass of 256 tokens. Of a worker's 4 GiB, libraries take 1,
+    weights and preconditioner 1, ``compute.query_gb`` 1; the remaining 1 GiB holds three texts.
     """
     options = config.compute
     if options.batch_tokens:
         return max(1, options.batch_tokens // tokens)
-    weights = WEIGHTS * sum(p.numel() * p.element_size() for p in model.model.parameters())
+    weights = WEIGHT_MEMORY_FACTOR * sum(p.numel() * p.element_size() for p in model.model.parameters())
     if model.device.type == "cuda":
-        room = GPU * torch.cuda.get_device_properties(model.device).total_memory
+        room = GPU_MEMORY_SHARE * torch.cuda.get_device_properties(model.device).total_memory
     else:
-        room = options.worker_gb * 2**30 - LIBRARIES
+        room = options.worker_gb * 2**30 - LIBRARY_BYTES
     room -= weights + options.query_gb * 2**30
-    return max(1, min(MOST // tokens, int(room / (PASS * kept_bytes(model, tokens)))))
+    return max(
+        1, min(MAX_BATCH_TOKENS // tokens, int(room / (PASS_MEMORY_FACTOR * saved_activation_bytes(model, tokens))))
+    )
 
 
-def kept_bytes(model: SplitModel, tokens: int) -> int:
-    """Bytes that a forward pass keeps of one text of so many tokens until the backward pass, counted once per model."""
+def saved_activation_bytes(model: SplitModel, tokens: int) -> int:
+    """Bytes that a forward pass over one text saves for its backward pass; measured once per model and length."""
     known = _kept.setdefault(model, {})
     if tokens not in known:
         weights = {p.untyped_storage().data_ptr() for p in model.model.parameters()}

@@ -1,18 +1,18 @@
-"""Any frozen causal language model, cut at one layer into a trunk and a suffix.
+"""A frozen causal language model, split at one layer into a trunk and a suffix.
 
-STRIDE steers the residual stream after layer ℓ and asks what that does to the loss (method: f, ℓ, h_ℓ(x)). What is
-below ℓ never changes and is computed once per text (the trunk); what is above runs once per question (the suffix).
+STRIDE steers the residual stream after layer ℓ and measures the effect on the loss (method: f, ℓ, h_ℓ(x)). The layers
+up to ℓ (the trunk) are unaffected and run once per text; the layers above ℓ (the suffix) run per evaluation.
 
-Nothing of any architecture is rewritten here. For the length of one call the ``forward`` of some modules is replaced
-and the model's own code is run around them, so positions, masks, windows, norms and softcaps stay the model's own:
+No architecture is reimplemented. For the duration of one call the ``forward`` of some modules is replaced and the
+model's own code runs around them, so positions, masks, windows, norms and softcaps remain the model's own:
 
-* trunk: layer ℓ hands its output out and the run stops there;
-* states: layers 1…ℓ return the given stream whatever comes in, the head hands its input out and the run stops;
-* logits: the model's body is skipped, and the head reads the given states, a few positions at a time.
+* trunk: layer ℓ returns its output to the caller and the run stops there;
+* states: layers 1…ℓ ignore their input and return the given stream; the head returns its input to the caller;
+* logits: the model's body is skipped and the head reads the given states.
 
-A check at load time compares the parts with the whole. One ``SplitModel`` serves one thread at a time.
+A check at load time compares the parts with the full model. ``SplitModel`` is not thread-safe.
 
-Padding belongs on the right: no token of a causal model then looks at it, so no attention mask is needed or passed.
+Texts are padded on the right: in a causal model no real token attends to that padding, so no attention mask is passed.
 """
 
 from __future__ import annotations
@@ -35,34 +35,34 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Elements of one chunk of logits, a few times that while it is in use. A CPU gains nothing from more than 64 MiB: the
-# system takes large blocks back when they are freed, and clears every page of the next one.
+# Elements in one chunk of logits; peak memory is a few times that. A CPU gains nothing beyond 64 MiB: the system
+# reclaims large allocations when they are freed and zeroes every page of the next one.
 LOGITS_BUDGET = {"cpu": 2**24, "cuda": 2**26}
 Shift = Callable[[Tensor, Tensor], Tensor]
 
 
-class _Caught(BaseException):
-    """Carries args[0] out of the middle of the model's forward; no error for an ``except Exception`` to swallow."""
+class _EarlyExit(BaseException):
+    """Carries args[0] out of the model's forward; a BaseException, so that ``except Exception`` does not catch it."""
 
 
 class SplitModel:
-    """A frozen causal language model cut after layer ℓ.
+    """A frozen causal language model split after layer ℓ.
 
-    Shape suffixes: B texts, T tokens, D width of the stream, V vocabulary, n positions picked from B×T. Tensors may
-    come from any device and leave on the model's.
+    Shape suffixes: B texts, T tokens, D width of the stream, V vocabulary, n positions picked from B×T. Inputs may be
+    on any device; results are on the model's.
 
     Attributes:
-        name: where the model came from, for messages and file headers.
-        model: the Hugging Face model, frozen (no parameter requires a gradient), in eval mode, otherwise untouched.
+        name: path or id of the model, for messages and file headers.
+        model: the Hugging Face model, frozen (no parameter requires a gradient), in eval mode, otherwise unmodified.
         n_layers: L. ``split_layer``: ℓ, the number of layers in the trunk, 1…L. ``width``: D.
         vocabulary: V, the number of logits per position.
-        context: the longest text in tokens that the model takes, None where its configuration sets no limit.
-        device: where the weights are. ``dtype``: of the weights, of the stream and of the states.
-        logits_budget: elements in one chunk of logits (positions × V); lower it where memory is short.
+        context: maximum sequence length in tokens; None if the configuration sets no limit.
+        device: of the weights. ``dtype``: of the weights, the stream and the states.
+        logits_budget: elements in one chunk of logits (positions × V); lower it if memory is short.
     """
 
     def __init__(self, model: Any, split: int | float = 0.62, name: str = "model") -> None:
-        """Freeze a Hugging Face model and cut it, see ``resolve_split``; StrideError where it cannot be cut."""
+        """Freeze a Hugging Face model and split it (``resolve_split``); StrideError if it cannot be split."""
         self.name = name
         self.model = model.requires_grad_(False).eval()
         config = model.config.get_text_config(decoder=True)
@@ -77,22 +77,22 @@ class SplitModel:
         self.logits_budget = LOGITS_BUDGET.get(self.device.type, LOGITS_BUDGET["cpu"])
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         self._embedded = int(embedding.shape[0])
-        # Any id will do where the stream is given, except that some models look for the padding id.
+        # With a given stream the ids are unused, but some models look for the padding id.
         self._dummy = 1 if config.pad_token_id == 0 else 0
-        # Padding without an attention mask is meant: no warning, and no wait for the GPU to look for it.
+        # Padding without an attention mask is intended: skip the warning, whose check would synchronise with the GPU.
         for module in model.modules():
             if hasattr(module, "warn_if_padding_and_no_attention_mask"):
                 module.warn_if_padding_and_no_attention_mask = _say_nothing
-        self._outputs: int | None = None  # length of the tuple that a layer returns; None where it returns the stream
-        self._body: Any = None  # what the model below its head returns for one token
+        self._outputs: int | None = None  # length of the tuple that a layer returns; None if it returns a tensor
+        self._body: Any = None  # output of the model below its head for one token
         self._probe()
 
     @torch.no_grad()
     def trunk(self, ids_BT: Tensor, layer: int | None = None) -> Tensor:
         """The residual stream h_BTD after layer ℓ (or ``layer``, 1…L), in the model's dtype, without a graph.
 
-        Takes integer ids, padded on the right with any of them. Raises StrideError where one is outside the vocabulary,
-        or T is 0 or more than the context.
+        Ids are integers, right-padded with any valid id. Raises StrideError if ids are not integers of shape (B, T),
+        one is outside the vocabulary, or T is 0 or exceeds the context.
         """
         self.check_ids(ids_BT)
         T = ids_BT.shape[-1]
@@ -105,15 +105,16 @@ class SplitModel:
         return output[0] if isinstance(output, tuple) else output
 
     def last_stream(self, ids_BT: Tensor) -> Tensor:
-        """The residual stream after layer L, before the final norm: z_BTD, as ``trunk`` gives it."""
+        """``trunk`` at layer L: the residual stream before the final norm."""
         return self.trunk(ids_BT, layer=self.n_layers)
 
     def states(self, h_BTD: Tensor, layer: int | None = None) -> Tensor:
-        """Layers ℓ+1…L and the final norm: what the head reads, z_BTD in the model's dtype; gradients reach ``h_BTD``.
+        """Layers ℓ+1…L and the final norm: the head's input z_BTD in the model's dtype, differentiable in ``h_BTD``.
 
         Args:
-            h_BTD: the stream, steered or not; B is free (many steered copies of one text). Cast to the model's dtype.
-            layer: the layer that the stream was taken after, where it is not ℓ.
+            h_BTD: the stream, steered or not; B is arbitrary (many steered copies of one text). Cast to the model's
+                dtype.
+            layer: the layer that the stream was taken after; default ℓ.
         """
         given = h_BTD.to(self.device, self.dtype)
         replaced = [(module, self._constant(given)) for module in self._trunk_layers(layer)]
@@ -121,7 +122,7 @@ class SplitModel:
         return self._run(ids_BT, [*replaced, (self._head, _carry_out(lambda z_BTD: z_BTD))])
 
     def read(self, ids_BT: Tensor) -> Tensor:
-        """All layers and the final norm from tokens: z_BTD; gradients reach what a hook makes a leaf on the way."""
+        """All layers and the final norm: ids to z_BTD, differentiable in activations that a hook made leaves."""
         return self._run(ids_BT.to(self.device, torch.long), [(self._head, _carry_out(lambda z_BTD: z_BTD))])
 
     @property
@@ -130,7 +131,7 @@ class SplitModel:
         return self._layers
 
     def logits(self, z_xD: Tensor) -> Tensor:
-        """The head and whatever the model does to its logits: states (…, D) to (…, V), with gradients."""
+        """The head and any postprocessing such as softcaps: states (…, D) to logits (…, V), differentiable."""
         z_1nD = z_xD.reshape(1, -1, z_xD.shape[-1]).to(self.device, self.dtype)
         head = self._head.forward
         replaced = [(module, self._constant(self._stub_11D)) for module in self._layers]
@@ -141,31 +142,32 @@ class SplitModel:
         return output.logits.reshape(*z_xD.shape[:-1], self.vocabulary)
 
     def logits_rows(self, tokens: int) -> int:
-        """How many texts of so many tokens have their logits looked at together, within ``logits_budget``."""
+        """The number of texts of ``tokens`` tokens whose logits fit ``logits_budget``; at least one."""
         return max(1, self.logits_budget // (self.vocabulary * max(1, tokens)))
 
     def suffix(self, h_BTD: Tensor) -> Tensor:
-        """Whole logits_BTV from the stream after layer ℓ; for small inputs, since all B×T×V are held at once."""
+        """logits_BTV from the stream after layer ℓ; for small inputs, since all B×T×V elements are held at once."""
         return self.logits(self.states(h_BTD))
 
     def token_losses(
         self, z_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor, shift: Shift | None = None, budget: int | None = None
     ) -> Tensor:
-        """Cross-entropy of each token that counts, never holding more than one chunk of logits (paper F.4).
+        """Cross-entropy of each target token, with one chunk of logits in memory at a time (paper F.4).
 
-        Only positions whose next token counts are computed. Under autograd no chunk is kept: slopes are taken at once
-        (FusedLosses), or, where the head or a shift learns too, the chunk is computed again.
+        Only positions that predict a target are computed. Under autograd no chunk is stored: gradients are computed in
+        the forward pass (FusedLosses) or, if the head or a shift is trained too, the chunk is recomputed in the
+        backward pass.
 
         Args:
-            z_BTD: states as ``states`` gives them.
-            ids_BT: token ids; one row serves all B.
-            mask_BT: non-zero where the token counts as a target; column 0 is never one; one row serves all B.
-            shift: called with the rows and the positions (int64, n each) of a chunk it returns (n, V), which is added
-                to their logits (method: ``logit``). Gradients flow to what it uses.
-            budget: elements in one chunk of logits (at least one position is computed); None: ``logits_budget``.
+            z_BTD: output of ``states``.
+            ids_BT: token ids; a single row is broadcast over B.
+            mask_BT: non-zero for targets; column 0 is ignored; a single row is broadcast over B.
+            shift: maps the rows and positions of a chunk (int64, n each) to (n, V), which is added to the logits
+                (method: ``logit``). Differentiable.
+            budget: elements in one chunk of logits (at least one position); default ``logits_budget``.
 
         Returns:
-            (B, T−1) float32, nats: at [b, t] the loss of token t+1, unweighted; 0 where masked.
+            (B, T−1) float32, nats: at [b, t] the unweighted loss of token t+1; 0 where masked.
         """
         B, T = z_BTD.shape[:2]
         ids_BT = ids_BT.to(self.device, torch.long).expand(B, T)
@@ -174,7 +176,7 @@ class SplitModel:
         row_n, position_n = counts_BT1.nonzero(as_tuple=True)
         if len(row_n) == 0:
             return losses_BT1
-        # Picked once and split after: picking per chunk would give the backward pass a B×T×D tensor per chunk.
+        # Gather once, then split: a gather per chunk would allocate a B×T×D gradient per chunk in the backward pass.
         z_nD = z_BTD.to(self.device).reshape(B * T, -1).index_select(0, row_n * T + position_n)
         target_n = ids_BT[row_n, position_n + 1]
         step = max(1, (self.logits_budget if budget is None else budget) // self.vocabulary)
@@ -189,10 +191,11 @@ class SplitModel:
         return losses_BT1.index_put((row_n, position_n), losses_n)
 
     def losses(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Masked mean cross-entropy of each text given its stream after layer ℓ (method: CE_k), gradients to ``h_BTD``.
+        """Masked mean cross-entropy of each text given its stream after layer ℓ (method: CE_k).
 
-        (B,) float32, nats per token; nan for a row without a target. Ids and mask are as in ``token_losses``, the mask
-        holds ω. Columns after the last target of the batch are dropped before the suffix runs (paper F.4).
+        (B,) float32, nats per token, differentiable in ``h_BTD``; nan for a row without a target. Ids and mask as in
+        ``token_losses``; the mask may hold weights ω. Columns after the batch's last target are dropped before the
+        suffix runs (paper F.4).
         """
         columns = (mask_BT[:, 1:] != 0).any(0).nonzero()
         length = int(columns.max()) + 2 if len(columns) else min(2, h_BTD.shape[1])
@@ -200,14 +203,14 @@ class SplitModel:
         return masked_mean(self.token_losses(z_BTD, ids_BT[:, :length], mask_BT[:, :length]), mask_BT[:, :length])
 
     def _chunk(self, z_nD: Tensor, target_n: Tensor, row_n: Tensor, position_n: Tensor, shift: Shift | None) -> Tensor:
-        """Losses of n positions in float32, whatever the dtype of the model."""
+        """Losses of n positions in float32, for any model dtype."""
         logits_nV = self.logits(z_nD).float()
         if shift is not None:
             logits_nV = logits_nV + shift(row_n, position_n).to(logits_nV)
         return cross_entropy(logits_nV, target_n, reduction="none")
 
     def check_ids(self, ids: Tensor) -> None:
-        """Raise StrideError where an id is outside the vocabulary (a GPU would die of it without saying why)."""
+        """Raise StrideError for ids that are not integers or not in the vocabulary (on a GPU, an opaque assert)."""
         if ids.is_floating_point() or ids.dtype == torch.bool:
             raise StrideError(f"{self.name}: token ids must be integers, got {ids.dtype}")
         rows = min(self._embedded, self.vocabulary)
@@ -222,7 +225,7 @@ class SplitModel:
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Learn the shapes on a tiny random input, and check that the parts give the model's own logits."""
+        """Infer shapes from a tiny random input; check causality and that the parts reproduce the model's logits."""
         kind = type(self.model).__name__
         strange = f"{self.name}: {kind} carries its stream or its logits in a way that stride_ray does not know"
         T = min(8, self.context or 8)
@@ -238,10 +241,10 @@ class SplitModel:
             self._outputs = len(output) if isinstance(output, tuple) else None
             streams = {layer: self.trunk(ids_BT, layer) for layer in (self.split_layer, self.n_layers)}
             self.width = int(streams[self.n_layers].shape[-1])
-            # What the layers and the body return for one token stands in for them wherever only the head is wanted.
+            # Outputs of the layers and the body for one token; ``logits`` substitutes them to run the head alone.
             self._stub_11D = streams[self.n_layers][:1, :1].clone()
             if (body := self.model.base_model) is not self.model:
-                with contextlib.suppress(LookupError):  # some heads go round the body: then only the layers are skipped
+                with contextlib.suppress(LookupError):  # some heads bypass base_model: skip only the layers
                     self._body = self._run(ids_BT[:1, :1], [(body, _carry_out(body.forward))])
             parts = [self.logits(self.states(h_BTD, layer)) for layer, h_BTD in streams.items()]
             difference = max(float((part - own).abs().max()) for part in parts)
@@ -250,19 +253,19 @@ class SplitModel:
         if not own.isfinite().all():
             raise StrideError(f"{self.name}: logits are not finite in {self.dtype}; use bfloat16 or float32")
         if T > 1 and float((own - other)[:, :-1].abs().max()) > allowed:
-            raise StrideError(f"{self.name}: {kind} looks at later tokens; STRIDE needs a causal language model")
+            raise StrideError(f"{self.name}: {kind} is not causal; STRIDE needs a causal language model")
         if not difference <= allowed:
             raise StrideError(f"{strange}: the split model's logits differ from its own by {difference:.2g}")
 
     def _run(self, ids_BT: Tensor, replaced: list[tuple[nn.Module, Callable]], to_the_end: bool = False) -> Any:
-        """The model's output, or what was caught on the way; replaced ``forward``s are put back whatever happens."""
-        # Accelerate puts a forward of its own on the instance: that one is put back, not the class's.
+        """Run the model with some ``forward``s replaced; returns its output, or what ``_Caught`` carries out of it."""
+        # Accelerate sets ``forward`` on the instance: restore that one, not the class's.
         before = [(module, module.__dict__.get("forward")) for module, _ in replaced]
         try:
             for module, forward in replaced:
                 module.__dict__["forward"] = forward
             output = self.model(input_ids=ids_BT, use_cache=False, return_dict=True)
-        except _Caught as caught:
+        except _EarlyExit as caught:
             return caught.args[0]
         finally:
             for module, own in before:
@@ -274,7 +277,7 @@ class SplitModel:
         return output
 
     def _constant(self, h_BTD: Tensor) -> Callable:
-        """A layer's forward that returns the given stream whatever comes in, in the layer's own kind of output."""
+        """A layer forward that ignores its input and returns the given stream, in the layer's own output format."""
         output = h_BTD if self._outputs is None else (h_BTD, *[None] * (self._outputs - 1))
         return lambda *args, **kwargs: output
 
@@ -284,7 +287,7 @@ def _say_nothing(*args: Any, **kwargs: Any) -> None: ...
 
 def _carry_out(forward: Callable) -> Callable:
     def carrying(*args: Any, **kwargs: Any) -> None:
-        raise _Caught(forward(*args, **kwargs))
+        raise _EarlyExit(forward(*args, **kwargs))
 
     return carrying
 
@@ -292,14 +295,14 @@ def _carry_out(forward: Callable) -> Callable:
 def masked_mean(losses_BT1: Tensor, mask_BT: Tensor) -> Tensor:
     """Σ_t ω_t CE_t / Σ_t ω_t per text (method: fidelity), (B,) float32; nan for a row without a target.
 
-    Takes ``SplitModel.token_losses``'s result and mask, bool or weights ω; one row of the mask serves all B.
+    Takes the result of ``SplitModel.token_losses`` and a mask, bool or weights ω; a single row is broadcast over B.
     """
     weights_BT1 = mask_BT[:, 1:].to(losses_BT1)
     return (losses_BT1 * weights_BT1).sum(1) / weights_BT1.sum(1)
 
 
 def resolve_split(split: int | float, n_layers: int) -> int:
-    """ℓ from a layer number (int, 1…L) or a fraction of depth (float in (0, 1], at least 1), else StrideError."""
+    """ℓ from a layer number (int, 1…L) or a fraction of depth (float in (0, 1], rounded, at least layer 1)."""
     if isinstance(split, float):
         if not 0 < split <= 1:
             raise StrideError(f"split {split} is not a fraction of the model's depth in (0, 1]")
@@ -310,7 +313,7 @@ def resolve_split(split: int | float, n_layers: int) -> int:
 
 
 def _decoder_layers(model: Any, config: Any, name: str) -> list[nn.Module]:
-    """The outermost module list of the decoder that has one entry per layer."""
+    """The decoder's outermost ModuleList with one entry per layer; StrideError if there is none."""
     found = [m for root in (model.get_decoder(), model) for m in root.modules() if isinstance(m, nn.ModuleList)]
     layers = next((list(m) for m in found if len(m) == getattr(config, "num_hidden_layers", None)), [])
     if not layers or len(set(layers)) < len(layers):
@@ -326,17 +329,19 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> SplitModel:
-    """Load any Hugging Face causal language model, frozen and cut.
+    """Load a Hugging Face causal language model, frozen and split.
 
     Args:
-        path: a model folder, a ``.gguf`` file (expanded to ``dtype``), an fsspec URL of either (``s3://…``, see
+        path: a model folder, a ``.gguf`` file (dequantised to ``dtype``), an fsspec URL of either (``s3://…``, see
             ``local_model``), or a hub id.
         split: ℓ, see ``resolve_split``.
-        dtype: float32, bfloat16 or float16, for weights and stream; losses are float32 always.
-        device: auto (cuda where there is one, else cpu), cpu, cuda, cuda:N or mps.
-        trust_remote_code: run Python code that comes with the model.
+        dtype: float32, bfloat16 or float16, for weights and stream; losses are always float32.
+        device: auto (cuda if available, else cpu), cpu, cuda, cuda:N or mps.
+        trust_remote_code: run Python code shipped with the model.
 
-    Raises StrideError where anything is wrong with these, or weights are missing.
+    Raises:
+        StrideError: for an invalid argument, a model that cannot be loaded or split, or weights that are missing or
+            not finite.
     """
     if dtype not in DTYPES:
         raise StrideError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -345,7 +350,7 @@ def load_model(
     folder, options = local, dict[str, Any]()
     if local.endswith(".gguf"):
         folder, options["gguf_file"] = os.path.split(os.path.abspath(local))
-    from transformers import AutoModelForCausalLM as Auto  # seconds to import: only where a model is loaded
+    from transformers import AutoModelForCausalLM as Auto  # takes seconds to import
 
     try:
         options |= {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, "output_loading_info": True}
@@ -362,7 +367,7 @@ def load_model(
 
 
 def device_of(device: str) -> torch.device:
-    """The device of that name, see ``load_model``; StrideError where this machine does not have it."""
+    """Resolve a device name as in ``load_model``; StrideError if this machine does not have it."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -371,5 +376,5 @@ def device_of(device: str) -> torch.device:
         raise StrideError(f"unknown device {device!r}; choose auto, cpu, cuda, cuda:N or mps") from error
     have = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (wanted.index or 0) >= have.get(wanted.type, 0):
-        raise StrideError(f"device {device} was asked for and this machine does not have it; use auto or cpu")
+        raise StrideError(f"device {device} is not available on this machine; use auto or cpu")
     return wanted

@@ -1,7 +1,7 @@
-"""Cross-entropy through a head that is not trained: value and slope from one look at each chunk of logits.
+"""Chunked cross-entropy through a frozen head: loss and gradient from one evaluation of each chunk of logits.
 
-A token's loss depends on its own state alone, so its slope can be taken while the logits are there, and a backward pass
-only scales it: no chunk of logits is kept or computed a second time (paper F.4).
+A token's loss depends only on its own state, so its gradient is computed while the logits are in memory, and the
+backward pass only scales it: no chunk of logits is stored or recomputed (paper F.4).
 """
 
 from collections.abc import Callable
@@ -14,18 +14,18 @@ from torch.nn.functional import cross_entropy
 
 
 class FusedLosses(torch.autograd.Function):
-    """Losses of n positions, (n,) float32 nats, from their states; only the states receive gradients."""
+    """Losses (n,) float32 in nats from the states of n positions; differentiable in the states only."""
 
     @staticmethod
     def forward(ctx: Any, z_nD: Tensor, target_n: Tensor, logits: Callable[[Tensor], Tensor], step: int) -> Tensor:
-        """Take values and slopes chunk by chunk.
+        """Compute losses and their gradients chunk by chunk.
 
         Args:
-            ctx: keeps the slopes, as large as the states.
-            z_nD: what the head reads.
-            target_n: (n,) int64 tokens.
-            logits: the head, (n, D) to (n, V), with gradients.
-            step: positions of one chunk.
+            ctx: stores the gradients, of the size of the states.
+            z_nD: the head's input.
+            target_n: (n,) int64 target ids.
+            logits: the head, (n, D) to (n, V), differentiable.
+            step: positions per chunk.
         """
         losses, slopes = [], []
         for z, target in zip(z_nD.split(step), target_n.split(step), strict=True):
@@ -40,6 +40,6 @@ class FusedLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """Scale each position's slope."""
+        """Scale each position's stored gradient."""
         (slope_nD,) = ctx.saved_tensors
         return slope_nD * gradients[0].unsqueeze(1).to(slope_nD), None, None, None

@@ -1,4 +1,4 @@
-"""Where a model is on this machine, and which: an object store's is fetched to a cache, whole or not at all."""
+"""Local paths and fingerprints of models; models in an object store are fetched to a cache, atomically."""
 
 import contextlib
 import hashlib
@@ -11,17 +11,20 @@ from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import first_line, open_url
 
-# What a model is, of the files that lie beside it: a tokenizer's, a card and logs change nothing that it computes.
+# Files that define a model; the tokenizer, the model card and logs do not change what it computes.
 WEIGHTS = ("config.json", ".safetensors", ".bin", ".gguf", ".py")
-# A file up to LARGE bytes is hashed whole; of a larger one, WINDOWS pieces of WINDOW bytes at even distances.
+# Files up to LARGE bytes are hashed in full; of larger ones, WINDOWS evenly spaced pieces of WINDOW bytes.
 LARGE, WINDOWS, WINDOW = 2**26, 256, 2**16
 
 
 def local_model(path: str | Path) -> str:
-    """Where a model is on this machine: local paths and hub ids as they are, fsspec URLs fetched to a cache.
+    """The local path of a model: local paths and hub ids are returned unchanged, fsspec URLs are fetched to a cache.
 
-    The cache is ``$XDG_CACHE_HOME/stride_ray/models`` (default ``~/.cache``), one entry per URL and state of its files,
-    whole or absent; folders inside the model's, such as training checkpoints, are not fetched. Raises StrideError.
+    The cache is ``$XDG_CACHE_HOME/stride_ray/models`` (default ``~/.cache``), with one entry per URL and version of its
+    files, written atomically. Subfolders, such as training checkpoints, are not fetched.
+
+    Raises:
+        StrideError: if there is no model at ``path``, or it cannot be fetched.
     """
     text = os.path.expanduser(os.fspath(path))
     if "://" in text:
@@ -36,12 +39,14 @@ def local_model(path: str | Path) -> str:
     return text
 
 
-def model_state(path: str | Path) -> str:
-    """Sixteen hexadecimal digits that change with a model's files (WEIGHTS), wherever they lie.
+def model_fingerprint(path: str | Path) -> str:
+    """A fingerprint of a model's files (WEIGHTS), independent of their location: sixteen hexadecimal digits.
 
-    Of a local model they come from names, sizes and content (a large file's at WINDOWS places: training moves all
-    weights, and a change of a few bytes by hand may go unseen), of one in an object store from its ETags, of a hub id
-    from the commit. Raises StrideError where there is no such model.
+    For a local model it covers names, sizes and content (large files are sampled at WINDOWS places: training changes
+    all weights, but an edit of a few bytes may go undetected), in an object store the ETags, for a hub id the commit.
+
+    Raises:
+        StrideError: if there is no such model.
     """
     if "://" in (text := os.fspath(path)):
         try:
@@ -76,18 +81,18 @@ def _commit(hub_id: str) -> str:
 
     try:
         return extract_commit_hash(cached_file(hub_id, "config.json"), None) or ""
-    except Exception as error:  # the hub's own
+    except Exception as error:  # the hub raises types of its own
         raise unloadable(hub_id, hub_id, error) from error
 
 
 def unloadable(path: str | Path, local: str, error: Exception) -> StrideError:
-    """The sentence for a model that cannot be loaded from where ``local_model`` says that it is."""
-    hub = "" if os.path.exists(local) else f"no such path from {os.getcwd()}, and the Hugging Face Hub says: "
+    """The error for a model that cannot be loaded from ``local``, the result of ``local_model``."""
+    hub = "" if os.path.exists(local) else f"no such path from {os.getcwd()}, and Hugging Face Hub error: "
     return StrideError(f"model {path} could not be loaded: {hub}{first_line(error)}")
 
 
 def _listed(url: str) -> tuple[Any, dict[str, Any]]:
-    """The file system of a model's URL and its files by name; StrideError where these are no model."""
+    """The file system of a model's URL and its entries by file name; StrideError if they are not a model."""
     files, root = open_url(url)
     found = {e["name"].rsplit("/", 1)[-1]: e for e in files.ls(root, detail=True) if e["type"] == "file"}
     if "config.json" not in found and not (found and url.endswith(".gguf")):
@@ -111,10 +116,10 @@ def _fetched(url: str) -> str:
                 os.mkdir(whole := os.path.join(beside, "model"))
                 for name, entry in found.items():
                     files.get_file(entry["name"], os.path.join(whole, name))
-                with contextlib.suppress(OSError):  # another process was faster: its copy is as good
+                with contextlib.suppress(OSError):  # another process was first; its copy is identical
                     os.replace(whole, target)
     except StrideError:
         raise
-    except Exception as error:  # each store has exceptions of its own
+    except Exception as error:  # each store raises types of its own
         raise StrideError(f"model {url} could not be fetched to {cache}: {first_line(error)}") from error
     return str(target / next(iter(found))) if url.endswith(".gguf") else str(target)

@@ -1,4 +1,4 @@
-"""Small matrices that several parts share: damped inverse roots, random orthonormal and Gaussian ones."""
+"""Shared matrix helpers: damped inverse square roots, random orthonormal and Gaussian matrices."""
 
 import numpy as np
 import torch
@@ -6,10 +6,10 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 
-# The driver does this: its last digits must not depend on how many cores it has.
+# Runs on the driver; one thread, so that the last digits do not depend on its number of cores.
 @threadpool_limits.wrap(limits=1)
 def inverse_root(moment: np.ndarray, damping: float = 1.0) -> Tensor:
-    """Eigenvalues λ_i become (λ_i + damping · mean λ)^−½: (D, D) float64 in, float32 out."""
+    """Damped inverse square root: eigenvalues λ_i become (λ_i + damping · mean λ)^−½. (D, D) float64 to float32."""
     values, vectors = np.linalg.eigh(moment)
     values = np.clip(values, 0, None)
     damped = (values + damping * values.mean() + 1e-30) ** -0.5

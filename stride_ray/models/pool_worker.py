@@ -1,4 +1,4 @@
-"""What every pass of a model over the pool needs: a worker with the model, token counts, a check of the tokenizer."""
+"""Shared parts of model passes over the pool: the base worker, token counts and the tokenizer check."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -19,12 +19,12 @@ from stride_ray.runtime.run import Stage
 from stride_ray.runtime.tasks import progress
 from stride_ray.runtime.urls import safe_url
 
-# Cuts of a sample, whatever the number of workers: sums are taken in their order.
+# Slices of a sample, independent of the number of workers: sums are taken in slice order.
 SLICES = 16
 
 
 def check_tokenizer(config: Config, blocks: Blocks) -> None:
-    """Refuse a model that is not there, or whose own tokenizer gives ids another meaning than that of the blocks."""
+    """Raise StrideError if the model is missing, or its tokenizer disagrees with the blocks' tokenizer on an id."""
     for path in (config.model.path, config.model.start):
         if path and "://" not in path:
             local_model(path)
@@ -33,7 +33,7 @@ def check_tokenizer(config: Config, blocks: Blocks) -> None:
     try:
         own = load_tokenizer(config.model.path)
     except StrideError:
-        return  # the model comes without one; that its vocabulary holds the ids is checked where it is loaded
+        return  # the model has no tokenizer; ModelWorker checks the ids against its vocabulary
     used = load_tokenizer(blocks.store.child("tokenizer").url)
     names = {i: token for token, i in own.get_vocab().items()}
     strange = [(i, token) for token, i in used.get_vocab().items() if names.get(i, token) != token]
@@ -46,8 +46,8 @@ def check_tokenizer(config: Config, blocks: Blocks) -> None:
         )
 
 
-def corpus_of(stage: Stage, manifest: str, blocks: Blocks) -> str:
-    """The fingerprint of the blocks that a stage is of: all there are, or, of a finished one, those there were then."""
+def covered_fingerprint(stage: Stage, manifest: str, blocks: Blocks) -> str:
+    """Fingerprint of the blocks that a stage covers: the current pool or, if it is finished, the blocks it used."""
     now = blocks.manifest["fingerprint"]
     if stage.store.exists(manifest):
         then = stage.store.read_json("stage.json")["keys"].get("corpus")
@@ -57,7 +57,7 @@ def corpus_of(stage: Stage, manifest: str, blocks: Blocks) -> str:
 
 
 def token_counts(blocks: Blocks, actors: ActorPool) -> np.ndarray:
-    """How often each token is a real token of the pool: (largest id + 1,) int64."""
+    """How often each token is a target in the pool (loss mask): (largest id + 1,) int64."""
     parts = [part["name"] for part in blocks.manifest["parts"]]
     vocabulary = blocks.manifest["max_token_id"] + 1
     counted = progress(
@@ -67,7 +67,7 @@ def token_counts(blocks: Blocks, actors: ActorPool) -> np.ndarray:
 
 
 def count_tokens(blocks: Blocks, vocabulary: int, part: str) -> dict[str, Any]:
-    """How often each token is a real token of a part: {"counts": (vocabulary,) int64}."""
+    """``token_counts`` of one part of the pool: {"counts": (vocabulary,) int64}."""
     index = [p["name"] for p in blocks.manifest["parts"]].index(part)
     first = sum(p["blocks"] for p in blocks.manifest["parts"][:index])
     last = first + blocks.manifest["parts"][index]["blocks"]
@@ -85,9 +85,9 @@ def map_sample_slices(
     what: str,
     take: Callable[[dict[str, Any]], dict[str, Any]] = lambda found: found,
 ) -> list[dict[str, Any]]:
-    """A worker's findings on SLICES slices of a sample, in order; each tells its ``index`` and ``blocks``.
+    """Map a worker over SLICES slices of a sample; returns the results, with keys ``index`` and ``blocks``, in order.
 
-    ``take`` gets each in this order as soon as it can, and what it returns is kept in its place.
+    ``take`` is applied to each result, in slice order and as early as possible; its return value replaces the result.
     """
     units = [(index, part) for index, part in enumerate(np.array_split(ordinals, SLICES)) if len(part)]
     results = map(take, in_order(actors.map(make, given, units)))
@@ -95,25 +95,25 @@ def map_sample_slices(
 
 
 def in_order(results: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Findings in the order of their ``index``, which begins at 0, whatever order they come in."""
+    """Reorder results by their ``index``, counted from 0, and yield each as soon as all before it have arrived."""
     waiting = dict[int, dict[str, Any]]()
     following = 0
     for found in results:
         waiting[found["index"]] = found
-        del found  # a name would hold what is large until the next one comes
+        del found  # release a large result before waiting for the next one
         while following in waiting:
             yield waiting.pop(following)
             following += 1
 
 
 class ModelWorker:
-    """A worker that holds the run's model and reads the pool, ``rows`` blocks at a time.
+    """Base class of workers that run the model over the pool, ``rows`` blocks at a time.
 
-    It reads the pool as the stage found it: blocks that are added meanwhile are no part of it.
+    It sees a snapshot of the pool from the start of the stage: blocks added later are ignored.
 
     Attributes:
-        load: which model, if not the run's own.
-        rows: blocks in a batch. ``tokens``: in a batch of queries.
+        load: loads the model; by default load_run_model.
+        rows: blocks per batch. ``tokens``: tokens per batch, for queries.
     """
 
     load = staticmethod(load_run_model)
@@ -132,16 +132,16 @@ class ModelWorker:
         self.tokens = self.rows * self.blocks.block_tokens
 
     def batches_at(self, ordinals: np.ndarray) -> Iterator[Batch]:
-        """Some blocks, wherever in the pool, ``rows`` at a time."""
+        """Batches of ``rows`` blocks at arbitrary ordinals."""
         for start in range(0, len(ordinals), self.rows):
             yield self.blocks.batch(ordinals[start : start + self.rows])
 
     def trimmed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask of a batch on the model's device, without columns after its last target: they have no say."""
+        """Ids and mask on the model's device, cut after the last target: later columns do not affect the loss."""
         columns = np.flatnonzero(batch.mask.any(0))
         length = max(2, int(columns.max()) + 1) if len(columns) else min(2, batch.mask.shape[1])
         return self.tensors(batch.ids[:, :length]), self.tensors(batch.mask[:, :length])
 
     def tensors(self, array: np.ndarray) -> torch.Tensor:
-        """An array on the model's device."""
+        """Copy an array to the model's device."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device)

@@ -1,4 +1,4 @@
-"""Queries in batches: checked against the model, padded to tensors."""
+"""Batches of queries: validated against the model and padded to tensors."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,8 +9,8 @@ from stride_ray.models.causal_lm import SplitModel
 from stride_ray.runtime.errors import StrideError
 
 
-def checked(model: SplitModel, row: dict[str, Any]) -> dict[str, Any]:
-    """A query's id, status and error once the model has seen its tokens: too long or unknown ones fail."""
+def validate_query(model: SplitModel, row: dict[str, Any]) -> dict[str, Any]:
+    """A query's id, status and error; fails it if it is longer than the context or has ids outside the vocabulary."""
     answer = {"query_id": row["query_id"], "status": row["status"], "error": row["error"]}
     if row["status"] == "ok":
         length, context = len(row["token_ids"]), model.context
@@ -24,7 +24,7 @@ def checked(model: SplitModel, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def batches(rows: Sequence[dict[str, Any]], waiting: list[int], tokens: int) -> Iterator[list[int]]:
-    """The waiting rows in order, as many at a time as padding to the longest leaves within ``tokens``."""
+    """Split the waiting rows, in order, into batches of at most ``tokens`` padded tokens (at least one row each)."""
     while waiting:
         longest, batch = 0, list[int]()
         for i in waiting:
@@ -37,7 +37,7 @@ def batches(rows: Sequence[dict[str, Any]], waiting: list[int], tokens: int) -> 
 
 
 def padded(rows: Sequence[dict[str, Any]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, T) int64 and targets (B, T) bool of some queries, padded on the right."""
+    """Right-padded token ids (B, T) int64 and target masks (B, T) bool."""
     longest = max(len(row["token_ids"]) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)

@@ -1,22 +1,25 @@
-"""Sites: the places of a model where exact influence is measured, and the gradient J of a block's loss there.
+"""Sites and their per-example gradients J: the exact mode, a K-FAC influence function at layer outputs.
 
-A steering operator at a site adds u A to what the site writes, u being what the site reads, so to first order its
-gradient is J = Σ_t u_t ⊗ g_t with g_t the loss's gradient at what is written (method.md, measured point 1; the logit
-form of operators/forms.py is the site "head", the matrix form with the model's own activations in place of
-SiLU(LN(h) W_in) the others). The sites of a model are
+The influence of block i on query x is Σ_sites J(x)ᵀ H⁻¹ J_i (influence functions, Koh and Liang 2017, arXiv
+1703.04730). H is K-FAC's curvature (Martens and Grosse 2015, arXiv 1503.05671; for language models Grosse et al. 2023,
+arXiv 2308.03296): at each site the Kronecker product of the damped second moments of its inputs u and of the gradients
+g at its outputs, over the pool with its actual next tokens (empirical Fisher; method.md, measured point 4).
 
-    each layer's last linear map into the residual stream (an MLP's output projection): u = its input, F wide
-    the last map of a layer's other parts (attention's output projection)
-    the embedding: u = the token itself, one-hot
-    the head: u = the final state, and what is written are the logits, g_t = p_t − y_t
-    the origin: the head before it knew more than token counts, g_t = π − y_t with π the pool's unigram distribution;
-        only where training began from random weights, whose first and largest steps these were
+A steering operator at a site adds u A to its output, so to first order its gradient is J = Σ_t u_t ⊗ g_t (method.md,
+measured point 1), that of a linear map's own weight. The logit form of operators/forms.py corresponds to the site
+"head"; the matrix form, with the model's activations in place of SiLU(LN(h) W_in), to the others. The sites are
 
-The influence of block i on query x is Σ_sites J(x)ᵀ H⁻¹ J_i, H the Kronecker product of the two sides' damped second
-moments over the pool (measured point 4), in units of a block's mean influence on itself. Sites of the last layers alone
-cost less than half: nothing goes back through the layers before them. A site's say is that of its
-directions that H knows: nothing weighs the sites, but for the origin. H⁻¹ is applied to the few queries, not to the
-pool: at an MLP as wide as four streams it would cost five times the gradient that it is applied to.
+    the last linear map of each part of a layer into the residual stream (output projections of MLP and attention):
+        u = its input, of width F
+    the embedding: u = the one-hot token
+    the head: u = the final state; its outputs are the logits, g_t = p_t − y_t
+    the origin: the head at the start of training, when it predicts the pool's unigram distribution π: g_t = π − y_t;
+        only for models trained from random weights, whose first and largest steps it stands for
+
+Scores are in units of a block's mean influence on itself. Sites are not reweighted, except for the origin: a site's
+weight comes from its well-conditioned directions. Using the last layers only costs less than half, since
+backpropagation stops at the first site. H⁻¹ is applied to the few queries, not to the pool: for an MLP four times as
+wide as the stream it costs five times as much as the gradient itself.
 """
 
 import math
@@ -35,12 +38,12 @@ from stride_ray.models.vocabulary import TokenSide, token_side
 from stride_ray.runtime.errors import StrideError
 
 EMBEDDING, HEAD, ORIGIN = "embedding", "head", "origin"
-# Damping: eigenvalues λ become λ + damping · mean λ. Less helped the layers and did nothing for the two ends.
+# Damping: eigenvalues λ become λ + damping · mean λ. The layers do better with less; embedding and head do not.
 DAMPING, END_DAMPING = 0.01, 0.1
-# Added to the unigram distribution before its square root divides what is per token: rare tokens count more.
-RARE = 1e-4
+# Damping of the unigram distribution: per-token weights are (π + RARE)^-½, so rare tokens count more.
+UNIGRAM_DAMPING = 1e-4
 # Negative scores are halved: they are noisier.
-HARM = 0.5
+NEGATIVE_SCORE_FACTOR = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,11 @@ class Site:
 
     Attributes:
         name: of the module, or "embedding", "head" or "origin".
-        W_in: (F, F) float32, whitens what is read; empty for the embedding, which reads tokens.
-        W_out: (D, D) float32, whitens the gradient at what is written; empty for head and origin, which write logits.
-        tokens: the side of the embedding, head and origin that is per token; else of no tokens.
+        W_in: (F, F) float32, whitens the input; empty for the embedding, whose input is tokens.
+        W_out: (D, D) float32, whitens the output gradient; empty for head and origin, whose outputs are logits.
+        tokens: the vocabulary side of embedding, head and origin; else empty.
         unigram: (V,) π for the origin, else empty.
-        scale: what products of J are divided by: mean |H^-½ J_i|² of all sites together, over the site's weight.
+        scale: divisor of inner products of J: the mean of |H^-½ J_i|² summed over all sites, over the site's weight.
     """
 
     name: str
@@ -70,7 +73,7 @@ class Site:
         )
 
     def whitened(self, J: Tensor) -> Tensor:
-        """H^-½ J of gradients as ``site_gradients`` gives them, which hold what H^-½ has per token already."""
+        """H^-½ J, for J from ``site_gradients``, which already includes the per-token factors of H^-½."""
         if self.name == EMBEDDING:
             return J @ self.W_out
         if self.name in (HEAD, ORIGIN):
@@ -78,32 +81,32 @@ class Site:
         return self.W_in.T @ J @ self.W_out
 
     def solved(self, J: Tensor) -> Tensor:
-        """What H⁻¹ makes of a query's J: its products with blocks' J are influence, but for the scale."""
+        """H⁻¹ J of a query; its inner product with a block's J, over ``scale``, is the site's part of the influence."""
         return self.whitened(self.whitened(J))
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Sums (or means) over positions at one site: u uᵀ (F, F) and g gᵀ (D, D), float64.
+class KroneckerFactors:
+    """K-FAC factors of one site: sums (or means) over positions of u uᵀ (F, F) and g gᵀ (D, D), float64.
 
-    ``read`` is empty for the embedding; ``written`` of the head is the squared weight of a token in the loss, (1, 1).
+    ``read`` is empty for the embedding; ``written`` of the head is a token's squared weight in the loss, (1, 1).
     """
 
     read: np.ndarray
     written: np.ndarray
 
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(self.read + other.read, self.written + other.written)
+    def __add__(self, other: "KroneckerFactors") -> "KroneckerFactors":
+        return KroneckerFactors(self.read + other.read, self.written + other.written)
 
-    def __truediv__(self, positions: int) -> "Moments":
-        return Moments(self.read / positions, self.written / positions)
+    def __truediv__(self, positions: int) -> "KroneckerFactors":
+        return KroneckerFactors(self.read / positions, self.written / positions)
 
 
 def last_layers(wanted: float, n_layers: int) -> int:
-    """How many of the last layers ``operators.layers`` means: 0 all, below 1 a share (rounded up), else a number.
+    """Resolve ``operators.layers`` to a number of last layers: 0 is all, below 1 a share (rounded up), else a number.
 
     Raises:
-        StrideError: for more than there are.
+        StrideError: if it exceeds the number of layers.
     """
     if wanted > n_layers:
         raise StrideError(f"operators.layers is {wanted:g}, and the model has {n_layers} layers; ask for fewer, or 0.")
@@ -114,11 +117,11 @@ def find_sites(model: SplitModel, wanted: float = 0.0) -> tuple[str, ...]:
     """The model's own sites in order: "embedding", modules of the layers, "head".
 
     Args:
-        model: whose.
-        wanted: the last layers only, and no embedding, see last_layers; 0: all.
+        model: to search.
+        wanted: number or share of last layers (last_layers), without the embedding; 0: all layers and the embedding.
 
     Raises:
-        StrideError: where no layer has a linear map into the residual stream, or there are fewer than wanted.
+        StrideError: if no layer has a linear map into the residual stream, or the model has too few layers.
     """
     first = model.n_layers - last_layers(wanted, model.n_layers)
     names = {id(module): name for name, module in model.model.named_modules()}
@@ -126,8 +129,8 @@ def find_sites(model: SplitModel, wanted: float = 0.0) -> tuple[str, ...]:
 
     def note(layer: int, part: str) -> Callable:
         def hook(module: nn.Module, given: tuple, output: Tensor) -> None:
-            if output.shape == (1, 2, model.width):  # one that sees every token, as an expert need not
-                last.pop((layer, part), None)  # the order of the parts is that of their last maps
+            if output.shape == (1, 2, model.width):  # runs on every token; an expert of an MoE may not
+                last.pop((layer, part), None)  # re-insert: parts are ordered by their last map
                 last[layer, part] = names[id(module)]
 
         return hook
@@ -152,23 +155,23 @@ def find_sites(model: SplitModel, wanted: float = 0.0) -> tuple[str, ...]:
 
 
 def site_module(model: SplitModel, name: str) -> Any:
-    """The module whose output a site is, of one that is neither head nor origin."""
+    """The module whose output is the site; not for head and origin."""
     return model.model.get_input_embeddings() if name == EMBEDDING else model.model.get_submodule(name)
 
 
 def forward_with_activations(
     model: SplitModel, sites: Iterable[str], ids_BT: Tensor
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """A forward pass, and what every site but head and origin reads and writes in it.
+    """A forward pass that keeps the inputs and outputs of all sites except head and origin.
 
     Args:
-        model: on whose device everything is.
-        sites: names as find_sites gives them.
+        model: determines the device.
+        sites: names from find_sites.
         ids_BT: (B, T) int64 token ids.
 
     Returns:
-        The final states (B, T, D), with the graph that leads to them; by site u (B, T, F) float32, for the embedding
-        the ids instead; by site what it writes (B, T, D), in the graph.
+        The final states (B, T, D) with their autograd graph; inputs u by site, (B, T, F) float32, for the embedding
+        the ids; outputs by site, (B, T, D), in the graph.
     """
     wanted = [name for name in sites if name not in (HEAD, ORIGIN)]
     read: dict[str, Tensor] = {EMBEDDING: ids_BT.to(model.device)}
@@ -194,15 +197,15 @@ def forward_with_activations(
     return z, read, {name: wrote[name] for name in wanted}
 
 
-def written_gradients(
+def output_gradients(
     z_BTD: Tensor, wrote: dict[str, Tensor], slope_BTD: Tensor, keep: bool = False
 ) -> dict[str, Tensor]:
-    """Gradients (B, T, D) float32 at what sites write, from those at the final states; ``keep`` the graph for more."""
+    """Backpropagate from the final states to the sites' outputs: (B, T, D) float32; ``keep`` retains the graph."""
     gradients = torch.autograd.grad(z_BTD, list(wrote.values()), slope_BTD, retain_graph=keep) if wrote else []
     return {name: g.float() for name, g in zip(wrote, gradients, strict=True)}
 
 
-def _slope(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor) -> Tensor:
+def _state_gradients(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor) -> Tensor:
     """The gradient of each sequence's masked mean loss at its final states, (B, T, D)."""
     with torch.enable_grad():
         leaf = z_BTD.detach().requires_grad_(True)
@@ -211,13 +214,13 @@ def _slope(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor) ->
     return torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(leaf)
 
 
-def _counted(mask_BT: Tensor) -> Tensor:
-    """(B, T) bool: positions up to the one that predicts a sequence's last target; what follows has no say."""
+def _affects_loss(mask_BT: Tensor) -> Tensor:
+    """(B, T − 1) bool: positions up to the one that predicts the last target; later ones do not affect the loss."""
     return mask_BT[:, 1:].flip(1).cumsum(1).flip(1).gt(0)
 
 
 def token_weights(mask_BT: Tensor) -> Tensor:
-    """(B, T − 1): the weight of each next token in its sequence's mean loss."""
+    """(B, T − 1): the weight ω of each next token in its sequence's mean loss."""
     omega = mask_BT[:, 1:].float()
     return omega / omega.sum(1, keepdim=True).clamp(min=1)
 
@@ -225,15 +228,15 @@ def token_weights(mask_BT: Tensor) -> Tensor:
 def add_moments(
     totals: dict[str, tuple[Tensor, Tensor]], model: SplitModel, sites: Iterable[str], ids_BT: Tensor, mask_BT: Tensor
 ) -> int:
-    """Add a batch's second moments at some sites to ``totals``, in place; returns how many positions they are over.
+    """Add a batch's second moments at some sites to ``totals``, in place; returns the number of positions.
 
-    ``totals`` holds Σ u uᵀ and Σ g gᵀ by site, float32 (see Moments): at 135 million parameters 0.4 GB.
+    ``totals`` holds Σ u uᵀ and Σ g gᵀ by site, float32 (see Moments): 0.4 GB for a model of 135 million parameters.
     """
     sites = list(sites)
     z, read, wrote = forward_with_activations(model, sites, ids_BT)
-    written = written_gradients(z, wrote, _slope(model, ids_BT, mask_BT, z))
+    written = output_gradients(z, wrote, _state_gradients(model, ids_BT, mask_BT, z))
     read[HEAD] = z.detach().float()
-    counted = _counted(mask_BT)
+    counted = _affects_loss(mask_BT)
     for name in sites:
         u, g = read.pop(name), written.pop(name, None)
         u = u[:, :-1][counted] if name != EMBEDDING else torch.empty(0, 0, device=model.device)
@@ -245,27 +248,27 @@ def add_moments(
     return int(counted.sum())
 
 
-def moments_of(totals: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Moments]:
-    """Sums that ``add_moments`` made, in float64."""
-    return {name: Moments(*(each.double().cpu().numpy() for each in both)) for name, both in totals.items()}
+def moments_of(totals: dict[str, tuple[Tensor, Tensor]]) -> dict[str, KroneckerFactors]:
+    """The sums of ``add_moments``, in float64."""
+    return {name: KroneckerFactors(*(each.double().cpu().numpy() for each in both)) for name, both in totals.items()}
 
 
-def preconditioned(name: str, moments: Moments, counts: Tensor, seed: int) -> Site:
-    """A site's preconditioner from its second moments.
+def preconditioned(name: str, moments: KroneckerFactors, counts: Tensor, seed: int) -> Site:
+    """A site with the K-FAC preconditioner of its second moments.
 
     Args:
         name: of the site.
-        moments: sums or means over the pool.
-        counts: (V,) how often each token is in the pool; for what is per token.
-        seed: of the sketch of a large vocabulary.
+        moments: sums or means over positions of the pool.
+        counts: (V,) how often each token is a target in the pool; for the vocabulary side.
+        seed: of the count sketch of a large vocabulary.
     """
     if name not in (EMBEDDING, HEAD, ORIGIN):
         return Site(name, inverse_root(moments.read, DAMPING), inverse_root(moments.written, DAMPING))
     unigram = distribution(counts)
-    weights = (unigram + RARE).rsqrt()
+    weights = (unigram + UNIGRAM_DAMPING).rsqrt()
     if name == EMBEDDING:
         return Site(name, torch.empty(0), inverse_root(moments.written, END_DAMPING), token_side(weights, seed))
-    # In a layer's gradients a token's weight in the loss is whitened away; here it must be, too.
+    # Whitening removes ω from the layers' gradients; here it has to be divided out.
     side = token_side(weights / float(moments.written[0, 0]) ** 0.5, seed)
     W_in = inverse_root(moments.read, END_DAMPING)
     return Site(name, W_in, torch.empty(0), side, unigram if name == ORIGIN else torch.empty(0))
@@ -277,11 +280,11 @@ def distribution(counts: Tensor) -> Tensor:
 
 
 def origin_weight(layers: float, loss: float, unigram: Tensor) -> float:
-    """Weight of the origin: the number of layers, times what the model left of the tokens' unigram entropy.
+    """Weight of the origin: the number of layers times the model's loss as a share of the unigram entropy (at most 1).
 
     Args:
-        layers: how many.
-        loss: the model's mean loss on the pool, nats a token.
+        layers: number of layers with sites.
+        loss: the model's mean loss on the pool, nats per token.
         unigram: (V,) π.
     """
     entropy = float(-(unigram.double() * unigram.double().log()).sum())
@@ -291,21 +294,21 @@ def origin_weight(layers: float, loss: float, unigram: Tensor) -> float:
 def site_gradients(
     model: SplitModel, sites: tuple[Site, ...], ids_BT: Tensor, mask_BT: Tensor
 ) -> tuple[Iterator[tuple[Site, Tensor]], Tensor]:
-    """J of each sequence, site by site, and the sequences' losses (B,) float32.
+    """Per-example gradients J site by site, and the sequences' losses (B,) float32.
 
-    Of the preconditioner only what is per token is applied: ``Site.whitened`` applies the rest, once to blocks for
-    their length, twice to queries for influence.
+    Only the per-token factors of H^-½ are applied. ``Site.whitened`` applies the rest: once for a block's norm, twice
+    for a query.
 
     Returns:
-        An iterator over (site, J) with J float32 of shape (B, F, D); of embedding, head and origin (B, n, D), n the
-        coordinates of tokens.
+        An iterator over (site, J), J float32 of shape (B, F, D); for embedding, head and origin (B, n, D) with n
+        vocabulary coordinates.
     """
     z, read, wrote = forward_with_activations(model, [site.name for site in sites], ids_BT)
     ends, losses, slope = head_gradients(model, sites, ids_BT, mask_BT, z.detach())
-    written = written_gradients(z, wrote, slope)
+    written = output_gradients(z, wrote, slope)
 
     def each() -> Iterator[tuple[Site, Tensor]]:
-        # Each is let go when it was used: together they take as much memory as the model's forward.
+        # Release activations site by site: together they take as much memory as the forward pass.
         for site in sites:
             if site.name in (HEAD, ORIGIN):
                 yield site, ends.pop(site.name)
@@ -319,9 +322,9 @@ def site_gradients(
 def head_gradients(
     model: SplitModel, sites: Iterable[Site], ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """J of head and origin, (B, n, D) each, the losses (B,) and their ``_slope``, from one look at the logits.
+    """J of head and origin, (B, n, D) each, the losses (B,) and their gradient at the states; one pass over the logits.
 
-    Head: Σ_t ω_t ((p_t − y_t) W_out) ⊗ z_t; origin: π for p_t. A few sequences' logits at a time.
+    Head: Σ_t ω_t ((p_t − y_t) W_out) ⊗ z_t; origin: π in place of p_t. Logits of a few sequences at a time.
     """
     omega, ids = token_weights(mask_BT), ids_BT[:, 1:]
     rows = model.logits_rows(ids_BT.shape[1])
@@ -343,7 +346,7 @@ def head_gradients(
                 known, seen = site.tokens.of(site.unigram.clone()), read * weight.unsqueeze(2)
                 expected = known.unsqueeze(1) * seen.sum(1, keepdim=True)
                 pieces[ORIGIN].append(site.tokens.summed(target, -seen, expected))
-    # A copy of J is worth avoiding where there was one look.
+    # With a single chunk, avoid a copy of J.
     found = {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in pieces.items()}
     slope = torch.nn.functional.pad(torch.cat(slopes), (0, 0, 0, 1))
     return found, torch.cat(losses).masked_fill(~mask_BT[:, 1:].any(1), torch.nan), slope
@@ -353,18 +356,18 @@ def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor
     """Influence of B blocks on Q queries.
 
     Args:
-        queries: by site's name, (Q, P) float32 H⁻¹ J of the queries (``Site.solved``), P = F·D.
+        queries: H⁻¹ J of the queries (``Site.solved``) by site name, (Q, P) float32, P = F·D.
         gradients: J of the blocks, site by site.
 
     Returns:
-        (Q, B) float32; positive: training on the block lowers the query's loss. Harm counts half (HARM).
+        (Q, B) float32; positive: training on the block lowers the query's loss. Negative scores are halved (HARM).
     """
     total: Any = 0.0
     for site, J in gradients:
         total = total + queries[site.name] @ J.flatten(1).T / site.scale
-    return harm_halved(total)
+    return halve_negative(total)
 
 
-def harm_halved(influence: Tensor) -> Tensor:
-    """Negative influence times HARM."""
-    return torch.where(influence > 0, influence, HARM * influence)
+def halve_negative(influence: Tensor) -> Tensor:
+    """Scale negative influence by HARM."""
+    return torch.where(influence > 0, influence, NEGATIVE_SCORE_FACTOR * influence)

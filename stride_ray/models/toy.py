@@ -1,4 +1,4 @@
-"""A small tokenizer and a small Llama, trained on the spot: what the quickstart and measurements attribute."""
+"""A toy BPE tokenizer and a toy Llama, trained on the fly for the quickstart and the benchmarks."""
 
 import shutil
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ VOCABULARY, BATCH = 2048, 16
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
-    """A byte-level BPE tokenizer with an end-of-text token, as a Hugging Face folder; one that is there stays."""
+    """Train a byte-level BPE tokenizer with an end-of-text token into a Hugging Face folder, unless it exists."""
     if (folder / "tokenizer_config.json").exists():
         return
     tokenizer = Tokenizer(models.BPE())
@@ -29,7 +29,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # Whole or not at all: its files are written one by one.
+    # Rename when complete: save_pretrained writes file by file.
     partial = folder.with_name(f".{folder.name}.partial")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
@@ -40,11 +40,11 @@ def train_model(blocks: Blocks, tokenizer: Path, folder: Path, epochs: int, seed
     """Train a 1-million-parameter Llama on all blocks and save it as a Hugging Face checkpoint with its tokenizer.
 
     Args:
-        blocks: what to learn.
-        tokenizer: the folder of the tokenizer that made them.
-        folder: of the checkpoint; one that is there stays.
+        blocks: training data.
+        tokenizer: folder of the tokenizer that produced the blocks.
+        folder: of the checkpoint; an existing one is kept.
         epochs: passes over the blocks.
-        seed: of weights and order.
+        seed: of the initial weights and the data order.
     """
     if (folder / "config.json").exists():
         return

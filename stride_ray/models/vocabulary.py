@@ -1,10 +1,9 @@
-"""The side of a site that is per token: V weights, one coordinate a token, or fewer coordinates than tokens.
+"""The vocabulary side of a site: a weight per token and, for large vocabularies, a count sketch of the coordinates.
 
-A vocabulary of more than SKETCH tokens is folded: tokens are dealt out to SKETCH buckets with random signs (a count
-sketch, Charikar et al. 2002; feature hashing, Weinberger et al. 2009, arXiv 0902.2206), which keeps inner products up
-to noise of one over the root of the number of buckets, at the cost of one addition a token. A matrix of random
-combinations would keep them no better, take 805 MB at 49,152 tokens, and cost more than the rest of a small model's
-forward pass.
+A vocabulary of more than SKETCH tokens is hashed into SKETCH buckets with random signs (count sketch, Charikar et al.
+2002; feature hashing, Weinberger et al. 2009, arXiv 0902.2206). This preserves inner products up to noise of one over
+the root of the number of buckets and costs one addition per token. A dense random projection is no more accurate, takes
+805 MB at 49,152 tokens, and costs more than the rest of a small model's forward pass.
 """
 
 from dataclasses import dataclass, field, replace
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Coordinates of a larger vocabulary that are kept.
-SKETCH = 4096
+# Buckets for a larger vocabulary.
+MAX_BUCKETS = 4096
 
 
 def _none() -> Tensor:
@@ -23,12 +22,12 @@ def _none() -> Tensor:
 
 @dataclass(frozen=True)
 class TokenSide:
-    """What a vocabulary's coordinates are multiplied by, and how they are brought to fewer.
+    """Per-token weights, and how the vocabulary's coordinates are reduced.
 
     Attributes:
-        weights: (V,) float32, with random signs where there are buckets.
-        buckets: (V,) int64, each token's bucket; empty: every token has its own coordinate.
-        directions: (v, b) float32, what the v coordinates are projected with (sketch.py); empty: nothing.
+        weights: (V,) float32, including the count sketch's random signs if there are buckets.
+        buckets: (V,) int64, each token's bucket; empty: one coordinate per token.
+        directions: (v, b) float32, random projection of the v coordinates (sketch.py); empty: none.
     """
 
     weights: Tensor
@@ -37,8 +36,8 @@ class TokenSide:
 
     @property
     def folded(self) -> int:
-        """v: coordinates before they are projected."""
-        return min(SKETCH, len(self.weights)) if len(self.buckets) else len(self.weights)
+        """v: the number of coordinates before the projection."""
+        return min(MAX_BUCKETS, len(self.weights)) if len(self.buckets) else len(self.weights)
 
     def __len__(self) -> int:
         return self.directions.shape[1] if len(self.directions) else self.folded
@@ -48,7 +47,7 @@ class TokenSide:
         return TokenSide(*(each.to(device) for each in (self.weights, self.buckets, self.directions)))
 
     def of(self, x: Tensor) -> Tensor:
-        """Coordinates (…, n) of numbers (…, V), which are overwritten; where there are fewer, of the first tokens."""
+        """Coordinates (…, n) of per-token values (…, V), overwriting them; fewer than V values: of the first tokens."""
         V = x.shape[-1]
         x = x.mul_(self.weights[:V])
         if len(self.buckets):
@@ -56,16 +55,16 @@ class TokenSide:
         return x @ self.directions[: x.shape[-1]] if len(self.directions) else x
 
     def to_tokens(self, x: Tensor) -> Tensor:
-        """The transpose of ``of``: numbers (…, V) from coordinates (…, n), which are not projected."""
+        """The transpose of ``of`` without a projection: coordinates (…, v) to per-token values (…, V)."""
         return (x[..., self.buckets] if len(self.buckets) else x) * self.weights
 
     def spread(self, ids_BT: Tensor, v_nD: Tensor) -> Tensor:
-        """The transpose of ``summed``: (B, T, D) from (n, D), each token's row at its places."""
+        """The transpose of ``summed`` without a projection: each position's row of (v, D), as (B, T, D)."""
         places = self.buckets[ids_BT] if len(self.buckets) else ids_BT
         return v_nD[places] * self.weights[ids_BT].unsqueeze(2)
 
     def summed(self, ids_BT: Tensor, x_BTD: Tensor, begun: Tensor | None = None) -> Tensor:
-        """Σ_t coordinates(id_t) ⊗ x_t of each sequence: (B, n, D); ``begun``, of that shape, is added to in place."""
+        """Σ_t coordinates(id_t) ⊗ x_t per sequence: (B, n, D), added in place to ``begun`` of that shape if given."""
         places = self.buckets[ids_BT] if len(self.buckets) else ids_BT
         x = x_BTD * self.weights[ids_BT].unsqueeze(2)
         if len(self.directions):
@@ -79,16 +78,16 @@ class TokenSide:
 
 
 def token_side(weights: Tensor, seed: int) -> TokenSide:
-    """A vocabulary's side with these (V,) weights, folded where it is large."""
+    """The vocabulary side with (V,) weights, count-sketched if V exceeds SKETCH."""
     V = len(weights)
-    if V <= SKETCH:
+    if V <= MAX_BUCKETS:
         return TokenSide(weights)
     generator = torch.Generator().manual_seed(seed)
-    buckets = torch.randperm(V, generator=generator) % SKETCH
+    buckets = torch.randperm(V, generator=generator) % MAX_BUCKETS
     signs = torch.randint(0, 2, (V,), generator=generator) * 2 - 1
     return TokenSide(weights * signs, buckets)
 
 
 def projected(side: TokenSide, directions: Tensor) -> TokenSide:
-    """The side, its coordinates projected with (v, b) directions."""
+    """A copy whose coordinates are projected with (v, b) directions."""
     return replace(side, directions=directions)

@@ -1,1 +1,1 @@
-"""Blocks to steering operators: a sketch of each block's preconditioned gradient, or the paper's own forms."""
+"""Fit of steering operators: sketches of the blocks' whitened gradients, or the forms of the paper."""

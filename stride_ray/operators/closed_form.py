@@ -1,6 +1,6 @@
-"""The closed form: each subset's operator is the preconditioned mean of its members' J (method.md, measured 1 and 4).
+"""Closed form: a subset's operator is minus the preconditioned mean of its members' J (method.md, measured 1 and 4).
 
-Plain functions over batches and sums; ``fit.py`` maps them over the pool and reduces.
+Plain functions of batches and sums; ``fit.py`` runs them as a map–reduce over the pool.
 """
 
 from dataclasses import replace
@@ -18,16 +18,17 @@ from stride_ray.operators.forms import Basis, normalised, random_basis, stream_g
 def stream_moments(
     model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, with_gradients: bool
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Sums of second moments over a batch's positions that predict a token.
+    """Sums of second moments over a batch.
 
     Args:
-        model: split where the operators act.
+        model: split at the operators' layer.
         ids_BT: (B, T) token ids.
         mask_BT: (B, T) bool targets.
-        with_gradients: also of ∂loss/∂h, for operators in the residual stream.
+        with_gradients: also of g = ∂loss/∂h, for operators in the residual stream.
 
     Returns:
-        Σ z zᵀ with z = LN(h), (D, D) float64; Σ g gᵀ, (D, D) float64 (zeros without gradients); number of positions.
+        Σ z zᵀ with z = LN(h), over positions that predict a target, (D, D) float64; Σ g gᵀ over all positions, (D, D)
+        float64 (zeros without gradients); number of predicting positions.
     """
     h = model.trunk(ids_BT)
     predicts = torch.zeros_like(mask_BT)
@@ -35,7 +36,7 @@ def stream_moments(
     z = normalised(h)[predicts].double()
     g = torch.zeros(1, z.shape[1], dtype=torch.float64, device=z.device)
     if with_gradients:
-        # Position t's gradient also comes from later targets, so all positions of real tokens count.
+        # Position t's gradient also comes from later targets, so all positions are summed; padding contributes zeros.
         g = stream_gradients(model, h, ids_BT, mask_BT).flatten(0, 1).double()
     return (z.T @ z).cpu().numpy(), (g.T @ g).cpu().numpy(), len(z)
 
@@ -51,22 +52,22 @@ def preconditioned_basis(
     gradient: np.ndarray,
     counts: np.ndarray,
 ) -> Basis:
-    """The basis of the closed form, whitened on both sides (method.md, measured point 4; the recipe of lds/README.md).
+    """The closed form's basis, whitened on both sides (method.md, measured point 4; the recipe of lds/README.md).
 
     Args:
         form: gate, matrix or logit.
         rank: r.
         sketch: v of the logit form.
         target: unigram or model.
-        seed: of the random directions.
+        seed: of the random directions and the Gaussian sketch.
         stream: (D, D) second moment of LN(h) over the pool.
         gradient: (D, D) second moment of ∂loss/∂h (unused by logit).
-        counts: (V,) how often each token is in the pool.
+        counts: (V,) how often each token is a target in the pool (used by logit only).
 
     Returns:
-        Linear activation; W_in = whitening of the stream times r random orthonormal directions; W_out of the residual
-        forms = whitening of the gradients (times r directions for gate); of the logit form = w ∘ Q with w = (π +
-        1e-5)^−½, π the add-one unigram distribution, Q a Gaussian sketch.
+        A basis with linear activation. W_in = whitening of the stream times r random orthonormal directions. W_out =
+        whitening of the gradients for the residual forms (times r directions for gate); w ∘ Q for the logit form, with
+        w = (π + 1e-5)^−½, π the add-one unigram distribution and Q a Gaussian sketch.
     """
     D, V = len(stream), len(counts)
     generator = torch.Generator().manual_seed(seed)
@@ -87,7 +88,7 @@ def add_to_subsets(sums: Tensor, J: Tensor, subsets: np.ndarray) -> None:
     """Add each block's J to its subsets' sums, in place.
 
     Args:
-        sums: (K + 1, P) float32; row K collects the padding of Bernoulli columns.
+        sums: (K + 1, P) float32; row K absorbs the padding of Bernoulli columns.
         J: (B, P) float32.
         subsets: (B, width) subset ids, padded with K.
     """
@@ -96,6 +97,6 @@ def add_to_subsets(sums: Tensor, J: Tensor, subsets: np.ndarray) -> None:
 
 
 def operators_from_sums(sums: Tensor, sizes: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-    """A_k = −mean of its members' J: (K, P) sums and (K,) sizes -> (K, *shape) float32."""
+    """A_k = −mean of the members' J: (K, P) sums and (K,) sizes to (K, *shape) float32."""
     means = sums / torch.from_numpy(np.maximum(sizes, 1)).to(sums).unsqueeze(1)
     return -means.view(len(means), *shape)

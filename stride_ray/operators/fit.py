@@ -1,10 +1,10 @@
 """Stage fit: blocks to operators.
 
-Operators at every site, the default, are in site_fit.py. Of the paper's forms the closed form is a map–reduce over a
-fixed cut of the pool: token counts and second moments give the basis, each shard adds its blocks' J to their subsets'
-sums, and the sums are taken in shard order, so any number of workers gives the same operators; the paper's loop
-(``training/``) ends in the same files. Either way the stage ends with the number that says whether anything was
-learned: the mean response on members minus non-members.
+The default, operators at every site, is in site_fit.py. For the paper's forms the closed form is a map–reduce over a
+fixed partition of the pool: token counts and second moments give the basis, each shard adds its blocks' J to their
+subsets' sums, and the sums are reduced in shard order, so the result does not depend on the number of workers. The
+paper's training loop (``training/``) writes the same files. Each fit ends with a check that the operators learned
+something: the mean response on members minus that on non-members.
 """
 
 import time
@@ -18,39 +18,51 @@ import torch
 
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.models.curvature.kfac import begin_curvature, finish_curvature
-from stride_ray.models.loading import measured_weights
-from stride_ray.models.pool_worker import ModelWorker, check_tokenizer, corpus_of, map_sample_slices, token_counts
+from stride_ray.models.loading import measured_model_fingerprint
+from stride_ray.models.pool_worker import (
+    ModelWorker,
+    check_tokenizer,
+    covered_fingerprint,
+    map_sample_slices,
+    token_counts,
+)
 from stride_ray.operators.closed_form import add_to_subsets, operators_from_sums, preconditioned_basis, stream_moments
 from stride_ray.operators.forms import Operators, gradients
 from stride_ray.operators.membership import membership_of
 from stride_ray.operators.site_fit import fit_sites
 from stride_ray.operators.stored import load_basis, load_operators, save_basis, save_operators
-from stride_ray.operators.validation import judge
+from stride_ray.operators.validation import validate
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
-from stride_ray.runtime.costs import costed, record_separately
+from stride_ray.runtime.costs import record_separately, record_stage_costs
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.memory import expected_gb
 from stride_ray.runtime.run import Run, Stage, tolerate_concurrent_finish
 from stride_ray.runtime.storage import tensor_bytes
 from stride_ray.runtime.tasks import allocate_workers, connected, progress
 
-# Tokens that the second moments are estimated from.
+# Sample size for the second moments, in tokens.
 MOMENT_TOKENS = 32_768
 
 
 def fit(run: Run) -> dict[str, Any]:
-    """Fit the run's operators, take up where an interrupted fit stopped, or add the blocks sharded since it ended.
+    """Fit the run's operators, resume an interrupted fit, or extend a finished one to blocks sharded since.
+
+    Example:
+        >>> from stride_ray import Run, fit
+        >>> facts = fit(Run("mine"))
+        >>> facts["form"], facts["rows"], facts["learned"]
+        ('sites', 'blocks', True)
 
     Args:
         run: with a finished ``blocks/``.
 
     Returns:
-        The facts of ``operators/metadata.json``: sizes, the gap and its standard error, ``learned``, a sentence.
+        The content of ``operators/metadata.json``: sizes, the gap and its standard error, ``learned``, a verdict.
 
     Raises:
-        StrideError: for a missing stage, other settings, a model that does not fit the tokens, fewer blocks than
-            subsets, or resources that the cluster cannot give.
+        StrideError: for a missing stage, changed settings, a model that does not match the tokens, fewer blocks than
+            subsets, or resources that the cluster does not have.
     """
     blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
     config, of_sites = run.config, run.config.operators.form == "sites"
@@ -59,30 +71,30 @@ def fit(run: Run) -> dict[str, Any]:
             f"The pool has {len(blocks)} blocks and membership.subsets asks for {config.membership.subsets} subsets; "
             "there must be at least as many blocks as subsets: lower --subsets or shard more text."
         )
-    membership_of(config)  # a degree above the number of subsets is told before anything starts
+    membership_of(config)  # fail early on a degree above the number of subsets
     check_tokenizer(config, blocks)
-    weights = measured_weights(config)
+    weights = measured_model_fingerprint(config)
     curvature = begin_curvature(run, blocks, weights) if of_sites else None
-    corpus = corpus_of(run.stage("operators"), "metadata.json", blocks)
+    corpus = covered_fingerprint(run.stage("operators"), "metadata.json", blocks)
     stage = run.begin("operators", corpus=corpus, weights=weights)
     finished = stage.store.exists("metadata.json")
-    if finished and not grown(stage.store.read_json("metadata.json"), blocks):
+    if finished and not pool_has_grown(stage.store.read_json("metadata.json"), blocks):
         _clear(stage)
         return stage.store.read_json("metadata.json")
     with nullcontext() if finished else tolerate_concurrent_finish(stage, "metadata.json"), connected(config.compute):
         if curvature is not None:
             _fit_sites(config, blocks, curvature, stage)
         else:
-            with costed(stage):
+            with record_stage_costs(stage):
                 _fit(config, blocks, stage)
     return stage.store.read_json("metadata.json")
 
 
-def grown(facts: dict[str, Any], blocks: Blocks) -> bool:
-    """Whether the pool has blocks that operators with this metadata.json were not fitted on, and may be now.
+def pool_has_grown(facts: dict[str, Any], blocks: Blocks) -> bool:
+    """Whether the pool has blocks that are not covered by operators with this metadata.json and can be added.
 
     Raises:
-        StrideError: it has, and operators of subsets cannot be added to.
+        StrideError: if it has, but the operators are of subsets and cannot be extended.
     """
     before = facts["blocks"]
     if before == len(blocks):
@@ -90,21 +102,21 @@ def grown(facts: dict[str, Any], blocks: Blocks) -> bool:
     if facts.get("rows") != "blocks":
         raise StrideError(
             f"Operators were fitted on the first {before:,} blocks, and the pool has {len(blocks):,} now; an operator "
-            "of a subset is a mean over it and cannot be added to: fit into a new run directory, or delete operators/."
+            "of a subset is a mean over it and cannot be extended: fit into a new run directory, or delete operators/."
         )
     return True
 
 
 def _fit_sites(config: Config, blocks: Blocks, curvature: Stage, stage: Stage) -> None:
-    """The preconditioner, then rows at every site."""
+    """Fit at every site: the preconditioner, then the rows."""
     with ActorPool(allocate_workers(config.compute, unit_count(len(blocks)), expected_gb(config))) as actors:
         finish_curvature(config, blocks, curvature, actors)
-        with costed(stage):
+        with record_stage_costs(stage):
             fit_sites(config, blocks, curvature.store, stage, actors)
 
 
 def _fit(config: Config, blocks: Blocks, stage: Stage) -> None:
-    """Fit by the run's method, and publish what was judged."""
+    """Fit the paper's form by the configured method, validate and publish."""
     if config.fit.method == "closed_form":
         with ActorPool(allocate_workers(config.compute, len(blocks.shards()), expected_gb(config))) as actors:
             _closed_form(config, blocks, stage, actors)
@@ -121,7 +133,7 @@ def _fit(config: Config, blocks: Blocks, stage: Stage) -> None:
 
 
 def _closed_form(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:
-    """Basis, sums per shard, and the operators that they give, in ``fitted/``."""
+    """Compute the basis and the sums per shard, and reduce them to the operators in ``fitted/``."""
     if stage.store.exists("fitted/metadata.json"):
         return
     units = [(index, *shard) for index, shard in enumerate(blocks.shards())]
@@ -140,7 +152,7 @@ def _one(_: Any) -> int:
 
 
 def _fit_basis(config: Config, blocks: Blocks, actors: ActorPool) -> Any:
-    """Token counts over the whole pool and second moments over a sample, then the basis."""
+    """The basis from token counts over the whole pool (logit form only) and second moments over a sample."""
     counts = token_counts(blocks, actors) if config.operators.form == "logit" else np.zeros(0, dtype=np.int64)
     sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
     moments = map_sample_slices(actors, Moments, (config, blocks, actors.device), sample, "precondition")
@@ -155,10 +167,10 @@ def _fit_basis(config: Config, blocks: Blocks, actors: ActorPool) -> Any:
 
 
 class Moments(ModelWorker):
-    """Second moments of the stream (and its gradients) over some blocks."""
+    """Second moments of the stream (and its gradients) over a slice of the sample."""
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """Do one unit; returns its marker or findings."""
+        """Process one slice; returns its sums."""
         index, ordinals = unit
         stream: Any = 0.0
         gradient: Any = 0.0
@@ -173,7 +185,7 @@ class Moments(ModelWorker):
 
 
 class Accumulator(ModelWorker):
-    """Adds the J of a shard's blocks to their subsets' sums and publishes them."""
+    """Publishes a shard's contribution to the subsets' sums of J."""
 
     def __init__(self, config: Config, blocks: Blocks, stage: Stage, device: str) -> None:
         super().__init__(config, blocks, device)
@@ -182,7 +194,7 @@ class Accumulator(ModelWorker):
         self.membership = membership_of(config)
 
     def __call__(self, unit: tuple[int, int, int]) -> dict[str, Any]:
-        """Do one unit; returns its marker or findings."""
+        """Process one shard; returns its done marker."""
         started = time.monotonic()
         index, start, stop = unit
         size = int(np.prod(self.basis.shape))
@@ -198,7 +210,7 @@ class Accumulator(ModelWorker):
 
 
 def reduce_sums(config: Config, stage: Stage, shards: int, n_blocks: int) -> dict[str, Any]:
-    """Add the shards' sums in order, divide by subset sizes, publish the operators as ``fitted/``."""
+    """Add the shards' sums in order, divide by subset sizes, and publish the operators as ``fitted/``."""
     total: Any = 0.0
     for index in range(shards):
         total = total + stage.store.read_tensors(f"sum-{index:03d}.safetensors")["sums"]
@@ -209,31 +221,31 @@ def reduce_sums(config: Config, stage: Stage, shards: int, n_blocks: int) -> dic
 
 
 def _finish(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:
-    """Judge what was fitted, publish it as final, and clear the scaffolding."""
+    """Validate the fitted operators, publish them as the stage's result, and remove intermediate files."""
     folder = "trained" if config.fit.method == "train" else "fitted"
-    judged = actors.map(Judge, (config, blocks, stage, actors.device), [folder])
+    judged = actors.map(OperatorValidator, (config, blocks, stage, actors.device), [folder])
     progress(judged, "judge", 1, "fit", _one)
     _clear(stage)
 
 
 def _clear(stage: Stage) -> None:
-    """Remove the scaffolding of a finished fit, some of which an interrupted one may have left."""
+    """Remove the intermediate files of a finished fit, including those of an interrupted cleanup."""
     stage.clear_tensors("sum-")
     for name in ("fitted", "trained", "loop", "basis.json", "basis.safetensors"):
         stage.store.remove(name)
 
 
-class Judge(ModelWorker):
-    """Measures fitted operators and publishes them as the stage's result."""
+class OperatorValidator(ModelWorker):
+    """Validates fitted operators and publishes them as the stage's result."""
 
     def __init__(self, config: Config, blocks: Blocks, stage: Stage, device: str) -> None:
         super().__init__(config, blocks, device)
         self.stage = stage
 
     def __call__(self, folder: str) -> dict[str, Any]:
-        """Do one unit; returns its marker or findings."""
+        """Validate the operators in ``folder``; returns their metadata."""
         operators, _ = load_operators(self.stage.store.child(folder), self.model.device)
-        found = judge(self.model, operators, self.blocks, membership_of(self.config), self.config)
+        found = validate(self.model, operators, self.blocks, membership_of(self.config), self.config)
         about = {
             "method": self.config.fit.method,
             "model": self.model.name,

@@ -1,4 +1,4 @@
-"""Steering operators: what they add to the model, and the gradient J of a block's loss at zero steering.
+"""Steering operators: how they modify the model, and the gradient J of a block's loss at zero steering.
 
 All three forms are one bilinear map. With u = act(LN(h) W_in) the operator of subset k adds
 
@@ -10,8 +10,8 @@ All three forms are one bilinear map. With u = act(LN(h) W_in) the operator of s
     logit    the logits              r×v                 V×v   (paper's Eq. 7, in a sketch of v directions)
 
 so the gradient of a loss with respect to A_k at zero steering is J = Σ_t u_t ⊗ (W_outᵀ g_t), where g_t is the loss's
-gradient with respect to what is added (for gate, the diagonal of that). W_in and W_out carry the preconditioner, so
-that inner products of J are J(x)ᵀ H⁻¹ J_i (method.md, measured points 1 and 4).
+gradient with respect to the stream or the logits (for gate, the diagonal of J). W_in and W_out include the
+preconditioner, so that inner products of J are J(x)ᵀ H⁻¹ J_i (method.md, measured points 1 and 4).
 """
 
 from dataclasses import dataclass, field, replace
@@ -24,23 +24,23 @@ from torch.nn import functional as F
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.matrices import gaussian_sketch, orthonormal
 
-# Logits computed at once (elements); bounds memory whatever the vocabulary.
+# Elements in one chunk of logits; bounds memory for any vocabulary.
 LOGIT_BUDGET = 2**24
 
 
 @dataclass(frozen=True)
 class Basis:
-    """What all operators share.
+    """The matrices and settings that all operators share.
 
     Attributes:
         form: gate, matrix or logit.
         W_in: (D, r) float32.
         W_out: (outputs, v) float32; see the table above.
         activation: "linear" (closed form, whitened) or "silu" (paper).
-        target: logit form: what the next token is compared with, "model" (p_t, the loss's true gradient) or
-            "unigram" (the pool's unigram distribution π in its place; method.md, the recipe of lds/README.md).
+        target: logit form: the distribution minus which y_t is taken: "model" (p_t, the true gradient of the loss) or
+            "unigram" (the pool's unigram distribution π; method.md, the recipe of lds/README.md).
         centre: (v,) W_outᵀ π for target "unigram", else empty.
-        unit: J is divided by its norm.
+        unit: normalise J to unit norm.
     """
 
     form: str
@@ -63,11 +63,11 @@ class Basis:
         return replace(self, **moved)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors, for safetensors."""
+        """Tensors to store in safetensors."""
         return {"W_in": self.W_in, "W_out": self.W_out, "centre": self.centre}
 
     def facts(self) -> dict[str, Any]:
-        """The rest, for JSON."""
+        """Settings to store in JSON."""
         return {"form": self.form, "activation": self.activation, "target": self.target, "unit": self.unit}
 
 
@@ -77,13 +77,13 @@ def normalised(h: Tensor) -> Tensor:
 
 
 def features(basis: Basis, h_BTD: Tensor) -> Tensor:
-    """u = act(LN(h) W_in): (B, T, D) -> (B, T, r) float32."""
+    """u = act(LN(h) W_in): (B, T, D) to (B, T, r) float32."""
     u = normalised(h_BTD) @ basis.W_in
     return F.silu(u) if basis.activation == "silu" else u
 
 
-def steering(basis: Basis, u_BTr: Tensor, A: Tensor) -> Tensor:
-    """What operators add: u (B, T, r) with A (B, *shape) or (*shape) -> (B, T, outputs) float32."""
+def steering_vectors(basis: Basis, u_BTr: Tensor, A: Tensor) -> Tensor:
+    """The steering vectors s: u (B, T, r) with A (B, *shape) or (*shape) to (B, T, outputs) float32."""
     moved = u_BTr * A.unsqueeze(-2) if basis.form == "gate" else u_BTr @ A
     return moved @ basis.W_out.T
 
@@ -95,7 +95,7 @@ def gradients(basis: Basis, model: SplitModel, ids_BT: Tensor, mask_BT: Tensor) 
         basis: on the model's device.
         model: split at the basis's layer (after the last layer for the logit form).
         ids_BT: (B, T) int64 token ids.
-        mask_BT: (B, T) bool, tokens that count as targets.
+        mask_BT: (B, T) bool, targets.
 
     Returns:
         (B, *basis.shape) float32. A sequence without targets gives zeros.
@@ -146,10 +146,10 @@ class Operators:
     """K fitted operators.
 
     Attributes:
-        basis: what they share.
+        basis: shared by all K.
         A: (K, *basis.shape) float32.
-        scale: strength with which they steer in exact mode (the closed form fixes directions; a line search on
-            members' loss fixes this).
+        scale: steering strength in exact mode (the closed form gives only directions; validation sets this by a search
+            over strengths on members' loss).
     """
 
     basis: Basis
@@ -161,7 +161,7 @@ class Operators:
         return replace(self, basis=self.basis.to(device), A=self.A.to(device))
 
     def linear(self, model: SplitModel, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """All responses to first order, y_k = −J(x)·A_k (method.md, measured point 1): (B, K) float32."""
+        """First-order responses y_k = −J(x)·A_k (method.md, measured point 1): (B, K) float32."""
         J = gradients(self.basis, model, ids_BT, mask_BT)
         return -(J.flatten(1) @ self.A.flatten(1).T)
 
@@ -169,14 +169,14 @@ class Operators:
     def exact(
         self, model: SplitModel, ids_T: Tensor, mask_T: Tensor, subsets: Tensor, batch_tokens: int
     ) -> tuple[float, Tensor]:
-        """Responses by steered forwards: y_k = CE_0 − CE_k.
+        """Responses by steered forward passes: y_k = CE_0 − CE_k.
 
         Args:
             model: split at the operators' layer.
             ids_T: (T,) one query.
             mask_T: (T,) its targets.
-            subsets: (n,) which operators.
-            batch_tokens: tokens in one steered forward.
+            subsets: (n,) indices of the operators.
+            batch_tokens: tokens per steered forward pass.
 
         Returns:
             The base loss in nats and (n,) float32 responses in nats.
@@ -191,7 +191,7 @@ class Operators:
             count = max(1, batch_tokens // ids.shape[1])
             pieces = []
             for chosen in subsets.split(count):
-                moved = h + (self.scale * steering(self.basis, u, self.A[chosen])).to(h.dtype)
+                moved = h + (self.scale * steering_vectors(self.basis, u, self.A[chosen])).to(h.dtype)
                 many = len(chosen)
                 pieces.append(model.losses(moved, ids.expand(many, -1), mask.expand(many, -1)))
             steered = torch.cat(pieces)
@@ -200,7 +200,7 @@ class Operators:
     def _steered_logit_losses(
         self, model: SplitModel, h: Tensor, u: Tensor, ids: Tensor, mask: Tensor, subsets: Tensor
     ) -> Tensor:
-        """One forward of the model serves every operator: only the logits move."""
+        """Losses (n,); one forward pass serves all operators, since only the logits change."""
         at = mask[0, 1:].nonzero().squeeze(1)
         z, u, targets = model.states(h)[0, at], u[0, at], ids[0, at + 1]
         sums = torch.zeros(len(subsets), device=h.device)
@@ -221,13 +221,13 @@ class Operators:
 def random_basis(
     form: str, width: int, vocabulary: int, rank: int, sketch: int, seed: int, activation: str = "silu"
 ) -> Basis:
-    """An unfitted basis: orthonormal W_in; W_out orthonormal (gate), the identity (matrix) or Gaussian (logit).
+    """A random basis: orthonormal W_in; W_out orthonormal (gate), the identity (matrix) or Gaussian (logit).
 
     Args:
         form: gate, matrix or logit.
         width: D.
         vocabulary: V.
-        rank: r (at most D is used).
+        rank: r, capped at D.
         sketch: v of the logit form.
         seed: of the draw.
         activation: silu (paper) or linear.

@@ -1,8 +1,8 @@
-"""Which blocks belong to which subsets: the K×N matrix M, computed from a seed and never stored.
+"""The K×N membership matrix M of blocks in subsets, computed from a seed and never stored.
 
-Every stage needs M (the operators sum over subsets, the recovery scans columns), on many workers, for up to 1e9 blocks.
-So a column is a pure function of (seed, ordinal): integer hashing and Floyd's sampling, no state, no floating point.
-Any worker on any machine computes any range of columns and gets the same bits.
+Every stage needs M (the fit sums over subsets, the recovery scans columns), on many workers, for up to 1e9 blocks. So a
+column is a pure function of (seed, ordinal): integer hashing and Floyd's sampling, without state or floating point.
+Every worker gets bit-identical columns for any range.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 
 FORMS = ("regular", "bernoulli")
-CHUNK = 1 << 16  # columns held at a time where a whole pool is walked
+CHUNK = 1 << 16  # columns in memory during a pass over the pool
 EXPANDER_EPSILON = 1 / 6  # Lemma 1 and Remark 1 of the paper
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -39,7 +39,7 @@ def _mix(z: np.uint64) -> np.uint64:
 
 @njit(cache=True, nogil=True)
 def _key(seed: np.uint64, ordinal: np.uint64) -> np.uint64:
-    """Return the state of one column; mixing the seed first keeps seed+1 from being a shifted copy of seed."""
+    """Return the hash state of a column; mixing the seed first keeps seed+1 from being a shifted copy of seed."""
     return _mix(_mix(seed + _GAMMA) + (ordinal + _ONE) * _GAMMA)
 
 
@@ -47,8 +47,8 @@ def _key(seed: np.uint64, ordinal: np.uint64) -> np.uint64:
 def _fill_regular(seed: np.uint64, ordinals: NDArray, subsets: int, out: NDArray) -> None:
     """Write d distinct ids, ascending, into each row of out: Floyd's algorithm on hashed draws.
 
-    A tile of columns advances together, one lane each, and is sorted by a branchless network: every inner loop runs
-    over lanes, so the compiler vectorises it. That is several times as fast as one column after the other.
+    A tile of columns is processed together, one lane each, and sorted by a branchless network: every inner loop runs
+    over lanes, so the compiler vectorises it. This is several times as fast as one column at a time.
     """
     degree = out.shape[1]
     key = np.empty(_TILE, np.uint64)
@@ -63,7 +63,7 @@ def _fill_regular(seed: np.uint64, ordinals: NDArray, subsets: int, out: NDArray
             step, bound = np.uint64(draw + 1) * _GAMMA, np.uint64(top + 1)
             pick = chosen[draw]
             for lane in range(lanes):
-                # Multiply and shift maps 32 bits onto 0..top; its bias, below 2^-32 (top+1), is far under chance.
+                # Multiply and shift maps 32 bits onto 0..top; its bias, below 2^-32 (top+1), is below sampling noise.
                 pick[lane] = np.int32(((_mix(key[lane] + step) >> _S32) * bound) >> _S32)
                 taken[lane] = False
             for earlier in range(draw):
@@ -85,7 +85,7 @@ def _fill_regular(seed: np.uint64, ordinals: NDArray, subsets: int, out: NDArray
 
 @njit(cache=True, nogil=True)
 def _bernoulli_width(seed: np.uint64, ordinals: NDArray, subsets: int, threshold: np.uint64) -> int:
-    """Return the largest number of subsets that any of these columns is in."""
+    """Return the maximum number of subsets over these columns."""
     widest = 0
     for row in range(len(ordinals)):
         key = _key(seed, np.uint64(ordinals[row]))
@@ -99,7 +99,7 @@ def _bernoulli_width(seed: np.uint64, ordinals: NDArray, subsets: int, threshold
 
 @njit(cache=True, nogil=True)
 def _fill_bernoulli(seed: np.uint64, ordinals: NDArray, subsets: int, threshold: np.uint64, out: NDArray) -> None:
-    """Write the ids of each column into its row of out, then K up to the row's end."""
+    """Write the ids of each column into its row of out, padded with K."""
     for row in range(len(ordinals)):
         key = _key(seed, np.uint64(ordinals[row]))
         at = 0
@@ -113,12 +113,12 @@ def _fill_bernoulli(seed: np.uint64, ordinals: NDArray, subsets: int, threshold:
 
 @dataclass(frozen=True)
 class MembershipCheck:
-    """What `Membership.check` found.
+    """The result of `Membership.check`.
 
     Sizes are |S_k| in blocks. Overlap is the number of subsets that two different blocks share, over `pairs` sampled
-    pairs. `overlap_bound` is 2εd with ε = 1/6, d/3, which every pair of a (2s, d, ε)-expander obeys (paper, Remark 1);
-    `overlap_above` is the share of pairs above it. `columns_valid` says that every column was walked and holds distinct
-    ids below K, exactly d of them in the regular form.
+    pairs. `overlap_bound` is 2εd with ε = 1/6, that is d/3, which holds for every pair of a (2s, d, ε)-expander (paper,
+    Remark 1); `overlap_above` is the share of pairs above it. `columns_valid` is true if every column holds distinct
+    ids, and in the regular form exactly d ids below K.
     """
 
     size_min: int
@@ -137,13 +137,13 @@ class MembershipCheck:
 
 @dataclass(frozen=True)
 class Membership:
-    """The membership matrix M ∈ {0,1}^{K×N} (method: Symbols); column i says which subsets block i belongs to.
+    """The membership matrix M ∈ {0,1}^{K×N} (method: Symbols); column i holds the subsets of block i.
 
     Attributes:
         subsets: K.
-        degree: d, the subsets of every block (`regular`), or of a block on average (`bernoulli`).
-        seed: any integer from 0 to 2^64 − 1; another seed is another, independent matrix.
-        form: `regular` (left-d-regular, the paper's), or `bernoulli`: each entry 1 with probability d/K independently.
+        degree: d, subsets per block: exactly (`regular`) or on average (`bernoulli`).
+        seed: an integer from 0 to 2^64 − 1; different seeds give independent matrices.
+        form: `regular` (left-d-regular, the paper's), or `bernoulli`: entries are independently 1 with probability d/K.
             The latter is for comparison only; d = K/2 is the paper's ablation (Table 11, Remark 1).
 
     Raises:
@@ -187,23 +187,23 @@ class Membership:
 
         Returns:
             (stop−start, width) ids of `dtype`, ascending in each row. `regular`: width is d and the ids are distinct.
-            `bernoulli`: width is that of the range's fullest column, and K fills the shorter ones.
+            `bernoulli`: width is that of the range's fullest column; shorter ones are padded with K.
 
         Raises:
-            StrideError: the range is not one.
+            StrideError: the range is invalid.
         """
         if not 0 <= start <= stop:
             raise StrideError(f"membership: columns {start} to {stop} are not a range; 0 <= start <= stop is needed.")
         return self.columns_at(np.arange(start, stop, dtype=np.int64))
 
     def columns_at(self, ordinals: NDArray) -> NDArray:
-        """Return the subsets of any blocks, in the order given; see `columns`.
+        """Return the subsets of arbitrary blocks, in the given order; see `columns`.
 
         Args:
             ordinals: (n,) non-negative integers.
 
         Raises:
-            StrideError: an ordinal is negative, or the array is not of integers in one dimension.
+            StrideError: an ordinal is negative, or the array is not one-dimensional or not of integers.
         """
         ordinals = np.asarray(ordinals)
         if ordinals.ndim != 1 or (ordinals.size and ordinals.dtype.kind not in "iu"):
@@ -223,7 +223,7 @@ class Membership:
         return out
 
     def ranges(self, n_blocks: int) -> Iterator[tuple[int, NDArray]]:
-        """Yield (start, columns of start…) over blocks 0…n_blocks−1 in order, a bounded number of ids at a time."""
+        """Yield (start, columns from start on) over blocks 0…n_blocks−1 in order, with a bounded number of ids each."""
         if n_blocks < 0:
             raise StrideError(f"membership: n_blocks is {n_blocks}; it must not be negative.")
         step = max(1, CHUNK * 16 // max(16, self.degree))
@@ -233,10 +233,10 @@ class Membership:
     def matrix(self, start: int, stop: int) -> scipy.sparse.csc_array:
         """Return columns start…stop−1 of M as a (K, stop−start) sparse matrix: float64 ones, int32 indices.
 
-        scikit-learn refuses 64-bit indices, hence int32.
+        int32, because scikit-learn rejects 64-bit indices.
 
         Raises:
-            StrideError: the range is not one, or holds more than 2^31 − 1 entries.
+            StrideError: the range is invalid, or holds more than 2^31 − 1 entries.
         """
         ids = self.columns(start, stop)
         present = ids < self.subsets
@@ -248,18 +248,18 @@ class Membership:
         return scipy.sparse.csc_array((np.ones(len(indices)), indices, indptr.astype(np.int32)), shape=shape)
 
     def sizes(self, n_blocks: int) -> NDArray[np.int64]:
-        """Return |S_k| among blocks 0…n_blocks−1: (K,) int64, counted over one streamed pass."""
+        """Return |S_k| among blocks 0…n_blocks−1: (K,) int64, counted in one streaming pass."""
         total = np.zeros(self.subsets + 1, np.int64)
         for _, ids in self.ranges(n_blocks):
             total += np.bincount(ids.ravel(), minlength=self.subsets + 1)
         return total[:-1]
 
     def check(self, n_blocks: int, pairs: int = 100_000) -> MembershipCheck:
-        """Measure balance and overlap of the first n_blocks columns against what chance and Remark 1 predict.
+        """Compare balance and overlap of the first n_blocks columns with what chance and Remark 1 predict.
 
         Args:
-            n_blocks: N, at least 2. Every column is walked once, in bounded memory.
-            pairs: how many random pairs of different blocks to compare.
+            n_blocks: N, at least 2. Every column is computed once, in bounded memory.
+            pairs: number of random pairs of different blocks to compare.
 
         Raises:
             StrideError: n_blocks or pairs is too small.
@@ -305,7 +305,7 @@ class Membership:
             right = (left + rng.integers(1, n_blocks, n)) % n_blocks
             member = np.zeros((n, self.subsets + 1), bool)
             np.put_along_axis(member, self.columns_at(left).astype(np.int64), True, axis=1)
-            member[:, -1] = False  # the "no subset" id is not shared
+            member[:, -1] = False  # padding is not shared
             other = self.columns_at(right).astype(np.int64)
             overlaps[at : at + n] = np.take_along_axis(member, other, axis=1).sum(axis=1)
         return overlaps

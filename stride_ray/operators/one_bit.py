@@ -1,14 +1,15 @@
-"""Rows of numbers in one bit a coordinate, and inner products of queries with them by counting bits.
+"""One-bit row codes and a RaBitQ-like estimator of inner products, computed with popcounts.
 
-A row is cut into sections, one a site. Of a section z only the signs are kept and one scale, c = |z|²/Σ|zⱼ|, so that
-⟨z, c·sign z⟩ = |z|²: of coordinates that are about Gaussian, as those of a random sketch are, ⟨q, c·sign z⟩ is an
-unbiased estimate of ⟨q, z⟩ (RaBitQ, Gao and Long 2024, arXiv 2405.12497; the scale is its 1/⟨ō, o⟩). A query keeps four
-bits a coordinate, in four planes of bits in two's complement, so that a product is
+A row is divided into sections, one per site. A section z is stored as its signs and one scale, c = |z|²/Σ|zⱼ|, so that
+⟨z, c·sign z⟩ = |z|². For approximately Gaussian coordinates, as a random sketch has them, ⟨q, c·sign z⟩ is an unbiased
+estimate of ⟨q, z⟩ (RaBitQ, Gao and Long 2024, arXiv 2405.12497; c is its 1/⟨ō, o⟩, and the sketch replaces its random
+rotation). Queries are quantised to four bits per coordinate, stored as four bit planes in two's complement, so a
+product is
 
     ⟨v, sign z⟩ = 2 Σ_plane weight · popcount(bits & plane) − Σⱼ vⱼ
 
-in whole numbers: the same on every processor, whatever else is in the batch. A core does some 60 billion coordinates a
-second, twice as many as with float32 matrix products (RESULTS.md, Speed).
+in integers: identical on every processor and for every batch. A core processes some 60 billion coordinates per second,
+twice as many as with float32 matrix products (RESULTS.md, Speed).
 """
 
 from collections.abc import Sequence
@@ -20,20 +21,20 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-# Bits of a query's coordinate: their weights in two's complement.
-PLANES = 4
-# Steps tried for a query's section, as the largest level over the root mean square.
-CLIPS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.0)
-# Rows that are gone through with one query before the next: with a section of them they stay in a core's cache.
+# Bits per coordinate of a query, in two's complement.
+QUERY_BITS = 4
+# Clipping points tried for a query's section, in units of its root mean square.
+CLIP_RATIOS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.0)
+# Rows per tile: a section of that many rows stays in a core's cache while all queries pass over it.
 TILE = 64
 
 
 @dataclass(frozen=True)
 class Rows:
-    """n rows, sections side by side.
+    """n rows; their sections are concatenated.
 
     Attributes:
-        bits: (n, W) uint64, a set bit for a coordinate ≥ 0; sections begin at whole words, unused bits are 0.
+        bits: (n, W) uint64; a bit is set for a coordinate ≥ 0. Sections start at word boundaries; unused bits are 0.
         scales: (n, S) float32, c by section; 0 for a section of zeros.
     """
 
@@ -46,12 +47,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Queries:
-    """Q queries in four bits a coordinate.
+    """Q queries with four bits per coordinate.
 
     Attributes:
         planes: (Q, 4, W) uint64.
-        sums: (Q, S, 2) int64, Σ of the levels in the first half of the section's words and in the rest.
-        steps: (Q, S) float32, what a level of 1 stands for.
+        sums: (Q, S, 2) int64, Σ of the levels in the first half of the section's words and in the second.
+        steps: (Q, S) float32, quantisation step: the value of level 1.
     """
 
     planes: NDArray[np.uint64]
@@ -63,17 +64,17 @@ class Queries:
 
 
 def word_starts(sizes: Sequence[int]) -> NDArray[np.int64]:
-    """Where sections of so many coordinates begin, in words of 64, and the number of words: (S + 1,)."""
+    """Start of each section in 64-bit words, and the total number of words: (S + 1,). ``sizes`` are in coordinates."""
     return np.concatenate([[0], np.cumsum([-(-size // 64) for size in sizes])]).astype(np.int64)
 
 
 def row_bytes(sizes: Sequence[int]) -> int:
-    """Bytes of a row with sections of so many coordinates."""
+    """Bytes per row; ``sizes`` are the coordinates of each section."""
     return int(8 * word_starts(sizes)[-1] + 4 * len(sizes))
 
 
 def packed_rows(sections: Sequence[NDArray[np.float32]]) -> Rows:
-    """Rows from their sections, (n, size) each; a row that is not finite everywhere becomes zeros."""
+    """Encode rows given their sections, (n, size) each; a row with a non-finite value gets zero scales."""
     starts, n = word_starts([z.shape[1] for z in sections]), len(sections[0])
     bits, sums = np.zeros((n, starts[-1]), np.uint64), np.zeros((n, len(sections), 2))
     for at, z in enumerate(sections):
@@ -86,7 +87,7 @@ def packed_rows(sections: Sequence[NDArray[np.float32]]) -> Rows:
 
 @njit(cache=True, nogil=True)
 def _pack(z: NDArray, words: NDArray, sums: NDArray) -> None:
-    """Signs of a section's coordinates as bits, and Σ|zⱼ| and |z|² of each row."""
+    """Pack the signs of a section's coordinates into bits; also Σ|zⱼ| and |z|² of each row."""
     for row in range(len(z)):
         size = squares = 0.0
         for word in range(words.shape[1]):
@@ -102,22 +103,23 @@ def _pack(z: NDArray, words: NDArray, sums: NDArray) -> None:
 
 
 def packed_queries(sections: Sequence[NDArray[np.float32]]) -> Queries:
-    """Queries from their sections, (Q, size) each; they must be finite.
+    """Quantise queries given their sections, (Q, size) each, which must be finite.
 
-    A section's step is the one of CLIPS that loses least; products are scaled to keep a query's own length.
+    Per section, the clipping point with the least squared error is used; the step is then rescaled so that
+    ⟨q, quantised q⟩ = |q|².
     """
     levels, steps = zip(*(_levels(q) for q in sections), strict=True)
-    unsigned = [level.astype(np.uint8) for level in levels]  # two's complement: of −1 the low bits are all set
-    planes = np.stack([_words([(level >> plane) & 1 for level in unsigned]) for plane in range(PLANES)], 1)
+    unsigned = [level.astype(np.uint8) for level in levels]  # two's complement: −1 has all low bits set
+    planes = np.stack([_words([(level >> plane) & 1 for level in unsigned]) for plane in range(QUERY_BITS)], 1)
     return Queries(planes, np.stack([_halves(level) for level in levels], 1), np.stack(steps, 1))
 
 
 def _levels(q: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Whole numbers from −7 to 7 and the step between them, a row each."""
-    top = 2 ** (PLANES - 1) - 1
+    """Integer levels from −7 to 7, and the quantisation step of each row."""
+    top = 2 ** (QUERY_BITS - 1) - 1
     size = np.sqrt(np.square(q, dtype=np.float64).mean(1, keepdims=True))
     best, lost = np.zeros(q.shape, np.int8), np.full(len(q), np.inf)
-    for clip in CLIPS:
+    for clip in CLIP_RATIOS:
         step = np.maximum(clip * size / top, 1e-300)
         level = np.clip(np.rint(q / step), -top, top)
         error = np.square(level * step - q).sum(1)
@@ -129,14 +131,14 @@ def _levels(q: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float3
 
 
 def _halves(levels: NDArray[np.int8]) -> NDArray[np.int64]:
-    """(n, 2): sums of the levels in the first half of the words and in the rest."""
+    """(n, 2): sums of the levels in the first half of the words and in the second."""
     words = -(-levels.shape[1] // 64)
     middle = 64 * (words - words // 2)
     return np.stack([levels[:, :middle].sum(1, dtype=np.int64), levels[:, middle:].sum(1, dtype=np.int64)], 1)
 
 
 def _words(sections: Sequence[NDArray]) -> NDArray[np.uint64]:
-    """Sections of bits (0 or 1, or bool) as words, each padded to whole ones: (n, W) uint64."""
+    """Pack sections of bits (0 or 1, or bool), each padded to whole words: (n, W) uint64."""
     pieces = []
     for bits in sections:
         padded = np.zeros((len(bits), -(-bits.shape[1] // 64) * 64), np.uint8)
@@ -146,7 +148,7 @@ def _words(sections: Sequence[NDArray]) -> NDArray[np.uint64]:
 
 
 def _popcount_instruction(typing_context: Any, word: Any) -> Any:
-    """The processor's own count of the bits set in a word, which numba has no name for."""
+    """The processor's popcount instruction, which numba does not expose."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.ctpop(arguments[0])
@@ -158,8 +160,8 @@ _popcount: Any = intrinsic(_popcount_instruction)
 
 
 @njit(cache=True, nogil=True)
-def _counted(x: NDArray, p0: NDArray, p1: NDArray, p2: NDArray, p3: NDArray) -> Any:
-    """Σ of the levels at the set bits of some words."""
+def _level_sum(x: NDArray, p0: NDArray, p1: NDArray, p2: NDArray, p3: NDArray) -> Any:
+    """Σ of the levels at the set bits."""
     a0 = a1 = a2 = a3 = np.uint64(0)
     for at in range(len(x)):
         a0 += _popcount(x[at] & p0[at])
@@ -173,12 +175,12 @@ def _counted(x: NDArray, p0: NDArray, p1: NDArray, p2: NDArray, p3: NDArray) -> 
 def _multiply(
     bits: NDArray, scales: NDArray, planes: NDArray, sums: NDArray, steps: NDArray, starts: NDArray, out: NDArray
 ) -> None:
-    """Add every section's products to ``out`` (Q, n, 2), the halves apart."""
+    """Add every section's products to ``out`` (Q, n, 2), the two halves separately."""
     for tile in range(0, len(bits), TILE):
         end = min(tile + TILE, len(bits))
         for section in range(len(starts) - 1):
             for half in range(2):
-                # The first half of the words, the longer one, or the rest.
+                # An odd number of words gives the first half one more.
                 middle = starts[section + 1] - (starts[section + 1] - starts[section]) // 2
                 first = middle if half else starts[section]
                 last = starts[section + 1] if half else middle
@@ -187,21 +189,21 @@ def _multiply(
                     p2, p3 = planes[query, 2, first:last], planes[query, 3, first:last]
                     step, total = np.float64(steps[query, section]), sums[query, section, half]
                     for row in range(tile, end):
-                        count = _counted(bits[row, first:last], p0, p1, p2, p3)
+                        count = _level_sum(bits[row, first:last], p0, p1, p2, p3)
                         out[query, row, half] += step * np.float64(scales[row, section]) * np.float64(2 * count - total)
 
 
-def products(rows: Rows, queries: Queries, starts: NDArray[np.int64]) -> NDArray[np.float64]:
+def estimate_inner_products(rows: Rows, queries: Queries, starts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Estimates of the inner products of queries with rows, in two independent halves.
 
     Args:
-        rows: n of them.
-        queries: Q of them, of the same sections.
+        rows: n rows.
+        queries: Q queries with the same sections.
         starts: of the sections (word_starts).
 
     Returns:
-        (Q, n, 2) float64: the parts of the product in the first half of every section's words and in the rest. Their
-        sum is the estimate; how well they agree over rows tells how good it is (split-half reliability).
+        (Q, n, 2) float64: the product over the first half of every section's words, and over the second. Their sum is
+        the estimate; their agreement over rows measures its quality (split-half reliability).
     """
     out = np.zeros((len(queries), len(rows), 2))
     _multiply(rows.bits, rows.scales, queries.planes, queries.sums, queries.steps, starts, out)

@@ -1,8 +1,8 @@
-"""Operators as the paper's authors release them: a folder of ``operator.pt``, ``subsets.npy`` and ``meta.json``.
+"""The paper authors' release format for operators: a folder of ``operator.pt``, ``subsets.npy`` and ``meta.json``.
 
-To take up operators that were trained elsewhere, and to hand on ours. ``operator.pt`` is a state dict, read with
-torch's weights-only loading: nothing in it can run. Of the format only the files' names are public; tensors are known
-here by the paper's symbols (Appendix F.1), and what cannot be told apart is refused.
+For importing operators trained elsewhere and exporting ours. ``operator.pt`` is a state dict, read with torch's
+weights-only loading, which executes no code. Only the file names of the format are public; tensors are identified by
+the paper's symbols (Appendix F.1), and ambiguous ones are rejected.
 """
 
 import io
@@ -22,22 +22,22 @@ OPERATOR, SUBSETS, META = "operator.pt", "subsets.npy", "meta.json"
 
 
 def write_released(store: Store, operators: Operators, columns: np.ndarray, facts: dict[str, Any]) -> None:
-    """Write operators of the residual stream, with ``meta.json`` last.
+    """Write residual-stream operators, ``meta.json`` last.
 
     Args:
         store: the folder.
-        operators: K of them, gate or matrix; their scale is multiplied in.
-        columns: (N, width) the subsets of every block; K stands for none (``Membership.columns``).
-        facts: for ``meta.json``, such as the model and its layer.
+        operators: K operators, gate or matrix; their scale is multiplied in.
+        columns: (N, width) the subsets of every block, padded with K (``Membership.columns``).
+        facts: added to ``meta.json``, such as the model and its layer.
 
     Raises:
-        StrideError: for the logit form, which the release does not have.
+        StrideError: for the logit form, which the format does not support.
     """
     basis, A = operators.basis, operators.A * operators.scale
     if basis.form == "logit":
         raise StrideError("Operators of the logit form cannot be released as operator.pt; fit gate or matrix.")
     tensors = {"W_in": basis.W_in, "a": A, "W_out": basis.W_out.T}
-    if basis.form == "matrix":  # the release's A_k reaches the stream itself
+    if basis.form == "matrix":  # in the release, A_k maps directly to the stream
         tensors = {"W_in": basis.W_in, "A": A @ basis.W_out.T}
     buffer = io.BytesIO()
     torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, buffer)
@@ -50,28 +50,28 @@ def write_released(store: Store, operators: Operators, columns: np.ndarray, fact
 
 
 def read_released(store: Store) -> tuple[Operators, np.ndarray, dict[str, Any]]:
-    """Read such a folder.
+    """Read a folder in the release format.
 
     Tensors may be parameters as in the paper (W_in D×r, W_out r×D) or weights of linear layers (``….weight``, outputs
-    first). ``meta.json`` may name the activation; the paper's is silu.
+    first). ``meta.json`` may name the activation; the default is the paper's, silu.
 
     Returns:
-        Operators that steer as written, the subsets of every block (N, width), and ``meta.json``.
+        Operators with scale 1, the subsets of every block (N, width), and ``meta.json``.
 
     Raises:
-        StrideError: a file is missing, would have to be unpickled, or its tensors are not those of operators.
+        StrideError: if a file is missing or would need unpickling, or its tensors do not form operators.
     """
     facts = store.read_json(META)
-    where, data = store.name_of(OPERATOR), store.read(OPERATOR)
+    where, data = store.display_url(OPERATOR), store.read(OPERATOR)
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         tensors = {name: tensor.float() for name, tensor in state.items()}
-    except Exception as error:  # pickle, zipfile and torch each raise their own
+    except Exception as error:  # pickle, zipfile and torch each raise their own types
         raise StrideError(f"{where} is not a state dict of plain tensors ({first_line(error)}).") from None
     try:
         columns = np.load(io.BytesIO(store.read(SUBSETS)), allow_pickle=False)
     except ValueError as error:
-        raise StrideError(f"{store.name_of(SUBSETS)} is not a plain NumPy array ({first_line(error)}).") from None
+        raise StrideError(f"{store.display_url(SUBSETS)} is not a plain NumPy array ({first_line(error)}).") from None
     operators = _operators(tensors, str(facts.get("activation", "silu")))
     if operators is None:
         found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
@@ -83,14 +83,14 @@ def read_released(store: Store) -> tuple[Operators, np.ndarray, dict[str, Any]]:
     whole = columns.ndim == 2 and columns.dtype.kind in "iu"
     if not whole or columns.min(initial=0) < 0 or columns.max(initial=0) > K:
         raise StrideError(
-            f"{store.name_of(SUBSETS)} must hold the subsets of every block, (N, d) whole numbers from 0 to {K}; it "
-            f"holds {columns.dtype} {columns.shape}."
+            f"{store.display_url(SUBSETS)} must hold the subsets of every block, (N, d) whole numbers from 0 to {K}; "
+            f"it holds {columns.dtype} {columns.shape}."
         )
     return operators, columns, facts
 
 
 def _operators(tensors: dict[str, Tensor], activation: str) -> Operators | None:
-    """The operators that a state dict's tensors are; None where their names or shapes are not those of operators."""
+    """Operators from the tensors of a state dict; None if their names or shapes do not form operators."""
     shared, stacks = dict[str, Tensor](), list[Tensor]()
     for name, tensor in tensors.items():
         words = set(re.split(r"[^a-z]+", name.lower()))
@@ -98,7 +98,7 @@ def _operators(tensors: dict[str, Tensor], activation: str) -> Operators | None:
         if not role:
             stacks.append(tensor)
         elif tensor.ndim == 2:
-            # As a weight of a linear layer, outputs come first: the paper's W_in and W_out transposed.
+            # The weight of a linear layer has outputs first: the transpose of the paper's W_in and W_out.
             shared[role] = tensor.T if "weight" in words else tensor
     form = {2: "gate", 3: "matrix"}.get(stacks[0].ndim) if len(stacks) == 1 else None
     if form is None or set(shared) != ({"in", "out"} if form == "gate" else {"in"}):

@@ -1,21 +1,21 @@
-"""Operators at every site on disk: the one-bit rows that fit leaves in ``operators/`` and respond reads.
+"""Storage of operators at every site: one-bit rows in ``operators/``, written by fit and read by respond.
 
-    metadata.json          written last: says that the store is complete
-      format               1, of this layout
+    metadata.json          written last: marks the store as complete
+      format               1, the version of this layout
       form                 "sites"
       rows                 "blocks" (row i is block i, K = N) or "subsets" (row k is subset k, K < N)
       subsets, blocks      K rows over N blocks
-      sites, shapes        names of the sites, and a and b of the sketch of each
+      sites, shapes        names of the sites, and a and b of each one's sketch
       sizes                a·b, coordinates of each site's section of a row
-      row_bytes            bytes of a row
+      row_bytes            bytes per row
       parts                name, first row, number of rows, xxh3_128 of the file
-    sketch.safetensors, sketch.json   the sites with their directions (curvature.save_sites)
-    rows-00000.safetensors, …         consecutive rows
-      bits     uint64 (n, W)   one bit a coordinate, sites side by side, each from a whole word on; 1: not negative
-      scales   float32 (n, S)  what a coordinate of that row and site stands for, in the sign's direction
+    sketch.safetensors, sketch.json   the sketched sites (curvature.kfac.save_sites)
+    rows-….safetensors                consecutive rows; the names are those in ``parts``
+      bits     uint64 (n, W)   one bit per coordinate, sites concatenated at word boundaries; 1: not negative
+      scales   float32 (n, S)  decoded magnitude of a coordinate, by row and site
 
-A part is mapped into memory where it is a local file, and fetched whole where it is not. Its hash is compared when it
-is opened, at some ten gigabytes a second.
+Local parts are memory-mapped; remote ones are fetched whole. The hash is verified on opening, at some ten gigabytes per
+second.
 """
 
 import json
@@ -35,7 +35,7 @@ DTYPES = {"bits": np.uint64, "scales": np.float32}
 
 
 def write_rows(store: Store, name: str, rows: Rows) -> str:
-    """Publish rows as ``name``.safetensors; returns the file's hash."""
+    """Publish rows as ``name``.safetensors; returns the xxh3_128 of the file."""
     data = tensor_bytes({"bits": torch.from_numpy(rows.bits), "scales": torch.from_numpy(rows.scales)})
     store.write(f"{name}.safetensors", data)
     return xxhash.xxh3_128_hexdigest(data)
@@ -46,14 +46,14 @@ class RowStore:
 
     Args:
         store: the folder ``operators/``.
-        facts: its metadata.json, where that is not written yet.
+        facts: the content of metadata.json, if the file is not written yet.
 
     Attributes:
-        facts: metadata.json.
+        facts: the content of metadata.json.
         starts: of the sites' sections (one_bit.word_starts).
 
     Raises:
-        StrideError: for a store of another format.
+        StrideError: if the store has another format version.
     """
 
     def __init__(self, store: Store, facts: dict[str, Any] | None = None) -> None:
@@ -61,7 +61,7 @@ class RowStore:
         self.facts: dict[str, Any] = store.read_json("metadata.json") if facts is None else facts
         if self.facts.get("format") != FORMAT:
             raise StrideError(
-                f"{store.name_of('metadata.json')} is of format {self.facts.get('format')!r}, and this version of "
+                f"{store.display_url('metadata.json')} is of format {self.facts.get('format')!r}, and this version of "
                 f"stride_ray reads format {FORMAT}; fit again into a new run directory."
             )
         self.starts = word_starts(self.facts["sizes"])
@@ -71,21 +71,21 @@ class RowStore:
 
     @property
     def of_blocks(self) -> bool:
-        """Whether row i is block i; else row k is subset k."""
+        """Whether rows are of blocks (row i is block i) rather than of subsets."""
         return self.facts["rows"] == "blocks"
 
     def read(self, part: dict[str, Any]) -> Rows:
         """The rows of one of ``facts["parts"]``.
 
         Raises:
-            StrideError: for a part that is missing, cut short or changed since it was written.
+            StrideError: if the part is missing, truncated or modified.
         """
         name = f"{part['name']}.safetensors"
         data = self._mapped(name)
         if xxhash.xxh3_128_hexdigest(data) != part["hash"]:
             raise StrideError(
-                f"{self.store.name_of(name)} is not what fit wrote ({len(data)} bytes, and their hash differs): the "
-                "file was cut short or changed; restore it, or delete operators/ and fit again."
+                f"{self.store.display_url(name)} is not what fit wrote ({len(data)} bytes, and their hash differs): "
+                "the file was cut short or changed; restore it, or delete operators/ and fit again."
             )
         header = 8 + int.from_bytes(data[:8], "little")
         tensors = {}
@@ -97,7 +97,7 @@ class RowStore:
         return Rows(**tensors)
 
     def take(self, wanted: np.ndarray) -> Rows:
-        """Rows by number, ascending; parts without any of them are not read."""
+        """Rows by number, ascending; reads only the parts that contain them."""
         pieces = []
         for part in self.facts["parts"]:
             inside = wanted[(wanted >= part["first"]) & (wanted < part["first"] + part["count"])] - part["first"]

@@ -1,13 +1,13 @@
-"""Fit of operators at every site: the preconditioner, then one pass over the pool that leaves one-bit rows.
+"""Fit of operators at every site: one pass over the pool that writes one-bit rows of sketched, whitened gradients.
 
-The best operator of a subset is the mean of its members' whitened gradients (method.md, measured point 1), at every
-site at once (point 6), seen through a sketch (sketch.py) and kept in one bit a coordinate (one_bit.py). Where the
-budget has room for it each block is a subset of its own and the rows are an index of the pool; else a row is a
-subset's.
+The best operator of a subset is the mean of its members' whitened gradients (method.md, measured point 1), here at all
+sites (point 6), projected to a sketch (sketch.py) and stored with one bit per coordinate (one_bit.py). If the budget
+allows, every block is its own subset and the rows are a gradient index of the pool; otherwise there is a row per
+subset.
 
-Example: 1,600 blocks and ``operators.budget_gb = 2``. A block could take 1.3 MB, but beyond 64 KiB accuracy gains
-little: rows are of blocks, 64 KiB each, and the store takes 105 MB. With ``budget_gb = 0.023`` and ``rows = "subsets"``
-the same pool gets 1,000 rows of 24 KiB.
+Example: 1,600 blocks and ``operators.budget_gb = 2``. The budget allows 1.3 MB per block, but accuracy gains little
+beyond 64 KiB: rows are of blocks, 64 KiB each, and the store takes 105 MB. With ``budget_gb = 0.023`` and ``rows =
+"subsets"`` the same pool gets 1,000 rows of 24 KiB.
 """
 
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ from stride_ray.models.curvature.kfac import SITES, load_sites, save_sites
 from stride_ray.models.curvature.sketch import largest_shape, sketch_shapes, sketched
 from stride_ray.models.sites import Site
 from stride_ray.operators.membership import membership_of
-from stride_ray.operators.one_bit import Rows, packed_queries, products, row_bytes, word_starts
+from stride_ray.operators.one_bit import Rows, estimate_inner_products, packed_queries, row_bytes, word_starts
 from stride_ray.operators.row_store import FORMAT, RowStore
 from stride_ray.operators.sketched_rows import LAYOUT, SKETCH, RowWorker, SketchWorker, map_block_ranges, subset_rows
 from stride_ray.operators.validation import SAMPLE, gap, members, with_targets
@@ -33,21 +33,21 @@ from stride_ray.runtime.run import Stage
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import progress
 
-# Bytes of a row beyond which accuracy gains little, for blocks and for subsets, whose sums are held in float32 while
-# they are added up; and below which rows are of subsets (RESULTS.md, Operators).
+# Maximum bytes per row: accuracy gains little beyond them, and subsets' sums are accumulated in float32. Below the
+# minimum, rows are of subsets (RESULTS.md, Operators at every site).
 MAX_BLOCK_ROW_BYTES, MAX_SUBSET_ROW_BYTES, MIN_BLOCK_ROW_BYTES = 64 * 1024, 24 * 1024, 1024
-# Share of blocks whose gradients are not finite from which on the fit is refused.
+# The fit fails above this share of blocks with non-finite gradients.
 MAX_NONFINITE_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What rows there are and how their coordinates are spread.
+    """Number and kind of rows, and the coordinates of each site.
 
     Attributes:
-        rows: "blocks" or "subsets". ``subsets``: K, how many rows.
-        sites: their names. ``shapes``: a and b of each one's sketch. ``sizes``: their products.
-        row_bytes: bytes of a row.
+        rows: "blocks" or "subsets". ``subsets``: K, the number of rows.
+        sites: names. ``shapes``: a and b of each site's sketch. ``sizes``: their products.
+        row_bytes: bytes per row.
     """
 
     rows: str
@@ -59,7 +59,7 @@ class Layout:
 
 
 def rows_for(config: Config, n_blocks: int) -> tuple[bool, int, float]:
-    """Whether rows are of blocks, how many there are, and the bytes that each may take."""
+    """Whether rows are of blocks, the number of rows, and the maximum bytes per row."""
     options, budget = config.operators, config.operators.budget_gb * 2**30
     if options.rows == "blocks" or (options.rows == "auto" and budget / n_blocks >= MIN_BLOCK_ROW_BYTES):
         return True, n_blocks, min(budget / n_blocks, MAX_BLOCK_ROW_BYTES)
@@ -68,10 +68,10 @@ def rows_for(config: Config, n_blocks: int) -> tuple[bool, int, float]:
 
 
 def layout_of(config: Config, n_blocks: int, sites: tuple[Site, ...], shares: dict[str, float]) -> Layout:
-    """The rows that the budget has room for.
+    """The layout of rows within the budget.
 
     Raises:
-        StrideError: for a budget that gives a site not even one coordinate, or fewer blocks than subsets.
+        StrideError: if the budget is below one coordinate per site, or there are fewer blocks than subsets.
     """
     of_blocks, K, room = rows_for(config, n_blocks)
     if n_blocks < K:
@@ -94,17 +94,17 @@ def layout_of(config: Config, n_blocks: int, sites: tuple[Site, ...], shares: di
 
 
 def coordinates_in(room: float, sites: int) -> int:
-    """How many coordinates a row of so many bytes has: a site's section ends at a whole word, and has a scale."""
+    """Coordinates in a row of ``room`` bytes; each site needs a scale (4 bytes) and up to 8 bytes of word padding."""
     return int(8 * (room - (8 + 4) * sites))
 
 
 def shapes_of(sites: tuple[Site, ...], shares: dict[str, float], coordinates: int) -> list[tuple[int, int]]:
-    """a and b of each site's sketch that so many coordinates are spread over (sketch.sketch_shapes)."""
+    """(a, b) of each site's sketch for a total number of coordinates (sketch.sketch_shapes)."""
     return sketch_shapes([largest_shape(site) for site in sites], [shares[site.name] for site in sites], coordinates)
 
 
 def make_sketch(config: Config, curvature: Store, stage: Stage, n_blocks: int) -> dict[str, Any]:
-    """Publish the sketch and the layout of rows."""
+    """Publish the sketched sites and the layout of rows."""
     sites = load_sites(curvature, SITES, "cpu")
     layout = layout_of(config, n_blocks, sites, curvature.read_json("manifest.json")["sites"])
     save_sites(stage.store, SKETCH, list(sketched(sites, layout.shapes, config.seed)))
@@ -113,17 +113,17 @@ def make_sketch(config: Config, curvature: Store, stage: Stage, n_blocks: int) -
 
 
 def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, actors: ActorPool) -> None:
-    """Publish the rows and, last, ``metadata.json``; where that is there, add the rows of blocks that came since.
+    """Publish the rows and, last, ``metadata.json``; if that exists, append the rows of blocks added since.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         blocks: the pool.
-        curvature: of the finished stage.
-        stage: ``operators``, begun.
-        actors: that do it.
+        curvature: store of the finished curvature stage.
+        stage: the ``operators`` stage, begun.
+        actors: the actor pool to run on.
 
     Raises:
-        StrideError: as layout_of, or where too many blocks' gradients are not finite.
+        StrideError: as layout_of, or if too many blocks have non-finite gradients.
     """
     if not stage.store.exists(LAYOUT):
         progress(actors.map(partial, (make_sketch, config, curvature, stage), [len(blocks)]), "sketch", 1, "", _one)
@@ -133,7 +133,7 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, ac
     if layout["rows"] == "blocks":
         layout["subsets"] = len(blocks)
         ranges = blocks.cut(unit_count(len(blocks) - first), first)
-        # A name says which blocks: were the pool to grow meanwhile, it would be cut elsewhere.
+        # Names contain the range: if the pool grows in the meantime, the ranges change.
         names = [f"rows-{start:09d}-{stop:09d}" for start, stop in ranges]
         map_block_ranges(RowWorker, names, ranges, given, stage, actors)
         parts = names
@@ -145,7 +145,7 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, ac
         raise StrideError(
             f"The gradients of {failed} of {len(blocks) - first} blocks are not finite (the first: block "
             f"{min(done[name]['spoilt'] for name in names if done[name]['not_finite'])}): the model overflows on this "
-            "text; use model.dtype = float32 or bfloat16, or look at these blocks."
+            "text; use model.dtype = float32 or bfloat16, or inspect these blocks."
         )
     facts = {
         "format": FORMAT,
@@ -167,13 +167,13 @@ def _one(_: Any) -> int:
 
 
 class FitValidator(SketchWorker):
-    """Measures whether rows answer to their own blocks, and publishes the store's metadata.
+    """Validates that rows respond to their own blocks, and publishes the store's metadata.
 
-    Products are divided by both lengths: blocks' lengths differ a hundredfold, and a few would make up the whole mean.
+    It uses cosines: gradient norms differ a hundredfold between blocks, and a few would dominate a mean of products.
     """
 
     def __call__(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Do it; returns the metadata."""
+        """Validate the rows described by ``facts``; returns the metadata."""
         sample = with_targets(self.blocks, self.blocks.sample(SAMPLE, self.config.seed + 1))
         pieces = [self.sections(*self.trimmed(batch)) for batch in self.batches_at(sample)]
         sections = [torch.cat(each).cpu().numpy() for each in zip(*pieces, strict=True)]
@@ -185,21 +185,22 @@ class FitValidator(SketchWorker):
         asked = sum(np.square(z, dtype=np.float64).sum(1) / scale for z, scale in zip(sections, scales, strict=True))
         held = np.square(rows.scales, dtype=np.float64) @ (np.array(facts["sizes"]) / np.array(scales))
         lengths = np.sqrt(np.multiply.outer(asked, held))
-        answers = products(rows, queries, word_starts(facts["sizes"])).sum(2)
+        answers = estimate_inner_products(rows, queries, word_starts(facts["sizes"])).sum(2)
         found, error = gap(answers / np.maximum(lengths, 1e-300), inside)
         learned = bool(found > 2 * error)
         told = f"mean cosine with their own blocks minus that with others {found:+.3g} ± {error:.1g}"
         verdict = (
-            f"The operators answer to their own blocks: {told}."
+            f"The operators respond to their own blocks: {told}."
             if learned
-            else f"WARNING: these operators do not tell their own blocks from others; estimates mean nothing: {told}."
+            else "WARNING: these operators do not distinguish their own blocks from others; estimates are meaningless: "
+            f"{told}."
         )
         judged = {"gap": found, "gap_error": error, "learned": learned, "verdict": verdict, "model": self.model.name}
         self.stage.store.write_json("metadata.json", {**facts, **judged})
         return {**facts, **judged}
 
     def _rows(self, facts: dict[str, Any], sample: np.ndarray) -> tuple[Rows, np.ndarray]:
-        """The sample's own rows or all subsets', and which row is whose: (n, rows) bool."""
+        """The rows of the sampled blocks, or of all subsets, and which block belongs to which row: (n, rows) bool."""
         store = RowStore(self.stage.store, facts)
         if store.of_blocks:
             return store.take(sample), np.eye(len(sample), dtype=bool)

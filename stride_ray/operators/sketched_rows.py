@@ -1,9 +1,9 @@
 """Rows of operators at every site: of blocks, each from its own gradient, or of subsets, means over their blocks.
 
-A subset's mean takes the whole pool, and its sum many times the bytes of its row. So sums go over the pool in waves of
-WAVE units at most, each of which leaves the sums of its blocks on disk; when a wave is done its sums are added to those
-of the waves before it, unit by unit, and let go. Units and waves follow from N alone: any number of workers, and a run
-that was killed, add in the same order.
+A subset's mean needs the whole pool, and its float32 sum is many times larger than its row. The pool is therefore
+processed in waves of up to WAVE work units. Each unit writes the sums of its blocks to disk; after a wave these are
+added to the totals of the earlier waves, unit by unit, and deleted. Units and waves depend only on the pool, so the
+order of summation is the same for any number of workers and after a restart.
 """
 
 import time
@@ -29,15 +29,16 @@ from stride_ray.runtime.run import Stage
 from stride_ray.runtime.storage import tensor_bytes
 from stride_ray.runtime.tasks import progress
 
-# Subsets' sums: blocks of a unit at most where there are more than FEW units, units of a wave, rows in one file.
-UNIT, FEW, WAVE, ROWS = 65_536, 16, 64, 128
+# Subsets' sums: maximum blocks per unit, minimum number of units (if the pool has as many shards), units per wave,
+# rows per file.
+MAX_BLOCKS_PER_UNIT, MIN_UNITS, WAVE, ROWS = 65_536, 16, 64, 128
 SKETCH, LAYOUT = "sketch", "layout.json"
 
 
 def subset_rows(given: tuple[Any, ...], subsets: int, actors: ActorPool) -> tuple[list[str], list[str]]:
-    """Publish the rows of so many subsets; returns the names of the units over the pool and of the rows' parts."""
+    """Publish the rows of all subsets; returns the names of the units over the pool and of the parts of rows."""
     config, blocks, stage, _ = given
-    ranges = blocks.cut(max(min(FEW, len(blocks.shards())), -(-len(blocks) // UNIT)))
+    ranges = blocks.cut(max(min(MIN_UNITS, len(blocks.shards())), -(-len(blocks) // MAX_BLOCKS_PER_UNIT)))
     names = [f"sum-{index:05d}" for index in range(len(ranges))]
     starts = list(range(0, subsets, ROWS))
     parts = [f"rows-{index:05d}" for index in range(len(starts))]
@@ -51,23 +52,23 @@ def subset_rows(given: tuple[Any, ...], subsets: int, actors: ActorPool) -> tupl
             map_block_ranges(SumWorker, names[units], ranges[units], given, stage, actors)
             work = (add_sums, config, blocks, stage, names[units], wave, last)
             stage.remember(progress(actors.map(partial, work, left), "reduce", len(left), "parts", lambda _: 1))
-            # Those of a later wave are not there yet.
+            # Later waves have not started, so only this wave's sums exist.
             stage.clear_tensors("sum-")
             stage.clear_tensors(f"total-{wave - 1:05d}-")
-    for name in ("sum-", "total-"):  # which a killed run may have left
+    for name in ("sum-", "total-"):  # left by a killed run
         stage.clear_tensors(name)
     return names, parts
 
 
 def total_name(wave: int, part: int) -> str:
-    """The name of the sums of some subsets over all waves up to one."""
+    """File name of one part's sums over all waves up to ``wave``."""
     return f"total-{wave:05d}-{part:05d}"
 
 
 def map_block_ranges(
     make: Any, names: list[str], ranges: list[tuple[int, int]], given: tuple[Any, ...], stage: Stage, actors: ActorPool
 ) -> None:
-    """Have a worker do what is missing of the pool's ordinal ranges."""
+    """Map a worker over the ordinal ranges that are not done yet."""
     done = stage.done()
     left = [(name, *ordinals) for name, ordinals in zip(names, ranges, strict=True) if name not in done]
     results = actors.map(make, given, left)
@@ -76,12 +77,12 @@ def map_block_ranges(
 
 
 def failed_blocks(ordinals: list[int]) -> dict[str, Any]:
-    """What a marker says of blocks whose gradients are not finite: how many, and the first."""
+    """Done-marker fields for blocks with non-finite gradients: their number and the first ordinal."""
     return {"not_finite": len(ordinals), "spoilt": min(ordinals, default=None)}
 
 
 class SketchWorker(ModelWorker):
-    """A worker that takes sketches of blocks' gradients."""
+    """A worker that computes sketches of per-example gradients."""
 
     load = staticmethod(load_measured_model)
 
@@ -91,20 +92,20 @@ class SketchWorker(ModelWorker):
         self.sketches = load_sites(stage.store, SKETCH, self.model.device)
 
     def sections(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
-        """Sketches (B, a·b) by site of each sequence."""
+        """Sketches (B, a·b) by site."""
         return sketched_gradients(self.model, self.sketches, ids, mask)[0]
 
 
 def finite_rows(sections: list[Tensor]) -> Tensor:
-    """(B,) bool: whether a sequence's gradients are finite."""
+    """(B,) bool: whether a sequence's sketches are finite."""
     return torch.stack([section.sum(1) for section in sections]).isfinite().all(0)
 
 
 class RowWorker(SketchWorker):
-    """Publishes a row for each of a range's blocks."""
+    """Publishes a row for every block of a range."""
 
     def __call__(self, unit: tuple[str, int, int]) -> dict[str, Any]:
-        """Do one unit; returns its marker."""
+        """Process one range; returns its done marker."""
         started = time.monotonic()
         name, start, stop = unit
         pieces, failed = [], list[int]()
@@ -118,10 +119,10 @@ class RowWorker(SketchWorker):
 
 
 class SumWorker(SketchWorker):
-    """Adds the sketches of a shard's blocks to their subsets' sums and publishes these, ROWS subsets a file."""
+    """Publishes the sums of the sketches of a range's blocks by subset, ROWS subsets per file."""
 
     def __call__(self, unit: tuple[str, int, int]) -> dict[str, Any]:
-        """Do one unit; returns its marker."""
+        """Process one range; returns its done marker."""
         started = time.monotonic()
         name, start, stop = unit
         membership, failed = membership_of(self.config), list[int]()
@@ -141,7 +142,7 @@ class SumWorker(SketchWorker):
 def add_sums(
     config: Config, blocks: Blocks, stage: Stage, units: list[str], wave: int, last: bool, part: tuple[int, int]
 ) -> dict[str, Any]:
-    """The sums of ROWS subsets over a wave's units, added in order to the waves' before; of the last wave the rows."""
+    """Add a wave's sums for ROWS subsets, in unit order, to the earlier total; for the last wave, publish the rows."""
     started = time.monotonic()
     index, first = part
     before = [f"{total_name(wave - 1, index)}.safetensors"] if wave else []

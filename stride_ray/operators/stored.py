@@ -1,4 +1,4 @@
-"""Operators of the paper's forms on disk: what fit leaves and respond takes up."""
+"""Storage of operators of the paper's forms, written by fit and read by respond."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def load_basis(store: Store, name: str) -> Basis:
 
 
 def save_operators(store: Store, operators: Operators, facts: dict[str, Any]) -> None:
-    """Publish operators: operators.safetensors first, metadata.json (which says that they are complete) last."""
+    """Publish operators: operators.safetensors, then metadata.json, which marks them as complete."""
     tensors = {"A": operators.A.cpu(), **{k: v.cpu() for k, v in operators.basis.tensors().items()}}
     store.write("operators.safetensors", tensor_bytes(tensors))
     metadata = {"basis": operators.basis.facts(), "subsets": len(operators.A), "scale": operators.scale, **facts}
@@ -28,7 +28,7 @@ def save_operators(store: Store, operators: Operators, facts: dict[str, Any]) ->
 
 
 def load_operators(store: Store, device: str = "cpu") -> tuple[Operators, dict[str, Any]]:
-    """Read what save_operators wrote, with the facts."""
+    """Read what save_operators wrote; returns the operators and the metadata."""
     metadata = store.read_json("metadata.json")
     tensors = store.read_tensors("operators.safetensors")
     A = tensors.pop("A")

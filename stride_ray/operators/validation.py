@@ -1,4 +1,4 @@
-"""Did a fit learn anything? Response on members minus non-members, the size of the steering, and its strength."""
+"""Validation of a fit: response on members minus that on non-members, and size and strength of the steering."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,35 +10,35 @@ from torch import Tensor
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.models.batch_size import rows_at_once
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.operators.forms import Operators, features, steering
+from stride_ray.operators.forms import Operators, features, steering_vectors
 from stride_ray.operators.membership import Membership
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 
-# Blocks whose responses are compared to first order, and those that are steered for real.
+# Sample sizes in blocks: for first-order responses, and for steered forward passes.
 SAMPLE, STEERED = 64, 32
-# Of a steered block: targets that count, and subsets of its own and others that steer it. Steered logits cost
-# targets × vocabulary × sketch for each subset, minutes where these were not bounded.
+# Per steered block: maximum targets, and maximum subsets among its own and among the others. Steered logits cost
+# targets × vocabulary × sketch per subset, which takes minutes without these bounds.
 TARGETS, SUBSETS = 32, 4
-# Strengths tried for the closed form: relative sizes of the steering (of the stream, or in nats of logit).
+# Strengths tried for the closed form: size of the steering relative to the stream, or in nats for logits.
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
-def judge(
+def validate(
     model: SplitModel, operators: Operators, blocks: Blocks, membership: Membership, config: Config
 ) -> dict[str, Any]:
-    """Measure fitted operators on a sample of the pool.
+    """Validate fitted operators on a sample of the pool.
 
-    The gap is, per block, its mean response to the operators of its own subsets minus that to others, and then the
-    mean over blocks with its standard error. A block has a share in its own subsets' operators: that they answer to
-    their members at all is what the gap says, and no more (accuracy is measured against retraining).
+    A block's gap is its mean response to the operators of its own subsets minus that to the others; reported are the
+    mean over blocks and its standard error. Each block contributed to its own subsets' operators, so the gap is only a
+    sanity check that operators respond to their members; accuracy is measured against retraining.
 
     Returns:
-        ``scale``; ``gap`` and ``gap_error`` in nats by steered forwards on 32 blocks; ``gap_linear`` and
-        ``gap_linear_error`` to first order on 64; ``relative_steering`` (root mean square of what operators add,
-        over that of the stream, or in nats for logits); ``member_response`` (mean over members, share of the loss);
-        ``learned`` (the first-order gap of a closed form, or the steered one of a trained fit, is above two standard
-        errors) and ``verdict``, a sentence.
+        ``scale``; ``gap`` and ``gap_error`` in nats by steered forward passes on 32 blocks; ``gap_linear`` and
+        ``gap_linear_error`` to first order on 64; ``relative_steering`` (root mean square of the steering, relative to
+        the stream, or in nats for logits); ``member_response`` (mean over members, as a share of the loss); ``learned``
+        (the first-order gap of a closed form, or the steered gap of a trained fit, exceeds two standard errors) and
+        ``verdict``, a sentence.
     """
     sample = with_targets(blocks, blocks.sample(SAMPLE, config.seed + 1))
     inside = members(membership, sample)
@@ -69,11 +69,11 @@ def gap(responses: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
     """Mean response on members minus non-members, and its standard error over blocks.
 
     Args:
-        responses: (n, K); nan where not measured.
+        responses: (n, K); nan if not measured.
         inside: (n, K) bool, whether the block is in the subset.
 
     Returns:
-        Both over the blocks that have members and non-members measured; zeros where fewer than two do.
+        Both over the blocks with measured members and non-members; zeros if there are fewer than two such blocks.
     """
     measured = np.isfinite(responses)
     responses = np.where(measured, responses, 0.0)
@@ -87,7 +87,7 @@ def gap(responses: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
 
 
 def with_targets(blocks: Blocks, ordinals: np.ndarray) -> np.ndarray:
-    """Those blocks that have a token to predict (a long prompt may fill a block)."""
+    """The blocks that have a target (a long prompt may fill a block); StrideError if none has."""
     found = ordinals[blocks.batch(ordinals).mask[:, 1:].any(axis=1)]
     if not len(found):
         raise StrideError(
@@ -98,7 +98,7 @@ def with_targets(blocks: Blocks, ordinals: np.ndarray) -> np.ndarray:
 
 
 def members(membership: Membership, ordinals: np.ndarray) -> np.ndarray:
-    """(n, K) bool membership of some blocks."""
+    """Membership of blocks in subsets as a dense (n, K) bool matrix."""
     inside = np.zeros((len(ordinals), membership.subsets + 1), dtype=bool)
     np.put_along_axis(inside, membership.columns_at(ordinals).astype(np.int64), True, axis=1)
     return inside[:, :-1]
@@ -116,11 +116,11 @@ def _linear(model: SplitModel, operators: Operators, blocks: Blocks, ordinals: n
 def _relative_steering(
     model: SplitModel, operators: Operators, blocks: Blocks, ordinals: np.ndarray, membership: Membership
 ) -> float:
-    """Root mean square of what members' operators add, relative to the stream (absolute, in nats, for logits)."""
+    """Root mean square of the steering by each block's first subset, relative to the stream (in nats for logits)."""
     ids, _ = _tensors(model, blocks, ordinals)
     h = model.trunk(ids)
     own = membership.columns_at(ordinals)[:, 0].astype(np.int64) % membership.subsets
-    size = steering(operators.basis, features(operators.basis, h), operators.A[own]).square().mean().sqrt()
+    size = steering_vectors(operators.basis, features(operators.basis, h), operators.A[own]).square().mean().sqrt()
     stream = 1.0 if operators.basis.form == "logit" else h.float().square().mean().sqrt()
     return float(size / stream)
 
@@ -133,7 +133,7 @@ def _steered(
     membership: Membership,
     config: Config,
 ) -> tuple[float, float, float, float]:
-    """Steer each block with some of its own subsets' operators and others: gap, error, member response, loss."""
+    """Steer each block with operators of its own and of other subsets: gap, its error, member response, base loss."""
     inside = members(membership, ordinals)
     responses = np.full(inside.shape, np.nan)
     tokens = blocks.block_tokens * rows_at_once(config, model, blocks.block_tokens)
@@ -157,8 +157,8 @@ def _verdict(facts: dict[str, Any]) -> str:
         f"steering {facts['relative_steering']:.2%}, members' response {facts['member_response']:+.2%} of the loss"
     )
     if facts["learned"]:
-        return f"The operators answer to their members: {numbers}."
+        return f"The operators respond to their members: {numbers}."
     return (
-        f"WARNING: these operators do not tell members from non-members; what they recover means nothing: {numbers}. "
-        "Train longer, change fit.* or use fit.method = closed_form."
+        f"WARNING: these operators do not distinguish members from non-members; recovered influence is meaningless: "
+        f"{numbers}. Train longer, change fit.* or use fit.method = closed_form."
     )

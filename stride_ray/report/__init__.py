@@ -1,1 +1,1 @@
-"""Pages that people look at: self-contained HTML from tables that are already on disk."""
+"""HTML reports: self-contained pages generated from tables on disk."""

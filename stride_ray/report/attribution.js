@@ -1,4 +1,4 @@
-// Shows which blocks helped and harmed each query.
+// Shows the most helpful and most harmful blocks of each query.
 const { queries, texts } = data;
 const number = (value) => (value === null ? "" : value.toPrecision(4));
 const signed = (value) => (value > 0 ? "+" : "−") + Math.abs(value).toPrecision(4);
@@ -6,7 +6,7 @@ const WORD = /[\p{L}\p{N}_]{2,}/gu;
 const wordsOf = (text) => text.toLowerCase().match(WORD) || [];
 const best = (query) => (query.helping.length ? query.helping[0][4] : "");
 
-// Words of most blocks say nothing about a match.
+// Words that occur in most blocks; not highlighted, since they do not indicate a match.
 const common = new Set();
 {
   const counts = new Map();
@@ -26,7 +26,7 @@ const COLUMNS = [
 const searched = (q) =>
   [q.query_id, q.prompt, q.completion, ...[...q.helping, ...q.harming].map((row) => `${row[4]} ${row[5]}`)].join("\n");
 
-// A text with the words that another has, too, in marks.
+// Appends a text to a node and marks the words that are also in `others`.
 function shared(node, text, others) {
   const matches = [...text.matchAll(WORD)].filter((match) => others.has(match[0].toLowerCase()));
   return marked(node, text, matches.map((match) => [match.index, match.index + match[0].length]));

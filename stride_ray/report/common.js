@@ -1,6 +1,6 @@
 "use strict";
-// What the pages share: making elements, marks in texts, and a table to search, sort, page through and choose from.
-// Text goes into a page as text alone (textContent, append of strings), never as markup.
+// Shared by all pages: element creation, highlighting, and a table with search, sorting, paging and selection.
+// Text is inserted only as text (textContent, append of strings), never as markup.
 const data = JSON.parse(document.getElementById("data").textContent);
 const ROWS = 25;
 const byId = (id) => document.getElementById(id);
@@ -19,7 +19,7 @@ function drawn(tag, attributes, text) {
   return node;
 }
 
-// Puts a text into a node, with some spans of it ([start, stop] each, in order) in marks.
+// Appends a text to a node, with the given spans ([start, stop], in order) highlighted.
 function marked(node, text, spans) {
   let at = 0;
   for (const [start, stop] of spans) {
@@ -30,7 +30,7 @@ function marked(node, text, spans) {
   return node;
 }
 
-// Something to open: a number over a bar of some share, a name, and what is said of it in small.
+// A collapsible entry: a number over a bar of width `share`, a title and a description in small type.
 function entry(value, share, title, about, open) {
   const details = make("details");
   details.open = open;
@@ -48,15 +48,15 @@ function entry(value, share, title, about, open) {
   return details;
 }
 
-// Empty ones (null) last.
+// Orders null last.
 function compare(a, b) {
   if (a === null || b === null) return (a === null) - (b === null);
   return typeof a === "number" ? a - b : a.localeCompare(b);
 }
 
-// Fills #table with items, and `section` with what `show` makes of the chosen one.
+// Fills #table with items, and `section` with the output of `show` for the selected item.
 //   columns: title, of (item to value), show (value to text), kind (class of its cells), tag (item to class of a label)
-//   words: item to the text that is searched; keep: whether an item is listed at all; noun: what an item is called
+//   words: item to its searchable text; keep: whether to list an item; noun: name of an item
 function browse({ items, columns, words, section, show, noun, keep = () => true }) {
   const haystack = items.map((item) => words(item).toLowerCase());
   const body = document.querySelector("#table tbody");

@@ -1,7 +1,7 @@
-"""Pages in one HTML file each: a template, its style and script, and the data that the script shows.
+"""Self-contained HTML pages: a template with inlined style, script and the data that the script displays.
 
-Text of a corpus is data, never markup: the template escapes what it prints, the data is JSON in which no tag can end,
-the script writes text only, and the page's policy lets the browser run that one script and fetch nothing.
+Corpus text is always data, never markup: the template escapes its values, the data is JSON that cannot close a tag, the
+script inserts text nodes only, and the content security policy allows only this script and no requests.
 """
 
 import base64
@@ -13,19 +13,19 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-# Characters that could end a script element, or a line of one, as JSON writes them otherwise.
+# JSON escapes of the characters that could close a script element or end a line in it.
 ESCAPES = {ord(each): f"\\u{ord(each):04x}" for each in "<>&\u2028\u2029"}
-# Letters of blocks' texts on a page, all together: with the rest it stays below 5 MB.
-TEXT_BUDGET, SHORTEST = 3_000_000, 200
+# Total characters of block texts on a page, which keeps it below 5 MB, and the minimum kept of each long text.
+TEXT_BUDGET, MIN_TEXT_CHARACTERS = 3_000_000, 200
 
 
 def render(template: str, data: dict[str, Any], **values: Any) -> str:
-    """A page from ``template``.html.j2 with ``report.css``, ``common.js``, ``template``.js and ``data``.
+    """Render ``template``.html.j2 with ``report.css``, ``common.js``, ``template``.js and ``data``.
 
     Args:
-        template: its name.
-        data: what the script shows; JSON.
-        values: what the template itself prints; escaped.
+        template: name of the template and its script.
+        data: JSON-serialisable data for the script.
+        values: values for the template, which escapes them.
     """
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_file), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -42,7 +42,7 @@ def render(template: str, data: dict[str, Any], **values: Any) -> str:
 
 
 def embedded(data: Any) -> str:
-    """Data as JSON that may stand in a script element: no tag can end in it."""
+    """Data as JSON that can be embedded in a script element, since it cannot close the tag."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(ESCAPES)
 
 
@@ -51,16 +51,16 @@ def _file(name: str) -> str:
 
 
 def attribution_page(queries: list[dict[str, Any]], facts: dict[str, Any], trust: dict[str, Any] | None = None) -> str:
-    """The page of a query set: find a query, see what helped and what harmed.
+    """The page of a query set: a searchable list of queries with the most helpful and most harmful blocks of each.
 
     Args:
-        queries: attribute.shown_queries.
-        facts: of the run and the fit: name, run, model, blocks, how, mode, verdict, learned, and the summary
+        queries: from attribute.shown_queries.
+        facts: about the run and the fit: name, run, model, blocks, how, mode, verdict, learned, and the summary
             of rescore or exact_influence.
-        trust: what trust.trust found: ``level``, ``verdict``, ``rows`` (check, found, by chance); None: not asked.
+        trust: result of trust.trust: ``level``, ``verdict``, ``rows`` (check, found, by chance); None if not run.
     """
     texts = {row["ordinal"]: row["text"] for each in queries for row in (*each["helping"], *each["harming"])}
-    longest = max(SHORTEST, TEXT_BUDGET // max(1, len(texts)))
+    longest = max(MIN_TEXT_CHARACTERS, TEXT_BUDGET // max(1, len(texts)))
     kept = ("query_id", "error", "base_loss", "nonzeros", "prompt", "completion", "curve", "half", "sources")
     data = {
         "queries": [
@@ -75,5 +75,5 @@ def attribution_page(queries: list[dict[str, Any]], facts: dict[str, Any], trust
 
 
 def _row(row: dict[str, Any]) -> list[Any]:
-    """A block's row for the script: rank, influence, share, ordinal, document, source, whether it is exact."""
+    """A block's row for the script: rank, influence, share, ordinal, document id, source, whether it is exact."""
     return [row[key] for key in ("rank", "influence", "share", "ordinal", "document_id", "source", "exact")]

@@ -1,8 +1,8 @@
-// Shows a night's findings by set and night, its items, and what speaks against each.
+// Shows the findings of a nightly scan by set and night, its items, and the evidence for each.
 const { columns: names, rows, evidence, trend, asked, since, options } = data;
 const items = rows.map((row, i) => ({ ...Object.fromEntries(names.map((name, k) => [name, row[k]])), ...evidence[i] }));
 const CHANNELS = ["lexical", "influence"];
-// Plots of sets that are shown at once.
+// Plots (one per set) shown without expanding the rest.
 const PLOTS = 6;
 
 function number(value) {
@@ -27,7 +27,7 @@ const COLUMNS = [
 const searched = (x) => [x.set, x.item, x.verdict, x.mark, x.note, x.question, x.first_document, x.tied_document, x.error,
   ...(x.texts || []).map(([, text]) => text), ...(x.copies || []).map((each) => each.document)].join("\n");
 
-// A node with texts and nodes in it.
+// An element with children, texts or nodes.
 function holding(tag, name, ...children) {
   const node = make(tag, name);
   node.append(...children);
@@ -50,7 +50,7 @@ function plot(set) {
   }
   for (const channel of CHANNELS) {
     const known = set[channel].map((value, i) => [i, value]).filter(([, value]) => value !== null);
-    // A night that did not ask is a gap.
+    // A night on which the channel did not run is a gap in the line.
     const path = known.map(([i, value], k) => {
       const joins = k && known[k - 1][0] === i - 1;
       return `${joins ? `L${x(i)},${y(known[k - 1][1])} L` : "M"}${x(i)},${y(value)}`;
@@ -87,7 +87,7 @@ function trends() {
   byId("trends").after(rest);
 }
 
-// What the item says, its fields one after the other.
+// The full text of an item, field by field.
 function whole(item, open) {
   const details = holding("details", "", make("summary", "", "the item's text"));
   details.open = open;
@@ -100,7 +100,7 @@ function whole(item, open) {
   return details;
 }
 
-// One field of an item beside what a document holds of it.
+// A field of an item beside the matching passages of a document.
 function sideBySide(item, held) {
   const text = (item.texts.find(([name]) => name === held.field) || ["", ""])[1];
   const left = make("div");
@@ -138,7 +138,7 @@ function lexical(item) {
 function influence(item) {
   const node = holding("div", "influence", make("h3", "", "Influence: a suspicion, never proof"));
   if (!asked) return holding("div", "", node.firstChild, make("p", "soft", "Not asked (scan.influence = false)."));
-  if (item.error) node.append(make("p", "warning", `Could not be asked: ${item.error}`));
+  if (item.error) node.append(make("p", "warning", `Could not be measured: ${item.error}`));
   if (item.contrast === null) {
     if (!item.error) node.append(make("p", "soft", "Not asked."));
     return node;
@@ -184,7 +184,7 @@ function reveal(node) {
   }
 }
 
-// What was closed had no size to scroll in.
+// A closed element has no size and cannot be scrolled; scroll it once it is opened.
 byId("item").addEventListener("toggle", (event) => reveal(event.target), { capture: true });
 trends();
 const clean = byId("clean");

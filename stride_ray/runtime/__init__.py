@@ -1,1 +1,1 @@
-"""What every stage stands on: options, the run directory, storage, Ray tasks and the actor pool, costs."""
+"""Infrastructure of all stages: options, run directory, storage, Ray tasks, actor pool, cost accounting."""

@@ -1,10 +1,10 @@
 """An actor pool with speculative execution: idle actors re-execute the units of slow or dead ones.
 
-A unit may run twice. That is safe: what it publishes has the same bytes, whole files at a time, and the first result
+A unit may run twice. This is safe: both runs publish whole files with identical bytes, and only the first result
 counts.
 
-Example: units 0 to 3 on actors A and B; A holds 0 and 2 when its node dies. B does 1 and 3, has nothing left to do, and
-after PATIENCE seconds without a result gets 0 and then 2. When Ray brings A back, whatever it still answers is ignored.
+Example: units 0 to 3 on actors A and B. A's node dies while A holds 0 and 2. B finishes 1 and 3 and becomes idle; after
+PATIENCE seconds without a result it gets 0 and then 2. Late results from A, once Ray has restarted it, are ignored.
 """
 
 import os
@@ -32,15 +32,15 @@ from stride_ray.runtime.tasks import (
     connected,
     lethal_unit_error,
     prepare_process,
-    ready_of,
     result_of,
+    wait_for_result,
 )
 
-# Units that an actor holds: the next one is there when the first is done.
+# Units submitted to an actor at a time: one running and one queued, so that it never waits for the driver.
 QUEUED_PER_ACTOR = 2
-# After this many times the longest unit's time without a result, idle actors get units that others hold.
+# A map without a result for this many times its longest unit is stalled: idle actors get units that others hold.
 STRAGGLER_FACTOR = 3
-# Seconds until a call is made again for which the actor could not be reached.
+# Seconds before a call to an unreachable actor is repeated.
 RETRY_SECONDS = 1.0
 
 
@@ -56,13 +56,13 @@ class _Call:
 
 @dataclass
 class _Progress:
-    """What a map knows: units that wait, units without a result, and when the last result came."""
+    """State of one map: indices of unsubmitted and of unfinished units, and the time of the last result."""
 
     waiting: list[int]
     unfinished: set[int]
     last_result_at: float = field(default_factory=time.monotonic)
     longest_seconds: float = 0.0
-    restarts_at_last_result: dict[Any, int] = field(default_factory=dict)  # of actors that could not be reached since
+    restarts_at_last_result: dict[Any, int] = field(default_factory=dict)  # of actors found unreachable since then
 
     @property
     def stalled(self) -> bool:
@@ -77,12 +77,12 @@ class _Progress:
 
 
 class ActorPool:
-    """Actors for the length of a ``with`` block, for one or several maps over units of work.
+    """Actors that live for a ``with`` block and serve one or several maps over units of work.
 
-    Actors outlive a map, so that what a process keeps (the model, see ``loading.load_run_model``) serves the next one.
-    An actor whose node is lost comes back where there is room. Until then, and where one is far slower than the
-    others, idle actors get its units too: after PATIENCE seconds, or STRAGGLER_FACTOR times what the longest unit took,
-    without a result.
+    Actors outlive a map, so what a process caches (the model, see ``loading.load_run_model``) is there for the next
+    map. Ray restarts an actor whose node is lost wherever there is room. Meanwhile, or if an actor is far slower than
+    the others, idle actors re-execute its units: after PATIENCE seconds, or STRAGGLER_FACTOR times the longest unit,
+    whichever is longer, without a result.
     """
 
     def __init__(self, allocation: WorkerAllocation) -> None:
@@ -104,20 +104,22 @@ class ActorPool:
     def map(
         self, make: Callable[..., Worker], arguments: tuple[Any, ...], units: Sequence[Unit]
     ) -> Iterator[dict[str, Any]]:
-        """Apply ``make(*arguments)`` to every unit; each actor that gets one makes it once.
+        """Apply the worker ``make(*arguments)`` to every unit; each actor constructs it once per map.
+
+        Yields results in order of completion.
 
         Raises:
-            StrideError: the worker's own, or that a unit killed its workers again and again.
+            StrideError: from the worker, or because a unit repeatedly killed its worker.
         """
         self._maps += 1
         job = ray.put((make, arguments))
         progress = _Progress(list(reversed(range(len(units)))), set(range(len(units))))
         while progress.unfinished:
             self._submit(job, units, progress)
-            for reference in ready_of(list(self._in_flight), progress.last_result_at):
+            for reference in wait_for_result(list(self._in_flight), progress.last_result_at):
                 call = self._in_flight.pop(reference)
                 if call.map_number != self._maps or call.unit_index not in progress.unfinished:
-                    continue  # an earlier map's, or another actor was faster
+                    continue  # from an earlier map, or another actor was faster
                 try:
                     result = result_of(reference)
                 except ray.exceptions.ActorUnavailableError:
@@ -127,7 +129,7 @@ class ActorPool:
                 yield result
 
     def _submit(self, job: Any, units: Sequence[Unit], progress: _Progress) -> None:
-        """Give every actor with room the next unit; in a stall, every idle one a unit that others hold."""
+        """Fill the queue of every actor; in a stall, give every idle actor a unit that others hold."""
         stalled = progress.stalled
         for actor in self._actors:
             held = sum(call.actor is actor for call in self._in_flight.values())
@@ -138,16 +140,16 @@ class ActorPool:
                 held += 1
 
     def _least_replicated(self, unfinished: set[int]) -> int:
-        """Of the units without a result, the one that the fewest actors hold."""
+        """The unfinished unit held by the fewest actors."""
         held = [call.unit_index for call in self._in_flight.values() if call.map_number == self._maps]
         return min(unfinished, key=lambda index: (held.count(index), index))
 
     def _retry(self, call: _Call, progress: _Progress) -> None:
-        """Its node is lost and Ray has not noticed yet: try again, the unit is not to blame.
+        """Resubmit a unit whose actor is unreachable: usually its node is lost and Ray has not noticed yet.
 
-        But where the actor's process was started more than RETRIES times without a single result, the unit kills it.
+        If Ray has restarted the actor more than RETRIES times without a single result, the unit itself kills it.
         """
-        # Ray's public state API asks the dashboard, which a local Ray is started without.
+        # Ray's public state API needs the dashboard, which a local Ray is started without.
         restarts = ray_state.actors(call.actor._actor_id.hex())["NumRestarts"]
         if restarts - progress.restarts_at_last_result.setdefault(call.actor, restarts) > RETRIES:
             raise lethal_unit_error(f"Ray started the worker again {restarts} times") from None
@@ -157,7 +159,7 @@ class ActorPool:
 
 
 class _PoolActor:
-    """An actor of a pool: holds the worker of the map that it is in."""
+    """An actor of a pool; holds the worker of the current map."""
 
     def __init__(self, folder: str) -> None:
         prepare_process(folder)
@@ -166,7 +168,7 @@ class _PoolActor:
 
     def work(self, map_number: int, job: tuple[Callable[..., Worker], tuple[Any, ...]], unit: Unit) -> dict[str, Any]:
         if map_number != self.map_number or self.worker is None:
-            self.worker = None  # frees the last map's first: two models may not fit
+            self.worker = None  # free the previous map's worker first: two models may not fit
             outcome = capture_errors(self._make_worker, *job)
             if self.worker is None:
                 return outcome  # the error
@@ -183,12 +185,13 @@ _open: list[ActorPool] = []  # the pool of the enclosing ``shared_actor_pool`` b
 
 @contextmanager
 def shared_actor_pool(config: Config, units: int) -> Iterator[ActorPool]:
-    """The enclosing block's actor pool, whatever the arguments; if there is none, Ray and a pool for ``units`` units.
+    """The actor pool of the enclosing block, or else a Ray connection and a new pool for ``units`` units.
 
-    Stages that follow each other within a block thus share processes, which take seconds to start and load a model.
+    Consecutive stages within a block share processes, which take seconds to start and load a model. The arguments are
+    ignored if there is an enclosing block.
 
     Raises:
-        StrideError: as connected and allocate_workers.
+        StrideError: see ``connected`` and ``allocate_workers``.
     """
     if _open:
         yield _open[-1]
@@ -207,6 +210,6 @@ def shared_actor_pool(config: Config, units: int) -> Iterator[ActorPool]:
 def map_actors(
     make: Callable[..., Worker], arguments: tuple[Any, ...], units: Sequence[Unit], allocation: WorkerAllocation
 ) -> Iterator[dict[str, Any]]:
-    """Apply ``make(*arguments)`` to every unit in an actor pool of its own, see ``ActorPool.map``."""
+    """Apply ``make(*arguments)`` to every unit in a new actor pool; see ``ActorPool.map``."""
     with ActorPool(allocation) as actors:
         yield from actors.map(make, arguments, units)

@@ -1,6 +1,6 @@
-"""The configuration of a run: a frozen tree of options, TOML in and out, and which stage depends on which key.
+"""The configuration of a run: a frozen tree of options, TOML input and output, and the keys each stage depends on.
 
-Options are declared in options.py; the command line, the commented ``run.toml`` and the checks are all made from there.
+Options are declared in options.py, from which the command line, the commented TOML and the checks are generated.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ else:
 
 @dataclass(frozen=True)
 class Config:
-    """A run's whole configuration."""
+    """The complete configuration of a run."""
 
     seed: int = _option(0, "of everything random: membership, bases, sketches, the loop's order", low=0)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -57,14 +57,18 @@ class Config:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def flat(self) -> dict[str, Any]:
-        """All options as ``{"section.key": value}``, JSON-serialisable, in order of declaration."""
+        """All options as JSON-serialisable ``{"section.key": value}``, in order of declaration."""
         return {name: _plain(_lookup(self, name)) for name in option_fields()}
 
     def updated(self, changes: Mapping[str, Any], where: str = "the command line") -> "Config":
-        """A copy with ``{"section.key": value}`` applied; values may be strings, as typed on a command line.
+        """A copy with ``{"section.key": value}`` applied; values may be strings from a command line.
+
+        Args:
+            changes: the new values.
+            where: their origin, for error messages.
 
         Raises:
-            StrideError: for an unknown key (naming the nearest one) or a value outside its range.
+            StrideError: unknown key (the nearest one is suggested), or a value of the wrong type or out of range.
         """
         known = option_fields()
         config = self
@@ -72,15 +76,15 @@ class Config:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 raise StrideError(
-                    f"{where} has the key {name!r}, which is no option"
+                    f"{where} has the key {name!r}, which is not an option"
                     + (f"; did you mean {near[0]!r}?" if near else "; 'stride-ray config' lists them all.")
                 )
             config = _replaced(config, name.split("."), _checked(name, value, known[name], where))
         return config
 
 
-# The stage before each, and what each one's output depends on besides its inputs. A stage's identity also holds the
-# keys of the stages before it.
+# Stage to its upstream stage and the options (or sections) that its output depends on besides its inputs. A stage's
+# identity includes the keys of all upstream stages.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "blocks": ("", ("corpus.columns", "corpus.tokenizer", "corpus.layout", "corpus.block_tokens", "corpus.shard_mb")),
     "curvature": ("blocks", ("seed", "model.path", "model.start", "model.dtype", "operators.layers")),
@@ -94,7 +98,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def stage_keys(config: Config, stage: str) -> dict[str, Any]:
-    """The options that ``stage`` and everything before it depend on, as ``{"section.key": value}``."""
+    """The options that ``stage`` and its upstream stages depend on, as ``{"section.key": value}``."""
     prefixes: list[str] = []
     while stage:
         stage, own = STAGES[stage]
@@ -103,28 +107,28 @@ def stage_keys(config: Config, stage: str) -> dict[str, Any]:
 
 
 def stage_hash(config: Config, stage: str) -> str:
-    """Sixteen hexadecimal digits that change whenever an option that ``stage`` depends on does."""
+    """Hash of the options that ``stage`` and its upstream stages depend on, 16 hexadecimal digits."""
     return digest(stage_keys(config, stage))
 
 
 def digest(value: Any) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 of a value's canonical JSON."""
+    """SHA-256 of a value's canonical JSON, truncated to 16 hexadecimal digits."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def loads(text: str, where: str = "the configuration") -> Config:
-    """Read a configuration from TOML; keys that are absent keep their defaults.
+    """Parse a configuration from TOML; missing keys keep their defaults.
 
     Raises:
-        StrideError: for text that is no TOML, unknown keys and values out of range, naming ``where`` and the key.
+        StrideError: invalid TOML, an unknown key or an invalid value; the message names ``where`` and the key.
     """
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise StrideError(f"{where} is not valid TOML: {error}.") from None
     flat: dict[str, Any] = {}
-    tree.pop("run", None)  # what Run.save adds: facts, not options
+    tree.pop("run", None)  # added by Run.save: facts, not options
     for name, value in tree.items():
         if isinstance(value, dict) and is_dataclass(getattr(Config(), name, None)):
             flat.update({f"{name}.{key}": item for key, item in value.items()})
@@ -134,7 +138,7 @@ def loads(text: str, where: str = "the configuration") -> Config:
 
 
 def dumps(config: Config, comments: bool = False) -> str:
-    """The configuration as canonical TOML; with ``comments``, each option under a line that explains it."""
+    """The configuration as canonical TOML; with ``comments``, each option is preceded by its help text."""
     lines, section, flat = [], "", config.flat()
     for name, declared in option_fields().items():
         parent, _, key = name.rpartition(".")
@@ -154,7 +158,7 @@ def dumps(config: Config, comments: bool = False) -> str:
 
 
 def option_fields() -> dict[str, dataclasses.Field]:
-    """Every option by its dotted name, with its declaration (default, help, choices)."""
+    """Dotted name of every option to its declaration (default, help, choices, minimum)."""
     found: dict[str, dataclasses.Field] = {}
     for outer in fields(Config):
         value = getattr(Config(), outer.name)
@@ -181,7 +185,7 @@ def _plain(value: Any) -> Any:
 
 
 def _checked(name: str, value: Any, declared: dataclasses.Field, where: str) -> Any:
-    """``value`` in the option's own type, or one sentence."""
+    """``value`` converted to the option's type and validated; StrideError if it is invalid."""
     default = _lookup(Config(), name)
     metadata = declared.metadata
     try:
@@ -222,9 +226,9 @@ def _converted(value: Any, default: Any) -> Any:
         raise TypeError
     if isinstance(default, int):
         try:
-            whole = int(value)  # not by way of a float, which has 53 bits
+            whole = int(value)  # not through a float, which would round beyond 53 bits
         except ValueError:
-            whole = int(float(value))  # 1e9
+            whole = int(float(value))  # for example "1e9"
             value = float(value)
         if not isinstance(value, str) and whole != value:
             raise ValueError

@@ -1,7 +1,7 @@
-"""What stages cost: each phase's seconds, workers and memory, kept in ``cost.json`` beside a stage's data.
+"""Cost accounting: seconds, workers and memory of each phase, in ``cost.json`` beside a stage's data.
 
-Workers say with every result how long it took and what they hold; the driver adds the wall clock. ``plan`` works out
-from these what a larger run will take. Ray-free.
+Workers attach their time and peak memory to every result; the driver adds wall-clock time. ``plan`` extrapolates
+larger runs from these records. Does not import Ray.
 """
 
 import os
@@ -16,27 +16,29 @@ from typing import Any
 from stride_ray.runtime.memory import peak_mb
 from stride_ray.runtime.run import Stage
 
-NAME = "cost.json"
-# The label of what workers load and compile before their first result, which does not grow.
+COST_FILE = "cost.json"
+# Label of the time that workers spend loading and compiling before their first result. It does not grow with the data.
 START = "start"
-# Later results per first one that tell what a result takes; units are not all of one size.
-ENOUGH = 3
-# What a result says: seconds, peak MB, which worker, and the seconds of separate phases.
+# Later results per worker needed to estimate the steady cost of a result; units differ in size.
+MIN_LATER_RESULTS = 3
+# Cost of a result: seconds, peak MB, worker id ("host/pid"), and seconds of separate phases by label.
 Cost = tuple[float, int, str, dict[str, float]]
 
 
 @dataclass
 class Phase:
-    """One progress line's worth of work, of one attempt or several.
+    """The work behind one progress line of a stage.
 
     Attributes:
-        amount: how many ``unit`` were counted.
-        wall: seconds at the driver.
-        busy: seconds of work of all workers together, without their start.
-        seen: the workers that took part.
-        peak_mb: the most that a worker held since it was started, MB.
-        first: of these, seconds of each worker's first result. ``results``: how many there were.
-        separate: of all seconds of work, those that are not in ``busy`` but phases of their own, by label.
+        amount: items processed.
+        unit: what an item is, for example "blocks".
+        wall: wall-clock seconds at the driver.
+        busy: worker seconds, summed over workers, excluding ``separate``.
+        peak_mb: largest peak memory of any worker since its start, MB.
+        first: the part of ``busy`` spent on each worker's first result.
+        results: number of results.
+        seen: ids of the workers that took part.
+        separate: worker seconds recorded as phases of their own, by label; not in ``busy``.
     """
 
     amount: int = 0
@@ -50,7 +52,7 @@ class Phase:
     separate: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, cost: Cost) -> None:
-        """Count what a worker said of a result, see ``paid``."""
+        """Add the cost of one result, as ``result_cost`` returns it."""
         seconds, peak, worker, apart = cost
         rest = seconds - sum(apart.values())
         self.busy += rest
@@ -62,66 +64,68 @@ class Phase:
             self.separate[label] += part
 
     def facts(self, label: str) -> dict[str, dict[str, Any]]:
-        """For cost.json: this phase and those that were kept apart from it.
+        """Records for cost.json, by label: this phase and its separate phases.
 
-        What the workers' first results took more than the others, where there are enough of those to tell, is
-        ``start`` too: something was loaded or compiled.
+        First results take longer than later ones because something is loaded or compiled. If there are enough later
+        results to estimate the excess, it is moved to the ``start`` phase.
         """
         workers = max(1, len(self.seen))
         later = self.results - len(self.seen)
-        told_apart = later >= ENOUGH * workers
-        start = max(0.0, self.first - workers * (self.busy - self.first) / later) if told_apart else 0.0
+        enough_later_results = later >= MIN_LATER_RESULTS * workers
+        start = max(0.0, self.first - workers * (self.busy - self.first) / later) if enough_later_results else 0.0
         apart = dict(self.separate)
         if start:
             apart[START] = apart.get(START, 0.0) + start
         wall = max(0.0, self.wall - sum(apart.values()) / workers)
 
-        def told(wall: float, busy: float) -> dict[str, Any]:
+        def phase_record(wall: float, busy: float) -> dict[str, Any]:
             seconds = {"wall": round(wall, 3), "busy": round(busy, 3)}
             return {"amount": self.amount, "unit": self.unit, **seconds, "workers": workers, "peak_mb": self.peak_mb}
 
-        # Each worker has its own start, however many there are: seconds, but no work to share.
-        others = {name: told(took / workers, 0.0 if name == START else took) for name, took in apart.items()}
-        return {label: told(wall, self.busy - start), **others}
+        # Start-up takes each worker the same time however many there are, so it is wall time without shared work.
+        others = {name: phase_record(took / workers, 0.0 if name == START else took) for name, took in apart.items()}
+        return {label: phase_record(wall, self.busy - start), **others}
 
 
-_open: list[dict[str, Phase]] = []  # a stage's phases by label; stages may be nested
+_phase_stack: list[dict[str, Phase]] = []  # stack of phases by label, one entry per enclosing ``costed`` block
 _current = Phase()
-_apart: defaultdict[str, float] = defaultdict(float)  # of the result that this worker is making
+_separate_seconds: defaultdict[str, float] = defaultdict(
+    float
+)  # separate seconds of the result in progress in this worker
 
 
 def record_separately(label: str, seconds: float) -> None:
-    """In a worker: so many seconds of this result grow otherwise than the rest and are a phase of their own."""
-    _apart[label] += seconds
+    """In a worker: book seconds of the current result as a phase of their own, because they scale differently."""
+    _separate_seconds[label] += seconds
 
 
-def begun() -> float:
-    """In a worker, before a result: the time (time.monotonic). What was kept apart of one that failed is forgotten."""
-    _apart.clear()
+def start_result_timer() -> float:
+    """In a worker: start timing a result and return time.monotonic(); discards separate seconds of a failed one."""
+    _separate_seconds.clear()
     return time.monotonic()
 
 
 def result_cost(began: float) -> Cost:
-    """What a result cost this worker since it was ``begun``.
+    """In a worker: the cost of a result whose timing started at ``began``.
 
     Returns:
-        Seconds, peak MB, which worker it is, and the seconds of separate phases, by label.
+        Seconds, peak MB, worker id and the seconds of separate phases by label.
     """
-    return time.monotonic() - began, peak_mb(), f"{socket.gethostname()}/{os.getpid()}", dict(_apart)
+    return time.monotonic() - began, peak_mb(), f"{socket.gethostname()}/{os.getpid()}", dict(_separate_seconds)
 
 
 def add_result_cost(cost: Cost | None) -> None:
-    """At the driver: a result has come with this cost."""
+    """At the driver: add the cost of an incoming result to the current phase."""
     if cost is not None:
         _current.add(cost)
 
 
 @contextmanager
 def phase(label: str, unit: str, amount: int) -> Iterator[None]:
-    """A phase, whose results come within the block."""
+    """Attribute the results that arrive within the block to one phase of the enclosing ``costed`` block, if any."""
     global _current
     before, began = _current, time.monotonic()
-    _current = _open[-1].setdefault(label, Phase(unit=unit)) if _open else Phase()
+    _current = _phase_stack[-1].setdefault(label, Phase(unit=unit)) if _phase_stack else Phase()
     try:
         yield
         _current.amount += amount
@@ -131,23 +135,25 @@ def phase(label: str, unit: str, amount: int) -> Iterator[None]:
 
 
 @contextmanager
-def costed(stage: Stage) -> Iterator[None]:
-    """Keep what the phases within the block cost in the stage's ``cost.json``, added to earlier attempts'."""
+def record_stage_costs(stage: Stage) -> Iterator[None]:
+    """Add the cost of the phases within the block to the stage's ``cost.json``, on top of earlier attempts."""
     began = time.monotonic()
-    _open.append({})
+    _phase_stack.append({})
     try:
         yield
-        if not _open[-1]:
+        if not _phase_stack[-1]:
             return
-        found: dict[str, Any] = stage.store.read_json(NAME) if stage.store.exists(NAME) else {"phases": {}, "wall": 0.0}
+        found: dict[str, Any] = (
+            stage.store.read_json(COST_FILE) if stage.store.exists(COST_FILE) else {"phases": {}, "wall": 0.0}
+        )
         phases = found["phases"]
-        for label, each in _open[-1].items():
+        for label, each in _phase_stack[-1].items():
             for name, told in each.facts(label).items():
                 phases[name] = _sum(phases[name], told) if name in phases else told
         wall = found["wall"] + time.monotonic() - began
-        stage.store.write_json(NAME, {"wall": round(wall, 3), "driver_mb": peak_mb(), "phases": phases})
+        stage.store.write_json(COST_FILE, {"wall": round(wall, 3), "driver_mb": peak_mb(), "phases": phases})
     finally:
-        _open.pop()
+        _phase_stack.pop()
 
 
 def _sum(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:

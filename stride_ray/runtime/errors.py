@@ -1,13 +1,13 @@
-"""The one exception that users meet: a sentence saying what is wrong, where, and what to do about it."""
+"""The exception for user errors: one sentence with what is wrong, where, and how to fix it."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the program is: a scheduler's way to interrupt, and like it no error."""
+    """SIGTERM, raised as an exception; like Ctrl-C, an interruption and not an error."""
 
 
 class StrideError(Exception):
-    """Bad input, configuration or environment, told in one clear sentence.
+    """Bad input, configuration or environment, described in one sentence.
 
-    The command line prints the sentence alone and exits with status 1; any other exception is a defect of this
-    package and keeps its traceback.
+    The command line prints only this sentence and exits with status 1. Any other exception is a bug in this package
+    and keeps its traceback.
     """

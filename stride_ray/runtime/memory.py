@@ -1,4 +1,4 @@
-"""How much memory this process, or its GPU, holds and has held at most; and that it keeps what it frees."""
+"""Current and peak memory of this process or its GPU, and allocator settings that retain freed memory."""
 
 import contextlib
 import ctypes
@@ -10,31 +10,31 @@ from typing import Any
 
 from stride_ray.runtime.config import Config
 
-# A small model's files, bytes, and what a worker with one takes, GB.
+# A model is small if its files are below this size (bytes); memory of a worker with a small model, GB.
 SMALL_MODEL_BYTES, SMALL_MODEL_GB = 2**26, 1.5
 
-# glibc's mallopt: options (malloc.h) and their values. Large buffers come from the heap instead of a mapping of their
-# own; the heap shrinks only when 2 GiB at its end are free, and grows by at least 64 MiB.
+# glibc mallopt options (malloc.h) and their values: large buffers come from the heap instead of mmap; the heap shrinks
+# only when 2 GiB at its end are free, and grows by at least 64 MiB.
 _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = (-4, 0), (-1, 2**31 - 1), (-2, 2**26)
 
 
-def keep_freed() -> None:
-    """Have freed memory kept for what this process asks for next; under another C library than glibc nothing changes.
+def retain_freed_memory() -> None:
+    """Make glibc retain freed memory for reuse; has no effect with other C libraries.
 
-    A pass over blocks asks for the same large buffers with every batch. Mapped anew each time, their pages are cleared
-    by the kernel first, which took a seventh of the time of scoring.
+    A pass over blocks allocates the same large buffers for every batch. If they are mapped anew each time, the kernel
+    has to zero their pages, which took a seventh of the scoring time.
     """
     for option, value in (_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD):
         _glibc("mallopt", option, value)
 
 
 def _glibc(function: str, *arguments: int) -> None:
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, another system
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 def resident_bytes() -> int:
-    """Return the memory that this process holds now (0 where /proc is missing)."""
+    """Return the resident set size of this process (0 without /proc)."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -43,10 +43,10 @@ def resident_bytes() -> int:
 
 
 def restart_peak(device: Any = None) -> None:
-    """Make `peak_bytes` count from here; where the system does not allow that, it goes on counting from the start.
+    """Reset the peak that `peak_bytes` returns; on systems that cannot reset it, it stays the lifetime peak.
 
     Args:
-        device: a torch.device; of a GPU, its allocator's peak is meant.
+        device: a torch.device; for a GPU, its allocator's peak is reset.
     """
     gc.collect()
     _glibc("malloc_trim", 0)
@@ -64,7 +64,7 @@ def restart_peak(device: Any = None) -> None:
 
 
 def peak_bytes(device: Any = None) -> int:
-    """Return the most memory that this process (or a GPU's allocator) held since `restart_peak`."""
+    """Return the peak memory of this process (or of a GPU's allocator) since `restart_peak`."""
     if device is not None and device.type == "cuda":
         import torch
 
@@ -77,7 +77,7 @@ def peak_bytes(device: Any = None) -> int:
 
 
 def peak_mb() -> int:
-    """Return the most memory that this process has held since it was started, MB."""
+    """Return the lifetime peak memory of this process in units of 2^20 bytes."""
     return round(_lifetime_peak() / 2**20)
 
 
@@ -87,7 +87,7 @@ def _lifetime_peak() -> int:
 
 
 def expected_gb(config: Config) -> float:
-    """What a worker is expected to take, for how many there may be: ``compute.worker_gb``, less with a small model."""
+    """Expected memory of a worker, GB, which limits their number: ``compute.worker_gb``, or less for a small model."""
     path = config.model.path
     files = [entry for entry in os.scandir(path) if entry.is_file()] if os.path.isdir(path) else []
     small = bool(files) and sum(entry.stat().st_size for entry in files) < SMALL_MODEL_BYTES

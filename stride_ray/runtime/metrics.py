@@ -1,8 +1,8 @@
-"""What a run says of itself to Prometheus, through Ray's own metrics endpoint (``ray.util.metrics``).
+"""Prometheus metrics of a run, exported through Ray's metrics endpoint (``ray.util.metrics``).
 
-Rates are Prometheus' to take: ``rate(ray_stride_blocks_total[5m])`` is blocks a second. The driver reports, once for
-every result that reaches it, so a unit that is done twice counts once. Every metric has the tag ``stage``, the word
-that the progress line begins with. ``cluster/grafana.json`` draws them.
+Rates are left to Prometheus: ``rate(ray_stride_blocks_total[5m])`` is blocks per second. The driver reports once for
+each result it accepts, so a unit that runs twice counts once. Every metric has the tag ``stage``, the label of the
+progress line. ``cluster/grafana.json`` is a dashboard of them.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-# Name to kind and description; Ray puts "ray_" before the name and "_total" after a counter's.
+# Name to kind and description; Ray prefixes names with "ray_" and appends "_total" to counters.
 METRICS = {
     "stride_units": ("counter", "Units of work done."),
     "stride_blocks": ("counter", "Blocks that a pass went over."),
@@ -33,7 +33,7 @@ def _metrics() -> dict[str, Any]:
 
 
 def report(stage: str, result: Mapping[str, Any]) -> None:
-    """Count a unit's result: what workers and tasks return, most of them a marker (``Stage.mark``)."""
+    """Count the result of a unit, in most stages its done marker (``Stage.mark``)."""
     if not ray.is_initialized():
         return
     counts = result.get("counts")
@@ -45,12 +45,12 @@ def report(stage: str, result: Mapping[str, Any]) -> None:
         "stride_failures": result.get("failed", 0),
     }
     for name, amount in found.items():
-        if isinstance(amount, int) and amount:  # a result of another kind may have a list of that name
+        if isinstance(amount, int) and amount:  # some stages store lists under these keys
             _metrics()[name].inc(amount, {"stage": stage})
     if result.get("largest_gap") is not None:
         _metrics()["stride_solver_gap"].set(result["largest_gap"], {"stage": stage})
 
 
 def count_unavailable_call() -> None:
-    """Count a call that a lost node refused, as a failure of the stage ``workers``."""
+    """Count a call to an unreachable actor as a failure of the stage ``workers``."""
     _metrics()["stride_failures"].inc(1, {"stage": "workers"})

@@ -1,4 +1,4 @@
-"""Every option of a run, declared once: its default, its help and its allowed values."""
+"""All options of a run, declared once with default, help text and allowed values."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ def _option(default: Any, text: str, choices: tuple[str, ...] = (), low: float |
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Documents to blocks."""
+    """Cutting documents into blocks."""
 
     input: tuple[str, ...] = _option(
         (), "files, folders, globs or fsspec URLs: JSON Lines (.gz, .zst), Parquet, text files, a saved HF dataset"
@@ -31,7 +31,7 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model whose behaviour is attributed; the pool must be data that it was trained on."""
+    """The model whose behaviour is attributed; it must have been trained on the pool."""
 
     path: str = _option("", "Hugging Face causal LM: folder, hub id, fsspec URL or .gguf file")
     start: str = _option(
@@ -45,7 +45,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MembershipConfig:
-    """Which subsets a block belongs to (matrix M)."""
+    """Assignment of blocks to subsets (membership matrix M)."""
 
     subsets: int = _option(1000, "K, number of subsets; the longer a response, the more can be recovered", low=2)
     degree: int = _option(10, "d, number of subsets that each block belongs to", low=1)
@@ -83,7 +83,7 @@ class OperatorConfig:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How operators are fitted; all but the first key belong to the paper's loop."""
+    """How operators are fitted; all keys but ``method`` configure the paper's training loop."""
 
     method: str = _option(
         "closed_form",
@@ -109,7 +109,7 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class RespondConfig:
-    """Query to response vector."""
+    """From queries to response vectors."""
 
     mode: str = _option(
         "auto",
@@ -120,7 +120,7 @@ class RespondConfig:
 
 @dataclass(frozen=True)
 class RecoverConfig:
-    """Response vector to sparse influence."""
+    """From response vectors to sparse influence (Lasso)."""
 
     penalty_ratio: float = _option(0.05, "Lasso penalty as a share of the smallest that gives no influence at all")
     nonnegative: bool = _option(True, "only helpful influence (w >= 0)")
@@ -129,7 +129,7 @@ class RecoverConfig:
 
 @dataclass(frozen=True)
 class SolveConfig:
-    """Solving for a query's direction with the Gauss–Newton matrix, in place of its Kronecker factors alone."""
+    """Preconditioning query gradients with the Gauss–Newton matrix instead of its Kronecker factors (K-FAC) alone."""
 
     steps: int = _option(
         1, "products with the Gauss–Newton matrix for each query; 0: the Kronecker factors alone", low=0
@@ -142,7 +142,7 @@ class SolveConfig:
 
 @dataclass(frozen=True)
 class AttributeConfig:
-    """How queries are answered."""
+    """How the influence of blocks on queries is computed."""
 
     exact: bool = _option(
         False, "score every block exactly, in a pass over the pool for each batch of queries; needs no operators"
@@ -158,7 +158,7 @@ class AttributeConfig:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """Influence to training data; belongs to a selection's own folder, for one run serves many."""
+    """Data selection by influence; part of a selection's identity, not of a stage's: one run serves many selections."""
 
     by: str = _option(
         "rank",
@@ -185,7 +185,7 @@ class SelectConfig:
 
 @dataclass(frozen=True)
 class ScanConfig:
-    """Contamination scans; belongs to a scan's own folder."""
+    """Contamination scans; part of a scan's identity, not of a stage's."""
 
     words: int = _option(
         13, "n, words in an n-gram of texts compared; of shorter fields than 2n, half the words", low=2
@@ -203,7 +203,7 @@ class ScanConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """Where and how wide to run; never changes a result beyond floating point, so no stage's identity."""
+    """Where to run and with how many workers; changes results only within rounding, so not part of any identity."""
 
     address: str = _option("", "Ray address; empty: RAY_ADDRESS, else a local Ray started for this command")
     workers: int = _option(0, "parallel workers (0: one per CPU, or per GPU on cuda)", low=0)

@@ -1,7 +1,7 @@
-"""A run directory: run.toml, and one folder per stage whose identity guards it against another configuration.
+"""A run directory: run.toml and one folder per stage, each tied to the configuration it was made with.
 
-A stage's work is cut into units. A unit publishes its data files first and its done-marker last, so a marker that
-can be read means data that can be read; a rerun does the units without one.
+The work of a stage is cut into units. A unit publishes its data files first and its done marker last, so a readable
+marker implies readable data. A rerun only does the units without a marker.
 """
 
 import json
@@ -17,12 +17,12 @@ from stride_ray.runtime.memory import peak_mb
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import redacted, safe_url
 
-# What a stage writes before its first unit of work.
+# Files that a stage may write before its first unit of work is done.
 PREPARED = {"stage.json", "plan.json", "tokenizer", "queries.parquet"}
 
 
 class Stage:
-    """One stage's folder in a run: its data, and a done-marker per finished unit."""
+    """The folder of a stage in a run: its data and one done marker per finished unit."""
 
     def __init__(self, store: Store, identity: str) -> None:
         self.store = store
@@ -33,37 +33,42 @@ class Stage:
         return Stage, (self.store, self.identity)
 
     def done(self) -> dict[str, dict[str, Any]]:
-        """Markers of the finished units, by unit name, in name order."""
+        """Done markers by unit name, sorted by name."""
         names = self.store.names("_done", ".json")
         unread = [name for name in names if name.removesuffix(".json") not in self._known]
         markers = self.store.read_jsons([f"_done/{name}" for name in unread])
         for name, marker in zip(unread, markers, strict=True):
             if not isinstance(marker, dict) or not {"unit", "config"} <= marker.keys():
-                raise StrideError(f"{self.store.name_of(f'_done/{name}')} is no done-marker; restore or delete it.")
+                raise StrideError(
+                    f"{self.store.display_url(f'_done/{name}')} is not a valid done marker; restore or delete it."
+                )
         self.remember(markers)
         return dict(sorted(self._known.items()))
 
     def remember(self, markers: Sequence[dict[str, Any]]) -> None:
-        """Keep what workers said of finished units: a listing may be late, and need not be read again."""
+        """Cache markers returned by workers: listings may lag behind, and markers need not be read again."""
         self._known.update({each["unit"]: each for each in markers if each["config"] == self.identity})
 
     def mark(self, unit: str, started: float, **facts: Any) -> dict[str, Any]:
-        """Say that ``unit`` is complete, what it cost in seconds and memory; its data files must be published already.
+        """Publish the done marker of ``unit``, whose data files must be published already.
 
         Args:
             unit: the unit's name.
             started: ``time.monotonic()`` when its work began.
-            facts: counts, content hashes and whatever the summary needs.
+            facts: counts, content hashes and anything else the stage's summary needs.
+
+        Returns:
+            The marker: ``facts``, the unit's name, the stage's identity, seconds and peak memory.
         """
         cost = {"seconds": round(time.monotonic() - started, 3), "peak_mb": peak_mb()}
-        # As it will be read: no tuples.
+        # A JSON round trip, so that the cached marker equals one that is read back (lists, not tuples).
         marker = json.loads(json.dumps({"unit": unit, "config": self.identity, **facts, **cost}))
         self.store.write_json(f"_done/{unit}.json", marker)
         self.remember([marker])
         return marker
 
     def clear_tensors(self, beginning: str = "") -> None:
-        """Remove the safetensors files whose name begins so: what a finished stage does not need."""
+        """Remove the safetensors files with this name prefix, which a finished stage no longer needs."""
         for name in self.store.names(ending=".safetensors"):
             if name.startswith(beginning):
                 self.store.remove(name)
@@ -73,39 +78,39 @@ class Run:
     """A run directory at any fsspec URL, with its configuration.
 
     Args:
-        url: the directory; made on first use.
-        config: the whole configuration; None takes the directory's own run.toml, or the defaults.
-        changes: options to set on top, ``{"section.key": value}``.
+        url: the directory; created on first use.
+        config: the complete configuration; None: the directory's run.toml, or the defaults if there is none.
+        changes: options that override it, ``{"section.key": value}``.
 
     Raises:
-        StrideError: for options that do not exist or a run.toml that cannot be read.
+        StrideError: invalid options or an unreadable run.toml.
     """
 
     def __init__(self, url: str, config: Config | None = None, changes: Mapping[str, Any] | None = None) -> None:
         self.url = url
         self.store = Store(url)
         if config is None and self.store.exists("run.toml"):
-            config = loads(self.store.read_text("run.toml"), self.store.name_of("run.toml"))
+            config = loads(self.store.read_text("run.toml"), self.store.display_url("run.toml"))
         config = (config or Config()).updated(changes or {})
         if not config.corpus.tokenizer:
             config = config.updated({"corpus.tokenizer": config.model.path})
         self.config = config
-        self._before: bytes | None = None  # run.toml as the last ``begin`` found it
+        self._before: bytes | None = None  # run.toml before the last ``begin``
 
     def stage(self, stage: str, name: str = "") -> Stage:
-        """A stage's folder, for reading; ``name`` is the query set of responses and influence."""
+        """A stage's folder, for reading; ``name`` is the query set, for stages that have one folder per set."""
         return Stage(self.store.child(f"{stage}/{name}" if name else stage), stage_hash(self.config, stage))
 
     def begin(self, stage: str, name: str = "", **extra: Any) -> Stage:
-        """A stage's folder, for writing, after checking that it was made with this configuration or is new.
+        """A stage's folder, for writing; checks that it is new or was made with this configuration.
 
         Args:
             stage: one of config.STAGES.
-            name: the query set, where the stage has several.
-            extra: further facts that the stage's output depends on (say the content hash of its queries).
+            name: the query set, for stages that have one folder per set.
+            extra: other inputs that the output depends on, for example the content hash of the queries.
 
         Raises:
-            StrideError: when the folder was made with other settings, naming the first key that differs.
+            StrideError: the folder was made with other settings; the message names the first key that differs.
         """
         opened = self.stage(stage, name)
         opened = claim(opened, stage, {**stage_keys(self.config, stage), **extra})
@@ -114,7 +119,7 @@ class Run:
         return opened
 
     def roll_back(self, opened: Stage) -> None:
-        """Undo ``begin`` for a stage that came to nothing: its folder goes, and run.toml is as it was."""
+        """Roll back ``begin`` for an empty stage: delete its folder and restore run.toml."""
         opened.store.remove("")
         if self._before is None:
             self.store.remove("run.toml")
@@ -122,7 +127,7 @@ class Run:
             self.store.write("run.toml", self._before)
 
     def save(self) -> None:
-        """Write run.toml: the configuration, the code's version and, once known, the corpus fingerprint."""
+        """Write run.toml: the configuration, the code version and, once known, the corpus fingerprint."""
         text = dumps(self.config.updated({"corpus.input": [redacted(url) for url in self.config.corpus.input]}))
         text += f'\n[run]\ncode_version = "{__version__}"\n'
         if self.store.exists("blocks/manifest.json"):
@@ -131,23 +136,30 @@ class Run:
             self.store.write("run.toml", text.encode())
 
     def require(self, stage: str, needed_file: str, command: str, name: str = "", **extra: Any) -> Stage:
-        """A finished upstream stage, for reading; ``extra`` as in ``begin``, where the caller knows it.
+        """A finished upstream stage, for reading.
+
+        Args:
+            stage: one of config.STAGES.
+            needed_file: the file whose existence means that the stage is finished.
+            command: the command that runs the stage, for the error message.
+            name: as in ``begin``.
+            extra: as in ``begin``, as far as the caller knows it.
 
         Raises:
-            StrideError: when it is not finished, saying which command makes it, or was made with other settings.
+            StrideError: the stage is not finished, or was made with other settings.
         """
         opened = self.stage(stage, name)
         if not opened.store.exists(needed_file):
             raise StrideError(f"{safe_url(opened.store.url)} is not finished; run '{command}' first.")
-        _refuse_other(opened, {**stage_keys(self.config, stage), **extra})
+        _check_same_settings(opened, {**stage_keys(self.config, stage), **extra})
         return opened
 
 
 class _OwnedStore(Store):
-    """A folder that one claim to a stage covers: written to only while the claim stands.
+    """A folder of a claimed stage; refuses writes once the claim is lost.
 
-    A second command with other settings may take a folder in which no unit is done yet; the first, which may still be
-    at work, must not mix its files with the second's.
+    A second command with other settings may claim a folder in which no unit is done yet. The first command may still be
+    running and must not mix its files with those of the second.
     """
 
     def __init__(self, url: str, at: str, keys: str) -> None:
@@ -155,7 +167,7 @@ class _OwnedStore(Store):
         self._at, self._keys = at, keys
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _OwnedStore, (self.url, self._at, self._keys)
+        return _OwnedStore, (self.anchored_url, Store(self._at).anchored_url, self._keys)
 
     def child(self, name: str) -> Store:
         return _OwnedStore(super().child(name).url, self._at, self._keys)
@@ -181,20 +193,19 @@ class _OwnedStore(Store):
 
 
 def claim(opened: Stage, stage: str, keys: Mapping[str, Any]) -> Stage:
-    """Take a stage's folder for work with ``keys``, all that its output depends on; returns it for writing.
+    """Claim a stage's folder for work with ``keys``, everything its output depends on; returns it for writing.
 
     Raises:
-        StrideError: when the folder was made with others, naming the first that differs, or holds something else.
+        StrideError: the folder was made with other keys (the message names the first that differs), or is not a
+            folder of this stage.
     """
     there = set(opened.store.names())
     if there and "stage.json" not in there and not opened.store.exists("stage.json"):
-        raise StrideError(
-            f"{safe_url(opened.store.url)} holds something else than stride_ray's {stage}; give a folder that is new."
-        )
+        raise StrideError(f"{safe_url(opened.store.url)} is not a folder of stride_ray's {stage}; use a new folder.")
     if not there <= PREPARED:
-        _refuse_other(opened, keys)
+        _check_same_settings(opened, keys)
     elif not there or opened.store.read_json("stage.json")["keys"] != json.loads(json.dumps(keys)):
-        # A command that failed at once (no such model) leaves nothing that took work; the corrected one may go on.
+        # No unit is done: a command that failed early (say, no such model) may be repeated with corrected settings.
         for name in sorted(there):
             opened.store.remove(name)
         opened.store.write_json("stage.json", {"stage": stage, "code_version": __version__, "keys": keys})
@@ -203,9 +214,9 @@ def claim(opened: Stage, stage: str, keys: Mapping[str, Any]) -> Stage:
 
 @contextmanager
 def tolerate_concurrent_finish(stage: Stage, by: str) -> Iterator[None]:
-    """Forgive what goes wrong once the file ``by`` says that the stage is finished.
+    """Suppress a StrideError if the file ``by``, which marks the stage as finished, exists.
 
-    The same command may have been started twice: the faster one has cleared away what the slower one works with.
+    If the same command runs twice, the faster one deletes temporary files that the slower one still needs.
     """
     try:
         yield
@@ -215,12 +226,12 @@ def tolerate_concurrent_finish(stage: Stage, by: str) -> Iterator[None]:
 
 
 def part_name(index: int) -> str:
-    """The name of a numbered unit of work's file, without the suffix, and of its marker."""
+    """The name of a numbered unit: of its marker and, without suffix, of its file."""
     return f"part-{index:05d}"
 
 
-def _refuse_other(opened: Stage, wanted: Mapping[str, Any]) -> None:
-    """Raise StrideError where a folder was made with settings other than ``wanted``, naming the first such key."""
+def _check_same_settings(opened: Stage, wanted: Mapping[str, Any]) -> None:
+    """Raise StrideError if a folder was made with settings other than ``wanted``, naming the first key that differs."""
     made_with = opened.store.read_json("stage.json")["keys"]
     contents = {
         "corpus": "other blocks than are there now",

@@ -1,8 +1,7 @@
 """A folder at any fsspec URL: atomic publishing of whole files, small JSON records and Parquet tables.
 
-Every stage keeps its state through this file alone, so that one rule holds everywhere: a name that can be read is
-complete. Locally a file is written beside its place, synced and renamed; an object store gets one PUT, which is
-atomic there.
+All stages store their state through this module, which guarantees that a file that can be read is complete. A local
+file is written under a temporary name, synced and renamed; an object store gets a single PUT, which is atomic.
 """
 
 import errno
@@ -24,16 +23,17 @@ from fsspec.implementations.local import LocalFileSystem
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import first_line, open_url, safe_url
 
-# Rows in a Parquet row group; readers that want a few rows of a file read whole groups.
+# Rows in a Parquet row group, the smallest part of a file that can be read.
 ROW_GROUP = 4096
-# Files of an object store that are deleted side by side.
+# Concurrent deletions on an object store.
 DELETES = 16
 
 
 class Store:
-    """A folder, local or remote, with the few operations that stages need. Names are relative, with ``/``.
+    """A local or remote folder with the operations that stages need. Names are relative and use ``/``.
 
-    Raises (every method): StrideError for a missing file, no permission, no room, no bucket or no connection.
+    Raises (every method): StrideError for a missing file or bucket, a full disk, missing permission or a failed
+    connection.
     """
 
     def __init__(self, url: str) -> None:
@@ -41,7 +41,7 @@ class Store:
         try:
             if "://" in self.url:
                 self.fs, self.root = open_url(self.url)
-            else:  # a local name may hold "::", which fsspec would take for a chain of URLs
+            else:  # a local name may contain "::", which fsspec would parse as a chained URL
                 self.fs, self.root = LocalFileSystem(), LocalFileSystem._strip_protocol(self.url)
         except (ValueError, ImportError) as error:
             raise StrideError(f"{safe_url(self.url)} is not a path or URL that can be opened: {error}.") from None
@@ -52,37 +52,42 @@ class Store:
         return f"Store({safe_url(self.url)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.url,)
+        return Store, (self.anchored_url,)
+
+    @property
+    def anchored_url(self) -> str:
+        """The URL, absolute for a local folder: a worker that unpickles it may be in another working directory."""
+        return self.root if self.local else self.url
 
     def child(self, name: str) -> "Store":
-        """The folder ``name`` below this one (it need not exist)."""
-        self._refuse_above(name)
+        """The subfolder ``name``, which need not exist."""
+        self._check_inside(name)
         return Store(f"{self.url}/{name}")
 
-    def name_of(self, name: str) -> str:
-        """The full URL of a file, for messages."""
+    def display_url(self, name: str) -> str:
+        """The full URL of a file without secrets, for messages."""
         return f"{safe_url(self.url)}/{name}"
 
     def path(self, name: str) -> str:
-        """The path of ``name`` as the file system itself wants it.
+        """The path of ``name`` within its file system.
 
         Raises:
-            StrideError: the name leads out of the folder; names may come from an input's archive or listing.
+            StrideError: the name leads out of the folder. Names may come from an archive or a listing of the input.
         """
-        self._refuse_above(name)
+        self._check_inside(name)
         return f"{self.root}/{name}"
 
-    def _refuse_above(self, name: str) -> None:
+    def _check_inside(self, name: str) -> None:
         if ".." in name.replace("\\", "/").split("/"):
             raise StrideError(f"{name!r} leads out of {safe_url(self.url)}; rename it in the input.")
 
     def exists(self, name: str) -> bool:
-        """Whether a file of that name is there."""
+        """Whether the file exists."""
         with self.translated_errors(name, "read"):
             return bool(self.fs.exists(self.path(name)))
 
     def names(self, folder: str = "", ending: str = "") -> list[str]:
-        """Names directly inside ``folder``, sorted, without hidden and half-written ones."""
+        """Sorted names directly inside ``folder``, without hidden and partially written files."""
         with self.translated_errors(folder, "list"):
             where = self.path(folder).rstrip("/")
             try:
@@ -93,7 +98,7 @@ class Store:
         return sorted(name for name in names if name.endswith(ending) and not name.startswith("."))
 
     def size(self) -> int:
-        """Bytes of all that lies in the folder and below it."""
+        """Total bytes in the folder and its subfolders."""
         with self.translated_errors("", "list"):
             return int(self.fs.du(self.root, total=True))
 
@@ -107,10 +112,10 @@ class Store:
         try:
             return self.read(name).decode()
         except UnicodeDecodeError as error:
-            raise StrideError(f"{self.name_of(name)} is not UTF-8 text ({error}).") from None
+            raise StrideError(f"{self.display_url(name)} is not UTF-8 text ({error}).") from None
 
     def write(self, name: str, data: bytes | memoryview) -> None:
-        """Publish a whole file atomically, replacing an older one."""
+        """Publish a file atomically, replacing an existing one."""
         path = self.path(name)
         with self.translated_errors(name, "write"):
             if not self.local:
@@ -118,7 +123,7 @@ class Store:
                 return
             folder = path.rpartition("/")[0]
             os.makedirs(folder, exist_ok=True)
-            partial = f"{folder}/.{uuid.uuid4().hex}.partial"  # the whole name may be as long as the system lets it
+            partial = f"{folder}/.{uuid.uuid4().hex}.partial"  # name + suffix might exceed the system's limit
             try:
                 with open(partial, "wb") as file:
                     file.write(data)
@@ -131,7 +136,7 @@ class Store:
                 raise
 
     def put(self, name: str, path: str) -> str:
-        """Publish a local file atomically, for what is too large to hold in memory, and perhaps move it.
+        """Publish a local file atomically, for files too large for memory; a local store moves it.
 
         Returns:
             The SHA-256 of its content.
@@ -148,7 +153,7 @@ class Store:
             os.makedirs(folder, exist_ok=True)
             partial = f"{folder}/.{uuid.uuid4().hex}.partial"
             try:
-                shutil.move(path, partial)  # a copy where the two are on different disks
+                shutil.move(path, partial)  # copies across file systems
                 with open(partial, "rb") as file:
                     os.fsync(file.fileno())
                 os.replace(partial, target)
@@ -158,14 +163,14 @@ class Store:
         return digest.hexdigest()
 
     def remove(self, name: str) -> None:
-        """Delete a file or a folder with all it holds, if it is there."""
+        """Delete a file, or a folder recursively, if it exists."""
         with self.translated_errors(name, "delete"):
             if not self.fs.exists(self.path(name)):
                 return
             if self.local:
                 self.fs.rm(self.path(name), recursive=True)
                 return
-            # One request a file: many at once want a checksum that boto no longer sends and some stores insist on.
+            # One request per file: bulk deletion needs a checksum that boto no longer sends and some stores require.
             with ThreadPoolExecutor(DELETES) as threads:
                 list(threads.map(self.fs.rm_file, self.fs.find(self.path(name))))
 
@@ -177,10 +182,10 @@ class Store:
         try:
             return json.loads(data)
         except ValueError as error:
-            raise StrideError(f"{self.name_of(name)} is not valid JSON ({error}); restore or delete it.") from None
+            raise StrideError(f"{self.display_url(name)} is not valid JSON ({error}); restore or delete it.") from None
 
     def read_jsons(self, names: Sequence[str]) -> list[Any]:
-        """Many JSON records, fetched at once where the file system can."""
+        """Several JSON records, fetched concurrently from a remote store."""
         if self.local or not names:
             return [self.read_json(name) for name in names]
         with self.translated_errors(names[0], "read"):
@@ -191,7 +196,7 @@ class Store:
         """The torch tensors of a safetensors file.
 
         Raises:
-            StrideError: for a file that is missing, or cut short.
+            StrideError: the file is missing or truncated.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load
@@ -200,15 +205,15 @@ class Store:
             return load(self.read(name))
         except SafetensorError as error:
             raise StrideError(
-                f"{self.name_of(name)} cannot be read ({first_line(error)}); restore or delete it."
+                f"{self.display_url(name)} cannot be read ({first_line(error)}); restore or delete it."
             ) from None
 
     def write_json(self, name: str, value: Any) -> None:
-        """Publish a JSON record, keys in the order given."""
+        """Publish a JSON record, keeping the order of its keys."""
         self.write(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def write_table(self, name: str, table: pa.Table) -> str:
-        """Publish a Parquet file; the same table gives the same bytes. Returns their SHA-256."""
+        """Publish a Parquet file and return its SHA-256; equal tables give equal bytes."""
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, row_group_size=ROW_GROUP, compression="zstd", write_statistics=True)
         data = memoryview(buffer.getvalue())
@@ -222,10 +227,10 @@ class Store:
 
     @contextmanager
     def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
-        """A Parquet file to read by row groups.
+        """A Parquet file, to be read by row group.
 
         Raises:
-            StrideError: for a file that is missing or not Parquet.
+            StrideError: the file is missing or not Parquet.
         """
         with self.translated_errors(name, "read"):
             handle = open(self.path(name), "rb") if self.local else self.fs.open(self.path(name), "rb")  # noqa: SIM115
@@ -234,12 +239,12 @@ class Store:
                 file = pq.ParquetFile(handle)
                 yield file
             except (pa.ArrowInvalid, OSError) as error:
-                raise StrideError(f"{self.name_of(name)} cannot be read as Parquet: {first_line(error)}") from None
+                raise StrideError(f"{self.display_url(name)} cannot be read as Parquet: {first_line(error)}") from None
 
     @contextmanager
     def translated_errors(self, name: str, deed: str) -> Iterator[None]:
-        """Turn what file systems raise into one sentence."""
-        place = self.name_of(name)
+        """Translate file-system exceptions into a StrideError; ``deed`` is the verb of its message."""
+        place = self.display_url(name)
         try:
             yield
         except FileNotFoundError as error:
@@ -255,14 +260,14 @@ class Store:
                 ) from None
             raise StrideError(f"Cannot {deed} {place}: {first_line(error)}") from None
         except Exception as error:
-            # botocore and aiohttp raise classes of their own; importing them to name them would tie us to S3.
+            # botocore and aiohttp raise their own classes; importing them here would make S3 a hard dependency.
             if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp", "s3fs"):
                 raise StrideError(f"Cannot {deed} {place}: {first_line(error)}") from None
             raise
 
 
 def refuse_inside(store: Store, inputs: Iterable[str], what: str) -> None:
-    """Raise StrideError where an output folder lies in an input, whose next reader would take it for text."""
+    """Raise StrideError if an output folder lies inside an input, where the next run would read it as text."""
     for given in inputs:
         if "://" in given or not store.local:
             inside = store.url.startswith(given.rstrip("/") + "/")
@@ -274,7 +279,7 @@ def refuse_inside(store: Store, inputs: Iterable[str], what: str) -> None:
 
 
 def tensor_bytes(tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> bytes:
-    """Torch tensors as one safetensors file."""
+    """Serialise torch tensors in the safetensors format."""
     from safetensors.torch import save
 
     return save({name: value.contiguous() for name, value in tensors.items()}, metadata)

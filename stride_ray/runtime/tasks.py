@@ -1,8 +1,8 @@
-"""Ray, in one place: connecting, checking that a request can ever be met, and mapping a worker over units of work.
+"""All use of Ray: connecting, checking resource requests, and mapping a worker over units of work.
 
-Stages hand over a plain callable class and a list of units; here it becomes a Ray Data pipeline, a pool of actors
-or a stream of tasks. Units in flight are bounded, killed workers are replaced and their units redone, and results
-come back in whatever order they finish: nothing that a stage writes depends on it.
+Stages provide a callable and a list of units, which are run as a Ray Data pipeline, an actor pool (actor_pool.py) or a
+stream of tasks. Units in flight are bounded, killed workers are replaced and their units repeated. Results arrive in
+order of completion, and no stage's output depends on that order.
 """
 
 import json
@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,22 +23,19 @@ import grpc
 import ray
 import ray.exceptions
 from ray._private import state as ray_state
-from ray._private.grpc_utils import init_grpc_channel
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from stride_ray.runtime import costs, metrics
 from stride_ray.runtime.errors import StrideError, Terminated
-from stride_ray.runtime.memory import keep_freed
+from stride_ray.runtime.memory import retain_freed_memory
 from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.urls import first_line
 
 RETRIES = 5
-# Seconds without any result, until that is said.
+# Seconds without a result before a message is printed.
 PATIENCE = 60.0
-# Where in Ray's store of keys and values ours are.
-NAMESPACE = "stride_ray"
-# Keys of a result: a StrideError's sentence; what the result cost its worker.
+# Reserved keys of a result: the message of a StrideError, and the cost (costs.Cost).
 _SENTENCE, _COST = "stride_error", "stride_cost"
 Unit = Any
 Worker = Callable[[Unit], dict[str, Any]]
@@ -46,23 +43,23 @@ Worker = Callable[[Unit], dict[str, Any]]
 
 @dataclass(frozen=True)
 class WorkerAllocation:
-    """What a stage may use: a number of workers with one CPU each, and a GPU each on ``cuda``."""
+    """The workers of a stage, each with one CPU and, on ``cuda``, one GPU."""
 
     workers: int
     device: str
 
     @property
     def options(self) -> dict[str, float]:
-        """Ray's resource request of one worker."""
+        """Ray's resource request for one worker."""
         return {"num_cpus": 1, "num_gpus": 1 if self.device == "cuda" else 0}
 
 
 @contextmanager
 def connected(compute: ComputeConfig) -> Iterator[None]:
-    """A connection to Ray: the one that is open already, the address's, or a local Ray that ends with the block.
+    """Connect to Ray within the block: an open connection is reused, else the address's, else a new local Ray.
 
     Raises:
-        StrideError: within seconds, for an address where nothing answers.
+        StrideError: no Ray at the address (detected within seconds), or a local Ray did not start.
     """
     if ray.is_initialized():
         yield
@@ -73,15 +70,15 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         if address and address not in ("auto", "local"):
             _check_answers(address)
         ray.init(address=address or "local", include_dashboard=None if address else False, logging_level=logging.ERROR)
-    except SystemExit:  # what Ray makes of SIGTERM while it starts
+    except SystemExit:  # raised by Ray on SIGTERM during its start
         raise Terminated from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StrideError(f"No Ray at address {address!r}: {first_line(error)}; start one or leave it out.") from None
     except Exception as error:
-        if type(error) is not Exception:  # Ray's own about a start that took too long is of no class of its own
+        if type(error) is not Exception:  # Ray raises a bare Exception if its start times out
             raise
         raise StrideError(f"Ray did not start here ({first_line(error)}); run the same command again.") from None
-    # Ray's own way to be stopped leaves its native calls by an abort; the command line's (cli/exits.py) does not.
+    # ray.init installs a SIGTERM handler that aborts in native calls; restore that of the command line (cli/exits.py).
     if callable(stop) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
     try:
@@ -91,17 +88,18 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Ray itself keeps trying for minutes; a connection of our own tells within seconds."""
+    """Probe the address; Ray itself retries for minutes, a connection of our own fails within seconds."""
     place = address.removeprefix("ray://")
     host, _, port = place.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        # Something listens: does it speak gRPC, as Ray does?
-        with init_grpc_channel(place) as channel:
-            grpc.channel_ready_future(channel).result(timeout=10)
+        # Something listens; check that it speaks gRPC, as Ray does (with TLS it has certificates of its own).
+        if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+            with grpc.insecure_channel(place) as channel:
+                grpc.channel_ready_future(channel).result(timeout=10)
     except (OSError, ValueError, grpc.FutureTimeoutError) as error:
-        told = {grpc.FutureTimeoutError: "what listens there is no Ray", ValueError: "an address is host:port"}
-        why = told.get(type(error), error)
+        reasons = {grpc.FutureTimeoutError: "the server there is not Ray", ValueError: "an address is host:port"}
+        why = reasons.get(type(error), error)
         raise StrideError(
             f"No Ray answers at address {address!r} ({why}); start one there ('ray start --head'), or leave the "
             "address out to run locally."
@@ -109,13 +107,13 @@ def _check_answers(address: str) -> None:
 
 
 def allocate_workers(compute: ComputeConfig, units: int, worker_gb: float = 0.0) -> WorkerAllocation:
-    """The workers that a stage with ``units`` pieces of work gets.
+    """The workers for a stage with ``units`` units of work.
 
-    Where their number is left open there are no more than the cluster's memory holds at ``worker_gb`` each; that
-    changes no result.
+    Unless ``compute.workers`` is set, the number of CPU workers is limited to what the cluster's memory holds at
+    ``worker_gb`` each. Results do not depend on it.
 
     Raises:
-        StrideError: for more workers or GPUs than the cluster has or can scale to, saying both numbers.
+        StrideError: more workers or GPUs than the cluster has or can scale to; the message gives both numbers.
     """
     have = ray.cluster_resources()
     limit = ray_state.state.get_max_resources_from_cluster_config() or {}
@@ -137,8 +135,8 @@ def allocate_workers(compute: ComputeConfig, units: int, worker_gb: float = 0.0)
 
 
 def capture_errors(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What ``work`` returns and what it cost; a StrideError as a result too, for Ray would bury it in tracebacks."""
-    began = costs.begun()
+    """Result of ``work`` with its cost. A StrideError becomes a result too: Ray would bury it in tracebacks."""
+    began = costs.start_result_timer()
     try:
         return {**work(*arguments), _COST: costs.result_cost(began)}
     except StrideError as error:
@@ -153,28 +151,28 @@ def _result_or_raise(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def use_threads(count: int) -> None:
-    """As many threads as that, for what is imported already and for what is later."""
-    # torch takes seconds to import, and not all work needs it: it reads this when it is.
+    """Set the number of threads for torch and BLAS, whether or not torch is imported already."""
+    # torch takes seconds to import and not all workers need it; if imported later, it reads these variables.
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(count))
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(count)
 
 
 def prepare_process(folder: str, threads: int = 1) -> None:
-    """Make this process the driver's equal: its working folder, where relative paths start, its threads, its memory.
+    """Set up a worker process: the driver's working directory (for relative paths), threads and memory retention.
 
-    Floating-point sums depend on the number of threads, so every worker has one, wherever it runs.
+    Floating-point sums depend on the number of threads, so workers use one thread on every machine.
     """
-    import pandas  # noqa: F401 -- pyarrow would import it at its first array and bill it to the first unit
+    import pandas  # noqa: F401 -- else pyarrow imports it with its first array and the first unit is charged for it
 
     use_threads(threads)
-    keep_freed()
+    retain_freed_memory()
     if os.path.isdir(folder):
         os.chdir(folder)
 
 
 def hide_gpus(device: str) -> None:
-    """Before torch looks: a worker that was given no GPU must not find one all the same."""
+    """Hide the GPUs from a CPU worker; to be called before torch initialises CUDA."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -182,17 +180,17 @@ def hide_gpus(device: str) -> None:
 def map_tasks(
     function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], units: Sequence[Unit], pool: WorkerAllocation
 ) -> Iterator[dict[str, Any]]:
-    """Apply ``function(*arguments, unit)`` to every unit as Ray tasks, two per worker in flight.
+    """Apply ``function(*arguments, unit)`` to every unit as Ray tasks, no more at a time than there are workers.
 
     Raises:
-        StrideError: the function's own, or that a unit killed its workers again and again.
+        StrideError: from the function, or because a unit repeatedly killed its worker.
     """
     task: Any = ray.remote(_task).options(**pool.options, max_retries=RETRIES)
     waiting, running, since = list(reversed(units)), set[Any](), time.monotonic()
     while waiting or running:
-        while waiting and len(running) < 2 * pool.workers:
+        while waiting and len(running) < pool.workers:
             running.add(task.remote(os.getcwd(), function, arguments, waiting.pop()))
-        for reference in ready_of(running, since):
+        for reference in wait_for_result(running, since):
             running.remove(reference)
             since = time.monotonic()
             yield result_of(reference)
@@ -208,10 +206,10 @@ def _task(
 def map_dataset(
     make: Callable[..., Worker], arguments: tuple[Any, ...], units: Sequence[dict[str, Any]], pool: WorkerAllocation
 ) -> Iterator[dict[str, Any]]:
-    """Apply ``make(*arguments)`` to every unit as a Ray Data pipeline; a unit and a result are JSON-like dicts.
+    """Apply the worker ``make(*arguments)`` to every unit in a Ray Data pipeline; units and results are JSON dicts.
 
     Raises:
-        StrideError: the worker's own.
+        StrideError: from the worker, or because a unit repeatedly killed its worker.
     """
     import ray.data
 
@@ -221,11 +219,13 @@ def map_dataset(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     given = [{"at": at, "unit": json.dumps(unit)} for at, unit in enumerate(units)]
     rows = ray.data.from_items(given, override_num_blocks=len(units))
-    row: Any = _Row
-    tries = f"tries/{uuid.uuid4().hex}/"
+    row: Any = _RowWorker
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    counter: Any = ray.remote(_AttemptCounter)
+    attempts = counter.options(num_cpus=0, scheduling_strategy=here).remote()
     results = rows.map(
         row,
-        fn_constructor_args=(make, arguments, os.getcwd(), tries),
+        fn_constructor_args=(make, arguments, os.getcwd(), attempts),
         compute=ray.data.ActorPoolStrategy(size=pool.workers),
         num_cpus=pool.options["num_cpus"],
     )
@@ -233,32 +233,42 @@ def map_dataset(
         for row in results.iter_rows():
             yield _result_or_raise(json.loads(row["result"]))
     except ray.exceptions.RayError as error:
-        raise _sentence_for(error) from None
+        raise translated_ray_error(error) from None
     finally:
-        _internal_kv_del(tries, del_by_prefix=True, namespace=NAMESPACE)
+        ray.kill(attempts)
 
 
-class _Row:
-    """A worker as Ray Data wants it: rows in, rows out; JSON, since Arrow would unify the dicts' fields.
+class _AttemptCounter:
+    """An actor beside the driver that counts how often work on each row was begun."""
 
-    It is made on the first row: what a constructor raises reaches nobody but as an actor's death. Ray Data tries a row
-    for ever, which a node that is lost and not yet known to be wants; how often a row was begun is kept in Ray's own
-    store, so that one which kills its worker each time ends.
+    def __init__(self) -> None:
+        self.attempts = Counter[int]()
+
+    def begin(self, row: int) -> int:
+        self.attempts[row] += 1
+        return self.attempts[row]
+
+
+class _RowWorker:
+    """A worker as a Ray Data row function. Rows hold JSON because Arrow would unify the fields of the dicts.
+
+    The worker is constructed on the first row: an exception in an actor's constructor would only surface as the actor's
+    death. Ray Data retries a row forever, which is needed until Ray notices that a node is lost. Attempts per row are
+    counted by an actor beside the driver, so a row that repeatedly kills its worker fails.
     """
 
-    def __init__(self, make: Callable[..., Worker], arguments: tuple[Any, ...], folder: str, tries: str) -> None:
+    def __init__(self, make: Callable[..., Worker], arguments: tuple[Any, ...], folder: str, attempts: Any) -> None:
         prepare_process(folder)
-        self.make, self.arguments, self.tries = make, arguments, tries
+        self.make, self.arguments, self.attempts = make, arguments, attempts
         self.worker: Worker | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(capture_errors(self._begun, f"{self.tries}{row['at']}", json.loads(row["unit"])))}
+        return {"result": json.dumps(capture_errors(self._counted, row["at"], json.loads(row["unit"])))}
 
-    def _begun(self, key: str, unit: Unit) -> dict[str, Any]:
-        tried = int(_internal_kv_get(key, namespace=NAMESPACE) or 0)
-        if tried > RETRIES:
-            raise lethal_unit_error(f"It was begun {tried} times.")
-        _internal_kv_put(key, str(tried + 1), namespace=NAMESPACE)
+    def _counted(self, row: int, unit: Unit) -> dict[str, Any]:
+        attempt = ray.get(self.attempts.begin.remote(row))
+        if attempt > RETRIES + 1:
+            raise lethal_unit_error(f"It was begun {attempt - 1} times.")
         return self._work(unit)
 
     def _work(self, unit: Unit) -> dict[str, Any]:
@@ -269,8 +279,8 @@ class _Row:
         return self.worker(unit)
 
 
-def ready_of(running: Collection[Any], since: float) -> list[Any]:
-    """What is done of the references; nothing, and a line that says so, after PATIENCE (a cluster is scaling up)."""
+def wait_for_result(running: Collection[Any], since: float) -> list[Any]:
+    """The first finished reference; empty, with a message, after PATIENCE seconds (say, while a cluster scales up)."""
     ready, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE)
     if not ready:
         free = ray.available_resources()
@@ -283,27 +293,27 @@ def ready_of(running: Collection[Any], since: float) -> list[Any]:
 
 
 def result_of(reference: Any) -> dict[str, Any]:
-    """A finished unit's result.
+    """The result of a finished unit.
 
     Raises:
-        StrideError: the worker's own, or that the unit killed its workers again and again.
+        StrideError: from the worker, or because the unit repeatedly killed its worker.
     """
     try:
         return _result_or_raise(ray.get(reference))
     except ray.exceptions.RayError as error:
-        raise _sentence_for(error) from None
+        raise translated_ray_error(error) from None
 
 
 def lethal_unit_error(why: str) -> StrideError:
-    """The sentence for a unit that nobody survives."""
+    """The error for a unit that repeatedly kills its worker."""
     return StrideError(
         f"A unit of work killed its worker {RETRIES} times and more (out of memory?); lower compute.worker_gb or "
         f"compute.workers and run the same command again: what is done is kept. {why}"
     )
 
 
-def _sentence_for(error: BaseException) -> BaseException:
-    """A sentence for what happens to workers from outside; anything else is a defect and keeps its traceback."""
+def translated_ray_error(error: BaseException) -> BaseException:
+    """A StrideError for external failures of workers; any other exception is a bug and is returned unchanged."""
     if isinstance(error, (ray.exceptions.ActorDiedError, ray.exceptions.WorkerCrashedError)):
         return lethal_unit_error(f"Ray says: {first_line(error)}")
     if isinstance(error, ray.exceptions.OutOfMemoryError):
@@ -319,14 +329,14 @@ def _sentence_for(error: BaseException) -> BaseException:
 def progress(
     results: Iterable[dict[str, Any]], label: str, total: int, unit: str, count: Callable[[dict[str, Any]], int]
 ) -> list[dict[str, Any]]:
-    """Collect results under a progress line: what, how far, how fast, how long still.
+    """Collect results behind a progress bar, recording cost and metrics.
 
     Args:
-        results: as the mapping functions yield them.
-        label: the stage.
-        total: the count that means finished.
-        unit: what is counted.
-        count: how many of them a result stands for.
+        results: from one of the mapping functions.
+        label: of the progress bar, the cost phase and the metrics.
+        total: count at completion.
+        unit: name of the counted items.
+        count: how many items a result stands for.
     """
     interval = 0.5 if sys.stderr.isatty() else 5.0
     collected = []

@@ -1,4 +1,4 @@
-"""URLs of files: their file systems, and how they are shown without secrets."""
+"""File URLs: opening their file systems, and redacting secrets for display."""
 
 import os
 import re
@@ -10,20 +10,20 @@ from fsspec.implementations.local import LocalFileSystem
 
 from stride_ray.runtime.errors import StrideError
 
-# An object store that is too busy says so in bursts; boto's own few tries end within seconds.
+# Attempts per request. Object stores throttle in bursts, which outlast boto's default number of retries.
 TRIES = 6
 
 
 def open_url(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path inside it; raises what fsspec and its packages do."""
+    """The fsspec file system of a URL and the path in it; exceptions of fsspec and its backends pass through."""
     retries = {"retries": {"mode": "standard", "total_max_attempts": TRIES}}
     options = {"config_kwargs": retries} if url.startswith(("s3://", "s3a://")) else {}
-    # No cache of listings: another process's file would be missing from it.
+    # A listings cache would miss files that other processes write.
     return fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
 
 
 def safe_url(url: str) -> str:
-    """The URL without user, password and query, fit for messages and logs."""
+    """The URL without user, password and query, for messages and logs."""
     parts = urlsplit(url)
     if not parts.scheme:
         return url
@@ -32,18 +32,18 @@ def safe_url(url: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's first line, for a sentence; its class name where it has no text."""
+    """The first line of an exception's message, or its class name if the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a path or URL, and the path inside it.
+    """The fsspec file system of a path or URL, and the path in it.
 
     Raises:
-        StrideError: unknown protocol, its package is not installed, or nobody answers there.
+        StrideError: unknown protocol, missing package of a protocol, or failed connection.
     """
-    # A local name may well hold "::" (Perl's manual pages do), which fsspec would take for a chain of URLs.
+    # A local name may contain "::" (Perl's manual pages do), which fsspec would parse as a chained URL.
     if url.startswith("file://") or ("://" not in url and ("::" not in url or os.path.lexists(url))):
         return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
     try:
@@ -52,7 +52,7 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise StrideError(
             f"{redacted(url)} is not a path or URL that can be opened ({redacted_error(error, url)})."
         ) from None
-    except Exception as error:  # some connect at once, and raise classes of their own
+    except Exception as error:  # some backends connect immediately and raise their own classes
         raise StrideError(
             f"{redacted(url)} cannot be reached ({redacted_error(error, url)}); "
             "check the address, the credentials and the network."
@@ -60,15 +60,15 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def redacted(text: str) -> str:
-    """A URL, or a message that holds some, without user names, passwords and queries (which may be signatures)."""
+    """A URL, or a message that contains URLs, without user names, passwords and queries (which may be signatures)."""
     text = re.sub(r"://[^/\s]*@", "://", text)
     text = re.sub(r"(https?://[^\s?]*)\?[^\s'\"]*", r"\1", text)
-    # Elsewhere a question mark may belong to a glob; a query has an equals sign.
+    # With other protocols a question mark may belong to a glob; a query contains an equals sign.
     return re.sub(r"(://[^\s?]*)\?[^\s'\"]*=[^\s'\"]*", r"\1", text)
 
 
 def redacted_error(error: BaseException, url: str) -> str:
-    """What went wrong with a URL, without the secrets that it carries."""
+    """Class and message of an error about ``url``, without the secrets in the URL."""
     text = redacted(str(error))
     # The error may repeat the URL without its scheme, or parts of it.
     secrets = re.findall(r"://([^/\s]*)@", url) + re.findall(r"\?([^?\s]*=[^?\s]*)", url)

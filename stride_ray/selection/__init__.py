@@ -1,1 +1,1 @@
-"""Influence to training data: the pool's documents, their ranking, the choice among them, the data files."""
+"""Influence to training data: list the pool's documents, rank them, choose among them, write the data files."""

@@ -1,7 +1,7 @@
-"""Which documents of an order to take, one batch at a time, and a manifest that says why for every one of them.
+"""Choose documents from a ranking, batch by batch, and record the reason for each of them in a manifest.
 
-Filters first (taken earlier, harmful), then what is left of the budget, the source's quota, and likeness to what was
-taken before. A document that does not fit is passed over, and smaller ones after it may still be taken.
+Filters come first (taken in an earlier round, harmful), then the remaining budget, the source's quota, and
+near-duplicates of selected documents. A document that does not fit is skipped; smaller ones after it may still fit.
 """
 
 import math
@@ -38,18 +38,20 @@ MANIFEST = pa.schema(
         pa.field("round", pa.int32()),
     ]
 )
-# Why a document is kept (the first three) or not, by number.
-KEPT, KEPT_SMALL, KEPT_UNNAMED, EARLIER, BELOW, BOTTOM, ROOM, QUOTA, LIKE, NOT_DRAWN = range(10)
+# Reason codes: the first three are for documents that are kept. ``reasons`` has their texts in this order.
+KEPT, KEPT_SMALL, KEPT_UNNAMED, EARLIER, BELOW, BOTTOM, NO_BUDGET, QUOTA, NEAR_DUPLICATE, NOT_DRAWN = range(10)
 
 
 @dataclass
 class Tally:
-    """What a choice came to.
+    """Totals of a selection.
 
     Attributes:
-        documents, tokens: taken; with the same per source, and the tokens per stratum (ranking.rank_documents).
-        reasons: documents per reason, in the manifest's words.
-        harmful: documents taken whose mean influence is below zero.
+        documents, tokens: selected.
+        source_documents, source_tokens: the same per source.
+        stratum_tokens: selected tokens per stratum (ranking.rank_documents).
+        reasons: number of documents per reason, as worded in the manifest.
+        harmful: selected documents whose mean influence is below zero.
     """
 
     documents: int = 0
@@ -62,19 +64,19 @@ class Tally:
 
 
 class Chooser(Protocol):
-    """Decides over the documents of an order, batch by batch."""
+    """Decides on the documents of a ranking, batch by batch."""
 
     def codes(self, batch: pa.Table) -> tuple[np.ndarray, list[str | None] | None]:
-        """Why each document of the next batch (ranking.ORDERED) is kept or not, and which one it resembles."""
+        """Return the reason code of each document in the next batch (ranking.ORDERED), and its near-duplicate's id."""
 
 
-class Best:
-    """Takes documents in the order of their score.
+class GreedyChooser:
+    """Greedy choice: takes documents in rank order.
 
     Args:
-        options: limits, filters, quotas; complete, see ``check_options``.
-        documents, tokens: in the whole pool, for limits that are shares of it.
-        scored: how many documents some table names, for ``drop = bottom``.
+        options: limits, filters, quotas; validated by ``check_options``.
+        documents, tokens: totals of the pool, for limits given as shares of it.
+        scored: number of documents that appear in an influence table, for ``drop = bottom``.
     """
 
     def __init__(self, options: SelectConfig, documents: int, tokens: int, scored: int) -> None:
@@ -103,13 +105,13 @@ class Best:
         if self.whole == math.inf and self.taken is None:
             return codes, None
         if self.documents < 1 or not (batch["tokens"].to_numpy() <= self.tokens).any():
-            codes[codes <= KEPT_UNNAMED] = ROOM
+            codes[codes <= KEPT_UNNAMED] = NO_BUDGET
             self.passed_over = True
             return codes, None
         return codes, self._take(batch, codes)
 
     def _take(self, batch: pa.Table, codes: np.ndarray) -> list[str | None] | None:
-        """One document after the other, for each decision depends on those before."""
+        """Decide document by document, since each decision depends on those before; updates ``codes`` in place."""
         alike: list[str | None] | None = [None] * batch.num_rows if self.taken is not None else None
         tokens = batch["tokens"].to_pylist()
         sources = batch["source"].to_pylist() if self.quotas else []
@@ -117,7 +119,7 @@ class Best:
             size = tokens[i]
             cost = size if self.counts_tokens else 1
             if self.documents < 1 or size > self.tokens:
-                codes[i] = ROOM
+                codes[i] = NO_BUDGET
                 self.passed_over = True
                 continue
             if self.quotas and cost > self._room(sources[i]):
@@ -127,7 +129,7 @@ class Best:
                 stored = batch["signature"][i].as_py()
                 alike[i] = self.taken.like(stored)
                 if alike[i] is not None:
-                    codes[i] = LIKE
+                    codes[i] = NEAR_DUPLICATE
                     continue
                 self.taken.add(batch["document_id"][i].as_py(), stored)
             if self.passed_over and codes[i] == KEPT:
@@ -139,18 +141,18 @@ class Best:
         return alike
 
     def _room(self, source: str) -> float:
-        """What a source's quota has left: tokens where those are limited, else documents."""
+        """Return what is left of a source's quota: tokens if tokens are limited, else documents."""
         if source not in self.left:
             share = self.quotas.get(source, self.quotas.get("*", math.inf))
             self.left[source] = math.floor(share * self.whole) if share < math.inf else math.inf
         return self.left[source]
 
 
-class Drawn:
-    """Takes documents as they come until each stratum has as many tokens as it is to have; a size is never exceeded.
+class RandomChooser:
+    """Takes documents in the given (random) order up to a number of tokens per stratum, which is never exceeded.
 
     Args:
-        tokens: per stratum.
+        tokens: number of tokens per stratum.
     """
 
     def __init__(self, tokens: Mapping[str | None, int]) -> None:
@@ -174,18 +176,18 @@ class Drawn:
 def write_manifest(
     chooser: Chooser, ordered: Iterable[pa.Table], words: list[str], number: int, store: Store, scratch: str
 ) -> tuple[Tally, str]:
-    """Decide over all documents and publish ``manifest.parquet``, their rows in the order of the decisions.
+    """Decide on all documents and write ``manifest.parquet``, with rows in the order of the decisions.
 
     Args:
-        chooser: a new one.
+        chooser: a new one; it is stateful.
         ordered: batches of the documents (ranking.ORDERED).
-        words: the reason for each code.
-        number: of this selection's round, for the documents that it takes.
+        words: the reason text for each code.
+        number: this selection's round, recorded for the documents that it takes.
         store: where the manifest goes.
-        scratch: a local folder for the file in the making.
+        scratch: a local folder for the temporary file.
 
     Returns:
-        What it came to, and the manifest's SHA-256.
+        The totals, and the manifest's SHA-256.
     """
     tally, path, rank = Tally(), os.path.join(scratch, "manifest.parquet"), 0
     with pq.ParquetWriter(path, MANIFEST, compression="zstd") as writer:
@@ -225,7 +227,7 @@ def _count(tally: Tally, batch: pa.Table, codes: np.ndarray, kept: np.ndarray, w
 
 
 def reasons(options: SelectConfig, drawn: bool = False) -> list[str]:
-    """The reason for each code, in words."""
+    """Return the reason text for each code."""
     by = {"rank": "best rank", "mean": "mean influence", "share": "share of queries helped"}[options.by]
     limits = {"documents": options.documents, "tokens": options.tokens}
     asked = [
@@ -235,8 +237,8 @@ def reasons(options: SelectConfig, drawn: bool = False) -> list[str]:
     ]
     return [
         "drawn at random" if drawn else f"taken by {by}",
-        f"taken by {by}, fitting into the room that larger ones before it left",
-        "taken although no query's table names it",
+        f"taken by {by}, fits the budget left by larger ones",
+        "taken without influence on any query",
         "taken by an earlier selection",
         f"score below {options.drop_at:g}",
         f"among the worst {options.drop_at:g} of the documents that have a score",
@@ -248,10 +250,10 @@ def reasons(options: SelectConfig, drawn: bool = False) -> list[str]:
 
 
 def check_options(options: SelectConfig) -> None:
-    """Refuse options that do not go together.
+    """Validate the options.
 
     Raises:
-        StrideError: nothing says how much to take, or two options contradict each other.
+        StrideError: no size or filter is given, a value is out of range, or two options contradict each other.
     """
     sized = options.documents or options.tokens
     if not sized and options.drop == "none":
@@ -273,10 +275,10 @@ def check_options(options: SelectConfig) -> None:
 
 
 def read_quotas(options: SelectConfig) -> dict[str, float]:
-    """Largest share of the size asked for per source, ``*`` for the sources that are not named.
+    """Parse the quotas: maximum share of the requested size per source, ``*`` for all other sources.
 
     Raises:
-        StrideError: for what is no share.
+        StrideError: a quota is not a share from 0 to 1.
     """
     found = {}
     for source, text in options.quotas.items():
@@ -290,12 +292,12 @@ def read_quotas(options: SelectConfig) -> dict[str, float]:
 
 
 def _limit(asked: float, whole: int) -> float:
-    """A size: a number, a share of the whole, or no limit."""
+    """Resolve a size option: 0 is no limit, below 1 a share of the whole, else a number."""
     return math.inf if not asked else math.floor(asked * whole) if asked < 1 else math.floor(asked)
 
 
 def kept_places(manifest: pq.ParquetFile) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Part and place of the kept documents of a manifest, in batches."""
+    """Yield part and place of a manifest's kept documents, in batches."""
     for batch in manifest.iter_batches(columns=["part", "place", "kept"]):
         table = pa.Table.from_batches([batch]).filter(batch["kept"])
         yield table["part"].to_numpy(), table["place"].to_numpy()

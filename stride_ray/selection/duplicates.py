@@ -1,17 +1,17 @@
-"""Near-duplicates: MinHash signatures of token n-grams, and which document taken before a new one resembles."""
+"""Near-duplicate detection: MinHash signatures of token n-grams, and an index over the selected documents."""
 
 import numpy as np
 import pyarrow as pa
 from datasketch import MinHash, MinHashLSH
 
-# Tokens in an n-gram; permutations of a signature: the estimate of a Jaccard similarity errs by about 0.04.
+# Tokens per n-gram; permutations per signature, for a standard error of about 0.04 in the Jaccard similarity.
 GRAM, PERMUTATIONS = 5, 128
 SIGNATURE = pa.binary(4 * PERMUTATIONS)
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def signature(ids: np.ndarray) -> bytes:
-    """The MinHash of a document's n-grams (all of it where it is shorter), as little-endian uint32.
+    """Return the MinHash of a document's n-grams as little-endian uint32; a shorter document is a single n-gram.
 
     Args:
         ids: (T,) token ids, at least one.
@@ -19,7 +19,7 @@ def signature(ids: np.ndarray) -> bytes:
     values = ids.astype(np.uint64)
     width = min(GRAM, len(values))
     hashed = np.zeros(len(values) - width + 1, np.uint64)
-    for offset in range(width):  # a polynomial of the tokens, modulo 2^64
+    for offset in range(width):  # polynomial hash of the tokens, modulo 2^64
         hashed = hashed * _FACTOR + values[offset : offset + len(hashed)] + np.uint64(1)
     hashed = np.unique((hashed ^ (hashed >> np.uint64(29))) * _FACTOR >> np.uint64(32))
     sketch = MinHash(num_perm=PERMUTATIONS, hashfunc=int, scheme="affine32")
@@ -28,10 +28,10 @@ def signature(ids: np.ndarray) -> bytes:
 
 
 class NearDuplicateIndex:
-    """The documents taken so far, for a question at a time; some 6 KB each.
+    """Near-duplicate index (MinHash LSH) over the selected documents; about 6 KB per document.
 
     Args:
-        threshold: estimated Jaccard similarity from which on two documents are near-duplicates.
+        threshold: estimated Jaccard similarity from which two documents are near-duplicates.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -41,14 +41,14 @@ class NearDuplicateIndex:
         self._values: list[np.ndarray] = []
 
     def like(self, stored: bytes) -> str | None:
-        """The id of the document taken that resembles a signature most, None where none does enough."""
+        """Return the id of the most similar selected document, or None if none reaches the threshold."""
         values = np.frombuffer(stored, "<u4")
         close = [(float((self._values[i] == values).mean()), -i) for i in self._index.query(_sketch(values))]
         best, number = max(close, default=(0.0, 0))
         return self._names[-number] if best >= self.threshold else None
 
     def add(self, document_id: str, stored: bytes) -> None:
-        """Take a document."""
+        """Add a selected document."""
         values = np.frombuffer(stored, "<u4")
         self._index.insert(len(self._names), _sketch(values))
         self._names.append(document_id)

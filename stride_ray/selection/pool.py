@@ -1,7 +1,7 @@
-"""The pool as selection sees it: one row per document, with the place of its row in the input and its length.
+"""The pool as a table of documents, with each one's length and the place of its row in the input.
 
-A part of the blocks holds the documents of one unit of the input, in the order of reading, each from the span that
-starts at its token 0 to the next such span. So a part tells the documents and their tokens, and its unit their places.
+A part of the blocks holds the documents of one input split in reading order; a document runs from the span that starts
+at its token 0 to the next such span. So documents and tokens are read from the part, places from its input split.
 """
 
 import json
@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from stride_ray.corpus.blocks import fixed_lists
-from stride_ray.corpus.documents import Document, read_placed
-from stride_ray.corpus.files import current
+from stride_ray.corpus.documents import Document, read_with_positions
+from stride_ray.corpus.files import refreshed
 from stride_ray.corpus.packing import block_id
 from stride_ray.corpus.readers import unfetched
 from stride_ray.corpus.splits import InputSplit
@@ -37,14 +37,14 @@ POOL = pa.schema(
 
 
 class Reading(NamedTuple):
-    """How the documents of a run are looked up.
+    """How to read the documents of a run.
 
     Attributes:
         blocks: the run's ``blocks/`` folder.
         columns: role to column of its input.
-        block_tokens: tokens in a block.
+        block_tokens: tokens per block.
         packed: whether a block may hold several documents.
-        as_blocks: whether a document's place is its number in its part (rather than its row's in the input).
+        as_blocks: whether a document's place is its index in its part rather than the place of its input row.
     """
 
     blocks: Store
@@ -59,10 +59,11 @@ class Piece(NamedTuple):
 
     Attributes:
         document_id: its id.
-        source: of the block that it starts in, which in packed blocks may be a neighbour's.
-        first_block: that block's id where the document is the first in it, else None.
-        ids: its tokens (int32), end-of-text included; mask: which of them count (bool). Empty where not asked for.
-        tokens: how many there are.
+        source: of the block that it starts in; in packed blocks this may be the source of a neighbouring document.
+        first_block: id of that block if the document is the first in it, else None.
+        ids: its tokens (int32), including end-of-text; empty if not requested.
+        mask: its loss mask (bool); empty if not requested.
+        tokens: number of tokens.
     """
 
     document_id: str
@@ -74,7 +75,7 @@ class Piece(NamedTuple):
 
 
 def reading(run: Run, as_blocks: bool) -> tuple[Reading, list[InputSplit]]:
-    """How to read a sharded run's documents, and the units of its input, one per part of the blocks."""
+    """Return how to read a sharded run's documents, and its input splits, one per part of the blocks."""
     store = run.stage("blocks").store
     plan, manifest = store.read_json("plan.json"), store.read_json("manifest.json")
     units = [InputSplit.from_dict(unit) for unit in plan["units"]][: len(manifest["parts"])]
@@ -83,16 +84,16 @@ def reading(run: Run, as_blocks: bool) -> tuple[Reading, list[InputSplit]]:
 
 
 def list_part(how: Reading, stage: Stage, signed: bool, work: tuple[int, InputSplit]) -> dict[str, Any]:
-    """Publish the documents of one part (POOL) as ``_pool/part-*.parquet``; returns the marker.
+    """Write the documents of one part (POOL) to ``_pool/part-*.parquet``; returns the done marker.
 
     Args:
         how: see ``reading``.
         stage: the selection's folder.
-        signed: with MinHash signatures.
-        work: the part's number, and its unit of the input.
+        signed: whether to compute MinHash signatures.
+        work: the part's index, and its input split.
 
     Raises:
-        StrideError: where the input is needed and is not what was sharded.
+        StrideError: the input is needed and was changed since it was sharded.
     """
     started = time.monotonic()
     part, unit = work
@@ -115,7 +116,7 @@ def list_part(how: Reading, stage: Stage, signed: bool, work: tuple[int, InputSp
 
 
 def pieces(how: Reading, part: int, tokens: bool) -> Iterator[Piece]:
-    """The documents of a part in order, with their tokens where asked for."""
+    """Yield the documents of a part in order, with their token ids and loss mask if ``tokens``."""
     columns = ["block_id", "source", "spans", *(["token_ids", "loss_mask"] if tokens else [])]
     open_piece: Piece | None = None
     held: list[tuple[np.ndarray, np.ndarray]] = []
@@ -153,40 +154,40 @@ def _closed(piece: Piece, held: list[tuple[np.ndarray, np.ndarray]]) -> Piece:
 
 
 def _needs_input(how: Reading, unit: InputSplit) -> bool:
-    """Whether the blocks do not tell all: rows are to be copied, or a packed block's source is that of most of it."""
+    """Whether the input must be read: to copy rows, or because a packed block stores only its majority source."""
     return not how.as_blocks or (how.packed and "source" in how.columns and unit.kind != "text")
 
 
 def refuse_changed(unit: InputSplit) -> None:
-    """Raise StrideError where a unit's files are not those that were sharded, or cannot be looked at."""
+    """Raise StrideError if a file of an input split has changed since it was sharded, or cannot be accessed."""
     for file in unit.files:
         try:
-            now = current(file)
+            now = refreshed(file)
         except StrideError:
             raise
-        except Exception as error:  # every remote file system raises classes of its own
+        except Exception as error:  # remote file systems raise their own classes
             raise unfetched(file, error) from None
         if now.content != file.content:
             raise StrideError(
-                f"{redacted(file.url)} was changed since it was sharded: its size or its time is another; restore "
-                "both, or select blocks (--blocks), which need no input."
+                f"{redacted(file.url)} was changed since it was sharded: its size or modification time differs; "
+                "restore both, or select blocks (--blocks), which need no input."
             )
 
 
 def _placed(how: Reading, unit: InputSplit) -> Iterator[tuple[int, Document]]:
     refuse_changed(unit)
-    for place, item in read_placed(unit, how.columns):
+    for place, item in read_with_positions(unit, how.columns):
         if isinstance(item, Document):
             yield place, item
 
 
 def _row_of(piece: Piece, placed: Iterator[tuple[int, Document]], unit: InputSplit) -> tuple[Document, int]:
-    """The row of the input that became a document of the blocks; rows before it were rejected by the tokenizer."""
+    """Advance to the input row that a document of the blocks came from; rows before it were rejected in tokenising."""
     for place, document in placed:
         stem, _, copy = piece.document_id.rpartition("~")
         same = document.document_id == piece.document_id
         same = same or (copy.isdigit() and document.document_id == stem)
-        # A block's id holds its first document's source: a cheap proof that this is the row.
+        # A block's id is a hash that includes its first document's source: a cheap check that this is the row.
         if same and piece.first_block in (None, block_id(document.source, piece.document_id, 0)):
             return document, place
     names = json.dumps([file.name for file in unit.files[:2]])

@@ -1,9 +1,10 @@
-"""Influence tables to one order of all documents, best first: SQL by DuckDB, within a fixed memory, spilling to disk.
+"""Influence tables to one ranking of all documents, best first: DuckDB SQL in fixed memory, spilling to disk.
 
-Folders' names are names, though DuckDB takes ``[`` for a pattern and ``tokens=0.2`` for a column of every file in it.
+Paths are taken literally: DuckDB would read ``[`` as a glob pattern and a folder ``tokens=0.2`` as a Hive partition
+column.
 
-Nothing depends on threads, partitions or the order of files: influence is summed in fixed-point numbers, whose sums
-do not depend on their order, and ties fall by a draw from (seed, source, document id), not by the alphabet.
+The result does not depend on threads, partitions or file order: influence is summed in fixed-point numbers, whose sum
+is independent of order, and ties are broken by a hash of (seed, source, document id) rather than alphabetically.
 """
 
 import glob
@@ -24,15 +25,15 @@ from stride_ray.runtime.options import SelectConfig
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import first_line
 
-# DuckDB's own memory; with Python and Arrow beside it the process stays within 2 GiB.
+# DuckDB's memory limit and threads; with Python and Arrow the process stays within 2 GiB.
 MEMORY, THREADS = "900MB", 2
-# Of every file that is read: no columns from the folders' names.
+# For every file that is read: no partition columns from folder names.
 PLAIN = "hive_partitioning = false"
-# Bits of a fixed-point influence, relative to the largest: sums of 2^60 of them still fit in 128 bits.
+# Bits of fixed-point influence, relative to the largest: sums of 2^60 values still fit in 128 bits.
 BITS = 50
-# Documents whose rows are grouped and joined at once; rows held of each pass while they are cut.
+# Documents grouped and joined per pass; rows buffered per pass while tables are partitioned.
 PASS, FLUSH = 500_000, 20_000
-# Rows of a batch that is streamed, and of a row group of a manifest.
+# Rows per streamed batch, and per row group of a manifest.
 BATCH = 65536
 
 ORDERED = pa.schema(
@@ -55,14 +56,14 @@ ORDERED = pa.schema(
 
 @dataclass(frozen=True)
 class Target:
-    """The influence of one target query set.
+    """The influence on one target query set.
 
     Attributes:
-        name: the set's.
+        name: of the set.
         store: the folder with its tables.
-        tables: their names: document_id, query_id, rank, influence (influence.DOCUMENTS).
-        queries: the ids that count, those that did not fail; rows of others are left out.
-        identity: changes when the tables or the queries do.
+        tables: file names, with columns document_id, query_id, rank, influence (tables.DOCUMENTS).
+        queries: ids of the queries to use, none of them failed; rows of other queries are ignored.
+        identity: digest that changes when the tables or the queries do.
     """
 
     name: str
@@ -73,12 +74,14 @@ class Target:
 
 
 class Database:
-    """A DuckDB for the length of a ``with`` block, spilling into a folder.
+    """A DuckDB database for the duration of a ``with`` block, spilling to a folder.
 
     Args:
         folder: an empty local folder, for what does not fit in memory.
 
-    Raises (every method): StrideError where there is no room, or the folder's name is one that DuckDB cannot read from.
+    Raises:
+        StrideError: the folder's name contains a glob character; from every method, if the disk or memory is full or a
+            file cannot be read.
     """
 
     def __init__(self, folder: str) -> None:
@@ -88,7 +91,7 @@ class Database:
             )
         self.folder = folder
         spill = os.path.join(folder, "spill")
-        with _told():
+        with _translated_errors():
             self.sql = duckdb.connect(
                 os.path.join(folder, "select.duckdb"),
                 config={"memory_limit": MEMORY, "threads": THREADS, "temp_directory": spill},
@@ -101,11 +104,11 @@ class Database:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _told():
+        with _translated_errors():
             self.sql.close()
 
     def files(self, store: Store, names: Sequence[str]) -> list[str]:
-        """Parquet files of a store as DuckDB reads them: local ones itself, others by their fsspec file system."""
+        """Return Parquet paths for DuckDB: local files directly, others through their fsspec file system."""
         if store.local:
             return [glob.escape(store.path(name)) for name in names]
         protocol = get_protocol(store.url)
@@ -115,29 +118,29 @@ class Database:
         return [f"{protocol}://{glob.escape(store.path(name).removeprefix(protocol + '://'))}" for name in names]
 
     def copy(self, query: str, name: str, parameters: Sequence[object] = ()) -> str:
-        """The rows of a query, in its order, as a Parquet file in the folder; returns its path."""
+        """Write a query's rows, in order, to a Parquet file in the folder; returns its path."""
         path = os.path.join(self.folder, name)
-        with _told():
+        with _translated_errors():
             self.sql.execute(f"COPY ({query}) TO '{path}' (FORMAT parquet, COMPRESSION zstd)", parameters)
         return path
 
     def cut(self, query: str, name: str, passes: int, parameters: Sequence[object] = ()) -> None:
-        """Keep the rows of a query in one file per pass, by their document: a pass's groups and joins fit in memory."""
+        """Partition a query's rows into passes by document, so that a pass's groups and joins fit in memory."""
         if passes == 1:
             self.copy(query, f"{name}-0.parquet", parameters)
             return
         path = os.path.join(self.folder, name)
-        with _told():
+        with _translated_errors():
             self.sql.execute(
                 f"COPY (SELECT *, {_pass_of(passes)} AS pass FROM ({query})) TO '{path}' "
                 "(FORMAT parquet, COMPRESSION zstd, PARTITION_BY (pass))",
                 parameters,
             )
         if not glob.glob(f"{path}/*/*.parquet"):
-            self.copy(query, f"{name}-0.parquet", parameters)  # no rows, but their columns
+            self.copy(query, f"{name}-0.parquet", parameters)  # no rows; keeps the columns
 
     def piece(self, name: str, index: int) -> str:
-        """What ``cut`` kept for a pass, as a table to select from; a table without rows where there is nothing."""
+        """Return a SQL table expression for one pass of what ``cut`` wrote; it has no rows if the pass is empty."""
         path = os.path.join(self.folder, name)
         if os.path.exists(f"{path}-0.parquet"):
             return f"read_parquet('{path}-0.parquet', {PLAIN})"
@@ -146,17 +149,17 @@ class Database:
         return f"(SELECT * FROM read_parquet('{path}/*/*.parquet', {PLAIN}) LIMIT 0)"
 
     def count(self, what: str, parameters: Sequence[object] = ()) -> int:
-        """How many rows ``SELECT … FROM what`` has."""
+        """Return the number of rows of ``SELECT … FROM what``."""
         return int(self.run(f"SELECT count(*) FROM {what}", parameters).fetchall()[0][0])
 
     def run(self, query: str, parameters: Sequence[object] = ()) -> "duckdb.DuckDBPyConnection":
         """Execute a statement."""
-        with _told():
+        with _translated_errors():
             return self.sql.execute(query, parameters)
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _translated_errors() -> Iterator[None]:
     try:
         yield
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
@@ -174,11 +177,11 @@ def rank_documents(
     options: SelectConfig,
     seed: int,
 ) -> str:
-    """All documents of the pool in the order in which they are to be considered.
+    """Rank all documents of the pool in the order in which they are considered.
 
-    A document that helps no query has no rank, and comes after those that help one: first the documents that no table
-    names (their influence counts as nothing), then those that are named as harmful only, the most harmful last.
-    Several sets have an equal say, whatever their numbers of queries.
+    By rank, documents that help no query have no rank and come last: first those in no table (influence 0), then those
+    listed as harmful only, the most harmful last. By mean or share, documents in no table score 0. Query sets are
+    weighted equally, independent of their numbers of queries.
 
     Args:
         database: a new one.
@@ -186,15 +189,15 @@ def rank_documents(
         pool: folder and names of the pool's tables (pool.POOL).
         earlier: folders and manifests of earlier selections.
         options: ``by`` and ``temperature``.
-        seed: of the ties and the Gumbel noise.
+        seed: for ties and Gumbel noise.
 
     Returns:
         Path of a Parquet file (ORDERED) in the database's folder. ``taken_round`` is the round of the earlier selection
-        that took a document; mean_influence is null for a document that no table names. ``stratum`` is what a document
-        may be drawn at random in place of another in: its source, null where that has this one document alone.
+        that took a document; ``mean_influence`` is null for a document in no table. ``stratum``, within which documents
+        are exchangeable in the random draw, is the source, or null if the source has this document alone.
 
     Raises:
-        StrideError: no room for temporary files.
+        StrideError: no room for temporary files, or tables that cannot be read.
     """
     passes = max(1, -(-database.count(f"read_parquet(?, {PLAIN})", [database.files(*pool)]) // PASS))
     scale = 2.0 ** (BITS - math.ceil(math.log2(max(map(_largest, targets), default=0.0) or 1.0)))
@@ -224,7 +227,7 @@ def rank_documents(
         "ordered.parquet",
     )
     if options.temperature:
-        # The largest of n keys -ln(place) / τ + Gumbel noise is place i with odds i^(-1/τ).
+        # Gumbel top-k: the largest of n keys -ln(place) / τ + noise is place i with odds i^(-1/τ).
         uniform = f"(md5_number_lower('gumbel/{seed}/' || source || '/' || document_id) + 0.5) / 18446744073709551616.0"
         path = database.copy(
             f"""SELECT * EXCLUDE (file_row_number) FROM read_parquet('{path}', file_row_number = true, {PLAIN})
@@ -236,7 +239,7 @@ def rank_documents(
 
 
 def random_order(database: Database, ordered: str, seed: int) -> str:
-    """The documents of an ordered file in a random order that follows from (seed, source, document id)."""
+    """Shuffle an ordered file by a hash of (seed, source, document id); returns the path of the result."""
     return database.copy(
         f"""SELECT * FROM read_parquet('{ordered}', {PLAIN})
             ORDER BY md5_number_lower('random/{seed}/' || source || '/' || document_id), document_id, source, part,
@@ -246,7 +249,7 @@ def random_order(database: Database, ordered: str, seed: int) -> str:
 
 
 def batches(path: str) -> Iterator[pa.Table]:
-    """An ordered file in batches of BATCH rows, whatever its row groups."""
+    """Yield a Parquet file in batches of BATCH rows, independent of its row groups."""
     held: list[pa.RecordBatch] = []
     rows = 0
     with pq.ParquetFile(path) as file:
@@ -262,7 +265,7 @@ def batches(path: str) -> Iterator[pa.Table]:
 
 
 def _cut_rows(database: Database, number: int, target: Target, scale: float, passes: int) -> None:
-    """A set's rows, cut by document, with influence as a whole number of 1 / scale."""
+    """Partition a query set's rows by document, with influence as a whole multiple of 1 / scale."""
     files = database.files(target.store, target.tables)
     asked = pa.table({"query_id": pa.array(target.queries, pa.string())})
     database.sql.register("asked", asked)
@@ -277,9 +280,9 @@ def _cut_rows(database: Database, number: int, target: Target, scale: float, pas
 
 
 def _sum_influence(database: Database, targets: Sequence[Target], index: int) -> None:
-    """Files ``summed``: per set and document of a pass, best rank where it helps, mean influence, share helped.
+    """Write ``summed``: per query set and document of a pass, best rank where it helps, mean influence, share helped.
 
-    The mean is in units of 1 / scale, the share in units of 2^-BITS: whole numbers, whose sums have no order.
+    The mean is in units of 1 / scale, the share in units of 2^-BITS: integers, whose sum is independent of order.
     """
     each = (
         f"""SELECT {number} AS target, document_id, min(rank) FILTER (influence > 0) AS best,
@@ -292,7 +295,7 @@ def _sum_influence(database: Database, targets: Sequence[Target], index: int) ->
 
 
 def _place(database: Database, sets: int, passes: int, seed: int) -> None:
-    """Cut ``places``: the place of each document in each set's own ranking, where it helps any of its queries."""
+    """Write ``places``: each document's place in each query set's own ranking, if it helps any query of the set."""
     for number in range(sets):
         path = database.copy(
             f"""SELECT document_id FROM read_parquet('{database.folder}/summed-*.parquet', {PLAIN})
@@ -306,7 +309,7 @@ def _place(database: Database, sets: int, passes: int, seed: int) -> None:
 
 
 def _combine(database: Database, sets: int, by: tuple[str, bool], scale: float, index: int) -> None:
-    """Table ``found``: per document of a pass its score and the three figures over all sets."""
+    """Create table ``found``: per document of a pass its score and the three statistics over all query sets."""
     way, places = by
     score = {"rank": "best_rank::DOUBLE", "mean": "mean_influence", "share": "share_helped"}[way]
     database.run(
@@ -316,8 +319,8 @@ def _combine(database: Database, sets: int, by: tuple[str, bool], scale: float, 
             FROM read_parquet('{database.folder}/summed-{index}.parquet', {PLAIN}) GROUP BY document_id"""
     )
     if places:
-        # Each set ranks the documents on its own, and a document's score is its best place, not its best rank: a set
-        # of a thousand queries has a thousand documents of rank 1 and would leave no room for the others'.
+        # A document's score is its best place in any set's own ranking, not its best rank: a set of a thousand queries
+        # has a thousand documents of rank 1 and would crowd out the other sets.
         pieces = (f"SELECT * FROM {database.piece(f'places-{number}', index)}" for number in range(sets))
         database.run(
             f"""CREATE OR REPLACE TABLE found AS SELECT f.* REPLACE (p.place::DOUBLE AS score) FROM found f LEFT JOIN (
@@ -327,7 +330,7 @@ def _combine(database: Database, sets: int, by: tuple[str, bool], scale: float, 
 
 
 def _join(database: Database, earlier: Sequence[tuple[Store, str]], passes: int, index: int) -> None:
-    """Files ``joined``: the pool's documents of a pass (ORDERED)."""
+    """Write ``joined``: the pool's documents of a pass (ORDERED without ``stratum``)."""
     database.run("CREATE OR REPLACE TABLE taken (source VARCHAR, document_id VARCHAR, round INTEGER)")
     for store, name in earlier:
         database.run(
@@ -350,7 +353,7 @@ def _pass_of(passes: int) -> str:
 
 
 def _largest(target: Target) -> float:
-    """The largest |influence| of a set, from the footers of its files where they tell."""
+    """Return the largest |influence| of a query set, from Parquet statistics if the files have them."""
     largest = 0.0
     for name in target.tables:
         with target.store.open_parquet(name) as file:

@@ -1,7 +1,7 @@
-"""Stage select: influence on target queries to a data set to train on, a manifest that says why, and a random arm.
+"""Stage select: training data chosen by influence on target queries, a manifest of reasons, and a random baseline.
 
-Three steps, each of units that a rerun does not do again: what documents the pool holds (tasks over parts of the
-blocks), the order and the choice (one process, bounded memory), the data files (tasks over parts again).
+Three steps, each in work units that a rerun skips once done: list the pool's documents (tasks over parts of the
+blocks), rank and choose (one process, bounded memory), write the data files (tasks over parts).
 """
 
 import tempfile
@@ -21,8 +21,8 @@ from stride_ray.runtime.storage import Store, refuse_inside
 from stride_ray.runtime.tasks import WorkerAllocation, allocate_workers, connected, map_tasks, progress
 from stride_ray.runtime.urls import redacted, safe_url
 from stride_ray.selection.choice import (
-    Best,
-    Drawn,
+    GreedyChooser,
+    RandomChooser,
     Tally,
     check_options,
     kept_places,
@@ -34,8 +34,8 @@ from stride_ray.selection.pool import Reading, list_part, reading
 from stride_ray.selection.ranking import PLAIN, Database, Target, batches, random_order, rank_documents
 from stride_ray.selection.writing import marker_name, write_part
 
-# The arm beside the selection, a folder in it; sources told of in a summary, those with the most tokens.
-RANDOM, TOLD_SOURCES = "random", 50
+# Folder of the random arm; number of sources in a summary, those with the most tokens.
+RANDOM, SUMMARY_SOURCES = "random", 50
 
 
 def select(
@@ -45,33 +45,38 @@ def select(
     blocks: bool = False,
     queries: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
-    """Select training data by its influence on target queries; the run's ``select`` options say how and how much.
+    """Select training data by influence on target queries, according to the run's ``select`` options.
 
-    ``out`` gets ``data/part-*``, a file for each part of the input with documents that were taken: Parquet rows with
-    the columns of a Parquet source (of a saved data set: the same as Parquet), the very lines of JSON Lines,
-    compressed as they were, and for text files JSON Lines with id, text and source; or blocks. ``manifest.parquet``
-    has a row for every document of the pool (choice.MANIFEST), in the order in which they were considered, and
-    ``selection.json`` the summary. ``random/`` holds the same files for documents drawn at random with the tokens of
-    each source that the selection has (a little less where documents do not add up). Sources of a single document, as
-    text files are, leave nothing to draw: they count as one source there.
+    ``out`` gets ``data/part-*``, a file for each input part with selected documents: rows of a Parquet source with all
+    columns (a saved data set becomes Parquet), unchanged lines of JSON Lines in the same compression, JSON Lines with
+    id, text and source for text files; or token blocks. ``manifest.parquet`` has a row per document of the pool
+    (choice.MANIFEST) in the order of consideration, ``selection.json`` the summary. ``random/`` holds the same files
+    for a random baseline that matches the selection's tokens per source (slightly fewer if documents do not add up).
+    Sources with a single document, such as text files, are pooled into one for this draw.
 
-    A document is known to influence tables by its id alone: documents of one id share its influence.
+    Influence tables identify documents by id alone, so documents with the same id share their influence.
+
+    Example:
+        >>> from stride_ray import Run, select
+        >>> chosen = select(Run("mine", changes={"select.documents": 10}), ["asked"], "chosen")
+        >>> chosen["kept"]["documents"], chosen["pool"]["documents"]
+        (10, 60)
 
     Args:
-        run: with blocks and, as ``attribute.exact`` says, estimated or exact influence of each of the names.
-        names: the target query sets; each has an equal say. Failed queries do not count.
-        out: a path or fsspec URL. The same command again does what is missing.
-        blocks: write token blocks in the run's layout in place of the input's rows; needs no input.
-        queries: per name the ids of the queries to use; all where a name is missing.
+        run: with blocks and with influence on each query set, exact or estimated as ``attribute.exact`` says.
+        names: the target query sets, weighted equally. Failed queries do not count.
+        out: a path or fsspec URL. Running the same command again does only what is missing.
+        blocks: write token blocks in the run's layout instead of input rows; does not need the input.
+        queries: per name the ids of the queries to use; all if a name is missing.
 
     Returns:
-        selection.json: counts of the pool, the kept documents and tokens, also by source, of documents per reason, of
-        those that no table names or that do harm, the same of the random arm with how many of it are ``selected`` too,
-        and the files with their content hashes.
+        selection.json. ``pool``: documents, tokens, and documents that appear in a table. ``kept``: documents and
+        tokens, in total and by source, documents per reason, harmful ones, and files with content hashes. ``random``:
+        the same for the random arm, plus ``selected``, how many of its documents were also selected.
 
     Raises:
-        StrideError: influence is not finished, no query is good, options that do not go together, a folder made with
-            other settings, or input that is not what was sharded.
+        StrideError: influence is not finished, all queries of a set failed, options contradict each other, the folder
+            was made with other settings, or the input was changed since it was sharded.
     """
     targets = [target_of(run, name, (queries or {}).get(name)) for name in dict.fromkeys(names)]
     if not targets:
@@ -80,10 +85,10 @@ def select(
 
 
 def target_of(run: Run, name: str, queries: Sequence[str] | None = None) -> Target:
-    """The influence tables of a query set, or of some of its queries.
+    """Return the influence tables of a query set, or of some of its queries.
 
     Raises:
-        StrideError: they are not finished, a query is not in the set, or none of them is good.
+        StrideError: the tables are not finished, a query is not in the set, or all of the queries failed.
     """
     recovery = read_influence(run, name, "recovery")
     good = recovery.filter(pc.equal(recovery["status"], "ok"))["query_id"].to_pylist()
@@ -101,7 +106,7 @@ def target_of(run: Run, name: str, queries: Sequence[str] | None = None) -> Targ
 
 
 def select_by(run: Run, targets: Sequence[Target], out: str, blocks: bool = False) -> dict[str, Any]:
-    """As ``select``, by any tables that look like influence's (tables.DOCUMENTS)."""
+    """Like ``select``, for any tables with the columns of tables.DOCUMENTS."""
     options = run.config.select
     check_options(options)
     refuse_inside(Store(out), run.config.corpus.input, "The selection")
@@ -131,10 +136,12 @@ def select_by(run: Run, targets: Sequence[Target], out: str, blocks: bool = Fals
 
 
 def _earlier(url: str) -> tuple[Store, int, str]:
-    """An earlier selection's folder, its round and what identifies its choice."""
+    """Return an earlier selection's folder, its round and its manifest's SHA-256."""
     store = Store(url)
     if not store.exists("selection.json"):
-        raise StrideError(f"{store.name_of('')} is no finished selection (select.earlier): it has no selection.json.")
+        raise StrideError(
+            f"{store.display_url('')} is not a finished selection (select.earlier): it has no selection.json."
+        )
     found = store.read_json("selection.json")
     return store, found["round"], found["manifest_sha256"]
 
@@ -149,7 +156,7 @@ def _list(how: Reading, stage: Stage, units: Sequence[InputSplit], signed: bool,
 def _choose(
     run: Run, targets: Sequence[Target], earlier: Sequence[tuple[Store, int, str]], stage: Stage, parts: int
 ) -> None:
-    """Order the documents and publish both manifests, the marker last."""
+    """Rank the documents and write both manifests, then the done marker."""
     started = time.monotonic()
     options, seed = run.config.select, run.config.seed
     done = stage.done()
@@ -162,9 +169,9 @@ def _choose(
         ordered = rank_documents(database, targets, listed, before, options, seed)
         _check_quotas(database, ordered, read_quotas(options), stage)
         named = database.count(f"read_parquet('{ordered}', {PLAIN}) WHERE mean_influence IS NOT NULL")
-        best = Best(options, documents, tokens, named)
+        best = GreedyChooser(options, documents, tokens, named)
         kept, content = write_manifest(best, batches(ordered), reasons(options), number, stage.store, folder)
-        drawn = Drawn(kept.stratum_tokens)
+        drawn = RandomChooser(kept.stratum_tokens)
         order = batches(random_order(database, ordered, seed))
         words = reasons(options, drawn=True)
         random, _ = write_manifest(drawn, order, words, number, stage.store.child(RANDOM), folder)
@@ -176,22 +183,22 @@ def _choose(
         round=number,
         manifest_sha256=content,
         pool={"documents": documents, "tokens": tokens, "named": named},
-        kept=_told(kept),
-        random={**_told(random), "selected": both},
+        kept=_totals(kept),
+        random={**_totals(random), "selected": both},
     )
 
 
 def _check_quotas(database: Database, ordered: str, quotas: Mapping[str, float], stage: Stage) -> None:
     for source in quotas:
         if source != "*" and not database.count(f"read_parquet('{ordered}', {PLAIN}) WHERE source = ?", [source]):
-            for name in ("_pool", "_done", "stage.json"):  # all that is there; it would refuse the corrected command
+            for name in ("_pool", "_done", "stage.json"):  # would block the corrected command
                 stage.store.remove(name)
             raise StrideError(f"There is a quota for the source {source!r}, and no document of the pool has it.")
 
 
-def _told(tally: Tally) -> dict[str, Any]:
-    """A choice's figures for the summary."""
-    most = tally.source_tokens.most_common(TOLD_SOURCES)
+def _totals(tally: Tally) -> dict[str, Any]:
+    """Return a selection's totals for the summary."""
+    most = tally.source_tokens.most_common(SUMMARY_SOURCES)
     sources = {name: {"documents": tally.source_documents[name], "tokens": tokens} for name, tokens in most}
     return {
         "documents": tally.documents,
@@ -214,7 +221,7 @@ def _write(how: Reading, stage: Stage, units: Sequence[InputSplit], workers: Wor
 
 
 def _kept(store: Store, arm: str) -> list[tuple[int, np.ndarray]]:
-    """The parts with an arm's documents, and where in them those are, ascending: 12 bytes a document in memory."""
+    """Return an arm's parts with the ascending places of their documents; 12 bytes of memory per document."""
     with store.open_parquet(f"{arm}/manifest.parquet" if arm else "manifest.parquet") as file:
         found = list(kept_places(file))
     parts = np.concatenate([part for part, _ in found]) if found else np.zeros(0, np.int32)
@@ -246,7 +253,7 @@ def _summary(run: Run, targets: Sequence[Target], stage: Stage, blocks: bool) ->
 
 
 def describe(summary: Mapping[str, Any], out: str) -> str:
-    """A selection's summary in a few lines for a person."""
+    """Format a selection's summary for the console."""
     pool, kept, random = summary["pool"], summary["kept"], summary["random"]
     lines = [
         f"{kept['documents']} of {pool['documents']} documents, {kept['tokens']} of {pool['tokens']} tokens, by "
@@ -257,9 +264,9 @@ def describe(summary: Mapping[str, Any], out: str) -> str:
         lines.append(
             f"{kept['harmful']} of those taken have a mean influence below zero; a smaller size leaves them out."
         )
-    where = Store(out).name_of("")
+    where = Store(out).display_url("")
     lines.append(
-        f"At random beside it: {random['documents']} documents, {random['tokens']} tokens; {random['selected']} of "
+        f"Random baseline: {random['documents']} documents, {random['tokens']} tokens; {random['selected']} of "
         "these documents were selected too."
     )
     lines.append(f"Data: {where}data/ and {where}random/data/; why, for every document: {where}manifest.parquet")

@@ -1,4 +1,4 @@
-"""The data files of a selection: the rows of the input that were kept, as they were, or blocks ready for training."""
+"""The data files of a selection: the selected input rows, unchanged, or token blocks ready for training."""
 
 import gzip
 import json
@@ -26,20 +26,20 @@ from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import filesystem, first_line, redacted
 from stride_ray.selection.pool import Reading, pieces, refuse_changed
 
-# Rows of a data set held in memory at once.
+# Rows held in memory at once.
 _ROWS = 1024
 
 
 def write_part(how: Reading, stage: Stage, work: tuple[str, int, InputSplit, np.ndarray]) -> dict[str, Any]:
-    """Publish the kept documents of one part as one file of ``data/``; returns the marker.
+    """Write the selected documents of one part to one file in ``data/``; returns the done marker.
 
     Args:
         how: see ``pool.reading``.
         stage: the selection's folder.
-        work: the arm's folder ("" or "random"), the part, its unit of the input, and the places to keep, ascending.
+        work: the arm's folder ("" or "random"), the part, its input split, and the places to keep, ascending.
 
     Raises:
-        StrideError: where the input is not what was sharded.
+        StrideError: the input was changed since it was sharded, or cannot be read.
     """
     started = time.monotonic()
     arm, part, unit, places = work
@@ -64,13 +64,13 @@ def write_part(how: Reading, stage: Stage, work: tuple[str, int, InputSplit, np.
 
 
 def marker_name(arm: str, part: int) -> str:
-    """The done-marker's name of a data file."""
+    """Name of a data file's done marker."""
     return f"{arm or 'selected'}-{part:05d}"
 
 
 def _blocks(how: Reading, store: Store, part: int, wanted: set[int], path: str) -> int:
-    """The kept documents of a part, cut into blocks anew in the run's own layout; returns how many blocks."""
-    # Their libraries take longer to import than rows to write, which is what most selections are.
+    """Pack the selected documents of a part into new blocks in the run's layout; returns the number of blocks."""
+    # Imported here because most selections write rows, which takes less time than importing the tokenizer libraries.
     from stride_ray.corpus.tokenizing import end_of_text_id, load_tokenizer, pad_id
 
     tokenizer = load_tokenizer(how.blocks.child("tokenizer").url)
@@ -90,7 +90,7 @@ def _blocks(how: Reading, store: Store, part: int, wanted: set[int], path: str) 
 
 
 def _rows(unit: InputSplit, wanted: set[int], path: str) -> tuple[str, int]:
-    """The kept rows of a unit in a local file, as they were; returns the file's ending and their number."""
+    """Write the selected rows of an input split to a local file, unchanged; returns its suffix and the row count."""
     if unit.kind == "parquet":
         return ".parquet", _parquet_rows(unit, wanted, path)
     if unit.kind == "arrow":
@@ -106,7 +106,7 @@ def _rows(unit: InputSplit, wanted: set[int], path: str) -> tuple[str, int]:
 
 @contextmanager
 def _opened(path: str, packing: str) -> Iterator[IO[bytes]]:
-    """A file to write, compressed as its source was; without a time or name in it, so that its bytes are the same."""
+    """Open a file for writing, compressed like its source; no timestamp or file name, so its bytes are reproducible."""
     with open(path, "wb") as raw:
         if packing == ".gz":
             with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:
@@ -125,7 +125,7 @@ def _json_lines(unit: InputSplit, wanted: set[int]) -> Iterator[bytes]:
             if offset in wanted:
                 yield line
                 left -= 1
-                if not left:  # what comes after may be corrupt
+                if not left:  # the rest of the file may be corrupt
                     return
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise StrideError(f"{redacted(unit.files[0].url)} cannot be read: {first_line(error)}") from None

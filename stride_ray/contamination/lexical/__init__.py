@@ -1,1 +1,1 @@
-"""The lexical channel: runs of equal normalised words, weighted by rarity, with their places in both texts."""
+"""The lexical channel: runs of equal normalised words, weighted by rarity, with their positions in both texts."""

@@ -1,10 +1,10 @@
-"""From runs of equal words to lexical matches: weighted by rarity, without what recurs everywhere.
+"""Lexical matches from runs of equal words: weighted by rarity, with boilerplate removed.
 
 A document's overlap with a field is the share of the field's words that the document's runs cover, each word weighted
-by its inverse document frequency in the scanned corpus, idf = log((1 + D) / (1 + d)) + 0.01. Boilerplate is an n-gram
-that at least ``scan.boilerplate`` documents of at least SOURCES sources hold without holding the
-field (their overlap is below the threshold, or the field has fewer words than an n-gram should and may be a common
-phrase as a whole). A leak copied a thousand times is none: its documents hold all of it.
+by its inverse document frequency in the scanned corpus, idf = log((1 + D) / (1 + d)) + 0.01. An n-gram is boilerplate
+if at least ``scan.boilerplate`` documents from at least SOURCES sources contain it without containing the field: their
+overlap is below the threshold, or the field has fewer than ``scan.words`` words and may be a common phrase as a whole.
+A leak copied a thousand times is not boilerplate, since its documents contain all of it.
 """
 
 from collections import defaultdict
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from stride_ray.contamination.items import Item
 from stride_ray.contamination.lexical.ngrams import Field, fields_of
-from stride_ray.contamination.lexical.search import RAW, Corpus, input_split_key, known_meetings
+from stride_ray.contamination.lexical.search import RAW, Corpus, finished_searches, input_split_key
 from stride_ray.runtime.options import ScanConfig
 from stride_ray.runtime.run import Stage
 
@@ -33,24 +33,26 @@ MATCHES = pa.schema(
     ]
 )
 FLOOR = 0.01
-# Sources that boilerplate must be in: what one source repeats may well be a leak.
+# Minimum number of sources of boilerplate: repetition within one source may be a leak.
 SOURCES = 3
 
 
 @dataclass(frozen=True)
 class Lexical:
-    """What the lexical channel found.
+    """Results of the lexical channel.
 
     Attributes:
-        matches: MATCHES, a row per run, of fields and documents with any overlap; ``overlap`` is the document's with
-            the field, ``finding`` whether it reaches the threshold.
-        overlaps: item's key to its largest overlap.
-        documents: read; ``rejected``: left out; ``rejects``: the first of them.
-        boilerplate: n-grams that were left out as such.
-        filtered: pairs of field and document that had nothing else in common.
-        beyond: runs that were counted only (search.MOST).
-        common: n-grams of too many items (ngrams.COMMON), left out.
-        short: keys of items with too few words to be searched for.
+        matches: MATCHES, a row per run, for all overlapping pairs of field and document; ``overlap`` is that of the
+            pair, ``finding`` whether it reaches the threshold.
+        overlaps: item key to its largest overlap.
+        documents: number of documents read.
+        rejected: number of rows rejected.
+        rejects: the first of them, as sentences.
+        boilerplate: number of n-grams left out as boilerplate.
+        filtered: number of pairs of field and document that had only boilerplate in common.
+        beyond: runs counted but not stored (search.MOST).
+        common: n-grams left out because too many fields contain them (ngrams.COMMON).
+        short: keys of items with too few words to search for.
     """
 
     matches: pa.Table
@@ -66,13 +68,13 @@ class Lexical:
 
 
 def lexical_matches(stage: Stage, corpus: Corpus, items: Sequence[Item], options: ScanConfig) -> Lexical:
-    """Weigh everything that ``search`` found of these items in this corpus."""
+    """Weigh all runs that ``search`` found of these items in this corpus."""
     rows: list[dict[str, Any]] = []
     counts: dict[str, int] = defaultdict(int)
     holding: dict[str, int] = defaultdict(int)
     rejects: list[str] = []
     wanted = {item.key: item for item in items}
-    met = known_meetings(stage)
+    met = finished_searches(stage)
     for unit in corpus.units:
         held: dict[str, int] = {}
         markers = met.get(input_split_key(unit, corpus.columns), {})
@@ -109,7 +111,7 @@ def lexical_matches(stage: Stage, corpus: Corpus, items: Sequence[Item], options
 
 
 class _Weighing:
-    """Overlaps of fields and documents, and what of them is boilerplate."""
+    """Computes overlaps of fields and documents, and removes boilerplate."""
 
     def __init__(
         self, fields: dict[tuple[str, str], Field], holding: dict[str, int], documents: int, options: ScanConfig
@@ -120,7 +122,7 @@ class _Weighing:
         self.boilerplate = self.filtered = 0
 
     def weigh(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows of RAW with ``overlap`` and ``finding``, those of boilerplate alone left out."""
+        """Add ``overlap`` and ``finding`` to rows of RAW; drops rows of boilerplate alone."""
         found: list[dict[str, Any]] = []
         by_field: dict[tuple[str, str], dict[tuple[str, str, int], list[dict[str, Any]]]] = {}
         for row in rows:
@@ -171,7 +173,7 @@ class _Weighing:
 
 
 def _overlap(places: set[int], n: int, weights: np.ndarray) -> float:
-    """Weight of the words that n-grams at these places cover."""
+    """Total weight of the words covered by n-grams at these positions."""
     covered = np.zeros(len(weights), bool)
     for place in places:
         covered[place : place + n] = True

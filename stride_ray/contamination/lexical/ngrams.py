@@ -1,8 +1,8 @@
-"""The n-grams of all items, and where a text holds some: exact runs of equal words, with their places in both.
+"""N-gram index of all items: finds exact runs of equal words in a text, with their positions in item and text.
 
-An item's question, each of its choices and its free answer are searched for by themselves, because copies put other
-words between them. The n of a field is the scan's (13), or half its words where it has less than twice as many; fields
-of few words are not searched alone, and if an item has no other, its fields are joined.
+An item's question, each of its choices and its free answer are searched separately, because copies put other words
+between them. A field's n is the scan's (13), or half its words if it has fewer than 2n, but at least ``scan.shortest``.
+Fields with fewer words than that are not searched alone; if an item has no longer field, its fields are joined.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from stride_ray.contamination.items import Item
 from stride_ray.contamination.lexical.words import Numbering, Words, split
 
-# An n-gram that more fields than this hold says nothing of any one item; it is left out, and counted.
+# An n-gram with more occurrences in fields than this identifies no item; it is left out and counted.
 COMMON = 100
 _PRIME = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplication by it permutes 64-bit numbers
 
@@ -22,11 +22,11 @@ class Field(NamedTuple):
     """One searched text of an item.
 
     Attributes:
-        key: the item's.
+        key: of the item.
         name: "question", "choice 1" …, "answer", or "whole" for joined fields.
-        text: whose characters offsets count.
+        text: the text that character offsets refer to.
         words: of the text.
-        n: words of its n-grams.
+        n: length of its n-grams in words.
     """
 
     key: str
@@ -37,11 +37,11 @@ class Field(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Equal words in a row.
+    """A run of equal words in an item's field and a text.
 
     Attributes:
-        field: number of the item's field in the index.
-        first, stop: its words, the last one not included.
+        field: index of the field.
+        first, stop: range of the field's words, ``stop`` excluded.
         place: the text's word where the run begins.
     """
 
@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
 
 def fields_of(item: Item, n: int, shortest: int) -> list[Field]:
-    """What is searched of an item; empty where it has less than ``shortest`` words in all."""
+    """Return the fields of an item to search for; empty if it has fewer than ``shortest`` words in all."""
     texts = [("question", item.question)]
     texts += [(f"choice {i}", choice) for i, choice in enumerate(item.choices, 1)]
     texts += [("answer", item.answer)] if item.answer and not item.choices else []
@@ -70,15 +70,15 @@ def _field(key: str, name: str, text: str, n: int, shortest: int) -> Field:
 
 
 class Index:
-    """All n-grams of some fields, sorted by their hashes.
+    """All n-grams of the fields, sorted by hash.
 
     Args:
-        fields: what is searched for.
+        fields: the fields to search for.
 
     Attributes:
         fields: the same.
         vocabulary: their words, numbered from 1.
-        common: how many different n-grams were left out because more than COMMON fields hold them.
+        common: number of distinct n-grams left out because they occur more than COMMON times.
     """
 
     def __init__(self, fields: Sequence[Field]) -> None:
@@ -92,7 +92,7 @@ class Index:
         self._tables = {n: self._table(n) for n in sorted({field.n for field in self.fields})}
 
     def _table(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Hashes (m,) ascending, field numbers (m,) and places (m,) of all n-grams of fields with this n."""
+        """Return hashes (m,) ascending, field indices (m,) and positions (m,) of the n-grams of fields with this n."""
         chosen = [i for i, field in enumerate(self.fields) if field.n == n]
         hashes = [_hashes(self.numbers[i], n) for i in chosen]
         sizes = [len(each) for each in hashes]
@@ -107,10 +107,10 @@ class Index:
         return flat[rare], numbers[rare], places[rare]
 
     def find(self, numbers: np.ndarray) -> list[Run]:
-        """The longest runs of at least n equal words, sorted.
+        """Find the maximal runs of at least n equal words, sorted.
 
         Args:
-            numbers: (words,) int32 of a text, as ``Numbering(self.vocabulary)`` gives them.
+            numbers: (words,) int32 of a text, from ``Numbering(self.vocabulary)``.
         """
         runs: list[Run] = []
         for n, (hashes, fields, places) in self._tables.items():
@@ -130,7 +130,7 @@ class Index:
     def _joined(
         self, n: int, numbers: np.ndarray, at: np.ndarray, fields: np.ndarray, places: np.ndarray
     ) -> Iterator[Run]:
-        """Hits in a row (each one word on in both texts) as one run; hits of equal hash but other words left out."""
+        """Merge consecutive hits (one word further in both texts) into runs; drop hash collisions."""
         order = np.lexsort((at, at - places, fields))
         at, fields, places = at[order], fields[order], places[order]
         ends = np.ones(len(at), bool)
@@ -145,12 +145,12 @@ class Index:
 
 
 def numbering(index: Index) -> Numbering:
-    """How texts are numbered for an index's ``find``."""
+    """Return the word numbering for texts passed to the index's ``find``."""
     return Numbering(index.vocabulary)
 
 
 def _hashes(numbers: np.ndarray, n: int) -> np.ndarray:
-    """(words − n + 1,) uint64, one of each n words in a row."""
+    """Hash each n-gram: (words − n + 1,) uint64."""
     count = max(0, len(numbers) - n + 1)
     wide = numbers.astype(np.uint64)
     found = np.zeros(count, np.uint64)
@@ -161,7 +161,7 @@ def _hashes(numbers: np.ndarray, n: int) -> np.ndarray:
 
 
 def _known(numbers: np.ndarray, n: int) -> np.ndarray:
-    """Where n words of the vocabulary begin."""
+    """Return the positions where n consecutive words are in the vocabulary."""
     if len(numbers) < n:
         return np.zeros(0, np.int64)
     before = np.concatenate([[0], np.cumsum(numbers == 0)])

@@ -1,8 +1,8 @@
-"""The lexical channel's pass: every document of the corpus against the index of items, on Ray, new against old.
+"""The lexical channel's search: every document of the corpus against the index of items, on Ray and incremental.
 
-A unit of the corpus (a file, or a part of one, with its size and version) and a batch of items (those first seen on
-one night) meet once. A new unit meets all items in one reading; an old unit meets new items only. What was found is
-kept per meeting, so that a night over nothing new reads nothing.
+Each pair of a corpus unit (a file or a part of one, with its size and version) and an item batch (items first seen on
+the same night) is searched once. A new unit is read once for all items, an old unit only for new items. Results are
+stored per pair, so a night without new files or items reads nothing.
 """
 
 import time
@@ -16,7 +16,7 @@ import pyarrow as pa
 from stride_ray.contamination.items import Item
 from stride_ray.contamination.lexical.ngrams import Index, fields_of, numbering
 from stride_ray.contamination.lexical.words import split
-from stride_ray.corpus.documents import Document, read_placed
+from stride_ray.corpus.documents import Document, read_with_positions
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.corpus.tokenizing import load_tokenizer
@@ -41,24 +41,24 @@ RAW = pa.schema(
         pa.field("part", pa.string(), nullable=False),
         pa.field("start", pa.int64(), nullable=False),
         pa.field("stop", pa.int64(), nullable=False),
-        pa.field("excerpt", pa.string(), nullable=False),  # the text around the run, for people to read
+        pa.field("excerpt", pa.string(), nullable=False),  # the text around the run, for display
         pa.field("excerpt_start", pa.int64(), nullable=False),
     ]
 )
 WORDS = pa.schema([pa.field("word", pa.string()), pa.field("documents", pa.int64())])
-# Documents of a unit whose matches with one field are kept; more are counted.
-MOST = 1000
-# Characters of an excerpt on either side of a run, and in all.
+# Maximum texts per unit whose matches with one field are kept; runs in further ones are only counted.
+MAX_TEXTS_PER_FIELD = 1000
+# Characters of an excerpt on either side of a run, and in total.
 AROUND, LONGEST = 80, 600
 
 
 class Corpus(NamedTuple):
-    """What is scanned.
+    """The scanned corpus.
 
     Attributes:
-        units: cut as ``plan`` does.
+        units: input splits, as from ``plan``.
         columns: role to column.
-        tokenizer: for documents that are token ids; may be empty.
+        tokenizer: for documents that are token ids; otherwise may be empty.
     """
 
     units: tuple[InputSplit, ...]
@@ -67,32 +67,32 @@ class Corpus(NamedTuple):
 
     @property
     def state(self) -> str:
-        """Sixteen hexadecimal digits that change with its files, their content, and the columns."""
+        """Digest (16 hexadecimal digits) of its files, their content and the columns."""
         return digest(sorted(input_split_key(unit, self.columns) for unit in self.units))
 
 
 def input_split_key(unit: InputSplit, columns: dict[str, str]) -> str:
-    """A unit's name in the state: it changes with the unit's place, its files' content and the columns."""
+    """Return a unit's name in the state, a digest of its range, its files' names and content, and the columns."""
     return f"{unit.kind}-{digest([unit.to_dict() | {'files': [[*f[:1], *f[2:]] for f in unit.files]}, columns])}"
 
 
 def search(
     stage: Stage, corpus: Corpus, items: Sequence[Item], words: int, shortest: int, compute: ComputeConfig
 ) -> dict[str, int]:
-    """Bring the state up to date: every unit has met every item.
+    """Bring the state up to date: search every unit for every item.
 
     Args:
-        stage: the state's folder; its identity stands for ``words`` and ``shortest``.
-        corpus: what is scanned.
-        items: what is searched for.
+        stage: the state's folder; its identity covers ``words`` and ``shortest``.
+        corpus: the corpus to search.
+        items: the items to search for.
         words: n of the n-grams.
-        shortest: words of the shortest field.
-        compute: where and how wide.
+        shortest: minimum number of words of a field.
+        compute: resources.
 
     Returns:
-        ``units`` and ``items`` that were met anew.
+        Counts of ``units`` and ``items`` searched in this call.
     """
-    met = known_meetings(stage)
+    met = finished_searches(stage)
     batches: dict[frozenset[str], list[InputSplit]] = {}
     for unit in corpus.units:
         before = frozenset(marker["batch"] for marker in met.get(input_split_key(unit, corpus.columns), {}).values())
@@ -120,8 +120,8 @@ def search(
     return told
 
 
-def known_meetings(stage: Stage) -> dict[str, dict[str, dict[str, Any]]]:
-    """Markers of finished meetings: unit's name to meeting's name to marker."""
+def finished_searches(stage: Stage) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the done markers of finished searches: unit name to search name (unit and batch) to marker."""
     met: dict[str, dict[str, dict[str, Any]]] = {}
     for name, marker in stage.done().items():
         met.setdefault(marker["of"], {})[name] = marker
@@ -129,7 +129,7 @@ def known_meetings(stage: Stage) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 class Searcher:
-    """Reads a unit once, and publishes its matches, its counts of documents by word, and a marker."""
+    """Reads a unit once; writes its matches, its document frequencies by word, and a done marker."""
 
     def __init__(self, index: Index, batch: str, corpus: Corpus, stage: Stage) -> None:
         self.index, self.batch, self.corpus, self.stage = index, batch, corpus, stage
@@ -137,7 +137,7 @@ class Searcher:
         self.tokenizer = load_tokenizer(corpus.tokenizer) if "token_ids" in corpus.columns else None
 
     def __call__(self, unit: InputSplit) -> dict[str, Any]:
-        """Do one unit; returns its marker."""
+        """Process one unit; returns its done marker."""
         started = time.monotonic()
         name = input_split_key(unit, self.corpus.columns)
         meets = f"{name}-{self.batch}"
@@ -146,7 +146,7 @@ class Searcher:
         documents: Counter[str] = Counter()
         kept: Counter[int] = Counter()
         rejected: list[str] = []
-        for place, item in read_placed(unit, self.corpus.columns):
+        for place, item in read_with_positions(unit, self.corpus.columns):
             if isinstance(item, Rejected):
                 documents["rejected"] += 1
                 rejected = [*rejected, item.sentence()][:5]
@@ -193,7 +193,7 @@ class Searcher:
         for number in {run.field for run in runs}:
             kept[number] += 1
         for run in runs:
-            if kept[run.field] > MOST:
+            if kept[run.field] > MAX_TEXTS_PER_FIELD:
                 counted["beyond"] += 1
                 continue
             field = self.index.fields[run.field]
@@ -218,9 +218,9 @@ class Searcher:
 
 
 def texts(document: Document, tokenizer: Any) -> list[tuple[str, str]]:
-    """A document's texts, each with the name of the part that offsets count in.
+    """Return a document's texts, each with the name of the part that offsets refer to.
 
-    ``text``; ``prompt`` and ``answer``; ``messages.0`` …, the contents that are text; ``token_ids``, decoded.
+    Parts are ``text``; ``prompt`` and ``answer``; ``messages.0`` … (text contents only); ``token_ids``, decoded.
     """
     if document.text is not None:
         return [("text", document.text)]

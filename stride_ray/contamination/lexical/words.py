@@ -1,8 +1,8 @@
-"""Normalised words of a text, with their places in it: what the lexical channel compares.
+"""Normalised words of a text, with their positions: the units that the lexical channel compares.
 
-A word is a run of letters and digits, in lower case, its Unicode compatibility form taken (ligatures, full-width
-letters) and accents that stand apart composed; characters that do not show (soft hyphens, joiners) are left out, and
-each character of a script without spaces (Chinese, Japanese) is a word of its own. Punctuation and space never count.
+A word is a run of letters and digits, case-folded, in Unicode compatibility form (ligatures, full-width letters) with
+combining accents composed and invisible characters (soft hyphens, joiners) removed. Each character of a script without
+spaces (Chinese, Japanese) is a word of its own. Punctuation and white space are ignored.
 """
 
 import re
@@ -13,21 +13,21 @@ from typing import NamedTuple
 import numpy as np
 
 _SINGLE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_INSIDE = "\u0300-\u036f\u00ad\u200b-\u200d\u2060\ufeff"  # combining accents and what does not show
+_INSIDE = "\u0300-\u036f\u00ad\u200b-\u200d\u2060\ufeff"  # combining accents and invisible characters
 WORD = re.compile(rf"[{_SINGLE}]|[^\W_{_SINGLE}](?:[^\W_{_SINGLE}]|[{_INSIDE}])*")
 _HIDDEN = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
-# Words whose number is remembered; a corpus of the web has millions of distinct ones.
+# Words in the cache; a web corpus has millions of distinct ones.
 _REMEMBERED = 1_000_000
-# Characters of a text whose words are held as strings at once.
+# Characters per chunk, which bounds the words held as strings at once.
 _CHUNK = 1 << 20
 
 
 class Words(NamedTuple):
-    """Words of one text.
+    """Words of a text.
 
     Attributes:
         words: normalised, in order.
-        spans: (n, 2) int64, first character and the one after the last in the text.
+        spans: (n, 2) int64, each word's start and end (exclusive) in characters of the text.
     """
 
     words: list[str]
@@ -35,7 +35,7 @@ class Words(NamedTuple):
 
 
 def normalised(word: str) -> str:
-    """One word as it is compared; empty where nothing of it remains."""
+    """Normalise one word; empty if nothing of it remains."""
     if word.isascii():
         return word.lower()
     plain = unicodedata.normalize("NFKC", _HIDDEN.sub("", word)).casefold()
@@ -43,7 +43,7 @@ def normalised(word: str) -> str:
 
 
 def split(text: str) -> Words:
-    """The words of a text with their places."""
+    """Split a text into normalised words with their spans."""
     words: list[str] = []
     spans = array("q")
     start = 0
@@ -57,7 +57,7 @@ def split(text: str) -> Words:
 
 
 class Numbering(dict[str, int]):
-    """Words as they stand in texts to numbers: those of a vocabulary from 1 on, 0 any other, -1 none at all.
+    """Cached map from raw words to numbers: 1 and up in the vocabulary, 0 outside it, -1 if nothing remains.
 
     Args:
         vocabulary: normalised word to number.
@@ -75,7 +75,7 @@ class Numbering(dict[str, int]):
         return number
 
     def numbers(self, text: str) -> np.ndarray:
-        """(n,) int32: the text's words, as many as ``split`` finds."""
+        """Return the numbers (n,) int32 of a text's words, aligned with ``split``."""
         found = array("i")
         for chunk in chunks(text):
             found.extend(map(self.__getitem__, WORD.findall(chunk)))
@@ -84,12 +84,12 @@ class Numbering(dict[str, int]):
 
 
 def chunks(text: str) -> list[str]:
-    """A text in pieces of about a million characters, never cut inside a word; joined they are the text."""
+    """Cut a text, losslessly, into chunks of about a million characters, at white space if there is any."""
     pieces, start = [], 0
     while start < len(text):
         stop = start + _CHUNK
         if stop < len(text):
-            # A space ends any word; a text of a million characters without one has none worth finding.
+            # Cut after white space, which ends any word; a million characters without any have no words worth finding.
             space = max(text.rfind(" ", start, stop), text.rfind("\n", start, stop))
             stop = space + 1 if space > start else stop
         pieces.append(text[start:stop])

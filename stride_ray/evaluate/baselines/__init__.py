@@ -1,7 +1,7 @@
-"""Other ways to score training blocks for queries, one file each, all of one form (``problem.Method``).
+"""Baselines: other methods that score training blocks for queries, one file each, as a ``problem.Method``.
 
-``METHODS`` lists them. Their options keep each paper's or library's defaults; damping, ranks and smoothing were set
-on the development queries of the ``continued`` benchmark alone.
+``METHODS`` lists them. Options default to each paper's or library's values; damping, ranks and smoothing were tuned on
+the development queries of the ``continued`` benchmark only.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from stride_ray.evaluate.baselines.representation import airrep, embedding, rds
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method as a row of a table.
+    """A method and its entry in the tables.
 
     Attributes:
-        name: as tables print it.
+        name: as printed in tables.
         run: the method with its defaults.
-        lexical: it compares words and never looks at the attributed model.
-        note: what it is, in a line.
-        checkpoints: it looks at the course of training, which the benchmark's recipe makes again for it.
+        lexical: it compares words and does not use the attributed model.
+        note: a one-line description.
+        checkpoints: it uses checkpoints of training, which the benchmark's recipe reproduces for it.
     """
 
     name: str
@@ -48,19 +48,19 @@ METHODS: dict[str, Baseline] = {
         "EK-FAC, two stages", ekfac_stages.scores, False, "EK-FAC where training began and ended", True
     ),
     "ekfac_lent": Baseline(
-        "EK-FAC, with our two",
+        "EK-FAC, with our post-processing",
         postprocessing.with_our_postprocessing(ekfac.scores),
         False,
         "measured where ours is, negative scores halved",
     ),
     "astra_lent": Baseline(
-        "EK-FAC, with our two and a solve",
+        "EK-FAC, with our post-processing and a solve",
         postprocessing.with_our_postprocessing(astra.scores),
         False,
         "the same, a query's gradient solved for as ours is",
     ),
     "logra_lent": Baseline(
-        "LoGRA, with our two",
+        "LoGRA, with our post-processing",
         postprocessing.with_our_postprocessing(logra.scores),
         False,
         "measured where ours is, negative scores halved",

@@ -1,4 +1,4 @@
-"""Random scores: what any method must beat."""
+"""Random scores, the baseline that any method must beat."""
 
 import numpy as np
 
@@ -6,6 +6,6 @@ from stride_ray.evaluate.baselines.problem import Problem
 
 
 def scores(problem: Problem) -> np.ndarray:
-    """(Q, N) float32 standard normal, the same for a seed."""
+    """Draw (Q, N) float32 standard normal scores, fixed by the problem's seed."""
     shape = (len(problem.queries), len(problem.blocks))
     return np.random.default_rng(problem.seed).standard_normal(shape, dtype=np.float32)

@@ -1,8 +1,8 @@
-"""Two things that our exact influence does, lent to another method: where it is measured, and harm counted half.
+"""Two parts of our exact influence applied to another method: checkpoint interpolation, and halved negative scores.
 
-They are no part of the other's paper and say how much of a difference is due to them alone. The model lies three
-quarters of the way from where training began to its end (fitted.load_measured_model); where the start is not known it
-is the trained one.
+Neither belongs to the other method's paper; they show how much of a difference is due to them alone. The interpolated
+model lies three quarters of the way from the start of training to its end (loading.interpolated_model); without a known
+start the trained model is used.
 """
 
 import tempfile
@@ -13,11 +13,11 @@ import torch
 
 from stride_ray.evaluate.baselines.problem import Method, Problem
 from stride_ray.models.loading import interpolated_model
-from stride_ray.models.sites import harm_halved
+from stride_ray.models.sites import halve_negative
 
 
 def with_our_postprocessing(method: Method) -> Method:
-    """The method at that model, its negative scores halved."""
+    """Return the method at the interpolated model, with its negative scores halved."""
 
     def scores(problem: Problem) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
@@ -25,6 +25,6 @@ def with_our_postprocessing(method: Method) -> Method:
                 interpolated_model(problem.start, problem.model, "float32", "cpu").model.save_pretrained(folder)
                 problem = replace(problem, model=folder)
             found = method(problem)
-        return harm_halved(torch.from_numpy(found)).numpy()
+        return halve_negative(torch.from_numpy(found)).numpy()
 
     return scores

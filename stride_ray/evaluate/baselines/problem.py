@@ -1,8 +1,8 @@
-"""What an attribution method is given, and what it returns: the one interface of every baseline.
+"""The input and output of an attribution method: the interface shared by all baselines.
 
-A baseline is a plain function ``scores(problem) -> (Q, N) float32``; entry (q, i) says how much training on block i
-lowers query q's loss, in any unit: only the order within a query's subset sums is ever used. Retraining results are
-not part of a problem, so no method can read them.
+A baseline is a plain function ``scores(problem) -> (Q, N) float32``. Entry (q, i) estimates how much training on block
+i lowers query q's loss, in any unit: only the order of a query's subset sums is used. Retraining results are not part
+of a problem, so no method can read them.
 """
 
 from collections.abc import Callable
@@ -18,23 +18,23 @@ class Texts:
     """Token sequences, padded to one length.
 
     Attributes:
-        ids: (n, T) int32, padding is 0.
-        mask: (n, T) bool, True where a token is real and counts as a target (the first never is one).
+        ids: (n, T) int32, padded with 0.
+        mask: (n, T) bool, True for real tokens that count as targets (the first token is never one).
     """
 
     ids: np.ndarray
     mask: np.ndarray
 
     def __len__(self) -> int:
-        """How many sequences."""
+        """Number of sequences."""
         return len(self.ids)
 
     def tokens(self, row: int) -> np.ndarray:
-        """One sequence without its padding."""
+        """One sequence's tokens where the mask is True."""
         return self.ids[row][self.mask[row]]
 
     def words(self) -> list[str]:
-        """Each sequence as word_counts.words has it, without its padding."""
+        """Each sequence's masked-in tokens in the format of word_counts.words."""
         return [words(self.tokens(row).tolist()) for row in range(len(self))]
 
 
@@ -45,12 +45,12 @@ class Problem:
     Attributes:
         blocks: the pool, N sequences.
         queries: Q sequences.
-        model: a model folder as ``load_model`` takes it, trained on the whole pool.
-        start: the model that training on the pool began from; None where it began from random weights.
-        checkpoints: models in the course of training on the whole pool, in order (the recipe makes them again); each
-            folder may hold ``optimizer.safetensors`` with AdamW's ``exp_avg_sq`` under each parameter's name.
-        learning_rates: of the steps that each checkpoint stands for; as long as checkpoints.
-        seed: of whatever a method draws.
+        model: a model folder for ``load_model``, trained on the whole pool.
+        start: the checkpoint that training on the pool began from; None if it began from random weights.
+        checkpoints: models during training on the whole pool, in order (reproduced by the recipe); each folder may hold
+            ``optimizer.safetensors`` with AdamW's ``exp_avg_sq`` under each parameter's name.
+        learning_rates: one per checkpoint, of the steps that it represents.
+        seed: for all random draws of a method.
         batch_tokens: tokens in one forward pass.
     """
 
@@ -64,7 +64,7 @@ class Problem:
     batch_tokens: int = 8192
 
     def sample(self, count: int, *draw: int) -> Texts:
-        """So many blocks (or all) drawn at random, in the pool's order; another ``draw`` gives others."""
+        """Draw ``count`` blocks (or all) at random, in the pool's order; each ``draw`` gives another sample."""
         order = np.random.default_rng([self.seed, *draw]).permutation(len(self.blocks))
         drawn = np.sort(order[:count])
         return Texts(self.blocks.ids[drawn], self.blocks.mask[drawn])

@@ -1,1 +1,1 @@
-"""All methods on one benchmark: STRIDE's variants and the baselines, scored and tabled."""
+"""All methods on one benchmark: STRIDE's variants and the baselines, scored and tabulated."""

@@ -1,9 +1,9 @@
-"""The comparison: every attribution method on one benchmark, scored, timed, and held against what retraining gave.
+"""The comparison: every attribution method on one benchmark, scored, timed, and evaluated against retraining.
 
-Each baseline is a Ray task in a fresh process that has all cores of its machine, one after the other, so that seconds
-and memory are its own; STRIDE's variants go through the pipeline (``ours``). A method's scores are published first and
-its done-marker last, so the same command run again does what is missing. A marker names everything that its scores
-follow from; scores made from something else are made again. A method that fails has a row that says why.
+Baselines run one at a time, each as a Ray task in a fresh process with all cores of its machine, so that seconds and
+memory are its own. STRIDE's variants run through the pipeline (``stride_variants``). Scores are published first and the
+done marker last, so rerunning the command computes what is missing. A marker records everything the scores depend on;
+scores with other dependencies are recomputed. A failed method gets a row with the reason.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from stride_ray.evaluate.retraining.datamodels import datamodel_sums
 from stride_ray.evaluate.retraining.finetune import checkpoints
 from stride_ray.evaluate.retraining.lds import ALL, Evaluation, Interval, evaluate, subset_sums
 from stride_ray.evaluate.retraining.results import read_scores, write_scores
-from stride_ray.models.batch_size import MOST
+from stride_ray.models.batch_size import MAX_BATCH_TOKENS
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.memory import peak_mb
 from stride_ray.runtime.options import ComputeConfig
@@ -41,24 +41,24 @@ from stride_ray.runtime.urls import first_line
 
 DEVELOPMENT, REPORT = "development", "report"
 DATAMODELS = "datamodels"
-# The code that our results follow from, and theirs.
-OURS = ("runtime/*.py", "corpus/*.py", "models/**/*.py", "operators/**/*.py", "attribution/*.py")
-THEIRS = ("evaluate/baselines/**/*.py", "models/causal_lm.py")
-# What is made once for several methods, with a marker like theirs.
+# Files that STRIDE's results, and the baselines', depend on.
+STRIDE_SOURCES = ("runtime/*.py", "corpus/*.py", "models/**/*.py", "operators/**/*.py", "attribution/*.py")
+BASELINE_SOURCES = ("evaluate/baselines/**/*.py", "models/causal_lm.py")
+# Inputs shared by several methods, with markers like the methods'.
 CHECKPOINTS, POOL = "checkpoints", "pool"
 STATISTICS = pa.schema([("method", pa.string()), *((each.name, pa.float64()) for each in fields(ScoreStatistics))])
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A method to score, or something that several need.
+    """A method to score, or an input shared by several methods.
 
     Attributes:
         slug: its name in files; variants of one configuration share it.
-        entry: what the table says of it.
-        keys: all that its result follows from.
-        needs: slugs of units that come before it.
-        variant: which of ours it is.
+        entry: its row in the table, without measurements.
+        keys: everything its result depends on.
+        needs: slugs of the units it depends on.
+        variant: STRIDE's variant; None for others.
     """
 
     slug: str
@@ -80,50 +80,50 @@ def compare(
     Args:
         benchmark_url: the folder, with retraining results (benchmark.read_benchmark).
         out: a path or fsspec URL; gets ``lds.parquet``, ``lds.md``, ``lds.png``, ``lds.svg``, ``statistics.parquet``,
-            ``scores/<method>.npz`` (``sums/`` of datamodels), ``runs/`` and ``checkpoints/``. Checkpoints want a local
+            ``scores/<method>.npz`` (``sums/`` for datamodels), ``runs/`` and ``checkpoints/``. Checkpoints need a local
             path.
-        methods: names as ``method_names`` lists them; None: all but the ablations.
-        ablations: STRIDE's ablations too.
+        methods: names from ``method_names``; None: all but the ablations.
+        ablations: include STRIDE's ablations.
         compute: where to run; None: a local Ray with all CPUs.
 
     Returns:
         ``scored``: names of the methods scored now; ``failed``: reason by name; ``result``: the default method's
-        figures on the report part (all queries where there are no parts) beside the best rival's; ``summary``: the
+        figures on the report part (all queries if there are no parts) beside the best rival's; ``summary``: the
         Markdown tables of that part.
 
     Raises:
-        StrideError: for a folder that is no benchmark or has no retraining results, a method that is not known, or
-            an output folder of another benchmark.
+        StrideError: for a folder that is not a benchmark or has no retraining results, an unknown method, or an output
+            folder of another benchmark.
     """
     compute = compute or ComputeConfig()
     benchmark, store = read_benchmark(benchmark_url), Store(out)
     units = known_units(benchmark)
     chosen = chosen_methods(methods, ablations)
     _claim(store, benchmark)
-    shelf = _Shelf(benchmark, store, units, compute)
+    shelf = _ScoreCache(benchmark, store, units, compute)
     shown, reasons = [units[slug] for slug in chosen], dict[str, str]()
     waiting = [unit for unit in shown if shelf.marker(unit) is None]
     entries, sums, statistics = [], dict[str, np.ndarray](), list[dict[str, Any]]()
     with connected(compute) if waiting else nullcontext():
         for number, unit in enumerate(shown, 1):
             name = unit.entry.method
-            _say(f"{number} of {len(shown)}: {name}{'' if unit in waiting else ' (scored before)'}")
+            _log(f"{number} of {len(shown)}: {name}{'' if unit in waiting else ' (scored before)'}")
             try:
-                entry = shelf.finished(unit)
+                entry = shelf.ensure_scored(unit)
                 sums[name], found = shelf.sums(unit)
             except Exception as error:
-                # One method's failure, whatever it is, must not take the others' results along.
+                # One method's failure, of any kind, must not lose the others' results.
                 reasons[name] = _reason(error)
                 entries.append(replace(unit.entry, note=reasons[name]))
-                _say(f"  failed: {reasons[name]}")
+                _log(f"  failed: {reasons[name]}")
                 continue
             entries.append(entry)
             statistics += found
-            _say(f"  {entry.seconds:.1f} s, {entry.peak_mb:.0f} MiB{_development(benchmark, sums[name])}")
+            _log(f"  {entry.seconds:.1f} s, {entry.peak_mb:.0f} MiB{_development_lds(benchmark, sums[name])}")
     truth = benchmark.retrained()
     evaluation = evaluate(sums, truth, benchmark.kinds, benchmark.parts)
     notes = "\n".join(f"- {entry.method}: {entry.note}" for entry in entries if entry.method in sums)
-    header = f"{protocol(benchmark.name, truth, len(benchmark.blocks))}\n\n{_measured(shelf, shown)}\n\n{notes}"
+    header = f"{protocol(benchmark.name, truth, len(benchmark.blocks))}\n\n{_measurement_note(shelf, shown)}\n\n{notes}"
     write_tables(store, evaluation, entries, header)
     store.write_table("statistics.parquet", pa.Table.from_pylist(statistics, STATISTICS))
     part = REPORT if any(each == REPORT for _, each in evaluation.cells) else ALL
@@ -137,13 +137,13 @@ def compare(
 
 
 def method_names() -> list[str]:
-    """Every method's name on the command line."""
+    """Return every method's name on the command line."""
     return [*METHODS, DATAMODELS, *(variant.slug for variant in stride_variants.VARIANTS)]
 
 
 def known_units(benchmark: Benchmark) -> dict[str, Unit]:
-    """Every method as a unit, by its name on the command line, and what several of them need."""
-    theirs, mine = code_version(*THEIRS), code_version(*OURS)
+    """Every method by its command-line name, and the units that several of them need."""
+    theirs, mine = code_version(*BASELINE_SOURCES), code_version(*STRIDE_SOURCES)
     fingerprint = {"benchmark": benchmark.fingerprint}
     recipe = {**fingerprint, "code": code_version("evaluate/retraining/finetune.py")}
     units = [Unit(CHECKPOINTS, Entry(CHECKPOINTS), recipe), Unit(POOL, Entry(POOL), {**fingerprint, "code": mine})]
@@ -173,7 +173,7 @@ def known_units(benchmark: Benchmark) -> dict[str, Unit]:
 
 
 def code_version(*patterns: str) -> str:
-    """The package's version with eight digits of the files, by pattern, that a result follows from."""
+    """Return the package's version plus eight hash digits of the files, by pattern, that a result depends on."""
     root, content = Path(stride_ray.__file__).parent, hashlib.sha256()
     for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
         content.update(path.name.encode() + path.read_bytes())
@@ -181,74 +181,74 @@ def code_version(*patterns: str) -> str:
 
 
 def chosen_methods(methods: Sequence[str] | None, ablations: bool) -> list[str]:
-    """The methods asked for, without repeats; None: all but the ablations, which come last where they are wanted.
+    """Deduplicate the requested methods; None: all but the ablations. Requested ablations come last.
 
     Raises:
-        StrideError: for a method that is not known.
+        StrideError: for an unknown method.
     """
     known = method_names()
     if unknown := [each for each in methods or () if each not in known]:
-        raise StrideError(f"There is no method {unknown[0]!r}; known are {', '.join(known)}.")
+        raise StrideError(f"Unknown method {unknown[0]!r}; known are {', '.join(known)}.")
     extra = [variant.slug for variant in stride_variants.VARIANTS if variant.ablation]
     wanted = [slug for slug in known if slug not in extra] if methods is None else methods
     return list(dict.fromkeys([*wanted, *(extra if ablations else ())]))
 
 
 def _claim(store: Store, benchmark: Benchmark) -> None:
-    """Note which benchmark the folder is for, or refuse it."""
+    """Record which benchmark the folder belongs to, or refuse another's."""
     if not store.exists("compare.json"):
         store.write_json("compare.json", {"benchmark": benchmark.fingerprint, "name": benchmark.name})
     claimed = store.read_json("compare.json")
     if claimed["benchmark"] != benchmark.fingerprint:
         raise StrideError(
-            f"{store.name_of('')} holds the comparison of another benchmark ({claimed['name']}), or this one has "
+            f"{store.display_url('')} holds the comparison of another benchmark ({claimed['name']}), or this one has "
             "changed since; use another output folder or delete that one."
         )
 
 
-class _Shelf:
-    """The published scores of a comparison, and how what is missing gets there."""
+class _ScoreCache:
+    """The published scores of a comparison; computes missing ones."""
 
     def __init__(self, benchmark: Benchmark, store: Store, units: dict[str, Unit], compute: ComputeConfig) -> None:
         self.benchmark, self.store, self.units, self.compute = benchmark, store, units, compute
         self.failures: dict[str, Exception] = {}
 
     def marker(self, unit: Unit) -> dict[str, Any] | None:
-        """The done-marker, None where there is none or its scores were made from something else."""
+        """Return the done marker; None if missing or if the scores have other dependencies."""
         name = f"scores/_done/{unit.slug}.json"
         found = self.store.read_json(name) if self.store.exists(name) else None
         return found if found and found["keys"] == unit.keys else None
 
-    def finished(self, unit: Unit) -> Entry:
-        """The unit, scored now if it was not yet: what the table says of it, seconds and memory included.
+    def ensure_scored(self, unit: Unit) -> Entry:
+        """Score the unit if necessary; returns its table entry with seconds and memory.
 
         Raises:
-            Exception: whatever the method, or one that it needs, failed of.
+            Exception: the error of the method or of a unit that it needs.
         """
         marker = self.marker(unit)
-        if unit.slug in self.failures:  # what several need fails for the first of them, not again for each
+        if unit.slug in self.failures:  # a shared unit that failed is not tried again for every method
             raise self.failures[unit.slug]
         if marker is None:
             try:
-                marker = self._marked(unit)
+                marker = self._compute_and_mark(unit)
             except Exception as error:
                 self.failures[unit.slug] = error
                 raise
         note = "; ".join(each for each in (unit.entry.note, marker.get("remark", "")) if each)
         return replace(unit.entry, seconds=marker["seconds"], peak_mb=marker["peak_mb"], note=note)
 
-    def _marked(self, unit: Unit) -> dict[str, Any]:
-        """Make a unit and publish its marker."""
+    def _compute_and_mark(self, unit: Unit) -> dict[str, Any]:
+        """Compute a unit and publish its marker."""
         for slug in unit.needs:
-            self.finished(self.units[slug])
+            self.ensure_scored(self.units[slug])
         self.store.remove(f"scores/_done/{unit.slug}.json")
         cores, device = _machine(self.compute)
-        marker = {"unit": unit.slug, "keys": unit.keys, "cores": cores, "device": device, **self._made(unit)}
+        marker = {"unit": unit.slug, "keys": unit.keys, "cores": cores, "device": device, **self._compute(unit)}
         self.store.write_json(f"scores/_done/{unit.slug}.json", marker)
         return marker
 
     def sums(self, unit: Unit) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """(Q, S) subset sums of a finished unit, and a row of score statistics where it has scores."""
+        """(Q, S) subset sums of a finished unit, and a row of score statistics if it has scores."""
         if unit.slug == DATAMODELS:
             return read_scores(self.store, f"sums/{unit.slug}.npz"), []
         scores = read_scores(self.store, f"scores/{unit.slug}.npz")
@@ -256,40 +256,40 @@ class _Shelf:
         row = {key: None if value != value else value for key, value in row.items()}
         return subset_sums(scores, self.benchmark.retrained().subsets), [row]
 
-    def _made(self, unit: Unit) -> dict[str, Any]:
-        """Publish a unit's scores; returns seconds, peak_mb and what else its marker holds."""
+    def _compute(self, unit: Unit) -> dict[str, Any]:
+        """Compute and publish a unit's scores; returns seconds, peak_mb and further marker fields."""
         runs, variant, started = self.store.child("runs"), unit.variant, time.monotonic()
         if unit.slug == POOL:
-            stride_variants.cut_pool(self.benchmark, runs, self.compute)
+            stride_variants.shard_pool(self.benchmark, runs, self.compute)
             return {"seconds": time.monotonic() - started, "peak_mb": 0}
         if variant is None:
             return self._in_fresh_process(unit)
         if variant.plus:
-            parts = [self.finished(self.units[slug]) for slug in unit.needs]
+            parts = [self.ensure_scored(self.units[slug]) for slug in unit.needs]
             scores = [read_scores(self.store, f"scores/{slug}.npz") for slug in unit.needs]
             write_scores(self.store, f"scores/{unit.slug}.npz", stride_variants.standardised_sum(*scores))
             seconds, peak = sum(part.seconds or 0 for part in parts), max(part.peak_mb or 0 for part in parts)
             return {"seconds": seconds, "peak_mb": peak}
         found, peak, remark = stride_variants.score(self.benchmark, variant, runs, self.compute)
-        cut = self.finished(self.units[POOL]).seconds or 0
+        cut = self.ensure_scored(self.units[POOL]).seconds or 0
         _publish(self.store, f"scores/{unit.slug}.npz", found, found.shape)
         return {"seconds": time.monotonic() - started + cut, "peak_mb": peak, "remark": remark}
 
     def _in_fresh_process(self, unit: Unit) -> dict[str, Any]:
-        """A Ray task with all cores of a machine, in a process that did nothing before and does nothing after."""
+        """Run a Ray task with all cores of a machine, in a process that is used for nothing else."""
         cores, device = _machine(self.compute)
-        # Its own environment also keeps Ray from handing it a process that served something else.
+        # A distinct runtime environment also stops Ray from reusing another task's process.
         options: dict[str, Any] = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cores)}}}
         options |= {"num_cpus": cores, "num_gpus": int(device == "cuda"), "max_calls": 1, "max_retries": 0}
         task: Any = ray.remote(**options)(_in_worker)
-        facts = ray.get(task.remote(*self.order(unit, cores, device)))
+        facts = ray.get(task.remote(*self._worker_arguments(unit, cores, device)))
         if "failed" in facts:
             raise StrideError(facts["failed"])
         return facts
 
-    def order(self, unit: Unit, cores: int, device: str) -> tuple[Any, ...]:
-        """The arguments of ``_in_worker``."""
-        given: dict[str, Any] = {"batch_tokens": self.compute.batch_tokens or MOST}
+    def _worker_arguments(self, unit: Unit, cores: int, device: str) -> tuple[Any, ...]:
+        """Build the arguments of ``_in_worker``."""
+        given: dict[str, Any] = {"batch_tokens": self.compute.batch_tokens or MAX_BATCH_TOKENS}
         if CHECKPOINTS in unit.needs and (made := self.marker(self.units[CHECKPOINTS])):
             given |= {"checkpoints": tuple(made["folders"]), "learning_rates": tuple(made["rates"])}
         made_from = (self.benchmark.url, self.benchmark.fingerprint)
@@ -297,7 +297,7 @@ class _Shelf:
 
 
 def _machine(compute: ComputeConfig) -> tuple[int, str]:
-    """Cores that one task may have, those of the largest machine or as many as workers are asked for; the device."""
+    """Return one task's cores, those of the largest machine capped by ``workers`` on CPU, and the device."""
     device = allocate_workers(compute, 1).device
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most = int(max((each.get("CPU", 1) for each in nodes if device == "cpu" or "GPU" in each), default=1))
@@ -307,7 +307,7 @@ def _machine(compute: ComputeConfig) -> tuple[int, str]:
 def _in_worker(
     folder: str, made_from: tuple[str, str], store: Store, slug: str, given: dict[str, Any], cores: int, device: str
 ) -> dict[str, Any]:
-    """Do one unit in a worker; a failure comes back as its reason, which Ray would bury in tracebacks."""
+    """Run one unit in a worker; an error is returned as its reason, which Ray would bury in tracebacks."""
     prepare_process(folder, cores)
     hide_gpus(device)
     try:
@@ -331,23 +331,23 @@ def _in_worker(
 
 
 def _publish(store: Store, name: str, found: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Scores, once they are what scores must be."""
+    """Validate scores, then write them."""
     if found.shape != shape or not np.isfinite(found).all():
         raise StrideError(f"It gave scores of shape {found.shape}, finite: {np.isfinite(found).all()}; not {shape}.")
     write_scores(store, name, found)
 
 
 def _reason(error: Exception) -> str:
-    """One line: a sentence as it is, anything else with its class."""
+    """Format an error in one line: StrideErrors as they are, others with their class."""
     return str(error) if isinstance(error, StrideError) else f"{type(error).__name__}: {first_line(error)}"
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"evaluate: {text}", file=sys.stderr, flush=True)
 
 
-def _development(benchmark: Benchmark, sums: np.ndarray) -> str:
-    """The LDS on development queries, for the progress line; nothing else is looked at before all is done."""
+def _development_lds(benchmark: Benchmark, sums: np.ndarray) -> str:
+    """LDS on development queries, for the progress line; other queries are not evaluated before the end."""
     rows = np.flatnonzero(benchmark.parts == DEVELOPMENT)
     if not len(rows):
         return ""
@@ -357,8 +357,8 @@ def _development(benchmark: Benchmark, sums: np.ndarray) -> str:
     return f", LDS {found.figure('it').lds.value:.3f} on development queries"
 
 
-def _measured(shelf: _Shelf, shown: Sequence[Unit]) -> str:
-    """How seconds and memory were measured."""
+def _measurement_note(shelf: _ScoreCache, shown: Sequence[Unit]) -> str:
+    """Describe how seconds and memory were measured."""
     markers = [marker for unit in shown if (marker := shelf.marker(unit))]
     places = dict.fromkeys(f"{marker['cores']} core(s), {marker['device']}" for marker in markers)
     text = (
@@ -375,7 +375,7 @@ def _measured(shelf: _Shelf, shown: Sequence[Unit]) -> str:
 
 
 def _result(evaluation: Evaluation, entries: Sequence[Entry], part: str) -> dict[str, Any]:
-    """The default method by kind, beside the best rival."""
+    """The default method's figures by kind, beside the best rival's."""
     default = next((e.method for e in entries if e.default and e.method in evaluation.methods), None)
     kinds: dict[str, Any] = {}
     for kind, _ in evaluation.cells if default else ():
@@ -389,5 +389,5 @@ def _result(evaluation: Evaluation, entries: Sequence[Entry], part: str) -> dict
 
 
 def _numbers(interval: Interval) -> list[float | None]:
-    """Figure, lower and upper end, as JSON: null for what cannot be told."""
+    """Return the figure and its interval's ends for JSON; null for nan."""
     return [None if np.isnan(each) else round(each, 4) for each in (interval.value, interval.low, interval.high)]

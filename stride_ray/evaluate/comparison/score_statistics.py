@@ -1,6 +1,6 @@
-"""What a method's scores look like, whatever they are worth: how many are zero, and how few carry the weight.
+"""Descriptive statistics of a method's scores: how many are zero, and how concentrated the weight is.
 
-Method: metrics, "score statistics". Each is taken per query over the pool, then averaged over queries.
+See "score statistics" under Metrics in method.md. Each is computed per query over the pool, then averaged over queries.
 """
 
 import math
@@ -15,16 +15,16 @@ TOP = 0.1
 
 @dataclass(frozen=True)
 class ScoreStatistics:
-    """Of one method's scores; zeros are exact zeros.
+    """Statistics of one method's scores; only exact zeros count as zero.
 
     Attributes:
         sparsity: share of zeros.
-        gini: Gini coefficient of |w| over the pool: 0 where all are equal, near 1 where one holds everything.
+        gini: Gini coefficient of |w| over the pool: 0 if all are equal, near 1 if one holds everything.
         top_share: share of Σ|w| in the tenth of the pool with the largest |w|.
-        active_mean, active_p50, active_p90: scores that are not zero, per query: mean, median, 90th percentile.
+        active_mean, active_p50, active_p90: nonzero scores per query: mean, median, 90th percentile.
 
-    Queries with nothing but zeros count in sparsity and the active sets; gini and top_share are over the others, nan
-    where there are none.
+    Queries with only zeros count in sparsity and the active sets; gini and top_share are over the others, nan if there
+    are none.
     """
 
     sparsity: float
@@ -36,7 +36,7 @@ class ScoreStatistics:
 
 
 def score_statistics(scores: Any) -> ScoreStatistics:
-    """The statistics of scores (Q, N), a dense array or any scipy sparse matrix; one query in memory at a time."""
+    """Compute the statistics of scores (Q, N), dense or any scipy sparse matrix, with one query at a time in memory."""
     sparse = scipy.sparse.csr_array(scores) if scipy.sparse.issparse(scores) else None
     n_queries, n_blocks = scores.shape
     active, ginis, shares = [], [], []
@@ -62,6 +62,6 @@ def score_statistics(scores: Any) -> ScoreStatistics:
 
 
 def _gini(ascending: np.ndarray, n: int) -> float:
-    """Gini coefficient of n numbers ≥ 0, given those above zero in ascending order."""
+    """Gini coefficient of n numbers ≥ 0, given the positive ones in ascending order."""
     ranks = np.arange(n - len(ascending) + 1, n + 1)
     return float(2 * (ranks @ ascending) / (n * ascending.sum()) - (n + 1) / n)

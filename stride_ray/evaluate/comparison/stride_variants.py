@@ -1,7 +1,7 @@
-"""STRIDE's settings as methods of the comparison, each through the real pipeline in a run directory of its own.
+"""STRIDE's settings as methods of the comparison, each through the real pipeline in its own run directory.
 
-``VARIANTS`` lists them; a new one is a line there. What is measured is what anyone gets from the verbs: blocks, fitted
-operators where the setting wants them, and the published influence table, blocks that it does not name counting zero.
+``VARIANTS`` lists them; adding a variant takes one line. A variant's scores are what a user gets from the commands:
+blocks, fitted operators if the setting needs them, and the published influence table, with zero for blocks not listed.
 """
 
 import re
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stride_ray.attribution.attribute import answer, read_influence
+from stride_ray.attribution.attribute import read_influence, write_tables
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.queries import SCHEMA, row
@@ -32,22 +32,22 @@ from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import allocate_workers
 
-# The query set's name in each run, and the folder of the one that cuts the pool for all.
+# The query set's name in each run, and the folder of the run that shards the pool for all variants.
 QUERIES, BLOCKS = "queries", "blocks"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """STRIDE in one setting.
+    """One setting of STRIDE.
 
     Attributes:
-        name: as tables print it.
+        name: as printed in tables.
         changes: options that differ from the defaults, ``{"section.key": value}``.
-        default: nothing is changed.
-        paper: as the paper published it.
+        default: the default configuration.
+        paper: the method as published in the paper.
         plus: a baseline whose scores are added; both are standardised per query first.
-        ablation: part of the comparison only where ablations are asked for.
-        note: what it is, in a line.
+        ablation: only included if ablations are requested.
+        note: a one-line description.
     """
 
     name: str
@@ -60,17 +60,17 @@ class Variant:
 
     @property
     def slug(self) -> str:
-        """The name as a file's."""
+        """The name in files."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
     @property
     def identity(self) -> str:
-        """Sixteen hexadecimal digits of the whole configuration, wherever it runs; ``plus`` does not count."""
+        """Hash of the whole configuration, sixteen hexadecimal digits, without ``compute`` options and ``plus``."""
         flat = Config().updated(self.changes, self.name).flat()
         return digest({key: value for key, value in flat.items() if not key.startswith("compute.")})
 
 
-# The paper's way; with these steps it takes minutes on two cores where blocks are 1,600 and queries 100.
+# The published method; with these steps it takes minutes on two cores for 1,600 blocks and 100 queries.
 PUBLISHED: dict[str, Any] = {
     "operators.form": "gate",
     "operators.rank": 16,
@@ -82,20 +82,25 @@ PUBLISHED: dict[str, Any] = {
     "recover.nonnegative": False,
     "attribute.candidates": 0,
 }
-FEW = 100
-TRAINED: dict[str, Any] = {**PUBLISHED, "operators.form": "matrix", "fit.steps": FEW, "respond.mode": "linear"}
+ABLATION_STEPS = 100
+TRAINED: dict[str, Any] = {
+    **PUBLISHED,
+    "operators.form": "matrix",
+    "fit.steps": ABLATION_STEPS,
+    "respond.mode": "linear",
+}
 
 
 def _ablation(name: str, **changes: Any) -> Variant:
     note = (
-        f"trained with few steps ({FEW}), linear responses; else form matrix, rank 16, stability KL, split 0.62, "
-        "regular membership"
+        f"trained with few steps ({ABLATION_STEPS}), linear responses; else form matrix, rank 16, stability KL, split "
+        "0.62, regular membership"
     )
     given = {key.replace("__", "."): value for key, value in changes.items()}
     return Variant(f"STRIDE trained, {name}", {**TRAINED, **given}, ablation=True, note=note)
 
 
-# The paper's forms in closed form: one pass, Lasso, nothing rescored.
+# The paper's operator forms, fitted in closed form: one pass, Lasso, no rescoring.
 FORMS: dict[str, Any] = {
     "operators.form": "logit",
     "recover.penalty_ratio": 0.1,
@@ -112,7 +117,7 @@ def _exact(name: str, **changes: Any) -> Variant:
     )
 
 
-def _way(name: str, **changes: Any) -> Variant:
+def _closed_form_ablation(name: str, **changes: Any) -> Variant:
     given = {key.replace("__", "."): value for key, value in changes.items()}
     note = "closed-form operators, one pass, Lasso; what faster or slower responses and forms do to accuracy"
     return Variant(f"STRIDE, {name}", {**FORMS, **given}, ablation=True, note=note)
@@ -169,18 +174,20 @@ VARIANTS: tuple[Variant, ...] = (
         for size in (1, 5, 20, 100)
         for candidates in (0, 100)
     ),
-    _way("logit, exact responses", respond__mode="exact"),
-    _way("matrix, rank 16", operators__form="matrix", operators__rank=16),
-    _way("matrix, rank 16, exact responses", operators__form="matrix", operators__rank=16, respond__mode="exact"),
-    _way("gate, rank 16", operators__form="gate", operators__rank=16),
+    _closed_form_ablation("logit, exact responses", respond__mode="exact"),
+    _closed_form_ablation("matrix, rank 16", operators__form="matrix", operators__rank=16),
+    _closed_form_ablation(
+        "matrix, rank 16, exact responses", operators__form="matrix", operators__rank=16, respond__mode="exact"
+    ),
+    _closed_form_ablation("gate, rank 16", operators__form="gate", operators__rank=16),
 )
 
 
-def cut_pool(benchmark: Benchmark, runs: Store, compute: ComputeConfig) -> None:
-    """Shard the benchmark's pool into ``runs``/blocks, which every variant's run takes a copy of.
+def shard_pool(benchmark: Benchmark, runs: Store, compute: ComputeConfig) -> None:
+    """Shard the benchmark's pool into ``runs``/blocks; every variant's run copies it.
 
     Raises:
-        StrideError: as shard, and where blocks are not the pool's rows, one by one.
+        StrideError: as shard, or if the blocks are not the pool's rows one by one.
     """
     runs.remove(BLOCKS)
     run = Run(f"{runs.url}/{BLOCKS}", changes=settings(benchmark, runs, compute, {}))
@@ -189,20 +196,20 @@ def cut_pool(benchmark: Benchmark, runs: Store, compute: ComputeConfig) -> None:
 
 
 def score(benchmark: Benchmark, variant: Variant, runs: Store, compute: ComputeConfig) -> tuple[np.ndarray, int, str]:
-    """A variant's scores, from a run of its own in ``runs``; one that is there already is made again.
+    """Score one variant in its own run under ``runs``, replacing an existing run.
 
     Args:
-        benchmark: what to score; its pool was cut by ``cut_pool``.
-        variant: the setting; its ``plus`` is left to the caller.
+        benchmark: its pool was sharded by ``cut_pool``.
+        variant: the setting; ``plus`` is left to the caller.
         runs: the folder of all runs.
         compute: where to run.
 
     Returns:
-        (Q, N) float32 influence, zero where the table has none; the workers' largest resident memory in MiB, times
-        their number; and remarks.
+        (Q, N) float32 influence, zero for pairs not in the table; the workers' largest resident memory in MiB, times
+        the number of workers; and remarks.
 
     Raises:
-        StrideError: as fit and answer, and where blocks are not the pool's rows.
+        StrideError: as fit and answer, or if the blocks are not the pool's rows.
     """
     runs.remove(variant.slug)
     changes, remarks = dict(variant.changes), []
@@ -217,7 +224,7 @@ def score(benchmark: Benchmark, variant: Variant, runs: Store, compute: ComputeC
     check_blocks(Blocks(run.stage("blocks").store), benchmark)
     if not run.config.attribute.exact and not fit(run)["learned"]:
         remarks.append("the fit says that it learned nothing")
-    answer(run, query_table(benchmark.queries), QUERIES)
+    write_tables(run, query_table(benchmark.queries), QUERIES)
     failed = [each for each in read_influence(run, QUERIES, "recovery").to_pylist() if each["status"] != "ok"]
     if failed:
         remarks.append(f"{len(failed)} queries failed and count as zeros: {failed[0]['error']}")
@@ -226,7 +233,7 @@ def score(benchmark: Benchmark, variant: Variant, runs: Store, compute: ComputeC
 
 
 def settings(benchmark: Benchmark, runs: Store, compute: ComputeConfig, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's options: the benchmark's files, where to run, and a variant's changes."""
+    """Build a run's options: the benchmark's files, where to run, and a variant's changes."""
     where = {f"compute.{name}": value for name, value in vars(compute).items()}
     corpus = {
         "corpus.input": [f"{benchmark.url}/pool.parquet"],
@@ -240,9 +247,9 @@ def settings(benchmark: Benchmark, runs: Store, compute: ComputeConfig, changes:
 
 
 def _tokenizer(benchmark: Benchmark, runs: Store) -> str:
-    """The model's own; where that does not know the pool's ids, a stand-in with a word for each, made once.
+    """Return the model's own tokenizer, or a stand-in with a word per id, made once, if that lacks some pool ids.
 
-    The pool is ids already, so words are only shown; but blocks are cut under a tokenizer's name.
+    The pool already consists of ids, so words are only displayed; but blocks record the tokenizer they were cut with.
     """
     largest = int(benchmark.blocks.ids.max())
     try:
@@ -269,18 +276,18 @@ def _tokenizer(benchmark: Benchmark, runs: Store) -> str:
 
 
 def copy_folder(source: Store, target: Store) -> None:
-    """All files of a folder, in subfolders too."""
+    """Copy all files of a folder, including subfolders."""
     for path in sorted(source.fs.find(source.root)):
         name = str(path).removeprefix(f"{source.root}/")
         target.write(name, source.read(name))
 
 
 def check_blocks(blocks: Blocks, benchmark: Benchmark) -> None:
-    """Raise StrideError unless block i holds the tokens of pool row i, for every i."""
+    """Raise StrideError unless every block i holds the tokens of pool row i."""
     given = benchmark.blocks
     if len(blocks) != len(given):
         raise StrideError(
-            f"{blocks.store.name_of('')} has {len(blocks)} blocks, and the pool has {len(given)} rows; the first "
+            f"{blocks.store.display_url('')} has {len(blocks)} blocks, and the pool has {len(given)} rows; the first "
             f"rejected row: {blocks.manifest['rejects'][:1]}."
         )
     batch = blocks.batch(np.arange(len(blocks)))
@@ -290,19 +297,19 @@ def check_blocks(blocks: Blocks, benchmark: Benchmark) -> None:
         different[rows[batch.ids[batch.mask] != given.ids[given.mask]]] = True
     if different.any():
         raise StrideError(
-            f"{blocks.store.name_of('')}: block {int(different.argmax())} does not hold the tokens of that pool row."
+            f"{blocks.store.display_url('')}: block {int(different.argmax())} does not hold the tokens of that row."
         )
 
 
 def query_table(queries: Texts) -> pa.Table:
-    """Queries as the pipeline takes them (queries.SCHEMA), named q0, q1 and so on."""
+    """Convert queries to the pipeline's table (queries.SCHEMA), named q0, q1, …."""
     names = [f"q{number}" for number in range(len(queries))]
     rows = [row(name, TokenizedDocument(name, name, queries.tokens(number))) for number, name in enumerate(names)]
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
 def dense(table: pa.Table, n_queries: int, n_blocks: int) -> np.ndarray:
-    """(Q, N) float32 from an influence table of the queries q0, q1, …; zero where it has no row."""
+    """(Q, N) float32 from the influence table of queries q0, q1, …; zero where it has no row."""
     names = pa.array([f"q{number}" for number in range(n_queries)])
     found = np.zeros((n_queries, n_blocks), dtype=np.float32)
     rows = pc.index_in(table["query_id"], names).to_numpy()
@@ -311,7 +318,7 @@ def dense(table: pa.Table, n_queries: int, n_blocks: int) -> np.ndarray:
 
 
 def standardised_sum(*scores: np.ndarray) -> np.ndarray:
-    """Score matrices added, each with mean 0 and deviation 1 over a query's blocks: (Q, N) float32."""
+    """Sum of score matrices, each standardised over a query's blocks to mean 0 and deviation 1: (Q, N) float32."""
     total = np.zeros(scores[0].shape)
     for each in scores:
         centred = each - each.mean(1, keepdims=True, dtype=np.float64)
@@ -320,7 +327,7 @@ def standardised_sum(*scores: np.ndarray) -> np.ndarray:
 
 
 def peak_mb(run: Run) -> int:
-    """The largest resident memory that a worker's done-marker of this run tells, in MiB; 0 where none does."""
+    """Largest resident memory, in MiB, in the run's done markers; 0 if none records it."""
     names = [str(path).removeprefix(f"{run.store.root}/") for path in run.store.fs.find(run.store.root)]
     markers = run.store.read_jsons([name for name in names if "/_done/" in name and name.endswith(".json")])
     return max((marker.get("peak_mb", 0) for marker in markers), default=0)

@@ -1,7 +1,6 @@
-"""The comparison of attribution methods as people read it: a Parquet table, Markdown and a plot.
+"""Output of the comparison: a Parquet table, Markdown and a plot.
 
-Everything in them comes from one ``Evaluation`` and what is known of each method; a method that failed has a row that
-says why.
+All are generated from one ``Evaluation`` and one ``Entry`` per method; a failed method gets a row with the reason.
 """
 
 import io
@@ -12,10 +11,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from stride_ray.evaluate.retraining.lds import ALL, CENTRED, RAW, TARGETS, Evaluation, Interval
-from stride_ray.evaluate.retraining.results import Truth
+from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.runtime.storage import Store
 
-BAR = "TF-IDF"
+LEXICAL_BASELINE = "TF-IDF"
 COLOURS = {"ours": "tab:red", "other methods": "tab:blue", "lexical": "tab:gray"}
 SCHEMA = pa.schema(
     [
@@ -43,17 +42,17 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a method besides its figures.
+    """A method's properties and measurements besides its LDS.
 
     Attributes:
-        method: its name; without figures of that name in the evaluation it counts as failed.
+        method: its name; it counts as failed if the evaluation has no figures under that name.
         ours: STRIDE, in any setting.
-        default: STRIDE as it runs when nobody turns an option.
-        paper: STRIDE in the form that the paper published.
-        lexical: it looks at tokens only, at no model, or is a mix with such a method.
-        seconds: to score every query, None where not measured.
+        default: STRIDE with default options.
+        paper: STRIDE as published in the paper.
+        lexical: it uses tokens only and no model, or is combined with such a method.
+        seconds: time to score every query; None if not measured.
         peak_mb: largest resident memory meanwhile, MiB.
-        note: a failed method's reason, or anything worth a remark.
+        note: the reason of a failure, or a remark.
     """
 
     method: str
@@ -66,8 +65,8 @@ class Entry:
     note: str = ""
 
 
-def protocol(name: str, truth: Truth, n_blocks: int, draws: int = 400) -> str:
-    """How the figures were made, in a paragraph that belongs beside each of them."""
+def protocol(name: str, truth: RetrainingResults, n_blocks: int, draws: int = 400) -> str:
+    """Describe in a paragraph how the figures were computed; it accompanies them everywhere."""
     shares = [f"{size / n_blocks:.2g}" for size in truth.sizes]
     seeds, subsets, queries = truth.losses.shape
     return (
@@ -79,7 +78,7 @@ def protocol(name: str, truth: Truth, n_blocks: int, draws: int = 400) -> str:
 
 
 def as_table(evaluation: Evaluation, entries: Sequence[Entry]) -> pa.Table:
-    """One row per method, kind, part and target (``SCHEMA``); null figures where a method failed."""
+    """One row per method, kind, part and target (``SCHEMA``); figures are null for a failed method."""
     rows = []
     for entry in entries:
         known = {name: getattr(entry, name) for name in Entry.__dataclass_fields__}
@@ -90,12 +89,12 @@ def as_table(evaluation: Evaluation, entries: Sequence[Entry]) -> pa.Table:
                 if figure:
                     row |= {"lds": figure.lds.value, "lds_low": figure.lds.low, "lds_high": figure.lds.high}
                     row |= {name: getattr(figure, name) for name in ("std", "pearson", "kendall", "queries")}
-                rows.append({name: _told(row.get(name)) for name in SCHEMA.names})
+                rows.append({name: _nan_to_null(row.get(name)) for name in SCHEMA.names})
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
 def as_markdown(evaluation: Evaluation, entries: Sequence[Entry], header: str) -> str:
-    """The header, then for each kind and part a table by LDS: raw, against two rivals, centred, the ceiling last."""
+    """The header, then per kind and part a table sorted by LDS: raw, against two rivals, centred; the ceiling last."""
     lines = [header, ""]
     lines += [
         "“−” and “÷” are paired: the same draws for both methods; – where the other method's LDS is not clearly above "
@@ -112,19 +111,19 @@ def as_markdown(evaluation: Evaluation, entries: Sequence[Entry], header: str) -
 
 
 def best_rival(evaluation: Evaluation, entries: Sequence[Entry], kind: str = ALL, part: str = ALL) -> str | None:
-    """The method with the highest raw LDS there that is not ours; None where there is none."""
+    """The method other than ours with the highest raw LDS; None if there is none."""
     rivals = [each.method for each in _ranked(evaluation, entries, kind, part) if not each.ours]
     return rivals[0] if rivals else None
 
 
 def plot(evaluation: Evaluation, entries: Sequence[Entry], form: str = "png", part: str | None = None) -> bytes:
-    """Methods' raw LDS with intervals, a panel per kind, ours in another colour, the ceiling dashed.
+    """Plot raw LDS with intervals, a panel per kind, ours in its own colour, the ceiling dashed.
 
     Args:
         evaluation: the figures.
         entries: the methods; failed ones are left out.
-        form: png or svg; the same figures give the same bytes.
-        part: which part of the queries; None: report where there is one, else all.
+        form: png or svg; the output is byte-identical for the same figures.
+        part: which part of the queries; None: report if there is one, else all.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -136,7 +135,7 @@ def plot(evaluation: Evaluation, entries: Sequence[Entry], form: str = "png", pa
     kinds = [kind for kind, each in evaluation.cells if each == part]
     count = sum(entry.method in evaluation.methods for entry in entries)
     figure = Figure(figsize=(5.2 * len(kinds), 1.4 + 0.26 * max(count, 4)), layout="constrained")
-    FigureCanvasAgg(figure)  # no display, whatever the machine has
+    FigureCanvasAgg(figure)  # never opens a display
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         for height, entry in enumerate(reversed(_ranked(evaluation, entries, kind, part))):
             lds = evaluation.figure(entry.method, kind, part).lds
@@ -154,7 +153,7 @@ def plot(evaluation: Evaluation, entries: Sequence[Entry], form: str = "png", pa
     handles.append(Line2D([], [], color="black", linestyle="--", label="ceiling: one seed against another"))
     figure.legend(handles=handles, fontsize=8, ncols=4, loc="outside lower center")
     buffer = io.BytesIO()
-    # Without a salt and with a date, every SVG would have other bytes.
+    # SVGs are only byte-identical with a fixed hash salt and without a date.
     with matplotlib.rc_context({"svg.hashsalt": "stride_ray", "svg.fonttype": "none"}):
         figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
     return buffer.getvalue()
@@ -177,11 +176,13 @@ def write_tables(store: Store, evaluation: Evaluation, entries: Sequence[Entry],
 
 
 def _cell_lines(evaluation: Evaluation, entries: Sequence[Entry], kind: str, part: str) -> list[str]:
-    """One Markdown table."""
+    """Render one Markdown table."""
     ranked = _ranked(evaluation, entries, kind, part)
     rival = best_rival(evaluation, entries, kind, part)
-    bar = next((entry.method for entry in ranked if entry.method == BAR), None)
-    others = [(f"best rival ({rival})", rival)] * (rival is not None) + [(BAR, bar)] * (bar not in (None, rival))
+    bar = next((entry.method for entry in ranked if entry.method == LEXICAL_BASELINE), None)
+    others = [(f"best rival ({rival})", rival)] * (rival is not None) + [(LEXICAL_BASELINE, bar)] * (
+        bar not in (None, rival)
+    )
     heads = ["method", "LDS", "std"]
     heads += [f"{sign} {title}" for title, _ in others for sign in ("−", "÷")]
     heads += ["centred", "Pearson", "Kendall", "seconds", "MiB"]
@@ -206,7 +207,7 @@ def _cell_lines(evaluation: Evaluation, entries: Sequence[Entry], kind: str, par
 
 
 def _ranked(evaluation: Evaluation, entries: Sequence[Entry], kind: str, part: str) -> list[Entry]:
-    """Entries with figures, best raw LDS first."""
+    """Sort the entries that have figures by raw LDS, best first."""
     there = [entry for entry in entries if entry.method in evaluation.methods]
     return sorted(there, key=lambda entry: -evaluation.figure(entry.method, kind, part).lds.value)
 
@@ -223,17 +224,17 @@ def _title(kind: str, part: str) -> str:
 
 
 def _interval(given: Interval, sign: str = "", digits: int = 3) -> str:
-    """Figure and interval; the figure alone where nothing was drawn."""
+    """Format a figure with its interval, or alone if there were no draws."""
     form = f"{sign}.{digits}f"
     ends = "" if math.isnan(given.low) else f" [{given.low:{form}}, {given.high:{form}}]"
     return f"{given.value:{form}}{ends}"
 
 
 def _ratio(given: Interval) -> str:
-    """A ratio to something that may be zero is no figure."""
+    """Format a ratio, or – if its denominator may be zero."""
     return "–" if math.isnan(given.low) else _interval(given, digits=2)
 
 
-def _told(value: object) -> object:
-    """Null for nan: a Parquet reader's mean over methods must not become nan."""
+def _nan_to_null(value: object) -> object:
+    """Convert nan to null, so that a Parquet reader's mean over methods does not become nan."""
     return None if isinstance(value, float) and math.isnan(value) else value

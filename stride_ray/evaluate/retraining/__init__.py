@@ -1,1 +1,1 @@
-"""What really happens when a model is trained again: benchmarks, recipes, retraining results, LDS."""
+"""Retraining as ground truth: benchmarks, training recipes, retraining results, LDS."""

@@ -1,8 +1,8 @@
-"""An accuracy benchmark: a pool, queries, the model trained on the pool, and what retraining on subsets of it gave.
+"""An accuracy benchmark: a pool, queries, the model trained on the pool, and the losses after retraining on subsets.
 
-A folder at any fsspec URL: ``pool.parquet`` (``token_ids``), ``queries.parquet`` (``token_ids``, and ``kind`` and
-``part`` where there are several), ``model/``, ``start/`` where training on the pool began from a checkpoint, and the
-retraining results (see ``truth``). Lengths may vary; other columns do not matter.
+A benchmark is a folder at any fsspec URL: ``pool.parquet`` (``token_ids``), ``queries.parquet`` (``token_ids``, and
+optionally ``kind`` and ``part``), ``model/``, ``start/`` if training on the pool began from a checkpoint, and the
+retraining results (see ``results``). Sequence lengths may vary; other columns are ignored.
 """
 
 import hashlib
@@ -14,25 +14,25 @@ import pyarrow.compute as pc
 
 from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.evaluate.retraining.lds import ALL, evaluate, subset_sums
-from stride_ray.evaluate.retraining.results import Truth, read_truth
+from stride_ray.evaluate.retraining.results import RetrainingResults, read_truth
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark in memory; models stay where they are.
+    """A benchmark in memory, except for its models, which stay on disk.
 
     Attributes:
         url: the folder.
-        blocks: the pool, N sequences, rows in the order of ``pool.parquet``.
+        blocks: the pool, N sequences, in the row order of ``pool.parquet``.
         queries: Q sequences.
-        kinds: (Q,) str, each query's kind; ``all`` where the file does not say.
-        parts: (Q,) str, each query's part (development or report); ``all`` where the file does not say.
+        kinds: (Q,) str, each query's kind; ``all`` if the file has no such column.
+        parts: (Q,) str, each query's part (development or report); ``all`` if the file has no such column.
         model: the folder of the model trained on the whole pool.
-        start: the folder of the model that training began from; None where it began from random weights.
-        truth: the retraining results; None where there are none yet.
-        fingerprint: sixteen hexadecimal digits that change with the tokens, the architecture or the model files' sizes.
+        start: the folder of the checkpoint that training began from; None if it began from random weights.
+        truth: the retraining results; None if there are none yet.
+        fingerprint: sixteen hexadecimal digits over the tokens, the architecture, and the model files' names and sizes.
     """
 
     url: str
@@ -42,32 +42,32 @@ class Benchmark:
     parts: np.ndarray
     model: str
     start: str | None
-    truth: Truth | None
+    truth: RetrainingResults | None
     fingerprint: str
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """The folder's base name."""
         return self.url.rstrip("/").rpartition("/")[2] or self.url
 
-    def retrained(self) -> Truth:
-        """The retraining results.
+    def retrained(self) -> RetrainingResults:
+        """Return the retraining results.
 
         Raises:
-            StrideError: where there are none.
+            StrideError: if there are none.
         """
         if self.truth is None:
             raise StrideError(
-                f"{Store(self.url).name_of('')} holds no retraining_*.npz or lds_*.jsonl; make them with "
+                f"{Store(self.url).display_url('')} holds no retraining_*.npz or lds_*.jsonl; make them with "
                 "'python jobs/retrain.py'."
             )
         return self.truth
 
     def lds(self, scores: np.ndarray) -> dict[str, list[float]]:
-        """LDS of (Q, N) scores, with its interval's ends, by "part, kind".
+        """Return the LDS of (Q, N) scores and the ends of its interval, keyed by "part, kind".
 
         Raises:
-            StrideError: where there are no retraining results.
+            StrideError: if there are no retraining results.
         """
         truth = self.retrained()
         found = evaluate({"": subset_sums(scores, truth.subsets)}, truth, self.kinds, self.parts)
@@ -81,7 +81,7 @@ class Benchmark:
         seed: int = 0,
         batch_tokens: int = 8192,
     ) -> Problem:
-        """What an attribution method is given: everything but the retraining results."""
+        """Return the input of an attribution method: everything except the retraining results."""
         return Problem(
             blocks=self.blocks,
             queries=self.queries,
@@ -98,28 +98,28 @@ def read_benchmark(url: str) -> Benchmark:
     """Read a benchmark's folder.
 
     Raises:
-        StrideError: for a missing file or column, rows without tokens, or retraining results of something else.
+        StrideError: for a missing file or column, rows without tokens, or retraining results of other data.
     """
     store = Store(url)
     for needed in ("pool.parquet", "queries.parquet", "model/config.json"):
         if not store.exists(needed):
             raise StrideError(
-                f"{store.name_of('')} is no benchmark: it has no {needed}; it needs pool.parquet, queries.parquet and "
-                "a model/ folder."
+                f"{store.display_url('')} is not a benchmark folder: {needed} is missing; it needs pool.parquet, "
+                "queries.parquet and a model/ folder."
             )
     pool, questions = store.read_table("pool.parquet"), store.read_table("queries.parquet")
-    # A loss needs a next token, so a query needs two; a shorter block just teaches nothing.
-    blocks = _texts(pool, store.name_of("pool.parquet"), 1)
-    queries = _texts(questions, store.name_of("queries.parquet"), 2)
+    # A loss needs a next token, so a query needs two tokens; a one-token block merely contributes nothing.
+    blocks = _texts(pool, store.display_url("pool.parquet"), 1)
+    queries = _texts(questions, store.display_url("queries.parquet"), 2)
     truth = read_truth(store)
     if truth is not None:
-        truth.check(len(blocks), len(queries), store.name_of(""))
+        truth.check(len(blocks), len(queries), store.display_url(""))
     return Benchmark(
         url=store.url,
         blocks=blocks,
         queries=queries,
-        kinds=_labels(questions, "kind", store.name_of("queries.parquet")),
-        parts=_labels(questions, "part", store.name_of("queries.parquet")),
+        kinds=_labels(questions, "kind", store.display_url("queries.parquet")),
+        parts=_labels(questions, "part", store.display_url("queries.parquet")),
         model=f"{store.url}/model",
         start=f"{store.url}/start" if store.exists("start/config.json") else None,
         truth=truth,
@@ -131,20 +131,20 @@ def reread_benchmark(url: str, fingerprint: str) -> Benchmark:
     """Read a benchmark's folder in a worker.
 
     Raises:
-        StrideError: where the folder is not what the driver saw.
+        StrideError: if the folder has changed since the driver read it.
     """
     benchmark = read_benchmark(url)
     if benchmark.fingerprint != fingerprint:
-        raise StrideError(f"{Store(url).name_of('')} changed meanwhile; run the command again.")
+        raise StrideError(f"{Store(url).display_url('')} changed meanwhile; run the command again.")
     return benchmark
 
 
 def _texts(table: pa.Table, where: str, shortest: int) -> Texts:
-    """The column ``token_ids``, lists of any length, padded."""
+    """Pad the column ``token_ids``, lists of any length."""
     if "token_ids" not in table.column_names:
         raise StrideError(f"{where} has no column token_ids (it has {', '.join(table.column_names)}).")
     column = table["token_ids"].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # what combine_chunks gives for an empty column
+    if isinstance(column, pa.ChunkedArray):  # combine_chunks returns this for an empty column
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.list_(pa.int32()))
     kind = column.type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -166,7 +166,7 @@ def _texts(table: pa.Table, where: str, shortest: int) -> Texts:
 
 
 def _labels(table: pa.Table, column: str, where: str) -> np.ndarray:
-    """(Q,) str; all alike where the column is missing."""
+    """Return the column as (Q,) str; all ``all`` if it is missing."""
     if column not in table.column_names:
         return np.full(table.num_rows, ALL)
     labels = table[column].to_pylist()
@@ -176,7 +176,7 @@ def _labels(table: pa.Table, column: str, where: str) -> np.ndarray:
 
 
 def _fingerprint(store: Store, blocks: Texts, queries: Texts) -> str:
-    """Of the tokens, the architecture, and names and sizes of the models' files (weights may be gigabytes)."""
+    """Hash the tokens, the architecture, and the model files' names and sizes; the weights may be gigabytes."""
     digest = hashlib.sha256()
     for texts in (blocks, queries):
         digest.update(repr(texts.ids.shape).encode() + texts.ids.tobytes() + texts.mask.tobytes())

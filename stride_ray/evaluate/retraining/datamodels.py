@@ -1,32 +1,34 @@
-"""Datamodels (Ilyas et al. 2022; for choosing data DSDM, Engstrom et al. 2024): influence by regression on retraining.
+"""Datamodels (Ilyas et al. 2022; DSDM for data selection, Engstrom et al. 2024): influence by regression on retraining.
 
-Per query a Lasso from which blocks a subset holds to minus the loss after training on it. It is the only method here
-that reads the retraining results, and so the only one that could be told what it is asked: subsets are cut into folds,
-and a fold's sums come from weights that the other folds gave. There is no one score matrix then, but subset sums.
+For each query, a Lasso regresses minus the loss after training on a subset on the subset's membership vector. This is
+the only method that reads the retraining results, so it could leak the quantity it predicts. Subsets are therefore
+cross-fitted: a fold's sums use weights fitted on the other folds. The result is subset sums, not one score matrix.
 """
 
 import numpy as np
 from sklearn.linear_model import Lasso
 
-from stride_ray.evaluate.retraining.results import Truth
+from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.runtime.errors import StrideError
 
 
-def datamodel_sums(truth: Truth, n_blocks: int, folds: int = 8, ratio: float = 0.3, seed: int = 0) -> np.ndarray:
-    """Each subset's summed weights, weights fitted to other subsets alone.
+def datamodel_sums(
+    truth: RetrainingResults, n_blocks: int, folds: int = 8, ratio: float = 0.3, seed: int = 0
+) -> np.ndarray:
+    """Sum each subset's datamodel weights, fitted on other subsets only.
 
     Args:
         truth: retraining results; losses are averaged over seeds.
         n_blocks: N.
-        folds: how many; more leave more subsets to learn from.
-        ratio: the Lasso's penalty as a share of the smallest that gives no weight at all. With tens of subsets and
-            thousands of blocks one share for all queries did better, on development queries, than cross-validation
-            within the other folds, the papers' way, and Lasso did far better than ridge.
-        seed: of the folds.
+        folds: number of folds; more folds leave more subsets to fit on.
+        ratio: the Lasso penalty as a share of the smallest penalty that zeroes all weights. With tens of subsets and
+            thousands of blocks, one share for all queries did better on development queries than cross-validation
+            within the other folds (the papers' choice), and Lasso did far better than ridge.
+        seed: for assigning subsets to folds.
 
     Returns:
-        (Q, S) float64: the sum of the weights of a subset's blocks, less what the subsets that gave the weights sum to
-        on average, so that folds can be compared. No intercept: a fold's mean loss would tell of the fold left out.
+        (Q, S) float64: the sum of the weights of a subset's blocks minus the mean of that sum over the fitting subsets,
+        which makes folds comparable. There is no intercept: a fold's mean loss would leak the held-out fold.
 
     Raises:
         StrideError: for fewer than three subsets or two folds.
@@ -48,7 +50,7 @@ def datamodel_sums(truth: Truth, n_blocks: int, folds: int = 8, ratio: float = 0
 
 
 def _lassos(X: np.ndarray, Y: np.ndarray, ratio: float) -> np.ndarray:
-    """Weights (Q, N) of a Lasso for each column of Y (S, Q) on centred X (S, N); zeros where a target is constant."""
+    """Fit a Lasso for each column of Y (S, Q) on centred X (S, N): weights (Q, N), zeros if a target is constant."""
     largest = np.abs(X.T @ Y).max(0) / len(X)
     weights = np.zeros((Y.shape[1], X.shape[1]))
     X = np.asfortranarray(X)

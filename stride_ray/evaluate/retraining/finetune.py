@@ -1,8 +1,8 @@
-"""The benchmarks' own training recipe, and the checkpoints of one training on the whole pool.
+"""The benchmarks' own training recipe, and checkpoints of one training on the whole pool.
 
-Three epochs of AdamW over the given blocks, from ``start/`` or from random weights, in an order that follows from the
-seed. Methods that look at several moments of training (TracIn and its kin) get checkpoints from here, with the
-optimiser's second moments beside them.
+Three epochs of AdamW over the given blocks, from ``start/`` or from random weights, in an order set by the seed.
+Methods that use several checkpoints (TracIn and similar) get them from here, together with the optimiser's second
+moments.
 """
 
 import json
@@ -25,7 +25,7 @@ from stride_ray.models.download import local_model
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import first_line
 
-MASKED = -100
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class FineTune:
     """A ``Recipe``: AdamW on next-token loss over the given blocks, padding masked.
 
     Attributes:
-        benchmark: pool, queries and where training begins.
+        benchmark: pool, queries and the model that training begins from.
         epochs: passes over the blocks, each in a new order.
-        batch: blocks in a step.
+        batch: blocks per step.
         learning_rate: peak; None: 1e-3 from a checkpoint, 2e-3 from random weights.
-        beta1, beta2, weight_decay: of AdamW.
-        warmup_steps: of linear warm-up; then linear decay.
+        beta1, beta2, weight_decay: for AdamW.
+        warmup_steps: of linear warm-up, followed by linear decay.
         final_share: the lowest learning rate, as a share of the peak.
-        clip: largest gradient norm.
-        bfloat16: autocast matrix products of training to bfloat16; weights, and losses of queries, stay float32.
-        device: auto (a GPU where torch sees one), cpu or cuda.
+        clip: maximum gradient norm.
+        bfloat16: autocast the matrix products of training to bfloat16; weights and query losses stay float32.
+        device: auto (a GPU if torch sees one), cpu or cuda.
     """
 
     benchmark: Benchmark
@@ -59,22 +59,22 @@ class FineTune:
     device: str = "auto"
 
     def train(self, rows: np.ndarray, seed: int, weights: np.ndarray | None = None) -> Any:
-        """Train on these pool rows, each with its weight in the loss where there are some; returns the model.
+        """Train on these pool rows, optionally with a loss weight per row; returns the model.
 
         Raises:
-            StrideError: for no rows at all, or tokens that the model cannot take.
+            StrideError: for an empty set of rows, or tokens that the model does not support.
         """
         return self.run(rows, seed, lambda epoch, model, optimizer: None, weights)
 
     @torch.no_grad()
     def losses(self, trained: Any) -> np.ndarray:
-        """(Q,) float32 mean next-token loss of each query, nats."""
+        """Return the mean next-token loss of each query, (Q,) float32, in nats."""
         trained.eval()
         queries, found = self.benchmark.queries, []
         for start in range(0, len(queries), self.batch):
             ids, labels = _batch(queries, np.arange(start, min(start + self.batch, len(queries))), trained.device)
             loss = _token_losses(trained, ids, labels)
-            found.append(loss.sum(1) / (labels[:, 1:] != MASKED).sum(1))
+            found.append(loss.sum(1) / (labels[:, 1:] != IGNORE_INDEX).sum(1))
         return torch.cat(found).cpu().numpy()
 
     def run(
@@ -84,15 +84,15 @@ class FineTune:
         at_epoch: Callable[[int, Any, torch.optim.AdamW], None],
         weights: np.ndarray | None = None,
     ) -> Any:
-        """As ``train``, calling ``at_epoch(epoch from 1, model, optimizer)`` at the end of each epoch."""
+        """Train as ``train`` does, calling ``at_epoch(epoch from 1, model, optimizer)`` at the end of each epoch."""
         if not len(rows):
             raise StrideError("There is no block to train on; use a larger fraction of the pool.")
         blocks, steps_each = self.benchmark.blocks, -(-len(rows) // self.batch)
         rates = self.rates(len(rows))
-        # Whoever calls keeps its own random numbers; dropout, where a model has any, follows the seed too.
+        # The caller's random state is preserved; dropout, if the model has any, follows the seed too.
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = self._begin()
+            model = self._initial_model()
             order = torch.Generator().manual_seed(seed)
             optimizer = torch.optim.AdamW(
                 model.parameters(), lr=rates[0], betas=(self.beta1, self.beta2), weight_decay=self.weight_decay
@@ -109,7 +109,7 @@ class FineTune:
         return model
 
     def rates(self, n_blocks: int) -> list[float]:
-        """The learning rate of every step of a training on so many blocks."""
+        """Return the learning rate of every step of a training on ``n_blocks`` blocks."""
         peak = self.learning_rate or (1e-3 if self.benchmark.start else 2e-3)
         steps = self.epochs * -(-n_blocks // self.batch)
         rising = [(step + 1) / max(1, self.warmup_steps) for step in range(steps)]
@@ -127,17 +127,17 @@ class FineTune:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bfloat16):
             losses = _token_losses(model, ids, labels)
         losses = losses if weight is None else losses * weight.unsqueeze(1)
-        loss = losses.sum() / (labels[:, 1:] != MASKED).sum().clamp(min=1)
+        loss = losses.sum() / (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip)
         optimizer.step()
 
-    def _begin(self) -> Any:
-        """The model as training begins, float32 on its device."""
+    def _initial_model(self) -> Any:
+        """Load or initialise the model to train, in float32 on its device."""
         import transformers  # seconds to import
 
-        # Per model a line of its own, in the middle of the stage's progress.
+        # Otherwise every model prints its own bar into the stage's progress output.
         transformers.utils.logging.disable_progress_bar()
         auto: Any = transformers.AutoModelForCausalLM
         folder = local_model(self.benchmark.start or self.benchmark.model)
@@ -153,7 +153,7 @@ class FineTune:
         return model.to(device)
 
     def _check(self, model: Any) -> None:
-        """Tokens outside the vocabulary or the context would be an index error deep in the model, or worse on a GPU."""
+        """Reject token ids and texts too large for the model: an obscure index error, or worse on a GPU."""
         vocabulary = model.get_input_embeddings().weight.shape[0]
         context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         for name, texts in (("pool.parquet", self.benchmark.blocks), ("queries.parquet", self.benchmark.queries)):
@@ -173,18 +173,18 @@ class FineTune:
 def checkpoints(
     benchmark: Benchmark, out_folder: str, seed: int = 0, hyperparameters: Mapping[str, Any] | None = None
 ) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Train once on the whole pool and keep the model after each epoch; what is there already is not made again.
+    """Train once on the whole pool and save the model after each epoch, skipping existing checkpoints.
 
     Args:
         benchmark: what to train on.
         out_folder: a local folder, one for each benchmark, seed and choice of hyperparameters.
-        seed: of the order (and of the weights where there is no ``start/``).
+        seed: for the order, and for the weights if there is no ``start/``.
         hyperparameters: fields of ``FineTune`` that differ from its defaults.
 
     Returns:
         Per epoch, a Hugging Face folder ``epoch-1`` … that also holds ``optimizer.safetensors`` (AdamW's
-        ``exp_avg_sq`` under each parameter's name, a tied one once), and the mean learning rate of its steps. A folder
-        is there whole or not at all.
+        ``exp_avg_sq`` under each parameter's name, a tied one once), and the mean learning rate of its steps. Folders
+        are written atomically.
 
     Raises:
         StrideError: for unknown hyperparameters, or a folder made with other settings.
@@ -192,12 +192,12 @@ def checkpoints(
     changes = dict(hyperparameters or {})
     known = [each.name for each in fields(FineTune) if each.name != "benchmark"]
     if unknown := sorted(set(changes) - set(known)):
-        raise StrideError(f"{unknown[0]!r} is no hyperparameter of FineTune; it has {', '.join(known)}.")
+        raise StrideError(f"{unknown[0]!r} is not a hyperparameter of FineTune; it has {', '.join(known)}.")
     if "://" in out_folder:
         raise StrideError(f"Checkpoints need a local folder, not {out_folder}.")
     recipe = FineTune(benchmark, **changes)
     root, n = Path(out_folder), len(benchmark.blocks)
-    # Where it runs is no setting; everything else decides the weights.
+    # The device does not count as a setting; all other fields affect the weights.
     settings = {name: getattr(recipe, name) for name in known if name != "device"}
     _claim(root, {"benchmark": benchmark.fingerprint, "seed": seed, **settings})
     folders = [root / f"epoch-{epoch}" for epoch in range(1, recipe.epochs + 1)]
@@ -213,7 +213,7 @@ def checkpoints(
 
 
 def _claim(root: Path, settings: dict[str, Any]) -> None:
-    """Write what the folder is made with, or refuse another's."""
+    """Record the folder's settings, or refuse a folder made with others."""
     path = root / "settings.json"
     if path.exists():
         made_with = json.loads(path.read_text())
@@ -231,11 +231,11 @@ def _claim(root: Path, settings: dict[str, Any]) -> None:
 
 
 def _save(folder: Path, model: Any, optimizer: torch.optim.AdamW) -> None:
-    """A checkpoint beside its place, then renamed."""
+    """Write a checkpoint next to its final path, then rename it into place."""
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         model.save_pretrained(partial)
-        # named_parameters names a tied parameter once.
+        # named_parameters yields a tied parameter once.
         moments = {
             name: optimizer.state[parameter]["exp_avg_sq"].detach().cpu().contiguous()
             for name, parameter in model.named_parameters()
@@ -248,20 +248,20 @@ def _save(folder: Path, model: Any, optimizer: torch.optim.AdamW) -> None:
 
 
 def _batch(texts: Texts, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels (n, T) int64, cut to the longest of these rows, padding masked in the labels.
+    """Ids and labels (n, T) int64, trimmed to the longest of these rows, with masked tokens ignored in the labels.
 
-    Other tokens may be masked too, a prompt's say: they are read, and teach nothing.
+    Besides padding, prompts may be masked: the model reads them, but they carry no loss.
     """
     mask = texts.mask[rows]
     length = max(2, int(np.flatnonzero(mask.any(0)).max(initial=0)) + 1)
     ids = torch.from_numpy(texts.ids[rows, :length].astype(np.int64))
-    return ids.to(device), ids.masked_fill(~torch.from_numpy(mask[:, :length]), MASKED).to(device)
+    return ids.to(device), ids.masked_fill(~torch.from_numpy(mask[:, :length]), IGNORE_INDEX).to(device)
 
 
 def _token_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(n, T − 1) float32 cross-entropy of each next token, 0 where masked.
+    """Cross-entropy of each next token, (n, T − 1) float32, 0 where masked.
 
-    Padding is on the right, so a causal model's tokens never look at it and no attention mask is needed.
+    Padding is on the right, so a causal model's tokens never attend to it and no attention mask is needed.
     """
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=MASKED, reduction="none")
+    return cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORE_INDEX, reduction="none")

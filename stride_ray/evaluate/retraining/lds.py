@@ -1,11 +1,11 @@
-"""The linear datamodeling score (LDS): do summed scores foretell what training on a subset does to a query's loss?
+"""The linear datamodeling score (LDS): how well do summed scores predict a query's loss after training on a subset?
 
-Per query, the correlation over held-out subsets between the subset's summed influence and minus the query's loss after
-training on it (losses averaged over seeds); then mean and standard deviation over queries (method.md, Metrics).
-"centred" takes each retraining's mean loss over all queries away first: a common shift says nothing about any query.
+Per query, LDS is the correlation over held-out subsets between the subset's summed influence and minus the query's loss
+after training on it (losses averaged over seeds); mean and standard deviation are then taken over queries (method.md,
+Metrics). "centred" first subtracts each retraining's mean loss over all queries: a common shift is not query-specific.
 
-Intervals are the 2.5 and 97.5 % quantiles of a bootstrap that draws subsets and queries anew together, and ranks again
-in each draw. All methods see the same draws, so differences and ratios are paired. Numpy and scipy only.
+Intervals are the 2.5 and 97.5 % quantiles of a bootstrap that resamples subsets and queries together and recomputes
+ranks in each draw. All methods share the draws, so differences and ratios are paired. Numpy and scipy only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,23 +14,24 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse
+import scipy.stats
 from scipy.stats import rankdata
 
-from stride_ray.evaluate.retraining.results import Truth
+from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.runtime.errors import StrideError
 
 RAW, CENTRED = TARGETS = ("raw", "centred")
 ALL = "all"
-# Key of the seeds' agreement among the draws; no method's name.
+# Key of the ceiling (agreement between seeds) in ``Evaluation.draws``; not a method's name.
 _CEILING = ""
 _TINY = 1e-12
-# Bootstrap draws of ``mean_interval``.
+# Bootstrap draws in ``mean_interval``.
 _DRAWS = 4000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its 95 % interval; nan where it cannot be told."""
+    """A figure with its 95 % interval; nan if undefined."""
 
     value: float
     low: float
@@ -38,14 +39,14 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One method on one kind of query, part and target.
+class LdsFigure:
+    """One method's results for one kind of query, part and target.
 
     Attributes:
         lds: mean Spearman correlation over the queries, with its interval.
-        std: of the queries' correlations.
-        pearson, kendall: means of the other two correlations (Kendall's is τ-b).
-        queries: how many.
+        std: standard deviation of the correlations over queries.
+        pearson, kendall: mean Pearson and Kendall (τ-b) correlations.
+        queries: number of queries.
     """
 
     lds: Interval
@@ -57,9 +58,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Paired:
-    """One method against another on the same draws: one − other, and one ÷ other.
+    """Paired comparison of two methods on the same draws: one − other, and one ÷ other.
 
-    The ratio's ends are nan where the other's LDS is not clearly above zero.
+    The ratio's ends are nan unless the other's LDS is clearly above zero.
     """
 
     difference: Interval
@@ -71,26 +72,26 @@ Cell = tuple[str, str, str, str]  # method, kind, part, target
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All figures of some methods on one benchmark.
+    """All results of several methods on one benchmark.
 
     Attributes:
-        methods: their names, in the order given.
-        cells: (kind, part) with at least one query; ``all`` stands for all kinds or parts.
+        methods: their names, in the given order.
+        cells: (kind, part) pairs with at least one query; ``all`` stands for all kinds or parts.
         figures: by (method, kind, part, target).
-        draws: (draws + 1,) LDS by cell: first the measured one, then one per draw. The ceiling's under no name.
+        draws: (draws + 1,) LDS by cell: the measured one, then one per draw; the ceiling has an empty method name.
     """
 
     methods: tuple[str, ...]
     cells: tuple[tuple[str, str], ...]
-    figures: dict[Cell, Figure]
+    figures: dict[Cell, LdsFigure]
     draws: dict[Cell, np.ndarray]
 
-    def figure(self, method: str, kind: str = ALL, part: str = ALL, target: str = RAW) -> Figure:
-        """A method's figures; KeyError for a cell that is not there."""
+    def figure(self, method: str, kind: str = ALL, part: str = ALL, target: str = RAW) -> LdsFigure:
+        """Return a method's figures; KeyError for an unknown cell."""
         return self.figures[method, kind, part, target]
 
     def paired(self, one: str, other: str, kind: str = ALL, part: str = ALL, target: str = RAW) -> Paired:
-        """``one`` against ``other``; KeyError for a cell that is not there."""
+        """Compare ``one`` with ``other``; KeyError for an unknown cell."""
         mine, theirs = self.draws[one, kind, part, target], self.draws[other, kind, part, target]
         difference = _interval(mine - theirs)
         if theirs[0] <= 0 or np.quantile(theirs[1:], 0.025) <= 0:
@@ -99,16 +100,16 @@ class Evaluation:
         return Paired(difference, _interval(mine / theirs))
 
     def ceiling(self, kind: str = ALL, part: str = ALL, target: str = RAW) -> Interval | None:
-        """One seed's losses against another's, mean over pairs of seeds; None with a single seed.
+        """LDS of one seed's losses as predictor of another's, mean over pairs of seeds; None with a single seed.
 
-        What no method can much exceed; an average of many seeds is less noisy than one of them, so it is no bound.
+        No method can exceed it by much, but it is not a bound: an average over many seeds is less noisy than one seed.
         """
         draws = self.draws.get((_CEILING, kind, part, target))
         return None if draws is None else _interval(draws)
 
 
 def mean_interval(values: np.ndarray) -> Interval:
-    """Mean of (queries,) or (seeds, queries) values, with its bootstrap interval over both; nan without any."""
+    """Mean of (queries,) or (seeds, queries) values, with its bootstrap interval over both axes; nan if empty."""
     if not values.size:
         return Interval(np.nan, np.nan, np.nan)
     values = np.atleast_2d(values)
@@ -120,7 +121,7 @@ def mean_interval(values: np.ndarray) -> Interval:
 
 
 def subset_sums(scores: Any, subsets: Sequence[np.ndarray]) -> np.ndarray:
-    """Summed influence of each subset: (Q, S) float64 from scores (Q, N), dense or scipy sparse."""
+    """Sum each subset's influence: (Q, S) float64 from scores (Q, N), dense or scipy sparse."""
     rows = np.repeat(np.arange(len(subsets)), [len(each) for each in subsets])
     columns = np.concatenate([np.zeros(0, np.int64), *subsets])
     n_blocks = scores.shape[1]
@@ -129,7 +130,7 @@ def subset_sums(scores: Any, subsets: Sequence[np.ndarray]) -> np.ndarray:
     member = scipy.sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(subsets), n_blocks))
     sums = np.empty((scores.shape[0], len(subsets)))
     sparse = scipy.sparse.csr_array(scores) if scipy.sparse.issparse(scores) else None
-    for start in range(0, len(sums), 64):  # a few queries at a time: the product wants a float64 copy
+    for start in range(0, len(sums), 64):  # a few queries at a time: the product needs a float64 copy
         if sparse is not None:
             sums[start : start + 64] = (sparse[start : start + 64].astype(np.float64) @ member.T).toarray()
         else:
@@ -138,20 +139,20 @@ def subset_sums(scores: Any, subsets: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def targets_of(losses_SQ: np.ndarray) -> dict[str, np.ndarray]:
-    """Minus the losses, (Q, S) float64, raw and centred, from (S, Q)."""
+    """Minus the losses, (Q, S) float64, raw and centred, from losses (S, Q)."""
     losses = np.asarray(losses_SQ, dtype=np.float64)
     return {RAW: -losses.T, CENTRED: -(losses - losses.mean(1, keepdims=True)).T}
 
 
 def spearman(one_QS: np.ndarray, other_QS: np.ndarray) -> np.ndarray:
-    """Rank correlation of each row, ties at their mean rank, (Q,); 0 where a row is constant."""
+    """Row-wise Spearman correlation with mid-ranks for ties, (Q,); 0 for a constant row."""
     return pearson(rankdata(one_QS, axis=1), rankdata(other_QS, axis=1))
 
 
 def pearson(one_QS: np.ndarray, other_QS: np.ndarray) -> np.ndarray:
-    """Correlation of each row, (Q,); 0 where a row is constant."""
+    """Row-wise Pearson correlation, (Q,); 0 for a constant row."""
     a, b = (x - x.mean(1, keepdims=True) for x in (one_QS, other_QS))
-    # A constant row's rounding must not pass for variation.
+    # Rounding errors in a constant row must not count as variation.
     for x, given in ((a, one_QS), (b, other_QS)):
         x[np.ptp(given, axis=1) == 0] = 0
     scale = np.sqrt((a**2).sum(1)) * np.sqrt((b**2).sum(1))
@@ -159,47 +160,42 @@ def pearson(one_QS: np.ndarray, other_QS: np.ndarray) -> np.ndarray:
 
 
 def kendall(one_QS: np.ndarray, other_QS: np.ndarray) -> np.ndarray:
-    """Kendall's τ-b of each row, (Q,); 0 where a row is constant."""
-    found = np.zeros(len(one_QS))
-    above = np.triu_indices(one_QS.shape[1], 1)
-    for row, (one, other) in enumerate(zip(one_QS, other_QS, strict=True)):
-        a, b = (np.sign(x[above[0]] - x[above[1]]) for x in (one, other))
-        untied = np.sqrt(np.abs(a).sum() * np.abs(b).sum())
-        found[row] = a @ b / untied if untied else 0.0
-    return found
+    """Row-wise Kendall's τ-b, (Q,); 0 for a constant row."""
+    pairs = zip(one_QS, other_QS, strict=True)
+    return np.nan_to_num([scipy.stats.kendalltau(one, other).statistic for one, other in pairs])
 
 
 def evaluate(
     sums: Mapping[str, np.ndarray],
-    truth: Truth,
+    truth: RetrainingResults,
     kinds: Sequence[str] | np.ndarray,
     parts: Sequence[str] | np.ndarray,
     draws: int = 400,
     seed: int = 0,
 ) -> Evaluation:
-    """Figures of every method for every kind, part and target.
+    """Evaluate every method for every kind, part and target.
 
     Args:
         sums: per method the (Q, S) summed influence, see ``subset_sums``.
         truth: the retraining results.
         kinds: (Q,) each query's kind.
         parts: (Q,) each query's part.
-        draws: of the bootstrap.
-        seed: of the draws.
+        draws: number of bootstrap draws.
+        seed: for the draws.
 
     Raises:
-        StrideError: where a method's sums are not finite or not (Q, S).
+        StrideError: if a method's sums are not finite or not (Q, S).
     """
     n_seeds, S, Q = truth.losses.shape
     for method, each in sums.items():
         if each.shape != (Q, S) or not np.isfinite(each).all():
             raise StrideError(f"{method}: needs finite sums of shape {(Q, S)} (queries, subsets), has {each.shape}.")
     rng = np.random.default_rng(seed)
-    # Row 0 is the measured figure: every subset once.
+    # Column 0 is the measured figure: every subset once.
     counts_SD = np.ones((S, draws + 1))
     counts_SD[:, 1:] = rng.multinomial(S, np.full(S, 1 / S), size=draws).T
     weights = {cell: _query_weights(rows, Q, draws, rng) for cell, rows in _cells(kinds, parts).items()}
-    figures: dict[Cell, Figure] = {}
+    figures: dict[Cell, LdsFigure] = {}
     found: dict[Cell, np.ndarray] = {}
     targets = targets_of(truth.losses.mean(0, dtype=np.float64))
     for target, target_QS in targets.items():
@@ -208,7 +204,7 @@ def evaluate(
             for (kind, part), weights_DQ in weights.items():
                 cell, chosen = (method, kind, part, target), weights_DQ[0] > 0
                 found[cell] = np.einsum("dq,qd->d", weights_DQ, correlations_QD)
-                figures[cell] = Figure(
+                figures[cell] = LdsFigure(
                     _interval(found[cell]),
                     float(correlations_QD[chosen, 0].std()),
                     float(linear_Q[chosen].mean()),
@@ -225,7 +221,7 @@ def evaluate(
 
 
 def _cells(kinds: Sequence[str] | np.ndarray, parts: Sequence[str] | np.ndarray) -> dict[tuple[str, str], np.ndarray]:
-    """Query rows of each (kind, part), ``all`` included, without empty ones."""
+    """Query rows of each non-empty (kind, part), ``all`` included."""
     kind_Q, part_Q = np.asarray(kinds, dtype=str), np.asarray(parts, dtype=str)
     found = {}
     for kind in dict.fromkeys([*sorted(set(kind_Q.tolist())), ALL]):
@@ -237,7 +233,7 @@ def _cells(kinds: Sequence[str] | np.ndarray, parts: Sequence[str] | np.ndarray)
 
 
 def _query_weights(rows: np.ndarray, n_queries: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """(draws + 1, Q) shares of the queries in each mean: all ``rows`` alike first, then drawn with replacement."""
+    """Weights (draws + 1, Q) of the queries in each mean: first uniform over ``rows``, then drawn with replacement."""
     weights = np.zeros((draws + 1, n_queries))
     weights[0, rows] = 1
     weights[1:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=draws)
@@ -245,12 +241,12 @@ def _query_weights(rows: np.ndarray, n_queries: int, draws: int, rng: np.random.
 
 
 def resampled(sums: Mapping[str, np.ndarray], target_QS: np.ndarray, counts_SD: np.ndarray) -> dict[str, np.ndarray]:
-    """Spearman correlations (Q, D) of each method with the target, in D samples of the subsets, ranked in each.
+    """Spearman correlations (Q, D) of each method with the target in D resamples of the subsets, each ranked anew.
 
     Args:
         sums: per method (Q, S).
         target_QS: (Q, S).
-        counts_SD: (S, D) how often a sample holds each subset; a column sums to S.
+        counts_SD: (S, D) how often each resample holds each subset; columns sum to S.
     """
     found = {method: np.empty((len(target_QS), counts_SD.shape[1])) for method in sums}
     for query, target_S in enumerate(target_QS):
@@ -266,10 +262,10 @@ def resampled(sums: Mapping[str, np.ndarray], target_QS: np.ndarray, counts_SD: 
 
 
 def _ranks(values_S: np.ndarray, counts_SD: np.ndarray) -> np.ndarray:
-    """Twice the centred mid-ranks of the values in samples that hold value s ``counts[s]`` times.
+    """Twice the centred mid-ranks of the values in resamples that hold value s ``counts[s]`` times.
 
-    Counting in the sorted order replaces sorting again: with C the running count, the copies of a value hold the
-    ranks C(below) + 1 … C(up to and with it), and the mean of all ranks is (S + 1) / 2 whatever the sample.
+    Counting in sorted order avoids sorting each resample: with C the cumulative count, the copies of a value hold the
+    ranks C(below) + 1 … C(up to and including it), and the mean of all ranks is (S + 1) / 2 in every resample.
     """
     order = np.argsort(values_S, kind="stable")
     ascending = values_S[order]
@@ -280,7 +276,7 @@ def _ranks(values_S: np.ndarray, counts_SD: np.ndarray) -> np.ndarray:
 
 
 def _interval(draws: np.ndarray) -> Interval:
-    """The measured figure and the quantiles of the draws after it."""
+    """Return the measured figure with the quantiles of the draws that follow it."""
     if len(draws) < 2:
         return Interval(float(draws[0]), np.nan, np.nan)
     low, high = np.quantile(draws[1:], [0.025, 0.975])

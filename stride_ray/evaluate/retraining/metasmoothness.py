@@ -1,8 +1,8 @@
-"""Whether attribution can work for a recipe at all: how straight the trained model moves as the data's weights do.
+"""Metasmoothness: can attribution work for a recipe at all, that is, do parameters respond linearly to data weights?
 
-Three trainings tell, with the blocks' weights at 1, 1 + h·v and 1 + 2h·v, v ~ N(0, I) (Engstrom et al. 2025, arXiv
-2503.13751). Where a second step moves the parameters as the first did, what a little more or less of a block does can
-be predicted; where it moves them anywhere, no influence function can say it, and no table should be believed.
+It trains three times, with block weights 1, 1 + h·v and 1 + 2h·v, v ~ N(0, I) (Engstrom et al. 2025, arXiv 2503.13751).
+If the second step moves the parameters as the first did, the effect of small changes in a block's weight is
+predictable. If it moves them in an unrelated direction, no influence function can predict retraining for this recipe.
 """
 
 import inspect
@@ -14,7 +14,7 @@ import torch
 
 from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.evaluate.retraining.recipe import DEFAULT, load_recipe, recipe_identity
-from stride_ray.evaluate.retraining.retrain import opened, read_array, write_array
+from stride_ray.evaluate.retraining.retrain import load_benchmark_and_recipe, read_array, write_array
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
@@ -22,7 +22,7 @@ from stride_ray.runtime.run import Stage, claim
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, map_tasks, progress
 
-# h: the standard deviation of the first step of a block's weight. The second goes as far again.
+# h: standard deviation of the first step in a block's weight; the second step has the same size.
 STEP = 0.1
 
 
@@ -35,23 +35,23 @@ def metasmoothness(
     step: float = STEP,
     compute: ComputeConfig | None = None,
 ) -> dict[str, Any]:
-    """Train with weights at 1, 1 + h·v and 1 + 2h·v for several v, and compare how the parameters moved.
+    """Train with weights 1, 1 + h·v and 1 + 2h·v for several v, and compare how the parameters moved.
 
-    S = Σ_i |Δ_i| sign(θ_h − θ_0)_i sign(θ_2h − θ_h)_i / Σ_i |Δ_i| with Δ = θ_2h − θ_0: 1 where every parameter goes on
-    as it began, 0 where it is as likely to turn back.
+    S = Σ_i |Δ_i| sign(θ_h − θ_0)_i sign(θ_2h − θ_h)_i / Σ_i |Δ_i| with Δ = θ_2h − θ_0: 1 if every parameter keeps its
+    direction, 0 if it reverses half of the time.
 
     Args:
-        benchmark: the pool that is trained on, whole.
-        recipe_name: see ``load_recipe``; its ``train(rows, seed, weights)`` must take a weight for each row and give a
+        benchmark: its whole pool is trained on.
+        recipe_name: see ``load_recipe``; its ``train(rows, seed, weights)`` must take one weight per row and return a
             ``torch.nn.Module``.
-        out: a path or fsspec URL; a rerun goes on there.
-        draws: how many v.
-        seed: of v, and of every training, which is the same but for the weights.
+        out: a path or fsspec URL; a rerun resumes there.
+        draws: number of draws of v.
+        seed: for v, and for every training, so that trainings differ in their weights only.
         step: h.
-        compute: where to run; None: a local Ray, a worker per CPU.
+        compute: where to run; None: a local Ray with a worker per CPU.
 
     Returns:
-        ``smoothness``, the mean of S over draws; ``each``; ``summary``, a sentence.
+        ``smoothness``, the mean of S over draws; ``each``, S per draw; ``summary``, a sentence.
 
     Raises:
         StrideError: for a recipe without weights, a folder made with other settings, or parameters that are not finite.
@@ -82,7 +82,7 @@ def metasmoothness(
 
 
 def smoothness(start: np.ndarray, one: np.ndarray, two: np.ndarray) -> float:
-    """S of parameters (P,) after training at weights 1, 1 + h·v and 1 + 2h·v; nan where nothing moved."""
+    """S of parameters (P,) after training at weights 1, 1 + h·v and 1 + 2h·v; nan if no parameter moved."""
     size = np.abs(two - start, dtype=np.float64)
     agree = np.sign(one - start) * np.sign(two - one)
     total = float(size.sum())
@@ -90,7 +90,7 @@ def smoothness(start: np.ndarray, one: np.ndarray, two: np.ndarray) -> float:
 
 
 def _name(unit: tuple[int, int]) -> str:
-    """θ_0 is every draw's."""
+    """Return the unit's file name; all draws share θ_0, "start"."""
     return f"draw-{unit[0]:03d}-step-{unit[1]}" if unit[1] else "start"
 
 
@@ -104,12 +104,12 @@ def _train_one(
     step: float,
     unit: tuple[int, int],
 ) -> dict[str, Any]:
-    """One training in a worker: parameters first, the done-marker last."""
+    """Run one training in a worker; publish the parameters first, the done marker last."""
     started = time.monotonic()
     hide_gpus(device)
     draw, times = unit
-    benchmark, recipe = opened(url, fingerprint, recipe_name)
-    train: Any = recipe.train  # takes weights: the driver has looked
+    benchmark, recipe = load_benchmark_and_recipe(url, fingerprint, recipe_name)
+    train: Any = recipe.train  # the driver has checked that it takes weights
     n = len(benchmark.blocks)
     v = np.random.default_rng([seed, draw]).standard_normal(n)
     trained = train(np.arange(n), seed, weights=1 + times * step * v)

@@ -1,7 +1,7 @@
-"""The contract of a training recipe: two functions, and how one is loaded by name.
+"""The interface of a training recipe, and loading one by name.
 
-LDS is about the recipe that made the model. A benchmark's own is built in (``finetune.FineTune``); any other is a
-file or module of the user's with a callable that takes the benchmark and returns a ``Recipe``.
+LDS depends on the recipe that trained the model. The benchmarks' own recipe is built in (``finetune.FineTune``); any
+other is a user's file or module with a callable that takes the benchmark and returns a ``Recipe``.
 """
 
 import hashlib
@@ -23,24 +23,24 @@ DEFAULT = "stride_ray.evaluate.retraining.finetune:FineTune"
 
 @runtime_checkable
 class Recipe(Protocol):
-    """How models of a benchmark are trained and asked; the same arguments must give the same numbers."""
+    """How a benchmark's models are trained and evaluated; the same arguments must give the same numbers."""
 
     def train(self, rows: np.ndarray, seed: int) -> Any:
-        """Train on these pool rows (int64, ascending) with this seed; returns whatever ``losses`` takes."""
+        """Train on these pool rows (int64, ascending) with this seed; the result is passed to ``losses``."""
 
     def losses(self, trained: Any) -> np.ndarray:
-        """(Q,) mean next-token loss of each query, nats."""
+        """Return the mean next-token loss of each query, (Q,), in nats."""
 
 
 def load_recipe(name: str, benchmark: "Benchmark") -> Recipe:
-    """A recipe by name: ``package.module:attribute`` or ``file.py:attribute``.
+    """Load a recipe by name: ``package.module:attribute`` or ``file.py:attribute``.
 
     Args:
-        name: the attribute is a callable (a class will do) that takes the benchmark and returns a ``Recipe``.
-        benchmark: what it is given.
+        name: the attribute is a callable, such as a class, that takes the benchmark and returns a ``Recipe``.
+        benchmark: passed to that callable.
 
     Raises:
-        StrideError: where nothing of that name can be loaded, or it is no recipe.
+        StrideError: if the name cannot be loaded or does not give a ``Recipe``.
     """
     where, _, attribute = _parts(name)
     try:
@@ -48,7 +48,7 @@ def load_recipe(name: str, benchmark: "Benchmark") -> Recipe:
     except StrideError:
         raise
     except Exception as error:
-        # Whatever a user's file raises while it is read; the class says more than most messages.
+        # A user's file may raise anything on import; the class is more informative than most messages.
         raise StrideError(
             f"Recipe {name}: {where} cannot be loaded ({type(error).__name__}: {first_line(error)})."
         ) from error
@@ -64,10 +64,10 @@ def load_recipe(name: str, benchmark: "Benchmark") -> Recipe:
 
 
 def recipe_identity(name: str) -> str:
-    """The recipe's name, with a hash of its file where it is one: another content is another recipe.
+    """Return the recipe's name, plus a content hash if it is a file, so that an edited file counts as another recipe.
 
     Raises:
-        StrideError: where the file does not exist or the name is none.
+        StrideError: if the file does not exist or the name is invalid.
     """
     where, colon, attribute = _parts(name)
     if not where.endswith(".py"):

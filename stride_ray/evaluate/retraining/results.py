@@ -1,7 +1,7 @@
-"""What really happened: the losses of models trained again on subsets of the pool, which LDS compares scores with.
+"""Retraining results, LDS's ground truth: losses of models retrained on subsets of the pool.
 
-Two forms on disk, both a file per training seed: ``retraining_<seed>.npz`` of the benchmarks' folders, and the paper's
-authors' ``lds_<tag>.jsonl``. Beside them attribution scores as ``.npz`` (dense or sparse) or ``.npy``.
+Two formats, each with one file per training seed: the benchmarks' ``retraining_<seed>.npz``, and the paper authors'
+``lds_<tag>.jsonl``. This module also reads and writes attribution scores, ``.npz`` (dense or sparse) or ``.npy``.
 """
 
 import io
@@ -20,18 +20,18 @@ from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import first_line
 
 NPZ, JSONL = ("retraining_", ".npz"), ("lds_", ".jsonl")
-# Names under which an ``_meta`` header may hold the pool: which corpus row each pool row is.
+# Keys of an ``_meta`` header that may map pool rows to corpus rows.
 POOL_KEYS = ("pool_indices", "pool", "pool_idx", "indices")
 
 
 @dataclass(frozen=True)
-class Truth:
+class RetrainingResults:
     """Retraining results; every seed trained on the same subsets.
 
     Attributes:
-        subsets: S arrays of pool rows (int64, ascending, no repeats); they may differ in length.
+        subsets: S arrays of pool rows (int64, ascending, unique); their lengths may differ.
         losses: (seeds, S, Q) float32, nats per token: query q's mean loss after training on subset s.
-        names: of the seeds.
+        names: the seeds' names.
     """
 
     subsets: tuple[np.ndarray, ...]
@@ -40,19 +40,19 @@ class Truth:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Pool rows in the smallest and in the largest subset."""
+        """Number of pool rows in the smallest and in the largest subset."""
         sizes = [len(rows) for rows in self.subsets]
         return min(sizes), max(sizes)
 
     def membership(self, n_blocks: int) -> np.ndarray:
-        """(S, N) bool: which pool rows each subset holds."""
+        """Return the membership matrix, (S, N) bool: which pool rows each subset holds."""
         member = np.zeros((len(self.subsets), n_blocks), dtype=bool)
         for row, chosen in zip(member, self.subsets, strict=True):
             row[chosen] = True
         return member
 
     def check(self, n_blocks: int, n_queries: int, where: str = "the retraining results") -> None:
-        """Raise StrideError where subsets leave the pool or losses are not one per query."""
+        """Raise StrideError if a subset has rows outside the pool or there is not one loss per query."""
         for number, rows in enumerate(self.subsets):
             if len(rows) and rows[-1] >= n_blocks:
                 raise StrideError(
@@ -66,28 +66,30 @@ class Truth:
             )
 
 
-def read_truth(store: Store) -> Truth | None:
-    """The truth in a folder: its ``retraining_*.npz``, else its ``lds_*.jsonl``, seeds in natural order; None: neither.
+def read_truth(store: Store) -> RetrainingResults | None:
+    """Read a folder's ``retraining_*.npz``, else its ``lds_*.jsonl``, seeds in natural order; None if it has neither.
 
     Raises:
-        StrideError: for files that cannot be read, losses that are not finite, or seeds with different subsets.
+        StrideError: for unreadable files, losses that are not finite, or seeds with different subsets.
     """
     for (start, ending), parse in ((NPZ, truth_from_npz), (JSONL, truth_from_jsonl)):
         names = [name for name in store.names("", ending) if name.startswith(start)]
         if names:
-            names.sort(key=lambda name: [(not p.isdigit(), int(p) if p.isdigit() else p) for p in _pieces(name)])
-            seeds = [parse(store.read(name), store.name_of(name)) for name in names]
+            names.sort(
+                key=lambda name: [(not p.isdigit(), int(p) if p.isdigit() else p) for p in _natural_sort_key(name)]
+            )
+            seeds = [parse(store.read(name), store.display_url(name)) for name in names]
             tags = tuple(name[len(start) : -len(ending)] for name in names)
-            return _joined(seeds, tags, [store.name_of(name) for name in names])
+            return _merge_seeds(seeds, tags, [store.display_url(name) for name in names])
     return None
 
 
-def write_truth(store: Store, truth: Truth, pool_indices: Sequence[int] | np.ndarray) -> list[str]:
-    """Publish ``retraining_<seed>.npz`` and ``lds_<seed>.jsonl`` per seed; returns the names of the files.
+def write_truth(store: Store, truth: RetrainingResults, pool_indices: Sequence[int] | np.ndarray) -> list[str]:
+    """Publish ``retraining_<seed>.npz`` and ``lds_<seed>.jsonl`` per seed; returns the file names.
 
     Args:
         store: the folder.
-        truth: what to write.
+        truth: the results.
         pool_indices: (N,) the corpus row of each pool row, for the authors' format.
     """
     written = []
@@ -101,16 +103,16 @@ def write_truth(store: Store, truth: Truth, pool_indices: Sequence[int] | np.nda
     return written
 
 
-def truth_from_npz(data: bytes, where: str) -> Truth:
-    """One seed from ``subsets`` and ``losses`` (S, Q) float32.
+def truth_from_npz(data: bytes, where: str) -> RetrainingResults:
+    """Read one seed from ``subsets`` and ``losses`` (S, Q) float32.
 
     Args:
-        data: the file. ``subsets`` is (S, n) int, or flat with ``offsets`` (S + 1): subset s is
+        data: the file's bytes. ``subsets`` is (S, n) int, or flat with ``offsets`` (S + 1): subset s is
             ``subsets[offsets[s]:offsets[s + 1]]``.
         where: the file's name, for messages.
 
     Raises:
-        StrideError: where that is not what the file holds.
+        StrideError: if the arrays are missing or malformed.
     """
     arrays = _arrays(data, where)
     if "subsets" not in arrays or "losses" not in arrays:
@@ -130,13 +132,13 @@ def truth_from_npz(data: bytes, where: str) -> Truth:
     return _one_seed(subsets, losses, where)
 
 
-def truth_from_jsonl(data: bytes, where: str) -> Truth:
-    """One seed from the authors' lines: a ``_meta`` header, then ``train_subset`` and ``test_loss`` per subset.
+def truth_from_jsonl(data: bytes, where: str) -> RetrainingResults:
+    """Read one seed from the authors' lines: a ``_meta`` header, then ``train_subset`` and ``test_loss`` per subset.
 
-    ``train_subset_global`` serves where ``train_subset`` is missing and the header says which corpus rows the pool is.
+    Without ``train_subset``, ``train_subset_global`` is used, if the header maps pool rows to corpus rows.
 
     Raises:
-        StrideError: naming the line that is wrong.
+        StrideError: naming the invalid line.
     """
     subsets: list[list[int]] = []
     losses: list[list[float]] = []
@@ -150,7 +152,7 @@ def truth_from_jsonl(data: bytes, where: str) -> Truth:
         except ValueError as error:
             raise StrideError(f"{at}, is not valid JSON ({error}); was the file cut short?") from None
         if not isinstance(row, dict):
-            raise StrideError(f"{at}, is no JSON object.")
+            raise StrideError(f"{at}, is not a JSON object.")
         if "_meta" in row:
             meta = row["_meta"] if isinstance(row["_meta"], dict) else {}
             pool: list[int] = next((meta[key] for key in POOL_KEYS if isinstance(meta.get(key), list)), [])
@@ -179,8 +181,8 @@ def truth_from_jsonl(data: bytes, where: str) -> Truth:
         raise StrideError(f"{where}: train_subset and test_loss must be flat lists of numbers.") from None
 
 
-def npz_bytes(truth: Truth, seed: int) -> bytes:
-    """One seed as ``truth_from_npz`` reads it; the same truth gives the same bytes."""
+def npz_bytes(truth: RetrainingResults, seed: int) -> bytes:
+    """Encode one seed for ``truth_from_npz``, deterministically."""
     arrays = {"losses": truth.losses[seed]}
     if len({len(rows) for rows in truth.subsets}) == 1:
         arrays["subsets"] = np.stack(truth.subsets).astype(np.int32)
@@ -192,8 +194,8 @@ def npz_bytes(truth: Truth, seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def jsonl_bytes(truth: Truth, seed: int, pool_indices: Sequence[int] | np.ndarray) -> bytes:
-    """One seed as the authors' release has it; float32 losses in full, so that reading gives the same bits."""
+def jsonl_bytes(truth: RetrainingResults, seed: int, pool_indices: Sequence[int] | np.ndarray) -> bytes:
+    """Encode one seed in the authors' format; float32 losses are written in full, so they round-trip bit for bit."""
     pool = np.asarray(pool_indices, dtype=np.int64)
     lines: list[dict[str, Any]] = [
         {"_meta": {"tag": truth.names[seed], "pool_size": len(pool), "pool_indices": pool.tolist()}}
@@ -210,14 +212,14 @@ def jsonl_bytes(truth: Truth, seed: int, pool_indices: Sequence[int] | np.ndarra
 
 
 def read_scores(store: Store, name: str) -> Any:
-    """Attribution scores (Q, N): a dense array, or a scipy CSR array where the file holds a sparse matrix.
+    """Read attribution scores (Q, N): a dense array, or a scipy CSR array if the file holds a sparse matrix.
 
-    Reads ``.npy``, ``.npz`` with the array ``scores`` (or just one array), and what ``scipy.sparse.save_npz`` writes.
+    Accepts ``.npy``, ``.npz`` with the array ``scores`` (or a single array), and ``scipy.sparse.save_npz``'s output.
 
     Raises:
-        StrideError: for anything else, or values that are not finite.
+        StrideError: for any other content, or values that are not finite.
     """
-    data, where = store.read(name), store.name_of(name)
+    data, where = store.read(name), store.display_url(name)
     arrays = {"scores": _loaded(data, where)} if name.endswith(".npy") else _arrays(data, where)
     if {"data", "indptr", "format", "shape"} <= arrays.keys():
         scores: Any = scipy.sparse.csr_array(scipy.sparse.load_npz(io.BytesIO(data)))
@@ -233,7 +235,7 @@ def read_scores(store: Store, name: str) -> Any:
 
 
 def write_scores(store: Store, name: str, scores: Any) -> None:
-    """Publish scores (Q, N), dense or scipy sparse, as an ``.npz`` that ``read_scores`` reads, in float32."""
+    """Publish scores (Q, N), dense or scipy sparse, as a float32 ``.npz`` for ``read_scores``."""
     buffer = io.BytesIO()
     if scipy.sparse.issparse(scores):
         scipy.sparse.save_npz(buffer, scipy.sparse.csr_array(scores, dtype=np.float32))
@@ -242,8 +244,8 @@ def write_scores(store: Store, name: str, scores: Any) -> None:
     store.write(name, buffer.getvalue())
 
 
-def _one_seed(subsets: Sequence[np.ndarray], losses: np.ndarray, where: str) -> Truth:
-    """Rows sorted, everything checked that one file can tell."""
+def _one_seed(subsets: Sequence[np.ndarray], losses: np.ndarray, where: str) -> RetrainingResults:
+    """Sort each subset's rows and validate one file's content."""
     if losses.ndim != 2 or len(losses) != len(subsets):
         raise StrideError(f"{where}: {len(subsets)} subsets, and losses of shape {losses.shape}; it must be (S, Q).")
     if not np.isfinite(losses).all():
@@ -257,11 +259,11 @@ def _one_seed(subsets: Sequence[np.ndarray], losses: np.ndarray, where: str) -> 
         if len(rows) and (ascending[0] < 0 or (np.diff(ascending) == 0).any()):
             raise StrideError(f"{where}: subset {number} has a negative or a repeated pool row.")
         tidy.append(ascending)
-    return Truth(tuple(tidy), losses.astype(np.float32)[None], ("seed0",))
+    return RetrainingResults(tuple(tidy), losses.astype(np.float32)[None], ("seed0",))
 
 
-def _joined(seeds: list[Truth], tags: tuple[str, ...], where: list[str]) -> Truth:
-    """Several files as one truth."""
+def _merge_seeds(seeds: list[RetrainingResults], tags: tuple[str, ...], where: list[str]) -> RetrainingResults:
+    """Join one file per seed into one truth, checking that subsets and queries agree."""
     first = seeds[0]
     for each, name in zip(seeds, where, strict=True):
         pairs = zip(first.subsets, each.subsets, strict=False)
@@ -274,7 +276,7 @@ def _joined(seeds: list[Truth], tags: tuple[str, ...], where: list[str]) -> Trut
                 f"{name} has losses of {each.losses.shape[2]} queries and {where[0]} of {first.losses.shape[2]}; all "
                 "seeds must have the same queries."
             )
-    return Truth(first.subsets, np.concatenate([each.losses for each in seeds]), tags)
+    return RetrainingResults(first.subsets, np.concatenate([each.losses for each in seeds]), tags)
 
 
 def _arrays(data: bytes, where: str) -> dict[str, np.ndarray]:
@@ -294,6 +296,6 @@ def _loaded(data: bytes, where: str) -> Any:
         raise StrideError(f"{where} cannot be read as numpy arrays: {first_line(error)}") from None
 
 
-def _pieces(name: str) -> list[str]:
-    """A name cut where digits begin or end, so that seed10 comes after seed9."""
+def _natural_sort_key(name: str) -> list[str]:
+    """Split a name at digit boundaries, for natural order: seed10 after seed9."""
     return [piece for piece in re.split(r"(\d+)", name) if piece]

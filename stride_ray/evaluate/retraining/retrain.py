@@ -1,8 +1,8 @@
 """Ground truth for LDS: train models on random subsets of a pool, and record every query's loss.
 
-A unit of work is one training: a subset and a seed. Units go out as Ray tasks; each publishes its losses and then its
-done-marker, so whatever is killed, the same command run again trains what is missing and ends with the same bytes.
-Subset s follows from the seed and s alone: asking for more subsets or seeds later adds to what is there.
+A work unit is one training: a subset and a seed. Units run as Ray tasks; each publishes its losses and then its done
+marker. After an interruption, rerunning the same command trains only what is missing and gives the same bytes.
+Subset s depends on the seed and s only, so a later run with more subsets or seeds extends the existing results.
 """
 
 import functools
@@ -18,7 +18,7 @@ from stride_ray import __version__
 from stride_ray.evaluate.retraining.benchmark import Benchmark, reread_benchmark
 from stride_ray.evaluate.retraining.lds import evaluate
 from stride_ray.evaluate.retraining.recipe import DEFAULT, Recipe, load_recipe, recipe_identity
-from stride_ray.evaluate.retraining.results import JSONL, NPZ, Truth, write_truth
+from stride_ray.evaluate.retraining.results import JSONL, NPZ, RetrainingResults, write_truth
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
@@ -26,7 +26,7 @@ from stride_ray.runtime.run import Stage
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, map_tasks, progress
 
-# Inside the output folder: losses and done-markers of single trainings.
+# Subfolder of the output folder for the losses and done markers of single trainings.
 WORK = "_retrain"
 
 
@@ -41,33 +41,33 @@ def retrain(
     like: bool = False,
     compute: ComputeConfig | None = None,
 ) -> dict[str, Any]:
-    """Train ``subsets`` × ``seeds`` models and write what each query lost.
+    """Train ``subsets`` × ``seeds`` models and write each query's losses.
 
     Args:
-        benchmark: pool and queries; workers read it again from its folder.
+        benchmark: pool and queries; workers reread it from its folder.
         recipe_name: see ``load_recipe``; called with seeds 0 … ``seeds`` − 1, the same for all subsets.
         out: a path or fsspec URL; gets ``retraining_seed<n>.npz`` and ``lds_seed<n>.jsonl`` for each seed.
-        subsets: S, how many to draw (with ``like``, the first S of those there).
-        fraction: α, the share of the pool in a subset; without meaning for ``like``.
-        seed: of the draw.
-        seeds: trainings of each subset.
-        like: take the subsets of the benchmark's own retraining results.
-        compute: where to run; None: a local Ray, a worker per CPU.
+        subsets: S, how many to draw; with ``like``, the first S existing ones are used.
+        fraction: α, the share of the pool in a subset; ignored with ``like``.
+        seeds: trainings per subset.
+        seed: for drawing subsets.
+        like: reuse the subsets of the benchmark's own retraining results.
+        compute: where to run; None: a local Ray with a worker per CPU.
 
     Returns:
-        subsets, seeds, trained (now), models (in all), mean_loss, agreement (``Evaluation.ceiling``; None with one
-        seed), and ``summary``, a paragraph that says so.
+        subsets, seeds, trained (now), models (in total), mean_loss, agreement (``Evaluation.ceiling``; None with one
+        seed), and ``summary``, a paragraph with these figures.
 
     Raises:
-        StrideError: for counts and fractions that make no subset, a folder made with other settings, a recipe that
-            cannot be loaded, or losses that are not one finite number per query.
+        StrideError: for invalid counts or fractions, a folder made with other settings, a recipe that cannot be loaded,
+            or losses that are not one finite number per query.
     """
     started = time.monotonic()
     _check(benchmark, subsets, fraction, seeds, like)
-    load_recipe(recipe_name, benchmark)  # a sentence now rather than from a worker
+    load_recipe(recipe_name, benchmark)  # fails here with a clear error rather than in a worker
     store = Store(out)
     rows = [subset_rows(benchmark, number, fraction, seed, like) for number in range(subsets)]
-    drawn = {"like": _content(benchmark.retrained().subsets)} if like else {"seed": seed, "fraction": fraction}
+    drawn = {"like": _subsets_hash(benchmark.retrained().subsets)} if like else {"seed": seed, "fraction": fraction}
     keys = {"benchmark": benchmark.fingerprint, "recipe": recipe_identity(recipe_name), **drawn}
     stage = _claim(store, keys)
     units = [(number, each) for number in range(subsets) for each in range(seeds)]
@@ -88,8 +88,8 @@ def retrain(
             for each in range(seeds)
         ]
     )
-    truth = Truth(tuple(rows), losses, tuple(f"seed{each}" for each in range(seeds)))
-    truth.check(len(benchmark.blocks), len(benchmark.queries), store.name_of(""))
+    truth = RetrainingResults(tuple(rows), losses, tuple(f"seed{each}" for each in range(seeds)))
+    truth.check(len(benchmark.blocks), len(benchmark.queries), store.display_url(""))
     _publish(store, truth, len(benchmark.blocks))
     return _summary(benchmark, truth, len(missing), store, time.monotonic() - started)
 
@@ -103,8 +103,8 @@ def subset_rows(benchmark: Benchmark, number: int, fraction: float, seed: int, l
     return np.sort(rng.choice(n, max(1, round(fraction * n)), replace=False)).astype(np.int64)
 
 
-def _content(subsets: Sequence[np.ndarray]) -> str:
-    """Sixteen hexadecimal digits of what the subsets hold."""
+def _subsets_hash(subsets: Sequence[np.ndarray]) -> str:
+    """Hash the subsets' rows to sixteen hexadecimal digits."""
     hashed = hashlib.sha256()
     for rows in subsets:
         hashed.update(len(rows).to_bytes(8, "little") + rows.tobytes())
@@ -118,25 +118,25 @@ def _check(benchmark: Benchmark, subsets: int, fraction: float, seeds: int, like
         raise StrideError(f"The fraction of the pool in a subset is {fraction}; it must lie between 0 and 1.")
     if like and subsets > len(benchmark.retrained().subsets):
         raise StrideError(
-            f"{subsets} subsets are asked for, and the results in {benchmark.name} have "
+            f"{subsets} subsets were requested, and the results in {benchmark.name} have "
             f"{len(benchmark.retrained().subsets)}; lower the number."
         )
 
 
 def _claim(store: Store, keys: dict[str, Any]) -> Stage:
-    """The folder of single trainings, made with ``keys`` or new; never beside results that came from elsewhere."""
+    """Open the folder of single trainings, or create it; refuse other ``keys`` and results of another origin."""
     work = store.child(WORK)
     if work.exists("stage.json"):
         made_with = work.read_json("stage.json")["keys"]
         for key in dict.fromkeys([*keys, *made_with]):
             if made_with.get(key) != keys.get(key):
                 raise StrideError(
-                    f"{work.name_of('')} was made with {key} = {made_with.get(key)!r}, and this command has "
+                    f"{work.display_url('')} was made with {key} = {made_with.get(key)!r}, and this command has "
                     f"{keys.get(key)!r}; use another output folder or delete that one."
                 )
     elif _results(store):
         raise StrideError(
-            f"{store.name_of(_results(store)[0])} is there already and was not made by this command; use another "
+            f"{store.display_url(_results(store)[0])} is there already and was not made by this command; use another "
             "output folder."
         )
     else:
@@ -157,11 +157,11 @@ def _train_one(
     device: str,
     unit: tuple[int, int, str],
 ) -> dict[str, Any]:
-    """One training in a worker: losses first, the done-marker last."""
+    """Run one training in a worker; publish the losses first, the done marker last."""
     started = time.monotonic()
     hide_gpus(device)
     number, seed, name = unit
-    benchmark, recipe = opened(url, fingerprint, recipe_name)
+    benchmark, recipe = load_benchmark_and_recipe(url, fingerprint, recipe_name)
     rows = subset_rows(benchmark, number, *draw)
     told = f"Recipe {recipe_name}, subset {number}, seed {seed}"
     losses = checked_losses(recipe.losses(recipe.train(rows, seed)), len(benchmark.queries), told)
@@ -170,10 +170,10 @@ def _train_one(
 
 
 def checked_losses(losses: Any, queries: int, told: str) -> np.ndarray:
-    """What a recipe says that the queries cost, float32 (queries,).
+    """Validate a recipe's query losses and return them as float32 (queries,).
 
     Raises:
-        StrideError: it is not one finite number per query; the sentence begins with ``told``.
+        StrideError: if they are not one finite number per query; the message begins with ``told``.
     """
     found = np.asarray(losses, dtype=np.float32)
     if found.shape != (queries,) or not np.isfinite(found).all():
@@ -192,37 +192,39 @@ def write_array(store: Store, name: str, values: np.ndarray) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def opened(url: str, fingerprint: str, recipe_name: str) -> tuple[Benchmark, Recipe]:
-    """Benchmark and recipe, read once per process.
+def load_benchmark_and_recipe(url: str, fingerprint: str, recipe_name: str) -> tuple[Benchmark, Recipe]:
+    """Load benchmark and recipe, once per process.
 
     Raises:
-        StrideError: where the folder is not what the driver saw.
+        StrideError: if the folder has changed since the driver read it.
     """
     benchmark = reread_benchmark(url, fingerprint)
     return benchmark, load_recipe(recipe_name, benchmark)
 
 
 def read_array(store: Store, name: str) -> np.ndarray:
-    """What ``write_array`` wrote.
+    """Read an array written by ``write_array``.
 
     Raises:
-        StrideError: it cannot be read.
+        StrideError: if it cannot be read.
     """
     try:
         return np.load(io.BytesIO(store.read(name)), allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise StrideError(f"{store.name_of(name)} cannot be read ({error}); delete it and its marker.") from None
+        raise StrideError(f"{store.display_url(name)} cannot be read ({error}); delete it and its marker.") from None
 
 
-def _publish(store: Store, truth: Truth, n_blocks: int) -> None:
-    """The results; those of seeds that an earlier command had and this one has not would contradict them."""
+def _publish(store: Store, truth: RetrainingResults, n_blocks: int) -> None:
+    """Write the results and remove those of an earlier command's extra seeds, which would contradict them."""
     wanted = {f"{start}{name}{end}" for name in truth.names for start, end in (NPZ, JSONL)}
     for name in set(_results(store)) - wanted:
         store.remove(name)
     write_truth(store, truth, np.arange(n_blocks))
 
 
-def _summary(benchmark: Benchmark, truth: Truth, trained: int, store: Store, seconds: float) -> dict[str, Any]:
+def _summary(
+    benchmark: Benchmark, truth: RetrainingResults, trained: int, store: Store, seconds: float
+) -> dict[str, Any]:
     seeds, subsets, _ = truth.losses.shape
     ceiling = evaluate({}, truth, benchmark.kinds, benchmark.parts, draws=0).ceiling()
     smallest, largest = truth.sizes
@@ -235,7 +237,7 @@ def _summary(benchmark: Benchmark, truth: Truth, trained: int, store: Store, sec
     )
     if ceiling:
         told += f"One seed's losses order the subsets as another's do with correlation {ceiling.value:.3f}. "
-    told += f"The results are in {store.name_of('')}: retraining_seed*.npz, lds_seed*.jsonl."
+    told += f"The results are in {store.display_url('')}: retraining_seed*.npz, lds_seed*.jsonl."
     return {
         "subsets": subsets,
         "seeds": seeds,

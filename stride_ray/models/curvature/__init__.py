@@ -1,1 +1,1 @@
-"""H and its inverse: K-FAC as the preconditioner, its sketches, and a solve with the Gauss–Newton matrix."""
+"""Curvature: the K-FAC preconditioner H, sketches of whitened gradients, and a Gauss–Newton solve."""

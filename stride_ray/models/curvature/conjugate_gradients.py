@@ -1,14 +1,14 @@
-"""The gradient of a query with the whole curvature taken into account: conjugate gradients on (κG + cH) x = J(x).
+"""Preconditioned conjugate gradients on (κG + cH) x = J(x): influence with the Gauss–Newton matrix.
 
-Influence is J(x)ᵀ H⁻¹ J_i with H the damped Kronecker factors of every site by itself (sites.py). The Gauss–Newton
-matrix G (gauss_newton.py) is what H approximates; a few steps of conjugate gradients from H⁻¹J(x), with H as
-preconditioner, bring in what it leaves out (after ASTRA, arXiv 2507.14740). A solution lies in H⁻¹ times the span of
-the residuals, x = H⁻¹ y, so y takes the place of J(x): nothing else of the pipeline knows that there was a solve.
+Influence is J(x)ᵀ H⁻¹ J_i with H block-diagonal, the damped Kronecker factors of each site (K-FAC, sites.py). H
+approximates the Gauss–Newton matrix G (gauss_newton.py); a few steps of conjugate gradients with H as preconditioner
+recover part of what it neglects (after ASTRA, arXiv 2507.14740). The iterates lie in H⁻¹ times the span of the
+residuals, x = H⁻¹ y, so y replaces J(x) and the rest of the pipeline is unchanged.
 
-A step needs a product with G for its length, so the first product alone would change nothing but the length of x. But
-what the products so far told bounds the length of the step after them, since no eigenvalue of H⁻¹A = H⁻¹(κG + cH) is
-below c: by Gauss–Radau quadrature (Meurant and Tichý 2013, "On computing quadrature-based bounds for the A-norm of the
-error in conjugate gradients"). One more step is taken, of half the bound.
+A step's length needs a product with G, so a single product would only rescale x. But the products so far bound the
+length of the next step, since no eigenvalue of H⁻¹A = H⁻¹(κG + cH) is below c: Gauss–Radau quadrature (Meurant and
+Tichý 2013, "On computing quadrature-based bounds for the A-norm of the error in conjugate gradients"). One more step,
+of half the bound, is therefore taken without a product.
 """
 
 import math
@@ -21,31 +21,31 @@ from torch import Tensor
 
 from stride_ray.models.sites import ORIGIN
 
-# Share of the bound that the step without a product takes: the whole one was too far where G is of few blocks.
-UNMEASURED = 0.5
+# Length of the step without a product, as a share of its bound: the full bound overshoots if G has few blocks.
+UNMEASURED_STEP_SHARE = 0.5
 
 Gradient = dict[str, Tensor]
 Products = Callable[[list[Gradient]], list[Gradient]]
 
 
 class Preconditioner(Protocol):
-    """H⁻¹ at one site, as sites.Site has it."""
+    """H⁻¹ at one site; implemented by sites.Site."""
 
     @property
     def name(self) -> str:
-        """The site's."""
+        """The site's name."""
 
     def solved(self, J: Tensor) -> Tensor:
         """H⁻¹ J."""
 
 
 @dataclass
-class Solved:
-    """A query's solve.
+class SolveResult:
+    """The result of a query's solve.
 
     Attributes:
-        y: what takes the place of J(x), by site's name.
-        steps: with a product that it took; 0 where it came to nothing and y is J(x).
+        y: replaces J(x), by site name.
+        steps: number of steps with a product; 0 if the solve failed and y is J(x).
     """
 
     y: Gradient
@@ -53,10 +53,10 @@ class Solved:
 
 
 def curvature_scale(masks: Sequence[Tensor]) -> float:
-    """κ, which brings G to the scale of H.
+    """κ, which scales G to H.
 
-    H is of gradients of mean losses at single positions, so a token's weight ω counts twice in it, and once in G:
-    κ = Σ_t ω_t² / positions, over blocks. For whole blocks of T targets it is 1/T².
+    H averages outer products of gradients of mean losses over positions, so it is quadratic in a token's weight ω,
+    whereas G is linear in ω: κ = Σ_t ω_t² / positions, over blocks. For full blocks of T targets it is 1/T².
     """
     weights = positions = 0.0
     for mask in masks:
@@ -68,18 +68,18 @@ def curvature_scale(masks: Sequence[Tensor]) -> float:
 
 def solve(
     queries: list[Gradient], sites: Sequence[Preconditioner], products: Products, steps: int, damping: float
-) -> list[Solved]:
-    """Conjugate gradients for several queries, each by itself, in steps together so that they share what G costs.
+) -> list[SolveResult]:
+    """Independent conjugate gradients for several queries, in lockstep so that they share the cost of G.
 
     Args:
-        queries: J(x) by site's name, without a batch; a site that G does not know (the origin) keeps its own.
-        sites: whose H⁻¹ preconditions.
-        products: κG times directions.
-        steps: with a product each; one more goes without.
+        queries: J(x) by site name, without a batch dimension; the origin, which is not part of G, is left unchanged.
+        sites: provide the preconditioner H⁻¹.
+        products: multiplies directions by κG.
+        steps: steps with a product; one more is taken without.
         damping: c, above zero.
 
     Returns:
-        In order; y of the length that keeps what H⁻¹ alone gives where κG = H.
+        One result per query, in order; y is scaled by 1 + c, so that it equals J(x) if κG = H.
     """
     known = [site for site in sites if site.name != ORIGIN]
     states = [_State({site.name: query[site.name] for site in known}, known, damping) for query in queries]
@@ -87,14 +87,14 @@ def solve(
         going = [state for state in states if state.going]
         for state, product in zip(going, products([state.p for state in going]) if going else [], strict=True):
             state.step(product)
-    return [Solved({**query, **state.found()}, state.steps) for query, state in zip(queries, states, strict=True)]
+    return [SolveResult({**query, **state.found()}, state.steps) for query, state in zip(queries, states, strict=True)]
 
 
 class _State:
-    """Conjugate gradients of one query, between steps: x = H⁻¹y, p = H⁻¹s the direction, r the residual.
+    """Conjugate-gradient state of one query: x = H⁻¹y, direction p = H⁻¹s, residual r.
 
-    Seven times the size of J at most, J and the product with G among them. ``bound``: no step along p that minimises
-    the error is longer.
+    Peak memory is seven times that of J, including J and the product with G. ``bound`` is an upper bound on the length
+    of the optimal step along p.
     """
 
     def __init__(self, J: Gradient, sites: Sequence[Preconditioner], damping: float) -> None:
@@ -106,18 +106,18 @@ class _State:
         self.going = self.size > 0 and math.isfinite(self.size)
 
     def found(self) -> Gradient:
-        """y; nothing where no step was taken."""
+        """y; empty if no step was taken."""
         if not self.steps:
             return {}
         if self.going and self.bound > 0:
-            add(self.y, self.s, UNMEASURED * self.bound)
+            add(self.y, self.s, UNMEASURED_STEP_SHARE * self.bound)
         return {name: (1 + self.damping) * y for name, y in self.y.items()}
 
     def _solved(self, x: Gradient) -> Gradient:
         return {site.name: site.solved(x[site.name]) for site in self.sites}
 
     def step(self, product: Gradient) -> None:
-        """One step along p, whose product with κG is given; stops for good where that is not positive or not finite."""
+        """One step along p given its product with κG; terminates if the curvature is not positive or not finite."""
         add(product, self.s, self.damping)
         curvature = inner(self.p, product)
         if not (curvature > 0 and math.isfinite(curvature)):

@@ -1,13 +1,13 @@
 """Products with the Gauss–Newton matrix of a model's loss on some blocks, in the coordinates of J (sites.py).
 
-For a block G = Σ_t ω_t Z_tᵀ (diag p_t − p_t p_tᵀ) Z_t, with Z_t the Jacobian of the logits at t with respect to what
-acts at the sites, p_t the model's own distribution and ω_t the token's weight in the block's mean loss. It knows how
-sites act together, which their Kronecker factors do not.
+For a block G = Σ_t ω_t Z_tᵀ (diag p_t − p_t p_tᵀ) Z_t, with Z_t the Jacobian of the logits at t with respect to the
+operators at the sites, p_t the model's own distribution and ω_t the token's weight in the block's mean loss. Unlike the
+Kronecker factors it includes interactions between sites.
 
-Z v is taken without forward mode: the map from the gradient w at the final states to those at the sites is linear, and
-differentiating it once more, by w, gives its transpose, which is what a small step at the sites does to the states. One
-graph serves any number of directions v. A model with a module that cannot be differentiated twice has the step
-taken instead, forward and back, and the states' difference halved.
+Z v is computed by double backward instead of forward mode: the map from the gradient w at the final states to the
+gradients at the sites is linear in w, and its derivative by w is its transpose, which maps a small step at the sites to
+the change of the states. One graph serves any number of directions v. For a model with a module that is not twice
+differentiable, a central difference of two steered forward passes is used instead.
 """
 
 import contextlib
@@ -27,28 +27,28 @@ from stride_ray.models.sites import (
     ORIGIN,
     Site,
     forward_with_activations,
+    output_gradients,
     site_module,
     token_weights,
-    written_gradients,
 )
 
-# How far a second derivative may be from the transpose that it should be, in standard deviations of random numbers.
-ALIKE = 0.05
-# A step's length at every site is at most this share of what the site writes, by the weights' number of bits.
+# Tolerance for double backward against the transpose that it should be, in standard deviations of a random probe.
+DOUBLE_BACKWARD_TOLERANCE = 0.05
+# Step of the central difference: its norm at every site is at most this share of the site's output norm, by dtype.
 STEP = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 class Linearised:
-    """A model on a batch of blocks, to first order in what acts at its sites.
+    """A model on a batch of blocks, linearised in the operators at its sites.
 
     Args:
-        model: on whose device everything is.
-        sites: head among them; the origin, which is a place before training, is left out.
+        model: determines the device.
+        sites: must include the head; the origin, which stands for the start of training, is ignored.
         ids_BT, mask_BT: the blocks and their targets.
-        stepped: whether to step along directions, since the model cannot be differentiated twice; None: find out.
+        stepped: use central differences because the model is not twice differentiable; None: detect it.
 
     Attributes:
-        stepped: as given or found.
+        stepped: as given or detected.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Linearised:
         self.stepped = not self._differentiates() if stepped is None else stepped
 
     def _transposed(self) -> dict[str, Tensor]:
-        """What sites get of a gradient w at the final states, in a graph that leads to w; empty where there is none."""
+        """Gradients at the sites as differentiable functions of w; empty if there is no double backward."""
         try:
             back = torch.autograd.grad(self.z, list(self.wrote.values()), self.w, create_graph=True)
         except RuntimeError:
@@ -79,25 +79,25 @@ class Linearised:
         return dict(zip(self.wrote, back, strict=True))
 
     def _differentiates(self) -> bool:
-        """Whether differentiating twice gives the transpose of the backward pass, tried on random numbers.
+        """Whether double backward gives the transpose of the backward pass, tested on a random probe.
 
-        A module may refuse it, or drop its part without a word.
+        A module may raise an error, or silently drop its part of the derivative.
         """
         if not self.back:
             return not self.wrote
         generator = torch.Generator().manual_seed(0)
         w, *moved = (torch.randn(x.shape, generator=generator).to(x) for x in (self.z, *self.wrote.values()))
-        written = written_gradients(self.z, self.wrote, w, keep=True)
+        written = output_gradients(self.z, self.wrote, w, keep=True)
         expected = sum((g * x).sum() for g, x in zip(written.values(), moved, strict=True))
         size = sum((g * x).square().sum() for g, x in zip(written.values(), moved, strict=True)) ** 0.5
         try:
             change = self._differentiated(dict(zip(self.wrote, moved, strict=True)))
         except RuntimeError:
             return False
-        return bool(((w * change).sum() - expected).abs() <= ALIKE * size)
+        return bool(((w * change).sum() - expected).abs() <= DOUBLE_BACKWARD_TOLERANCE * size)
 
     def product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Σ over the blocks of G v: by site's name, a direction and a result of J's shape, without a batch."""
+        """Σ over the blocks of G v; direction and result by site name, of J's shape without the batch dimension."""
         moved = {site.name: self._moved(site, v[site.name]) for site in self.sites if site.name != HEAD}
         dz = (self._stepped(moved) if self.stepped else self._differentiated(moved))[:, :-1]
         head = next(site for site in self.sites if site.name == HEAD)
@@ -108,21 +108,21 @@ class Linearised:
             slopes.append(slope)
             found += head.tokens.of(h).flatten(0, 1).T @ states.flatten(0, 1).float()
         slope = torch.nn.functional.pad(torch.cat(slopes), (0, 0, 0, 1))
-        written = written_gradients(self.z, self.wrote, slope, keep=True)
+        written = output_gradients(self.z, self.wrote, slope, keep=True)
         return {HEAD: found, **{s.name: self._gathered(s, written[s.name]) for s in self.sites if s.name != HEAD}}
 
     def _moved(self, site: Site, v: Tensor) -> Tensor:
-        """What a step along v at a site adds to what it writes: (B, T, D)."""
+        """Change of a site's output for a step along v: (B, T, D)."""
         return site.tokens.spread(self.ids, v) if site.name == EMBEDDING else self.read[site.name] @ v
 
     def _gathered(self, site: Site, g: Tensor) -> Tensor:
-        """Σ_t u_t ⊗ g_t over the whole batch."""
+        """Σ_t u_t ⊗ g_t, summed over the batch."""
         if site.name == EMBEDDING:
             return site.tokens.summed(self.ids.reshape(1, -1), g.reshape(1, -1, g.shape[-1]))[0]
         return self.read[site.name].flatten(0, 1).T @ g.flatten(0, 1)
 
     def _differentiated(self, moved: Mapping[str, Tensor]) -> Tensor:
-        """What steps at the sites do to the final states, (B, T, D), by the transpose of the backward pass."""
+        """Change of the final states for changes at the sites, (B, T, D), by double backward."""
         if not self.wrote:
             return torch.zeros_like(self.z)
         total = torch.stack([(self.back[name] * x.to(self.z.dtype)).sum() for name, x in moved.items()]).sum()
@@ -130,7 +130,7 @@ class Linearised:
 
     @torch.no_grad()
     def _stepped(self, moved: Mapping[str, Tensor]) -> Tensor:
-        """The same by taking them, forward and back."""
+        """``_differentiated`` by a central difference."""
         shares = [self.wrote[name].norm() / x.norm().clamp(min=1e-30) for name, x in moved.items()]
         step = STEP[self.z.dtype] * float(torch.stack(shares).min()) if shares else 1.0
         ahead, behind = (self._states_after({name: sign * step * x for name, x in moved.items()}) for sign in (1, -1))
@@ -144,7 +144,7 @@ class Linearised:
             return self.model.read(self.ids).float()
 
     def _curved(self, states: Tensor, direction: Tensor, omega: Tensor, head: Site, v: Tensor) -> tuple[Tensor, Tensor]:
-        """ω (diag p − p pᵀ) times what the step does to the logits, (B, T − 1, V); and its slope at the states."""
+        """ω (diag p − p pᵀ) times the change of the logits, (B, T − 1, V), and that backpropagated to the states."""
         with torch.enable_grad():
             leaf = states.detach().requires_grad_(True)
             logits = self.model.logits(leaf)
@@ -158,11 +158,11 @@ class Linearised:
 
 
 class GaussNewton:
-    """Products with κ times the mean of G over a sample of blocks, for several directions that share what it costs.
+    """Products with κ times the mean of G over a sample of blocks; several directions share each linearisation.
 
     Args:
-        model, sites: as Linearised takes them.
-        sample: ids and mask of the blocks, in batches that are linearised one after another.
+        model, sites: as in Linearised.
+        sample: ids and mask of the blocks, in batches that are linearised one at a time.
         scale: κ.
     """
 
@@ -174,7 +174,7 @@ class GaussNewton:
         self.stepped: bool | None = None
 
     def __call__(self, directions: list[Gradient]) -> list[Gradient]:
-        """By site's name, in order."""
+        """κ G times each direction, in order."""
         totals: list[Gradient] = []
         for ids, mask in self.sample:
             linearised = Linearised(self.model, self.sites, ids, mask, self.stepped)
@@ -191,7 +191,7 @@ class GaussNewton:
 
 
 def batch_rows(rows: int, model: SplitModel, tokens: int) -> int:
-    """How many blocks are linearised at once, of ``rows`` that a forward and backward pass has room for."""
+    """Blocks per linearised batch, at most a third of the ``rows`` that fit a forward and backward pass."""
     return max(1, min(rows // 3, model.logits_rows(tokens)))
 
 

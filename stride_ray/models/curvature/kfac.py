@@ -1,4 +1,4 @@
-"""Stage curvature: every site's preconditioner and scale, once per run, from a sample of the pool."""
+"""Stage curvature: K-FAC preconditioner and scale of every site, once per run, from a sample of the pool."""
 
 import math
 from dataclasses import replace
@@ -10,11 +10,11 @@ import torch
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.models.curvature.sketch import sketched, sketched_gradients, whole_shape
 from stride_ray.models.loading import load_measured_model
-from stride_ray.models.pool_worker import ModelWorker, corpus_of, map_sample_slices, token_counts
+from stride_ray.models.pool_worker import ModelWorker, covered_fingerprint, map_sample_slices, token_counts
 from stride_ray.models.sites import (
     HEAD,
     ORIGIN,
-    Moments,
+    KroneckerFactors,
     Site,
     add_moments,
     distribution,
@@ -27,37 +27,39 @@ from stride_ray.models.sites import (
 from stride_ray.models.vocabulary import TokenSide
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
-from stride_ray.runtime.costs import costed
+from stride_ray.runtime.costs import record_stage_costs
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store, tensor_bytes
 
-# Tokens that second moments are taken over, and blocks that sites' scales are.
+# Sample sizes: tokens for the second moments, blocks for the sites' scales.
 MOMENT_TOKENS, SCALE_BLOCKS = 131_072, 256
-# Directions of either side that lengths are measured in: whitening whole gradients would take longer than the fit.
-DIRECTIONS = 64
+# Gradient norms are measured in a sketch of this size per side: whitening full gradients would outlast the fit.
+NORM_SKETCH_SIZE = 64
 TENSORS, TOKENS = ("W_in", "W_out", "unigram"), ("weights", "buckets", "directions")
 SIDES = ("read", "written")
 SITES, UNSCALED = "sites", "unscaled"
 
 
 def begin_curvature(run: Run, blocks: Blocks, weights: str) -> Stage:
-    """The stage's folder. A preconditioner of the pool as it was serves the grown pool: the unit of influence stays."""
-    return run.begin("curvature", corpus=corpus_of(run.stage("curvature"), "manifest.json", blocks), weights=weights)
+    """Begin the stage. If the pool grew, a finished preconditioner is kept, so that the unit of influence is stable."""
+    return run.begin(
+        "curvature", corpus=covered_fingerprint(run.stage("curvature"), "manifest.json", blocks), weights=weights
+    )
 
 
 def finish_curvature(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:
-    """Measure the preconditioner where that is not done yet."""
+    """Compute the preconditioner unless the stage is finished."""
     if not stage.store.exists("manifest.json"):
-        with costed(stage):
+        with record_stage_costs(stage):
             measure_curvature(config, blocks, stage, actors)
 
 
 def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:
-    """Publish the sites and a manifest."""
+    """Compute and publish the sites and a manifest."""
     counts = token_counts(blocks, actors)
     sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
     given = (config, blocks, actors.device)
-    sums = dict[str, Moments]()
+    sums = dict[str, KroneckerFactors]()
 
     def add_up(found: dict[str, Any]) -> dict[str, Any]:
         tensors = stage.store.read_tensors(found["file"])
@@ -117,7 +119,7 @@ def load_sites(store: Store, name: str, device: Any) -> tuple[Site, ...]:
 
 
 class MomentWorker(ModelWorker):
-    """Publishes second moments at all sites over some blocks."""
+    """Publishes the second moments of all sites over a slice of the sample."""
 
     load = staticmethod(load_measured_model)
 
@@ -128,12 +130,12 @@ class MomentWorker(ModelWorker):
         self.layers = last_layers(config.operators.layers, self.model.n_layers)
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """Do one unit; returns its findings."""
+        """Process one unit; returns its sums."""
         index, ordinals = unit
         totals, positions = dict[str, tuple[torch.Tensor, torch.Tensor]](), 0
         for batch in self.batches_at(ordinals):
             positions += add_moments(totals, self.model, self.names, *self.trimmed(batch))
-        # By way of a file: at 135 million parameters they are 0.4 GB, and Ray would keep every slice's in memory.
+        # Through a file: 0.4 GB at 135 million parameters, and Ray would keep the moments of all slices in memory.
         file = f"moments-{index:02d}.safetensors"
         sides = {f"{name}.{side}": x for name, both in totals.items() for side, x in zip(SIDES, both, strict=True)}
         self.store.write(file, tensor_bytes({name: x.cpu() for name, x in sides.items()}))
@@ -142,18 +144,18 @@ class MomentWorker(ModelWorker):
 
 
 class ScaleWorker(ModelWorker):
-    """Σ |H^-½ J|² by site, in a sketch of DIRECTIONS on either side, and the loss, over some blocks."""
+    """Σ |H^-½ J|² by site, estimated in a sketch of DIRECTIONS per side, and the loss over a slice of the sample."""
 
     load = staticmethod(load_measured_model)
 
     def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store) -> None:
         super().__init__(config, blocks, device)
         sites = load_sites(curvature, UNSCALED, "cpu")
-        shapes = [(min(F, DIRECTIONS), min(D, DIRECTIONS)) for F, D in map(whole_shape, sites)]
+        shapes = [(min(F, NORM_SKETCH_SIZE), min(D, NORM_SKETCH_SIZE)) for F, D in map(whole_shape, sites)]
         self.sketches = [site.to(self.model.device) for site in sketched(sites, shapes, config.seed)]
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """Do one unit; returns its findings."""
+        """Process one unit; returns its sums."""
         index, ordinals = unit
         squares, loss, targets = dict.fromkeys((site.name for site in self.sketches), 0.0), 0.0, 0
         for batch in self.batches_at(ordinals):

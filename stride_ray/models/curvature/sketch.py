@@ -1,11 +1,11 @@
-"""Sketches of sites: the whitened gradient of a block at a site, seen in a few random directions of either side.
+"""Sketches of sites: two-sided random projections of per-example whitened gradients.
 
 A site's whitened gradient H^-½ J = Σ_t (W_inᵀu_t) ⊗ (W_outᵀg_t) is an F×D matrix (sites.py), too large to keep for
 every block. Its sketch is P_inᵀ (H^-½ J) P_out with fixed random orthonormal P_in (F×a) and P_out (D×b). Inner products
-of sketches, times F·D/(a·b), are inner products of the whitened gradients up to noise that shrinks with a·b
+of sketches, times F·D/(a·b), estimate those of the whitened gradients with noise that shrinks with a·b
 (Johnson–Lindenstrauss; the two-sided form is LoGRA's, arXiv 2405.13954, with the preconditioner folded in). P_in and
-P_out are multiplied into the whitening, so tokens are projected first and no F×D gradient is ever formed: a sketch *is*
-a ``Site``, one whose two matrices are rectangular.
+P_out are multiplied into the whitening, so tokens are projected first and the F×D gradient is never formed: a sketch
+*is* a ``Site`` with rectangular matrices.
 """
 
 import math
@@ -25,44 +25,44 @@ from stride_ray.models.sites import (
     Site,
     forward_with_activations,
     head_gradients,
-    written_gradients,
+    output_gradients,
 )
 from stride_ray.models.vocabulary import projected
 
-# Most directions kept of the logits, over the width of the stream.
-WIDEST = 4
+# Maximum directions on the logits' side, as a multiple of the width of the stream.
+MAX_LOGIT_WIDTH_RATIO = 4
 
 
 def whole_shape(site: Site) -> tuple[int, int]:
-    """F and D of a site: the lengths of the two sides of its whitened gradient."""
+    """(F, D): the shape of a site's whitened gradient."""
     inner, outer = (side.shape[-1] or len(site.tokens) for side in (site.W_in, site.W_out))
     return inner, outer
 
 
 def largest_shape(site: Site) -> tuple[int, int]:
-    """The largest sketch of a site: whole, but for the logits' side of head and origin.
+    """The largest sketch of a site: full size, except on the logits' side of head and origin.
 
-    There a token's V probabilities must be projected, which beyond four times the stream's width costs more than the
-    pass that gave them.
+    Projecting each token's V probabilities to more than four times the stream's width costs more than the forward pass
+    that computes them.
     """
     inner, outer = whole_shape(site)
-    return inner, min(outer, WIDEST * inner) if site.name in (HEAD, ORIGIN) else outer
+    return inner, min(outer, MAX_LOGIT_WIDTH_RATIO * inner) if site.name in (HEAD, ORIGIN) else outer
 
 
 def sketch_shapes(whole: Sequence[tuple[int, int]], shares: Sequence[float], coordinates: int) -> list[tuple[int, int]]:
-    """Sizes a×b of the sites' sketches that use up a number of coordinates.
+    """Distribute a budget of coordinates over the sites: the shape a×b of each sketch.
 
-    A site gets coordinates in proportion to its share of the pool's mean squared whitened gradient, for the noise of a
-    site's inner products is proportional to that share over the root of its coordinates; none gets more than it has.
-    Within a site a and b are as equal as F and D allow.
+    A site's coordinates are proportional to its share of the pool's mean squared whitened gradient, because the noise
+    of its inner products is that share over the root of its coordinates; capped at its full size. Within a site, a and
+    b are as equal as F and D allow.
 
     Args:
         whole: the largest (a, b) by site (largest_shape).
-        shares: of the mean of |H^-½ J|² over blocks, by site; they add up to 1.
-        coordinates: of all sketches together; at least as many as sites.
+        shares: of the mean of |H^-½ J|² over blocks, by site; they sum to 1.
+        coordinates: in all sketches together; at least one per site.
 
     Returns:
-        (a, b) by site, whose products add up to ``coordinates`` at most.
+        (a, b) by site; the products sum to ``coordinates`` at most.
     """
     full = np.array([F * D for F, D in whole], dtype=float)
     weights = np.maximum(np.array(shares, dtype=float), 1e-12)
@@ -85,22 +85,22 @@ def sketch_shapes(whole: Sequence[tuple[int, int]], shares: Sequence[float], coo
 
 
 def sketched(sites: Sequence[Site], shapes: Sequence[tuple[int, int]], seed: int) -> tuple[Site, ...]:
-    """The sites with random directions multiplied into both sides of their whitening.
+    """Multiply random projections into both sides of the sites' whitening.
 
     Args:
         sites: with square whitening (kfac.py).
         shapes: (a, b) by site.
-        seed: of the directions; site i draws from [seed, i] alone.
+        seed: of the projections; site i is seeded with [seed, i].
 
     Returns:
-        Sites with W_in (F, a) and W_out (D, b), and the coordinates of tokens projected likewise. ``scale`` holds the
-        factor a·b/(F·D), so that products over it are estimates of those of the whole gradients.
+        Sites with W_in (F, a) and W_out (D, b); vocabulary sides are projected likewise. ``scale`` includes the factor
+        a·b/(F·D), so that inner products over ``scale`` estimate those of the full gradients.
     """
     found = []
     for index, (site, shape) in enumerate(zip(sites, shapes, strict=True)):
         whole = whole_shape(site)
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
-        # Whole sides are rotated too: one bit a coordinate wants coordinates of like size, not tokens that are absent.
+        # Full-size sides are rotated too: one-bit codes need coordinates of similar size, not mostly absent tokens.
         P_in, P_out = (orthonormal(length, kept, generator) for length, kept in zip(whole, shape, strict=True))
         share = shape[0] * shape[1] / (whole[0] * whole[1])
         found.append(_projected(site, P_in, P_out, site.scale * share))
@@ -116,7 +116,7 @@ def _projected(site: Site, P_in: Tensor, P_out: Tensor, scale: float) -> Site:
 
 
 def sketch_of(sketch: Site, J: Tensor) -> Tensor:
-    """What a sketch makes of gradients (B, F, D) as site_gradients gives them: (B, a·b)."""
+    """Sketch gradients (B, F, D) from site_gradients: (B, a·b)."""
     if sketch.name in (EMBEDDING, HEAD, ORIGIN):
         other = sketch.W_out if sketch.name == EMBEDDING else sketch.W_in
         return (sketch.tokens.directions.T @ J @ other).flatten(1)
@@ -126,13 +126,13 @@ def sketch_of(sketch: Site, J: Tensor) -> Tensor:
 def sketched_gradients(
     model: SplitModel, sketches: Sequence[Site], ids_BT: Tensor, mask_BT: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """Sketches of each sequence's whitened gradient, site by site, and the sequences' losses (B,) float32.
+    """Sketches of the per-example whitened gradients, and the sequences' losses (B,) float32.
 
-    One forward and one backward pass. Returns (B, a·b) float32 by site, zeros for a sequence without targets.
+    One forward and one backward pass. Sketches are (B, a·b) float32 by site; zeros for a sequence without targets.
     """
     z, read, wrote = forward_with_activations(model, [site.name for site in sketches], ids_BT)
     ends, losses, slope = head_gradients(model, sketches, ids_BT, mask_BT, z.detach())
-    written = written_gradients(z, wrote, slope)
+    written = output_gradients(z, wrote, slope)
     pieces = []
     for site in sketches:
         if site.name in (HEAD, ORIGIN):

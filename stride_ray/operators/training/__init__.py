@@ -1,1 +1,1 @@
-"""The paper's way to operators: three losses, descended together on Ray Train."""
+"""The paper's training of operators: joint gradient descent on three losses, on Ray Train."""

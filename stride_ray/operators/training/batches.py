@@ -1,7 +1,7 @@
-"""What a step of the paper's loop works on: its blocks, its subsets, and which pairs of them serve which loss.
+"""Batches of the paper's training loop: blocks, subsets, and the (block, subset) pairs of each loss.
 
-All of it is a function of (seed, step) and the pool alone, so that a loop which was stopped goes on without history,
-and every rank knows the whole step without being told.
+Everything is a function of (seed, step) and the pool, so that a resumed loop needs no history and every rank computes
+the whole step without communication.
 """
 
 import functools
@@ -13,17 +13,17 @@ from stride_ray.corpus.blocks import Batch, Blocks
 from stride_ray.operators.membership import Membership
 from stride_ray.runtime.errors import StrideError
 
-# The step's subsets that a block serves fidelity for.
-OWN = 2
-# The order of blocks: slices of neighbours, so many of which are held and shuffled together.
+# Fidelity pairs per block.
+FIDELITY_PAIRS_PER_BLOCK = 2
+# Shuffling: blocks per slice of consecutive blocks, and slices that are held in memory and shuffled together.
 SLICE, HELD_SLICES = 512, 64
 
 
 class SeededShuffle:
-    """The pool in a seeded order, epoch after epoch, of which a step takes the next blocks; any step, in any order.
+    """A seeded shuffle of the pool, epoch after epoch, with random access to the blocks of any step.
 
-    A pool of up to 32,768 blocks is shuffled whole. A larger one is walked in chapters of that size, each made of 64
-    slices from anywhere in the pool: bounded memory, and reads of neighbours.
+    A pool of up to 32,768 blocks is shuffled in full. A larger one is processed in chapters of that size, each made of
+    64 random slices of the pool: memory is bounded and reads are sequential within a slice.
     """
 
     def __init__(self, blocks: Blocks, seed: int, per_step: int) -> None:
@@ -33,7 +33,7 @@ class SeededShuffle:
         self._held = functools.lru_cache(2)(self._chapter)
 
     def batch(self, step: int) -> Batch:
-        """The blocks of a step, (per_step, …); one may come twice where an epoch ends."""
+        """The blocks of a step, (per_step, …); at the end of an epoch a block may occur twice."""
         parts: dict[tuple[int, int], list[int]] = {}
         for position in range(step * self.per_step, (step + 1) * self.per_step):
             epoch, index = divmod(position, len(self.blocks))
@@ -45,7 +45,7 @@ class SeededShuffle:
         return Batch(ordinals, ids.astype(np.int64), mask)
 
     def _slices(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch's slices in order: where each starts in the pool, and how many blocks come before it."""
+        """The slices of an epoch in order: start in the pool, and cumulative number of blocks before each."""
         starts = np.arange(0, len(self.blocks), SLICE)
         starts = np.random.default_rng([self.seed, epoch]).permutation(starts)
         lengths = np.minimum(SLICE, len(self.blocks) - starts)
@@ -60,7 +60,7 @@ class SeededShuffle:
 
 
 class Step(NamedTuple):
-    """What one step computes: its blocks, its subsets, and (pairs, 2) indices into the two for each loss."""
+    """One training step: its blocks, its subsets, and for each loss (pairs, 2) indices into the two."""
 
     batch: Batch
     subsets: np.ndarray
@@ -70,10 +70,10 @@ class Step(NamedTuple):
 
 
 def plan_step(walk: SeededShuffle, membership: Membership, seed: int, step: int) -> Step:
-    """The pairs of a step, from (seed, step) alone; blocks without a target serve nothing.
+    """The pairs of a step, a function of (seed, step); blocks without a target are skipped.
 
     Raises:
-        StrideError: where no block of the step has a target in its loss mask.
+        StrideError: if no block of the step has a target in its loss mask.
     """
     batch = walk.batch(step)
     rng = np.random.default_rng([seed, step, 1])
@@ -81,7 +81,7 @@ def plan_step(walk: SeededShuffle, membership: Membership, seed: int, step: int)
     if not len(useful):
         raise StrideError(f"None of the {len(batch.mask)} blocks of step {step} has a token that counts as a target.")
     columns = membership.columns_at(batch.ordinals).astype(np.int64)
-    own = [rng.permutation(row[row < membership.subsets])[:OWN] for row in columns[useful]]
+    own = [rng.permutation(row[row < membership.subsets])[:FIDELITY_PAIRS_PER_BLOCK] for row in columns[useful]]
     subsets = np.unique(np.concatenate(own))
     block = np.repeat(useful, [len(chosen) for chosen in own])
     fidelity = np.stack([block, np.searchsorted(subsets, np.concatenate(own))], 1)
@@ -93,10 +93,10 @@ def plan_step(walk: SeededShuffle, membership: Membership, seed: int, step: int)
 
 
 def own_and_other(membership: Membership, ordinals: np.ndarray, seed: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each block some of its own subsets, at most ``most``, and as many others.
+    """For each block up to ``most`` of its own subsets, and as many others.
 
     Returns:
-        Two (pairs, 2) int64 arrays of a row of ``ordinals`` and a subset.
+        Two (pairs, 2) int64 arrays of (index into ``ordinals``, subset).
     """
     members, others = [np.empty((0, 2), np.int64)], [np.empty((0, 2), np.int64)]
     for row, (ordinal, column) in enumerate(zip(ordinals.tolist(), membership.columns_at(ordinals), strict=True)):

@@ -1,9 +1,9 @@
 """The three losses of the paper's joint objective: fidelity, stability and linearity (paper 4.1; method.md, Objective).
 
-Plain functions of tensors: no Ray, no storage, no pool. Each works on n pairs of a block and a subset, the block given
-by its stream after the split layer (computed once, shared by all three) and the subset by its operator. Gradients
-reach the operators and what they share, never the model. Logits exist a chunk of positions at a time and are computed
-again in the backward pass (paper's Appendix F.4).
+Plain functions of tensors, independent of Ray, storage and the pool. Each takes n (block, subset) pairs; a block is
+given by its stream after the split layer (computed once for all three losses), a subset by its operator. Gradients
+reach the operators and the shared basis, never the model. Logits are computed for one chunk of positions at a time and
+not stored for the backward pass (paper's Appendix F.4).
 """
 
 import functools
@@ -13,22 +13,22 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from stride_ray.models.causal_lm import Shift, SplitModel, masked_mean
-from stride_ray.operators.forms import Basis, features, steering
+from stride_ray.operators.forms import Basis, features, steering_vectors
 from stride_ray.operators.membership import Membership
 from stride_ray.runtime.errors import StrideError
 
 STABILITY_FORMS = ("kl", "logit_penalty", "hidden_norm")
-# Blocks whose rows of the random projection are drawn together; part of the projection's identity.
+# Blocks per draw of the random projection; changing it changes the projection.
 PROJECTION_CHUNK = 1 << 16
 
 
 def steered_states(model: SplitModel, basis: Basis, h_nTD: Tensor, A_n: Tensor) -> tuple[Tensor, Shift | None]:
-    """What the head reads under each pair's operator, and what is added to the logits after it.
+    """Steer each pair: the head's input and, for the logit form, the shift of the logits.
 
     Args:
         model: split at the basis's layer (after the last layer for the logit form).
         basis: on the model's device.
-        h_nTD: stream of each pair's block.
+        h_nTD: stream of each pair's block after the split layer.
         A_n: (n, *basis.shape) float32, each pair's operator.
 
     Returns:
@@ -36,7 +36,7 @@ def steered_states(model: SplitModel, basis: Basis, h_nTD: Tensor, A_n: Tensor) 
     """
     u_nTr = features(basis, h_nTD)
     if basis.form != "logit":
-        return model.states(h_nTD + steering(basis, u_nTr, A_n).to(h_nTD.dtype)), None
+        return model.states(h_nTD + steering_vectors(basis, u_nTr, A_n).to(h_nTD.dtype)), None
     moved_nTv = u_nTr @ A_n
     W_out = basis.W_out[: model.vocabulary]
     with torch.no_grad():
@@ -47,14 +47,14 @@ def steered_states(model: SplitModel, basis: Basis, h_nTD: Tensor, A_n: Tensor) 
 def steered_losses(
     model: SplitModel, basis: Basis, h_nTD: Tensor, ids_nT: Tensor, mask_nT: Tensor, A_n: Tensor
 ) -> Tensor:
-    """Masked mean cross-entropy of each pair's block under its operator: fidelity's CE_k(x) (paper Eq. 8).
+    """Masked mean cross-entropy of each pair's steered block: CE_k(x) of the fidelity loss (paper Eq. 8).
 
     Args:
         model: as in steered_states.
         basis: as in steered_states.
         h_nTD: as in steered_states.
         ids_nT: token ids, int64.
-        mask_nT: bool (or weights ω), tokens that count as targets.
+        mask_nT: bool (or weights ω), targets.
         A_n: as in steered_states.
 
     Returns:
@@ -69,17 +69,17 @@ def steered_losses(
 def stability_losses(
     model: SplitModel, basis: Basis, h_nTD: Tensor, mask_nT: Tensor, A_n: Tensor, top_m: int, form: str = "kl"
 ) -> Tensor:
-    """How far each pair's operator moves the model on a block that is not its own (paper Eq. 9 and Eqs. 65–67).
+    """Change of the model's predictions by each pair's operator, on non-member blocks (paper Eq. 9, Eqs. 65–67).
 
     Args:
         model: as in steered_states.
         basis: as in steered_states.
         h_nTD: as in steered_states.
-        mask_nT: bool, tokens that count as targets; the positions before them are compared.
+        mask_nT: bool, targets; the positions that predict them are compared.
         A_n: as in steered_states.
-        top_m: how many of the base model's most likely tokens are compared.
-        form: ``kl``: KL(p_0 ‖ p_k) on those tokens, both renormalised on them, nats; ``logit_penalty``: mean square
-            of their logits' change, nats²; ``hidden_norm``: ``added_squares``.
+        top_m: number of the base model's most likely tokens to compare.
+        form: ``kl``: KL(p_0 ‖ p_k) with both renormalised on those tokens, nats; ``logit_penalty``: mean squared
+            change of their logits, nats²; ``hidden_norm``: ``added_squares``.
 
     Returns:
         (n,) float32, the mean over positions; nan for a block without a target.
@@ -134,21 +134,21 @@ def _compare(
 
 
 def added_squares(basis: Basis, h_nTD: Tensor, A_n: Tensor) -> Tensor:
-    """Mean square of what each pair's operator adds, as a share of the stream's at that position.
+    """Mean square of each pair's steering, relative to that of the stream at the same position: (n, T) float32.
 
-    For the logit form not a share: nats². Returns (n, T) float32.
+    For the logit form it is absolute, in nats².
     """
     u_nTr = features(basis, h_nTD)
     if basis.form != "logit":
-        # Position by position: the first token of many models has a stream hundreds of times the others'.
-        return steering(basis, u_nTr, A_n).square().mean(-1) / h_nTD.float().square().mean(-1)
+        # Per position: in many models the first token's stream is hundreds of times larger than the others'.
+        return steering_vectors(basis, u_nTr, A_n).square().mean(-1) / h_nTD.float().square().mean(-1)
     moved_nTv = u_nTr @ A_n
-    # ‖W m‖² = mᵀ(WᵀW)m: never (n, T, V) at once.
+    # ‖W m‖² = mᵀ(WᵀW)m avoids a tensor of shape (n, T, V).
     return ((moved_nTv @ (basis.W_out.T @ basis.W_out)) * moved_nTv).sum(-1) / len(basis.W_out)
 
 
 def linearity_loss(y_qn: Tensor, Z_np: Tensor, ridge: float) -> Tensor:
-    """min_v ‖y − Zv‖² + λ‖v‖², mean over the rows of ``y`` (paper Eq. 10); differentiable through ``y``.
+    """min_v ‖y − Zv‖² + λ‖v‖², mean over the rows of ``y`` (paper Eq. 10); differentiable in ``y``.
 
     Args:
         y_qn: responses of q blocks to n subsets, nats.
@@ -159,7 +159,7 @@ def linearity_loss(y_qn: Tensor, Z_np: Tensor, ridge: float) -> Tensor:
         A scalar, nats².
 
     Raises:
-        StrideError: where n ≤ p, since the residual would then be zero whatever the operators do.
+        StrideError: if n ≤ p: the unregularised residual would be zero for any operators.
     """
     n, p = Z_np.shape
     if n <= p:
@@ -172,7 +172,7 @@ def linearity_loss(y_qn: Tensor, Z_np: Tensor, ridge: float) -> Tensor:
 def projection(membership: Membership, n_blocks: int, columns: int, seed: int) -> Tensor:
     """Z = M R with R ∈ R^{N×p} standard normal, divided by √(N d / K) so that entries are about N(0, 1).
 
-    M is streamed, and R is drawn from the seed and the ordinal's chunk, so nothing of size N is held.
+    M is streamed, and R is drawn chunk by chunk from (seed, chunk), so memory does not grow with N.
 
     Args:
         membership: M.
@@ -193,6 +193,6 @@ def projection(membership: Membership, n_blocks: int, columns: int, seed: int) -
 
 
 def target_length(mask_nT: Tensor) -> int:
-    """Columns up to the last target of the batch, at least 2: what follows needs no suffix (paper F.4)."""
+    """Columns up to the batch's last target, at least 2; the suffix skips the rest (paper F.4)."""
     columns = (mask_nT[:, 1:] != 0).any(0).nonzero()
     return int(columns.max()) + 2 if len(columns) else min(2, mask_nT.shape[1])

@@ -1,21 +1,21 @@
-"""Optimisers of the loop: AdamW by rows of the stack, Muon for what all subsets share."""
+"""Optimisers of the training loop: Adam per row of the operator stack, Muon for the shared matrices."""
 
 import torch
 from torch import Tensor
 
-# Decay of the rows' first and second moments; short, since a row is visited tens of times in all.
+# Adam betas of the rows; short horizons, since a row is visited only tens of times in total.
 BETAS = (0.9, 0.99)
 
 
 class RowAdam:
-    """Adam on the rows of a stack that a step visits; each row has its own moments and count of visits."""
+    """Sparse Adam over the rows of a stack; each row has its own moments and its own step count."""
 
     def __init__(self, stack: Tensor) -> None:
         self.first, self.second = torch.zeros_like(stack), torch.zeros_like(stack)
         self.visits = torch.zeros(len(stack), device=stack.device)
 
     def update(self, stack: Tensor, rows: Tensor, gradient: Tensor, rate: float) -> None:
-        """Move ``stack[rows]`` in place, given the gradient of those rows (distinct)."""
+        """Update ``stack[rows]`` in place, given their gradient; rows must be distinct."""
         shape = (-1, *[1] * (stack.ndim - 1))
         self.visits[rows] += 1
         visits = self.visits[rows].view(shape)
@@ -27,5 +27,5 @@ class RowAdam:
 
 
 def muon(parameters: list[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Muon at the scale of AdamW's updates, so that one learning rate serves both."""
+    """Muon scaled to AdamW's update RMS, so that one learning rate suits both."""
     return torch.optim.Muon(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")

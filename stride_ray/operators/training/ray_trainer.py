@@ -1,8 +1,8 @@
-"""The paper's loop under Ray Train: one to many workers that take one and the same step together.
+"""The paper's training loop on Ray Train: data-parallel over one or more workers.
 
-The loop's own checkpoints, plain safetensors in the run directory at any fsspec URL, are what it resumes from, after
-a killed worker (Ray Train starts the group again) as after a killed driver (the same command again). Ray Train thus
-needs no shared storage of its own; it forms the process group, watches over the workers and collects the metrics.
+The loop resumes from its own checkpoints, plain safetensors in the run directory at any fsspec URL, after a killed
+worker (Ray Train restarts the group) as well as after a killed driver (rerun the same command). Ray Train therefore
+needs no shared storage; it forms the process group, monitors the workers and collects the metrics.
 """
 
 import logging
@@ -29,23 +29,23 @@ from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import RETRIES, WorkerAllocation, prepare_process
 from stride_ray.runtime.urls import first_line
 
-# How many times Ray Train waits for room for its workers, a minute each: as long as a cloud may take to bring a node.
-WAITS = 20
+# Retries of a minute each while Ray Train waits for resources: as long as a cloud may take to provision a node.
+MAX_STARTUP_RETRIES = 20
 
 
 def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: WorkerAllocation) -> None:
-    """Train the run's operators and leave them in ``trained/`` of the stage's folder, unless they are there already.
+    """Train the run's operators and publish them in ``trained/`` of the stage's folder, unless they exist.
 
-    Meanwhile ``loop/`` holds the newest checkpoint; the numbers of each evaluation stay in ``training.json``.
+    During training ``loop/`` holds the newest checkpoint; the metrics of each evaluation are kept in ``training.json``.
 
     Args:
-        config: the run's.
+        config: the run's configuration.
         blocks: the pool.
-        stage: the operators stage; with fit.start = closed_form its ``fitted/`` is what the loop begins from.
-        pool: how many workers, and on what.
+        stage: the operators stage; with fit.start = closed_form the loop starts from its ``fitted/``.
+        pool: number and device of the workers.
 
     Raises:
-        StrideError: the loop's own, that its workers died again and again, or that there is no room for them any more.
+        StrideError: from the loop, if its workers died repeatedly, or if the cluster has no room for them any more.
     """
     if stage.store.exists("trained/metadata.json"):
         return
@@ -74,8 +74,8 @@ def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Worker
             run_config=RunConfig(
                 name=f"stride-{stage.identity}",
                 storage_path=scratch,
-                # Without a limit a node that never comes back would be waited for for ever.
-                failure_config=FailureConfig(max_failures=RETRIES, controller_failure_limit=WAITS),  # type: ignore[call-arg]
+                # Without a limit it would wait forever for a lost node.
+                failure_config=FailureConfig(max_failures=RETRIES, controller_failure_limit=MAX_STARTUP_RETRIES),  # type: ignore[call-arg]
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
@@ -84,9 +84,10 @@ def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Worker
         except Exception as error:
             if "startup timed out" in str(error) or "WorkerGroupStartup" in f"{error!r}{error.__cause__!r}":
                 raise StrideError(
-                    f"Ray Train found no room for {pool.workers} worker(s) with a {kind} each, {WAITS + 1} times in a "
-                    "row (a node that was lost and has not come back?); its checkpoints are kept: run the same command "
-                    "again when the nodes are back, or with a lower compute.workers."
+                    f"Ray Train found no room for {pool.workers} worker(s) with a {kind} each, "
+                    f"{MAX_STARTUP_RETRIES + 1} times in a row (a node that was lost and has not come back?); its "
+                    "checkpoints are kept: run the same command again when the nodes are back, or with a lower "
+                    "compute.workers."
                 ) from error
             if not loop.exists("error.json"):
                 raise StrideError(
@@ -99,16 +100,16 @@ def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Worker
 
 
 def _worker(given: dict[str, Any]) -> None:
-    """One rank, from its first step or the last checkpoint to the operators."""
+    """Ray Train's worker function: run one rank and hand its StrideError to the driver."""
     from ray import train
 
     prepare_process(given["folder"])
-    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every report
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs every report
     context = train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
     stage: Store = given["stage"]
     store = stage.child("loop")
-    # What is wrong with the input is wrong again at the next try: the driver tells it, and no rank goes on.
+    # A StrideError would recur on a retry: the driver raises it, and all ranks stop.
     if store.exists("error.json"):
         return
     try:
@@ -116,11 +117,11 @@ def _worker(given: dict[str, Any]) -> None:
     except StrideError as error:
         store.write_json("error.json", {"error": str(error)})
         if ranks.world > 1:
-            raise  # others may be waiting for this rank, for ever
+            raise  # other ranks may be blocked in a collective
 
 
 def train_rank(config: Config, blocks: Blocks, stage: Store, device: str, ranks: Ranks, report: Any = None) -> None:
-    """What each rank does, with the process group formed already where there are several; see train_distributed."""
+    """Run one rank of train_distributed; the process group exists already if there are several ranks."""
     model = load_run_model(config, device)
     model.check_ids(torch.tensor([[blocks.manifest["max_token_id"]]]))
     start = load_operators(stage.child("fitted"))[0] if config.fit.start == "closed_form" else None
@@ -133,7 +134,7 @@ def train_rank(config: Config, blocks: Blocks, stage: Store, device: str, ranks:
 
 @contextmanager
 def _own_interrupt() -> Iterator[None]:
-    """Ray Train sets a handler of its own for Ctrl-C and leaves it behind; put the old one back."""
+    """Restore the SIGINT handler, which Ray Train replaces and does not restore."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -143,10 +144,10 @@ def _own_interrupt() -> Iterator[None]:
 
 
 def _quiet(trainer: type) -> type:
-    """The trainer without the watcher that asks Ray's dashboard for the controller's state, where there is none.
+    """Without a Ray dashboard, remove the callback that polls it for the controller's state.
 
-    It would report its failure again and again. What it watches for is a controller that dies alone; a Ray that was
-    started for this command, which is the one without a dashboard, ends with the command.
+    The callback would log an error repeatedly. It guards against a controller that dies alone; a Ray instance without a
+    dashboard was started for this command and ends with it.
     """
     if ray._private.worker.get_dashboard_url():
         return trainer

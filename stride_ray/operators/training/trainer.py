@@ -1,13 +1,13 @@
-"""The paper's loop as plain torch: all subsets' operators and what they share, trained jointly on three losses.
+"""The paper's training loop in plain torch: all operators and the shared basis, trained jointly on three losses.
 
-The streaming form of the objective (method.md): a step walks to its blocks, and each serves fidelity for two of its
-own subsets and stability for one of the step's others; the first few answer to all the step's subsets, for linearity.
-What a step does is a function of (seed, step), so a loop that was stopped goes on from parameters, optimiser and step
-alone. With several ranks each takes a slice of the step's (block, subset) pairs and the gradients are summed: the
-step is the same whatever the number of ranks, up to the order of floating-point sums.
+The streaming form of the objective (method.md): each block of a step is used for fidelity with two of its own subsets
+and for stability with one of the step's other subsets; the first few blocks are paired with all subsets of the step for
+linearity. A step is a function of (seed, step), so the loop resumes from parameters, optimiser state and step number.
+Each rank takes a slice of the step's (block, subset) pairs and gradients are summed: the step does not depend on the
+number of ranks, up to the order of floating-point sums.
 
-Only the subsets of a step receive gradients in it. Their rows of the stack have AdamW's moments of their own, which
-rest while a row rests; one dense optimiser would let them decay, and move rows, in steps that say nothing about them.
+Only the subsets of a step receive gradients. Each row of the operator stack has its own Adam moments, which change only
+in steps that include it; a dense optimiser would decay the moments, and move the rows, in steps without a gradient.
 """
 
 import sys
@@ -25,7 +25,13 @@ from stride_ray.models.batch_size import rows_at_once
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.operators.forms import Basis, Operators, random_basis
 from stride_ray.operators.membership import Membership
-from stride_ray.operators.training.batches import OWN, SeededShuffle, Step, own_and_other, plan_step
+from stride_ray.operators.training.batches import (
+    FIDELITY_PAIRS_PER_BLOCK,
+    SeededShuffle,
+    Step,
+    own_and_other,
+    plan_step,
+)
 from stride_ray.operators.training.objective import (
     added_squares,
     linearity_loss,
@@ -39,14 +45,15 @@ from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store, tensor_bytes
 
-# Share of the steps in which the learning rate rises; after that it falls to zero (paper's Appendix F.5).
+# Warm-up as a share of the steps; afterwards the learning rate decays to zero (paper's Appendix F.5).
 WARM_UP = 0.05
-# The shared matrices' rate, as a share of the rows': a row is visited every K/rows steps and must find them nearby.
+# Learning rate of the shared matrices relative to the rows': they must not drift between a row's visits, every
+# K/rows steps.
 SHARED_RATE = 0.1
 RIDGE = 1.0
-# How often, over all steps, the loop is evaluated and kept.
+# Number of evaluations and of checkpoints in a run.
 EVALUATIONS, CHECKPOINTS = 10, 20
-# Blocks whose members' and others' responses are compared on the way, and the most subsets of each kind.
+# Evaluation: number of blocks, and maximum subsets per block among its own and among the others.
 EVALUATED, EVALUATED_SUBSETS = 32, 4
 
 Report = Callable[[dict[str, float]], None]
@@ -54,13 +61,13 @@ Report = Callable[[dict[str, float]], None]
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who else runs the loop; alone by default."""
+    """This process's rank and the world size; a single process by default."""
 
     rank: int = 0
     world: int = 1
 
     def share(self, count: int) -> slice:
-        """This rank's part of ``count`` things."""
+        """This rank's slice of ``count`` items."""
         return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -74,7 +81,7 @@ ALONE = Ranks()
 
 
 class _BatchStates(NamedTuple):
-    """Some blocks with their streams, which pairs are computed from."""
+    """Blocks with their streams after the split layer, shared by the pairs."""
 
     places: np.ndarray  # ascending indices into the batch
     h: Tensor  # (B, T, D)
@@ -88,19 +95,19 @@ class _BatchStates(NamedTuple):
 
 
 class Loop:
-    """Parameters, optimiser and position of the joint loop.
+    """Parameters, optimiser state and step number of the joint training.
 
-    W_in (D, r) is trained, W_out (D, r) for the gate form only, and the stack A (K, …). ``gain`` multiplies W_out so
-    that an A whose entries have root mean square a adds about a times the stream's size (a nats, to logits): one
-    learning rate then serves every model and form.
+    Trained are W_in (D, r), the stack A (K, …) and, for the gate form only, W_out (D, r). ``gain`` scales W_out so that
+    an A with root mean square a steers by about a times the size of the stream (a nats, for logits): one learning rate
+    then suits every model and form.
 
     Args:
-        config: the run's.
-        model: as fitted.load_run_model gives it.
+        config: the run's configuration.
+        model: from loading.load_run_model.
         blocks: the pool.
         membership: M.
-        start: operators to begin from (the closed form's); None: a random basis and A = 0.
-        ranks: who else runs the loop.
+        start: operators to start from (the closed form's); None: a random basis and A = 0.
+        ranks: rank and world size.
     """
 
     def __init__(
@@ -118,8 +125,8 @@ class Loop:
         self._at_once = rows_at_once(config, self.model, blocks.block_tokens)
         self._sample = blocks.batch(blocks.sample(EVALUATED, config.seed + 2))
         self._pairs = own_and_other(membership, self._sample.ordinals, config.seed, EVALUATED_SUBSETS)
-        # Far fewer columns than rows: about as many explain any responses, and the loss would say nothing.
-        self.columns = max(1, min(OWN * self.walk.per_step, membership.subsets) // 8)
+        # Far fewer columns than rows: otherwise the projection fits any responses and the loss is uninformative.
+        self.columns = max(1, min(FIDELITY_PAIRS_PER_BLOCK * self.walk.per_step, membership.subsets) // 8)
         self.Z = torch.empty(0)
         if config.fit.linearity:
             self.Z = projection(membership, len(blocks), self.columns, config.seed).to(model.device)
@@ -129,11 +136,11 @@ class Loop:
         self.optimizer = kind(self.shared, lr=0.0, weight_decay=0.0)
 
     def _set_parameters(self, start: Operators | None) -> None:
-        """Parameters where they begin, and the gain; the closed form has the strength that helps its members most."""
+        """Initialise parameters and gain; the closed form starts at the strength with the highest member response."""
         wanted, model = self.config.operators, self.model
         sizes = (model.width, model.vocabulary, wanted.rank, wanted.sketch)
         basis = start.basis if start else random_basis(wanted.form, *sizes, self.config.seed)
-        # From here on responses to first order are plain gradients, whatever the closed form made of them.
+        # Trained operators use plain gradients for first-order responses, not the closed form's unit norm and target.
         self._constant = replace(basis, unit=False, target="model", centre=torch.empty(0)).to(model.device)
         trained = basis.form == "gate"
         size = torch.linalg.matrix_norm(basis.W_out, 2) if trained else 1.0
@@ -153,11 +160,11 @@ class Loop:
             self.A = A * STRENGTHS[int(np.argmax(means))]
 
     def basis(self) -> Basis:
-        """The basis as it stands; gradients reach W_in, and W_out where it is trained."""
+        """The current basis; differentiable in W_in, and in W_out if it is trained."""
         return replace(self._constant, W_in=self.W_in, W_out=self.W_out * self.gain)
 
     def operators(self) -> Operators:
-        """A copy of what has been trained so far."""
+        """A detached copy of the current operators."""
         basis = self.basis()
         detached = {name: getattr(basis, name).detach().clone() for name in ("W_in", "W_out")}
         return Operators(replace(basis, **detached), self.A.clone())
@@ -166,11 +173,11 @@ class Loop:
         """Take one step.
 
         Returns:
-            The three losses before it, over the pairs of all ranks: fidelity in nats, stability in the units of its
-            form, linearity in nats².
+            The three losses before the update, over the pairs of all ranks: fidelity in nats, stability in the units of
+            its form, linearity in nats².
 
         Raises:
-            StrideError: where a gradient is not finite.
+            StrideError: if a loss or gradient is not finite.
         """
         fit, plan = self.config.fit, plan_step(self.walk, self.membership, self.config.seed, self.done)
         rows = torch.from_numpy(plan.subsets).to(self.A.device)
@@ -202,7 +209,7 @@ class Loop:
         return dict(zip(losses, summed, strict=True))
 
     def _update(self, rows: Tensor, A: Tensor, losses: Tensor) -> list[float]:
-        """Sum losses and gradients over the ranks and move the parameters; returns the losses."""
+        """All-reduce losses and gradients, and update the parameters; returns the losses."""
         leaves = [A, *self.shared]
         flat = [(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in leaves]
         parts = self.ranks.sum(torch.cat([losses, *flat])).split([len(losses), *(len(x) for x in flat)])
@@ -224,8 +231,8 @@ class Loop:
     def _linearity(self, held: _BatchStates, plan: Step, A: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's part of the linearity loss, and the loss's derivative by the responses of this rank's pairs.
 
-        The responses are computed here without a graph, and again by the caller, some at a time, for their gradients:
-        the suffix of all subsets is never held, and no collective has to be differentiated.
+        Responses are computed here without a graph; the caller recomputes them in batches for the gradients. So the
+        graphs of all subsets are never in memory together, and no collective has to be differentiated.
         """
         y = self._responses(held, plan.linearity, A).view(-1, len(rows)).requires_grad_(True)
         loss = linearity_loss(y, self.Z[rows], RIDGE)
@@ -233,18 +240,18 @@ class Loop:
         return loss.detach() / self.ranks.world, slopes.flatten()[self.ranks.share(len(plan.linearity))]
 
     def rate(self) -> float:
-        """The rows' learning rate at the next step: linear warm-up, then linear decay towards zero."""
+        """The rows' learning rate at the next step: linear warm-up, then linear decay to zero."""
         steps = self.config.fit.steps
         warm = max(1, round(WARM_UP * steps))
         share = min((self.done + 1) / warm, (steps - self.done) / max(1, steps - warm))
         return self.config.fit.learning_rate * share
 
     def evaluate(self) -> dict[str, float]:
-        """Does it learn? Members against non-members on a fixed sample, less the blocks of the last step.
+        """Compare members with non-members on a fixed sample, for the gap without the blocks of the last step.
 
         Returns:
-            ``gap`` and ``gap_error`` (nats; judge.gap), ``member_response`` (nats) and ``steering``, the median size
-            of what members' operators add, relative to the stream's (in nats for the logit form).
+            ``gap`` and ``gap_error`` (nats; validation.gap), ``member_response`` (nats) and ``steering``, the median
+            size of the steering by members' operators, relative to the stream (in nats for the logit form).
         """
         members, others = self._pairs
         pairs = np.concatenate([members, others])
@@ -266,7 +273,7 @@ class Loop:
 
     @torch.no_grad()
     def _responses(self, held: _BatchStates, pairs: np.ndarray, A: Tensor) -> Tensor:
-        """y = CE_0 − CE_k of all ranks' pairs, (len(pairs),) nats; ``held`` has the blocks of this rank's.
+        """y = CE_0 − CE_k for the pairs of all ranks, (len(pairs),) nats; ``held`` has this rank's blocks.
 
         ``pairs`` index the blocks of the batch and the rows of ``A``.
         """
@@ -284,7 +291,7 @@ class Loop:
 
     @torch.no_grad()
     def _steering(self, pairs: np.ndarray, A: Tensor) -> Tensor:
-        """Median over pairs and positions of the size of what is added, relative to the stream (nats for logits)."""
+        """Median size of the steering over pairs and positions, relative to the stream (in nats for logits)."""
         sizes = []
         for part in self._parts(pairs[:EVALUATED]):
             h, _, mask = self._hold(self._sample, part).of(part)
@@ -293,7 +300,7 @@ class Loop:
         return torch.cat(sizes).median()
 
     def _hold(self, batch: Batch, pairs: np.ndarray) -> _BatchStates:
-        """The trunk of the blocks that some pairs need."""
+        """Run the trunk on the blocks of some pairs."""
         places = np.unique(pairs[:, 0])
         ids, mask = (torch.from_numpy(x[places]).to(self.model.device) for x in (batch.ids, batch.mask))
         streams = [self.model.trunk(some) for some in ids.split(self._at_once)] if len(places) else []
@@ -303,11 +310,11 @@ class Loop:
         return pairs[self.ranks.share(len(pairs))]
 
     def _parts(self, pairs: np.ndarray) -> list[np.ndarray]:
-        """Pairs in batches that fit compute.batch_tokens."""
+        """Split pairs into batches of rows_at_once."""
         return [pairs[first : first + self._at_once] for first in range(0, len(pairs), self._at_once)]
 
     def state(self) -> dict[str, Tensor]:
-        """All that the rest of the loop depends on, for safetensors; a fixed W_out is made again from the seed."""
+        """The checkpoint: all that resuming needs, for safetensors; a W_out that is not trained is rebuilt instead."""
         state = {"A": self.A, "gain": self.gain, "step": torch.tensor(self.done)}
         state |= dict(zip(("W_in", "W_out"), self.shared, strict=False))
         state |= {"first": self.moments.first, "second": self.moments.second, "visits": self.moments.visits}
@@ -316,7 +323,7 @@ class Loop:
         return {name: value.detach().cpu() for name, value in state.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from what ``state`` returned."""
+        """Resume from a checkpoint of ``state``."""
         here = {name: value.to(self.model.device) for name, value in state.items() if name != "step"}
         self.done = int(state["step"])
         self.A, self.gain = here["A"], here["gain"]
@@ -331,18 +338,18 @@ class Loop:
 
 
 def run_loop(loop: Loop, store: Store, report: Report | None = None) -> list[dict[str, float]]:
-    """Take the loop to its last step, from the newest checkpoint in ``store`` if there is one.
+    """Run the loop to its last step, resuming from the newest checkpoint in ``store`` if there is one.
 
-    Rank 0 publishes a checkpoint (``step-….safetensors``) every twentieth of the way. Every tenth all ranks evaluate,
-    rank 0 adds the numbers to ``log.json`` and prints them, and every rank calls ``report`` with them.
+    Rank 0 publishes a checkpoint (``step-….safetensors``) after every twentieth of the steps. After every tenth all
+    ranks evaluate, rank 0 appends the metrics to ``log.json`` and prints them, and every rank calls ``report``.
 
     Args:
-        loop: new, made with the configuration that ``store`` was made with.
-        store: a folder.
+        loop: a new loop, with the configuration that ``store`` was created with.
+        store: folder of the checkpoints.
         report: called after each evaluation.
 
     Returns:
-        The numbers of all evaluations: ``step``, the losses and what ``Loop.evaluate`` says.
+        The metrics of all evaluations: ``step``, the losses and the result of ``Loop.evaluate``.
     """
     steps, first = loop.config.fit.steps, not loop.ranks.rank
     if names := store.names("", ".safetensors"):
@@ -356,7 +363,7 @@ def run_loop(loop: Loop, store: Store, report: Report | None = None) -> list[dic
             log.append(found)
             if first:
                 store.write_json("log.json", log)
-                _say(found, steps, (loop.done - begun) / (time.monotonic() - started))
+                _print_progress(found, steps, (loop.done - begun) / (time.monotonic() - started))
             if report:
                 report(found)
         if first and _due(loop.done, steps, CHECKPOINTS):
@@ -368,15 +375,15 @@ def run_loop(loop: Loop, store: Store, report: Report | None = None) -> list[dic
 
 
 def _due(done: int, steps: int, times: int) -> bool:
-    """Whether something that happens so many times, and at the end, happens after this step."""
+    """Whether an action that runs ``times`` times, and after the last step, is due after this step."""
     return done == steps or done % max(1, steps // times) == 0
 
 
-def _say(found: dict[str, float], steps: int, speed: float) -> None:
-    """One line: what, how far, how fast, how long still, and what the numbers are."""
+def _print_progress(found: dict[str, float], steps: int, speed: float) -> None:
+    """Write one progress line: step, speed, time left and metrics."""
     left = (steps - found["step"]) / speed
     losses = ", ".join(f"{name} {found[name]:.4g}" for name in ("fidelity", "stability", "linearity"))
-    # Not print(): Ray Train replaces it with one that says everything twice.
+    # Not print(): Ray Train replaces it, and every line would appear twice.
     sys.stderr.write(
         f"train: step {found['step']}/{steps}, {speed:.2f} steps/s, {left / 60:.1f} min left; {losses}; "
         f"steering {found['steering']:.2%}, members minus others {found['gap']:+.4f} ± {found['gap_error']:.4f} nats\n"

@@ -1,1 +1,1 @@
-"""Baselines that compare per-example gradients."""
+"""Baselines based on per-example gradients."""

@@ -1,9 +1,9 @@
 """EK-FAC with a solve: conjugate gradients on (κG + cF) x = ∇ℓ(x), with EK-FAC's Fisher F as preconditioner.
 
-After ASTRA (arXiv 2507.14740), which descends with momentum on fresh batches where this takes the steps of our own
-default (conjugate_gradients.py), over as many tokens of the pool. A query's gradient is of every weight matrix, as
-EK-FAC's is. κ is the mean of one over a block's targets: F is of gradients of blocks' mean losses, G of these losses
-themselves.
+After ASTRA (arXiv 2507.14740), which descends with momentum on fresh batches; this uses as many conjugate-gradient
+steps (conjugate_gradients.py) and pool tokens as our own default. A query's gradient covers every weight matrix, as
+in EK-FAC. κ is the mean of 1 / targets over blocks: F is the second moment of the gradients of blocks' mean losses, G
+the Gauss–Newton matrix of the same losses.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from stride_ray.models.sites import EMBEDDING, HEAD, Site
 from stride_ray.models.vocabulary import TokenSide
 from stride_ray.runtime.options import SolveConfig
 
-# Chosen on development queries, as our own was; and blocks that are linearised at once.
+# Damping, tuned on development queries like our own; blocks linearised at once.
 DAMPING, ROWS = 25.0, 16
 
 
@@ -44,7 +44,7 @@ class _EKFAC:
 
 
 class Solve:
-    """What the solve makes of a batch of queries' gradients, by layer's name."""
+    """Applies the solve to a batch of queries' gradients, by layer name."""
 
     def __init__(self, model: SplitModel, fisher: dict[str, ekfac.Layer], problem: Problem) -> None:
         ends = {model.model.get_input_embeddings(): EMBEDDING, model.model.get_output_embeddings(): HEAD}
@@ -59,7 +59,7 @@ class Solve:
         self.products = GaussNewton(model, sites, batches, scale)
 
     def __call__(self, found: Gradients) -> Gradients:
-        """(Q, rows, columns) by layer, in and out."""
+        """Map (Q, rows, columns) by layer to the same shapes."""
         rows = len(next(iter(found.values())))
         asked = [{self.names[n]: _turned(self.names[n], G[row]) for n, G in found.items()} for row in range(rows)]
         done = solve(asked, self.preconditioners, self.products, SolveConfig().steps, DAMPING)
@@ -69,5 +69,5 @@ class Solve:
 
 
 def _turned(name: str, G: Tensor) -> Tensor:
-    """From outputs × inputs, as nn.Linear has it, to a site's inputs × outputs, or back; ends are alike in both."""
+    """Transpose nn.Linear's outputs × inputs to a site's inputs × outputs, or back; embedding and head stay."""
     return G if name in (EMBEDDING, HEAD) else G.mT

@@ -1,16 +1,15 @@
-"""EK-FAC influence functions (George et al. 2018; Grosse et al. 2023) over every weight matrix, the head included.
+"""EK-FAC influence functions (George et al. 2018; Grosse et al. 2023) over every weight matrix, including the head.
 
-Per layer the Fisher is taken as (Q_S ⊗ Q_A) Λ (Q_S ⊗ Q_A)ᵀ: Q_A and Q_S are the eigenvectors of the second moments of
-what goes into the layer and of the gradients at what comes out, Λ the mean squares of per-example gradients in that
-basis. Labels are drawn from the model, so it is the true Fisher. Λ is damped by a tenth of its mean in each layer, as
-Grosse et al. do. A tied head and embedding count as two layers.
+Each layer's Fisher is approximated as (Q_S ⊗ Q_A) Λ (Q_S ⊗ Q_A)ᵀ: Q_A and Q_S are the eigenvectors of the second
+moments of the layer's inputs and output gradients, Λ the mean squares of per-example gradients in that basis. Labels
+are sampled from the model, so this is the true Fisher, not the empirical one. Λ is damped by a tenth of its mean in
+each layer, as in Grosse et al. A tied head and embedding count as two layers.
 
-The vocabulary's side of the head keeps its own axes in place of eigenvectors (its Fisher is diag(p) − ppᵀ, almost
-diagonal), and so do the one-hot inputs of the token embedding, where the own axes are the eigenvectors. So no V×V
-matrix is ever made.
+The head's vocabulary side is not rotated (its Fisher is diag(p) − ppᵀ, almost diagonal). Neither are the embedding's
+one-hot inputs, whose eigenvectors are the axes themselves. So no V×V matrix is ever formed.
 
-Written out, since Kronfluence does not know GPT-2's layers. On the ``continued`` benchmark the two give the same LDS
-within 0.01, and their scores correlate by 0.99.
+Reimplemented because Kronfluence does not support GPT-2's layers. On the ``continued`` benchmark the two give the same
+LDS within 0.01, and their scores correlate by 0.99.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,20 +20,26 @@ import torch
 from torch import Tensor
 
 from stride_ray.evaluate.baselines.gradient.features import Gradients, most_at_once, products
-from stride_ray.evaluate.baselines.gradient.per_example import Objective, Use, masked_means, passes, token_losses
+from stride_ray.evaluate.baselines.gradient.per_example import (
+    LayerCall,
+    Objective,
+    backward_batches,
+    masked_means,
+    token_losses,
+)
 from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.models.causal_lm import SplitModel, load_model
 
-# Damping as a share of the mean of each layer's Λ; blocks of the pool that the Fisher is estimated from.
+# Damping as a share of the mean of each layer's Λ; pool blocks used to estimate the Fisher.
 DAMPING, FISHER_BLOCKS = 0.1, 512
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's Fisher in its eigenbasis; gradients are laid out as in ``per_example.Use``.
+    """One layer's Fisher in its eigenbasis; gradients are laid out as in ``per_example.LayerCall``.
 
     Attributes:
-        Q_rows: (rows, rows) eigenvectors; None for the layer's own axes.
+        Q_rows: (rows, rows) eigenvectors; None if rows are not rotated.
         Q_columns: (columns, columns) eigenvectors.
         eigenvalues: (rows, columns) Λ.
     """
@@ -44,10 +49,10 @@ class Layer:
     eigenvalues: Tensor
 
     def solve(self, G: Tensor, damping: float) -> Tensor:
-        """(Fisher + damping · mean Λ)⁻¹ applied to gradients (B, rows, columns)."""
+        """Apply (Fisher + damping · mean Λ)⁻¹ to gradients (B, rows, columns)."""
         damped = self.eigenvalues + (damping * self.eigenvalues.mean()).clamp(min=1e-30)
-        rotated = _turned(G, self.Q_rows, self.Q_columns) / damped
-        return _turned(rotated, None if self.Q_rows is None else self.Q_rows.T, self.Q_columns.T)
+        rotated = _rotate(G, self.Q_rows, self.Q_columns) / damped
+        return _rotate(rotated, None if self.Q_rows is None else self.Q_rows.T, self.Q_columns.T)
 
 
 Better = Callable[[SplitModel, dict[str, Layer]], Callable[[Gradients], Gradients]]
@@ -59,7 +64,7 @@ def scores(problem: Problem) -> np.ndarray:
 
 
 def at_model(problem: Problem, folder: str, better: Better | None = None) -> np.ndarray:
-    """The same at any model folder; ``better`` makes of the Fisher what then changes queries' gradients."""
+    """EK-FAC influence at any model folder; ``better`` builds from the Fisher a map applied to queries' gradients."""
     model = load_model(folder)
     fisher = fit(model, problem.sample(FISHER_BLOCKS), problem.batch_tokens, problem.seed)
     change = better(model, fisher) if better else None
@@ -74,13 +79,13 @@ def at_model(problem: Problem, folder: str, better: Better | None = None) -> np.
 
 
 def fit(model: SplitModel, texts: Texts, batch_tokens: int, seed: int) -> dict[str, Layer]:
-    """Estimate each layer's Fisher in two passes: the moments of its two sides, then Λ.
+    """Estimate each layer's Fisher in two passes: the second moments of its two sides, then Λ.
 
     Args:
         model: in float32.
-        texts: what to estimate it from; only their targets' positions matter, the labels are drawn anew.
+        texts: what to estimate it from; only their target positions matter, as labels are sampled.
         batch_tokens: tokens in one pass.
-        seed: of the draw; both passes see the same labels.
+        seed: for sampling labels; both passes use the same ones.
 
     Returns:
         By layer name.
@@ -88,7 +93,7 @@ def fit(model: SplitModel, texts: Texts, batch_tokens: int, seed: int) -> dict[s
     head = model.model.get_output_embeddings()
     own_axes = {name for name, module in model.model.named_modules() if module is head}
     moments: dict[tuple[str, str], Tensor] = {}
-    for _, uses in passes(model, texts, batch_tokens, _sampled(model, seed)):
+    for _, uses in backward_batches(model, texts, batch_tokens, _sampled(model, seed)):
         for use in uses:
             sides = {"columns": use.right}
             if use.left.dim() == 3 and use.module not in own_axes:
@@ -100,7 +105,7 @@ def fit(model: SplitModel, texts: Texts, batch_tokens: int, seed: int) -> dict[s
     squares: dict[str, Tensor] = {}
     for _, found in _gradients(model, texts, batch_tokens, _sampled(model, seed)):
         for name, G in found.items():
-            _add(squares, name, _turned(G, bases.get((name, "rows")), bases[name, "columns"]).square().sum(0))
+            _add(squares, name, _rotate(G, bases.get((name, "rows")), bases[name, "columns"]).square().sum(0))
     return {
         name: Layer(bases.get((name, "rows")), bases[name, "columns"], total / len(texts))
         for name, total in squares.items()
@@ -111,12 +116,12 @@ def _gradients(
     model: SplitModel, texts: Texts, batch_tokens: int, objective: Objective | None = None
 ) -> Iterator[tuple[slice, Gradients]]:
     """Whole gradients (B, rows, columns) by layer."""
-    for rows, uses in passes(model, texts, batch_tokens, objective, most=most_at_once(model)):
+    for rows, uses in backward_batches(model, texts, batch_tokens, objective, most=most_at_once(model)):
         yield rows, _summed(uses)
 
 
-def _summed(uses: list[Use]) -> Gradients:
-    """A layer that is called more than once adds up."""
+def _summed(uses: list[LayerCall]) -> Gradients:
+    """Sum the gradients of each layer over its calls."""
     found: Gradients = {}
     for use in uses:
         _add(found, use.module, use.full())
@@ -127,13 +132,13 @@ def _add(sums: dict, key: object, value: Tensor) -> None:
     sums[key] = sums[key] + value if key in sums else value
 
 
-def _turned(G: Tensor, Q_rows: Tensor | None, Q_columns: Tensor) -> Tensor:
-    """Q_rowsᵀ G Q_columns, None being the identity."""
+def _rotate(G: Tensor, Q_rows: Tensor | None, Q_columns: Tensor) -> Tensor:
+    """Q_rowsᵀ G Q_columns, with None for the identity."""
     return (G if Q_rows is None else Q_rows.T @ G) @ Q_columns
 
 
 def _sampled(model: SplitModel, seed: int) -> Objective:
-    """Mean loss of labels that the model draws: its gradient's second moment is the true Fisher."""
+    """Mean loss of labels sampled from the model: the second moment of its gradient is the true Fisher."""
     generator = torch.Generator(model.device).manual_seed(seed)
 
     def objective(logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

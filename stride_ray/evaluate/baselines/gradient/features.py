@@ -1,7 +1,7 @@
-"""Gradients as vectors: whole where they fit into memory, projected from both sides where they do not.
+"""Gradients as vectors: whole if they fit into memory, else projected from both sides.
 
-A weight's gradient G is kept as P_rowsᵀ G P_columns with Gaussian projections (LoGRA's, Choe et al. 2024), which keeps
-inner products in expectation. Vectors stay apart per weight, since most methods precondition each weight on its own.
+A weight's gradient G is kept as P_rowsᵀ G P_columns with Gaussian projections (as in LoGRA, Choe et al. 2024), which
+preserves inner products in expectation. Vectors are kept per weight, since most methods precondition per weight.
 """
 
 import math
@@ -11,27 +11,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stride_ray.evaluate.baselines.gradient.per_example import Objective, Use, passes, weight_shapes
+from stride_ray.evaluate.baselines.gradient.per_example import LayerCall, Objective, backward_batches, weight_shapes
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.models.causal_lm import SplitModel
 
-WHOLE_BUDGET = 2**28  # elements of all queries' gradients that are kept as they are: 1 GiB
+WHOLE_BUDGET = 2**28  # elements of all queries' gradients above which they are projected: 1 GiB
 BATCH_BUDGET = 2**26  # elements of one weight's gradients in one batch
 Projections = dict[str, tuple[Tensor, Tensor]]
 Gradients = dict[str, Tensor]
 
 
 def projections(shapes: dict[str, tuple[int, int]], rank: int, seed: int, device: torch.device) -> Projections:
-    """A pair of Gaussian projections for each weight that has more than ``rank`` rows or columns.
+    """Draw a pair of Gaussian projections for each weight; sides of at most ``rank`` get the identity.
 
     Args:
         shapes: (rows, columns) by weight.
         rank: rows and columns after projecting.
-        seed: of the draw; the same on every device.
+        seed: for the draw; gives the same projections on every device.
         device: where they are used.
 
     Returns:
-        (rows, min(rank, rows)) and (columns, min(rank, columns)) float32; the identity where nothing is dropped.
+        (rows, min(rank, rows)) and (columns, min(rank, columns)) float32.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -44,7 +44,7 @@ def projections(shapes: dict[str, tuple[int, int]], rank: int, seed: int, device
 
 
 def whole_or_projected(model: SplitModel, queries: int, rank: int, seed: int) -> Projections:
-    """No projection where the queries' whole gradients fit into ``WHOLE_BUDGET``, else one of ``rank`` per side."""
+    """No projection if the queries' whole gradients fit into ``WHOLE_BUDGET``, else ``rank`` per side."""
     shapes = weight_shapes(model, embedding=True)
     if queries * sum(rows * columns for rows, columns in shapes.values()) <= WHOLE_BUDGET:
         return {}
@@ -60,23 +60,23 @@ def batches(
     embedding: bool = True,
     change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[slice, Gradients]]:
-    """Per-example gradients of all texts.
+    """Compute the per-example gradients of all texts.
 
     Args:
         model: in float32.
         texts: n sequences.
         batch_tokens: tokens in one pass.
-        drawn: projections by weight; a weight that is not among them is kept whole.
-        objective: see ``per_example.passes``.
-        embedding: whether the token embedding's gradient is wanted.
-        change: given a weight's name and its whole gradients (B, rows, columns), returns others of that shape; they
-            are projected after it.
+        drawn: projections by weight; weights without one are kept whole.
+        objective: see ``per_example.backward_batches``.
+        embedding: whether to include the token embedding's gradient.
+        change: maps a weight's name and its whole gradients (B, rows, columns) to others of that shape, before
+            projection.
 
     Yields:
         The rows of a batch and, per weight, (B, features) float32.
     """
     most = None if drawn and change is None else most_at_once(model)
-    for rows, uses in passes(model, texts, batch_tokens, objective, embedding, most):
+    for rows, uses in backward_batches(model, texts, batch_tokens, objective, embedding, most):
         found: Gradients = {}
         for name in dict.fromkeys(use.weight for use in uses):
             of_weight = [use for use in uses if use.weight == name]
@@ -85,9 +85,9 @@ def batches(
 
 
 def _gradient(
-    uses: list[Use], pair: tuple[Tensor, Tensor] | None, change: Callable[[str, Tensor], Tensor] | None
+    uses: list[LayerCall], pair: tuple[Tensor, Tensor] | None, change: Callable[[str, Tensor], Tensor] | None
 ) -> Tensor:
-    """One weight's gradients, summed over its uses."""
+    """Sum one weight's gradients over its uses."""
     if pair is not None and change is None:
         return torch.stack([use.projected(*pair) for use in uses]).sum(0)
     whole = uses[0].full()
@@ -99,13 +99,13 @@ def _gradient(
 
 
 def most_at_once(model: SplitModel) -> int:
-    """Sequences in one pass where whole gradients are formed: those of the largest weight fit into ``BATCH_BUDGET``."""
+    """Maximum sequences per pass such that the largest weight's whole gradients fit into ``BATCH_BUDGET``."""
     largest = max(rows * columns for rows, columns in weight_shapes(model, embedding=True).values())
     return max(1, BATCH_BUDGET // largest)
 
 
-def gathered(stream: Iterator[tuple[slice, Gradients]], total: int) -> Gradients:
-    """All rows of a stream of batches in one tensor per weight, (total, features)."""
+def concatenate(stream: Iterator[tuple[slice, Gradients]], total: int) -> Gradients:
+    """Concatenate a stream of batches into one tensor per weight, (total, features)."""
     kept: Gradients = {}
     for rows, found in stream:
         for name, part in found.items():
@@ -118,13 +118,13 @@ def gathered(stream: Iterator[tuple[slice, Gradients]], total: int) -> Gradients
 def products(
     queries: Gradients, stream: Iterator[tuple[slice, Gradients]], total: int, unit: bool = False
 ) -> np.ndarray:
-    """Inner products of queries with a stream of blocks over all weights together.
+    """Inner products of queries with a stream of blocks, summed over all weights.
 
     Args:
         queries: per weight (Q, features).
         stream: batches of blocks.
         total: N.
-        unit: divide by both norms (a gradient of zeros keeps 0).
+        unit: divide by both norms (an all-zero gradient gives 0).
 
     Returns:
         (Q, N) float32.
@@ -142,16 +142,16 @@ def products(
     return found.numpy()
 
 
-def ridge(queries: list[Tensor], blocks: list[Tensor], damping: float) -> Tensor:
+def damped_products(queries: list[Tensor], blocks: list[Tensor], damping: float) -> Tensor:
     """Queries times the damped inverse second moment of the blocks times blocks: q (BᵀB/N + λI)⁻¹ bᵀ.
 
     Args:
         queries: parts of (Q, F), split by columns.
-        blocks: parts of (N, F), likewise.
+        blocks: parts of (N, F), split alike.
         damping: λ as a share of the mean eigenvalue of BᵀB/N.
 
     Returns:
-        (Q, N) float64, through whichever of F×F and N×N is smaller; zeros where all blocks are.
+        (Q, N) float64, solved in F×F or N×N, whichever is smaller; zeros if all blocks are zero.
     """
     N, F = len(blocks[0]), sum(part.shape[1] for part in blocks)
     amount = damping * sum(float(part.double().square().sum()) for part in blocks) / (N * F)

@@ -1,9 +1,9 @@
-"""LESS (Xia et al. 2024): cosine of a query's gradient and the step that Adam would make on a block, over checkpoints.
+"""LESS (Xia et al. 2024): cosine of a query's gradient and Adam's step on a block, summed over checkpoints.
 
-A block's gradient is divided by the root of Adam's second moments, updated with it as the optimiser would; a query's is
-left as it is. Cosines are summed over checkpoints times learning rates. The first moment is the same for all blocks and
-is left out. All weights of the model count (LESS trains adapters); gradients are whole where they fit into memory,
-where the paper projects them all.
+A block's gradient is divided by the root of Adam's second moments, updated with that gradient as the optimiser would; a
+query's gradient is unchanged. Cosines are summed over checkpoints, weighted by learning rate. The first moment is the
+same for all blocks and is left out. All weights of the model count (LESS trains adapters). Gradients are whole if they
+fit into memory, whereas the paper projects them all.
 """
 
 import os
@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from stride_ray.evaluate.baselines.gradient.features import batches, gathered, products, whole_or_projected
+from stride_ray.evaluate.baselines.gradient.features import batches, concatenate, products, whole_or_projected
 from stride_ray.evaluate.baselines.gradient.per_example import layers, weight_names
 from stride_ray.evaluate.baselines.problem import Problem
 from stride_ray.models.causal_lm import SplitModel, load_model
 from stride_ray.runtime.errors import StrideError
 
 BETA2 = 0.95
-EPSILON = 1e-8  # inside the root, as the paper's release has it
+EPSILON = 1e-8  # inside the root, as in the paper's release
 
 
 def scores(problem: Problem, rank: int = 64, beta2: float = BETA2) -> np.ndarray:
@@ -28,14 +28,14 @@ def scores(problem: Problem, rank: int = 64, beta2: float = BETA2) -> np.ndarray
 
     Args:
         problem: what to score.
-        rank: per side where gradients must be projected.
+        rank: per side, if gradients must be projected.
         beta2: Adam's decay of second moments in training.
 
     Returns:
         (Q, N) float32.
 
     Raises:
-        StrideError: there are no checkpoints, or no optimizer state beside one.
+        StrideError: if there are no checkpoints, or one lacks its optimizer state.
     """
     if not problem.checkpoints:
         raise StrideError("LESS needs checkpoints of the training with Adam's state beside them, and was given none")
@@ -53,13 +53,13 @@ def _at(problem: Problem, folder: str, rank: int, beta2: float) -> np.ndarray:
     def adam(weight: str, G: Tensor) -> Tensor:
         return G / (beta2 * moments[weight] + (1 - beta2) * G.square() + EPSILON).sqrt()
 
-    queries = gathered(batches(model, problem.queries, problem.batch_tokens, drawn), len(problem.queries))
+    queries = concatenate(batches(model, problem.queries, problem.batch_tokens, drawn), len(problem.queries))
     stream = batches(model, problem.blocks, problem.batch_tokens, drawn, change=adam)
     return products(queries, stream, len(problem.blocks), unit=True)
 
 
 def _second_moments(model: SplitModel, folder: str) -> dict[str, Tensor]:
-    """Adam's ``exp_avg_sq`` of each weight matrix, laid out as ``per_example.Use`` lays out gradients."""
+    """Adam's ``exp_avg_sq`` of each weight matrix, laid out like the gradients of ``per_example.Use``."""
     path = os.path.join(folder, "optimizer.safetensors")
     if not os.path.isfile(path):
         raise StrideError(f"LESS needs Adam's second moments: checkpoint {folder} has no optimizer.safetensors")

@@ -1,10 +1,10 @@
-"""Each example's gradient with respect to each weight matrix, from one forward and one backward pass of a batch.
+"""Per-example gradients of each weight matrix, from one forward and one backward pass per batch.
 
-A linear layer's gradient is a sum of outer products over positions, G = Σ_t g_t a_tᵀ, of what went in and of the loss's
-gradient at what came out; hooks collect both. Methods that project (LoGRA, Choe et al. 2024) never form G itself. An
-embedding is the same sum with one-hot vectors, so a head tied to it adds to the same matrix.
+A linear layer's gradient is a sum of outer products over positions, G = Σ_t g_t a_tᵀ, of the layer's input a and the
+loss's gradient g at its output; hooks collect both. Methods that project (LoGRA, Choe et al. 2024) never form G itself.
+An embedding is the same sum with one-hot vectors, so a head tied to it adds to the same matrix.
 
-Left out: biases, norms and learned positions, about a per cent of a small model's weights and less of a large one's.
+Biases, norms and learned positions are left out: about a per cent of a small model's weights, less of a large one's.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,13 +25,13 @@ Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Use:
-    """One call of one layer on B sequences: the gradient of sequence b is left_bᵀ right_b, as nn.Linear lays it out.
+class LayerCall:
+    """One call of one layer on B sequences: the gradient of sequence b is left_bᵀ right_b, laid out as in nn.Linear.
 
     Attributes:
         module: the layer's name.
         weight: its matrix's name; tied layers share it.
-        left: (B, T, rows), or (B, T) int64 ids that stand for one-hot rows (an embedding).
+        left: (B, T, rows), or (B, T) int64 ids representing one-hot rows (an embedding).
         right: (B, T, columns).
         rows: outputs of a linear layer, vocabulary of an embedding.
     """
@@ -43,7 +43,7 @@ class Use:
     rows: int
 
     def full(self) -> Tensor:
-        """The gradients themselves, (B, rows, columns)."""
+        """Form the gradients, (B, rows, columns)."""
         if self.left.dim() == 3:
             return self.left.transpose(1, 2) @ self.right
         B, columns = len(self.left), self.right.shape[-1]
@@ -58,11 +58,11 @@ class Use:
 
 
 def layers(model: SplitModel, embedding: bool) -> dict[str, nn.Module]:
-    """The layers that have a weight matrix: every nn.Linear and Conv1D, the head among them, and the token embedding.
+    """Find the layers with a weight matrix: every nn.Linear and Conv1D, including the head, and the token embedding.
 
     Args:
         model: any causal model.
-        embedding: whether the token embedding is wanted.
+        embedding: whether to include the token embedding.
 
     Returns:
         Layers by name, in the model's order.
@@ -76,13 +76,13 @@ def layers(model: SplitModel, embedding: bool) -> dict[str, nn.Module]:
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """A layer's weight as nn.Linear lays it out: (rows, columns) = (outputs, inputs), of an embedding (V, D)."""
+    """A layer's weight laid out as in nn.Linear: (rows, columns) = (outputs, inputs), or (V, D) for an embedding."""
     weight = cast("Tensor", module.weight)
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def weight_names(model: SplitModel, chosen: dict[str, nn.Module]) -> dict[str, str]:
-    """Layer name to the name of its matrix; tied layers get one name, the first that the model knows it by."""
+    """Map layer names to matrix names; tied layers share the first name under which the model lists the matrix."""
     names = {id(parameter): name for name, parameter in model.model.named_parameters()}
     return {name: names[id(module.weight)] for name, module in chosen.items()}
 
@@ -95,29 +95,29 @@ def weight_shapes(model: SplitModel, embedding: bool) -> dict[str, tuple[int, in
 
 
 def tensors(texts: Texts) -> tuple[Tensor, Tensor]:
-    """Ids (n, T) int64 and mask (n, T) bool, without columns that are padding in every row."""
+    """Ids (n, T) int64 and mask (n, T) bool, without trailing columns that are masked in every row."""
     length = max(1, int(np.nonzero(texts.mask)[1].max(initial=0)) + 1)
     return torch.from_numpy(texts.ids[:, :length].astype(np.int64)), torch.from_numpy(texts.mask[:, :length].copy())
 
 
-def passes(
+def backward_batches(
     model: SplitModel,
     texts: Texts,
     batch_tokens: int,
     objective: Objective | None = None,
     embedding: bool = True,
     most: int | None = None,
-) -> Iterator[tuple[slice, list[Use]]]:
+) -> Iterator[tuple[slice, list[LayerCall]]]:
     """Run all texts through the model, forward and backward.
 
     Args:
-        model: in float32; its parameters stay frozen, no gradient of theirs is kept.
+        model: in float32; its parameters stay frozen and accumulate no gradients.
         texts: n sequences; columns after a batch's last target are dropped.
-        batch_tokens: tokens in one pass; fewer where the vocabulary is large.
+        batch_tokens: tokens in one pass; fewer if the vocabulary is large.
         objective: logits (B, T, V), ids (B, T) int64 and targets (B, T) bool to one number per sequence, (B,);
-            ``mean_losses`` where not given.
+            default: ``mean_losses``.
         embedding: whether to record the token embedding.
-        most: sequences in one pass at most.
+        most: maximum sequences in one pass.
 
     Yields:
         The rows of a batch and its layers' uses, on the model's device, float32.
@@ -149,13 +149,13 @@ def _uses(
     ids_BT: Tensor,
     mask_BT: Tensor,
     objective: Objective,
-) -> list[Use]:
-    """One batch's uses."""
+) -> list[LayerCall]:
+    """Compute one batch's uses."""
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     tokens = model.model.get_input_embeddings()
 
     def root(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        # All parameters are frozen: the graph begins at the embedding's output.
+        # All parameters are frozen, so the graph must begin at the embedding's output.
         return output.detach().requires_grad_(True)
 
     def keep(name: str) -> Callable:
@@ -178,27 +178,27 @@ def _uses(
     ]
 
 
-def _use(name: str, weight: str, module: nn.Module, given: Tensor, gradient: Tensor, batch: torch.Size) -> Use:
+def _use(name: str, weight: str, module: nn.Module, given: Tensor, gradient: Tensor, batch: torch.Size) -> LayerCall:
     rows = len(matrix(module))
     if isinstance(module, nn.Embedding):
-        return Use(name, weight, given, gradient.float(), rows)
+        return LayerCall(name, weight, given, gradient.float(), rows)
     if given.shape[:-1].numel() != batch.numel():
         raise StrideError(f"layer {name} does not see every token; gradient baselines need a model without experts")
-    return Use(name, weight, gradient.float().reshape(*batch, -1), given.float().reshape(*batch, -1), rows)
+    return LayerCall(name, weight, gradient.float().reshape(*batch, -1), given.float().reshape(*batch, -1), rows)
 
 
 def mean_losses(logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Each sequence's masked mean next-token loss in nats, (B,); 0 where nothing counts."""
+    """Each sequence's masked mean next-token loss in nats, (B,); 0 without targets."""
     return masked_means(token_losses(logits_BTV, ids_BT[:, 1:]), mask_BT)
 
 
 def token_losses(logits_BTV: Tensor, targets_BT1: Tensor) -> Tensor:
-    """Cross-entropy of each of T−1 next tokens in nats, (B, T−1)."""
+    """Cross-entropy of each of the T−1 next tokens in nats, (B, T−1)."""
     logits = logits_BTV[:, :-1]
     return nn.functional.cross_entropy(logits.transpose(1, 2), targets_BT1, reduction="none")
 
 
 def masked_means(values_BT1: Tensor, mask_BT: Tensor) -> Tensor:
-    """Means over the targets of each sequence, (B,); 0 where there is none."""
+    """Means over the targets of each sequence, (B,); 0 without targets."""
     weights = mask_BT[:, 1:].to(values_BT1)
     return (values_BT1 * weights).sum(1) / weights.sum(1).clamp(min=1)

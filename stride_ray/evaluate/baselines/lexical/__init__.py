@@ -1,1 +1,1 @@
-"""Baselines that only read the words."""
+"""Baselines that use the words only."""

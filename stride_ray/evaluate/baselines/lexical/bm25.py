@@ -1,7 +1,7 @@
 """Okapi BM25 (Robertson et al. 1994) over token uni- and bigrams, with Lucene's idf, log(1 + (N − n + ½) / (n + ½)).
 
-Queries are as long as documents here, so a term that a query repeats is weighted by (k3 + 1) q / (k3 + q), the paper's
-own rule for long queries; libraries leave it out (k3 = ∞), and so the formula stands here in a few lines.
+Queries are as long as documents here, so a term repeated in the query is weighted by (k3 + 1) q / (k3 + q), the paper's
+own rule for long queries. Libraries omit it (k3 = ∞), hence this short implementation.
 """
 
 import numpy as np
@@ -17,9 +17,9 @@ def scores(problem: Problem, k1: float = 1.5, b: float = 0.75, k3: float = 8.0) 
 
     Args:
         problem: what to score.
-        k1: how fast a term's count in a block saturates.
-        b: how far counts are divided by a block's length.
-        k3: how fast a term's count in a query saturates.
+        k1: saturation of a term's count in a block.
+        b: strength of the length normalisation.
+        k3: saturation of a term's count in a query.
 
     Returns:
         (Q, N) float32.

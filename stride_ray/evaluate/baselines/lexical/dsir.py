@@ -1,8 +1,8 @@
 """DSIR (Xie et al. 2023): importance weights of blocks for a query from hashed uni- and bigrams.
 
-DSIR selects a corpus for one target data set: a block's weight is Σ_n count(n) · log(p_target(n) / p_pool(n)). Made a
-score per query, each query is a target of its own. One query is too little text for p_target, so half of its mass is
-the pool's.
+DSIR selects a corpus for one target data set: a block's weight is Σ_n count(n) · log(p_target(n) / p_pool(n)). For
+per-query scores, each query is its own target. One query is too little text to estimate p_target, so it is mixed
+half and half with the pool's distribution.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from stride_ray.evaluate.baselines.problem import Problem
 
 
 def scores(problem: Problem, buckets: int = 10_000) -> np.ndarray:
-    """(Q, N) float32 log importance weights; ``buckets`` as in the paper."""
+    """(Q, N) float32 log importance weights, with the paper's default for ``buckets``."""
     hashing = HashingVectorizer(**NGRAMS, n_features=buckets, alternate_sign=False, norm=None)
     blocks = csr_array(hashing.transform(problem.blocks.words()))
     queries = hashing.transform(problem.queries.words()).toarray()

@@ -1,6 +1,6 @@
-"""TF-IDF: cosine of tf-idf vectors over token uni- and bigrams with sublinear counts, as scikit-learn has it.
+"""TF-IDF: cosine of tf-idf vectors over token uni- and bigrams with sublinear counts, as in scikit-learn.
 
-It never looks at the model: the lexical bar that any attribution method must clear (LDS benchmarks of this project).
+It does not use the model: the lexical baseline that any attribution method must beat (this project's LDS benchmarks).
 """
 
 import numpy as np

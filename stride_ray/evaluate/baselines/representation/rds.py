@@ -1,6 +1,6 @@
-"""RDS (Hanawa et al. 2021): cosine of mean last-layer hidden states of the model itself.
+"""RDS (Hanawa et al. 2021): cosine of the attributed model's mean last-layer hidden states.
 
-The stream after the last layer, before the final norm, averaged over the tokens that count.
+The residual stream after the last layer, before the final norm, is averaged over the target tokens.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ def scores(problem: Problem) -> np.ndarray:
 
 
 def _means(model: SplitModel, texts: Texts, batch_tokens: int) -> torch.Tensor:
-    """Unit vectors, (n, D) float32."""
+    """Normalised mean states, (n, D) float32."""
     ids, mask = tensors(texts)
     step = max(1, batch_tokens // ids.shape[1])
     found = []

@@ -13,6 +13,9 @@ STAGES = (
     *("selection.select.select", "contamination.nightly.scan"),
 )
 
+# Imported before ``plain`` patches what is imported.
+MODULES = {stage: importlib.import_module(f"stride_ray.{stage.rpartition('.')[0]}") for stage in STAGES}
+
 
 @pytest.fixture(scope="module")
 def folder(parts, tmp_path_factory):
@@ -33,10 +36,10 @@ def folder(parts, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_example_of_a_stage(stage, folder, one_ray, monkeypatch):
+def test_the_example_of_a_stage(stage, folder, plain, monkeypatch):
     monkeypatch.chdir(folder)
-    module, name = stage.rsplit(".", 1)
-    function = getattr(importlib.import_module(f"stride_ray.{module}"), name)
+    name = stage.rpartition(".")[2]
+    function = getattr(MODULES[stage], name)
     examples = doctest.DocTestFinder(recurse=False).find(function, name, globs={})
     assert any(each.examples for each in examples), f"{stage} has no example"
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)

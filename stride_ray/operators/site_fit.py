@@ -144,8 +144,8 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, ac
     if failed > MAX_NONFINITE_SHARE * (len(blocks) - first):
         raise StrideError(
             f"The gradients of {failed} of {len(blocks) - first} blocks are not finite (the first: block "
-            f"{min(done[name]['spoilt'] for name in names if done[name]['not_finite'])}): the model overflows on this "
-            "text; use model.dtype = float32 or bfloat16, or inspect these blocks."
+            f"{min(done[name]['spoilt'] for name in names if done[name]['not_finite'])}); inspect these blocks, or, if "
+            "the model overflows on them, use model.dtype = float32 or bfloat16."
         )
     facts = {
         "format": FORMAT,
@@ -158,8 +158,8 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, ac
         "parts": known.get("parts", [])
         + [{"name": name, **{key: done[name][key] for key in ("first", "count", "hash")}} for name in parts],
     }
-    judged = actors.map(FitValidator, given, [facts])
-    progress(judged, "judge", 1, "fit", _one)
+    validated = actors.map(FitValidator, given, [facts])
+    progress(validated, "judge", 1, "fit", _one)
 
 
 def _one(_: Any) -> int:
@@ -174,34 +174,46 @@ class FitValidator(SketchWorker):
 
     def __call__(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Validate the rows described by ``facts``; returns the metadata."""
+        sample, sections = self._sample_sketches()
+        rows, member = self._rows_and_members(facts, sample)
+        mean, error = gap(self._cosines(facts, sections, rows), member)
+        learned = bool(mean > 2 * error)
+        verdict = _verdict(learned, mean, error)
+        validation = {"gap": mean, "gap_error": error, "learned": learned, "verdict": verdict, "model": self.model.name}
+        self.stage.store.write_json("metadata.json", {**facts, **validation})
+        return {**facts, **validation}
+
+    def _sample_sketches(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Ordinals of sampled blocks with finite gradients, and their sketches by site, (blocks, a·b) each."""
         sample = with_targets(self.blocks, self.blocks.sample(SAMPLE, self.config.seed + 1))
         pieces = [self.sections(*self.trimmed(batch)) for batch in self.batches_at(sample)]
         sections = [torch.cat(each).cpu().numpy() for each in zip(*pieces, strict=True)]
-        good = np.stack([np.isfinite(each).all(1) for each in sections]).all(0)
-        sections = [each[good] for each in sections]
-        scales = [site.scale for site in self.sketches]
-        queries = packed_queries([(z / scale).astype(np.float32) for z, scale in zip(sections, scales, strict=True)])
-        rows, inside = self._rows(facts, sample[good])
-        asked = sum(np.square(z, dtype=np.float64).sum(1) / scale for z, scale in zip(sections, scales, strict=True))
-        held = np.square(rows.scales, dtype=np.float64) @ (np.array(facts["sizes"]) / np.array(scales))
-        lengths = np.sqrt(np.multiply.outer(asked, held))
-        answers = estimate_inner_products(rows, queries, word_starts(facts["sizes"])).sum(2)
-        found, error = gap(answers / np.maximum(lengths, 1e-300), inside)
-        learned = bool(found > 2 * error)
-        told = f"mean cosine with their own blocks minus that with others {found:+.3g} ± {error:.1g}"
-        verdict = (
-            f"The operators respond to their own blocks: {told}."
-            if learned
-            else "WARNING: these operators do not distinguish their own blocks from others; estimates are meaningless: "
-            f"{told}."
-        )
-        judged = {"gap": found, "gap_error": error, "learned": learned, "verdict": verdict, "model": self.model.name}
-        self.stage.store.write_json("metadata.json", {**facts, **judged})
-        return {**facts, **judged}
+        finite = np.stack([np.isfinite(each).all(1) for each in sections]).all(0)
+        return sample[finite], [each[finite] for each in sections]
 
-    def _rows(self, facts: dict[str, Any], sample: np.ndarray) -> tuple[Rows, np.ndarray]:
+    def _rows_and_members(self, facts: dict[str, Any], sample: np.ndarray) -> tuple[Rows, np.ndarray]:
         """The rows of the sampled blocks, or of all subsets, and which block belongs to which row: (n, rows) bool."""
         store = RowStore(self.stage.store, facts)
         if store.of_blocks:
             return store.take(sample), np.eye(len(sample), dtype=bool)
         return store.take(np.arange(len(store))), members(membership_of(self.config), sample)
+
+    def _cosines(self, facts: dict[str, Any], sections: list[np.ndarray], rows: Rows) -> np.ndarray:
+        """Estimated cosines of the sketches with the rows: (n, rows)."""
+        scales = [site.scale for site in self.sketches]
+        scaled = [(z / scale).astype(np.float32) for z, scale in zip(sections, scales, strict=True)]
+        products = estimate_inner_products(rows, packed_queries(scaled), word_starts(facts["sizes"])).sum(2)
+        squares = zip(sections, scales, strict=True)
+        sketch_norms_sq = sum(np.square(z, dtype=np.float64).sum(1) / scale for z, scale in squares)
+        row_norms_sq = np.square(rows.scales, dtype=np.float64) @ (np.array(facts["sizes"]) / np.array(scales))
+        return products / np.maximum(np.sqrt(np.multiply.outer(sketch_norms_sq, row_norms_sq)), 1e-300)
+
+
+def _verdict(learned: bool, mean: float, error: float) -> str:
+    measured = f"mean cosine with their own blocks minus that with others {mean:+.3g} ± {error:.1g}."
+    if learned:
+        return f"The operators respond to their own blocks: {measured}"
+    return (
+        "WARNING: these operators do not distinguish their own blocks from others; estimates are meaningless: "
+        f"{measured}"
+    )

@@ -45,14 +45,10 @@ import json
 import os
 import sys
 import time
-from typing import TYPE_CHECKING
 
 from benchmarks.lasso import benchmark_recover
-from benchmarks.output import printed
+from benchmarks.output import print_figures, print_table
 from stride_ray.cli.arguments import count, counts
-
-if TYPE_CHECKING:
-    pass
 
 
 def benchmark_select(args: argparse.Namespace) -> int:
@@ -109,7 +105,7 @@ def benchmark_speed(args: argparse.Namespace) -> int:
     retain_freed_memory()  # as every worker does
     given = {key: value for key, value in vars(args).items() if key not in ("command", "run")}
     measures = {"respond": measure_respond, "fit": measure_passes, "solve": measure_solve}
-    return printed(measures[args.command](Setting(**given)))
+    return print_figures(measures[args.command](Setting(**given)))
 
 
 def benchmark_loop(args: argparse.Namespace) -> int:
@@ -117,9 +113,7 @@ def benchmark_loop(args: argparse.Namespace) -> int:
     from benchmarks.loop import measure_loop, table
 
     found = measure_loop(args.benchmark, args.folder, args.form, args.steps, args.most_steps)
-    print(table(found))
-    print(json.dumps(found))
-    return 0
+    return print_table(table(found), found)
 
 
 def benchmark_scale(args: argparse.Namespace) -> int:
@@ -127,9 +121,7 @@ def benchmark_scale(args: argparse.Namespace) -> int:
     from benchmarks.scale import measure, table
 
     found = measure(args.folder, args.blocks)
-    print(table(found))
-    print(json.dumps(found))
-    return 0
+    return print_table(table(found), found)
 
 
 def benchmark_shard(args: argparse.Namespace) -> int:
@@ -138,10 +130,8 @@ def benchmark_shard(args: argparse.Namespace) -> int:
     from benchmarks.scale import measure_shard
 
     found = measure_shard(args.folder, args.blocks, args.tokens, args.workers)
-    for name, rate in found["tokens_per_second"].items():
-        print(f"{name:12}{rate:>14,.0f} tokens a second")
-    print(json.dumps(found))
-    return 0
+    rates = found["tokens_per_second"].items()
+    return print_table("\n".join(f"{name:12}{rate:>14,.0f} tokens a second" for name, rate in rates), found)
 
 
 def benchmark_recall(args: argparse.Namespace) -> int:
@@ -149,9 +139,7 @@ def benchmark_recall(args: argparse.Namespace) -> int:
     from benchmarks.recall import measure_recall, table
 
     found = measure_recall(args.benchmark, args.texts, args.folder, args.blocks, args.row_bytes)
-    print(table(found))
-    print(json.dumps(found))
-    return 0
+    return print_table(table(found), found)
 
 
 def benchmark_chaos(args: argparse.Namespace) -> int:
@@ -174,9 +162,7 @@ def benchmark_peers(args: argparse.Namespace) -> int:
     from benchmarks.peers.measure import compare_peers, table
 
     found = compare_peers(args.benchmark, args.folder, args.multiples, [each for each in args.tools.split(";") if each])
-    print(table(found))
-    print(json.dumps(found))
-    return 0
+    return print_table(table(found), found)
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.output import printed
+from benchmarks.output import print_figures
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -178,4 +178,4 @@ def _alone(args: argparse.Namespace, row: dict[str, Any], recovered: list[Any]) 
         "peak_bytes": row["peak"],
         "bytes_grown": row["grown"],
     }
-    return printed(found)
+    return print_figures(found)

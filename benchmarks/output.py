@@ -1,12 +1,16 @@
-"""Output of a benchmark: one line per figure, and one JSON object as the last line."""
+"""Output of a benchmark: figures for people, and one JSON object as the last line. Both return the exit status."""
 
 import json
 from typing import Any
 
 
-def printed(found: dict[str, Any]) -> int:
-    """Print the figures, one per line, and the JSON line."""
-    for name, value in found.items():
-        print(f"{name:24}{value}")
+def print_table(table: str, found: dict[str, Any]) -> int:
+    """Print a table of the figures, and the JSON line."""
+    print(table)
     print(json.dumps(found))
     return 0
+
+
+def print_figures(found: dict[str, Any]) -> int:
+    """Print the figures, one per line, and the JSON line."""
+    return print_table("\n".join(f"{name:24}{value}" for name, value in found.items()), found)

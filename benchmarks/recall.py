@@ -74,7 +74,7 @@ def measure_recall(
         done = stage.done()
         left = [unit for unit in units if unit[0] not in done]
         given = (run.config, blocks, actors.device, curvature.store, directions, stage, tuple(row_bytes))
-        progress(actors.map(RecallWorker, given, left), "recall", len(left), "units", lambda _: 1)
+        progress(actors.map(RecallWorker, given, left), "recall", len(left), "units")
     read = [stage.store.read_tensors(f"{name}.safetensors") for name, *_ in units]
     scores = {key: torch.cat([each[key] for each in read], 1).numpy() for key in read[0]}
     return {

@@ -48,25 +48,24 @@ def imported(path):
             yield from (each.name for each in node.names if each.name.split(".")[0] in ("stride_ray", "benchmarks"))
 
 
-def test_arrows_run_one_way():
-    back = []
+def arrows():
+    """What imports go from folder to folder: (from, to), with the file and the module; the doors are left out."""
     for path in files():
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        if len(parts) == 1:
-            continue  # the doors
-        for module in imported(path):
-            folder = module.split(".")[1] if "." in module else ""
-            if module.startswith("benchmarks") or (folder and ORDER.index(folder) > ORDER.index(parts[0])):
-                back.append(f"{'/'.join(parts)} imports {module}")
+        folder = path.relative_to(PACKAGE).parts[0]
+        for module in imported(path) if folder in ORDER else ():
+            root, _, inner = module.partition(".")
+            to = root if root == "benchmarks" else inner.split(".")[0]
+            if to not in ("", folder):
+                yield (folder, to), (str(path.relative_to(ROOT)), module)
+
+
+def test_arrows_run_one_way():
+    back = [what for (of, to), what in arrows() if to not in ORDER[: ORDER.index(of)]]
     assert not back
 
 
 def test_the_page_shows_the_arrows_that_there_are():
-    real = set()
-    for path in files():
-        folder = path.relative_to(PACKAGE).parts[0]
-        to = {module.split(".")[1] for module in imported(path) if "." in module}
-        real |= {(folder, each) for each in to - {folder} if folder in ORDER}
+    real = {ends for ends, _ in arrows()}
     page = (ROOT / "docs/how-it-works.md").read_text("utf-8").split("flowchart TD")[1].split("```")[0]
     lines = [line.split(" --> ") for line in page.strip().splitlines()]
     assert {(of.strip(), each.strip()) for of, to in lines for each in to.split("&")} == real

@@ -81,7 +81,7 @@ def compute_directions(
     if missing:
         with record_stage_costs(stage):
             results = actors.map(DirectionWorker, (config, blocks, actors.device, curvature, stage), missing)
-            stage.remember(progress(results, "queries", len(missing), "parts", lambda _: 1))
+            stage.remember(progress(results, "queries", len(missing), "parts"))
 
 
 def clear_directions(run: Run, name: str) -> None:

@@ -81,7 +81,7 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
             spare = actors.device == "cuda" and work is solve_estimates
             cpus = WorkerAllocation(actors.allocation.workers, "cpu")
             results = map_tasks(work, given, missing, cpus) if spare else actors.map(partial, (work, *given), missing)
-            stage.remember(progress(results, "recover", len(missing), "units", _one))
+            stage.remember(progress(results, "recover", len(missing), "units"))
     done = stage.done()
     markers = [done[part_name(index)] for index in range(len(units))]
     nonzeros = [n for marker in markers for n in marker["nonzeros"]]
@@ -95,10 +95,6 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
     }
     stage.store.write_json("manifest.json", summary)
     return summary
-
-
-def _one(_: Any) -> int:
-    return 1
 
 
 def estimates_of_block_rows(

@@ -238,7 +238,7 @@ def _query_gradients(
         directions = begin_directions(run, table, name)
         compute_directions(run.config, blocks, curvature, directions, queries, actors)
         results = actors.map(QueryWorker, (directions, actors.device, curvature, stage), missing)
-        stage.remember(progress(results, "invert", len(missing), "parts", lambda _: 1))
+        stage.remember(progress(results, "invert", len(missing), "parts"))
     done = stage.done()
     before = iter(known)
     answers = [[{**next(before), **answer} for answer in done[query_name(part)]["answers"]] for part, _ in parts]
@@ -282,7 +282,7 @@ def _rank(
     left = [part for part in range(len(answers)) if f"{part:05d}" not in done]
     groups = [(unit.group, unit.name) for unit in units]
     told = actors.map(partial, (rank_unit, config, blocks, stage, groups, answers), left)
-    stage.remember(progress(told, "rank", len(left), "parts", lambda _: 1))
+    stage.remember(progress(told, "rank", len(left), "parts"))
     markers = [marker for name, marker in stage.done().items() if name.isdigit()]
     kept = [rows for marker in markers for rows in marker["nonzeros"]]
     reliable = [each for marker in markers for each in marker["reliability"] if each is not None]

@@ -134,9 +134,7 @@ def _respond_steered(run: Run, operators: Store, stage: Stage, table: pa.Table) 
         with record_stage_costs(stage), shared_actor_pool(run.config, len(missing)) as actors:
             given = (run.config, run.store, stage, actors.device)
             if mode == "auto" and "modes" not in done:
-                stage.remember(
-                    progress(actors.map(ModeComparison, given, [(0, 0)]), "compare modes", 1, "samples", lambda _: 1)
-                )
+                stage.remember(progress(actors.map(ModeComparison, given, [(0, 0)]), "compare modes", 1, "samples"))
             total = sum(min(QUERIES_PER_UNIT, table.num_rows - start) for _, start in missing)
             results = actors.map(Responder, (*given, _resolved_mode(stage, mode)), missing)
             stage.remember(progress(results, "respond", total, "queries", lambda marker: marker["queries"]))

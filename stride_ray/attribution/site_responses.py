@@ -81,7 +81,7 @@ def respond_sites(
         directions = begin_directions(run, table, name)
         compute_directions(config, blocks, curvature, directions, table.num_rows, actors)
         coded = actors.map(QueryCoder, (directions, operators, actors.device, stage), missing)
-        stage.remember(progress(coded, "code", len(missing), "parts", lambda _: 1))
+        stage.remember(progress(coded, "code", len(missing), "parts"))
     store = RowStore(operators)
     several = MAX_QUERIES_PER_PASS // queries_per_unit(gradient_bytes(curvature))
     groups = [parts[at : at + several] for at in range(0, len(parts), several)]
@@ -95,7 +95,7 @@ def respond_sites(
     stage.remember(progress(results, "multiply", total, "rows", lambda marker: marker["rows"]))
     left = [(part, group, len(slices)) for group in open_groups for part in group if part_name(part) not in done]
     gathered = actors.map(partial, (merge_slices, stage, config.attribute.top if store.of_blocks else 0), left)
-    stage.remember(progress(gathered, "gather", len(left), "parts", lambda _: 1))
+    stage.remember(progress(gathered, "gather", len(left), "parts"))
 
 
 def code_name(part: int) -> str:

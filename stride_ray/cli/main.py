@@ -19,6 +19,9 @@ from stride_ray.runtime.config import Config, loads, option_fields
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
 
+# Options with a flag in every verb that takes options.
+EVERYWHERE = ("compute.address", "compute.workers", "compute.device")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit status."""
@@ -26,15 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if strange := next((each for each in given if any("\ud800" <= c <= "\udfff" for c in each)), None):
         print(f"stride-ray: the argument {strange!r} is not valid UTF-8; rename what it names", file=sys.stderr)
         return 1
-    if given[:1] == ["scan"]:
-        return scan.status_of(lambda: _scanned(given))
-    parsed = _parser().parse_args(given)
-    return exit_status("stride-ray", lambda: _run(parsed))
+    # scan has exit statuses of its own, for a bad command line too.
+    return scan.status_of(lambda: _parse_and_run(given)) if given[:1] == ["scan"] else _parse_and_run(given)
 
 
-def _scanned(given: list[str]) -> int:
-    """Run the verb scan, whose argument parsing is subject to its own exit statuses."""
-    if given[1:2] == ["compare"]:
+def _parse_and_run(given: list[str]) -> int:
+    if given[:2] == ["scan", "compare"]:
         return exit_status("stride-ray", lambda: scan.compare_nights(given[2:]))
     parsed = _parser().parse_args(given)
     return exit_status("stride-ray", lambda: _run(parsed))
@@ -48,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
         sub = verbs.add_parser(name, help=verb.about, description=verb.about, allow_abbrev=False)
-        verb.add_arguments(sub)
+        for add in verb.arguments:
+            add(sub)
         if verb.options:
             _add_options(sub, verb)
     return parser
@@ -61,7 +62,7 @@ def _add_options(parser: argparse.ArgumentParser, verb: Verb) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any option, as in --set fit.steps=800"
     )
     declared = option_fields()
-    for name in verb.options:
+    for name in (*verb.options, *EVERYWHERE):
         flag = "--model" if name == "model.path" else "--" + name.rpartition(".")[2].replace("_", "-")
         extra: dict[str, Any] = {"action": "append"} if name in ("corpus.input", "select.earlier") else {}
         if declared[name].metadata["choices"]:

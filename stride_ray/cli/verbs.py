@@ -14,7 +14,6 @@ from stride_ray.cli.arguments import count
 from stride_ray.runtime.config import Config, dumps
 from stride_ray.runtime.run import Run
 
-EVERYWHERE = ("compute.address", "compute.workers", "compute.device")
 MODES = {
     "--exact": ("true", "score every block exactly, in a pass over the pool; needs no operators"),
     "--no-exact": ("false", "estimates from the operators, exact influence of the candidates (the default)"),
@@ -27,14 +26,15 @@ class Verb:
 
     Attributes:
         about: description for --help.
-        add_arguments: adds the arguments that are not options of the run.
+        arguments: functions that add the arguments that are not options of the run.
         do: runs the verb, given the run (None if it takes none) and the parsed arguments; returns the exit status.
-        options: options of the run (config.py) with a flag of their own; all others are set with --set or --config.
-            Empty: the verb uses the run's stored configuration and has no --set or --config.
+        options: options of the run (config.py) with a flag of their own, beside those of every verb (main.EVERYWHERE);
+            all others are set with --set or --config. Empty: the verb uses the run's stored configuration and has
+            neither.
     """
 
     about: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
+    arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
     do: Callable[[Any, argparse.Namespace], int]
     options: tuple[str, ...] = ()
 
@@ -55,14 +55,6 @@ def _mode(parser: argparse.ArgumentParser) -> None:
     either = parser.add_mutually_exclusive_group()
     for flag, (value, about) in MODES.items():
         either.add_argument(flag, dest="attribute.exact", action="store_const", const=value, help=about)
-
-
-def _all(*parts: Callable[[argparse.ArgumentParser], None]) -> Callable[[argparse.ArgumentParser], None]:
-    def add(parser: argparse.ArgumentParser) -> None:
-        for part in parts:
-            part(parser)
-
-    return add
 
 
 def _shard_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,70 +178,64 @@ def _quickstart(run: None, parsed: argparse.Namespace) -> int:
 VERBS = {
     "shard": Verb(
         "documents to blocks: tokenise a corpus and cut it into blocks in Parquet",
-        _all(_run, _shard_arguments),
+        (_run, _shard_arguments),
         _shard,
-        (
-            *("corpus.input", "corpus.tokenizer", "corpus.columns", "corpus.layout", "corpus.block_tokens"),
-            *EVERYWHERE,
-        ),
+        ("corpus.input", "corpus.tokenizer", "corpus.columns", "corpus.layout", "corpus.block_tokens"),
     ),
     "fit": Verb(
         "blocks to operators: one pass over the pool, or the paper's training loop",
-        _run,
+        (_run,),
         _fit,
         (
             *("model.path", "model.dtype", "operators.form", "operators.budget_gb", "operators.rows"),
-            *("membership.subsets", "membership.degree", *EVERYWHERE),
+            *("membership.subsets", "membership.degree"),
         ),
     ),
     "respond": Verb(
         "queries to responses: how each operator moves each query's loss",
-        _all(_run, _queries, _name),
+        (_run, _queries, _name),
         _respond,
-        ("respond.mode", *EVERYWHERE),
+        ("respond.mode",),
     ),
     "recover": Verb(
         "responses to estimates of every query's influence; a Lasso per query where operators are of subsets",
-        _all(_run, _name),
+        (_run, _name),
         _recover,
-        ("recover.penalty_ratio", *EVERYWHERE),
+        ("recover.penalty_ratio",),
     ),
     "rescore": Verb(
         "estimates to ranked tables: exact influence of every query's candidates, estimates for the rest",
-        _all(_run, _name),
+        (_run, _name),
         _rescore,
-        ("attribute.candidates", *EVERYWHERE),
+        ("attribute.candidates",),
     ),
     "attribute": Verb(
         "respond, recover and rescore at once, with a console summary and a page: which blocks made the model answer "
         "like this",
-        _all(_run, _queries, _mode, _name),
+        (_run, _queries, _mode, _name),
         _attribute,
-        ("model.path", "attribute.candidates", "attribute.top", *EVERYWHERE),
+        ("model.path", "attribute.candidates", "attribute.top"),
     ),
     "scan": Verb(
         "did evaluation items leak into the corpus, and does the model lean on them? (and: scan compare A B)",
-        _all(_run, _mode, scan.add_arguments),
+        (_run, _mode, scan.add_arguments),
         scan.run_scan,
-        ("scan.words", "scan.overlap", "scan.influence", "scan.false_discovery", "scan.alarm", *EVERYWHERE),
+        ("scan.words", "scan.overlap", "scan.influence", "scan.false_discovery", "scan.alarm"),
     ),
     "select": Verb(
         "influence on target queries to training data, with a reason for every document and a random arm",
-        _all(_run, _mode, _select_arguments),
+        (_run, _mode, _select_arguments),
         _select,
-        (
-            *("select.by", "select.documents", "select.tokens", "select.drop", "select.drop_at", "select.earlier"),
-            *EVERYWHERE,
-        ),
+        ("select.by", "select.documents", "select.tokens", "select.drop", "select.drop_at", "select.earlier"),
     ),
-    "status": Verb("what is done and what is missing in a run directory", _run, _status),
+    "status": Verb("what is done and what is missing in a run directory", (_run,), _status),
     "plan": Verb(
         "what a larger run will read, write, hold and take, from what this one did on a sample",
-        _all(_run, _plan_arguments),
+        (_run, _plan_arguments),
         _plan,
     ),
-    "config": Verb("every option with its default and meaning, as TOML for --config", _all(), _config),
+    "config": Verb("every option with its default and meaning, as TOML for --config", (), _config),
     "quickstart": Verb(
-        "everything on a small real corpus and a model trained on the spot", _quickstart_arguments, _quickstart
+        "everything on a small real corpus and a model trained on the spot", (_quickstart_arguments,), _quickstart
     ),
 }

@@ -88,7 +88,7 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
             # The saved copy, as in later stages: the original may change or disappear.
             copy = stage.store.child("tokenizer").url
             results = map_dataset(Tokenise, (replace(config, tokenizer=copy), columns, staged), work, workers)
-            markers = progress(results, "shard", len(work), "units", lambda _: 1)
+            markers = progress(results, "shard", len(work), "units")
             staged.remember(markers)
             _show_example(markers, out or sys.stdout)
         markers_by_part = {**staged.done(), **numbered}
@@ -99,7 +99,7 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
         first = np.concatenate([[0], np.cumsum(counts)]).tolist()
         todo = [(i, first[i]) for i in range(len(units)) if part_name(i) not in numbered]
         results = map_tasks(number_part, (stage, staged), todo, allocate_workers(run.config.compute, len(todo)))
-        stage.remember(progress(results, "number", len(todo), "parts", lambda _: 1))
+        stage.remember(progress(results, "number", len(todo), "parts"))
     manifest = _manifest(stage, config, tokenizer, len(units))
     stage.store.write_json("manifest.json", manifest)
     stage.store.remove("_tokenised")

@@ -219,7 +219,7 @@ def _train(
             workers = allocate_workers(run.config.compute, len(missing))
             given = (store, stage, model, start, recipe, tokenizer, workers.device)
             results = map_tasks(train_arm, given, missing, workers)
-            stage.remember(progress(results, "train", len(missing), "models", lambda _: 1))
+            stage.remember(progress(results, "train", len(missing), "models"))
     names = {arm: [name for of, _, name in units if of == arm] for arm in arms}
     measures = {LOSS: "losses"} | ({F1: "f1"} if stage.done()[units[0][2]]["f1"] is not None else {})
     return {

@@ -95,7 +95,7 @@ def halves_agreement(run: Run, name: str, n_blocks: int) -> Halves | None:
         workers = WorkerAllocation(allocate_workers(run.config.compute, CONTROLS + 1).workers, "cpu")
         units = list(range(CONTROLS + 1))
         results = map_tasks(agreement, (run.config, responses[np.sort(chosen)], n_blocks), units, workers)
-        done = sorted(progress(results, "trust", len(units), "matrices", lambda _: 1), key=lambda each: each["unit"])
+        done = sorted(progress(results, "trust", len(units), "matrices"), key=lambda each: each["unit"])
     right, others = done[0], done[1:]
     means = {key: float(np.mean([each[key] for each in others])) for key in ("spearman", "overlap")}
     p = (1 + sum(each["spearman"] >= right["spearman"] for each in others)) / (1 + len(others))

@@ -144,11 +144,7 @@ def _closed_form(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool
     if missing:
         sums = actors.map(Accumulator, (config, blocks, stage, actors.device), missing)
         progress(sums, "fit", sum(u[2] - u[1] for u in missing), "blocks", lambda marker: marker["blocks"])
-    progress(actors.map(partial, (reduce_sums, config, stage, len(units)), [len(blocks)]), "reduce", 1, "", _one)
-
-
-def _one(_: Any) -> int:
-    return 1
+    progress(actors.map(partial, (reduce_sums, config, stage, len(units)), [len(blocks)]), "reduce", 1, "")
 
 
 def _fit_basis(config: Config, blocks: Blocks, actors: ActorPool) -> Any:
@@ -224,7 +220,7 @@ def _finish(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> 
     """Validate the fitted operators, publish them as the stage's result, and remove intermediate files."""
     folder = "trained" if config.fit.method == "train" else "fitted"
     judged = actors.map(OperatorValidator, (config, blocks, stage, actors.device), [folder])
-    progress(judged, "judge", 1, "fit", _one)
+    progress(judged, "judge", 1, "fit")
     _clear(stage)
 
 

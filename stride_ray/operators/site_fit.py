@@ -126,7 +126,7 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, ac
         StrideError: as layout_of, or if too many blocks have non-finite gradients.
     """
     if not stage.store.exists(LAYOUT):
-        progress(actors.map(partial, (make_sketch, config, curvature, stage), [len(blocks)]), "sketch", 1, "", _one)
+        progress(actors.map(partial, (make_sketch, config, curvature, stage), [len(blocks)]), "sketch", 1, "")
     layout = stage.store.read_json(LAYOUT)
     known = stage.store.read_json("metadata.json") if stage.store.exists("metadata.json") else {}
     given, first = (config, blocks, stage, actors.device), known.get("blocks", 0)
@@ -159,11 +159,7 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, ac
         + [{"name": name, **{key: done[name][key] for key in ("first", "count", "hash")}} for name in parts],
     }
     validated = actors.map(FitValidator, given, [facts])
-    progress(validated, "judge", 1, "fit", _one)
-
-
-def _one(_: Any) -> int:
-    return 1
+    progress(validated, "judge", 1, "fit")
 
 
 class FitValidator(SketchWorker):

@@ -51,7 +51,7 @@ def subset_rows(given: tuple[Any, ...], subsets: int, actors: ActorPool) -> tupl
         if left:
             map_block_ranges(SumWorker, names[units], ranges[units], given, stage, actors)
             work = (add_sums, config, blocks, stage, names[units], wave, last)
-            stage.remember(progress(actors.map(partial, work, left), "reduce", len(left), "parts", lambda _: 1))
+            stage.remember(progress(actors.map(partial, work, left), "reduce", len(left), "parts"))
             # Later waves have not started, so only this wave's sums exist.
             stage.clear_tensors("sum-")
             stage.clear_tensors(f"total-{wave - 1:05d}-")

@@ -9,6 +9,7 @@ PATIENCE seconds without a result it gets 0 and then 2. Late results from A, onc
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -131,13 +132,13 @@ class ActorPool:
     def _submit(self, job: Any, units: Sequence[Unit], progress: _Progress) -> None:
         """Fill the queue of every actor; in a stall, give every idle actor a unit that others hold."""
         stalled = progress.stalled
+        held = Counter(call.actor for call in self._in_flight.values())
         for actor in self._actors:
-            held = sum(call.actor is actor for call in self._in_flight.values())
-            while (progress.waiting and held < QUEUED_PER_ACTOR) or (stalled and not held and progress.unfinished):
+            while (progress.waiting and held[actor] < QUEUED_PER_ACTOR) or (stalled and not held[actor]):
                 index = progress.waiting.pop() if progress.waiting else self._least_replicated(progress.unfinished)
                 reference = actor.work.remote(self._maps, job, units[index])
                 self._in_flight[reference] = _Call(actor, index, self._maps, time.monotonic())
-                held += 1
+                held[actor] += 1
 
     def _least_replicated(self, unfinished: set[int]) -> int:
         """The unfinished unit held by the fewest actors."""

@@ -178,17 +178,20 @@ def hide_gpus(device: str) -> None:
 
 
 def map_tasks(
-    function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], units: Sequence[Unit], pool: WorkerAllocation
+    function: Callable[..., dict[str, Any]],
+    arguments: tuple[Any, ...],
+    units: Sequence[Unit],
+    allocation: WorkerAllocation,
 ) -> Iterator[dict[str, Any]]:
     """Apply ``function(*arguments, unit)`` to every unit as Ray tasks, no more at a time than there are workers.
 
     Raises:
         StrideError: from the function, or because a unit repeatedly killed its worker.
     """
-    task: Any = ray.remote(_task).options(**pool.options, max_retries=RETRIES)
+    task: Any = ray.remote(_task).options(**allocation.options, max_retries=RETRIES)
     waiting, running, since = list(reversed(units)), set[Any](), time.monotonic()
     while waiting or running:
-        while waiting and len(running) < pool.workers:
+        while waiting and len(running) < allocation.workers:
             running.add(task.remote(os.getcwd(), function, arguments, waiting.pop()))
         for reference in wait_for_result(running, since):
             running.remove(reference)
@@ -204,7 +207,10 @@ def _task(
 
 
 def map_dataset(
-    make: Callable[..., Worker], arguments: tuple[Any, ...], units: Sequence[dict[str, Any]], pool: WorkerAllocation
+    make: Callable[..., Worker],
+    arguments: tuple[Any, ...],
+    units: Sequence[dict[str, Any]],
+    allocation: WorkerAllocation,
 ) -> Iterator[dict[str, Any]]:
     """Apply the worker ``make(*arguments)`` to every unit in a Ray Data pipeline; units and results are JSON dicts.
 
@@ -226,8 +232,8 @@ def map_dataset(
     results = rows.map(
         row,
         fn_constructor_args=(make, arguments, os.getcwd(), attempts),
-        compute=ray.data.ActorPoolStrategy(size=pool.workers),
-        num_cpus=pool.options["num_cpus"],
+        compute=ray.data.ActorPoolStrategy(size=allocation.workers),
+        num_cpus=allocation.options["num_cpus"],
     )
     try:
         for row in results.iter_rows():
@@ -327,7 +333,11 @@ def translated_ray_error(error: BaseException) -> BaseException:
 
 
 def progress(
-    results: Iterable[dict[str, Any]], label: str, total: int, unit: str, count: Callable[[dict[str, Any]], int]
+    results: Iterable[dict[str, Any]],
+    label: str,
+    total: int,
+    unit: str,
+    count: Callable[[dict[str, Any]], int] = lambda result: 1,
 ) -> list[dict[str, Any]]:
     """Collect results behind a progress bar, recording cost and metrics.
 
@@ -336,7 +346,7 @@ def progress(
         label: of the progress bar, the cost phase and the metrics.
         total: count at completion.
         unit: name of the counted items.
-        count: how many items a result stands for.
+        count: how many items a result stands for; one unless given.
     """
     interval = 0.5 if sys.stderr.isatty() else 5.0
     collected = []

@@ -150,7 +150,7 @@ def _list(how: Reading, stage: Stage, units: Sequence[InputSplit], signed: bool,
     done = stage.done()
     missing = [(i, unit) for i, unit in enumerate(units) if f"pool-{i:05d}" not in done]
     results = map_tasks(list_part, (how, stage, signed), missing, workers)
-    stage.remember(progress(results, "list", len(missing), "parts", lambda _: 1))
+    stage.remember(progress(results, "list", len(missing), "parts"))
 
 
 def _choose(
@@ -217,7 +217,7 @@ def _write(how: Reading, stage: Stage, units: Sequence[InputSplit], workers: Wor
             if marker_name(arm, part) not in done:
                 missing.append((arm, part, units[part], places))
     results = map_tasks(write_part, (how, stage), missing, workers)
-    stage.remember(progress(results, "write", len(missing), "files", lambda _: 1))
+    stage.remember(progress(results, "write", len(missing), "files"))
 
 
 def _kept(store: Store, arm: str) -> list[tuple[int, np.ndarray]]:

@@ -115,7 +115,7 @@ def search(
             stage.store.write_json(f"{batch}.json", list(left))
             given = (index, batch, corpus, stage)
             results = map_actors(Searcher, given, units, allocate_workers(compute, len(units)))
-            stage.remember(progress(results, "search", len(units), "units", lambda _: 1))
+            stage.remember(progress(results, "search", len(units), "units"))
             told = {"units": told["units"] + len(units), "items": max(told["items"], len(left))}
     return told
 

@@ -72,7 +72,7 @@ def metasmoothness(
         with connected(compute):
             workers = allocate_workers(compute, len(missing))
             shared = (benchmark.url, benchmark.fingerprint, recipe_name, stage, workers.device, seed, step)
-            progress(map_tasks(_train_one, shared, missing, workers), "train", len(missing), "models", lambda _: 1)
+            progress(map_tasks(_train_one, shared, missing, workers), "train", len(missing), "models")
     start, *moved = (read_array(stage.store, f"{_name(unit)}.npy") for unit in units)
     each = [smoothness(start, one, two) for one, two in zip(moved[::2], moved[1::2], strict=True)]
     mean = float(np.mean(each))

@@ -231,7 +231,7 @@ def measure_solve(setting: Setting) -> dict[str, Any]:
         for at in batches:
             linearised = Linearised(model, sites, ids[at], mask[at], stepped=False)
             for _ in range(products):
-                linearised.product(v)
+                dict(linearised.product(v))
 
     restart_peak(model.device)
     alone, one, three = (timed(work, model.device)[1] for work in (forward, lambda: linearise(1), lambda: linearise(3)))

@@ -58,7 +58,7 @@ def test_products_are_those_of_the_definition(made, texts, budget):
     u, v = directions(model, sites, texts)
     linearised = Linearised(model, sites, *texts)
     assert not linearised.stepped
-    Gu, Gv = linearised.product(u), linearised.product(v)
+    Gu, Gv = dict(linearised.product(u)), dict(linearised.product(v))
     assert {name: x.shape for name, x in Gu.items()} == {name: x.shape for name, x in u.items()}
     with torch.no_grad():
         for one, two, product in ((u, u, Gu), (v, v, Gv), (u, v, Gv), (v, u, Gu)):
@@ -91,12 +91,12 @@ def test_a_model_that_has_no_second_derivative_is_stepped_along(own, made, texts
     model, names = made
     sites = raw_sites(model, names)
     (v,) = directions(model, sites, texts, 1)
-    expected = Linearised(model, sites, *texts).product(v)
+    expected = dict(Linearised(model, sites, *texts).product(v))
     handle = model.layers[0].register_forward_hook(
         lambda _, __, out: (own.apply(out[0]), *out[1:]) if isinstance(out, tuple) else own.apply(out)
     )
     linearised = Linearised(model, sites, *texts)
-    found = linearised.product(v)
+    found = dict(linearised.product(v))
     handle.remove()
     assert linearised.stepped
     for name, x in expected.items():
@@ -110,11 +110,13 @@ def test_a_folded_vocabulary_has_the_folded_product(made, texts, monkeypatch):
     side = token_side(torch.rand(V, generator=torch.Generator().manual_seed(3)) + 0.5, 0)
     folded = tuple(replace(site, tokens=side) if site.name in (EMBEDDING, HEAD) else site for site in whole)
     (v,) = directions(model, folded, texts, 1)
-    found = Linearised(model, folded, *texts).product(v)
+    found = dict(Linearised(model, folded, *texts).product(v))
     one_hot = torch.zeros(V, 8)
     one_hot[torch.arange(V), side.buckets] = side.weights
     ends = (EMBEDDING, HEAD)
-    expected = Linearised(model, whole, *texts).product({n: one_hot @ x if n in ends else x for n, x in v.items()})
+    expected = dict(
+        Linearised(model, whole, *texts).product({n: one_hot @ x if n in ends else x for n, x in v.items()})
+    )
     for name, x in expected.items():
         torch.testing.assert_close(found[name], one_hot.T @ x if name in ends else x, rtol=1e-3, atol=1e-4)
 
@@ -124,9 +126,9 @@ def test_some_layers_alone_have_the_product_of_their_own_sites(made, texts):
     sites = raw_sites(model, names)
     (v,) = directions(model, sites, texts, 1)
     few = sites[3:]
-    found = Linearised(model, few, *texts).product({site.name: v[site.name] for site in few})
+    found = dict(Linearised(model, few, *texts).product({site.name: v[site.name] for site in few}))
     alone = {name: x if name in found else torch.zeros_like(x) for name, x in v.items()}
-    expected = Linearised(model, sites, *texts).product(alone)
+    expected = dict(Linearised(model, sites, *texts).product(alone))
     for name, x in found.items():
         torch.testing.assert_close(x, expected[name], rtol=1e-3, atol=1e-4)
 
@@ -137,7 +139,7 @@ def test_bfloat16_gives_about_the_same(texts):
     names = find_sites(whole)
     half = SplitModel(copy.deepcopy(whole.model).bfloat16(), split=1)
     (v,) = directions(whole, raw_sites(whole, names), texts, 1)
-    products = [Linearised(model, raw_sites(model, names), *texts).product(v) for model in (whole, half)]
+    products = [dict(Linearised(model, raw_sites(model, names), *texts).product(v)) for model in (whole, half)]
     one, two = (torch.cat([x.flatten() for x in each.values()]) for each in products)
     assert two.dtype == torch.float32
     assert torch.cosine_similarity(one, two, dim=0) > 0.995

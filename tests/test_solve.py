@@ -184,9 +184,7 @@ def test_two_workers_and_a_plain_loop_solve_to_the_same_bytes(parts, sharded, on
 def test_a_solve_that_spoils_a_query_is_told(unsolved, parts, sharded, plain, monkeypatch):
     folder = sharded("spoilt")
     product = Linearised.product
-    monkeypatch.setattr(
-        Linearised, "product", lambda self, v: {name: x * torch.nan for name, x in product(self, v).items()}
-    )
+    monkeypatch.setattr(Linearised, "product", lambda self, v: [(name, x * torch.nan) for name, x in product(self, v)])
     run, summary, out = answered(folder, parts, solve__steps=2, solve__tokens=12 * 16)
     assert summary["unsolved"] == 3
     assert "3 whose solve took no step" in out

@@ -85,24 +85,25 @@ def solve(
     states = [_State({site.name: query[site.name] for site in known}, known, damping) for query in queries]
     for _ in range(steps):
         going = [state for state in states if state.going]
-        for state, product in zip(going, products([state.p for state in going]) if going else [], strict=True):
-            state.step(product)
+        directions = [state.direction() for state in going]
+        for state, p, product in zip(going, directions, products(directions) if going else [], strict=True):
+            state.step(p, product)
     return [SolveResult({**query, **state.found()}, state.steps) for query, state in zip(queries, states, strict=True)]
 
 
 class _State:
     """Conjugate-gradient state of one query: x = H⁻¹y, direction p = H⁻¹s, residual r.
 
-    Peak memory is seven times that of J, including J and the product with G. ``bound`` is an upper bound on the length
-    of the optimal step along p.
+    Peak memory is four times that of J in the first step and six times in later ones, including J, p and the product
+    with G: r and s begin as J itself, and p is computed from s when it is needed. ``bound`` is an upper bound on the
+    length of the optimal step along p.
     """
 
     def __init__(self, J: Gradient, sites: Sequence[Preconditioner], damping: float) -> None:
         self.sites, self.damping, self.steps, self.bound = sites, damping, 0, 1 / damping
         self.y = {name: torch.zeros_like(x) for name, x in J.items()}
-        self.r, self.s = ({name: x.clone() for name, x in J.items()} for _ in range(2))
-        self.p = self._solved(J)
-        self.size = inner(J, self.p)
+        self.r, self.s = dict(J), dict(J)
+        self.size = self._residual_size()
         self.going = self.size > 0 and math.isfinite(self.size)
 
     def found(self) -> Gradient:
@@ -111,28 +112,33 @@ class _State:
             return {}
         if self.going and self.bound > 0:
             add(self.y, self.s, UNMEASURED_STEP_SHARE * self.bound)
-        return {name: (1 + self.damping) * y for name, y in self.y.items()}
+        for y in self.y.values():
+            y.mul_(1 + self.damping)
+        return self.y
 
-    def _solved(self, x: Gradient) -> Gradient:
-        return {site.name: site.solved(x[site.name]) for site in self.sites}
+    def direction(self) -> Gradient:
+        """p = H⁻¹ s."""
+        return {site.name: site.solved(self.s[site.name]) for site in self.sites}
 
-    def step(self, product: Gradient) -> None:
+    def _residual_size(self) -> float:
+        """rᵀ H⁻¹ r."""
+        return sum(_inner(self.r[site.name], site.solved(self.r[site.name])) for site in self.sites)
+
+    def step(self, p: Gradient, product: Gradient) -> None:
         """One step along p given its product with κG; terminates if the curvature is not positive or not finite."""
         add(product, self.s, self.damping)
-        curvature = inner(self.p, product)
+        curvature = sum(_inner(p[name], x) for name, x in product.items())
         if not (curvature > 0 and math.isfinite(curvature)):
             self.going = False
             return
         self.steps += 1
         length = self.size / curvature
         add(self.y, self.s, length)
-        add(self.r, product, -length)
-        solved = self._solved(self.r)
-        size = inner(self.r, solved)
+        # Not in place: r and s may be the caller's J.
+        self.r = {name: r.sub(product.pop(name), alpha=length) for name, r in self.r.items()}
+        size = self._residual_size()
         ratio = size / self.size
-        for direction, change in ((self.s, self.r), (self.p, solved)):
-            for name, x in direction.items():
-                x.mul_(ratio).add_(change[name])
+        self.s = {name: r.add(self.s.pop(name), alpha=ratio) for name, r in self.r.items()}
         self.size, self.going = size, size > 0 and math.isfinite(size)
         if self.going:
             excess = self.bound - length
@@ -145,6 +151,6 @@ def add(x: Mapping[str, Tensor], y: Mapping[str, Tensor], times: float = 1.0) ->
         each.add_(y[name], alpha=times)
 
 
-def inner(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> float:
-    """⟨x, y⟩ over all sites, summed in float64."""
-    return float(sum((each.double() * y[name].double()).sum() for name, each in x.items()))
+def _inner(x: Tensor, y: Tensor) -> float:
+    """⟨x, y⟩, summed in float64."""
+    return float((x.double() * y.double()).sum())

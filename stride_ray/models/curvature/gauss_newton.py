@@ -11,7 +11,7 @@ differentiable, a central difference of two steered forward passes is used inste
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.models.curvature.conjugate_gradients import Gradient, add
+from stride_ray.models.curvature.conjugate_gradients import Gradient
 from stride_ray.models.sites import (
     EMBEDDING,
     HEAD,
@@ -67,7 +67,8 @@ class Linearised:
             self.w = torch.zeros_like(self.z, requires_grad=True)
             self.back = {} if stepped else self._transposed()
         self.states = self.z.detach()[:, :-1]
-        self.rows = model.logits_rows(self.states.shape[1])
+        # Positions whose logits are in memory at once, with their graph: about four times the logits.
+        self.positions = max(1, model.logits_rows(1) // 4)
         self.stepped = not self._differentiates() if stepped is None else stepped
 
     def _transposed(self) -> dict[str, Tensor]:
@@ -96,20 +97,23 @@ class Linearised:
             return False
         return bool(((w * change).sum() - expected).abs() <= DOUBLE_BACKWARD_TOLERANCE * size)
 
-    def product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Σ over the blocks of G v; direction and result by site name, of J's shape without the batch dimension."""
+    def product(self, v: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Σ over the blocks of G v, site by site: (name, tensor) of J's shape without the batch dimension."""
         moved = {site.name: self._moved(site, v[site.name]) for site in self.sites if site.name != HEAD}
         dz = (self._stepped(moved) if self.stepped else self._differentiated(moved))[:, :-1]
         head = next(site for site in self.sites if site.name == HEAD)
         slopes, found = [], torch.zeros_like(v[HEAD])
-        parts = zip(self.states.split(self.rows), dz.split(self.rows), self.omega.split(self.rows), strict=True)
-        for states, direction, omega in parts:
+        parts = (x.flatten(0, 1).split(self.positions) for x in (self.states, dz, self.omega))
+        for states, direction, omega in zip(*parts, strict=True):
             h, slope = self._curved(states, direction, omega, head, v[HEAD])
             slopes.append(slope)
-            found += head.tokens.of(h).flatten(0, 1).T @ states.flatten(0, 1).float()
-        slope = torch.nn.functional.pad(torch.cat(slopes), (0, 0, 0, 1))
+            found += head.tokens.of(h).T @ states.float()
+        yield HEAD, found
+        slope = torch.nn.functional.pad(torch.cat(slopes).view_as(self.states), (0, 0, 0, 1))
         written = output_gradients(self.z, self.wrote, slope, keep=True)
-        return {HEAD: found, **{s.name: self._gathered(s, written[s.name]) for s in self.sites if s.name != HEAD}}
+        for site in self.sites:
+            if site.name != HEAD:
+                yield site.name, self._gathered(site, written.pop(site.name))
 
     def _moved(self, site: Site, v: Tensor) -> Tensor:
         """Change of a site's output for a step along v: (B, T, D)."""
@@ -144,7 +148,7 @@ class Linearised:
             return self.model.read(self.ids).float()
 
     def _curved(self, states: Tensor, direction: Tensor, omega: Tensor, head: Site, v: Tensor) -> tuple[Tensor, Tensor]:
-        """ω (diag p − p pᵀ) times the change of the logits, (B, T − 1, V), and that backpropagated to the states."""
+        """ω (diag p − p pᵀ) times the change of the logits at P positions, (P, V), and its gradient at the states."""
         with torch.enable_grad():
             leaf = states.detach().requires_grad_(True)
             logits = self.model.logits(leaf)
@@ -153,7 +157,7 @@ class Linearised:
         change = torch.autograd.grad(back, w, direction.to(back.dtype), retain_graph=True)[0].float()
         change += head.tokens.to_tokens(states.float() @ v.T)
         p = logits.detach().float().softmax(-1)
-        h = p.mul_(change - (p * change).sum(-1, keepdim=True)).mul_(omega.unsqueeze(2))
+        h = p.mul_(change - (p * change).sum(-1, keepdim=True)).mul_(omega.unsqueeze(1))
         return h, torch.autograd.grad(logits, leaf, h.to(logits.dtype))[0]
 
 
@@ -175,16 +179,15 @@ class GaussNewton:
 
     def __call__(self, directions: list[Gradient]) -> list[Gradient]:
         """κ G times each direction, in order."""
-        totals: list[Gradient] = []
+        totals: list[Gradient] = [{} for _ in directions]
+        linearised: Linearised | None
         for ids, mask in self.sample:
+            linearised = None  # free the last batch's graph before the next is built
             linearised = Linearised(self.model, self.sites, ids, mask, self.stepped)
             self.stepped = linearised.stepped
-            for at, direction in enumerate(directions):
-                product = linearised.product(direction)
-                if at < len(totals):
-                    add(totals[at], product)
-                else:
-                    totals.append(product)
+            for direction, total in zip(directions, totals, strict=True):
+                for name, x in linearised.product(direction):
+                    total[name] = total[name].add_(x) if name in total else x
         for x in (x for total in totals for x in total.values()):
             x.mul_(self.factor)
         return totals

@@ -1,6 +1,7 @@
 """The tree is the pipeline: imports run one way, mathematics knows no Ray, no folder holds too much."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,22 @@ def test_no_folder_is_too_full_and_no_file_too_long():
 def test_mathematics_imports_no_ray():
     code = "import sys; " + "; ".join(f"import stride_ray.{each}" for each in MATHEMATICS)
     subprocess.run([sys.executable, "-c", f"{code}; assert 'ray' not in sys.modules"], check=True)
+
+
+def test_docstrings_name_files_and_constants_that_are_there():
+    text = {path: path.read_text() for path in (*files(), *(ROOT / "tests").glob("*.py"), *ROOT.glob("[jb]*/**/*.py"))}
+    lines = "\n".join(text.values()).splitlines()
+    constants = {name for line in lines if "=" in line for name in re.findall(r"[A-Z_]{3,}", line.split("=")[0])}
+    constants |= {name for line in lines for name in re.findall(r"\"([A-Z_]+)\"", line)}
+    ours = [f"/{path.relative_to(ROOT)}" for path in (*text, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
+    for path in files():
+        nodes = ast.walk(ast.parse(text[path]))
+        documented = [each for each in nodes if isinstance(each, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        for docstring in filter(None, map(ast.get_docstring, documented)):
+            for name in re.findall(r"(?<![\w./*<…-])([\w/]+\.py|docs/\w+\.md|[A-Z]+\.md)\b", docstring):
+                assert name == "file.py" or any(each.endswith(f"/{name}") for each in ours), f"{path}: {name}"
+            for name in re.findall(r"\b[A-Z]{2,}(?:_[A-Z]+)+\b", docstring):
+                assert name in constants, f"{path}: {name}"
 
 
 def test_the_facade_is_lazy_and_whole():

@@ -100,7 +100,7 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
 def estimates_of_block_rows(
     config: Config, responses: Stage, stage: Stage, n_blocks: int, unit: list[int]
 ) -> dict[str, Any]:
-    """Turn responses of block rows into estimates; negative ones are scaled by HARM."""
+    """Turn responses of block rows into estimates; negative ones are halved."""
     started = time.monotonic()
     tables = [responses.store.read_table(f"{part_name(part)}.parquet") for part in unit]
     rows = []

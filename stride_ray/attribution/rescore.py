@@ -188,7 +188,7 @@ def candidates_needed(n_blocks: int, bytes_a_block: float) -> int:
 def candidate_units(group: tuple[int, ...], answers: list[list[dict[str, Any]]], candidates: int) -> list[ScoreUnit]:
     """Cut the union of a group's candidates into units of at most CANDIDATES blocks; a query keeps only its own scores.
 
-    Example: two queries with candidates [5, 9] and [5, 7] have the union [5, 7, 9]. With fewer than UNITS blocks each
+    Example: two queries with candidates [5, 9] and [5, 7] have the union [5, 7, 9]. At most MIN_UNITS in number, each
     gets its own unit: ``ordinals`` [5] with ``wanted`` [[0, 1], [0, 0]], [7] with [[1], [0]], and [9] with [[0], [0]].
     """
     good = [row for part in group for row in answers[part] if row["status"] == "ok"]

@@ -212,7 +212,7 @@ class ModeComparison(Responder):
     """Measures the agreement of exact and linear responses: their correlation, averaged over queries."""
 
     def __call__(self, unit: tuple[int, int]) -> dict[str, Any]:
-        """Compare both modes on the first SAMPLE valid queries and OPERATORS operators; returns the done marker."""
+        """Compare both modes on SAMPLE valid queries and SAMPLE_OPERATORS operators; returns the done marker."""
         started = time.monotonic()
         K, device = len(self.operators.A), self.model.device
         some = torch.linspace(0, K - 1, min(K, SAMPLE_OPERATORS), device=device).round().long()

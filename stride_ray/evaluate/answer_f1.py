@@ -1,4 +1,4 @@
-"""Unigram F1 of decoded answers, the paper's metric for instruction-data selection (method.md, Metrics)."""
+"""Unigram F1 of decoded answers, the paper's metric for instruction-data selection (docs/method.md, Metrics)."""
 
 from collections import Counter
 from collections.abc import Sequence

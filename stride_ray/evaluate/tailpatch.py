@@ -1,6 +1,6 @@
 """Tail-patch: does a gradient step on a query's top blocks lower its loss more than a step on random blocks?
 
-See "tail-patch" under Metrics in method.md (Chang et al. 2024, arXiv:2410.17413). It needs no retraining but favours
+The metric is of Chang et al. 2024 (arXiv 2410.17413; docs/method.md, Metrics). It needs no retraining but favours
 blocks that resemble the query, hence the lexical baseline beside it.
 """
 

@@ -33,8 +33,9 @@ def load_run_model(config: Config, device: str) -> SplitModel:
 def load_measured_model(config: Config, device: str) -> SplitModel:
     """The model at which exact influence is computed: the run's, or an interpolation if ``model.start`` is set.
 
-    Its parameters are LATE of the way from ``model.start`` to the run's model. Influence predicts training on less
-    data, and gradients slightly before the end of training predict it better (this project's LDS benchmarks).
+    Its parameters are INTERPOLATION_WEIGHT of the way from ``model.start`` to the run's model. Influence predicts
+    training on less data, and gradients slightly before the end of training predict it better (this project's LDS
+    benchmarks).
 
     Raises:
         StrideError: as load_run_model, or if the two models' parameters differ in name or shape.
@@ -73,7 +74,7 @@ def _use_deterministic_kernels(device: str, dtype: str) -> None:
 
 @lru_cache(maxsize=1)
 def interpolated_model(start_path: str, path: str, dtype: str, device: str) -> SplitModel:
-    """Load both models and interpolate their parameters, LATE of the way from ``start_path`` to ``path``.
+    """Load both models and interpolate: INTERPOLATION_WEIGHT of the way from ``start_path`` to ``path``.
 
     Raises:
         StrideError: as load_model, or if the two models' parameters differ in name or shape.

@@ -3,18 +3,25 @@
 The influence of block i on query x is Σ_sites J(x)ᵀ H⁻¹ J_i (influence functions, Koh and Liang 2017, arXiv
 1703.04730). H is K-FAC's curvature (Martens and Grosse 2015, arXiv 1503.05671; for language models Grosse et al. 2023,
 arXiv 2308.03296): at each site the Kronecker product of the damped second moments of its inputs u and of the gradients
-g at its outputs, over the pool with its actual next tokens (empirical Fisher; method.md, measured point 4).
+g at its outputs, over the pool with its actual next tokens (empirical Fisher).
 
-A steering operator at a site adds u A to its output, so to first order its gradient is J = Σ_t u_t ⊗ g_t (method.md,
-measured point 1), that of a linear map's own weight. The logit form of operators/forms.py corresponds to the site
-"head"; the matrix form, with the model's activations in place of SiLU(LN(h) W_in), to the others. The sites are
+A steering operator A at a site adds u A to its output and changes the loss by ⟨A, J⟩ to first order, J = Σ_t u_t ⊗ g_t:
+the gradient of a linear map's own weight. The logit form of operators/forms.py corresponds to the site "head"; the
+matrix form, with the model's activations in place of SiLU(LN(h) W_in), to the others.
 
-    the last linear map of each part of a layer into the residual stream (output projections of MLP and attention):
-        u = its input, of width F
-    the embedding: u = the one-hot token
-    the head: u = the final state; its outputs are the logits, g_t = p_t − y_t
-    the origin: the head at the start of training, when it predicts the pool's unigram distribution π: g_t = π − y_t;
-        only for models trained from random weights, whose first and largest steps it stands for
+    site        u_t                     g_t                         J       H^-½ J
+    a layer's   input (F) of its last   gradient at its output (D)  (F, D)  W_inᵀ J W_out
+    part        linear map
+    embedding   one-hot token           gradient at its output (D)  (n, D)  J W_out
+    head        final state (D)         p_t − y_t, at the logits    (n, D)  J W_in
+    origin      final state (D)         π − y_t                     (n, D)  J W_in
+
+Parts of a layer are attention and MLP; n counts the vocabulary's coordinates (vocabulary.py). The origin is the head at
+the start of training, when it predicts the pool's unigram distribution π: only for models trained from random weights,
+whose first and largest steps it stands for.
+
+Example with D = 1: u = [1, 0], [0, 2] and g = 3, 1 give J = [3, 2]. With W_in = diag(1, ½) and W_out = 1, H⁻¹ J is
+[3, ½], so on a query with J(x) = [1, 1] the block has the influence 3.5 / scale.
 
 Scores are in units of a block's mean influence on itself. Sites are not reweighted, except for the origin: a site's
 weight comes from its well-conditioned directions. Using the last layers only costs less than half, since
@@ -52,8 +59,9 @@ class Site:
 
     Attributes:
         name: of the module, or "embedding", "head" or "origin".
-        W_in: (F, F) float32, whitens the input; empty for the embedding, whose input is tokens.
-        W_out: (D, D) float32, whitens the output gradient; empty for head and origin, whose outputs are logits.
+        W_in: (F, F) float32, whitens the input, or (F, a) if sketched; empty for the embedding, whose input is tokens.
+        W_out: (D, D) float32, or (D, b) if sketched, whitens the output gradient; empty for head and origin, whose
+            outputs are logits.
         tokens: the vocabulary side of embedding, head and origin; else empty.
         unigram: (V,) π for the origin, else empty.
         scale: divisor of inner products of J: the mean of |H^-½ J_i|² summed over all sites, over the site's weight.
@@ -81,7 +89,10 @@ class Site:
         return self.W_in.T @ J @ self.W_out
 
     def solved(self, J: Tensor) -> Tensor:
-        """H⁻¹ J of a query; its inner product with a block's J, over ``scale``, is the site's part of the influence."""
+        """H⁻¹ J of a query; its inner product with a block's J, over ``scale``, is the site's part of the influence.
+
+        Only for a site that is not sketched.
+        """
         return self.whitened(self.whitened(J))
 
 
@@ -230,7 +241,7 @@ def add_moments(
 ) -> int:
     """Add a batch's second moments at some sites to ``totals``, in place; returns the number of positions.
 
-    ``totals`` holds Σ u uᵀ and Σ g gᵀ by site, float32 (see Moments): 0.4 GB for a model of 135 million parameters.
+    ``totals`` holds Σ u uᵀ and Σ g gᵀ by site, float32 (KroneckerFactors): 0.4 GB for a model of 135M parameters.
     """
     sites = list(sites)
     z, read, wrote = forward_with_activations(model, sites, ids_BT)
@@ -360,7 +371,8 @@ def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor
         gradients: J of the blocks, site by site.
 
     Returns:
-        (Q, B) float32; positive: training on the block lowers the query's loss. Negative scores are halved (HARM).
+        (Q, B) float32; positive: training on the block lowers the query's loss. Negative scores are halved
+        (NEGATIVE_SCORE_FACTOR).
     """
     total: Any = 0.0
     for site, J in gradients:
@@ -369,5 +381,5 @@ def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor
 
 
 def halve_negative(influence: Tensor) -> Tensor:
-    """Scale negative influence by HARM."""
+    """Scale negative influence by NEGATIVE_SCORE_FACTOR."""
     return torch.where(influence > 0, influence, NEGATIVE_SCORE_FACTOR * influence)

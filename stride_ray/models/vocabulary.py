@@ -1,9 +1,9 @@
 """The vocabulary side of a site: a weight per token and, for large vocabularies, a count sketch of the coordinates.
 
-A vocabulary of more than SKETCH tokens is hashed into SKETCH buckets with random signs (count sketch, Charikar et al.
-2002; feature hashing, Weinberger et al. 2009, arXiv 0902.2206). This preserves inner products up to noise of one over
-the root of the number of buckets and costs one addition per token. A dense random projection is no more accurate, takes
-805 MB at 49,152 tokens, and costs more than the rest of a small model's forward pass.
+A vocabulary of more than MAX_BUCKETS tokens is hashed into MAX_BUCKETS buckets with random signs (count sketch,
+Charikar et al. 2002; feature hashing, Weinberger et al. 2009, arXiv 0902.2206). This preserves inner products up to
+noise of one over the root of the number of buckets and costs one addition per token. A dense random projection is no
+more accurate, takes 805 MB at 49,152 tokens, and costs more than the rest of a small model's forward pass.
 """
 
 from dataclasses import dataclass, field, replace
@@ -78,7 +78,7 @@ class TokenSide:
 
 
 def token_side(weights: Tensor, seed: int) -> TokenSide:
-    """The vocabulary side with (V,) weights, count-sketched if V exceeds SKETCH."""
+    """The vocabulary side with (V,) weights, count-sketched if V exceeds MAX_BUCKETS."""
     V = len(weights)
     if V <= MAX_BUCKETS:
         return TokenSide(weights)

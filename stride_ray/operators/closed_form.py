@@ -1,4 +1,4 @@
-"""Closed form: a subset's operator is minus the preconditioned mean of its members' J (method.md, measured 1 and 4).
+"""Closed form: a subset's operator is minus the preconditioned mean of its members' J (docs/method.md).
 
 Plain functions of batches and sums; ``fit.py`` runs them as a map–reduce over the pool.
 """
@@ -52,7 +52,7 @@ def preconditioned_basis(
     gradient: np.ndarray,
     counts: np.ndarray,
 ) -> Basis:
-    """The closed form's basis, whitened on both sides (method.md, measured point 4; the recipe of lds/README.md).
+    """The closed form's basis, whitened on both sides (docs/method.md).
 
     Args:
         form: gate, matrix or logit.

@@ -11,7 +11,7 @@ All three forms are one bilinear map. With u = act(LN(h) W_in) the operator of s
 
 so the gradient of a loss with respect to A_k at zero steering is J = Σ_t u_t ⊗ (W_outᵀ g_t), where g_t is the loss's
 gradient with respect to the stream or the logits (for gate, the diagonal of J). W_in and W_out include the
-preconditioner, so that inner products of J are J(x)ᵀ H⁻¹ J_i (method.md, measured points 1 and 4).
+preconditioner, so that inner products of J are J(x)ᵀ H⁻¹ J_i (docs/method.md).
 """
 
 from dataclasses import dataclass, field, replace
@@ -38,7 +38,7 @@ class Basis:
         W_out: (outputs, v) float32; see the table above.
         activation: "linear" (closed form, whitened) or "silu" (paper).
         target: logit form: the distribution minus which y_t is taken: "model" (p_t, the true gradient of the loss) or
-            "unigram" (the pool's unigram distribution π; method.md, the recipe of lds/README.md).
+            "unigram" (the pool's unigram distribution π).
         centre: (v,) W_outᵀ π for target "unigram", else empty.
         unit: normalise J to unit norm.
     """
@@ -161,7 +161,7 @@ class Operators:
         return replace(self, basis=self.basis.to(device), A=self.A.to(device))
 
     def linear(self, model: SplitModel, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """First-order responses y_k = −J(x)·A_k (method.md, measured point 1): (B, K) float32."""
+        """First-order responses y_k = −J(x)·A_k (docs/method.md): (B, K) float32."""
         J = gradients(self.basis, model, ids_BT, mask_BT)
         return -(J.flatten(1) @ self.A.flatten(1).T)
 

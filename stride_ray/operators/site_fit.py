@@ -1,9 +1,8 @@
 """Fit of operators at every site: one pass over the pool that writes one-bit rows of sketched, whitened gradients.
 
-The best operator of a subset is the mean of its members' whitened gradients (method.md, measured point 1), here at all
-sites (point 6), projected to a sketch (sketch.py) and stored with one bit per coordinate (one_bit.py). If the budget
-allows, every block is its own subset and the rows are a gradient index of the pool; otherwise there is a row per
-subset.
+The best operator of a subset is the mean of its members' whitened gradients (docs/method.md), here at all sites,
+projected to a sketch (sketch.py) and stored with one bit per coordinate (one_bit.py). If the budget allows, every block
+is its own subset and the rows are a gradient index of the pool; otherwise there is a row per subset.
 
 Example: 1,600 blocks and ``operators.budget_gb = 2``. The budget allows 1.3 MB per block, but accuracy gains little
 beyond 64 KiB: rows are of blocks, 64 KiB each, and the store takes 105 MB. With ``budget_gb = 0.023`` and ``rows =

@@ -50,7 +50,7 @@ class Lexical:
         rejects: the first of them, as sentences.
         boilerplate: number of n-grams left out as boilerplate.
         filtered: number of pairs of field and document that had only boilerplate in common.
-        beyond: runs counted but not stored (search.MOST).
+        beyond: runs counted but not stored (search.py).
         common: n-grams left out because too many fields contain them (ngrams.COMMON).
         short: keys of items with too few words to search for.
     """

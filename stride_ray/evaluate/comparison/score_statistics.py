@@ -1,6 +1,6 @@
 """Descriptive statistics of a method's scores: how many are zero, and how concentrated the weight is.
 
-See "score statistics" under Metrics in method.md. Each is computed per query over the pool, then averaged over queries.
+See docs/method.md, Metrics. Each is computed per query over the pool, then averaged over queries.
 """
 
 import math

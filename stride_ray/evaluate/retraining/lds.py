@@ -1,8 +1,9 @@
 """The linear datamodeling score (LDS): how well do summed scores predict a query's loss after training on a subset?
 
 Per query, LDS is the correlation over held-out subsets between the subset's summed influence and minus the query's loss
-after training on it (losses averaged over seeds); mean and standard deviation are then taken over queries (method.md,
-Metrics). "centred" first subtracts each retraining's mean loss over all queries: a common shift is not query-specific.
+after training on it (losses averaged over seeds); mean and standard deviation are then taken over queries
+(docs/method.md, Metrics). "centred" first subtracts each retraining's mean loss over all queries: a common shift is not
+query-specific.
 
 Intervals are the 2.5 and 97.5 % quantiles of a bootstrap that resamples subsets and queries together and recomputes
 ranks in each draw. All methods share the draws, so differences and ratios are paired. Numpy and scipy only.

@@ -144,7 +144,7 @@ class MomentWorker(ModelWorker):
 
 
 class ScaleWorker(ModelWorker):
-    """Σ |H^-½ J|² by site, estimated in a sketch of DIRECTIONS per side, and the loss over a slice of the sample."""
+    """Σ |H^-½ J|² by site, estimated in a random sketch, and the loss over a slice of the sample."""
 
     load = staticmethod(load_measured_model)
 

@@ -1,4 +1,4 @@
-"""The three losses of the paper's joint objective: fidelity, stability and linearity (paper 4.1; method.md, Objective).
+"""The three losses of the paper's joint objective: fidelity, stability and linearity (paper 4.1; docs/method.md).
 
 Plain functions of tensors, independent of Ray, storage and the pool. Each takes n (block, subset) pairs; a block is
 given by its stream after the split layer (computed once for all three losses), a subset by its operator. Gradients

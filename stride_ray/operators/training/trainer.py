@@ -1,10 +1,10 @@
 """The paper's training loop in plain torch: all operators and the shared basis, trained jointly on three losses.
 
-The streaming form of the objective (method.md): each block of a step is used for fidelity with two of its own subsets
-and for stability with one of the step's other subsets; the first few blocks are paired with all subsets of the step for
-linearity. A step is a function of (seed, step), so the loop resumes from parameters, optimiser state and step number.
-Each rank takes a slice of the step's (block, subset) pairs and gradients are summed: the step does not depend on the
-number of ranks, up to the order of floating-point sums.
+The streaming form of the objective (docs/method.md): each block of a step is used for fidelity with two of its own
+subsets and for stability with one of the step's other subsets; the first few blocks are paired with all subsets of the
+step for linearity. A step is a function of (seed, step), so the loop resumes from parameters, optimiser state and step
+number. Each rank takes a slice of the step's (block, subset) pairs and gradients are summed: the step does not depend
+on the number of ranks, up to the order of floating-point sums.
 
 Only the subsets of a step receive gradients. Each row of the operator stack has its own Adam moments, which change only
 in steps that include it; a dense optimiser would decay the moments, and move the rows, in steps without a gradient.

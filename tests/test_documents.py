@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stride_ray.corpus import readers
-from stride_ray.corpus.documents import Document, detect_columns, read, resolve_columns
+from stride_ray.corpus.documents import Document, read, resolve_columns
 from stride_ray.corpus.files import SourceFile
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import InputSplit, plan
@@ -330,20 +330,25 @@ def test_no_credentials_in_errors(url):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"text": "t", "messages": []}, {"messages": "messages"}),
-        ({"prompt": "p", "completion": "c", "text": "t"}, {"prompt": "prompt", "answer": "completion"}),
-        ({"question": "q", "answer": "a"}, {"prompt": "question", "answer": "answer"}),
-        ({"instruction": "q", "input": "", "output": "a"}, {"prompt": "instruction", "answer": "output"}),
-        ({"input_ids": [1], "loss_mask": [1]}, {"token_ids": "input_ids", "loss_mask": "loss_mask"}),
-        ({"content": "t", "title": "x"}, {"text": "content"}),
+        ({"text": "t", "messages": []}, {"text": "t"}),
+        ({"prompt": "p", "completion": "c", "text": "t"}, {"prompt": "p", "answer": "c"}),
+        ({"question": "q", "answer": "a"}, {"prompt": "q", "answer": "a"}),
+        ({"instruction": "q", "input": "", "output": "a"}, {"prompt": "q", "answer": "a"}),
+        ({"instruction": "q", "input": "i", "output": "a"}, {"prompt": "q\ni", "answer": "a"}),
+        ({"instruction": "q", "context": "i", "response": "a", "category": "c"}, {"prompt": "q\ni", "answer": "a"}),
+        ({"prompt": None, "completion": None, "text": "t"}, {"text": "t"}),
+        ({"input_ids": [1], "loss_mask": [1]}, {"token_ids": [1], "loss_mask": [True]}),
+        ({"content": "t", "title": "x"}, {"text": "t"}),
     ],
 )
 def test_columns_are_detected(tmp_path, row, expected):
     (tmp_path / "0.txt").write_text("a text file has no columns")
-    (tmp_path / "a.jsonl").write_text("{broken\n" + json.dumps(row))
+    (tmp_path / "a.jsonl").write_text("{broken\n" + json.dumps({**row, "k": "x"}))
     found = plan([str(tmp_path)], 5)
-    assert detect_columns(found) == expected
-    assert resolve_columns(found, {"id": "title"}) == {**expected, "id": "title"}
+    assert resolve_columns(found) == {}
+    assert resolve_columns(found, {"id": "k"}) == {"id": "k"}
+    documents = [item for unit in found[1:] for item in read(unit, {"id": "k"}) if isinstance(item, Document)]
+    assert documents == [Document("x", "a.jsonl", **expected)]
 
 
 def test_columns_that_are_wrong_are_told(tmp_path):
@@ -352,10 +357,10 @@ def test_columns_that_are_wrong_are_told(tmp_path):
     os.remove(tmp_path / "a.parquet")
     found = plan([write_lines(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])], 100)
     with pytest.raises(StrideError, match=r"'body', 'title'.*--columns text=body"):
-        detect_columns(found)
+        resolve_columns(found)
     typo = plan([write_lines(tmp_path / "typo.jsonl", [{"prompt": "x", "completoin": "y"}])], 100)
     with pytest.raises(StrideError, match="'prompt' stands without 'completion'"):
-        detect_columns(typo)
+        resolve_columns(typo)
     os.remove(tmp_path / "typo.jsonl")
     for columns, words in (
         ({"text": "txt"}, "no column 'txt'.*'body', 'title'"),
@@ -366,11 +371,10 @@ def test_columns_that_are_wrong_are_told(tmp_path):
     ):
         with pytest.raises(StrideError, match=words):
             resolve_columns(found, columns)
-    with pytest.raises(StrideError, match="No column"):
-        list(read(found[0], {}))
+    assert "none of its columns is known to hold a text; found: 'body', 'title'" in next(read(found[0], {})).reason
     (tmp_path / "a.jsonl").write_text("{broken")
     with pytest.raises(StrideError, match="not a line of JSON"):
-        detect_columns(plan([str(tmp_path)], 100))
+        resolve_columns(plan([str(tmp_path)], 100))
 
 
 def test_ids_sources_and_every_sort_of_document(tmp_path):

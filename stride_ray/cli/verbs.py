@@ -78,9 +78,7 @@ def _shard(run: Run, parsed: argparse.Namespace) -> int:
     for reject in manifest["rejects"][:5]:
         print(f"  {Rejected(**reject).sentence()}")
     if manifest["unused"]:
-        print(
-            f"Columns that are no part of the documents: {_some(map(repr, manifest['unused']))}; --columns would map them."
-        )
+        print(f"Columns that are in no document: {_some(map(repr, manifest['unused']))}; --columns would map them.")
     if manifest["left_out"]:
         print(f"Files left out, since they hold no documents: {_some(manifest['left_out'])}.")
     return 0

@@ -25,6 +25,7 @@ from stride_ray.contamination.nightly import corpus_of
 from stride_ray.corpus.files import END, SourceFile, compression
 from stride_ray.corpus.readers import ZSTD_WINDOW, raw_lines
 from stride_ray.corpus.rows.roles import possible_columns, text_places
+from stride_ray.corpus.rows.row import is_corrupt, reason
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
@@ -90,7 +91,15 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
             else:
                 if leaks:
                     columns = {"text": "text"} if unit.kind == "text" else corpus.columns
-                    _WRITERS[unit.kind](unit, file, path, _Cleaner(columns, dict(leaks), whole, counts))
+                    try:
+                        _WRITERS[unit.kind](unit, file, path, _Cleaner(columns, dict(leaks), whole, counts))
+                    except Exception as error:
+                        if not is_corrupt(error):
+                            raise
+                        raise StrideError(
+                            f"{redacted(file.url)} has findings and cannot be read to its end ({reason(error)}); "
+                            "restore it, or move it out of the input."
+                        ) from None
                 else:
                     _copy(file, path)
                 results.put(name, path)
@@ -172,7 +181,7 @@ def _write_lines(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleane
 def _write_parquet(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
     fs, place = filesystem(file.url)
     with fs.open(place, "rb") as source:
-        table = pq.ParquetFile(source)
+        table = pq.ParquetFile(source, page_checksum_verification=True)
         codec = table.metadata.row_group(0).column(0).compression if table.num_row_groups else "SNAPPY"
         with pq.ParquetWriter(path, table.schema_arrow, compression=codec) as target:
             first = 0

@@ -143,7 +143,7 @@ def resolve_columns(
         if given:
             return mapping  # reading will report each fault as a reject
         why = f"; the first fault: {rejects[0].sentence()}" if rejects else ""
-        raise StrideError(f"No row of the input can be read{why}.")
+        raise StrideError(f"No row of the input can be read{why}. Mend or replace what is at fault.")
     if not known:
         raise StrideError(
             f"None of the columns of {first.file} is known to hold a text; found: {_listed(names)}."
@@ -343,7 +343,7 @@ def _integers(value: Any, column: str, booleans: bool = False) -> list[int]:
 
 
 def _flags(value: Any, column: str) -> list[bool]:
-    if not isinstance(value, list) or not set(map(type, value)) <= {bool, int} or not set(value) <= {0, 1}:
+    if not isinstance(value, list) or not set(map(type, value)) <= {bool, int, float} or not set(value) <= {0, 1}:
         raise InvalidRowError(f"{column!r} is not a list of true and false (or 1 and 0)")
     return list(map(bool, value))
 

@@ -1,5 +1,6 @@
 """Planning and reading of the input: the same documents with the same ids however it is cut and wherever it lies."""
 
+import bz2
 import gzip
 import json
 import os
@@ -195,6 +196,12 @@ def test_undecodable_and_empty_text_files_are_rejected(tmp_path):
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"packed"))
     items = read_all([str(tmp_path)])
     assert [getattr(item, "text", None) for item in items] == [None, None, "good", "packed"]
+
+
+def test_files_packed_in_other_ways_are_named_so(tmp_path):
+    (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(b'{"text": "a"}'))
+    (item,) = read_all([str(tmp_path)])
+    assert item.sentence() == ("a.jsonl.bz2: packed in a way that is not read; unpack it, or pack it with gzip or zstd")
 
 
 def test_a_broken_arrow_file_keeps_its_whole_batches_and_is_told_once(tmp_path):
@@ -436,6 +443,7 @@ def one(tmp_path, row, columns=None):
         ({"completion_mask": [0.0, 0.0, 1.0, 1.0]}, [5, 6, 7, 8], [0, 0, 1, 1], set()),
         ({"assistant_masks": [0, 1, 0, 1], "completion_mask": [0, 0, 1, 1]}, [5, 6, 7, 8], [0, 0, 0, 1], set()),
         ({"labels": [6, 7, 8, -100]}, "'labels' has 6 at position 0, where 'input_ids' has 5", None, set()),
+        ({"labels": [5, 6, 0, -100]}, "'labels' has 0 at position 2, where 'input_ids' has 7", None, set()),
         ({"labels": [5, 6, 7]}, "3 values in 'labels' for 4 in 'input_ids'", None, set()),
         ({"attention_mask": [0, 0, 0, 0]}, "'attention_mask' is 0 throughout", None, set()),
     ],

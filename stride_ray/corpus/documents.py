@@ -86,17 +86,16 @@ def read_with_positions(
     """
     if unit.kind == "text":
         columns = {"text": "text"}
-    given = roles_given(columns)
+    roles_given(columns)  # raises if they do not fit together
     files = {file.name: number for number, file in enumerate(unit.files)}
     for row in rows(unit, possible_columns(columns)):
         if isinstance(row, Rejected):
             yield -1, row
             continue
-        roles = roles_of(row.values, columns, given)
+        roles, others = roles_of(row.values, columns)
         if unused is not None:
-            used = {name for names in roles.values() for name in names}
             unused |= row.unread
-            unused |= {name for name, value in row.values.items() if name not in used and has_content(value)}
+            unused |= others
         place = files[row.file] if unit.kind == "text" else int(row.document_id.rpartition("#")[2])
         yield place, _document(row, roles)
 
@@ -263,8 +262,10 @@ def _token_ids(row: Row, roles: Roles) -> dict[str, Any]:
     ]
     for name in roles.get("labels", ()):
         labels = beside(name, _integers(_value(row, name), name))
-        padding = attended[0] if attended else [1] * len(ids)
-        odd = next((i for i in range(len(ids)) if labels[i] not in (_IGNORED, ids[i]) and padding[i]), None)
+        places = zip(labels, ids, attended[0] if attended else [1] * len(ids), strict=True)
+        odd = next(
+            (i for i, (label, token, kept) in enumerate(places) if label not in (token, _IGNORED) and kept), None
+        )
         if odd is not None:
             raise InvalidRowError(
                 f"{name!r} has {labels[odd]} at position {odd}, where {column!r} has {ids[odd]}; a label is the token "

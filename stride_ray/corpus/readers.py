@@ -25,6 +25,7 @@ from stride_ray.runtime.urls import filesystem, redacted, redacted_error
 _CHUNK = 1 << 20
 # The longest window of ``zstd --long``, bytes; by default the library refuses more than 128 MiB.
 ZSTD_WINDOW = 1 << 31
+_PACKED = (".bz2", ".xz", ".lz4", ".br", ".zip", ".7z", ".tar", ".tgz")
 # Small text files fetched at once: a remote file system runs these requests concurrently.
 _FETCH_FILES = 64
 
@@ -193,7 +194,9 @@ def _text_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
             try:
                 text = b"".join(_inflated([data], compression(file.name))).decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                yield Rejected(file.name, None, f"not UTF-8 text: {reason(error)}")
+                packed = file.name.lower().endswith(_PACKED)
+                why = "packed in a way that is not read; unpack it, or pack it with gzip or zstd" if packed else ""
+                yield Rejected(file.name, None, why or f"not UTF-8 text: {reason(error)}")
             except Exception as error:
                 if not is_corrupt(error):
                     raise

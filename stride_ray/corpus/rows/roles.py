@@ -6,6 +6,7 @@ is {"text": ("text",)}.
 """
 
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ _CONTENTS: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 _COMPANIONS = {role: content for content, roles in _CONTENTS.items() for role in roles}
 ROLES = (*(role for content in _CONTENTS for role in content), *_COMPANIONS, "id", "source")
+_NULL, _BLANK, _FILLED, _LIST = range(4)
 # Roles that may be given several columns, as in prompt=instruction+input.
 _JOINED = ("text", "prompt", "answer", "loss_mask")
 
@@ -98,46 +100,62 @@ def possible_columns(columns: Mapping[str, str]) -> set[str]:
     return names if roles_given(columns) else names | KNOWN_COLUMNS
 
 
-def roles_of(values: Mapping[str, Any], columns: Mapping[str, str], given: Collection[str]) -> Roles:
-    """The columns of a row by role; without content roles if the row has none of the known columns.
+def roles_of(values: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Roles, frozenset[str]]:
+    """The columns of a row by role, and those with content that have none.
+
+    Roles of content are missing if the row has none of the known columns.
 
     Args:
         values: the row.
         columns: the mapping.
-        given: ``roles_given(columns)``.
     """
-    roles = {role: _several(role, column, values) for role, column in columns.items()}
-    return roles if given else {**_detected(values), **roles}
+    return _roles_of(tuple([(name, _state(value)) for name, value in values.items()]), tuple(columns.items()))
 
 
-def _several(role: str, column: str, values: Mapping[str, Any]) -> tuple[str, ...]:
-    if "+" not in column or column in values or role not in _JOINED:
+def _state(value: Any) -> int:
+    """What roles depend on: _NULL, _BLANK, _FILLED, or _LIST for a list with content."""
+    if has_content(value):
+        return _LIST if isinstance(value, list) else _FILLED
+    return _NULL if value is None else _BLANK
+
+
+@lru_cache(maxsize=1024)  # rows of a file have the same few states
+def _roles_of(row: tuple[tuple[str, int], ...], columns: tuple[tuple[str, str], ...]) -> tuple[Roles, frozenset[str]]:
+    states = dict(row)
+    roles = {role: _several(role, column, states) for role, column in columns}
+    if not roles_given(dict(columns)):
+        roles = {**_detected(states), **roles}
+    used = {name for names in roles.values() for name in names}
+    return roles, frozenset(name for name, state in row if state >= _FILLED and name not in used)
+
+
+def _several(role: str, column: str, states: Mapping[str, int]) -> tuple[str, ...]:
+    if "+" not in column or column in states or role not in _JOINED:
         return (column,)
     return tuple(column.split("+"))
 
 
-def _detected(values: Mapping[str, Any]) -> Roles:
-    known = next((known for known in _KNOWN if _fills(known, values)), None)
+def _detected(states: Mapping[str, int]) -> Roles:
+    known = next((known for known in _KNOWN if _fills(known, states)), None)
     # A row without content is rejected for what it has of the first set of columns that are all there.
-    known = known or next((known for known in _KNOWN if all(name in values for name in known.content.values())), None)
+    known = known or next((known for known in _KNOWN if all(name in states for name in known.content.values())), None)
     if known is None:
         return {}
     roles: Roles = {role: (name,) for role, name in known.content.items()}
-    joined = next((name for name in known.joined if has_content(values.get(name))), None)
+    joined = next((name for name in known.joined if states.get(name, _NULL) >= _FILLED), None)
     if joined is not None:
         roles["prompt"] = (*roles["prompt"], joined)
-    plain = isinstance(values[roles["prompt"][0]], str) if "prompt" in roles else False  # not in a chat template
+    plain = "prompt" in roles and states[roles["prompt"][0]] != _LIST  # not a conversation, which a template renders
     for role, names in known.beside.items() if not plain else ():
-        held = tuple(name for name in names if has_content(values.get(name)))
+        held = tuple(name for name in names if states.get(name, _NULL) >= _FILLED)
         if held:
             roles[role] = held
     return roles
 
 
-def _fills(known: _Known, values: Mapping[str, Any]) -> bool:
+def _fills(known: _Known, states: Mapping[str, int]) -> bool:
     return all(
-        values.get(name) is not None if role == "prompt" else has_content(values.get(name))
-        for role, name in known.content.items()
+        states.get(name, _NULL) >= (_BLANK if role == "prompt" else _FILLED) for role, name in known.content.items()
     )
 
 
@@ -149,7 +167,7 @@ def text_places(part: str, values: Mapping[str, Any], columns: Mapping[str, str]
         values: the row.
         columns: the mapping that the document was read with.
     """
-    roles = roles_of(values, columns, roles_given(columns))
+    roles, _ = roles_of(values, columns)
     role, _, turn = part.partition(".")
     if turn:  # a conversation may be cut in two, prompt and answer
         names = roles.get("messages") or (*roles["prompt"], *roles["answer"])

@@ -514,8 +514,8 @@ def test_each_row_of_a_merged_data_set_takes_what_it_fills(tmp_path):
         {"messages": CHAT, "text": "both", "id": "4"},
         {"messages": None, "text": None, "id": "5"},
     ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    pq.write_table(pa.Table.from_pylist([{**row, "nothing": None} for row in rows]), tmp_path / "a.parquet")
+    datasets.Dataset.from_list([{**row, "nothing": None} for row in rows]).save_to_disk(str(tmp_path / "saved"))
     for place in (str(tmp_path / "a.parquet"), write_lines(tmp_path / "b.jsonl", rows), str(tmp_path / "saved")):
         unused = set()
         units = plan([place], 1 << 20)

@@ -31,16 +31,16 @@ def parquet_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[
         try:
             # With a buffer size, columns are read page by page instead of by row group.
             table = pq.ParquetFile(handle, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
-            names = table.schema_arrow.names
+            schema = table.schema_arrow
         except Exception as error:
             if not is_corrupt(error):
                 raise
             yield Rejected(file.name, None, f"not readable as Parquet: {reason(error)}")
             return
-        wanted = [name for name in names if columns is None or name in columns]
+        wanted = [name for name in schema.names if columns is None or name in columns]
         footer = table.metadata
-        unread = frozenset(names) - set(wanted) - _null_columns(footer)
         stop = footer.num_row_groups if unit.stop == END else min(unit.stop, footer.num_row_groups)
+        unread = _filled(footer, range(unit.start, stop), _others(schema, wanted))
         row = sum(footer.row_group(group).num_rows for group in range(unit.start))
         for group in range(unit.start, stop):
             end = row + footer.row_group(group).num_rows
@@ -68,17 +68,23 @@ def parquet_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[
             row = end
 
 
-def _null_columns(footer: pq.FileMetaData) -> set[str]:
-    """Top-level columns that hold nothing but nulls, as far as the footer's statistics say."""
-    empty: dict[str, bool] = {}
-    for group in range(footer.num_row_groups):
+def _others(schema: pa.Schema, wanted: Collection[str]) -> frozenset[str]:
+    """The columns that are not wanted, without those that were null from the beginning, which have no type."""
+    return frozenset(f.name for f in schema if f.name not in wanted and not pa.types.is_null(f.type))
+
+
+def _filled(footer: pq.FileMetaData, groups: range, columns: Collection[str]) -> frozenset[str]:
+    """Those of the top-level columns that hold more than nulls in some row groups, as far as statistics tell."""
+    filled = set[str]()
+    for group in groups:
         for index in range(footer.num_columns):
             chunk = footer.row_group(group).column(index)
-            facts = chunk.statistics
-            null = facts is not None and facts.has_null_count and facts.null_count == chunk.num_values
             name = chunk.path_in_schema.partition(".")[0]
-            empty[name] = empty.get(name, True) and null
-    return {name for name, null in empty.items() if null}
+            if name in columns and name not in filled:
+                facts = chunk.statistics
+                if facts is None or not facts.has_null_count or facts.null_count < chunk.num_values:
+                    filled.add(name)
+    return frozenset(filled)
 
 
 def _readable(names: Sequence[str], read: Callable[[str], Any]) -> tuple[list[str], dict[str, Unreadable]]:
@@ -163,9 +169,10 @@ def _arrow_batch(
     name: str, stream: bytes, row: int, count: int, columns: Collection[str] | None
 ) -> Iterator[Row | Rejected]:
     """Rows of a stream with a single batch of ``count`` rows; ``row`` is its first row's number in the file."""
-    names: list[str] = pa.ipc.open_stream(pa.py_buffer(stream)).schema.names
+    schema = pa.ipc.open_stream(pa.py_buffer(stream)).schema
+    names: list[str] = schema.names
     wanted = [each for each in names if columns is None or each in columns]
-    unread = frozenset(names) - set(wanted)
+    unread = _others(schema, wanted)
 
     def batch(chosen: Sequence[str]) -> pa.RecordBatch:
         options = pa.ipc.IpcReadOptions(included_fields=[names.index(each) for each in chosen])

@@ -480,6 +480,15 @@ def test_turns_may_be_marked_as_not_to_be_learned(tmp_path, turn, learned):
             assert item.learned == (None if learned else [True, True, False])
 
 
+def test_nesting_that_is_too_deep_costs_its_row_alone(tmp_path):
+    deep = "x"
+    for _ in range(900):
+        deep = {"a": deep}
+    assert one(tmp_path, {"text": "t", "meta": deep})[0].text == "t"
+    item, _ = one(tmp_path, {"messages": [{**CHAT[1], "tool_calls": deep}]})
+    assert item.reason == "nested too deeply"
+
+
 def test_a_conversation_in_two_columns_counts_its_second_alone(tmp_path):
     item, _ = one(tmp_path, {"prompt": [*CHAT, CHAT[0]], "completion": CHAT[1:], "tools": "[]"})
     assert (item.messages, item.learned) == ([*CHAT, *CHAT], [False, False, False, True])

@@ -182,6 +182,8 @@ def _document(row: Row, roles: Roles) -> Document | Rejected:
         content = _content(row, roles)
     except InvalidRowError as error:
         return Rejected(row.file, row.number(), str(error), identity.get("id", ""))
+    except RecursionError:
+        return Rejected(row.file, row.number(), "nested too deeply", identity.get("id", ""))
     return Document(identity.get("id", row.document_id), identity.get("source", row.file), **content)
 
 
@@ -217,7 +219,7 @@ def _joined(row: Row, columns: Sequence[str]) -> tuple[Any, str]:
     """The value of a role and what to call it: of several columns, those with content, joined by line ends."""
     if len(columns) == 1:
         return _value(row, columns[0]), columns[0]
-    values = [(row.values[name], name) for name in columns if has_content(row.values.get(name))]
+    values = [(_value(row, name), name) for name in columns if has_content(row.values.get(name))]
     if len(values) < 2:
         return values[0] if values else ("", columns[0])
     return "\n".join(_checked_text(value, name) for value, name in values), "+".join(columns)

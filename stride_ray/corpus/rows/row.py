@@ -67,14 +67,15 @@ class Unreadable(NamedTuple):
 
 
 def has_content(value: Any) -> bool:
-    """Whether a value holds anything: null, blank and empty values do not, nor structs of nothing else.
+    """Whether a value holds anything: null, blank and empty values do not, nor structs of nothing but nulls.
 
     Merged data sets fill the columns that a row does not have with these. What cannot be read may hold something.
     """
     if isinstance(value, str):
         return bool(value) and not value.isspace()
     if isinstance(value, dict):
-        return any(map(has_content, value.values()))
+        # One level is enough: columnar files pad structs with nulls, and deeper ones are null as a whole.
+        return any(part is not None for part in value.values())
     return value is not None and value != []
 
 

@@ -93,7 +93,9 @@ def test_empty_corpus(parts, tmp_path, told, plain):
 
 def test_corrupt_files_beside_good_ones(parts, tmp_path, told, one_ray):
     folder = tmp_path / "corpus"
-    write_lines(folder / "a.jsonl", [{"text": text} for text in documents(4)])
+    write_lines(folder / "a.jsonl", [{"text": text, "url": "u"} for text in documents(4)])
+    for name in ("README.md", "_SUCCESS"):
+        (folder / name).write_text("no document")
     with open(folder / "a.jsonl", "a") as file:
         file.write('{"text": "broken\n')
     pq.write_table(pa.table({"text": documents(4, seed=1)}), folder / "good.parquet")
@@ -106,7 +108,10 @@ def test_corrupt_files_beside_good_ones(parts, tmp_path, told, one_ray):
     assert "bad.parquet: not readable as Parquet" in told_all
     assert "a.jsonl, row 5: not a line of JSON Lines" in told_all
     assert "latin.txt: not UTF-8 text" in told_all
+    assert "Columns that are in no document: 'url'; --columns would map them." in told_all
+    assert "Files left out, since they hold no documents: README.md, _SUCCESS." in told_all
     manifest = json.loads((tmp_path / "run/blocks/manifest.json").read_text())
+    assert (manifest["unused"], manifest["left_out"]) == (["url"], ["README.md", "_SUCCESS"])
     assert {reject["file"] for reject in manifest["rejects"]} == {"bad.parquet", "a.jsonl", "latin.txt"}
 
 

@@ -157,13 +157,18 @@ def test_a_unit_without_documents_gives_an_empty_table():
     assert table.num_rows == 0
     assert with_ordinals(table, 5).schema == block_schema(8)
     assert (counts.documents, counts.rejected, counts.rejects) == (0, 1, [Rejected("f", 3, "bad")])
+    lost = Rejected("f", 3, "bad", rows=500)
+    counts.reject(lost)
+    assert (counts.rejected, lost.sentence()) == (501, "f, rows 3 to 502: bad")
 
 
 def test_counts_add_up_and_travel_as_json():
     parts = [
         make_blocks([encoded("a", [1, 2]), *[Rejected("f", i, "bad")] * 15], "pack", 2, END, PAD)[1] for i in (1, 2)
     ]
+    parts[0].unused, parts[1].unused = ["b", "c"], ["a", "b"]
     total = parts[0] + parts[1]
+    assert total.unused == ["a", "b", "c"]
     assert (total.documents, total.blocks, total.tokens, total.target_tokens, total.rejected) == (2, 4, 6, 6, 30)
     assert [reject.row for reject in total.rejects] == [1] * 15 + [2] * 5
     assert Counts.from_dict(json.loads(json.dumps(total.to_dict()))) == total

@@ -1,8 +1,10 @@
 """Planning and reading of the input: the same documents with the same ids however it is cut and wherever it lies."""
 
+import bz2
 import gzip
 import json
 import os
+import re
 import shutil
 import zipfile
 
@@ -16,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stride_ray.corpus import readers
-from stride_ray.corpus.documents import Document, detect_columns, read, resolve_columns
-from stride_ray.corpus.files import SourceFile
+from stride_ray.corpus.documents import Document, read, resolve_columns
+from stride_ray.corpus.files import SourceFile, list_files
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.runtime.errors import StrideError
@@ -196,6 +198,12 @@ def test_undecodable_and_empty_text_files_are_rejected(tmp_path):
     assert [getattr(item, "text", None) for item in items] == [None, None, "good", "packed"]
 
 
+def test_files_packed_in_other_ways_are_named_so(tmp_path):
+    (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(b'{"text": "a"}'))
+    (item,) = read_all([str(tmp_path)])
+    assert item.sentence() == ("a.jsonl.bz2: packed in a way that is not read; unpack it, or pack it with gzip or zstd")
+
+
 def test_a_broken_arrow_file_keeps_its_whole_batches_and_is_told_once(tmp_path):
     table = pa.table({"text": [f"row {i} " + "x" * 100 for i in range(20)]})
     with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
@@ -330,20 +338,25 @@ def test_no_credentials_in_errors(url):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"text": "t", "messages": []}, {"messages": "messages"}),
-        ({"prompt": "p", "completion": "c", "text": "t"}, {"prompt": "prompt", "answer": "completion"}),
-        ({"question": "q", "answer": "a"}, {"prompt": "question", "answer": "answer"}),
-        ({"instruction": "q", "input": "", "output": "a"}, {"prompt": "instruction", "answer": "output"}),
-        ({"input_ids": [1], "loss_mask": [1]}, {"token_ids": "input_ids", "loss_mask": "loss_mask"}),
-        ({"content": "t", "title": "x"}, {"text": "content"}),
+        ({"text": "t", "messages": []}, {"text": "t"}),
+        ({"prompt": "p", "completion": "c", "text": "t"}, {"prompt": "p", "answer": "c"}),
+        ({"question": "q", "answer": "a"}, {"prompt": "q", "answer": "a"}),
+        ({"instruction": "q", "input": "", "output": "a"}, {"prompt": "q", "answer": "a"}),
+        ({"instruction": "q", "input": "i", "output": "a"}, {"prompt": "q\ni", "answer": "a"}),
+        ({"instruction": "q", "context": "i", "response": "a", "category": "c"}, {"prompt": "q\ni", "answer": "a"}),
+        ({"prompt": None, "completion": None, "text": "t"}, {"text": "t"}),
+        ({"input_ids": [1], "loss_mask": [1]}, {"token_ids": [1], "loss_mask": [True]}),
+        ({"content": "t", "title": "x"}, {"text": "t"}),
     ],
 )
 def test_columns_are_detected(tmp_path, row, expected):
     (tmp_path / "0.txt").write_text("a text file has no columns")
-    (tmp_path / "a.jsonl").write_text("{broken\n" + json.dumps(row))
+    (tmp_path / "a.jsonl").write_text("{broken\n" + json.dumps({**row, "k": "x"}))
     found = plan([str(tmp_path)], 5)
-    assert detect_columns(found) == expected
-    assert resolve_columns(found, {"id": "title"}) == {**expected, "id": "title"}
+    assert resolve_columns(found) == {}
+    assert resolve_columns(found, {"id": "k"}) == {"id": "k"}
+    documents = [item for unit in found[1:] for item in read(unit, {"id": "k"}) if isinstance(item, Document)]
+    assert documents == [Document("x", "a.jsonl", **expected)]
 
 
 def test_columns_that_are_wrong_are_told(tmp_path):
@@ -352,10 +365,10 @@ def test_columns_that_are_wrong_are_told(tmp_path):
     os.remove(tmp_path / "a.parquet")
     found = plan([write_lines(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])], 100)
     with pytest.raises(StrideError, match=r"'body', 'title'.*--columns text=body"):
-        detect_columns(found)
+        resolve_columns(found)
     typo = plan([write_lines(tmp_path / "typo.jsonl", [{"prompt": "x", "completoin": "y"}])], 100)
     with pytest.raises(StrideError, match="'prompt' stands without 'completion'"):
-        detect_columns(typo)
+        resolve_columns(typo)
     os.remove(tmp_path / "typo.jsonl")
     for columns, words in (
         ({"text": "txt"}, "no column 'txt'.*'body', 'title'"),
@@ -366,11 +379,10 @@ def test_columns_that_are_wrong_are_told(tmp_path):
     ):
         with pytest.raises(StrideError, match=words):
             resolve_columns(found, columns)
-    with pytest.raises(StrideError, match="No column"):
-        list(read(found[0], {}))
+    assert "none of its columns is known to hold a text; found: 'body', 'title'" in next(read(found[0], {})).reason
     (tmp_path / "a.jsonl").write_text("{broken")
     with pytest.raises(StrideError, match="not a line of JSON"):
-        detect_columns(plan([str(tmp_path)], 100))
+        resolve_columns(plan([str(tmp_path)], 100))
 
 
 def test_ids_sources_and_every_sort_of_document(tmp_path):
@@ -406,3 +418,241 @@ def test_loss_masks_are_checked(tmp_path):
     items = read_all([write_lines(tmp_path / "a.jsonl", rows)], {"token_ids": "t", "loss_mask": "m"})
     assert [getattr(item, "loss_mask", None) for item in items] == [[True, False]] * 2 + [None] * 3
     assert "1 values in 'm' for 2 in 't'" in items[2].reason
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+HOLE = {"begin_offset": 0, "end_offset": 2, "train": False}
+
+
+def one(tmp_path, row, columns=None):
+    """The document or reject of a row, and the columns that it does not use."""
+    unused = set()
+    units = plan([write_lines(tmp_path / "a.jsonl", [row])], 1 << 20)
+    (item,) = read(units[0], resolve_columns(units, columns), unused)
+    return item, unused
+
+
+@pytest.mark.parametrize(
+    ("row", "ids", "mask", "unused"),
+    [
+        ({"attention_mask": [0, 1, 1, 1], "labels": [-100, -100, 7, 8]}, [6, 7, 8], [0, 1, 1], set()),
+        ({"attention_mask": [True, True, False, False], "labels": [5, -100, 0, 0]}, [5, 6], [1, 0], set()),
+        ({"labels": [-100, -100, 7, 8], "length": 4}, [5, 6, 7, 8], [0, 0, 1, 1], {"length"}),
+        ({"labels": None, "attention_mask": [1, 1, 1, 1]}, [5, 6, 7, 8], None, set()),
+        ({"assistant_masks": [0, 1, 0, 1]}, [5, 6, 7, 8], [0, 1, 0, 1], set()),
+        ({"completion_mask": [0.0, 0.0, 1.0, 1.0]}, [5, 6, 7, 8], [0, 0, 1, 1], set()),
+        ({"assistant_masks": [0, 1, 0, 1], "completion_mask": [0, 0, 1, 1]}, [5, 6, 7, 8], [0, 0, 0, 1], set()),
+        ({"labels": [6, 7, 8, -100]}, "'labels' has 6 at position 0, where 'input_ids' has 5", None, set()),
+        ({"labels": [5, 6, 0, -100]}, "'labels' has 0 at position 2, where 'input_ids' has 7", None, set()),
+        ({"labels": [5, 6, 7]}, "3 values in 'labels' for 4 in 'input_ids'", None, set()),
+        ({"attention_mask": [0, 0, 0, 0]}, "'attention_mask' is 0 throughout", None, set()),
+    ],
+)
+def test_ready_ids_count_where_masks_and_labels_let_them(tmp_path, row, ids, mask, unused):
+    item, rest = one(tmp_path, {"input_ids": [5, 6, 7, 8], **row})
+    if isinstance(ids, str):
+        assert ids in item.reason
+    else:
+        assert (item.token_ids, item.loss_mask, rest) == (ids, mask and list(map(bool, mask)), unused)
+
+
+@pytest.mark.parametrize(
+    ("turn", "learned"),
+    [
+        ({"weight": 0}, False),
+        ({"weight": 1}, True),
+        ({"weight": None}, True),
+        ({"train": False}, False),
+        ({"training": False}, False),
+        ({"loss": False}, False),
+        ({"train_detail": [HOLE]}, "holds a message with train_detail"),
+        ({"weight": 0.5}, "whose weight is 0.5; only 0 and 1"),
+    ],
+)
+def test_turns_may_be_marked_as_not_to_be_learned(tmp_path, turn, learned):
+    told = {"from": "gpt", "value": "yes", **turn}
+    for row in ({"messages": [*CHAT, {**CHAT[1], **turn}]}, {"conversations": [*CHAT, told]}):
+        item, _ = one(tmp_path, row)
+        if isinstance(learned, str):
+            assert learned in item.reason
+        else:
+            assert item.messages == [*CHAT, CHAT[1]]
+            assert item.learned == (None if learned else [True, True, False])
+
+
+def test_nesting_that_is_too_deep_costs_its_row_alone(tmp_path):
+    deep = "x"
+    for _ in range(900):
+        deep = {"a": deep}
+    assert one(tmp_path, {"text": "t", "meta": deep})[0].text == "t"
+    item, _ = one(tmp_path, {"messages": [{**CHAT[1], "tool_calls": deep}]})
+    assert item.reason == "nested too deeply"
+
+
+def test_a_conversation_in_two_columns_counts_its_second_alone(tmp_path):
+    item, _ = one(tmp_path, {"prompt": [*CHAT, CHAT[0]], "completion": CHAT[1:], "tools": "[]"})
+    assert (item.messages, item.learned) == ([*CHAT, *CHAT], [False, False, False, True])
+    assert "'completion' is a string, not a list" in one(tmp_path, {"prompt": CHAT, "completion": "x"})[0].reason
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments"),
+    [
+        ({"tools": [{"name": "f", "strict": None}]}, {"tools": [{"name": "f"}]}),
+        ({"tools": json.dumps([{"name": "f"}])}, {"tools": [{"name": "f"}]}),
+        ({"tools": [json.dumps({"name": "f"})]}, {"tools": [{"name": "f"}]}),
+        ({"chat_template_kwargs": {"thinking": False, "x": None}}, {"thinking": False}),
+        ({"tools": []}, None),
+        ({"tools": ""}, None),
+        ({"tools": "[{broken"}, "'tools' is a string that is not JSON"),
+        ({"tools": {"name": "f"}}, "'tools' is not a list of objects"),
+    ],
+)
+def test_tools_go_to_the_chat_template(tmp_path, row, arguments):
+    item, unused = one(tmp_path, {"messages": CHAT, **row})
+    assert arguments in item.reason if isinstance(arguments, str) else item.template_arguments == arguments
+    assert not unused
+    assert one(tmp_path, {"prompt": "a", "answer": "b", "tools": "[1]"})[1] == {"tools"}
+
+
+def test_each_row_of_a_merged_data_set_takes_what_it_fills(tmp_path):
+    rows = [
+        {"messages": CHAT, "text": None, "id": "1"},
+        {"messages": None, "text": "plain", "id": "2"},
+        {"messages": [], "text": "other", "id": None},
+        {"messages": CHAT, "text": "both", "id": "4"},
+        {"messages": None, "text": None, "id": "5"},
+    ]
+    pq.write_table(pa.Table.from_pylist([{**row, "nothing": None} for row in rows]), tmp_path / "a.parquet")
+    datasets.Dataset.from_list([{**row, "nothing": None} for row in rows]).save_to_disk(str(tmp_path / "saved"))
+    for place in (str(tmp_path / "a.parquet"), write_lines(tmp_path / "b.jsonl", rows), str(tmp_path / "saved")):
+        unused = set()
+        units = plan([place], 1 << 20)
+        items = list(read(units[0], resolve_columns(units), unused))
+        assert [getattr(item, "text", None) or getattr(item, "messages", None) for item in items] == [
+            *(CHAT, "plain", "other", CHAT),
+            None,
+        ]
+        assert "'messages' is null" in items[4].reason
+        assert unused == {"id", "text"}
+
+
+def test_several_columns_may_make_a_prompt(tmp_path):
+    row = {"task": "do", "data": "this", "blank": " ", "reply": "done", "a+b": "x"}
+    for prompt, expected in (("task+data", "do\nthis"), ("data+blank+task", "this\ndo"), ("a+b", "x")):
+        item, unused = one(tmp_path, row, {"prompt": prompt, "answer": "reply"})
+        assert (item.prompt, item.answer) == (expected, "done")
+        assert unused == {"task", "data", "a+b"} - {prompt} - set(prompt.split("+"))
+    for prompt, words in (("task+date", "no column 'date' to take as prompt"), ("task+", "prompt is given no column")):
+        with pytest.raises(StrideError, match=words):
+            one(tmp_path, row, {"prompt": prompt, "answer": "reply"})
+
+
+def test_a_conversation_is_the_same_from_json_lines_and_parquet(tmp_path):
+    calls = [{"id": None, "function": {"name": name, "arguments": {name: 1}}} for name in "fg"]
+    turns = [CHAT[0], *({"role": "assistant", "content": None, "tool_calls": [call]} for call in calls), CHAT[1]]
+    tools = [{"name": name, "parameters": {name: {"type": "number"}}} for name in "fg"]
+    rows = [{"messages": turns, "tools": tools}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    (lines,), (parquet,) = (
+        read_all([x], {}) for x in (write_lines(tmp_path / "a.jsonl", rows), tmp_path / "b.parquet")
+    )
+    assert (lines.messages, lines.template_arguments) == (parquet.messages, parquet.template_arguments)
+    assert lines.messages[1]["tool_calls"] == [{"function": {"name": "f", "arguments": {"f": 1}}}]
+
+
+def corrupted(path, table, column, group=1):
+    """Write a file with checksums, then damage the first page of a column's chunk in a way that still decodes."""
+    pq.write_table(table, path, 10, use_dictionary=False, compression=None, write_page_checksum=True)
+    facts = pq.read_metadata(path).row_group(group)
+    (chunk,) = (facts.column(i) for i in range(facts.num_columns) if facts.column(i).path_in_schema == column)
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size - 3] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_page_whose_checksum_does_not_fit_is_lost_with_its_rows(tmp_path):
+    table = pa.table({"text": [f"the number is {i:03d}" for i in range(30)]})
+    corrupted(tmp_path / "a.parquet", table, "text")
+    items = read_all([str(tmp_path)])
+    assert [item.text for item in items if isinstance(item, Document)] == table["text"].to_pylist()[:10] + table[
+        "text"
+    ].to_pylist()[20:]
+    (lost,) = (item for item in items if isinstance(item, Rejected))
+    assert (lost.row, lost.rows) == (10, 10)
+    assert "rows 10 to 19: row group 1 is unreadable" in lost.sentence()
+    assert "CRC checksum verification failed" in lost.sentence()
+
+
+def test_an_unreadable_column_costs_only_the_rows_that_use_it(tmp_path):
+    chats = [CHAT if i < 15 else None for i in range(30)]
+    columns = {"messages": chats, "text": [f"text {i}" for i in range(30)], "url": ["u"] * 30}
+    for column, lost in (("url", []), ("text", [*range(15, 20)])):
+        corrupted(tmp_path / "a.parquet", pa.table(columns), column)
+        items = read_all([str(tmp_path)], {})
+        assert [item.row for item in items if isinstance(item, Rejected)] == lost
+        assert len(items) == 30
+    assert "'text' is unreadable: could not verify page integrity" in items[15].reason
+
+
+def test_an_arrow_column_that_is_not_used_may_be_unreadable(tmp_path):
+    table = pa.table({"text": [f"text {i}" * 9 for i in range(20)], "url": ["a url" * 9] * 20})
+    with pa.ipc.new_stream(
+        str(tmp_path / "a.arrow"), table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")
+    ) as writer:
+        writer.write_table(table, max_chunksize=10)
+    whole = (tmp_path / "a.arrow").read_bytes()
+    frames = [match.start() for match in re.finditer(b"\x04\x22\x4d\x18", whole)]  # offsets and strings, by column
+    for frame, lost in ((frames[7], []), (frames[5], [(10, 10)])):
+        (tmp_path / "a.arrow").write_bytes(whole[:frame] + b"\xff" * 8 + whole[frame + 8 :])
+        items = read_all([str(tmp_path)])
+        assert [(item.row, item.rows) for item in items if isinstance(item, Rejected)] == lost
+        assert sum(isinstance(item, Document) for item in items) == 20 - 10 * len(lost)
+
+
+def test_values_that_python_has_no_type_for_are_no_matter_if_not_used(tmp_path):
+    when = pa.array([2**60, 1], pa.timestamp("ms"))
+    pq.write_table(pa.table({"text": ["a", "b"], "messages": when}), tmp_path / "a.parquet")
+    assert [item.text for item in read_all([str(tmp_path)], TEXT)] == ["a", "b"]
+    (first, second) = read_all([str(tmp_path)], {"text": "text", "id": "messages"})
+    assert "'messages' is unreadable" in first.reason
+    assert "'messages' is datetime, not a string" in second.reason
+
+
+def test_zstd_with_long_windows_is_read(tmp_path):
+    data = b"".join(b'{"text": "row %d"}\n' % i for i in range(50))
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(packer.compress(data) + packer.flush())
+    assert len(read_all([str(tmp_path)])) == 50
+
+
+@pytest.mark.parametrize(
+    ("files", "kept", "left_out"),
+    [
+        (
+            "README.md LICENSE .gitattributes dataset_infos.json data/a.parquet data/_SUCCESS",
+            "data/a.parquet",
+            ".gitattributes LICENSE README.md data/_SUCCESS dataset_infos.json",
+        ),
+        (
+            "a.jsonl _metadata _temporary/0/b.jsonl day=1/c.jsonl _delta_log/0.json .git/x .git/y a.jsonl.crc",
+            "a.jsonl day=1/c.jsonl",
+            ".git/ _delta_log/ _metadata _temporary/ a.jsonl.crc",
+        ),
+        ("a.json b.json README.md load.py", "a.json b.json load.py", "README.md"),
+        ("a.arrow notes.txt sub/README.md", "a.arrow notes.txt sub/README.md", ""),
+        ("part-00000 _SUCCESS", "part-00000", "_SUCCESS"),
+        ("README.md _notes.txt LICENSE", "LICENSE README.md _notes.txt", ""),
+        ("README.md pkg/__init__.py pkg/_x.py package.json", "README.md package.json pkg/__init__.py pkg/_x.py", ""),
+        ("a.jsonl __init__.py", "__init__.py a.jsonl", ""),
+    ],
+)
+def test_what_accompanies_data_files_is_no_document(tmp_path, files, kept, left_out):
+    for name in files.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    out = []
+    assert [file.name for file in list_files(str(tmp_path), out)] == kept.split()
+    assert out == left_out.split()
+    assert list_files(str(tmp_path / files.split()[0]))  # named alone, a file is what it is taken for

@@ -293,7 +293,7 @@ def test_the_draw(asked, tmp_path):
     assert [row["id"] for row in files[QUERIES]] == ["planted-0", "planted-1", "unseen-0", "unseen-1"]
     texts = write_lines(tmp_path / "texts.jsonl", [{"text": "the anchor met the tide"}] * 60)
     for given, options, told in (
-        (texts, OPTIONS, "has text; instructions need a prompt and an answer"),
+        (texts, OPTIONS, "has no prompts with answers; instructions need both"),
         (asked, Options(), "has 60 instructions with a prompt and an answer, not 240"),
         (asked, dataclasses.replace(OPTIONS, queries=1), "two queries and an epoch at least"),
     ):

@@ -170,6 +170,29 @@ def test_prompts_and_chats_lose_spans_and_token_ids_are_refused(scanned, parts):
     assert purify(run, str(root / "scans-ids"), "n1", str(root / "clean-ids"), whole=True)["documents"] == 1
 
 
+def test_rows_of_several_columns_lose_spans_where_they_stand(scanned):
+    root, scan_of = scanned
+    for path in (root / "corpus").iterdir():
+        path.unlink()
+    asked = {"role": "user", "content": question(1)}
+    rows = [
+        {"instruction": "Say:", "input": question(1), "output": "yes"},
+        {"conversations": [{"from": "human", "value": question(1)}, {"from": "gpt", "value": "yes"}]},
+        {"prompt": [asked], "completion": [{"role": "assistant", "content": f"You said {question(1)}"}]},
+    ]
+    write_lines(root / "corpus/a.jsonl", rows)
+    run, _ = scan_of("corpus", "n1")
+    assert purify(run, str(root / "scans-corpus"), "n1", str(root / "clean"))["spans"] == 4
+    assert [json.loads(line) for line in (root / "clean/a.jsonl").read_text().splitlines()] == [
+        {"instruction": "Say:", "input": "?", "output": "yes"},
+        {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "yes"}]},
+        {
+            "prompt": [{"role": "user", "content": "?"}],
+            "completion": [{"role": "assistant", "content": "You said ?"}],
+        },
+    ]
+
+
 def test_by_the_command_line(scanned, capsys):
     root, _ = scanned
     arguments = ["scan", str(root / "run"), "--out", str(root / "scans"), "--influence", "false"]

@@ -237,3 +237,37 @@ def test_a_missing_or_broken_tokenizer_is_told(tmp_path):
         with pytest.raises(StrideError, match=words) as told:
             load_tokenizer(place)
         assert "secret" not in str(told.value)
+
+
+def test_an_answer_that_ends_with_end_of_text_gets_no_second_one(tokenizer):
+    for answer in ("four", "four<|end|>"):
+        result = encode([Document("d", "s", prompt="two and two", answer=answer)], tokenizer)[0]
+        assert tokenizer.decode(result.ids[result.mask]) == "four<|end|>"
+
+
+@pytest.mark.parametrize("template", [CHAT, MARKED], ids=["rendered", "marked"])
+def test_turns_that_are_not_to_be_learned_do_not_count(tokenizer, template):
+    tokenizer.chat_template = template
+    messages = turns("hi", "bad", "hi", "good")
+    for learned, counted in (([True, False, True, True], "good<|end|>"), (None, "bad<|end|>good<|end|>")):
+        result = encode([Document("d", "s", messages=messages, learned=learned)], tokenizer)[0]
+        assert tokenizer.decode(result.ids[result.mask]) == counted
+    nothing = encode([Document("d", "s", messages=messages, learned=[True, False, True, False])], tokenizer)[0]
+    assert nothing.reason == "every turn of the assistant is marked as not to be learned"
+
+
+def test_a_template_that_marks_other_parts_than_turns_leaves_out_none(tokenizer):
+    mixed = "{% generation %}{{ messages[0].content }}{% endgeneration %}" + MARKED
+    messages = turns("hi", "bad", "hi", "good")
+    assert not isinstance(chat(tokenizer, mixed, messages), Rejected)
+    result = encode([Document("d", "s", messages=messages, learned=[True, False, True, True])], tokenizer)[0]
+    assert "it marks 3 parts for 2 turns" in result.reason
+
+
+@pytest.mark.parametrize("template", [CHAT, MARKED], ids=["rendered", "marked"])
+def test_tools_and_arguments_are_given_to_the_template(tokenizer, template):
+    tokenizer.chat_template = "{{ tools | tojson }}{{ tone }}" + template
+    arguments = {"tools": [{"name": "add"}], "tone": "kind"}
+    result = encode([Document("d", "s", messages=turns("hi", "yes"), template_arguments=arguments)], tokenizer)[0]
+    assert tokenizer.decode(result.ids).startswith('[{"name": "add"}]kind<|start|>user\nhi')
+    assert tokenizer.decode(result.ids[result.mask]) == "yes<|end|>"

@@ -5,7 +5,7 @@ Stages are imported only when a verb runs: they import torch and Ray, which woul
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from stride_ray.cli.arguments import count
 from stride_ray.runtime.config import Config, dumps
 from stride_ray.runtime.run import Run
 
+# Names shown of a list that may be long.
+_SHOWN_NAMES = 10
 MODES = {
     "--exact": ("true", "score every block exactly, in a pass over the pool; needs no operators"),
     "--no-exact": ("false", "estimates from the operators, exact influence of the candidates (the default)"),
@@ -75,7 +77,18 @@ def _shard(run: Run, parsed: argparse.Namespace) -> int:
         print(f"{manifest['rejected']} rows were rejected; the first:")
     for reject in manifest["rejects"][:5]:
         print(f"  {Rejected(**reject).sentence()}")
+    if manifest["unused"]:
+        print(f"Columns that are in no document: {_some(map(repr, manifest['unused']))}; --columns would map them.")
+    if manifest["left_out"]:
+        print(f"Files left out, since they hold no documents: {_some(manifest['left_out'])}.")
     return 0
+
+
+def _some(items: Iterable[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    names = list(items)
+    more = len(names) - _SHOWN_NAMES
+    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _fit(run: Run, parsed: argparse.Namespace) -> int:

@@ -256,7 +256,7 @@ def _set_facts(each: EvaluationSet, table: pa.Table, lexical: Lexical, found: Di
         "name": each.name,
         "items": len(each.items),
         "repeated": each.repeated,
-        "rejected": len(each.rejects),
+        "rejected": sum(reject.rows for reject in each.rejects),
         "rejects": [reject.sentence() for reject in each.rejects[:5]],
         "short": sum(item.key in lexical.short for item in each.items),
         "verdicts": counts(mine),

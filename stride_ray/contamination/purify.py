@@ -4,14 +4,17 @@ Lines and files without a finding keep their bytes; a Parquet or Arrow file keep
 and all columns but the cleaned one. Only findings of the lexical channel are removed.
 """
 
+import copy
 import gzip
 import json
+import operator
 import os
 import shutil
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import IO, Any
 
 import pyarrow as pa
@@ -20,7 +23,9 @@ import zstandard
 
 from stride_ray.contamination.nightly import corpus_of
 from stride_ray.corpus.files import END, SourceFile, compression
-from stride_ray.corpus.readers import raw_lines
+from stride_ray.corpus.readers import ZSTD_WINDOW, raw_lines
+from stride_ray.corpus.rows.roles import possible_columns, text_places
+from stride_ray.corpus.rows.row import is_corrupt, reason
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
@@ -61,7 +66,7 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
     corpus = corpus_of(run, store.child("state"))
     if corpus.state != store.read_json(f"nights/{night}/manifest.json")["corpus"]["state"]:
         raise StrideError(f"The input is not as the night {night} scanned it; scan it anew and purify by that night.")
-    if not whole and "token_ids" in corpus.columns and found:
+    if not whole and any(row["part"] == "token_ids" for row in rows):
         raise StrideError("Documents of token ids cannot lose spans; leave out whole documents (--purify-documents).")
     results = Store(target)
     refuse_inside(results, run.config.corpus.input, "The cleaned corpus")
@@ -85,7 +90,16 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
                 counts["documents"] += 1
             else:
                 if leaks:
-                    _WRITERS[unit.kind](unit, file, path, _Cleaner(corpus.columns, dict(leaks), whole, counts))
+                    columns = {"text": "text"} if unit.kind == "text" else corpus.columns
+                    try:
+                        _WRITERS[unit.kind](unit, file, path, _Cleaner(columns, dict(leaks), whole, counts))
+                    except Exception as error:
+                        if not is_corrupt(error):
+                            raise
+                        raise StrideError(
+                            f"{redacted(file.url)} has findings and cannot be read to its end ({reason(error)}); "
+                            "restore it, or move it out of the input."
+                        ) from None
                 else:
                     _copy(file, path)
                 results.put(name, path)
@@ -100,6 +114,7 @@ class _Cleaner:
 
     def __init__(self, columns: dict[str, str], leaks: dict[int, Spans], whole: bool, counts: Counter[str]) -> None:
         self.columns, self.leaks, self.whole, self.counts = columns, leaks, whole, counts
+        self.read = possible_columns(columns)
 
     def cleaned(self, place: int, values: dict[str, Any]) -> dict[str, Any] | None:
         """Return a row's cleaned values (the same object if it has no finding), or None to leave it out."""
@@ -109,25 +124,25 @@ class _Cleaner:
         self.counts["documents"] += 1
         if self.whole:
             return None
-        values = dict(values)
+        values = copy.deepcopy(values)
+        # Places first: a text that is cut may no longer be what the row's document is made of.
+        places = {part: text_places(part, values, self.columns) for part in spans}
         for part, found in spans.items():
-            role, _, turn = part.partition(".")
-            column = self.columns.get(role, role)
-            if turn:
-                values[column] = [dict(each) for each in values[column]]
-                values[column][int(turn)]["content"] = self.cut(values[column][int(turn)]["content"], found)
-            else:
-                values[column] = self.cut(values[column], found)
+            self.counts["spans"] += len(found)
+            for (*keys, last), offset in places[part]:
+                holder: Any = reduce(operator.getitem, keys, values)
+                holder[last] = self.cut(holder[last], [(start - offset, stop - offset) for start, stop in found])
         return values
 
     def cut(self, text: str, spans: list[tuple[int, int]]) -> str:
-        """Remove spans, which may overlap, from a text."""
+        """Remove spans, which may overlap or lie outside, from a text."""
         kept, end = [], 0
-        for start, stop in sorted(spans):
+        for start, stop in sorted((max(0, start), min(stop, len(text))) for start, stop in spans):
+            if start >= stop:
+                continue
             kept.append(text[end : max(start, end)])
             self.counts["characters"] += max(0, stop - max(start, end))
             end = max(end, stop)
-        self.counts["spans"] += len(spans)
         return "".join([*kept, text[end:]])
 
 
@@ -166,7 +181,7 @@ def _write_lines(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleane
 def _write_parquet(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
     fs, place = filesystem(file.url)
     with fs.open(place, "rb") as source:
-        table = pq.ParquetFile(source)
+        table = pq.ParquetFile(source, page_checksum_verification=True)
         codec = table.metadata.row_group(0).column(0).compression if table.num_row_groups else "SNAPPY"
         with pq.ParquetWriter(path, table.schema_arrow, compression=codec) as target:
             first = 0
@@ -200,11 +215,11 @@ def _cleaned_table(table: pa.Table, first: int, cleaner: _Cleaner) -> pa.Table:
     for number in range(table.num_rows):
         piece = table.slice(number, 1)
         if number in touched:
-            values = piece.to_pylist()[0]
+            values = piece.select([name for name in piece.column_names if name in cleaner.read]).to_pylist()[0]
             cleaned = cleaner.cleaned(first + number, values)
             if cleaned is None:
                 continue
-            for name in (name for name in values if cleaned[name] is not values[name]):
+            for name in (name for name in values if cleaned[name] != values[name]):
                 column = pa.array([cleaned[name]], piece.schema.field(name).type)
                 piece = piece.set_column(piece.schema.get_field_index(name), piece.schema.field(name), column)
         kept.append(piece)
@@ -214,7 +229,8 @@ def _cleaned_table(table: pa.Table, first: int, cleaner: _Cleaner) -> pa.Table:
 def _unpacked(data: bytes, packing: str) -> bytes:
     if packing == ".gz":
         return gzip.decompress(data)
-    return zstandard.ZstdDecompressor().decompressobj().decompress(data) if packing == ".zst" else data
+    unpacker = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
+    return unpacker.decompress(data) if packing == ".zst" else data
 
 
 def _through(packing: str, target: IO[bytes], pieces: Iterator[bytes]) -> None:

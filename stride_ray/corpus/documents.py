@@ -4,34 +4,29 @@ A document is text, a prompt with its answer, a conversation or token ids. Its i
 not depend on the machine that read it; both are part of block ids and of all displayed results.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from stride_ray.corpus.readers import Rejected, Row, rows
+from stride_ray.corpus.rows.roles import Roles, half_known, is_known, possible_columns, roles_given, roles_of
+from stride_ray.corpus.rows.row import Unreadable, has_content, parsed, without_nulls
+from stride_ray.corpus.rows.turns import tools_of, turn_of
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
 
-# The sets of roles that can form a document.
-_CONTENTS: tuple[tuple[str, ...], ...] = (("text",), ("prompt", "answer"), ("messages",), ("token_ids",))
-_ROLES = ("text", "prompt", "answer", "messages", "token_ids", "loss_mask", "id", "source")
-
-# Column names of public data sets by role, most specific first.
-_KNOWN: tuple[dict[str, str], ...] = (
-    {"messages": "messages"},
-    {"prompt": "prompt", "answer": "completion"},
-    {"prompt": "prompt", "answer": "answer"},
-    {"prompt": "question", "answer": "answer"},
-    {"prompt": "instruction", "answer": "output"},
-    {"token_ids": "token_ids"},
-    {"token_ids": "input_ids"},
-    {"text": "text"},
-    {"text": "content"},
-)
-
+# Hugging Face's label of a token whose loss does not count.
+_IGNORED = -100
+# Roles that a row may have only beside another.
+_COMPANY = {
+    **dict.fromkeys(("loss_mask", "labels", "attention_mask"), "token_ids"),
+    **dict.fromkeys(("tools", "chat_template_kwargs"), "messages"),
+}
 # A mapped column must occur at least once in this many rows, or the mapping is rejected.
 _PROBE_ROWS = 100
 _ADVICE = "Say which one does, as in --columns text=body or --columns prompt=query,answer=reply."
@@ -48,7 +43,9 @@ class Document:
         text: plain text, not blank.
         prompt: text before the answer; may be empty.
         answer: the completion that carries the loss, not blank.
-        messages: turns with "role" and "content", in the form that chat templates take.
+        messages: turns with "role" and "content", in the form that chat templates take, without nulls.
+        learned: with messages: whether each may carry loss, same length; None: all. Only the assistant's turns do.
+        template_arguments: with messages: further arguments of the chat template, such as tools.
         token_ids: token ids, at least one.
         loss_mask: with token_ids: whether each carries loss, same length.
     """
@@ -59,118 +56,112 @@ class Document:
     prompt: str | None = None
     answer: str | None = None
     messages: list[dict[str, Any]] | None = None
+    learned: list[bool] | None = None
+    template_arguments: dict[str, Any] | None = None
     token_ids: list[int] | None = None
     loss_mask: list[bool] | None = None
 
 
-def read(unit: InputSplit, columns: Mapping[str, str]) -> Iterator[Document | Rejected]:
+def read(unit: InputSplit, columns: Mapping[str, str], unused: set[str] | None = None) -> Iterator[Document | Rejected]:
     """The documents of a unit in file order, with a reject for each invalid row.
 
     Args:
         unit: from ``plan``.
-        columns: complete mapping of roles to columns (see ``resolve_columns``); ignored for text files.
+        columns: mapping of roles to columns (see ``resolve_columns``); ignored for text files.
+        unused: takes the names of columns that held something in a row and did not become part of its document.
 
     Raises:
         StrideError: the mapping is inconsistent, or a file cannot be fetched. Bad content never raises.
     """
-    for _, item in read_with_positions(unit, columns):
+    for _, item in read_with_positions(unit, columns, unused):
         yield item
 
 
-def read_with_positions(unit: InputSplit, columns: Mapping[str, str]) -> Iterator[tuple[int, Document | Rejected]]:
+def read_with_positions(
+    unit: InputSplit, columns: Mapping[str, str], unused: set[str] | None = None
+) -> Iterator[tuple[int, Document | Rejected]]:
     """``read`` with positions: the byte offset of a line, a row's number, or a text file's index in the unit.
 
     Rejects have position -1.
     """
     if unit.kind == "text":
         columns = {"text": "text"}
-    elif not _content_roles(columns):
-        raise StrideError(f"No column of {unit.files[0].name} is mapped to a text; see columns = {{text = ...}}.")
+    roles_given(columns)  # raises if they do not fit together
     files = {file.name: number for number, file in enumerate(unit.files)}
-    for row in rows(unit, set(columns.values())):
+    for row in rows(unit, possible_columns(columns)):
         if isinstance(row, Rejected):
             yield -1, row
             continue
+        roles, others = roles_of(row.values, columns)
+        if unused is not None:
+            unused |= row.unread
+            unused |= others
         place = files[row.file] if unit.kind == "text" else int(row.document_id.rpartition("#")[2])
-        yield place, _document(row, columns)
+        yield place, _document(row, roles)
 
 
-def resolve_columns(units: Sequence[InputSplit], columns: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Validate a mapping of roles to columns; detects the content columns if the mapping has none.
+def resolve_columns(
+    units: Sequence[InputSplit], columns: Mapping[str, str] | None = None, advice: str = _ADVICE
+) -> dict[str, str]:
+    """Validate a mapping of roles to columns against the first rows; columns with content may be left to detection.
+
+    Known names, in this order: messages or conversations; prompt with completion, answer or response; question with
+    answer or response; instruction (and input or context) with output or response; token_ids or input_ids (and their
+    masks and labels); text; content. A row takes the first that it fills.
+
+    Args:
+        units: the input.
+        columns: role to column, or to several, as in "instruction+input".
+        advice: last sentence of the error message if no known name is found.
 
     Returns:
-        The complete mapping, role to column; empty if all units are text files and nothing was given.
+        The mapping, for ``read``.
 
     Raises:
-        StrideError: unknown role, incompatible roles, a mapped column missing from all of the first rows, or no known
-            column names to detect.
+        StrideError: unknown role, incompatible roles, no row can be read, a mapped column missing from all of the first
+            rows, or no known column names in them.
     """
-    given = dict(columns or {})
-    content = _content_roles(given)
+    mapping = dict(columns or {})
+    given = roles_given(mapping)
     if all(unit.kind == "text" for unit in units):
-        return given
-    if not content:
-        detected = detect_columns(units)
-        if "loss_mask" in given and "token_ids" not in detected:
-            raise StrideError("A loss_mask column goes with token_ids only; map token_ids too, or drop loss_mask.")
-        return {**detected, **given}
-    missing, names = dict(given), set[str]()
-    for row, _ in zip(_readable_rows(units), range(_PROBE_ROWS), strict=False):
-        names |= set(row.values)
-        missing = {role: name for role, name in missing.items() if name not in names}
-        if not missing:
-            return given
-    if not names:  # no readable rows; reading will report each as a reject
-        return given
+        return mapping
+    missing = {role: column for role, column in mapping.items() if given or role not in ("id", "source")}
+    rejects: list[Rejected] = []
+    first: Row | None = None
+    names = set[str]()
+    known = bool(given)
+    for row, _ in zip(_readable_rows(units, possible_columns(mapping), rejects), range(_PROBE_ROWS), strict=False):
+        first = first or row
+        here = {*row.values, *row.unread}
+        names |= here
+        known = known or is_known(here)
+        missing = {r: c for r, c in missing.items() if c not in names and not set(c.split("+")) <= names}
+        if known and not missing:
+            return mapping
+    if first is None:
+        if given:
+            return mapping  # reading will report each fault as a reject
+        why = f"; the first fault: {rejects[0].sentence()}" if rejects else ""
+        raise StrideError(f"No row of the input can be read{why}. Mend or replace what is at fault.")
+    if not known:
+        raise StrideError(
+            f"None of the columns of {first.file} is known to hold a text; found: {_listed(names)}."
+            f"{half_known(names)} {advice}"
+        )
     role, name = next(iter(missing.items()))
+    name = next(part for part in name.split("+") if part not in names)
     raise StrideError(
         f"There is no column {name!r} to take as {role}; the columns found are {_listed(names)}. "
         f"Say which one it is, as in --columns {role}={sorted(names)[0]}."
     )
 
 
-def detect_columns(units: Sequence[InputSplit], advice: str = _ADVICE) -> dict[str, str]:
-    """Detect the content columns by their names in the first readable row.
-
-    Known names, in this order: messages; prompt with completion or answer; question with answer; instruction with
-    output; token_ids (with loss_mask if present) or input_ids (likewise); text; content.
-
-    Args:
-        units: the input.
-        advice: last sentence of the error message if no known name is found.
-
-    Returns:
-        Role to column; empty if all units are text files.
-
-    Raises:
-        StrideError: no row can be read, or no known name is found.
-    """
-    if all(unit.kind == "text" for unit in units):
-        return {}
-    rejects: list[Rejected] = []
-    row = next(_readable_rows(units, rejects), None)
-    if row is None:
-        why = f" The first fault: {rejects[0].file}: {rejects[0].reason}." if rejects else ""
-        raise StrideError(f"No row of the input can be read, so that its columns are unknown.{why}")
-    for known in _KNOWN:
-        if all(name in row.values for name in known.values()):
-            masked = "token_ids" in known and "loss_mask" in row.values
-            return {**known, "loss_mask": "loss_mask"} if masked else dict(known)
-    pairs = [sorted(known.values(), key=row.values.__contains__) for known in _KNOWN if len(known) == 2]
-    half = next((f" {there!r} stands without {missing!r}." for missing, there in pairs if there in row.values), "")
-    raise StrideError(
-        f"None of the columns of {row.file} is known to hold a text; found: {_listed(row.values)}.{half} {advice}"
-    )
-
-
-def _readable_rows(units: Sequence[InputSplit], rejects: list[Rejected] | None = None) -> Iterator[Row]:
+def _readable_rows(units: Sequence[InputSplit], columns: set[str], rejects: list[Rejected]) -> Iterator[Row]:
     for unit in units:
-        if unit.kind == "text":
-            continue
-        for row in rows(unit, None):
+        for row in rows(unit, columns) if unit.kind != "text" else ():
             if isinstance(row, Row):
                 yield row
-            elif rejects is not None and len(rejects) < 1:
+            elif not rejects:
                 rejects.append(row)
 
 
@@ -178,54 +169,126 @@ def _listed(names: Any) -> str:
     return ", ".join(repr(name) for name in sorted(names)) or "none"
 
 
-def _content_roles(columns: Mapping[str, str]) -> tuple[str, ...]:
-    """The mapped content roles; empty if none is mapped.
-
-    Raises:
-        StrideError: unknown or incompatible roles.
-    """
-    unknown = [role for role in columns if role not in _ROLES]
-    if unknown:
-        raise StrideError(f"{unknown[0]!r} is no role of a column; the roles are {', '.join(_ROLES)}.")
-    mapped = tuple(role for role in columns if role not in ("id", "source", "loss_mask"))
-    content = next((roles for roles in _CONTENTS if set(roles) == set(mapped)), ())
-    if mapped and not content:
-        raise StrideError(
-            f"Columns for {' and '.join(mapped)} do not make a document; map text, or prompt and answer, "
-            "or messages, or token_ids."
-        )
-    if content and "loss_mask" in columns and content != ("token_ids",):
-        raise StrideError("A loss_mask column goes with token_ids only; drop it.")
-    return content
-
-
 class InvalidRowError(Exception):
     """A row is not a valid document; becomes a reject."""
 
 
-def _document(row: Row, columns: Mapping[str, str]) -> Document | Rejected:
+def _document(row: Row, roles: Roles) -> Document | Rejected:
     identity: dict[str, str] = {}
     try:
         for role in ("id", "source"):
-            if role in columns:
-                identity[role] = _name(row, columns[role])
-        content = {
-            role: _CHECKS[role](_value(row, columns[role]), columns[role]) for role in columns if role in _CHECKS
-        }
-        if "loss_mask" in content and len(content["loss_mask"]) != len(content["token_ids"]):
-            raise InvalidRowError(
-                f"{len(content['loss_mask'])} values in {columns['loss_mask']!r} "
-                f"for {len(content['token_ids'])} in {columns['token_ids']!r}"
-            )
+            if role in roles:
+                identity[role] = _name(row, roles[role][0])
+        content = _content(row, roles)
     except InvalidRowError as error:
         return Rejected(row.file, row.number(), str(error), identity.get("id", ""))
+    except RecursionError:
+        return Rejected(row.file, row.number(), "nested too deeply", identity.get("id", ""))
     return Document(identity.get("id", row.document_id), identity.get("source", row.file), **content)
+
+
+def _content(row: Row, roles: Roles) -> dict[str, Any]:
+    """The fields of a row's document."""
+    content: dict[str, Any]
+    if "text" in roles:
+        content = {"text": _full_text(*_joined(row, roles["text"]))}
+    elif "answer" in roles:
+        prompt, answer = _joined(row, roles["prompt"]), _joined(row, roles["answer"])
+        if isinstance(prompt[0], list) or isinstance(answer[0], list):  # a conversation that the last turns complete
+            before, after = _turns(*prompt), _turns(*answer)
+            learned = [False] * len(before) + [learned for _, learned in after]
+            content = {"messages": [turn for turn, _ in (*before, *after)], "learned": learned}
+        else:
+            content = {"prompt": _checked_text(*prompt), "answer": _full_text(*answer)}
+    elif "messages" in roles:
+        turns = _turns(_value(row, roles["messages"][0]), roles["messages"][0])
+        learned = [learned for _, learned in turns]
+        content = {"messages": [turn for turn, _ in turns], "learned": None if all(learned) else learned}
+    elif "token_ids" in roles:
+        content = _token_ids(row, roles)
+    else:
+        raise InvalidRowError(f"none of its columns is known to hold a text; found: {_listed(row.values)}")
+    for role, allowed in _COMPANY.items():
+        if role in roles and allowed not in content and has_content(row.values.get(roles[role][0])):
+            raise InvalidRowError(f"{roles[role][0]!r} goes with {allowed} only")
+    arguments = _template_arguments(row, roles) if "messages" in content else {}
+    return {**content, **({"template_arguments": arguments} if arguments else {})}
+
+
+def _joined(row: Row, columns: Sequence[str]) -> tuple[Any, str]:
+    """The value of a role and what to call it: of several columns, those with content, joined by line ends."""
+    if len(columns) == 1:
+        return _value(row, columns[0]), columns[0]
+    values = [(_value(row, name), name) for name in columns if has_content(row.values.get(name))]
+    if len(values) < 2:
+        return values[0] if values else ("", columns[0])
+    return "\n".join(_checked_text(value, name) for value, name in values), "+".join(columns)
+
+
+def _template_arguments(row: Row, roles: Roles) -> dict[str, Any]:
+    """Arguments of the chat template beside the messages: tools, and those that the row names."""
+    arguments: dict[str, Any] = {}
+    for role in ("chat_template_kwargs", "tools"):
+        for column in roles.get(role, ()):
+            value = _value(row, column)
+            if not has_content(value):
+                continue
+            try:
+                value = parsed(value)
+                if role == "tools":
+                    arguments["tools"] = tools_of(list(map(parsed, value)) if isinstance(value, list) else value)
+                elif isinstance(value, dict):
+                    arguments |= without_nulls(value)
+                else:
+                    raise ValueError("is not an object")
+            except json.JSONDecodeError:
+                raise InvalidRowError(f"{column!r} is a string that is not JSON") from None
+            except ValueError as error:
+                raise InvalidRowError(f"{column!r} {error}") from None
+    return {name: value for name, value in arguments.items() if value != []}
+
+
+def _token_ids(row: Row, roles: Roles) -> dict[str, Any]:
+    """Token ids and their loss mask: what all masks and labels let count; padding by the attention mask is dropped."""
+    (column,) = roles["token_ids"]
+    ids = _integers(_value(row, column), column)
+
+    def beside(name: str, values: list[Any]) -> list[Any]:
+        if len(values) != len(ids):
+            raise InvalidRowError(f"{len(values)} values in {name!r} for {len(ids)} in {column!r}")
+        return values
+
+    masks = [beside(name, _flags(_value(row, name), name)) for name in roles.get("loss_mask", ())]
+    attended = [
+        beside(name, _integers(_value(row, name), name, booleans=True)) for name in roles.get("attention_mask", ())
+    ]
+    for name in roles.get("labels", ()):
+        labels = beside(name, _integers(_value(row, name), name))
+        places = zip(labels, ids, attended[0] if attended else [1] * len(ids), strict=True)
+        odd = next(
+            (i for i, (label, token, kept) in enumerate(places) if label not in (token, _IGNORED) and kept), None
+        )
+        if odd is not None:
+            raise InvalidRowError(
+                f"{name!r} has {labels[odd]} at position {odd}, where {column!r} has {ids[odd]}; a label is the token "
+                f"id at its own position, not the next one, or {_IGNORED} where the loss does not count"
+            )
+        masks.append([label != _IGNORED for label in labels])
+    mask = list(map(all, zip(*masks, strict=True))) if masks else None
+    for kept in attended:
+        if not any(kept):
+            raise InvalidRowError(f"{roles['attention_mask'][0]!r} is 0 throughout")
+        ids, mask = list(compress(ids, kept)), None if mask is None else list(compress(mask, kept))
+    return {"token_ids": ids, "loss_mask": mask}
 
 
 def _value(row: Row, column: str) -> Any:
     if column not in row.values:
         raise InvalidRowError(f"no column {column!r}")
-    return row.values[column]
+    value = row.values[column]
+    if isinstance(value, Unreadable):
+        raise InvalidRowError(f"{column!r} is unreadable: {value.reason}")
+    return value
 
 
 def _name(row: Row, column: str) -> str:
@@ -254,39 +317,36 @@ def _full_text(value: Any, column: str) -> str:
     return value
 
 
-def _messages(value: Any, column: str) -> list[dict[str, Any]]:
+def _turns(value: Any, column: str) -> list[tuple[dict[str, Any], bool]]:
+    """The turns of a conversation, and whether each is to be learned."""
     if not isinstance(value, list):
         raise InvalidRowError(f"{column!r} is {_kind(value)}, not a list of messages")
     if not value:
         raise InvalidRowError(f"{column!r} is empty")
-    turns = []
-    for turn in value:
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise InvalidRowError(f"{column!r} holds a message without a role")
-        # Columnar files pad every message with the keys of all others; templates would treat null as a value.
-        turns.append({key: part for key, part in turn.items() if part is not None})
-        content = turns[-1].get("content")
-        if isinstance(content, str):
-            _checked_text(content, column)
-        elif "content" not in turns[-1] and "tool_calls" not in turns[-1]:
-            raise InvalidRowError(f"{column!r} holds a message without content")
+    try:
+        turns = list(map(turn_of, value))
+    except ValueError as error:
+        raise InvalidRowError(f"{column!r} holds a message {error}") from None
+    for turn, _ in turns:
+        if isinstance(turn.get("content"), str):
+            _checked_text(turn["content"], column)
     return turns
 
 
-def _integers(value: Any, column: str) -> list[int]:
+def _integers(value: Any, column: str, booleans: bool = False) -> list[int]:
     if not isinstance(value, list):
-        raise InvalidRowError(f"{column!r} is {_kind(value)}, not a list of token ids")
+        raise InvalidRowError(f"{column!r} is {_kind(value)}, not a list of whole numbers")
     if not value:
         raise InvalidRowError(f"{column!r} is empty")
     # A set of types is built at C speed and, unlike isinstance, distinguishes bool from int.
-    odd = next(iter(set(map(type, value)) - {int}), None)
+    odd = next(iter(set(map(type, value)) - ({int, bool} if booleans else {int})), None)
     if odd is not None:
-        raise InvalidRowError(f"{column!r} holds {_TYPE_NAMES.get(odd, odd.__name__)} among its token ids")
+        raise InvalidRowError(f"{column!r} holds {_TYPE_NAMES.get(odd, odd.__name__)} among its numbers")
     return value
 
 
 def _flags(value: Any, column: str) -> list[bool]:
-    if not isinstance(value, list) or not set(map(type, value)) <= {bool, int} or not set(value) <= {0, 1}:
+    if not isinstance(value, list) or not set(map(type, value)) <= {bool, int, float} or not set(value) <= {0, 1}:
         raise InvalidRowError(f"{column!r} is not a list of true and false (or 1 and 0)")
     return list(map(bool, value))
 
@@ -305,16 +365,6 @@ _TYPE_NAMES: dict[type, str] = {
 
 def _kind(value: Any) -> str:
     return _TYPE_NAMES.get(type(value), type(value).__name__)
-
-
-_CHECKS: dict[str, Callable[[Any, str], Any]] = {
-    "text": _full_text,
-    "prompt": _checked_text,
-    "answer": _full_text,
-    "messages": _messages,
-    "token_ids": _integers,
-    "loss_mask": _flags,
-}
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
@@ -17,6 +18,14 @@ _COMPRESSIONS = (".gz", ".zst")
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 _TABLES = (".csv", ".tsv", ".xls", ".xlsx")
 _DATASET_FILES = ("state.json", "dataset_info.json")
+# What writers leave beside their files: Spark, Databricks, Dask and pyarrow; checksums of Hadoop.
+_MARKERS = re.compile(r"_SUCCESS|_metadata|_common_metadata|_committed_\d+|_started_\d+|.*\.crc", re.IGNORECASE)
+# What data sets keep beside their data: the card, the licence, descriptions by the library datasets.
+_COMPANIONS = re.compile(
+    r"(readme|licen[cs]e|copying|notice|citation|changelog|sha256sums|md5sums|checksums?)(\..*)?"
+    r"|(dataset_infos?|dataset_dict|state|croissant|metadata)\.json",
+    re.IGNORECASE,
+)
 # Keys under which file systems report a file's version; the first one present is used.
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 
@@ -56,13 +65,20 @@ def compression(name: str) -> str:
 def kind_of(name: str) -> str:
     """The unit kind of a file by its suffix, ignoring that of a compression; anything unknown is text."""
     packed = compression(name)
-    kind = _KINDS.get(os.path.splitext(name.lower().removesuffix(packed))[1], "text")
+    kind = _KINDS.get(_suffix(name), "text")
     # Compressed Parquet or Arrow files are not supported; read as text, they are rejected by name.
     return "text" if packed and kind != "jsonl" else kind
 
 
-def list_files(given: str) -> list[SourceFile]:
-    """All files of one input, sorted by name.
+def list_files(given: str, left_out: list[str] | None = None) -> list[SourceFile]:
+    """The files of one input that hold documents, sorted by name.
+
+    Left out of a folder or glob are hidden files, markers such as ``_SUCCESS``, and, in a folder with data files (in it
+    or below), what accompanies them: cards, licences, descriptions, names with an underscore in front.
+
+    Args:
+        given: a file, folder, glob or URL.
+        left_out: takes the names of files left out; of a folder of which nothing is kept, its own with a slash.
 
     Raises:
         StrideError: the input is missing, cannot be read, is a table (CSV, Excel), or matches no file.
@@ -94,6 +110,9 @@ def list_files(given: str) -> list[SourceFile]:
         ) from None
     named = {_relative(file, root): file for file in found}
     kept = _resolve_datasets(fs, [name for name in named if _visible(name)], lambda name: named[name])
+    kept = _documents(kept)
+    if left_out is not None:
+        left_out += _left_out(named, set(kept))
     _refuse_tables(given, [named[name] for name in kept])
     files = [_source_file(fs, given, named[name], name, found[named[name]]) for name in sorted(kept)]
     if not files:
@@ -141,6 +160,50 @@ def _visible(name: str) -> bool:
     """Whether to read a file: not hidden, not byte code, and not the empty object that represents a folder."""
     parts = name.split("/")
     return bool(parts[-1]) and not any(part.startswith(".") or part == "__pycache__" for part in parts)
+
+
+def _documents(names: list[str]) -> list[str]:
+    """The names without markers and, where there are data files, without what accompanies them."""
+    names = [name for name in names if not _MARKERS.fullmatch(_leaf(name))]
+    data = {name for name in names if kind_of(name) != "text" and not _COMPANIONS.fullmatch(_leaf(name))}
+    objects = {name for name in data if _suffix(name) == ".json"}
+    texts = [name for name in names if kind_of(name) == "text" and not _COMPANIONS.fullmatch(_leaf(name))]
+    if len(objects) <= len(texts):  # code and texts come with some JSON of their own, which makes no data set of them
+        data -= objects
+    # Cards stand at the top of a data set, private files beside the data or its partitions (``date=2026-01-01/``).
+    above = {folder for name in data for folder in _folders(name)}
+    beside = {folder for name in data for folder in _folders(name) if _is_partitioned(name.removeprefix(folder))}
+    return [
+        name
+        for name in names
+        if not (_COMPANIONS.fullmatch(_leaf(name)) and _folders(name)[-1] in above)
+        and not any(_is_private(name.removeprefix(folder)) for folder in beside if name.startswith(folder))
+    ]
+
+
+def _folders(name: str) -> list[str]:
+    """The folders of a name from the root, which is "", each with a slash at its end."""
+    parts = name.split("/")[:-1]
+    return ["".join(f"{part}/" for part in parts[:depth]) for depth in range(len(parts) + 1)]
+
+
+def _is_partitioned(rest: str) -> bool:
+    return all("=" in part for part in rest.split("/")[:-1])
+
+
+def _is_private(rest: str) -> bool:
+    return rest.startswith("_") and not rest.startswith("__")
+
+
+def _left_out(names: Iterable[str], kept: Collection[str]) -> list[str]:
+    """The names that are not kept, sorted; of a folder of which nothing is, its own name with a slash."""
+    used = {folder for name in kept for folder in _folders(name)} | {""}
+    gone = (name for name in names if name not in kept and _leaf(name))
+    return sorted({next((folder for folder in _folders(name) if folder not in used), name) for name in gone})
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name.lower().removesuffix(compression(name)))[1]
 
 
 def _leaf(path: str) -> str:

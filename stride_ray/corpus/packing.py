@@ -25,6 +25,8 @@ LAYOUTS = ("pack", "split")
 
 # Rejects kept for inspection; all are counted.
 KEPT_REJECTS = 20
+# Names of unused columns kept; objects may have a key of their own in every row.
+KEPT_UNUSED = 100
 
 # Blocks per batch of ``iter_blocks``; bounds its memory.
 _BATCH_BLOCKS = 1024
@@ -47,9 +49,10 @@ class Counts:
         blocks: number of blocks.
         tokens: tokens of documents, including end-of-text but not padding.
         target_tokens: tokens that carry loss.
-        rejected: rejected documents or unreadable remainders of files.
+        rejected: rejected rows, those of unreadable parts of files included; a whole file counts as one.
         repeated: documents renamed (``id~2``) because another in the unit has the same id.
         rejects: the first KEPT_REJECTS rejects.
+        unused: columns that held something and became no part of a document; the first KEPT_UNUSED by name.
     """
 
     documents: int = 0
@@ -59,14 +62,16 @@ class Counts:
     rejected: int = 0
     repeated: int = 0
     rejects: list[Rejected] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
     def __add__(self, other: "Counts") -> "Counts":
         values = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        return Counts(**{**values, "rejects": values["rejects"][:KEPT_REJECTS]})
+        unused = sorted(set(values["unused"]))[:KEPT_UNUSED]
+        return Counts(**{**values, "rejects": values["rejects"][:KEPT_REJECTS], "unused": unused})
 
     def reject(self, item: Rejected) -> None:
-        """Count a reject, and keep it if it is one of the first KEPT_REJECTS."""
-        self.rejected += 1
+        """Count a reject's rows, and keep it if it is one of the first KEPT_REJECTS."""
+        self.rejected += item.rows
         if len(self.rejects) < KEPT_REJECTS:
             self.rejects.append(item)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.corpus.documents import Document, TokenizedDocument, detect_columns, read
+from stride_ray.corpus.documents import Document, TokenizedDocument, read, resolve_columns
 from stride_ray.corpus.readers import Rejected, Row, rows
 from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.corpus.tokenizing import encode
@@ -48,7 +48,7 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
         StrideError: no queries, or a duplicate id.
     """
     units = plan([path], shard_bytes=2**26)
-    columns = {**detect_columns(units, _ADVICE), **_id_column(units[0])}
+    columns = resolve_columns(units, _id_column(units[0]), _ADVICE)
     items: list[Any] = [item for unit in units for item in read(unit, columns)]
     documents = [item for item in items if not isinstance(item, Rejected)]
     encoded = iter(encode(documents, tokenizer))

@@ -18,7 +18,7 @@ import numpy as np
 from stride_ray.corpus.blocks import fixed_lists
 from stride_ray.corpus.documents import TokenizedDocument, read, resolve_columns
 from stride_ray.corpus.numbering import number_part, write_staged
-from stride_ray.corpus.packing import Counts, make_blocks
+from stride_ray.corpus.packing import KEPT_UNUSED, Counts, make_blocks
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.corpus.tokenizing import (
@@ -55,7 +55,8 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
 
     Returns:
         ``blocks/manifest.json``: counts of documents, blocks, tokens, target tokens and rejects, the first rejects with
-        file, row and reason, the parts with their content hashes, and the corpus fingerprint.
+        file, row and reason, columns that were not used, files that were left out, the parts with their content
+        hashes, and the corpus fingerprint.
 
     Raises:
         StrideError: missing or empty input, or input that changed since it was sharded; no tokenizer; settings that
@@ -68,7 +69,8 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
         raise StrideError("No tokenizer is given; name one with --tokenizer, or the model with --model.")
     refuse_inside(run.store, config.input, "The run directory")
     tokenizer = load_tokenizer(config.tokenizer)
-    units = plan(config.input, int(config.shard_mb * 1e6))
+    left_out: list[str] = []
+    units = plan(config.input, int(config.shard_mb * 1e6), left_out=left_out)
     if not run.stage("blocks").store.exists("plan.json"):
         resolve_columns(units, config.columns)  # report a wrong mapping before claiming the directory with it
     stage = run.begin("blocks")
@@ -100,7 +102,7 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
         todo = [(i, first[i]) for i in range(len(units)) if part_name(i) not in numbered]
         results = map_tasks(number_part, (stage, staged), todo, allocate_workers(run.config.compute, len(todo)))
         stage.remember(progress(results, "number", len(todo), "parts"))
-    manifest = _manifest(stage, config, tokenizer, len(units))
+    manifest = {**_manifest(stage, config, tokenizer, len(units)), "left_out": left_out}
     stage.store.write_json("manifest.json", manifest)
     stage.store.remove("_tokenised")
     run.save()
@@ -163,9 +165,12 @@ class Tokenise:
     def __call__(self, work: dict[str, Any]) -> dict[str, Any]:
         """Process one unit; returns its done marker with the unit's index and a masked example (may be empty)."""
         started = time.monotonic()
-        encoded = self._watched(encode_stream(read(InputSplit.from_dict(work["unit"]), self.columns), self.tokenizer))
+        unused: set[str] = set()
+        documents = read(InputSplit.from_dict(work["unit"]), self.columns, unused)
+        encoded = self._watched(encode_stream(documents, self.tokenizer))
         layout, tokens = self.config.layout, self.config.block_tokens
         table, counts = make_blocks(encoded, layout, tokens, self.end_of_text, pad_id(self.tokenizer))
+        counts.unused = sorted(unused)[:KEPT_UNUSED]
         name = part_name(work["index"])
         write_staged(self.staged.store, name, table)
         ids = fixed_lists(table["token_ids"], tokens, 0)

@@ -55,14 +55,17 @@ class InputSplit:
         return cls(value["key"], value["kind"], files, value["start"], value["stop"])
 
 
-def plan(inputs: Sequence[str], shard_bytes: int, skip: Collection[str] = ()) -> list[InputSplit]:
+def plan(
+    inputs: Sequence[str], shard_bytes: int, skip: Collection[str] = (), left_out: list[str] | None = None
+) -> list[InputSplit]:
     """Cut the inputs into units.
 
     Args:
-        inputs: files, folders (recursive, without hidden names and ``__pycache__``), globs, any fsspec URL. A folder
-            may contain Hugging Face datasets saved to disk.
+        inputs: files, folders (recursive), globs, any fsspec URL. A folder may contain Hugging Face datasets saved to
+            disk. ``list_files`` says which of its files are no documents.
         shard_bytes: target size of a unit: bytes of JSON Lines, Arrow or text, uncompressed bytes of Parquet.
         skip: names of files to leave out because other units hold them; if given, the result may be empty.
+        left_out: takes the names of files that were left out because they are no documents.
 
     Returns:
         The units, in the order of the inputs and of the sorted names within each. Names are unique over all inputs.
@@ -78,7 +81,7 @@ def plan(inputs: Sequence[str], shard_bytes: int, skip: Collection[str] = ()) ->
     owners: dict[str, SourceFile] = {}
     units: list[InputSplit] = []
     for given in inputs:
-        files = list_files(str(given))
+        files = list_files(str(given), left_out)
         for file in files:
             other = owners.setdefault(file.name, file)
             if other is not file:

@@ -10,7 +10,7 @@ import re
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import compress, groupby
 from typing import Any
 
 import numpy as np
@@ -154,9 +154,10 @@ def encode(documents: Sequence[Document], tokenizer: Any | None) -> list[Tokeniz
     """Tokenise documents; returns one result per document, in order.
 
     Args:
-        documents: the documents. Text gets no special tokens. A prompt is followed by its answer and end-of-text, both
-            of which carry loss. Messages are rendered with the chat template; the assistant's turns carry loss,
-            including the marker that ends each. Token ids are used as they are.
+        documents: the documents. Text gets no special tokens. A prompt is followed by its answer and end-of-text
+            (unless the answer ends with it), both of which carry loss. Messages are rendered with the chat template;
+            the assistant's turns that are to be learned carry loss, including the marker that ends each. Token ids are
+            used as they are.
         tokenizer: from ``load_tokenizer``; may be None if all documents are token ids.
 
     Raises:
@@ -195,7 +196,8 @@ def _encode_batch(documents: list[Document], tokenizer: Any | None) -> list[Toke
         if document.text is not None:
             result = _checked(document, next(pieces), None)
         elif document.answer is not None:
-            prompt, answer = next(pieces), [*next(pieces), end_of_text_id(tokenizer)]
+            prompt, answer, end = next(pieces), next(pieces), end_of_text_id(tokenizer)
+            answer = answer if answer[-1:] == [end] else [*answer, end]
             result = _checked(document, [*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
         elif document.messages is not None:
             result = _conversation(document, tokenizer)
@@ -242,7 +244,7 @@ def _given_ids(document: Document, limit: int | None) -> TokenizedDocument | Rej
 
 
 def _conversation(document: Document, tokenizer: Any) -> TokenizedDocument | Rejected:
-    messages = document.messages or []
+    messages, arguments = document.messages or [], document.template_arguments or {}
     if not tokenizer.chat_template:
         raise StrideError(
             "The tokenizer has no chat template, which messages need; use the tokenizer of a chat model, add "
@@ -250,12 +252,19 @@ def _conversation(document: Document, tokenizer: Any) -> TokenizedDocument | Rej
         )
     if not any(message["role"] == "assistant" for message in messages):
         return Rejected(document.document_id, None, "no turn of the assistant")
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = [document.learned is None or document.learned[i] for i in turns]
+    if not any(learned):
+        return Rejected(document.document_id, None, "every turn of the assistant is marked as not to be learned")
     if not tokenizer.is_fast:
         return Rejected(document.document_id, None, "the tokenizer is a slow one, which cannot tell the turns apart")
     try:
-        template = tokenizer.get_chat_template()
-        marked = _GENERATION.search(template)
-        text, spans = _marked_spans(messages, tokenizer, template) if marked else _assistant_spans(messages, tokenizer)
+        marked = _GENERATION.search(tokenizer.get_chat_template(tools=arguments.get("tools")))
+        text, spans = (_marked_spans if marked else _assistant_spans)(messages, tokenizer, arguments)
+        if not all(learned):
+            if len(spans) != len(learned):
+                raise ValueError(f"it marks {len(spans)} parts for {len(learned)} turns, so that none can be left out")
+            spans = list(compress(spans, learned))
     except Exception as error:  # a template is a program and may raise anything
         reason = first_line(error)
         return Rejected(document.document_id, None, f"the chat template does not take it: {reason}")
@@ -267,18 +276,25 @@ def _conversation(document: Document, tokenizer: Any) -> TokenizedDocument | Rej
     return _checked(document, told["input_ids"], mask.tolist())
 
 
-def _marked_spans(messages: list[dict[str, Any]], tokenizer: Any, template: str) -> tuple[str, list[tuple[int, int]]]:
+def _marked_spans(
+    messages: list[dict[str, Any]], tokenizer: Any, arguments: dict[str, Any]
+) -> tuple[str, list[tuple[int, int]]]:
     """A rendered conversation and the character ranges that the template marks as the assistant's."""
     # The tokenizer's own mask is not used: if a marked range ends in white space that no token covers, it extends to
     # the end of the conversation.
     rendered: Any = render_jinja_template(
-        [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+        [messages],
+        chat_template=tokenizer.get_chat_template(tools=arguments.get("tools")),
+        return_assistant_tokens_mask=True,
+        **{**tokenizer.special_tokens_map, **arguments},
     )
     texts, spans = rendered
     return texts[0], [(int(start), int(end)) for start, end in spans[0]]
 
 
-def _assistant_spans(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+def _assistant_spans(
+    messages: list[dict[str, Any]], tokenizer: Any, arguments: dict[str, Any]
+) -> tuple[str, list[tuple[int, int]]]:
     """A rendered conversation and the character ranges of the assistant's turns.
 
     A turn is the text after its generation prompt up to and including its end marker, without the white space after
@@ -289,7 +305,7 @@ def _assistant_spans(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[st
     """
 
     def render(turns: list[dict[str, Any]], prompted: bool) -> str:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompted))
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompted, **arguments))
 
     text = render(messages, False)
     spans = []

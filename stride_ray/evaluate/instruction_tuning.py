@@ -218,10 +218,10 @@ def sample_rows(instructions: str, options: Options, seed: int) -> dict[str, lis
         raise StrideError("There must be an example to train on, one held out, two queries and an epoch at least.")
     units = plan([instructions], 2**26)
     columns = resolve_columns(units)
-    if set(columns) != {"prompt", "answer"}:
-        have = " and ".join(sorted(columns)) or "text"
-        raise StrideError(f"{instructions} has {have}; instructions need a prompt and an answer.")
     items = [item for unit in units for item in read(unit, columns) if isinstance(item, Document)]
+    if items and all(item.answer is None for item in items):
+        raise StrideError(f"{instructions} has no prompts with answers; instructions need both.")
+    items = [item for item in items if item.answer is not None]
     wanted = options.examples + options.queries + options.held_out
     if len(items) < wanted:
         raise StrideError(f"{instructions} has {len(items)} instructions with a prompt and an answer, not {wanted}.")

@@ -191,7 +191,12 @@ def _checked(name: str, value: Any, declared: dataclasses.Field, where: str) -> 
     try:
         value = _converted(value, default)
     except (TypeError, ValueError, OverflowError, AttributeError):
-        kinds = {dict: "role=column pairs", tuple: "a list of paths", bool: "true or false", str: "text"}
+        kinds = {
+            dict: "role=column pairs, each role once, as in prompt=instruction+input,answer=output",
+            tuple: "a list of paths",
+            bool: "true or false",
+            str: "text",
+        }
         kind = {**kinds, int: "a whole number", float: "a number"}[type(default)]
         raise StrideError(f"{where} sets {name} to {value!r}; it must be {kind}.") from None
     if metadata["choices"] and value not in metadata["choices"]:
@@ -214,7 +219,7 @@ def _converted(value: Any, default: Any) -> Any:
     if isinstance(default, dict):
         if isinstance(value, str):
             pairs = [item.partition("=") for item in value.split(",") if item]
-            if not all(separator for _, separator, _ in pairs):
+            if not all(separator for _, separator, _ in pairs) or len({key for key, _, _ in pairs}) < len(pairs):
                 raise ValueError
             return {key.strip(): item.strip() for key, _, item in pairs}
         return {str(key): str(item) for key, item in value.items()}

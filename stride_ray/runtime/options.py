@@ -19,7 +19,9 @@ class CorpusConfig:
         (), "files, folders, globs or fsspec URLs: JSON Lines (.gz, .zst), Parquet, text files, a saved HF dataset"
     )
     columns: dict[str, str] = _option(
-        {}, "role = column; roles: text | prompt, answer | messages | token_ids, loss_mask; id, source (empty: detect)"
+        {},
+        "role = column, or several joined by +; roles: text | prompt, answer | messages (tools, chat_template_kwargs) "
+        "| token_ids (loss_mask, labels, attention_mask); id, source (empty: found in each row)",
     )
     tokenizer: str = _option("", "Hugging Face tokenizer: path or hub id (empty: the model's own)")
     layout: str = _option(

@@ -144,7 +144,7 @@ def _parquet_rows(unit: InputSplit, wanted: set[int], path: str) -> int:
     count = 0
     with fs.open(place, "rb") as handle:
         try:
-            file = pq.ParquetFile(handle)
+            file = pq.ParquetFile(handle, page_checksum_verification=True)
             footer = file.metadata
             stop = footer.num_row_groups if unit.stop == END else unit.stop
             first = sum(footer.row_group(group).num_rows for group in range(unit.start))
@@ -152,11 +152,12 @@ def _parquet_rows(unit: InputSplit, wanted: set[int], path: str) -> int:
                 for group in range(unit.start, stop):
                     size = footer.row_group(group).num_rows
                     keep = np.array([first + row in wanted for row in range(size)], bool)
-                    if keep.any():
-                        for batch in file.iter_batches(_ROWS, row_groups=[group]):
-                            chosen, keep = keep[: batch.num_rows], keep[batch.num_rows :]
-                            writer.write_batch(batch.filter(pa.array(chosen)))
-                            count += int(chosen.sum())
+                    batches = file.iter_batches(_ROWS, row_groups=[group])
+                    while keep.any():  # the rest of the row group may be corrupt
+                        batch = next(batches)
+                        chosen, keep = keep[: batch.num_rows], keep[batch.num_rows :]
+                        writer.write_batch(batch.filter(pa.array(chosen)))
+                        count += int(chosen.sum())
                     first += size
         except (pa.ArrowException, OSError) as error:
             raise StrideError(f"{redacted(unit.files[0].url)} cannot be read: {first_line(error)}") from None

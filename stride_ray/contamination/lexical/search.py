@@ -8,6 +8,7 @@ stored per pair, so a night without new files or items reads nothing.
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,7 +135,10 @@ class Searcher:
     def __init__(self, index: Index, batch: str, corpus: Corpus, stage: Stage) -> None:
         self.index, self.batch, self.corpus, self.stage = index, batch, corpus, stage
         self.numbering = numbering(index)
-        self.tokenizer = load_tokenizer(corpus.tokenizer) if "token_ids" in corpus.columns else None
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.corpus.tokenizer)
 
     def __call__(self, unit: InputSplit) -> dict[str, Any]:
         """Process one unit; returns its done marker."""
@@ -148,13 +152,13 @@ class Searcher:
         rejected: list[str] = []
         for place, item in read_with_positions(unit, self.corpus.columns):
             if isinstance(item, Rejected):
-                documents["rejected"] += 1
+                documents["rejected"] += item.rows
                 rejected = [*rejected, item.sentence()][:5]
                 continue
             documents["read"] += 1
             file = unit.files[place if unit.kind == "text" else 0].name
             held: set[int] = set()
-            for part, text in texts(item, self.tokenizer):
+            for part, text in texts(item, self._tokenizer if item.token_ids is not None else None):
                 numbers = self.numbering.numbers(text)
                 held.update(np.unique(numbers).tolist())
                 rows += self._matches(item, part, text, numbers, {"file": file, "place": place}, kept, documents)
@@ -220,7 +224,8 @@ class Searcher:
 def texts(document: Document, tokenizer: Any) -> list[tuple[str, str]]:
     """Return a document's texts, each with the name of the part that offsets refer to.
 
-    Parts are ``text``; ``prompt`` and ``answer``; ``messages.0`` … (text contents only); ``token_ids``, decoded.
+    Parts are ``text``; ``prompt`` and ``answer``; ``messages.0`` … (text contents only); ``token_ids``, decoded with
+    the tokenizer, which no other document needs.
     """
     if document.text is not None:
         return [("text", document.text)]

@@ -1,0 +1,235 @@
+"""Rows of Parquet and Arrow files.
+
+Only the wanted columns are read. What cannot be read is as small as the format allows: a value, a column of a row
+group or record batch, or the group or batch with all its rows. A column that turns out not to be used costs nothing.
+"""
+
+import struct
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stride_ray.corpus.files import END
+from stride_ray.corpus.rows.row import Rejected, Row, Unreadable, is_corrupt, reason
+from stride_ray.corpus.splits import InputSplit
+from stride_ray.runtime.urls import filesystem
+
+_BUFFER = 1 << 20
+# Rows decoded to Python objects at once; a row may be a whole book.
+_BATCH_ROWS = 256
+_SCHEMA, _DICTIONARY, _RECORDS = 1, 2, 3  # MessageHeader in Arrow's Message.fbs
+
+
+def parquet_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
+    """Rows of the unit's row groups, with the checksums of pages verified where the file has them."""
+    file = unit.files[0]
+    fs, path = filesystem(file.url)
+    with fs.open(path, "rb") as handle:
+        try:
+            # With a buffer size, columns are read page by page instead of by row group.
+            table = pq.ParquetFile(handle, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
+            schema = table.schema_arrow
+        except Exception as error:
+            if not is_corrupt(error):
+                raise
+            yield Rejected(file.name, None, f"not readable as Parquet: {reason(error)}")
+            return
+        wanted = [name for name in schema.names if columns is None or name in columns]
+        footer = table.metadata
+        stop = footer.num_row_groups if unit.stop == END else min(unit.stop, footer.num_row_groups)
+        unread = _filled(footer, range(unit.start, stop), _others(schema, wanted))
+        row = sum(footer.row_group(group).num_rows for group in range(unit.start))
+        for group in range(unit.start, stop):
+            end = row + footer.row_group(group).num_rows
+
+            def batches(names: Sequence[str], group: int = group) -> Iterator[pa.RecordBatch]:
+                return table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=names, use_threads=False)
+
+            try:
+                for batch in batches(wanted):
+                    yield from _batch_rows(file.name, batch, row, unread)
+                    row += batch.num_rows
+            except Exception as error:
+                if not is_corrupt(error):
+                    raise
+                readable, faults = _readable(wanted, lambda name: sum(1 for _ in batches([name])))
+                if readable and faults:
+                    first = end - footer.row_group(group).num_rows
+                    for batch in batches(readable):
+                        fresh = batch.slice(max(0, row - first))  # rows before the fault are out already
+                        yield from _batch_rows(file.name, fresh, max(row, first), unread, faults)
+                        first += batch.num_rows
+                else:
+                    why = f"row group {group} is unreadable from here on: {reason(error)}"
+                    yield Rejected(file.name, row, why, rows=end - row)
+            row = end
+
+
+def _others(schema: pa.Schema, wanted: Collection[str]) -> frozenset[str]:
+    """The columns that are not wanted, without those that were null from the beginning, which have no type."""
+    return frozenset(f.name for f in schema if f.name not in wanted and not pa.types.is_null(f.type))
+
+
+def _filled(footer: pq.FileMetaData, groups: range, columns: Collection[str]) -> frozenset[str]:
+    """Those of the top-level columns that hold more than nulls in some row groups, as far as statistics tell."""
+    filled = set[str]()
+    for group in groups:
+        for index in range(footer.num_columns):
+            chunk = footer.row_group(group).column(index)
+            name = chunk.path_in_schema.partition(".")[0]
+            if name in columns and name not in filled:
+                facts = chunk.statistics
+                if facts is None or not facts.has_null_count or facts.null_count < chunk.num_values:
+                    filled.add(name)
+    return frozenset(filled)
+
+
+def _readable(names: Sequence[str], read: Callable[[str], Any]) -> tuple[list[str], dict[str, Unreadable]]:
+    """The columns that can be read alone, and what is wrong with the others."""
+    readable, faults = list[str](), dict[str, Unreadable]()
+    for name in names:
+        try:
+            read(name)
+            readable.append(name)
+        except Exception as error:
+            if not is_corrupt(error):
+                raise
+            faults[name] = Unreadable(reason(error))
+    return readable, faults
+
+
+def _batch_rows(
+    name: str,
+    batch: pa.RecordBatch,
+    first: int,
+    unread: frozenset[str],
+    faults: Mapping[str, Unreadable] | None = None,
+) -> Iterator[Row]:
+    """Rows of a batch; ``first`` is its first row's number in the file, ``faults`` the values of unreadable columns."""
+    for start in range(0, batch.num_rows, _BATCH_ROWS):
+        part = batch.slice(start, _BATCH_ROWS)
+        for i, values in enumerate(_decoded(part)):
+            number = first + start + i
+            yield Row(name, f"{name}#{number}", {**values, **(faults or {})}, partial(int, number), unread)
+
+
+def _decoded(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist(maps_as_pydicts="strict")
+    except (ValueError, OverflowError, KeyError):  # one bad value fails the batch: strings are validated only now
+        if batch.num_rows > 1:
+            return [_decoded(batch.slice(i, 1))[0] for i in range(batch.num_rows)]
+        return [{name: _value(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}]
+
+
+def _value(column: pa.Array) -> Any:
+    try:
+        return column.to_pylist(maps_as_pydicts="strict")[0]
+    except (ValueError, OverflowError, KeyError) as error:
+        return Unreadable(reason(error))
+
+
+def arrow_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
+    """Rows of the record batches whose message starts in the unit's byte range.
+
+    Only the headers of earlier batches are read, which is enough to number rows.
+    """
+    file = unit.files[0]
+    fs, path = filesystem(file.url)
+    row = 0
+    with fs.open(path, "rb") as handle:
+        try:
+            position = 8 if handle.read(6) == b"ARROW1" else 0  # the file format is a stream between magic and footer
+            head = b""  # schema and dictionaries; prepended to a batch, they form a valid stream
+            while unit.stop == END or position < unit.stop:
+                message = _arrow_message(handle, position)
+                if message is None:
+                    return
+                kind, count, size = message
+                handle.seek(position)
+                if kind in (_SCHEMA, _DICTIONARY):
+                    head += handle.read(size)
+                elif kind == _RECORDS:
+                    if position >= unit.start:
+                        yield from _arrow_batch(file.name, head + handle.read(size), row, count, columns)
+                    row += count
+                position += size
+        except Exception as error:
+            if not is_corrupt(error):
+                raise
+            # A corrupt header fails all later units of the file; only the unit that owns its position reports it.
+            if position >= unit.start:
+                yield Rejected(file.name, row, f"unreadable from here to the end of the file: {reason(error)}")
+
+
+def _arrow_batch(
+    name: str, stream: bytes, row: int, count: int, columns: Collection[str] | None
+) -> Iterator[Row | Rejected]:
+    """Rows of a stream with a single batch of ``count`` rows; ``row`` is its first row's number in the file."""
+    schema = pa.ipc.open_stream(pa.py_buffer(stream)).schema
+    names: list[str] = schema.names
+    wanted = [each for each in names if columns is None or each in columns]
+    unread = _others(schema, wanted)
+
+    def batch(chosen: Sequence[str]) -> pa.RecordBatch:
+        options = pa.ipc.IpcReadOptions(included_fields=[names.index(each) for each in chosen])
+        with pa.ipc.open_stream(pa.py_buffer(stream), options=options) as reader:
+            try:
+                read = reader.read_next_batch()
+            except StopIteration:
+                raise EOFError("the record batch is missing") from None
+        read.validate()
+        return read.select(list(chosen))
+
+    try:
+        yield from _batch_rows(name, batch(wanted), row, unread)
+    except Exception as error:
+        if not is_corrupt(error):
+            raise
+        readable, faults = _readable(wanted, lambda each: batch([each]))
+        if readable and faults:
+            yield from _batch_rows(name, batch(readable), row, unread, faults)
+        else:
+            yield Rejected(name, row, f"the record batch is unreadable: {reason(error)}", rows=max(1, count))
+
+
+def _arrow_message(handle: Any, position: int) -> tuple[int, int, int] | None:
+    """``(kind, rows, total bytes)`` of the message at ``position``; None at the end of the stream.
+
+    A message consists of 0xFFFFFFFF, the size of its metadata (int32), the metadata (a FlatBuffer) and a body.
+
+    Raises:
+        pa.ArrowInvalid, struct.error: the bytes are not a valid message.
+    """
+    handle.seek(position)
+    prefix = handle.read(8)
+    if not prefix or prefix[4:] == b"\0\0\0\0":
+        return None
+    marker, size = struct.unpack("<Ii", prefix)
+    if marker != 0xFFFFFFFF or size <= 0:
+        raise pa.ArrowInvalid("not an Arrow stream")
+    metadata = handle.read(size)
+
+    def field(table: int, slot: int) -> int | None:
+        """Offset of a field of a FlatBuffer table; None if the field has its default value."""
+        vtable = table - struct.unpack_from("<i", metadata, table)[0]
+        if 4 + 2 * slot >= struct.unpack_from("<H", metadata, vtable)[0]:
+            return None
+        offset = struct.unpack_from("<H", metadata, vtable + 4 + 2 * slot)[0]
+        return table + offset if offset else None
+
+    def number(form: str, place: int | None) -> int:
+        return 0 if place is None else struct.unpack_from(form, metadata, place)[0]
+
+    message = number("<I", 0)
+    kind, header = number("<B", field(message, 1)), field(message, 2)
+    body = number("<q", field(message, 3))
+    count = 0
+    if kind == _RECORDS and header is not None:
+        count = number("<q", field(header + number("<I", header), 0))
+    if body < 0 or count < 0:
+        raise pa.ArrowInvalid("a message of negative size")
+    return kind, count, 8 + size + body

@@ -1,0 +1,110 @@
+"""A row as read, a reject, and the difference between corrupt content and a file that cannot be fetched."""
+
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import zstandard
+
+from stride_ray.runtime.urls import redacted
+
+_CORRUPT = (pa.ArrowException, zlib.error, zstandard.ZstdError, EOFError, UnicodeDecodeError, struct.error)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A rejected document, or rows of a file that cannot be read.
+
+    Attributes:
+        file: name of the file; for rejects after reading, when only that is known, the document's id.
+        row: line number (JSON Lines, from 1) or row number in the file (Parquet and Arrow, from 0, as in document
+            ids); None for a whole file.
+        reason: what is wrong, for display.
+        document_id: the row's id, if it has a valid one.
+        rows: rows lost, from ``row`` on; 1 where nobody can know (the rest of a compressed file, a whole file).
+    """
+
+    file: str
+    row: int | None
+    reason: str
+    document_id: str = ""
+    rows: int = 1
+
+    def sentence(self) -> str:
+        """The reject as one line for display."""
+        if self.row is None:
+            return f"{self.file}: {self.reason}"
+        place = f"row {self.row}" if self.rows == 1 else f"rows {self.row} to {self.row + self.rows - 1}"
+        return f"{self.file}, {place}: {self.reason}"
+
+
+class Row(NamedTuple):
+    """One row as read, before columns are mapped to roles.
+
+    Attributes:
+        file: name of its file.
+        document_id: ``name`` for a text file, ``name#<byte offset>`` for JSON Lines, ``name#<row>`` otherwise.
+        values: ``{column: value}``; ``{"text": …}`` for a text file. A value may be ``Unreadable``.
+        number: returns the row or line number (``Rejected.row``); called for rejects only, since it may scan the file.
+        unread: columns with content that the file has and that were not read.
+    """
+
+    file: str
+    document_id: str
+    values: dict[str, Any]
+    number: Callable[[], int | None]
+    unread: frozenset[str] = frozenset()
+
+
+class Unreadable(NamedTuple):
+    """In place of a value that cannot be read; it rejects the row only if its column is used."""
+
+    reason: str
+
+
+def has_content(value: Any) -> bool:
+    """Whether a value holds anything: null, blank and empty values do not, nor structs of nothing but nulls.
+
+    Merged data sets fill the columns that a row does not have with these. What cannot be read may hold something.
+    """
+    if isinstance(value, str):
+        return bool(value) and not value.isspace()
+    if isinstance(value, dict):
+        # One level is enough: columnar files pad structs with nulls, and deeper ones are null as a whole.
+        return any(part is not None for part in value.values())
+    return value is not None and value != []
+
+
+def without_nulls(value: Any) -> Any:
+    """A nested value without keys whose value is null.
+
+    Columnar files pad every struct with the keys of all others, which chat templates would print. So does the library
+    datasets when it reads JSON Lines, and trainers remove them again.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def parsed(value: Any) -> Any:
+    """A value, parsed if it is a string of JSON, in which data sets keep what has no fixed type.
+
+    Raises:
+        ValueError: a string is not JSON.
+    """
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def is_corrupt(error: Exception) -> bool:
+    """Whether an error means corrupt content, which pyarrow often reports as an OSError without errno."""
+    return isinstance(error, _CORRUPT) or (type(error) is OSError and error.errno is None)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, without credentials and without characters that a terminal would obey."""
+    lines = redacted(str(error)).strip().splitlines()
+    return "".join(c if c.isprintable() else "?" for c in lines[0]) if lines else type(error).__name__

@@ -1,0 +1,69 @@
+"""Conversations as trainers write them, in the one form that chat templates take: role, content and the tools' parts.
+
+Read are OpenAI's turns (role, content), ShareGPT's (from, value), and the marks of turns that are not to be learned:
+OpenAI's, Mistral's and ShareGPT's ``weight``, axolotl's ``train`` and ``training``, ms-swift's ``loss``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from stride_ray.corpus.rows.row import has_content, without_nulls
+
+_SPEAKERS = {
+    **{name: name for name in ("system", "user", "assistant", "tool", "function", "developer")},
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"},
+    **{"model": "assistant", "observation": "tool"},
+}
+_MARKS = ("weight", "train", "training", "loss", "trainable")
+_PARTIAL_MARKS = ("train_detail", "training_detail")
+
+
+def turn_of(value: Any) -> tuple[dict[str, Any], bool]:
+    """One turn for a chat template, and whether it is to be learned (which counts for the assistant's turns).
+
+    Example:
+        >>> turn_of({"from": "gpt", "value": "Hi.", "weight": 0, "name": None})
+        ({'role': 'assistant', 'content': 'Hi.'}, False)
+
+    Raises:
+        ValueError: the turn is not valid; the message continues "… holds a message ".
+    """
+    value = without_nulls(value)
+    if not isinstance(value, dict):
+        raise ValueError("that is not an object with a role")
+    turn = {key: part for key, part in value.items() if key not in (*_MARKS, *_PARTIAL_MARKS)}
+    if "role" not in turn and isinstance(turn.get("from"), str):
+        speaker = turn.pop("from")
+        if speaker.lower() not in _SPEAKERS:
+            raise ValueError(f"from {speaker!r}, who is none of {', '.join(_SPEAKERS)}; write role and content")
+        said = {"content": turn.pop("value")} if "value" in turn else {}
+        turn = {"role": _SPEAKERS[speaker.lower()], **said, **turn}
+    if not isinstance(turn.get("role"), str):
+        raise ValueError("without a role")
+    if "content" not in turn and "tool_calls" not in turn:
+        raise ValueError("without content")
+    partial = next((key for key in _PARTIAL_MARKS if has_content(value.get(key))), None)
+    if partial:
+        raise ValueError(f"with {partial}; parts of a message cannot be marked, mark whole ones with train")
+    marks = [(key, value[key]) for key in _MARKS if key in value]
+    odd = next(((key, mark) for key, mark in marks if mark not in (0, 1)), None)  # True and 1.0 are equal to 1
+    if odd:
+        raise ValueError(f"whose {odd[0]} is {odd[1]!r}; only 0 and 1 (or false and true) are read")
+    return turn, all(mark for _, mark in marks)
+
+
+def content_key(turn: dict[str, Any]) -> str:
+    """The key under which a turn of the input keeps its content."""
+    return "content" if turn.get("role") is not None else "value"
+
+
+def tools_of(value: Any) -> Sequence[dict[str, Any]]:
+    """Tool definitions for a chat template; ``value`` is a list of objects, already parsed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    tools = without_nulls(value)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("is not a list of objects")
+    return tools

@@ -118,8 +118,9 @@ def _batch_rows(
 
 def _decoded(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     try:
+        batch.validate(full=True)  # decoding offsets that lead out of the buffers would crash the process
         return batch.to_pylist(maps_as_pydicts="strict")
-    except (ValueError, OverflowError, KeyError):  # one bad value fails the batch: strings are validated only now
+    except (ValueError, OverflowError, KeyError):  # one bad value fails the batch
         if batch.num_rows > 1:
             return [_decoded(batch.slice(i, 1))[0] for i in range(batch.num_rows)]
         return [{name: _value(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}]
@@ -127,6 +128,7 @@ def _decoded(batch: pa.RecordBatch) -> list[dict[str, Any]]:
 
 def _value(column: pa.Array) -> Any:
     try:
+        column.validate(full=True)
         return column.to_pylist(maps_as_pydicts="strict")[0]
     except (ValueError, OverflowError, KeyError) as error:
         return Unreadable(reason(error))

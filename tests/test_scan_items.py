@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stride_ray.contamination.items import check_names, read_folder, read_set
-from stride_ray.contamination.lexical.words import WORD, Numbering, chunks, normalised, split
+from stride_ray.contamination.lexical.words import Numbering, chunks, normalised, split
 from stride_ray.runtime.errors import StrideError
 
 SHAPES = {
@@ -125,20 +125,83 @@ def test_folders_parts_repeated_items_and_names(tmp_path):
         read_folder(str(tmp_path / "nothing"))
 
 
-def test_words_are_normalised_and_keep_their_places():
-    text = "Caf\u00e9, CAFE\u0301 \ufb01nd\u00ad-it; \uff21\uff22 don\u2019t stop\u200bped \u6771\u4eac 1,000 _x_"
+# Text to the words it is compared by.
+READ = {
+    "accents, ligatures, widths": (
+        "Caf\u00e9, CAFE\u0301 \ufb01nd\u00ad-it; \uff21\uff22 don\u2019t 1,000 _x_",
+        "caf\u00e9 caf\u00e9 find it ab don t 1 000 x",
+    ),
+    "invisible": (
+        "stop\u200bped \ufeffso\u2060me\ufe0f \u202aleft\u202c m\u00ady\u034f \u200f",
+        "stopped some left my",
+    ),
+    "vowel signs": (
+        "\u0915\u0940 \u0926\u093f\u0932\u094d\u0932\u0940",
+        "\u0915\u0940 \u0926\u093f\u0932\u094d\u0932\u0940",
+    ),
+    "points and strokes": (
+        "\u05e9\u05b8\u05c1\u05dc \u0643\u0640\u0640\u062a\u064e\u0628",
+        "\u05e9\u05b8\u05c1\u05dc \u0643\u062a\u064e\u0628",
+    ),
+    "letters without spaces": (
+        "\u6771\u4eac\u3067 \u0e19\u0e49\u0e32 \U00020000",
+        "\u6771 \u4eac \u3067 \u0e19\u0e49 \u0e32 \U00020000",
+    ),
+    "half-width kana": ("\uff76\uff9e\uff70 \u304b\u3099", "\u30ac \u30fc \u304c"),
+    "case beyond ASCII": (
+        "Stra\u00dfe \u0130zmir \u0131rmak \u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2",
+        "strasse izmir irmak \u03c3\u03af\u03c3\u03c5\u03c6\u03bf\u03c3",
+    ),
+    "digits": ("\u0661\u0669\u0669\u0665 \u0967\u0968 x\u00b2", "1995 12 x2"),
+    "entities": (
+        "caf&eacute;&nbsp;d&#39;Orl&#xE9;ans &amp;amp; AT&amp;T R&D; p&shy;q",
+        "caf\u00e9 d orl\u00e9ans at t r d pq",
+    ),
+    "escaped twice": ("a&amp;nbsp;b&amp;#x27;c &amp;lt;i&amp;gt;d", "a b c d"),
+    "tags": ('<p class="x y">H<sub>2</sub>O<br/>is <a href=/w?a=1&b=2 hidden>wet</a></p>', "h2o is wet"),
+    "escaped tags": ('&lt;b&gt;bo&lt;/b&gt;ld <a href=\\"u\\">link</a>', "bold link"),
+    "unknown tags": ("<seg id='1'>one</seg> <q1>two</q1> <x/>", "one two"),
+    "what tags show": ('<img src="a b" alt="the cat sat on a mat">', "the cat sat on a mat"),
+    "code": ("if a<b and c>d: List<int> &lt; Map<K, V> x <y", "if a b and c d list int map k v x y"),
+    "broken lines": ("exam-\nple well-\r\n  known so\u00ad\nft A-\nB", "example wellknown soft a b"),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_words_are_those_a_reader_sees(name):
+    text, words = READ[name]
+    assert split(text).words == words.split()
+
+
+def test_words_keep_their_places_in_the_raw_text():
+    text = "x <b>S</b>top\u200bped&nbsp;CAF&Eacute; exam-\nple 1&#48;; &amp;lt;i&gt;so"
     found = split(text)
-    assert found.words == "café café find it ab don t stopped \u6771 \u4eac 1 000 x".split()
+    assert found.words == "x stopped caf\u00e9 example 10 so".split()
     pieces = [text[start:stop] for start, stop in found.spans]
-    assert pieces[0] == "Caf\u00e9"
-    assert pieces[1] == "CAFE\u0301"
-    assert pieces[7] == "stop\u200bped"
+    assert pieces == ["x", "S</b>top\u200bped", "CAF&Eacute;", "exam-\nple", "1&#48;", "so"]
+
+
+def test_a_word_broken_at_a_lines_end_is_joined_if_an_item_has_it():
+    numbering = Numbering({"example": 1, "well": 2, "known": 3})
+    text = "Exam-\nple, well-\nknown"
+    assert numbering.numbers(text).tolist() == [1, 2, 3]
+    assert len(split(text, numbering.is_word).spans) == 3
+
+
+def test_letters_of_scripts_without_spaces_count_as_parts_of_words():
+    assert split("one two three").length == 3
+    assert split("\u6771\u4eac\u90fd ok").length == 2
+    assert (
+        split("\u0e01\u0e23\u0e38\u0e07\u0e40\u0e17\u0e1e\u0e21\u0e2b\u0e32\u0e19\u0e04\u0e23").length == 3
+    )  # 12 letters: Bangkok
+    assert split("\u0928\u0908 \u0926\u093f\u0932\u094d\u0932\u0940 \u092e\u0947\u0902 \u0939\u0948").length == 4
 
 
 @given(st.text(max_size=200))
 def test_every_span_is_its_word_and_numbers_agree(text):
     found = split(text)
-    assert [normalised(text[start:stop]) for start, stop in found.spans] == found.words
+    assert [split(text[start:stop]).words for start, stop in found.spans] == [[word] for word in found.words]
+    assert [normalised(word) for word in found.words] == found.words
     assert all(a < b for a, b in found.spans)
     assert (found.spans[1:, 0] >= found.spans[:-1, 1]).all()
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(found.words), 1)}
@@ -160,4 +223,4 @@ def test_long_texts_in_chunks_are_the_same_words(monkeypatch):
     monkeypatch.setattr(words, "_REMEMBERED", 2)  # the cache is emptied, the numbers stay
     small = Numbering(dict(numbering.vocabulary))
     assert small.numbers(text).tolist() == numbering.numbers(text).tolist()
-    assert WORD.findall("") == []
+    assert split("").words == []

@@ -20,6 +20,7 @@ from stride_ray.contamination.influence import MIN_CONTROLS, TIES, checkpoint, i
 from stride_ray.contamination.items import EvaluationSet, Item, check_names
 from stride_ray.contamination.lexical.channel import Lexical, lexical_matches
 from stride_ray.contamination.lexical.search import RAW, Corpus, search
+from stride_ray.contamination.lexical.words import RULES
 from stride_ray.contamination.lock import Lock
 from stride_ray.contamination.report import scan_page
 from stride_ray.contamination.summary import headline, markdown
@@ -167,7 +168,7 @@ def _night(
     if store.exists(f"nights/{name}/manifest.json"):
         return _load_unreported(store, name)
     corpus = corpus_of(run, state)
-    stage = Stage(state.child("lexical"), digest(["lexical", options.words, options.shortest, *RAW.names]))
+    stage = Stage(state.child("lexical"), digest(["lexical", RULES, options.words, options.shortest, *RAW.names]))
     done = search(stage, corpus, items, options.words, options.shortest, run.config.compute)
     lexical = lexical_matches(stage, corpus, items, options)
     ties, influence = _influence(run, state, items, controls) if options.influence else (None, None)

@@ -156,7 +156,7 @@ class _Weighing:
         return found
 
     def _boilerplate(self, field: Field, grams: dict[tuple[str, str, int], set[int]], weights: np.ndarray) -> set[int]:
-        phrase = len(field.words.words) < self.options.words
+        phrase = field.words.length < self.options.words
         holders: dict[int, set[tuple[str, str, int]]] = defaultdict(set)
         for where, places in grams.items():
             if phrase or _overlap(places, field.n, weights) < self.options.overlap:

@@ -57,16 +57,18 @@ def fields_of(item: Item, n: int, shortest: int) -> list[Field]:
     texts += [(f"choice {i}", choice) for i, choice in enumerate(item.choices, 1)]
     texts += [("answer", item.answer)] if item.answer and not item.choices else []
     found = [_field(item.key, name, text, n, shortest) for name, text in texts]
-    found = [field for field in found if len(field.words.words) >= shortest]
+    found = [field for field in found if field.words.length >= shortest]
     if found:
         return found
     whole = _field(item.key, "whole", "\n".join(text for _, text in texts), n, shortest)
-    return [whole] if len(whole.words.words) >= shortest else []
+    return [whole] if whole.words.length >= shortest else []
 
 
 def _field(key: str, name: str, text: str, n: int, shortest: int) -> Field:
     words = split(text)
-    return Field(key, name, text, words, min(n, max(shortest, len(words.words) // 2)))
+    # In a script without spaces, as many letters as make ``shortest`` words.
+    least = -(-shortest * len(words.words) // max(1, words.length))
+    return Field(key, name, text, words, min(n, max(least, len(words.words) // 2)))
 
 
 class Index:

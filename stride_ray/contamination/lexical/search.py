@@ -189,7 +189,7 @@ class Searcher:
         runs = self.index.find(numbers)
         if not runs:
             return
-        spans = split(text).spans
+        spans = split(text, self.numbering.is_word).spans
         for number in {run.field for run in runs}:
             kept[number] += 1
         for run in runs:

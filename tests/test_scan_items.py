@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stride_ray.contamination.items import check_names, read_folder, read_set
+from stride_ray.contamination.items import Item, check_names, read_folder, read_set
+from stride_ray.contamination.lexical.ngrams import fields_of, searched_fields
 from stride_ray.contamination.lexical.words import Numbering, chunks, normalised, split
 from stride_ray.runtime.errors import StrideError
 
@@ -59,6 +60,34 @@ SHAPES = {
         "cup",
     ),
     "text": ({"text": "only a text"}, "only a text", (), ""),
+    "boolq": ({"question": "is it so", "passage": "It is.", "answer": True}, "is it so", (), ""),
+    "bool_choices": (
+        {"question": "Is it?", "choices": ["False", "True"], "answer": True},
+        "Is it?",
+        ("False", "True"),
+        "True",
+    ),
+    "float_label": ({"ctx": "He", "endings": ["runs", "sits"], "label": 1.0}, "He", ("runs", "sits"), "sits"),
+    "gpqa": (
+        {
+            "Question": "Why?",
+            "Correct Answer": "a1",
+            "Incorrect Answer 1": "b2",
+            "Incorrect Answer 2": "c3",
+            "Incorrect Answer 3": "d4",
+        },
+        "Why?",
+        ("a1", "b2", "c3", "d4"),
+        "a1",
+    ),
+    "medqa": (
+        {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer": "y", "answer_idx": "B"},
+        "Why?",
+        ("x", "y"),
+        "y",
+    ),
+    "aime": ({"Problem": "How many?", "Answer": 204}, "How many?", (), "204"),
+    "mt_bench": ({"prompt": ["Write.", "Rewrite."], "category": "x"}, "Write.\nRewrite.", (), ""),
 }
 
 
@@ -86,6 +115,72 @@ def test_any_other_shape_by_naming_its_fields(tmp_path):
         read_set(path, fields={"question": "ask"})
     with pytest.raises(StrideError, match="'prompt' is not a role"):
         read_set(path, fields={"prompt": "q"})
+
+
+OTHERS = {
+    "mbpp": (
+        {
+            "task_id": 2,
+            "text": "Do so.",
+            "code": "def f(a):\n  return a",
+            "test_list": ["assert f(1) == 1", "f(2) == 2"],
+        },
+        (("code", "def f(a):\n  return a"), ("test_list.0", "assert f(1) == 1"), ("test_list.1", "f(2) == 2")),
+        (),
+    ),
+    "race": (
+        {
+            "article": "It was so.",
+            "question": "Was it?",
+            "options": ["it was", "no, no"],
+            "answer": "A",
+            "example_id": "h1",
+        },
+        (("article", "It was so."),),
+        ("example_id",),
+    ),
+    "nested": (
+        {"question": "Was it?", "answer": "no", "meta": {"from": "http://a.b/c_d", "seen": [{"text": "It was so."}]}},
+        (("meta.seen.0.text", "It was so."),),
+        ("meta.from",),
+    ),
+    "contained": ({"ctx": "It was so", "ctx_a": "It was", "endings": ["x y", "z"], "label": 0}, (), ()),
+    "second answer": (
+        {"question": "Was it?", "answers": {"text": ["no", "not so"]}},
+        (("answers.text.1", "not so"),),
+        (),
+    ),
+    "surrogate": ({"question": "Was it?", "note": "half a \ud800"}, (), ("note",)),
+    "without spaces": ({"question": "Was it?", "note": "\u6771\u4eac"}, (("note", "\u6771\u4eac"),), ()),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_texts_are_kept_and_what_is_not_searched_is_named(name, tmp_path):
+    row, others, left_out = OTHERS[name]
+    (item,) = read_set(write(tmp_path / "set.jsonl", [row])).items
+    assert (item.others, item.left_out) == (others, left_out)
+
+
+def test_the_others_to_search_can_be_named(tmp_path):
+    row = {"question": "Was it?", "article": "It was so.", "notice": "All rights are reserved."}
+    path = write(tmp_path / "set.jsonl", [row])
+    (item,) = read_set(path, fields={"others": "article"}).items
+    assert (item.others, item.left_out) == ((("article", "It was so."),), ("notice",))
+    assert item.key != read_set(path).items[0].key
+    with pytest.raises(StrideError, match="it has no field 'artcle'"):
+        read_set(path, fields={"others": "artcle"})
+
+
+def test_fields_searched_and_left_out_for_their_length():
+    long = "as many words as make a field"
+    others = (("code", long), ("tests.0", "one two three"), ("tests.1", "four five six"), ("topic", "an art"))
+    item = Item("k", "s", "i", "f", 0, "A short one?", ("yes", "no"), "yes", (*others, ("question", long)))
+    fields = {field.name: len(field.words.words) for field in fields_of(item, 13, 6)}
+    assert fields == {"code": 7, "other question": 7, "tests": 6}
+    assert searched_fields(item, 13, 6) == ({"code", "question", "tests"}, {"choices", "topic"})
+    joined = Item("k", "s", "i", "f", 0, "Is this a short one?", (), "It is", ())
+    assert searched_fields(joined, 13, 6) == ({"question", "answer"}, set())
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--control", action="append", default=[], metavar="[NAME=]PATH", help="items that nobody published; repeatable"
     )
     parser.add_argument(
-        "--fields", default="", metavar="ROLE=FIELD,…", help="fields of question, choices, answer, id (else detected)"
+        "--fields", default="", metavar="ROLE=FIELD,…", help="fields of question, choices, answer, id, others"
     )
     parser.add_argument("--night", default="", metavar="NAME", help="name of the dated folder (default: today, UTC)")
     parser.add_argument("--webhook", default="", metavar="URL", help="where to POST the summary as JSON")

@@ -75,7 +75,8 @@ def run_scan(run: Run, parsed: argparse.Namespace) -> int:
 
         counts = purify(run, parsed.out, done["night"], parsed.purify, parsed.purify_documents)
         print(
-            f"Purified: {counts['documents']} documents changed or left out, {counts['files']} files in {parsed.purify}"
+            f"Purified: {counts['documents'] - counts['left_out']} documents changed, {counts['left_out']} left out, "
+            f"{counts['files']} files in {parsed.purify}"
         )
     if done["webhook"]:
         raise StrideError(f"The report is in place, but the webhook did not take the summary: {done['webhook']}.")

@@ -219,7 +219,7 @@ def _others(
     others: dict[str, str] = {}
     left_out: dict[str, None] = {}
     for field, value in values.items():
-        for path, text in _texts(field, value):
+        for path, text in strings(field, value):
             if text in seen or any(text.strip() in each for each in known):
                 continue
             seen.add(text)
@@ -230,8 +230,8 @@ def _others(
     return tuple(others.items()), tuple(left_out)
 
 
-def _texts(path: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yield the strings in a value, each with its path."""
+def strings(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield the strings in a value of JSON, each with its path: ``path.key.0``."""
     waiting = [(path, value)]
     while waiting:
         path, value = waiting.pop()

@@ -142,7 +142,7 @@ class _Evidence:
         self.items = {item.key: item for item in items}
         self.matches: dict[str, list[dict[str, Any]]] = {}
         chosen = lexical.matches.filter(pc.is_in(lexical.matches["key"], pa.array(keys, pa.string())))
-        for row in chosen.to_pylist():
+        for row in chosen.filter(pc.not_equal(chosen["excerpt"], "")).to_pylist():
             self.matches.setdefault(row["key"], []).append(row)
 
     def dealt(self, findings: int, room: int) -> tuple[dict[int, dict[str, Any]], int]:

@@ -46,6 +46,8 @@ SHAPES = {
         "No.",
     ),
     "squad": ({"question": "Who?", "answers": {"text": ["Ada"], "answer_start": [3]}}, "Who?", (), "Ada"),
+    "squad_unanswerable": ({"question": "Who?", "answers": {"text": [], "answer_start": []}}, "Who?", (), ""),
+    "answer_records": ({"question": "Who?", "answers": [{"text": "Ada"}, {"text": "A"}]}, "Who?", (), "Ada"),
     "piqa": ({"goal": "Boil", "sol1": "heat", "sol2": "cool", "label": 0}, "Boil", ("heat", "cool"), "heat"),
     "winogrande": (
         {"sentence": "The _ fell", "option1": "cup", "option2": "cat", "answer": "2"},

@@ -319,9 +319,11 @@ def _answer(
     if isinstance(value, dict):  # SQuAD's {"text": […]}, TriviaQA's {"value": …}
         value = value.get("value", value.get("text", value))
     if isinstance(value, list):
-        if not value or not isinstance(value[0], str):
+        value = value[0] if value else ""  # SQuAD 2 has questions without an answer
+        if isinstance(value, dict):
+            value = value.get("text", value.get("value"))
+        if not isinstance(value, str):
             raise _InvalidRowError(f"{field!r} does not hold a list of texts")
-        value = value[0]
     if not choices:
         if isinstance(value, bool):  # BoolQ: the question stands alone
             return ""

@@ -41,10 +41,10 @@ _SHOWN = regex.compile(
 _SHOWN_WORDS = 6
 # Invisible characters, and the Arabic stroke that only stretches a word.
 _INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cf}\u0640]+")
+# A hyphen at a line's end, with what is before it and after the break.
 _BROKEN = regex.compile(
-    r"(?<![\p{L}\p{M}])([\p{L}\p{M}]++)[-\u00ad\u00ac\u2010][^\S\n]*+\n[^\S\n]*+(\p{Ll}[\p{L}\p{M}]*+)", regex.V1
+    r"(?<=([\p{L}\p{M}]++))[-\u00ad\u00ac\u2010][^\S\n]*+\n[^\S\n]*+(?=(\p{Ll}[\p{L}\p{M}]*+))", regex.V1
 )
-_HYPHENS = ("-", "\u00ad", "\u00ac", "\u2010")
 
 
 class Readable(NamedTuple):
@@ -74,7 +74,7 @@ def readable(text: str, is_word: Callable[[str], bool] | None = None, places: bo
     now = Readable(text, numbers[:-1], numbers[1:])
     if "&" in now.text:
         now = _replaced(now, _ENTITY, _decoded)
-    if any(f"{hyphen}\n" in now.text or f"{hyphen}\r\n" in now.text for hyphen in _HYPHENS):
+    if "\n" in now.text:
         now = _replaced(now, _BROKEN, lambda match: _mended(match, is_word))
     if "<" in now.text:
         closed = {name.lower() for name in _CLOSING.findall(now.text)}
@@ -109,8 +109,7 @@ def _decoded(match: "regex.Match[str]") -> str:
 
 
 def _mended(match: "regex.Match[str]", is_word: Callable[[str], bool] | None) -> str:
-    joined = match.group(1) + match.group(2)
-    return joined if is_word is None or is_word(joined) else match.group()
+    return "" if is_word is None or is_word(match.group(1) + match.group(2)) else match.group()
 
 
 def _untagged(match: "regex.Match[str]", closed: set[str]) -> str:

@@ -5,6 +5,7 @@ writes; rclone serves a folder; moto alone knows conditional writes, and checks 
 """
 
 import contextlib
+import email.utils
 import http.client
 import os
 import shutil
@@ -13,7 +14,10 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+from urllib.parse import parse_qs
 
 KEY, SECRET, BUCKET = "test:tester", "testing1234567890", "bucket"
 _SWIFT = ("swift-proxy-server", "swift-account-server", "swift-container-server", "swift-object-server", "memcached")
@@ -236,3 +240,116 @@ class _Forward(BaseHTTPRequestHandler):
 
 for verb in ("GET", "PUT", "POST", "DELETE", "HEAD"):
     setattr(_Forward, f"do_{verb}", _Forward._serve)
+
+
+class ObjectStore:
+    """A small S3 in memory with conditional writes and a clock of its own, for the length of a ``with`` block.
+
+    It takes any credentials and knows PUT, GET, HEAD, DELETE of an object and a listing by prefix.
+
+    Attributes:
+        port: where it listens.
+        answers: statuses that the next conditional PUTs are answered with, without effect; 200: done as asked.
+        always: status that every conditional PUT is answered with after those; 200: done as asked.
+        ignores: whether conditions are overlooked.
+        ahead: seconds that the store's clock is before the machine's.
+        objects: path to (content, ETag, seconds of the store's clock).
+        puts: the conditions of the PUTs, "none", "If-None-Match" or "If-Match".
+    """
+
+    def __init__(self):
+        self.answers, self.always, self.ignores, self.ahead = [], 200, False, 0.0
+        self.objects, self.puts, self.lock = {}, [], threading.Lock()
+
+    def __enter__(self):
+        store = self
+
+        class Handler(_Objects):
+            owner = store
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def age(self, path, seconds):
+        """Let an object be older."""
+        content, tag, written = self.objects[path]
+        self.objects[path] = (content, tag, written - seconds)
+
+
+class _Objects(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    owner: ObjectStore
+    CODES: ClassVar = {
+        404: "NoSuchKey",
+        409: "ConditionalRequestConflict",
+        412: "PreconditionFailed",
+        501: "NotImplemented",
+        403: "AccessDenied",
+        503: "SlowDown",
+    }
+
+    def log_message(self, *_):
+        pass
+
+    def do_PUT(self):
+        owner, path = self.owner, self.path.partition("?")[0]
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if "aws-chunked" in self.headers.get("Content-Encoding", ""):
+            body = body.split(b"\r\n")[1]
+        with owner.lock:
+            held = owner.objects.get(path)
+            given = [name for name in ("If-None-Match", "If-Match") if name in self.headers]
+            owner.puts.append((given or ["none"])[0])
+            status = 200
+            if given and not owner.ignores:
+                status = owner.answers.pop(0) if owner.answers else owner.always
+                met = held is None if given == ["If-None-Match"] else held and held[1] == self.headers["If-Match"]
+                status = 412 if status == 200 and not met else status
+            if status == 200:
+                tag = f'"{uuid.uuid4().hex}"'
+                owner.objects[path] = (body, tag, time.time() + owner.ahead)
+        self._reply(status, b"", {"ETag": owner.objects[path][1]} if status == 200 else {})
+
+    def do_GET(self):
+        path, _, query = self.path.partition("?")
+        if "list-type" in query:
+            prefix = path.rstrip("/") + "/" + parse_qs(query).get("prefix", [""])[0]
+            keys = [key for key in self.owner.objects if key.startswith(prefix)]
+            rows = "".join(
+                f"<Contents><Key>{key.split('/', 2)[2]}</Key><Size>{len(self.owner.objects[key][0])}</Size></Contents>"
+                for key in keys
+            )
+            self._reply(200, f"<ListBucketResult><KeyCount>{len(keys)}</KeyCount>{rows}</ListBucketResult>".encode())
+            return
+        held = self.owner.objects.get(path)
+        if held is None:
+            self._reply(404)
+            return
+        when = email.utils.formatdate(int(held[2]), usegmt=True)
+        self._reply(200, held[0], {"ETag": held[1], "Last-Modified": when})
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_DELETE(self):
+        self.owner.objects.pop(self.path.partition("?")[0], None)
+        self._reply(204)
+
+    def _reply(self, status, body=b"", headers=None):
+        if status in self.CODES:
+            body = f"<Error><Code>{self.CODES[status]}</Code><Message>as the test asks</Message></Error>".encode()
+        self.send_response_only(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Date", email.utils.formatdate(time.time() + self.owner.ahead, usegmt=True))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)

@@ -285,6 +285,17 @@ def test_reports_show_text_as_text(place):
     assert "\\*b\\*" in text
 
 
+def test_the_report_names_what_was_searched_and_what_was_not(place):
+    row = {"id": "a", "url": "http://a.b/c", "question": "Was it so?", "article": question(0), "topic": "an art"}
+    write_lines(place / "items.jsonl", [row])
+    write_lines(place / "corpus/x.jsonl", [{"text": "&nbsp;".join(question(0).split())}])
+    (facts,) = night(place, "n1")["sets"]
+    assert facts["verdicts"]["lexical"] == 1
+    assert (facts["searched_fields"], facts["left_out_fields"]) == (["article"], ["question", "topic", "url"])
+    text = (place / "scans/nights/n1/report.md").read_text()
+    assert "set items: searched for article; not for question, topic, url (too short," in text
+
+
 def test_an_alarm_for_copies_only(place, monkeypatch):
     from stride_ray.contamination.compare import Difference
 

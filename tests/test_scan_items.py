@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stride_ray.contamination.items import check_names, read_folder, read_set
-from stride_ray.contamination.lexical.words import WORD, Numbering, chunks, normalised, split
+from stride_ray.contamination.items import Item, check_names, read_folder, read_set
+from stride_ray.contamination.lexical.ngrams import fields_of, searched_fields
+from stride_ray.contamination.lexical.words import Numbering, chunks, normalised, split
 from stride_ray.runtime.errors import StrideError
 
 SHAPES = {
@@ -45,6 +46,8 @@ SHAPES = {
         "No.",
     ),
     "squad": ({"question": "Who?", "answers": {"text": ["Ada"], "answer_start": [3]}}, "Who?", (), "Ada"),
+    "squad_unanswerable": ({"question": "Who?", "answers": {"text": [], "answer_start": []}}, "Who?", (), ""),
+    "answer_records": ({"question": "Who?", "answers": [{"text": "Ada"}, {"text": "A"}]}, "Who?", (), "Ada"),
     "piqa": ({"goal": "Boil", "sol1": "heat", "sol2": "cool", "label": 0}, "Boil", ("heat", "cool"), "heat"),
     "winogrande": (
         {"sentence": "The _ fell", "option1": "cup", "option2": "cat", "answer": "2"},
@@ -59,6 +62,34 @@ SHAPES = {
         "cup",
     ),
     "text": ({"text": "only a text"}, "only a text", (), ""),
+    "boolq": ({"question": "is it so", "passage": "It is.", "answer": True}, "is it so", (), ""),
+    "bool_choices": (
+        {"question": "Is it?", "choices": ["False", "True"], "answer": True},
+        "Is it?",
+        ("False", "True"),
+        "True",
+    ),
+    "float_label": ({"ctx": "He", "endings": ["runs", "sits"], "label": 1.0}, "He", ("runs", "sits"), "sits"),
+    "gpqa": (
+        {
+            "Question": "Why?",
+            "Correct Answer": "a1",
+            "Incorrect Answer 1": "b2",
+            "Incorrect Answer 2": "c3",
+            "Incorrect Answer 3": "d4",
+        },
+        "Why?",
+        ("a1", "b2", "c3", "d4"),
+        "a1",
+    ),
+    "medqa": (
+        {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer": "y", "answer_idx": "B"},
+        "Why?",
+        ("x", "y"),
+        "y",
+    ),
+    "aime": ({"Problem": "How many?", "Answer": 204}, "How many?", (), "204"),
+    "mt_bench": ({"prompt": ["Write.", "Rewrite."], "category": "x"}, "Write.\nRewrite.", (), ""),
 }
 
 
@@ -86,6 +117,72 @@ def test_any_other_shape_by_naming_its_fields(tmp_path):
         read_set(path, fields={"question": "ask"})
     with pytest.raises(StrideError, match="'prompt' is not a role"):
         read_set(path, fields={"prompt": "q"})
+
+
+OTHERS = {
+    "mbpp": (
+        {
+            "task_id": 2,
+            "text": "Do so.",
+            "code": "def f(a):\n  return a",
+            "test_list": ["assert f(1) == 1", "f(2) == 2"],
+        },
+        (("code", "def f(a):\n  return a"), ("test_list.0", "assert f(1) == 1"), ("test_list.1", "f(2) == 2")),
+        (),
+    ),
+    "race": (
+        {
+            "article": "It was so.",
+            "question": "Was it?",
+            "options": ["it was", "no, no"],
+            "answer": "A",
+            "example_id": "h1",
+        },
+        (("article", "It was so."),),
+        ("example_id",),
+    ),
+    "nested": (
+        {"question": "Was it?", "answer": "no", "meta": {"from": "http://a.b/c_d", "seen": [{"text": "It was so."}]}},
+        (("meta.seen.0.text", "It was so."),),
+        ("meta.from",),
+    ),
+    "contained": ({"ctx": "It was so", "ctx_a": "It was", "endings": ["x y", "z"], "label": 0}, (), ()),
+    "second answer": (
+        {"question": "Was it?", "answers": {"text": ["no", "not so"]}},
+        (("answers.text.1", "not so"),),
+        (),
+    ),
+    "surrogate": ({"question": "Was it?", "note": "half a \ud800"}, (), ("note",)),
+    "without spaces": ({"question": "Was it?", "note": "\u6771\u4eac"}, (("note", "\u6771\u4eac"),), ()),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_texts_are_kept_and_what_is_not_searched_is_named(name, tmp_path):
+    row, others, left_out = OTHERS[name]
+    (item,) = read_set(write(tmp_path / "set.jsonl", [row])).items
+    assert (item.others, item.left_out) == (others, left_out)
+
+
+def test_the_others_to_search_can_be_named(tmp_path):
+    row = {"question": "Was it?", "article": "It was so.", "notice": "All rights are reserved."}
+    path = write(tmp_path / "set.jsonl", [row])
+    (item,) = read_set(path, fields={"others": "article"}).items
+    assert (item.others, item.left_out) == ((("article", "It was so."),), ("notice",))
+    assert item.key != read_set(path).items[0].key
+    with pytest.raises(StrideError, match="it has no field 'artcle'"):
+        read_set(path, fields={"others": "artcle"})
+
+
+def test_fields_searched_and_left_out_for_their_length():
+    long = "as many words as make a field"
+    others = (("code", long), ("tests.0", "one two three"), ("tests.1", "four five six"), ("topic", "an art"))
+    item = Item("k", "s", "i", "f", 0, "A short one?", ("yes", "no"), "yes", (*others, ("question", long)))
+    fields = {field.name: len(field.words.words) for field in fields_of(item, 13, 6)}
+    assert fields == {"code": 7, "other question": 7, "tests": 6}
+    assert searched_fields(item, 13, 6) == ({"code", "question", "tests"}, {"choices", "topic"})
+    joined = Item("k", "s", "i", "f", 0, "Is this a short one?", (), "It is", ())
+    assert searched_fields(joined, 13, 6) == ({"question", "answer"}, set())
 
 
 @pytest.mark.parametrize(
@@ -125,20 +222,83 @@ def test_folders_parts_repeated_items_and_names(tmp_path):
         read_folder(str(tmp_path / "nothing"))
 
 
-def test_words_are_normalised_and_keep_their_places():
-    text = "Caf\u00e9, CAFE\u0301 \ufb01nd\u00ad-it; \uff21\uff22 don\u2019t stop\u200bped \u6771\u4eac 1,000 _x_"
+# Text to the words it is compared by.
+READ = {
+    "accents, ligatures, widths": (
+        "Caf\u00e9, CAFE\u0301 \ufb01nd\u00ad-it; \uff21\uff22 don\u2019t 1,000 _x_",
+        "caf\u00e9 caf\u00e9 find it ab don t 1 000 x",
+    ),
+    "invisible": (
+        "stop\u200bped \ufeffso\u2060me\ufe0f \u202aleft\u202c m\u00ady\u034f \u200f",
+        "stopped some left my",
+    ),
+    "vowel signs": (
+        "\u0915\u0940 \u0926\u093f\u0932\u094d\u0932\u0940",
+        "\u0915\u0940 \u0926\u093f\u0932\u094d\u0932\u0940",
+    ),
+    "points and strokes": (
+        "\u05e9\u05b8\u05c1\u05dc \u0643\u0640\u0640\u062a\u064e\u0628",
+        "\u05e9\u05b8\u05c1\u05dc \u0643\u062a\u064e\u0628",
+    ),
+    "letters without spaces": (
+        "\u6771\u4eac\u3067 \u0e19\u0e49\u0e32 \U00020000",
+        "\u6771 \u4eac \u3067 \u0e19\u0e49 \u0e32 \U00020000",
+    ),
+    "half-width kana": ("\uff76\uff9e\uff70 \u304b\u3099", "\u30ac \u30fc \u304c"),
+    "case beyond ASCII": (
+        "Stra\u00dfe \u0130zmir \u0131rmak \u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2",
+        "strasse izmir irmak \u03c3\u03af\u03c3\u03c5\u03c6\u03bf\u03c3",
+    ),
+    "digits": ("\u0661\u0669\u0669\u0665 \u0967\u0968 x\u00b2", "1995 12 x2"),
+    "entities": (
+        "caf&eacute;&nbsp;d&#39;Orl&#xE9;ans &amp;amp; AT&amp;T R&D; p&shy;q",
+        "caf\u00e9 d orl\u00e9ans at t r d pq",
+    ),
+    "escaped twice": ("a&amp;nbsp;b&amp;#x27;c &amp;lt;i&amp;gt;d", "a b c d"),
+    "tags": ('<p class="x y">H<sub>2</sub>O<br/>is <a href=/w?a=1&b=2 hidden>wet</a></p>', "h2o is wet"),
+    "escaped tags": ('&lt;b&gt;bo&lt;/b&gt;ld <a href=\\"u\\">link</a>', "bold link"),
+    "unknown tags": ("<seg id='1'>one</seg> <q1>two</q1> <x/>", "one two"),
+    "what tags show": ('<img src="a b" alt="the cat sat on a mat">', "the cat sat on a mat"),
+    "code": ("if a<b and c>d: List<int> &lt; Map<K, V> x <y", "if a b and c d list int map k v x y"),
+    "broken lines": ("exam-\nple well-\r\n  known so\u00ad\nft A-\nB", "example wellknown soft a b"),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_words_are_those_a_reader_sees(name):
+    text, words = READ[name]
+    assert split(text).words == words.split()
+
+
+def test_words_keep_their_places_in_the_raw_text():
+    text = "x <b>S</b>top\u200bped&nbsp;CAF&Eacute; exam-\nple 1&#48;; &amp;lt;i&gt;so"
     found = split(text)
-    assert found.words == "café café find it ab don t stopped \u6771 \u4eac 1 000 x".split()
+    assert found.words == "x stopped caf\u00e9 example 10 so".split()
     pieces = [text[start:stop] for start, stop in found.spans]
-    assert pieces[0] == "Caf\u00e9"
-    assert pieces[1] == "CAFE\u0301"
-    assert pieces[7] == "stop\u200bped"
+    assert pieces == ["x", "S</b>top\u200bped", "CAF&Eacute;", "exam-\nple", "1&#48;", "so"]
+
+
+def test_a_word_broken_at_a_lines_end_is_joined_if_an_item_has_it():
+    numbering = Numbering({"example": 1, "well": 2, "known": 3})
+    text = "Exam-\nple, well-\nknown"
+    assert numbering.numbers(text).tolist() == [1, 2, 3]
+    assert len(split(text, numbering.is_word).spans) == 3
+
+
+def test_letters_of_scripts_without_spaces_count_as_parts_of_words():
+    assert split("one two three").length == 3
+    assert split("\u6771\u4eac\u90fd ok").length == 2
+    assert (
+        split("\u0e01\u0e23\u0e38\u0e07\u0e40\u0e17\u0e1e\u0e21\u0e2b\u0e32\u0e19\u0e04\u0e23").length == 3
+    )  # 12 letters: Bangkok
+    assert split("\u0928\u0908 \u0926\u093f\u0932\u094d\u0932\u0940 \u092e\u0947\u0902 \u0939\u0948").length == 4
 
 
 @given(st.text(max_size=200))
 def test_every_span_is_its_word_and_numbers_agree(text):
     found = split(text)
-    assert [normalised(text[start:stop]) for start, stop in found.spans] == found.words
+    assert [split(text[start:stop]).words for start, stop in found.spans] == [[word] for word in found.words]
+    assert [normalised(word) for word in found.words] == found.words
     assert all(a < b for a, b in found.spans)
     assert (found.spans[1:, 0] >= found.spans[:-1, 1]).all()
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(found.words), 1)}
@@ -160,4 +320,4 @@ def test_long_texts_in_chunks_are_the_same_words(monkeypatch):
     monkeypatch.setattr(words, "_REMEMBERED", 2)  # the cache is emptied, the numbers stay
     small = Numbering(dict(numbering.vocabulary))
     assert small.numbers(text).tolist() == numbering.numbers(text).tolist()
-    assert WORD.findall("") == []
+    assert split("").words == []

@@ -157,12 +157,40 @@ def test_n_grams_of_too_many_items_are_left_out(monkeypatch):
     assert [index.fields[run.field].key for run in index.find(numbers)] == ["k3"]
 
 
-def test_only_so_many_documents_are_kept_and_the_rest_counted(found, monkeypatch):
-    monkeypatch.setattr(search, "MAX_TEXTS_PER_FIELD", 2)
-    lexical = found({"a.jsonl": [QUESTION] * 5, "bad.jsonl": [{"other": 1}]}, [{"question": QUESTION, "answer": ""}])
-    assert lexical.matches.num_rows == 2
-    assert (lexical.beyond, lexical.rejected) == (3, 1)
+def test_every_copy_is_found_and_the_first_have_excerpts(found, monkeypatch):
+    monkeypatch.setattr(search, "MOST", 2)
+    rows = [{"text": f"{i}: {QUESTION}"} for i in range(5)] + [{"text": " ".join(QUESTION.split()[:14])}]
+    files = {"a.jsonl": rows, "bad.jsonl": [{"other": 1}]}
+    lexical = found(files, [{"question": QUESTION, "answer": ""}], overlap=0.9)
+    matches = lexical.matches.to_pylist()
+    assert [bool(row["excerpt"]) for row in matches] == [True, True, False, False, False]
+    assert {(row["overlap"], row["finding"]) for row in matches} == {(1.0, True)}
+    assert [rows[i]["text"][row["start"] : row["stop"]] for i, row in enumerate(matches)] == [QUESTION[:-1]] * 5
+    assert len({row["document_id"] for row in matches}) == 5
+    assert (lexical.beyond, lexical.rejected) == (4, 1)
     assert "bad.jsonl" in lexical.rejects[0]
+
+
+def test_boilerplate_is_left_out_of_what_has_no_excerpt(found, monkeypatch):
+    monkeypatch.setattr(search, "MOST", 5)
+    opening = "the following are multiple choice questions with answers about all of"
+    files = {f"{name}.jsonl": [f"{opening} law {i}" for i in range(8)] for name in "abc"}
+    files["a.jsonl"] += [f"{opening} {QUESTION}"] * 12
+    lexical = found(files, [{"question": f"{opening} {QUESTION}"}], words=8)
+    findings = lexical.matches.filter(lexical.matches["finding"])
+    assert set(findings["source"].to_pylist()) == {"a.jsonl"}
+    assert len(findings) == 12
+    assert lexical.filtered == 24
+
+
+def test_strings_of_a_chat_are_parts(found):
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": QUESTION}]},
+        {"role": "assistant", "content": ANSWER},
+    ]
+    lexical = found({"a.jsonl": [{"messages": turns}]}, [{"question": QUESTION, "answer": ANSWER}])
+    places = {(row["field"], row["part"]) for row in lexical.matches.to_pylist() if row["overlap"] == 1}
+    assert places == {("question", "messages.0.content.0.text"), ("answer", "messages.1")}
 
 
 def test_adjusted_p_values_are_those_of_scipy():

@@ -1,12 +1,17 @@
-"""One scan at a time: the lock, a stale lease, a lease that is lost; stores with and without exclusive creation."""
+"""One scan at a time: the lock, a stale lease, a lease that is lost; stores with and without conditional writes."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 
 import fsspec
 import pytest
+import s3fs
+import servers
 
 from stride_ray.contamination import lock as module
 from stride_ray.contamination.lock import NAME, Lock
@@ -22,8 +27,55 @@ def remote(monkeypatch):
     return Store("memory://scans")
 
 
-def live(owner="other"):
-    return json.dumps({"owner": owner, "since": 0, "expires": time.time() + 60}).encode()
+@pytest.fixture(scope="module")
+def server():
+    """A small S3 server with conditional writes."""
+    with servers.ObjectStore() as started, pytest.MonkeyPatch.context() as patch:
+        for name, value in servers.environment(started.port).items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield started
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch):
+    """The server, behaving well, and a folder in it; a lock's moments are short."""
+    monkeypatch.setattr(module, "SETTLE", 0.05)
+    server.answers, server.always, server.ignores, server.ahead = [], 200, False, 0.0
+    server.objects.clear()
+    server.puts.clear()
+    return server, Store("s3://bucket/scans")
+
+
+PATH = f"/bucket/scans/{NAME}"
+
+
+def live(owner="other", lease=60):
+    return json.dumps({"owner": owner, "lease": lease}).encode()
+
+
+def age(store, seconds):
+    """Let the lock be older by the store's clock."""
+    if store.local:
+        written = os.stat(store.path(NAME)).st_mtime
+        os.utime(store.path(NAME), (written - seconds, written - seconds))
+    else:
+        store.fs.store[store.path(NAME)].modified -= timedelta(seconds=seconds)
+
+
+def after_looking(monkeypatch, deed):
+    """Have something happen between a scan's first look at the lock and what it does then."""
+    look, seen = Lock._look, []
+
+    def slowly(lock):
+        held = look(lock)
+        if not seen:
+            seen.append(held)
+            deed()
+        return held
+
+    monkeypatch.setattr(Lock, "_look", slowly)
 
 
 def test_a_second_scan_is_refused_and_told_by_whom(tmp_path):
@@ -38,9 +90,10 @@ def test_a_second_scan_is_refused_and_told_by_whom(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("content", [json.dumps({"owner": "someone", "since": 0, "expires": 1.0}), "{", "[]"])
+@pytest.mark.parametrize("content", [live(), b"{", b"[]", b"{}"])
 def test_a_stale_or_broken_lock_is_taken_over(content, tmp_path):
-    (tmp_path / NAME).write_text(content)
+    (tmp_path / NAME).write_bytes(content)
+    age(Store(str(tmp_path)), 61)
     with Lock(Store(str(tmp_path)), 60) as lock:
         assert json.loads((tmp_path / NAME).read_text())["owner"] == lock.owner
     assert list(tmp_path.iterdir()) == []
@@ -49,22 +102,21 @@ def test_a_stale_or_broken_lock_is_taken_over(content, tmp_path):
 def test_the_lease_is_renewed_while_the_scan_is_alive(tmp_path):
     store = Store(str(tmp_path))
     with Lock(store, 0.6) as lock:
-        first = store.read_json(NAME)["expires"]
+        first = store.read_json(NAME)["version"]
         deadline = time.monotonic() + 10
-        while store.read_json(NAME)["expires"] == first and time.monotonic() < deadline:
+        while store.read_json(NAME)["version"] == first and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert store.read_json(NAME)["expires"] > first
+        assert store.read_json(NAME)["version"] != first
         lock.check()
 
 
 def test_who_lost_the_lock_publishes_nothing_and_leaves_it_alone(tmp_path):
     store = Store(str(tmp_path))
     with Lock(store, 60) as lock:
-        other = {"owner": "other", "since": 0, "expires": time.time() + 60}
-        store.write_json(NAME, other)
+        store.write(NAME, live())
         with pytest.raises(StrideError, match="was taken over by another scan"):
             lock.check()
-    assert store.read_json(NAME) == other
+    assert store.read(NAME) == live()
 
 
 def test_a_store_that_is_no_local_folder(remote):
@@ -73,7 +125,8 @@ def test_a_store_that_is_no_local_folder(remote):
         with pytest.raises(StrideError, match="another scan is under way"):
             Lock(remote, 60).__enter__()
     assert not remote.exists(NAME)
-    remote.write_json(NAME, {"owner": "gone", "since": 0, "expires": 1.0})
+    remote.write(NAME, live())
+    age(remote, 62)
     with Lock(remote, 60) as lock:
         lock.check()
 
@@ -124,7 +177,7 @@ def test_that_nobody_held_it_a_while_ago_is_asked_again(remote, monkeypatch):
 
 def test_a_store_that_was_away_for_a_renewal_is_asked_again(remote, monkeypatch):
     with Lock(remote, 0.9) as lock:
-        first = remote.read_json(NAME)["expires"]
+        first = remote.read_json(NAME)["version"]
         write, failed = Store.write, []
 
         def once(store, name, data):
@@ -135,10 +188,10 @@ def test_a_store_that_was_away_for_a_renewal_is_asked_again(remote, monkeypatch)
 
         monkeypatch.setattr(Store, "write", once)
         deadline = time.monotonic() + 10
-        while remote.read_json(NAME)["expires"] == first and time.monotonic() < deadline:
+        while remote.read_json(NAME)["version"] == first and time.monotonic() < deadline:
             time.sleep(0.05)
         assert failed
-        assert remote.read_json(NAME)["expires"] > first
+        assert remote.read_json(NAME)["version"] != first
         lock.check()
 
 
@@ -147,10 +200,143 @@ def test_a_lock_of_a_process_that_ended_on_this_machine_is_free(tmp_path):
     code += f"Lock(Store({str(tmp_path)!r}), 900).__enter__(); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     left = json.loads((tmp_path / NAME).read_text())
-    assert left["expires"] > time.time() + 600
+    assert left["lease"] == 900
     (tmp_path / NAME).write_text(json.dumps({**left, "machine": "another"}))
     with pytest.raises(StrideError, match="where that one was killed"):
         Lock(Store(str(tmp_path)), 60).__enter__()
     (tmp_path / NAME).write_text(json.dumps(left))
     with Lock(Store(str(tmp_path)), 60) as lock:
         lock.check()
+
+
+def test_who_comes_late_to_an_expired_lock_leaves_its_new_owner_alone(tmp_path, monkeypatch):
+    store, other = Store(str(tmp_path)), []
+    store.write(NAME, live("gone"))
+    age(store, 61)
+    after_looking(monkeypatch, lambda: other.append(Lock(store, 60).__enter__()))
+    with pytest.raises(StrideError, match="is held by") as refused:
+        Lock(store, 60).__enter__()
+    assert other[0].owner in str(refused.value)
+    other[0].check()
+    other[0].__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_is_released_meanwhile_is_free(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    store.write(NAME, live())
+    after_looking(monkeypatch, lambda: store.remove(NAME))
+    with Lock(store, 60) as lock:
+        lock.check()
+
+
+def test_of_many_that_want_an_expired_lock_one_gets_it(tmp_path):
+    store, got, refused = Store(str(tmp_path)), [], []
+    store.write(NAME, live("gone"))
+    age(store, 61)
+    gate, end = threading.Barrier(6), threading.Barrier(6)
+
+    def take():
+        gate.wait()
+        try:
+            got.append(Lock(store, 60).__enter__())
+        except StrideError as error:
+            refused.append(str(error))
+        end.wait()
+
+    threads = [threading.Thread(target=take) for _ in range(6)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert (len(got), len(refused)) == (1, 5)
+    assert all("is held by" in why for why in refused)
+    got[0].check()
+
+
+@pytest.mark.parametrize("ahead", [-3600, 3600])
+def test_the_stores_clock_decides_whoever_is_wrong(bucket, ahead):
+    server, store = bucket
+    server.ahead = ahead
+    with Lock(store, 60) as lock:
+        with pytest.raises(StrideError, match="another scan is under way"):
+            Lock(store, 60).__enter__()
+        server.age(PATH, 55)
+        with pytest.raises(StrideError, match="another scan is under way"):
+            Lock(store, 60).__enter__()
+        server.age(PATH, 10)
+        with Lock(store, 60) as later:
+            later.check()
+            with pytest.raises(StrideError, match="was taken over"):
+                lock.check()
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_refusal_is_no_leave_to_overwrite(bucket, status, monkeypatch):
+    server, store = bucket
+    server.always = status
+    with pytest.raises(StrideError, match="could not be taken in 5 tries"):
+        Lock(store, 60).__enter__()
+    assert "none" not in server.puts
+    assert not server.objects
+    after_looking(monkeypatch, lambda: server.objects.update({PATH: (live(), '"x"', time.time())}))
+    with pytest.raises(StrideError, match="is held by other"):
+        Lock(store, 60).__enter__()
+    assert server.objects[PATH][0] == live()
+
+
+def test_a_conflict_is_tried_again_and_a_lost_answer_is_seen(bucket):
+    server, store = bucket
+    server.answers = [409, 200]
+    with Lock(store, 60) as lock:
+        assert server.puts == ["If-None-Match", "If-None-Match"]
+        server.answers = [412]  # as if the first try had been carried out
+        lock.check()
+    assert not server.objects
+
+
+def test_an_expired_lock_is_taken_over_on_condition(bucket, monkeypatch):
+    server, store = bucket
+    server.objects[PATH] = (live("gone"), '"a"', time.time() - 100)
+    with Lock(store, 60):
+        assert server.puts == ["none", "If-Match"]  # the first is for the store's time
+    server.objects[PATH] = (live("gone"), '"a"', time.time() - 100)
+    claim = Lock._claim
+
+    def late(lock, seen):
+        server.objects[PATH] = (live(), '"b"', time.time())
+        return claim(lock, seen)
+
+    monkeypatch.setattr(Lock, "_claim", late)
+    with pytest.raises(StrideError, match="is held by other"):
+        Lock(store, 60).__enter__()
+
+
+@pytest.mark.parametrize("how", ["501", "ignored"])
+def test_a_store_without_conditional_writes_is_written_and_read_again(bucket, how):
+    server, store = bucket
+    server.always, server.ignores = (501, False) if how == "501" else (200, True)
+    with Lock(store, 60) as lock:
+        lock.check()
+        with pytest.raises(StrideError, match="another scan is under way"):
+            Lock(store, 60).__enter__()
+    assert not server.objects
+
+
+def test_any_other_failure_is_told_and_takes_nothing(bucket):
+    server, store = bucket
+    server.always = 403
+    with pytest.raises(StrideError, match=r"Cannot write s3://bucket/scans/scan.lock: permission denied"):
+        Lock(store, 60).__enter__()
+    assert not server.objects
+
+
+def test_where_a_store_gives_no_times_the_lock_is_watched(remote, monkeypatch):
+    def none(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(remote.fs), "modified", none)
+    remote.write(NAME, live(lease=0.5))
+    # Nobody renews the first; the second is.
+    with Lock(remote, 0.6), pytest.raises(StrideError, match="another scan is under way"):
+        Lock(remote, 0.6).__enter__()

@@ -12,6 +12,7 @@ from test_scan import ITEMS, question
 
 from stride_ray.cli.main import main
 from stride_ray.contamination.items import read_set
+from stride_ray.contamination.lexical import search
 from stride_ray.contamination.nightly import scan
 from stride_ray.contamination.purify import purify
 from stride_ray.runtime.errors import StrideError
@@ -193,9 +194,96 @@ def test_rows_of_several_columns_lose_spans_where_they_stand(scanned):
     ]
 
 
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def chat(content, answer="yes"):
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+
+
+COPY = question(1).rstrip("?")
+# Rows, and what is left of them.
+LEFT = {
+    "a lone surrogate elsewhere": (
+        [{"text": f"x {COPY}", "note": "half \ud800"}],
+        [{"text": "x ", "note": "half \ud800"}],
+    ),
+    "nothing of a text": ([{"text": f" {COPY}\n"}, {"text": "other"}], [{"text": "other"}]),
+    "nothing of an answer": (
+        [{"prompt": "say", "completion": COPY}, {"prompt": COPY, "completion": "yes"}],
+        [{"prompt": "", "completion": "yes"}],
+    ),
+    "nothing of a chat": ([chat(COPY, question(2).rstrip("?")), chat("a")], [chat("a")]),
+    "a part of a message": (
+        [chat([{"type": "text", "text": f"x {COPY}"}, {"type": "image", "a.b": COPY}])],
+        [chat([{"type": "text", "text": "x "}, {"type": "image", "a.b": ""}])],
+    ),
+    "tags and entities": ([{"text": "x <i>" + COPY.replace(" ", "</i>&nbsp;<i>") + "</i>."}], [{"text": "x <i></i>."}]),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_left_of_documents(name, scanned):
+    root, scan_of = scanned
+    rows, left = LEFT[name]
+    (root / "odd").mkdir()
+    (root / "odd/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run, _ = scan_of("odd", "n1")
+    counts = purify(run, str(root / "scans-odd"), "n1", str(root / "clean"))
+    assert rows_of(root / "clean/a.jsonl") == left
+    assert counts["left_out"] == len(rows) - len(left)
+
+
+def test_more_copies_than_have_excerpts_are_cut_too(scanned, monkeypatch):
+    monkeypatch.setattr(search, "MOST", 2)
+    root, scan_of = scanned
+    write_lines(root / "many/a.jsonl", [{"text": f"{i} {COPY}."} for i in range(7)])
+    run, _ = scan_of("many", "n1")
+    assert purify(run, str(root / "scans-many"), "n1", str(root / "clean"))["documents"] == 7
+    assert [row["text"] for row in rows_of(root / "clean/a.jsonl")] == [f"{i} ." for i in range(7)]
+
+
+def test_text_files_of_which_nothing_is_left_beside_columns_of_other_names(scanned):
+    root, scan_of = scanned
+    write_lines(root / "mixed/a.jsonl", [{"content": f"x {COPY}"}])
+    (root / "mixed/b.txt").write_text(COPY)
+    frames = [zstandard.compress(each.encode()) for each in (f"one {COPY}", ", two")]
+    (root / "mixed/c.txt.zst").write_bytes(b"".join(frames))
+    run, _ = scan_of("mixed", "n1")
+    counts = purify(run, str(root / "scans-mixed"), "n1", str(root / "clean"))
+    assert (counts["files"], counts["documents"], counts["left_out"]) == (2, 3, 1)
+    assert rows_of(root / "clean/a.jsonl") == [{"content": "x "}]
+    packed = zstandard.ZstdDecompressor().decompressobj().decompress((root / "clean/c.txt.zst").read_bytes())
+    assert packed == b"one , two"
+    assert not (root / "clean/b.txt").exists()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
+def test_columns_of_dictionaries_and_of_what_cannot_be_read(kind, scanned):
+    root, scan_of = scanned
+    (root / "odd").mkdir()
+    texts = pa.array(["a", f"x {COPY}", "b", COPY, f"y {COPY}"]).dictionary_encode()
+    buffers = pa.array([b"u", b"\xff", b"v", b"w", b"x"]).buffers()
+    table = pa.table({"text": texts, "n": pa.StringArray.from_buffers(5, buffers[1], buffers[2])})
+    path = root / f"odd/a.{'parquet' if kind == 'parquet' else 'arrow'}"
+    if kind == "parquet":
+        pq.write_table(table, path, row_group_size=2)
+    else:
+        with getattr(pa.ipc, f"new_{kind}")(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    run, _ = scan_of("odd", "n1")
+    purify(run, str(root / "scans-odd"), "n1", str(root / "clean"))
+    clean = root / "clean" / path.name
+    found = pq.read_table(clean) if kind == "parquet" else getattr(pa.ipc, f"open_{kind}")(str(clean)).read_all()
+    assert found.schema.equals(table.schema)
+    assert found["text"].to_pylist() == ["a", "x ", "b", "y "]
+    assert found["n"].cast(pa.binary()).to_pylist() == [b"u", b"\xff", b"v", b"x"]
+
+
 def test_by_the_command_line(scanned, capsys):
     root, _ = scanned
     arguments = ["scan", str(root / "run"), "--out", str(root / "scans"), "--influence", "false"]
     arguments += ["--set", f"corpus.input={root / 'corpus'}", "--evaluation", str(root / "items.jsonl")]
     assert main([*arguments, "--purify", str(root / "clean")]) == 2
-    assert "Purified: 6 documents changed or left out, 8 files" in capsys.readouterr().out
+    assert "Purified: 6 documents changed, 0 left out, 8 files" in capsys.readouterr().out

@@ -79,6 +79,8 @@ def manifest(name, sets, before="", influence=INFLUENCE):
             "name": each,
             "items": len(table),
             "short": 0,
+            "searched_fields": ["question"],
+            "left_out_fields": [f"answer{HOSTILE}"],
             "rejected": 0,
             "new": 0,
             "resolved": 0,

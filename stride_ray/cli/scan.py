@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--control", action="append", default=[], metavar="[NAME=]PATH", help="items that nobody published; repeatable"
     )
     parser.add_argument(
-        "--fields", default="", metavar="ROLE=FIELD,…", help="fields of question, choices, answer, id (else detected)"
+        "--fields", default="", metavar="ROLE=FIELD,…", help="fields of question, choices, answer, id, others"
     )
     parser.add_argument("--night", default="", metavar="NAME", help="name of the dated folder (default: today, UTC)")
     parser.add_argument("--webhook", default="", metavar="URL", help="where to POST the summary as JSON")
@@ -75,7 +75,8 @@ def run_scan(run: Run, parsed: argparse.Namespace) -> int:
 
         counts = purify(run, parsed.out, done["night"], parsed.purify, parsed.purify_documents)
         print(
-            f"Purified: {counts['documents']} documents changed or left out, {counts['files']} files in {parsed.purify}"
+            f"Purified: {counts['documents'] - counts['left_out']} documents changed, {counts['left_out']} left out, "
+            f"{counts['files']} files in {parsed.purify}"
         )
     if done["webhook"]:
         raise StrideError(f"The report is in place, but the webhook did not take the summary: {done['webhook']}.")

@@ -3,14 +3,14 @@
 Detected schemas: GSM8K (question, answer), ARC (question, choices {text, label}, answerKey), MMLU (question, choices,
 answer as index or letter), HellaSwag (ctx, endings, label), TruthfulQA (question, best_answer; mc1_targets), PIQA-like
 (goal, sol1, sol2), prompt with completion or target, and plain text, among others (_SHAPES). Any other schema can be
-read by naming its fields.
+read by naming its fields. The row's other texts (RACE's article, MBPP's code, nested or in lists) are kept beside them.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from stride_ray.corpus.readers import Rejected, Row, rows
 from stride_ray.corpus.splits import plan
 from stride_ray.runtime.errors import StrideError
 
-ROLES = ("question", "choices", "answer", "id")
-# Known schemas, the most specific first; the first one whose fields are all present applies.
+ROLES = ("question", "choices", "answer", "id", "others")
+# Known schemas, the most specific first; the first one whose fields are all present, in any case, applies.
 _SHAPES: tuple[dict[str, str], ...] = (
     {"question": "ctx", "choices": "endings", "answer": "label"},  # HellaSwag
     {"question": "question", "choices": "choices", "answer": "answerKey"},  # ARC, OpenBookQA, CommonsenseQA
@@ -30,6 +30,12 @@ _SHAPES: tuple[dict[str, str], ...] = (
     {"question": "question", "answer": "answers"},  # SQuAD, TriviaQA, Natural Questions
     {"question": "question", "answer": "answer"},  # GSM8K
     {"question": "problem", "answer": "solution"},  # MATH
+    {"question": "problem", "answer": "answer"},  # AIME
+    {  # GPQA
+        "question": "question",
+        "choices": "correct answer,incorrect answer 1,incorrect answer 2,incorrect answer 3",
+        "answer": "correct answer",
+    },
     {"question": "goal", "choices": "sol1,sol2", "answer": "label"},  # PIQA
     {"question": "sentence", "choices": "option1,option2", "answer": "answer"},  # WinoGrande
     {"question": "prompt", "answer": "canonical_solution"},  # HumanEval
@@ -38,11 +44,22 @@ _SHAPES: tuple[dict[str, str], ...] = (
     {"question": "prompt", "answer": "target"},
     {"question": "input", "answer": "target"},  # BIG-bench
     {"question": "instruction", "answer": "output"},
+    {"question": "problem_statement", "answer": "patch"},  # SWE-bench
+    {"question": "query", "answer": "answer"},
     {"question": "question"},
+    {"question": "problem"},
+    {"question": "prompt"},  # IFEval; MT-bench's is a list
+    {"question": "query"},
+    {"question": "question_content"},  # LiveCodeBench
+    {"question": "premise"},  # with a hypothesis
+    {"question": "sentence"},
     {"question": "text"},
     {"question": "content"},
 )
 _IDS = ("id", "item_id", "query_id", "question_id", "task_id", "ind", "uid")
+_SPOKEN = {True: ("true", "yes"), False: ("false", "no")}
+# Not a text: an identifier, link or number.
+_TOKEN = re.compile(r"\s*[!-~]*\s*")
 _SUFFIXES = re.compile(r"(-\d{5}-of-\d{5})?(\.(jsonl|json|ndjson|parquet|txt))?(\.(gz|zst))?$", re.I)
 
 
@@ -59,6 +76,8 @@ class Item:
         question: the question, or the whole of a plain text.
         choices: the answer choices; empty for free answers.
         answer: text of the correct answer; empty if the row does not give it.
+        others: the row's other texts, each with its field's name ("code", "meta.evidence.0.text").
+        left_out: names of fields with strings that are not searched: identifiers and links, or not among those named.
     """
 
     key: str
@@ -69,6 +88,8 @@ class Item:
     question: str
     choices: tuple[str, ...]
     answer: str
+    others: tuple[tuple[str, str], ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +116,8 @@ def read_folder(folder: str, fields: Mapping[str, str] | None = None) -> list[Ev
 
     Args:
         folder: of JSON Lines (``.gz``, ``.zst``), Parquet or text files.
-        fields: role (question, choices, answer, id) to field; detected where not given.
+        fields: role (question, choices, answer, id; others: all others to search) to field, or to several with commas
+            between them; detected where not given, with every other text among the others.
 
     Raises:
         StrideError: as read_set.
@@ -175,25 +197,75 @@ def _item(row: Row, name: str, given: Mapping[str, str]) -> Item | Rejected:
         return Rejected(row.file, number, str(error))
     own = given.get("id") or next((key for key in _IDS if isinstance(row.values.get(key), str | int)), "")
     item_id = str(row.values[own]) if own in row.values else row.document_id
-    content = json.dumps([name, question, choices, answer], ensure_ascii=True)
+    others, left_out = _others(row.values, shape, own, [question, *choices, answer])
+    content = json.dumps([name, question, choices, answer, *others], ensure_ascii=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return Item(key, name, item_id, row.file, -1 if number is None else number, question, choices, answer)
+    line = -1 if number is None else number
+    return Item(key, name, item_id, row.file, line, question, choices, answer, others, left_out)
+
+
+def field_name(path: str) -> str:
+    """Return the name of the field that a text's path leads to: "meta.evidence.text" of "meta.evidence.0.text"."""
+    return ".".join(part for part in path.split(".") if not part.isdigit())
+
+
+def _others(
+    values: Mapping[str, Any], shape: Mapping[str, str], own: str, known: Sequence[str]
+) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Return the texts that none of the known ones holds, with their paths; and the fields of strings left out."""
+    used = {part for role, field in shape.items() if role != "others" for part in field.split(",")} | {own}
+    chosen = shape["others"].split(",") if "others" in shape else None
+    seen: set[str] = set()
+    others: dict[str, str] = {}
+    left_out: dict[str, None] = {}
+    for field, value in values.items():
+        for path, text in strings(field, value):
+            if text in seen or any(text.strip() in each for each in known):
+                continue
+            seen.add(text)
+            if (chosen is None or field in chosen or field in used) and not _TOKEN.fullmatch(text) and _encodes(text):
+                others[path] = text
+            elif field not in used:
+                left_out[field_name(path)] = None
+    return tuple(others.items()), tuple(left_out)
+
+
+def strings(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield the strings in a value of JSON, each with its path: ``path.key.0``."""
+    waiting = [(path, value)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, str):
+            yield path, value
+        elif isinstance(value, dict):
+            waiting += [(f"{path}.{key}", value[key]) for key in reversed(value)]
+        elif isinstance(value, list):
+            waiting += [(f"{path}.{i}", value[i]) for i in reversed(range(len(value)))]
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _shape(values: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
     """Return role to field(s): the given ones, else the first matching schema; null fields count as missing."""
     there = {key for key, value in values.items() if value is not None}
     named = {role: field for role, field in given.items() if role != "id"}
-    for field in named.values():
-        missing = [part for part in field.split(",") if part not in there]
+    for role, field in named.items():
+        missing = [part for part in field.split(",") if part not in (values if role == "others" else there)]
         if missing:
             raise _InvalidRowError(f"it has no field {missing[0]!r}; its fields are {_listed(sorted(there))}")
     if "question" in named:
         return named
+    spelt = {key.lower(): key for key in there} | {key: key for key in there}
     for shape in _SHAPES:
-        fields = [part for field in shape.values() for part in field.split(",")]
-        if all(field in there for field in fields):
-            return {**shape, **named}
+        fields = {role: [spelt.get(part) for part in field.split(",")] for role, field in shape.items()}
+        if all(None not in parts for parts in fields.values()):
+            return {**{role: ",".join(map(str, parts)) for role, parts in fields.items()}, **named}
     raise _InvalidRowError(
         f"none of its fields {_listed(sorted(there))} is known to hold a question; say which does, as in "
         "--fields question=FIELD,answer=FIELD"
@@ -204,16 +276,16 @@ def _text(values: Mapping[str, Any], field: str) -> str:
     value = values[field]
     if isinstance(value, dict):  # MMLU-like {"stem": …}, TriviaQA's {"value": …}
         value = next((value[key] for key in ("stem", "text", "value") if isinstance(value.get(key), str)), value)
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):  # the turns of a dialogue
+        value = "\n".join(value)
     if not isinstance(value, str):
         raise _InvalidRowError(f"{field!r} holds {type(value).__name__}, not a text")
     return _whole(value, field)
 
 
 def _whole(value: str, field: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _InvalidRowError(f"{field!r} contains an invalid character (a lone surrogate)") from None
+    if not _encodes(value):
+        raise _InvalidRowError(f"{field!r} contains an invalid character (a lone surrogate)")
     return value
 
 
@@ -221,7 +293,9 @@ def _choices(values: Mapping[str, Any], field: str) -> tuple[tuple[str, ...], tu
     """Return the choices' texts and their labels (empty if there are none)."""
     value = values[field] if "," not in field else [values[part] for part in field.split(",")]
     labels: Sequence[Any] = ()
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value and all(isinstance(each, str) for each in value.values()):
+        labels, value = list(value), list(value.values())  # MedQA's {"A": …, "B": …}
+    elif isinstance(value, dict):
         labels = value.get("label") or value.get("labels") or ()
         value = value.get("text", value.get("choices"))
     elif isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
@@ -245,11 +319,15 @@ def _answer(
     if isinstance(value, dict):  # SQuAD's {"text": […]}, TriviaQA's {"value": …}
         value = value.get("value", value.get("text", value))
     if isinstance(value, list):
-        if not value or not isinstance(value[0], str):
+        value = value[0] if value else ""  # SQuAD 2 has questions without an answer
+        if isinstance(value, dict):
+            value = value.get("text", value.get("value"))
+        if not isinstance(value, str):
             raise _InvalidRowError(f"{field!r} does not hold a list of texts")
-        value = value[0]
     if not choices:
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        if isinstance(value, bool):  # BoolQ: the question stands alone
+            return ""
+        if not isinstance(value, str | int | float):
             raise _InvalidRowError(f"{field!r} holds {type(value).__name__}, not a text")
         return _whole(str(value), field)
     place = _place(value, choices, labels, int(shape["choices"].startswith("option1,")))
@@ -267,12 +345,16 @@ def labels_of(labels: tuple[str, ...]) -> list[int]:
 
 def _place(value: Any, choices: tuple[str, ...], labels: tuple[str, ...], first: int) -> int | None:
     """Resolve an answer to a choice: by label, text, number counted from ``first`` (WinoGrande: 1), or letter."""
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     word = str(value).strip()
     if word in labels:
         return labels.index(word)
     if value in choices:
         return choices.index(value)
-    if isinstance(value, int) or (isinstance(value, str) and word.isdigit()):
+    if isinstance(value, bool):
+        spoken = [choice.strip().lower() for choice in choices]
+        return next((spoken.index(each) for each in _SPOKEN[value] if each in spoken), None)
+    if isinstance(value, int) or (isinstance(value, str) and word.isdecimal()):
         place = int(word) - first
         return place if 0 <= place < len(choices) else None
     if len(word) == 1 and word.isalpha() and ord(word.upper()) - ord("A") < len(choices):

@@ -1,19 +1,27 @@
 """One scan at a time: a lock file with an owner and a lease that the owner renews; others take it over once it expires.
 
-On a local disk the file is created exclusively, on object stores with conditional writes (S3 itself) likewise. On
-others the owner reads, writes, waits a moment and reads again: the last writer wins. This is safe unless a process
-writes long after it read; one that is displaced that way finds out from ``check``.
+One clock decides whether a lease has expired, that of the store: the time of the lock file's last write is compared
+with that of a file written now. Where a store gives no times, the lock is watched for a lease's length.
+
+A lock is taken over from the record that was seen to expire, never from a later one. On a local disk every change is
+made under a file lock of the operating system. Object stores are asked to write on condition that the file is as it was
+seen (If-None-Match, If-Match); a refusal (409, 412) means that another scan was first. Stores without conditional
+writes (501) get a plain write, and a moment later the lock is read again: the last writer wins. This is safe unless a
+process writes long after it read; one that is displaced that way finds out from ``check``.
 """
 
 import contextlib
+import fcntl
 import json
+import math
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
@@ -21,8 +29,23 @@ from stride_ray.runtime.storage import Store
 NAME = "scan.lock"
 # Seconds between writing a lock to an object store and reading back its owner.
 SETTLE = 2.0
-# Maximum reads of a lock file if an object store is slow or returns a half-written one.
-MAX_READS = 3
+# Maximum reads of a lock file if an object store is slow or returns a half-written one; tries to take it.
+MAX_READS, TRIES = 3, 5
+# Seconds that another process may take to change the lock on a local disk.
+GUARD = 10.0
+# Object stores give times in whole seconds.
+RESOLUTION = 1.0
+
+
+class _Record(NamedTuple):
+    """A lock file as read: its bytes, its ETag on S3 (else empty), and what it says; without owner if it is broken."""
+
+    content: bytes
+    tag: str
+    owner: str
+    lease: float
+    machine: str
+    pid: Any
 
 
 def _machine() -> str:
@@ -34,17 +57,28 @@ def _machine() -> str:
         return ""
 
 
-def _ended(held: dict[str, Any]) -> bool:
+def _ended(held: _Record) -> bool:
     """Whether the owner was a process on this machine that has ended."""
-    if not _machine() or held.get("machine") != _machine():
+    if not _machine() or held.machine != _machine():
         return False
     try:
-        os.kill(int(held["pid"]), 0)
+        os.kill(int(held.pid), 0)
     except ProcessLookupError:
         return True
     except (OSError, ValueError, TypeError):
         return False
     return False
+
+
+def _statuses(error: BaseException | None) -> Iterator[Any]:
+    """Yield the HTTP statuses and error codes of an exception and of those that it was raised from."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):  # botocore
+            yield response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            yield response.get("Error", {}).get("Code")
+        yield from (getattr(error, name, None) for name in ("code", "status", "status_code"))  # gcsfs, aiohttp, Azure
+        error = error.__cause__ or error.__context__
 
 
 class Lock:
@@ -55,58 +89,109 @@ class Lock:
         lease: seconds until the lock expires unless renewed; it is renewed every third of that.
 
     Raises:
-        StrideError: on entering, if another scan holds it, naming its owner and expiry.
+        StrideError: on entering, if another scan holds it, naming its owner and expiry, or the store fails.
     """
 
     def __init__(self, store: Store, lease: float) -> None:
         self.store, self.lease = store, lease
         self.owner = f"{socket.gethostname()} process {os.getpid()} {uuid.uuid4().hex[:8]}"
         self.lost = False
+        self._s3 = "s3" in ([store.fs.protocol] if isinstance(store.fs.protocol, str) else store.fs.protocol)
+        self._writing = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def __enter__(self) -> "Lock":
-        for _ in range(3):
+        for attempt in range(TRIES):
             held = self._look()
-            if held is not None and held["expires"] > time.time() and not _ended(held):
-                until = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(held["expires"]))
+            # A write whose answer was lost is refused when the client repeats it.
+            if held is not None and held.owner == self.owner:
+                break
+            left = 0.0 if held is None or not held.owner or _ended(held) else self._left(held)
+            if held is not None and left > 0:
+                now = self._read()
+                if now is None or now.owner != held.owner:
+                    continue
+                until = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() + left))
                 raise StrideError(
-                    f"{self.store.display_url(NAME)} is held by {held['owner']} until {until} at the earliest: another "
+                    f"{self.store.display_url(NAME)} is held by {held.owner} until {until} at the earliest: another "
                     "scan is under way; wait for it (or, where that one was killed, until then)."
                 )
-            if self._link(held) if self.store.local else self._claim(held):
-                self._thread.start()
-                return self
-        raise StrideError(f"{self.store.display_url(NAME)} changes hands faster than it can be taken; try again.")
+            if self._claim(held):
+                break
+            time.sleep(0 if self.store.local else SETTLE / 4 * attempt)
+        else:
+            raise StrideError(
+                f"{self.store.display_url(NAME)} could not be taken in {TRIES} tries: each time the store held that "
+                "another process had changed it; try again."
+            )
+        self._thread.start()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop.set()
         self._thread.join()
-        held = self._read()
-        if held is not None and held["owner"] == self.owner:
-            self.store.remove(NAME)
+        with self._guard():
+            held = self._read()
+            if held is not None and held.owner == self.owner:
+                self.store.remove(NAME)
 
     def check(self) -> None:
-        """Verify that the lock is still held; call this before publishing.
+        """Renew the lock; call this before publishing.
 
         Raises:
             StrideError: the lease expired and another scan took the lock, or the lock file is gone.
         """
-        held = self._read()
-        if self.lost or held is None or held["owner"] != self.owner:
+        if self.lost or not self._extend():
             raise StrideError(
                 f"{self.store.display_url(NAME)} was taken over by another scan, which did not see this one in time; "
                 "run the same command again: what is done is kept."
             )
 
-    def _record(self) -> bytes:
-        now = time.time()
-        told = {"owner": self.owner, "pid": os.getpid(), "machine": _machine(), "since": now}
-        return json.dumps({**told, "expires": now + self.lease}).encode()
+    def _content(self) -> bytes:
+        """A record that differs from every other, so that a renewal is seen."""
+        told = {"owner": self.owner, "pid": os.getpid(), "machine": _machine(), "lease": self.lease}
+        return json.dumps({**told, "version": uuid.uuid4().hex}).encode()
 
-    def _look(self) -> dict[str, Any] | None:
+    def _left(self, held: _Record) -> float:
+        """Seconds until a lock expires; not positive if it has."""
+        age = self._age()
+        if age is None:
+            return 0.0 if self._unchanged(held) else held.lease
+        return held.lease - age + (0 if self.store.local else RESOLUTION)
+
+    def _age(self) -> float | None:
+        """Seconds since the lock's last write by the store's own clock; None if the store gives no times.
+
+        Infinite if the lock is gone.
+        """
+        probe = f".{NAME}.{uuid.uuid4().hex}"
+        self.store.write(probe, b"")
+        try:
+            with self.store.translated_errors(NAME, "read"):
+                now = self.store.fs.modified(self.store.path(probe))
+                try:
+                    return (now - self.store.fs.modified(self.store.path(NAME))).total_seconds()
+                except FileNotFoundError:
+                    return math.inf
+        except (NotImplementedError, AttributeError, KeyError, TypeError):
+            return None
+        finally:
+            self.store.remove(probe)
+
+    def _unchanged(self, held: _Record) -> bool:
+        """Watch a lock for its lease's length; returns whether it stayed as it is."""
+        started = time.monotonic()
+        while time.monotonic() - started < held.lease:
+            time.sleep(held.lease / 20)
+            now = self._read()
+            if now is None or now.content != held.content:
+                return False
+        return True
+
+    def _look(self) -> _Record | None:
         """Read who holds the lock, again if an object store took so long that the answer may be stale."""
         for _ in range(MAX_READS):
             asked = time.monotonic()
@@ -115,64 +200,123 @@ class Lock:
                 break
         return held
 
-    def _claim(self, ended: dict[str, Any] | None) -> bool:
-        """On an object store: create the file, or overwrite an expired one; returns whether it is ours after SETTLE."""
-        try:
-            if ended is not None:
-                self.store.write(NAME, self._record())
-            else:
-                self.store.fs.pipe_file(self.store.path(NAME), self._record(), mode="create")
-        except FileExistsError:
-            return False
-        except Exception:  # stores without conditional create raise errors of their own
-            self.store.write(NAME, self._record())
-        time.sleep(SETTLE)
-        held = self._read()
-        return held is not None and held["owner"] == self.owner
-
-    def _link(self, ended: dict[str, Any] | None) -> bool:
-        """On a local disk: hard-link a complete file to the name, which is atomic and fails if the name is taken."""
-        path = self.store.path(NAME)
-        partial = f"{path}.{uuid.uuid4().hex}"
-        with self.store.translated_errors(NAME, "write"):
-            os.makedirs(self.store.root, exist_ok=True)
-            try:
-                if ended is not None:
-                    os.rename(path, partial)  # succeeds for one of several processes
-                with open(partial, "wb") as file:
-                    file.write(self._record())
-                os.link(partial, path)
-            except (FileExistsError, FileNotFoundError):
+    def _claim(self, seen: _Record | None) -> bool:
+        """Take the lock if it is still as seen, free or expired; returns whether it is ours."""
+        with self._guard() as guarded:
+            if self.store.local:
+                now = self._read()
+                if (now and now.content) != (seen and seen.content):
+                    return False
+                self.store.write(NAME, self._content())
+            elif not self._write_if(seen):
                 return False
-            finally:
-                with contextlib.suppress(OSError):
-                    os.remove(partial)
+        if not guarded:
+            time.sleep(SETTLE)
+        held = self._read()
+        return held is not None and held.owner == self.owner
+
+    def _extend(self) -> bool:
+        """Renew the lease; returns whether the lock is still ours."""
+        with self._writing, self._guard():
+            held = self._read()
+            if held is None or held.owner != self.owner:
+                return False
+            if self.store.local:
+                self.store.write(NAME, self._content())
+            elif not self._write_if(held):  # or our own write, whose answer was lost
+                held = self._read()
+            return held is not None and held.owner == self.owner
+
+    def _write_if(self, seen: _Record | None) -> bool:
+        """Write to an object store if the lock is still as seen; returns False if it refuses.
+
+        Where the store knows no such condition, the lock is written all the same.
+        """
+        path = self.store.path(NAME)
+        with self.store.translated_errors(NAME, "write"):
+            try:
+                if seen is None:
+                    self.store.fs.pipe_file(path, self._content(), mode="create")
+                elif self._s3:
+                    self.store.fs.pipe_file(path, self._content(), IfMatch=seen.tag)
+                else:
+                    raise NotImplementedError
+                return True
+            except Exception as error:
+                statuses = set(_statuses(error))
+                gone = seen is not None and (404 in statuses or "NoSuchKey" in statuses)
+                if isinstance(error, FileExistsError) or statuses & {409, 412} or gone:
+                    return False
+                if not statuses & {501, "NotImplemented"} and not isinstance(error, NotImplementedError):
+                    raise
+        now = self._read()
+        if (now and now.content) != (seen and seen.content):
+            return False
+        self.store.write(NAME, self._content())
         return True
 
-    def _read(self) -> dict[str, Any] | None:
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[bool]:
+        """On a local disk, exclude other processes from changing the lock; yields whether they are excluded."""
+        if not self.store.local:
+            yield False
+            return
+        path = self.store.path(f".{NAME}.guard")
+        deadline = time.monotonic() + GUARD
+        with contextlib.ExitStack() as opened:
+            while True:
+                with self.store.translated_errors(NAME, "write"):
+                    os.makedirs(self.store.root, exist_ok=True)
+                    file = opened.enter_context(open(path, "ab"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # The one before may have removed the file that this one waited for.
+                    if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                        break
+                except FileNotFoundError:
+                    pass
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise StrideError(
+                            f"{path} is locked by a process that does not let go; end that scan and try again."
+                        ) from None
+                    time.sleep(0.01)
+                except OSError:  # a file system without file locks
+                    yield False
+                    return
+                opened.close()
+            try:
+                yield True
+            finally:
+                os.remove(path)
+
+    def _read(self) -> _Record | None:
         """Read the file; some stores return half-written ones, so retry. If it stays invalid JSON, it has no owner."""
+        content, tag = b"", ""
         for left in reversed(range(MAX_READS)):
             if not self.store.exists(NAME):
                 return None
             try:
-                held = json.loads(self.store.read(NAME))
-                return {**held, "owner": str(held["owner"]), "expires": float(held["expires"])}
+                if self._s3:  # before the content, so that it never is of a later record
+                    with self.store.translated_errors(NAME, "read"):
+                        tag = str(self.store.fs.info(self.store.path(NAME)).get("ETag", ""))
+                content = self.store.read(NAME)
+                held = json.loads(content)
+                known = str(held.get("machine", "")), held.get("pid")
+                return _Record(content, tag, str(held["owner"]), float(held["lease"]), *known)
             except StrideError:
                 if not left:
                     raise
-            except (KeyError, TypeError, ValueError):
+            except (AttributeError, KeyError, TypeError, ValueError):
                 if self.store.local:
                     break
             time.sleep(SETTLE / 4)
-        return {"owner": "nobody", "expires": 0.0}
+        return _Record(content, tag, "", 0.0, "", None)
 
     def _renew(self) -> None:
         while not self._stop.wait(self.lease / 3):
-            with contextlib.suppress(
-                StrideError
-            ):  # tolerate a brief outage: the next renewal comes before the lease expires
-                held = self._read()
-                if held is None or held["owner"] != self.owner:
+            # Tolerate a brief outage: the next renewal comes before the lease expires.
+            with contextlib.suppress(StrideError):
+                if not self._extend():
                     self.lost = True
                     return
-                self.store.write(NAME, self._record())

@@ -19,7 +19,9 @@ from stride_ray.contamination.compare import Difference, difference
 from stride_ray.contamination.influence import MIN_CONTROLS, TIES, checkpoint, item_ties
 from stride_ray.contamination.items import EvaluationSet, Item, check_names
 from stride_ray.contamination.lexical.channel import Lexical, lexical_matches
+from stride_ray.contamination.lexical.ngrams import searched_fields
 from stride_ray.contamination.lexical.search import RAW, Corpus, search
+from stride_ray.contamination.lexical.words import RULES
 from stride_ray.contamination.lock import Lock
 from stride_ray.contamination.report import scan_page
 from stride_ray.contamination.summary import headline, markdown
@@ -30,6 +32,7 @@ from stride_ray.corpus.queries import check_name
 from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import ScanConfig
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store, refuse_inside
 from stride_ray.runtime.urls import redacted, safe_url
@@ -167,7 +170,7 @@ def _night(
     if store.exists(f"nights/{name}/manifest.json"):
         return _load_unreported(store, name)
     corpus = corpus_of(run, state)
-    stage = Stage(state.child("lexical"), digest(["lexical", options.words, options.shortest, *RAW.names]))
+    stage = Stage(state.child("lexical"), digest(["lexical", RULES, options.words, options.shortest, *RAW.names]))
     done = search(stage, corpus, items, options.words, options.shortest, run.config.compute)
     lexical = lexical_matches(stage, corpus, items, options)
     ties, influence = _influence(run, state, items, controls) if options.influence else (None, None)
@@ -185,7 +188,7 @@ def _night(
         "new": len(found.new),
         "changed": len(found.changed),
         "resolved": len(found.resolved),
-        "sets": [_set_facts(each, table, lexical, found) for each in sets],
+        "sets": [_set_facts(each, table, lexical, found, options) for each in sets],
         "corpus": _corpus_facts(corpus, lexical),
         "influence": influence,
         "options": {k.partition(".")[2]: v for k, v in run.config.flat().items() if k.startswith("scan.")},
@@ -250,7 +253,12 @@ def _influence(
     }
 
 
-def _set_facts(each: EvaluationSet, table: pa.Table, lexical: Lexical, found: Difference) -> dict[str, Any]:
+def _set_facts(
+    each: EvaluationSet, table: pa.Table, lexical: Lexical, found: Difference, options: ScanConfig
+) -> dict[str, Any]:
+    names = [searched_fields(item, options.words, options.shortest) for item in each.items]
+    searched = sorted({name for names_of_item, _ in names for name in names_of_item})
+    left_out = {name for _, short in names for name in short} | {name for item in each.items for name in item.left_out}
     mine = table.filter(pa.array([name == each.name for name in table["set"].to_pylist()]))
     return {
         "name": each.name,
@@ -259,6 +267,8 @@ def _set_facts(each: EvaluationSet, table: pa.Table, lexical: Lexical, found: Di
         "rejected": sum(reject.rows for reject in each.rejects),
         "rejects": [reject.sentence() for reject in each.rejects[:5]],
         "short": sum(item.key in lexical.short for item in each.items),
+        "searched_fields": searched,
+        "left_out_fields": sorted(left_out - set(searched)),
         "verdicts": counts(mine),
         "new": sum(row["set"] == each.name for row in found.new),
         "resolved": sum(row["set"] == each.name for row in found.resolved),

@@ -1,9 +1,11 @@
 """Write the corpus without lexical findings: each input file in its own format, without leaked spans or documents.
 
 Lines and files without a finding keep their bytes; a Parquet or Arrow file keeps its schema, its row groups or batches,
-and all columns but the cleaned one. Only findings of the lexical channel are removed.
+and all columns but the cleaned one. Only findings of the lexical channel are removed. A document of which nothing
+remains is left out.
 """
 
+import contextlib
 import copy
 import gzip
 import json
@@ -13,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from typing import IO, Any
 
@@ -21,10 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from stride_ray.contamination.items import strings
 from stride_ray.contamination.nightly import corpus_of
 from stride_ray.corpus.files import END, SourceFile, compression
-from stride_ray.corpus.readers import ZSTD_WINDOW, raw_lines
-from stride_ray.corpus.rows.roles import possible_columns, text_places
+from stride_ray.corpus.readers import inflated, raw_lines
+from stride_ray.corpus.rows.roles import Roles, possible_columns, roles_of, text_places
 from stride_ray.corpus.rows.row import is_corrupt, reason
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.config import digest
@@ -51,7 +54,8 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
         whole: remove whole documents that contain a finding, not just the spans.
 
     Returns:
-        Counts: ``files`` written, ``documents`` changed or left out, ``spans`` and ``characters`` removed.
+        Counts: ``files`` written, ``documents`` changed or left out, of these ``left_out``; ``spans`` and
+        ``characters`` removed.
 
     Raises:
         StrideError: the input has changed since the scan, spans would have to be cut from token ids, or the folder is
@@ -86,27 +90,27 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
             file = next(each for each in unit.files if each.name == name)
             leaks = found.get(name, {})
             path = os.path.join(folder, "file")
-            if leaks and whole and unit.kind == "text":
-                counts["documents"] += 1
+            if leaks:
+                columns = {"text": "text"} if unit.kind == "text" else corpus.columns
+                try:
+                    _WRITERS[unit.kind](unit, file, path, _Cleaner(columns, dict(leaks), whole, counts))
+                except Exception as error:
+                    if not is_corrupt(error):
+                        raise
+                    raise StrideError(
+                        f"{redacted(file.url)} has findings and cannot be read to its end ({reason(error)}); "
+                        "restore it, or move it out of the input."
+                    ) from None
             else:
-                if leaks:
-                    columns = {"text": "text"} if unit.kind == "text" else corpus.columns
-                    try:
-                        _WRITERS[unit.kind](unit, file, path, _Cleaner(columns, dict(leaks), whole, counts))
-                    except Exception as error:
-                        if not is_corrupt(error):
-                            raise
-                        raise StrideError(
-                            f"{redacted(file.url)} has findings and cannot be read to its end ({reason(error)}); "
-                            "restore it, or move it out of the input."
-                        ) from None
-                else:
-                    _copy(file, path)
+                _copy(file, path)
+            if os.path.exists(path):
                 results.put(name, path)
                 counts["files"] += 1
+                with contextlib.suppress(FileNotFoundError):  # a local store moves it
+                    os.remove(path)
             stage.mark(f"{number:07d}", started, counts=counts)
     total = sum((Counter(marker["counts"]) for marker in stage.done().values()), Counter[str]())
-    return {what: total[what] for what in ("files", "documents", "spans", "characters")}
+    return {what: total[what] for what in ("files", "documents", "left_out", "spans", "characters")}
 
 
 class _Cleaner:
@@ -117,22 +121,29 @@ class _Cleaner:
         self.read = possible_columns(columns)
 
     def cleaned(self, place: int, values: dict[str, Any]) -> dict[str, Any] | None:
-        """Return a row's cleaned values (the same object if it has no finding), or None to leave it out."""
+        """Return a row's cleaned values (the same object if it has no finding), or None to leave it out.
+
+        Args:
+            place: the row's position, as in the findings.
+            values: at least the columns that are mapped to a role.
+        """
         spans = self.leaks.get(place)
         if not spans:
             return values
         self.counts["documents"] += 1
-        if self.whole:
-            return None
-        values = copy.deepcopy(values)
+        roles, _ = roles_of(values, self.columns)
+        cleaned = copy.deepcopy(values)
         # Places first: a text that is cut may no longer be what the row's document is made of.
-        places = {part: text_places(part, values, self.columns) for part in spans}
-        for part, found in spans.items():
-            self.counts["spans"] += len(found)
-            for (*keys, last), offset in places[part]:
-                holder: Any = reduce(operator.getitem, keys, values)
-                holder[last] = self.cut(holder[last], [(start - offset, stop - offset) for start, stop in found])
-        return values
+        places = {part: text_places(part, values, self.columns) for part in spans if not self.whole}
+        for part, found in places.items():
+            self.counts["spans"] += len(spans[part])
+            for (*keys, last), offset in found:
+                holder: Any = reduce(operator.getitem, keys, cleaned)
+                holder[last] = self.cut(holder[last], [(start - offset, stop - offset) for start, stop in spans[part]])
+        if self.whole or _is_blank(cleaned, roles):
+            self.counts["left_out"] += 1
+            return None
+        return cleaned
 
     def cut(self, text: str, spans: list[tuple[int, int]]) -> str:
         """Remove spans, which may overlap or lie outside, from a text."""
@@ -146,6 +157,13 @@ class _Cleaner:
         return "".join([*kept, text[end:]])
 
 
+def _is_blank(values: dict[str, Any], roles: Roles) -> bool:
+    """Whether nothing is left to train on: a blank text or answer, or only blank turns."""
+    names = roles.get("messages") or roles.get("answer") or roles["text"]
+    held = [found for name in names for found in strings("", values[name])]
+    return not any(text.strip() for path, text in held if path.rpartition(".")[2] not in ("role", "from", "type"))
+
+
 def _copy(file: SourceFile, path: str) -> None:
     fs, place = filesystem(file.url)
     with fs.open(place, "rb") as source, open(path, "wb") as target:
@@ -156,12 +174,12 @@ def _write_text(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner
     fs, place = filesystem(file.url)
     packing = compression(file.name)
     with fs.open(place, "rb") as source:
-        data = _unpacked(source.read(), packing)
-    text = data.decode("utf-8-sig")
+        data = b"".join(inflated([source.read()], packing))
     number = [each.name for each in unit.files].index(file.name)
-    cleaned = cleaner.cleaned(number, {"text": text}) or {"text": ""}
-    with open(path, "wb") as target:
-        _through(packing, target, iter([cleaned["text"].encode()]))
+    cleaned = cleaner.cleaned(number, {"text": data.decode("utf-8-sig")})
+    if cleaned is not None:
+        with open(path, "wb") as target:
+            _through(packing, target, iter([cleaned["text"].encode()]))
 
 
 def _write_lines(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
@@ -170,9 +188,10 @@ def _write_lines(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleane
             if offset not in cleaner.leaks:
                 yield line + b"\n"
                 continue
-            cleaned = cleaner.cleaned(offset, json.loads(line))
+            cleaned = cleaner.cleaned(offset, json.loads(line.decode()))
             if cleaned is not None:
-                yield json.dumps(cleaned, ensure_ascii=False).encode() + b"\n"
+                # A lone surrogate in another column is written as it can only be, escaped.
+                yield json.dumps(cleaned, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
     with open(path, "wb") as target:
         _through(compression(file.name), target, lines())
@@ -198,39 +217,45 @@ def _write_arrow(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleane
         source.seek(0)
         opened: Any = pa.ipc.open_file(source) if framed else pa.ipc.open_stream(source)
         batches = (opened.get_batch(i) for i in range(opened.num_record_batches)) if framed else opened
+        cleaned = _cleaned_batches(batches, cleaner)
+        if framed and any(pa.types.is_dictionary(field.type) for field in opened.schema):
+            # This format has one dictionary for all batches.
+            tables = [opened.schema.empty_table(), *cleaned]
+            cleaned = iter([pa.concat_tables(tables).unify_dictionaries()])
         make: Any = pa.ipc.new_file if framed else pa.ipc.new_stream
         with make(path, opened.schema) as target:
-            first = 0
-            for batch in batches:
-                target.write_table(_cleaned_table(pa.Table.from_batches([batch]), first, cleaner))
-                first += batch.num_rows
+            for table in cleaned:
+                target.write_table(table)
+
+
+def _cleaned_batches(batches: Iterable[pa.RecordBatch], cleaner: _Cleaner) -> Iterator[pa.Table]:
+    first = 0
+    for batch in batches:
+        yield _cleaned_table(pa.Table.from_batches([batch]), first, cleaner)
+        first += batch.num_rows
 
 
 def _cleaned_table(table: pa.Table, first: int, cleaner: _Cleaner) -> pa.Table:
     """Clean a table whose first row is row ``first`` of its file."""
-    touched = [place - first for place in cleaner.leaks if first <= place < first + table.num_rows]
+    touched = sorted(place - first for place in cleaner.leaks if first <= place < first + table.num_rows)
     if not touched:
         return table
-    kept = []
-    for number in range(table.num_rows):
-        piece = table.slice(number, 1)
-        if number in touched:
-            values = piece.select([name for name in piece.column_names if name in cleaner.read]).to_pylist()[0]
-            cleaned = cleaner.cleaned(first + number, values)
-            if cleaned is None:
-                continue
-            for name in (name for name in values if cleaned[name] != values[name]):
-                column = pa.array([cleaned[name]], piece.schema.field(name).type)
-                piece = piece.set_column(piece.schema.get_field_index(name), piece.schema.field(name), column)
-        kept.append(piece)
-    return pa.concat_tables([table.schema.empty_table(), *kept])
-
-
-def _unpacked(data: bytes, packing: str) -> bytes:
-    if packing == ".gz":
-        return gzip.decompress(data)
-    unpacker = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
-    return unpacker.decompress(data) if packing == ".zst" else data
+    # Other columns may hold what Python cannot: invalid UTF-8, dates out of range.
+    names = [name for name in table.schema.names if name in cleaner.read]
+    pieces, last = [table.schema.empty_table()], 0
+    for n in touched:
+        row = table.slice(n, 1)
+        values = row.select(names).to_pylist()[0]
+        cleaned = cleaner.cleaned(first + n, values)
+        pieces.append(table.slice(last, n - last))
+        last = n + 1
+        if cleaned is not None:
+            for name in (name for name in names if cleaned[name] != values[name]):
+                field = table.schema.field(name)
+                column = pa.array([cleaned[name]], field.type)
+                row = row.set_column(table.schema.get_field_index(name), field, column)
+            pieces.append(row)
+    return pa.concat_tables([*pieces, table.slice(last)]).unify_dictionaries().combine_chunks()
 
 
 def _through(packing: str, target: IO[bytes], pieces: Iterator[bytes]) -> None:

@@ -142,7 +142,7 @@ class _Evidence:
         self.items = {item.key: item for item in items}
         self.matches: dict[str, list[dict[str, Any]]] = {}
         chosen = lexical.matches.filter(pc.is_in(lexical.matches["key"], pa.array(keys, pa.string())))
-        for row in chosen.to_pylist():
+        for row in chosen.filter(pc.not_equal(chosen["excerpt"], "")).to_pylist():
             self.matches.setdefault(row["key"], []).append(row)
 
     def dealt(self, findings: int, room: int) -> tuple[dict[int, dict[str, Any]], int]:
@@ -180,9 +180,10 @@ class _Evidence:
         texts = {"question": item.question}
         texts |= {f"choice {i}": choice for i, choice in enumerate(item.choices, 1)}
         texts["answer"] = item.answer
-        if any(row["field"] == "whole" for row in self.matches.get(key, ())):
+        if any(row["field"] not in texts for row in self.matches.get(key, ())):
             fields = fields_of(item, self.options["words"], self.options["shortest"])
-            texts |= {field.name: field.text for field in fields}
+            copied = {row["field"] for row in self.matches[key]}
+            texts |= {field.name: field.text for field in fields if field.name in copied}
         return [[name, _cut(text, TEXT)] for name, text in texts.items() if text]
 
     def _documents(self, key: str) -> list[dict[str, Any]]:

@@ -7,6 +7,8 @@ from stride_ray.contamination.compare import Difference, line
 
 # Maximum findings listed per heading; the tables hold all.
 _LISTED = 200
+# Maximum fields named of a set; the manifest names all.
+_NAMES = 20
 HEAD = (
     "set",
     "items",
@@ -77,6 +79,10 @@ def about(facts: dict[str, Any]) -> list[str]:
         "items left out",
     ]
     lines += [f"  {reject}" for reject in corpus["rejects"]]
+    for each in facts["sets"]:
+        lines.append(f"set {each['name']}: searched for {_names(each['searched_fields'])}")
+        if each["left_out_fields"]:
+            lines[-1] += f"; not for {_names(each['left_out_fields'])} (too short, identifiers, or not named)"
     influence = facts["influence"]
     if influence is None:
         return [*lines, "influence: not asked (scan.influence = false)"]
@@ -86,6 +92,11 @@ def about(facts: dict[str, Any]) -> list[str]:
         f"{influence['controls']} control items, false-discovery rate "
         f"{options['false_discovery']:g}; {influence['failed']} items could not be measured",
     ]
+
+
+def _names(names: list[str]) -> str:
+    more = [f"{len(names) - _NAMES} more fields"] if len(names) > _NAMES else []
+    return ", ".join([*names[:_NAMES], *more]) or "nothing"
 
 
 def _cell(value: Any) -> str:

@@ -82,10 +82,11 @@ def _chunks(file: SourceFile, start: int = 0) -> Iterator[bytes]:
         packing = compression(file.name)
         # A compressed chunk may expand a thousandfold.
         raw = iter(partial(handle.read, _CHUNK // 16 if packing else _CHUNK), b"")
-        yield from _inflated(raw, packing)
+        yield from inflated(raw, packing)
 
 
-def _inflated(raw: Iterable[bytes], packing: str) -> Iterator[bytes]:
+def inflated(raw: Iterable[bytes], packing: str) -> Iterator[bytes]:
+    """Decompress chunks of ``.gz`` or ``.zst`` (of any number of streams); with an empty ``packing`` they are as is."""
     if not packing:
         yield from raw
         return
@@ -192,7 +193,7 @@ def _text_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
             if isinstance(data, BaseException):
                 raise unfetched(file, data)
             try:
-                text = b"".join(_inflated([data], compression(file.name))).decode("utf-8-sig")
+                text = b"".join(inflated([data], compression(file.name))).decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 packed = file.name.lower().endswith(_PACKED)
                 why = "packed in a way that is not read; unpack it, or pack it with gzip or zstd" if packed else ""

@@ -10,10 +10,12 @@ A leak copied a thousand times is not boilerplate, since its documents contain a
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from stride_ray.contamination.items import Item
 from stride_ray.contamination.lexical.ngrams import Field, fields_of
@@ -43,14 +45,14 @@ class Lexical:
 
     Attributes:
         matches: MATCHES, a row per run, for all overlapping pairs of field and document; ``overlap`` is that of the
-            pair, ``finding`` whether it reaches the threshold.
+            pair, ``finding`` whether it reaches the threshold. Those without excerpts (search.MOST) are findings.
         overlaps: item key to its largest overlap.
         documents: number of documents read.
         rejected: number of rows rejected.
         rejects: the first of them, as sentences.
         boilerplate: number of n-grams left out as boilerplate.
         filtered: number of pairs of field and document that had only boilerplate in common.
-        beyond: runs counted but not stored (search.py).
+        beyond: number of runs without an excerpt (search.py).
         common: n-grams left out because too many fields contain them (ngrams.COMMON).
         short: keys of items with too few words to search for.
     """
@@ -73,14 +75,20 @@ def lexical_matches(stage: Stage, corpus: Corpus, items: Sequence[Item], options
     counts: dict[str, int] = defaultdict(int)
     holding: dict[str, int] = defaultdict(int)
     rejects: list[str] = []
+    further: list[pa.Table] = []
     wanted = {item.key: item for item in items}
+    keys = pa.array(list(wanted), pa.string())
     met = finished_searches(stage)
     for unit in corpus.units:
         held: dict[str, int] = {}
         markers = met.get(input_split_key(unit, corpus.columns), {})
         for name, marker in markers.items():
             if marker["rows"]:
-                rows += [row for row in stage.store.read_table(f"{name}.parquet").to_pylist() if row["key"] in wanted]
+                table = stage.store.read_table(f"{name}.parquet")
+                table = table.filter(pc.is_in(table["key"], keys))
+                shown = pc.not_equal(table["excerpt"], "")
+                rows += table.filter(shown).to_pylist()
+                further += [table.filter(pc.invert(shown))] if marker["beyond"] else []
             words = stage.store.read_table(f"{name}-words.parquet")
             held.update(zip(words["word"].to_pylist(), words["documents"].to_pylist(), strict=True))
             counts["beyond"] += marker["beyond"]
@@ -94,10 +102,11 @@ def lexical_matches(stage: Stage, corpus: Corpus, items: Sequence[Item], options
         rejects += first["rejects"]
     fields = {(f.key, f.name): f for item in items for f in fields_of(item, options.words, options.shortest)}
     weighed = _Weighing(fields, holding, counts["documents"], options)
-    found = weighed.weigh(rows)
+    found = _table(weighed.weigh(rows), wanted)
+    beyond = [_named(weighed.findings(table), wanted) for table in further]
     short = frozenset(wanted.keys() - {key for key, _ in fields})
     return Lexical(
-        _table(found, wanted),
+        pa.concat_tables([found, *beyond]),
         weighed.overlaps,
         counts["documents"],
         counts["rejected"],
@@ -119,6 +128,8 @@ class _Weighing:
         self.fields, self.options = fields, options
         self.holding, self.documents = holding, documents
         self.overlaps: dict[str, float] = {}
+        # By field: its words' weights, and the positions of its n-grams that are boilerplate.
+        self.judged: dict[tuple[str, str], tuple[np.ndarray, set[int]]] = {}
         self.boilerplate = self.filtered = 0
 
     def weigh(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -143,6 +154,7 @@ class _Weighing:
         }
         common = self._boilerplate(field, grams, weights)
         self.boilerplate += len(common)
+        self.judged[field.key, field.name] = weights, common
         found: list[dict[str, Any]] = []
         for where, runs in sorted(documents.items()):
             left = grams[where] - common
@@ -155,8 +167,37 @@ class _Weighing:
             found += [{**run, "overlap": overlap, "finding": overlap >= self.options.overlap} for run in kept]
         return found
 
+    def findings(self, table: pa.Table) -> pa.Table:
+        """Return the runs of findings among those without excerpts, with ``overlap`` and ``finding``.
+
+        Args:
+            table: rows of RAW in the order of the documents; their fields have been weighed.
+        """
+        names = ("file", "place", "key", "field", "first_word", "stop_word")
+        runs = zip(*(table[name].to_pylist() for name in names), strict=True)
+        kept: list[int] = []
+        overlaps: list[float] = []
+        for _, document in groupby(enumerate(runs), key=lambda each: each[1][:2]):
+            by_field: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
+            for row, (_, _, key, name, first, stop) in document:
+                by_field.setdefault((key, name), []).append((row, first, stop))
+            for (key, name), held in by_field.items():
+                field, (weights, common) = self.fields[key, name], self.judged[key, name]
+                left = {place for _, first, stop in held for place in range(first, stop - field.n + 1)} - common
+                self.filtered += not left
+                overlap = _overlap(left, field.n, weights)
+                if left and overlap >= self.options.overlap:
+                    copied = [row for row, first, stop in held if not left.isdisjoint(range(first, stop - field.n + 1))]
+                    kept += copied
+                    overlaps += [overlap] * len(copied)
+                    self.overlaps[key] = max(overlap, self.overlaps.get(key, 0.0))
+        found = table.take(pa.array(kept, pa.int64()))
+        return found.append_column("overlap", pa.array(overlaps, pa.float64())).append_column(
+            "finding", pa.array([True] * len(kept), pa.bool_())
+        )
+
     def _boilerplate(self, field: Field, grams: dict[tuple[str, str, int], set[int]], weights: np.ndarray) -> set[int]:
-        phrase = len(field.words.words) < self.options.words
+        phrase = field.words.length < self.options.words
         holders: dict[int, set[tuple[str, str, int]]] = defaultdict(set)
         for where, places in grams.items():
             if phrase or _overlap(places, field.n, weights) < self.options.overlap:
@@ -178,6 +219,14 @@ def _overlap(places: set[int], n: int, weights: np.ndarray) -> float:
     for place in places:
         covered[place : place + n] = True
     return float(min(1.0, round(weights[covered].sum(), 9)))
+
+
+def _named(found: pa.Table, items: dict[str, Item]) -> pa.Table:
+    """Bring rows with overlaps into the form of MATCHES."""
+    keys = found["key"].to_pylist()
+    found = found.append_column("set", pa.array([items[key].set_name for key in keys], pa.string()))
+    found = found.append_column("item_id", pa.array([items[key].item_id for key in keys], pa.string()))
+    return found.select(MATCHES.names).cast(MATCHES)
 
 
 def _table(found: list[dict[str, Any]], items: dict[str, Item]) -> pa.Table:

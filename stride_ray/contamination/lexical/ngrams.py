@@ -1,8 +1,9 @@
 """N-gram index of all items: finds exact runs of equal words in a text, with their positions in item and text.
 
-An item's question, each of its choices and its free answer are searched separately, because copies put other words
-between them. A field's n is the scan's (13), or half its words if it has fewer than 2n, but at least ``scan.shortest``.
-Fields with fewer words than that are not searched alone; if an item has no longer field, its fields are joined.
+An item's question, each of its choices, its free answer and each of its other texts are searched separately, because
+copies put other words between them. A field's n is the scan's (13), or half its words if it has fewer than 2n, but at
+least ``scan.shortest``. Fields with fewer words than that are not searched alone; if an item has no longer question,
+choice or answer, these are joined, as are the short texts of one other field (a list of tests).
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stride_ray.contamination.items import Item
+from stride_ray.contamination.items import Item, field_name
 from stride_ray.contamination.lexical.words import Numbering, Words, split
 
 # An n-gram with more occurrences in fields than this identifies no item; it is left out and counted.
@@ -23,7 +24,8 @@ class Field(NamedTuple):
 
     Attributes:
         key: of the item.
-        name: "question", "choice 1" …, "answer", or "whole" for joined fields.
+        name: "question", "choice 1" …, "answer", or "whole" for these joined; of another text its path, or its
+            outermost field for the short ones joined.
         text: the text that character offsets refer to.
         words: of the text.
         n: length of its n-grams in words.
@@ -57,16 +59,49 @@ def fields_of(item: Item, n: int, shortest: int) -> list[Field]:
     texts += [(f"choice {i}", choice) for i, choice in enumerate(item.choices, 1)]
     texts += [("answer", item.answer)] if item.answer and not item.choices else []
     found = [_field(item.key, name, text, n, shortest) for name, text in texts]
-    found = [field for field in found if len(field.words.words) >= shortest]
-    if found:
-        return found
-    whole = _field(item.key, "whole", "\n".join(text for _, text in texts), n, shortest)
-    return [whole] if len(whole.words.words) >= shortest else []
+    found = [field for field in found if field.words.length >= shortest]
+    if not found:
+        whole = _field(item.key, "whole", "\n".join(text for _, text in texts), n, shortest)
+        found = [whole] if whole.words.length >= shortest else []
+    return found + _others(item, n, shortest)
+
+
+def _others(item: Item, n: int, shortest: int) -> list[Field]:
+    """Return the fields of an item's other texts."""
+    found: list[Field] = []
+    short: dict[str, list[str]] = {}
+    for path, text in item.others:
+        field = _field(item.key, _other_name(path), text, n, shortest)
+        if field.words.length >= shortest:
+            found.append(field)
+        else:
+            short.setdefault(path.partition(".")[0], []).append(text)
+    joined = [_field(item.key, _other_name(path), "\n".join(texts), n, shortest) for path, texts in short.items()]
+    return found + [field for field in joined if field.words.length >= shortest]
+
+
+def _other_name(path: str) -> str:
+    return f"other {path}" if path in ("question", "answer", "whole") or path.startswith("choice ") else path
+
+
+def searched_fields(item: Item, n: int, shortest: int) -> tuple[set[str], set[str]]:
+    """Return the names of an item's fields that are searched, and of those that are not because they are short.
+
+    The choices are one field, "choices"; a list or record is searched if one of its texts is.
+    """
+    names = {field.name.removeprefix("other ") for field in fields_of(item, n, shortest)}
+    whole = {"question", *(("choices",) if item.choices else ("answer",) if item.answer else ())}
+    texts = whole | {field_name(path) for path, _ in item.others}
+    searched = {"choices" if name.startswith("choice ") else field_name(name) for name in names - {"whole"}}
+    searched |= {name for name in texts if name.partition(".")[0] in names} | (whole if "whole" in names else set())
+    return searched, texts - searched
 
 
 def _field(key: str, name: str, text: str, n: int, shortest: int) -> Field:
     words = split(text)
-    return Field(key, name, text, words, min(n, max(shortest, len(words.words) // 2)))
+    # In a script without spaces, as many letters as make ``shortest`` words.
+    least = -(-shortest * len(words.words) // max(1, words.length))
+    return Field(key, name, text, words, min(n, max(least, len(words.words) // 2)))
 
 
 class Index:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.contamination.items import Item
-from stride_ray.contamination.lexical.ngrams import Index, fields_of, numbering
+from stride_ray.contamination.items import Item, strings
+from stride_ray.contamination.lexical.ngrams import Index, Run, fields_of, numbering
 from stride_ray.contamination.lexical.words import split
 from stride_ray.corpus.documents import Document, read_with_positions
 from stride_ray.corpus.readers import Rejected
@@ -42,13 +42,13 @@ RAW = pa.schema(
         pa.field("part", pa.string(), nullable=False),
         pa.field("start", pa.int64(), nullable=False),
         pa.field("stop", pa.int64(), nullable=False),
-        pa.field("excerpt", pa.string(), nullable=False),  # the text around the run, for display
+        pa.field("excerpt", pa.string(), nullable=False),  # the text around the run, for display; or empty (MOST)
         pa.field("excerpt_start", pa.int64(), nullable=False),
     ]
 )
 WORDS = pa.schema([pa.field("word", pa.string()), pa.field("documents", pa.int64())])
-# Maximum texts per unit whose matches with one field are kept; runs in further ones are only counted.
-MAX_TEXTS_PER_FIELD = 1000
+# Documents per unit whose matches with one field have an excerpt; those of further ones are kept without.
+MOST = 1000
 # Characters of an excerpt on either side of a run, and in total.
 AROUND, LONGEST = 80, 600
 
@@ -145,7 +145,7 @@ class Searcher:
         started = time.monotonic()
         name = input_split_key(unit, self.corpus.columns)
         meets = f"{name}-{self.batch}"
-        rows: list[dict[str, Any]] = []
+        rows: dict[str, list[Any]] = {column: [] for column in RAW.names}
         holding = np.zeros(len(self.index.vocabulary) + 1, np.int64)
         documents: Counter[str] = Counter()
         kept: Counter[int] = Counter()
@@ -158,12 +158,19 @@ class Searcher:
             documents["read"] += 1
             file = unit.files[place if unit.kind == "text" else 0].name
             held: set[int] = set()
+            met: list[tuple[str, str, list[Run]]] = []
             for part, text in texts(item, self._tokenizer if item.token_ids is not None else None):
                 numbers = self.numbering.numbers(text)
                 held.update(np.unique(numbers).tolist())
-                rows += self._matches(item, part, text, numbers, {"file": file, "place": place}, kept, documents)
+                if runs := self.index.find(numbers):
+                    met.append((part, text, runs))
+            kept.update({run.field for _, _, runs in met for run in runs})
+            for row in self._matches(item, {"file": file, "place": place}, met, kept):
+                documents["beyond"] += not row["excerpt"]
+                for column, value in row.items():
+                    rows[column].append(value)
             holding[list(held)] += 1
-        self.stage.store.write_table(f"{meets}.parquet", pa.Table.from_pylist(rows, RAW))
+        self.stage.store.write_table(f"{meets}.parquet", pa.Table.from_pydict(rows, RAW))
         held_words = [(word, int(holding[i])) for word, i in self.index.vocabulary.items() if holding[i]]
         counts = pa.table([[w for w, _ in held_words], [c for _, c in held_words]], schema=WORDS)
         self.stage.store.write_table(f"{meets}-words.parquet", counts)
@@ -176,62 +183,55 @@ class Searcher:
             rejected=documents["rejected"],
             rejects=rejected,
             beyond=documents["beyond"],
-            rows=len(rows),
+            rows=len(rows["key"]),
             common=self.index.common,
         )
 
     def _matches(
-        self,
-        document: Document,
-        part: str,
-        text: str,
-        numbers: np.ndarray,
-        where: dict[str, Any],
-        kept: Counter[int],
-        counted: Counter[str],
+        self, document: Document, where: dict[str, Any], met: list[tuple[str, str, list[Run]]], kept: Counter[int]
     ) -> Iterator[dict[str, Any]]:
-        runs = self.index.find(numbers)
-        if not runs:
-            return
-        spans = split(text).spans
-        for number in {run.field for run in runs}:
-            kept[number] += 1
-        for run in runs:
-            if kept[run.field] > MAX_TEXTS_PER_FIELD:
-                counted["beyond"] += 1
-                continue
-            field = self.index.fields[run.field]
-            start, stop = int(spans[run.place, 0]), int(spans[run.place + run.stop - run.first - 1, 1])
-            before = max(0, start - AROUND)
-            yield {
-                "key": field.key,
-                "field": field.name,
-                "first_word": run.first,
-                "stop_word": run.stop,
-                "item_start": int(field.words.spans[run.first, 0]),
-                "item_stop": int(field.words.spans[run.stop - 1, 1]),
-                "document_id": document.document_id,
-                "source": document.source,
-                **where,
-                "part": part,
-                "start": start,
-                "stop": stop,
-                "excerpt": text[before : min(stop + AROUND, before + LONGEST)],
-                "excerpt_start": before,
-            }
+        """Yield rows of RAW for the runs in a document's parts, (name, text, runs) each."""
+        for part, text, runs in met:
+            spans = split(text, self.numbering.is_word).spans
+            for run in runs:
+                field = self.index.fields[run.field]
+                start, stop = int(spans[run.place, 0]), int(spans[run.place + run.stop - run.first - 1, 1])
+                before = max(0, start - AROUND)
+                shown = kept[run.field] <= MOST
+                yield {
+                    "key": field.key,
+                    "field": field.name,
+                    "first_word": run.first,
+                    "stop_word": run.stop,
+                    "item_start": int(field.words.spans[run.first, 0]),
+                    "item_stop": int(field.words.spans[run.stop - 1, 1]),
+                    "document_id": document.document_id,
+                    "source": document.source,
+                    **where,
+                    "part": part,
+                    "start": start,
+                    "stop": stop,
+                    "excerpt": text[before : min(stop + AROUND, before + LONGEST)] if shown else "",
+                    "excerpt_start": before,
+                }
 
 
 def texts(document: Document, tokenizer: Any) -> list[tuple[str, str]]:
     """Return a document's texts, each with the name of the part that offsets refer to.
 
-    Parts are ``text``; ``prompt`` and ``answer``; ``messages.0`` … (text contents only); ``token_ids``, decoded with
-    the tokenizer, which no other document needs.
+    Parts are ``text``; ``prompt`` and ``answer``; ``token_ids``, decoded with the tokenizer, which no other document
+    needs; and of messages ``messages.0`` …, the contents, and with its path any other string of a turn
+    (``messages.0.content.1.text``), but for roles and types.
     """
     if document.text is not None:
         return [("text", document.text)]
     if document.token_ids is not None:
         return [("token_ids", tokenizer.decode(document.token_ids))]
     if document.messages is not None:
-        contents = [(f"messages.{i}", turn.get("content")) for i, turn in enumerate(document.messages)]
-        return [(name, content) for name, content in contents if isinstance(content, str)]
+        found: list[tuple[str, str]] = []
+        for i, turn in enumerate(document.messages):
+            for path, text in strings(f"messages.{i}", turn):
+                if path.rpartition(".")[2] not in ("role", "type"):
+                    found.append((f"messages.{i}" if path == f"messages.{i}.content" else path, text))
+        return found
     return [("prompt", document.prompt or ""), ("answer", document.answer or "")]

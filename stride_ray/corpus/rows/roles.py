@@ -163,23 +163,40 @@ def text_places(part: str, values: Mapping[str, Any], columns: Mapping[str, str]
     """Where a row keeps a text of its document: keys from the row down to strings, and their offsets in the text.
 
     Args:
-        part: "text", "prompt", "answer", or "messages.3" for the content of a turn.
+        part: "text", "prompt", "answer", "messages.3" for the content of a turn, or "messages.3.content.1.text" for
+            another string in it.
         values: the row.
         columns: the mapping that the document was read with.
     """
     roles, _ = roles_of(values, columns)
-    role, _, turn = part.partition(".")
-    if turn:  # a conversation may be cut in two, prompt and answer
+    role, *path = part.split(".")
+    if path:  # a conversation may be cut in two, prompt and answer
         names = roles.get("messages") or (*roles["prompt"], *roles["answer"])
         keys = [(name, i) for name in names for i in range(len(values[name]))]
-        name, i = keys[int(turn)]
-        return [([name, i, content_key(values[name][i])], 0)]
+        name, i = keys[int(path[0])]
+        turn = values[name][i]
+        inside = path[1:] or ["content"]
+        if inside[0] == "content":
+            inside[0] = content_key(turn)
+        return [([name, i, *_keys_along(turn, inside)], 0)]
     places, offset = list[tuple[list[Any], int]](), 0
     for name in roles[role]:
         if len(roles[role]) == 1 or has_content(values.get(name)):
             places.append(([name], offset))
             offset += len(values[name]) + 1
     return places
+
+
+def _keys_along(value: Any, path: list[str]) -> list[Any]:
+    """The keys that a path of names follows; a key may contain dots, at which the path was split."""
+    keys: list[Any] = []
+    while path:
+        size = 1
+        if isinstance(value, dict):
+            size = next(size for size in range(1, len(path) + 1) if ".".join(path[:size]) in value)
+        keys.append(int(path[0]) if isinstance(value, list) else ".".join(path[:size]))
+        value, path = value[keys[-1]], path[size:]
+    return keys
 
 
 def half_known(values: Collection[str]) -> str:

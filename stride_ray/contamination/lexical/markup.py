@@ -1,0 +1,127 @@
+"""The readable text of a raw one: what a browser would show of it, with the places of its characters in the raw text.
+
+HTML entities are decoded, also where they were escaped twice; tags, raw or escaped, and invisible characters go; words
+that a hyphen breaks at a line's end are joined. Item and corpus are read alike, so that code which looks like markup
+(``&lt;b&gt;``, ``Set<Object>``) still equals its copies.
+"""
+
+from collections.abc import Callable
+from html import unescape
+from html.entities import html5
+from typing import NamedTuple
+
+import numpy as np
+import regex
+
+_ENTITY = regex.compile(r"&(?:amp;)*(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
+# Elements within a line: browsers show no space where such a tag stands. Any other tag separates words.
+_INLINE = frozenset(
+    "a abbr acronym b bdi bdo big cite code del dfn em font i ins kbd mark q s samp small span strike strong sub sup "
+    "tt u var wbr".split()
+)
+_ELEMENTS = _INLINE | frozenset(
+    "address applet area article aside audio base blockquote body br button canvas caption center col colgroup data "
+    "datalist dd details dialog dir div dl dt embed fieldset figcaption figure footer form frame frameset h1 h2 h3 h4 "
+    "h5 h6 head header hgroup hr html iframe img input label legend li link main map menu meta meter nav noframes "
+    "noscript object ol optgroup option output p param picture pre progress rp rt ruby script search section select "
+    "slot source style summary svg table tbody td template textarea tfoot th thead time title tr track ul video".split()
+)
+_BOOLEAN = "allowfullscreen|async|autofocus|checked|controls|defer|disabled|hidden|ismap|itemscope|loop|multiple|muted"
+_BOOLEAN += "|noshade|novalidate|nowrap|open|readonly|required|reversed|selected"
+# An attribute is a name with a value, or one of the few that have none: "a <b and c> d" is not a tag.
+_VALUE = r"""\\?"[^"]*+"|\\?'[^']*+'|[^\s"'<>`]++"""
+_ATTRIBUTE = rf"\s++(?:[a-z_:@][\w:.-]*+\s*+=\s*+(?:{_VALUE})|(?:{_BOOLEAN})(?=[\s/>]))"
+_TAG = regex.compile(rf"<(/?)([a-z][\w:.-]*+)((?:{_ATTRIBUTE})*+)\s*+(/?)>", regex.IGNORECASE)
+_CLOSING = regex.compile(r"</([a-z][\w:.-]*+)\s*+>", regex.IGNORECASE)
+# Attributes whose value readers see; of at least so many words, since links have short titles in mid-sentence.
+_SHOWN = regex.compile(
+    r"""\s(?:alt|title|content|label|summary|placeholder|value|aria-label)\s*=\s*\\?(["'])((?:(?!\1).)*+)""",
+    regex.IGNORECASE | regex.DOTALL,
+)
+_SHOWN_WORDS = 6
+# Invisible characters, and the Arabic stroke that only stretches a word.
+_INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cf}\u0640]+")
+# A hyphen at a line's end, with what is before it and after the break.
+_BROKEN = regex.compile(
+    r"(?<=([\p{L}\p{M}]++))[-\u00ad\u00ac\u2010][^\S\n]*+\n[^\S\n]*+(?=(\p{Ll}[\p{L}\p{M}]*+))", regex.V1
+)
+
+
+class Readable(NamedTuple):
+    """The readable text of a raw text of n characters.
+
+    Attributes:
+        text: m characters.
+        starts, stops: (m,) int64, the range of the raw text that each character stands for, ``stops`` excluded; empty
+            if the places were not asked for.
+    """
+
+    text: str
+    starts: np.ndarray
+    stops: np.ndarray
+
+
+def readable(text: str, is_word: Callable[[str], bool] | None = None, places: bool = False) -> Readable:
+    """Return the readable text.
+
+    Args:
+        text: the raw text.
+        is_word: whether a word that a hyphen breaks at a line's end is a word; if not, its two halves stay apart, as
+            those of "well-known". None: it always is.
+        places: whether to return the places too.
+    """
+    numbers = np.arange(len(text) + 1 if places else 1, dtype=np.int64)
+    now = Readable(text, numbers[:-1], numbers[1:])
+    if "&" in now.text:
+        now = _replaced(now, _ENTITY, _decoded)
+    if "\n" in now.text:
+        now = _replaced(now, _BROKEN, lambda match: _mended(match, is_word))
+    if "<" in now.text:
+        closed = {name.lower() for name in _CLOSING.findall(now.text)}
+        now = _replaced(now, _TAG, lambda match: _untagged(match, closed))
+    if not now.text.isascii():
+        now = _replaced(now, _INVISIBLE, lambda match: "")
+    return now
+
+
+def _replaced(now: Readable, pattern: "regex.Pattern[str]", replacement: Callable[..., str]) -> Readable:
+    """Replace what matches; a replacement's characters stand for all of the match."""
+    if len(now.starts) != len(now.text):
+        return Readable(pattern.sub(replacement, now.text), now.starts, now.stops)
+    pieces, starts, stops, last = [], [], [], 0
+    for match in pattern.finditer(now.text):
+        new, (first, stop) = replacement(match), match.span()
+        if new == match.group():
+            continue
+        pieces += [now.text[last:first], new]
+        starts += [now.starts[last:first], np.full(len(new), now.starts[first])]
+        stops += [now.stops[last:first], np.full(len(new), now.stops[stop - 1])]
+        last = stop
+    if not pieces:
+        return now
+    text = "".join([*pieces, now.text[last:]])
+    return Readable(text, np.concatenate([*starts, now.starts[last:]]), np.concatenate([*stops, now.stops[last:]]))
+
+
+def _decoded(match: "regex.Match[str]") -> str:
+    name = match.group(1)
+    return unescape(f"&{name};") if name.startswith("#") else html5.get(f"{name};", f"&{name};")
+
+
+def _mended(match: "regex.Match[str]", is_word: Callable[[str], bool] | None) -> str:
+    return "" if is_word is None or is_word(match.group(1) + match.group(2)) else match.group()
+
+
+def _untagged(match: "regex.Match[str]", closed: set[str]) -> str:
+    """What a tag leaves: nothing, a space, or the text in one of its attributes; itself if it may be code.
+
+    An unknown name (``List<int>``) is a tag's only if the tag is closed or has quoted attributes.
+    """
+    slash, name, attributes, alone = match.groups()
+    name = name.lower()
+    if not (name in _ELEMENTS or name in closed or slash or alone or '"' in attributes or "'" in attributes):
+        return match.group()
+    shown = [value for _, value in _SHOWN.findall(attributes) if len(value.split()) >= _SHOWN_WORDS]
+    if shown:
+        return f" {' '.join(shown)} "
+    return "" if name in _INLINE else " "

@@ -1,0 +1,128 @@
+"""Conversations to text, with the ranges of characters that carry loss.
+
+These are the assistant's answers, each up to and including the marker that ends its turn (``<|im_end|>``). White space
+after the marker does not count, since the model never generates it; in a template without markers it is what ends the
+turn, and counts. A template that marks its answers itself (``{% generation %}``) decides alone: what it marks counts.
+"""
+
+import re
+from functools import cached_property
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from stride_ray.corpus.chat.clock import with_fixed_clock
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ANSWER = "stride-ray-probe"  # the answer in conversations that try a template out
+
+Messages = list[dict[str, Any]]
+Ranges = list[tuple[int, int]]
+
+
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Args:
+        tokenizer: has a chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._source = with_fixed_clock(tokenizer.get_chat_template())
+
+    def render(self, messages: Messages) -> tuple[str, Ranges]:
+        """A conversation as text, and the ranges of characters (start, end) that carry loss.
+
+        Raises:
+            Exception: of any class, as a template is a program. ValueError: it renders a turn differently if others
+                follow it, or does not take the form of a message's content.
+        """
+        messages = [{**message, **self._content(i, message)} for i, message in enumerate(messages)]
+        return self._marked(messages) if _GENERATION.search(self._source) else self._answers(messages)
+
+    def _marked(self, messages: Messages) -> tuple[str, Ranges]:
+        """The text and what the template marks."""
+        # The tokenizer's own mask is not used: if a marked range ends in white space that no token covers, it extends
+        # to the end of the conversation.
+        rendered: Any = render_jinja_template(
+            [messages],
+            chat_template=self._source,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        texts, spans = rendered
+        return texts[0], [(int(start), int(end)) for start, end in spans[0]]
+
+    def _answers(self, messages: Messages) -> tuple[str, Ranges]:
+        """The text and, for each turn of the assistant, what follows its generation prompt."""
+        text = self._text(messages)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            after = self._text(messages[: i + 1])
+            if i:
+                before = self._text(messages[:i], prompted=True)
+            else:  # templates cannot render an empty conversation: take the generation prompt from another one
+                other: Messages = [{"role": "user", **self._content(0, {"content": "-"})}]
+                prompt = self._text(other, prompted=True).removeprefix(self._text(other))
+                before = after[: after.find(prompt) + len(prompt)] if prompt in after else after + prompt
+            if not (text.startswith(after) and after.startswith(before)):
+                raise ValueError(f"message {i} is rendered differently alone; mark the turns with {{% generation %}}")
+            end = len(after.rstrip()) if self._ends_turns else len(after)
+            spans.append((len(before), end))
+        return text, spans
+
+    def _text(self, messages: Messages, prompted: bool = False) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompted, chat_template=self._source
+            )
+        )
+
+    def _content(self, i: int, message: dict[str, Any]) -> dict[str, Any]:
+        """A message's content in a form that the template takes: a string, or a list of parts."""
+        content = message.get("content")
+        as_text, as_parts = self._probes
+        if isinstance(content, str):
+            return {"content": _parts(content) if _ANSWER in as_parts and _ANSWER not in as_text else content}
+        if not isinstance(content, list):
+            return {}
+        # Columnar files pad every part with the keys of all others; templates ask whether a part has a key.
+        parts = [
+            {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else part
+            for each in content
+            for part in (_parts(each) if isinstance(each, str) else [each])
+        ]
+        if _ANSWER not in as_text or as_parts == as_text:
+            return {"content": parts}
+        texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+        if None in texts:
+            raise ValueError(f"message {i} has a part that is not text")
+        return {"content": "".join(map(str, texts))}
+
+    @cached_property
+    def _probes(self) -> tuple[str, str]:
+        """A short conversation with its contents as strings and as lists of parts; empty if that cannot be rendered.
+
+        Many templates print a list of parts as Python would, or an answer that is a string not at all.
+        """
+        rendered = []
+        for form in (str, _parts):
+            turns = [{"role": "user", "content": form("-")}, {"role": "assistant", "content": form(_ANSWER)}]
+            try:
+                rendered.append(self._text(turns))
+            except Exception:  # as render
+                rendered.append("")
+        return rendered[0], rendered[1]
+
+    @cached_property
+    def _ends_turns(self) -> bool:
+        """Whether the template ends an answer with more than white space."""
+        known = [text.rpartition(_ANSWER)[2] for text in self._probes if _ANSWER in text]
+        return bool(known[0].strip()) if known else True
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]

@@ -18,6 +18,7 @@ from stride_ray.corpus.chat.clock import FIXED, fix_clock, fixed_time, with_fixe
 from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.shard import shard
 from stride_ray.corpus.tokenizing import load_tokenizer, show_masked
+from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 
 # How templates take a content: as a string alone, in either form, as a list of parts alone.
@@ -78,6 +79,27 @@ def test_a_turn_without_a_marker_ends_with_its_white_space_in_every_form(tokeniz
 def test_white_space_after_the_end_of_a_tool_call_does_not_count(tokenizer):
     messages = [*turns("what is two"), {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}]
     assert show_masked(chat(tokenizer, TOOLS, messages), tokenizer).endswith("⟦<call>add</call><|end|>⟧\n")
+
+
+def test_the_header_of_a_turn_does_not_count_without_a_generation_prompt(tokenizer):
+    template = CHAT.partition("{% if add_generation_prompt %}")[0]
+    expected = "<|start|>user\ntwo<|end|>\n<|start|>assistant\n⟦four<|end|>⟧\n"
+    for answer in forms("four"):
+        assert show_masked(chat(tokenizer, template, turns("two", answer, "two", answer)), tokenizer) == expected * 2
+    first = show_masked(chat(tokenizer, template, turns("four", first="assistant")), tokenizer)
+    assert first == "<|start|>assistant\n⟦four<|end|>⟧\n"
+    # Llama 2 has neither header nor prompt: the model generates the space.
+    llama = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+    llama += " {{ m.content }}<|end|>{% endif %}{% endfor %}"
+    assert show_masked(chat(tokenizer, llama, turns("two", "four")), tokenizer) == "[INST] two [/INST]⟦ four<|end|>⟧"
+
+
+def test_named_templates_without_a_default(tokenizer):
+    assert show_masked(chat(tokenizer, {"default": CHAT, "rag": PLAIN}, turns("a", "b")), tokenizer).endswith(
+        "⟦b<|end|>⟧\n"
+    )
+    with pytest.raises(StrideError, match="the chat templates rag, tool, and none is named default"):
+        chat(tokenizer, {"rag": PLAIN, "tool": PLAIN}, turns("a", "b"))
 
 
 def test_a_part_that_is_not_text(tokenizer):

@@ -172,6 +172,7 @@ def _batched(items: Iterable[Document | Rejected]) -> Iterator[list[Document | R
         batch.append(item)
         if isinstance(item, Document):
             room -= sum(map(len, (item.text or "", item.prompt or "", item.answer or "", item.token_ids or ())))
+            room -= sum(len(str(message.get("content", ""))) for message in item.messages or ())
         if room <= 0 or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, room = [], _BATCH_CHARACTERS
@@ -320,7 +321,13 @@ def _chat_template(tokenizer: Any) -> ChatTemplate:
             "The tokenizer has no chat template, which messages need; use the tokenizer of a chat model, add "
             "chat_template.jinja beside it, or map prompt and answer instead of messages."
         )
-    return ChatTemplate(tokenizer)
+    try:
+        return ChatTemplate(tokenizer)
+    except ValueError:  # several templates by name, none of which is the default
+        raise StrideError(
+            f"The tokenizer has the chat templates {', '.join(tokenizer.chat_template)}, and none is named default; "
+            "name one so in its tokenizer_config.json."
+        ) from None
 
 
 def _conversation(document: Document, template: ChatTemplate) -> _Passage | Rejected:

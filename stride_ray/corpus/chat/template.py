@@ -63,10 +63,9 @@ class ChatTemplate:
                 continue
             after = self._text(messages[: i + 1])
             if i:
-                before = self._text(messages[:i], prompted=True)
+                before = self._text(messages[:i], prompted=True) + self._header
             else:  # templates cannot render an empty conversation: take the generation prompt from another one
-                other: Messages = [{"role": "user", **self._content(0, {"content": "-"})}]
-                prompt = self._text(other, prompted=True).removeprefix(self._text(other))
+                prompt = self._prompts[1].removeprefix(self._prompts[0]) + self._header
                 before = after[: after.find(prompt) + len(prompt)] if prompt in after else after + prompt
             if not (text.startswith(after) and after.startswith(before)):
                 raise ValueError(f"message {i} is rendered differently alone; mark the turns with {{% generation %}}")
@@ -118,10 +117,32 @@ class ChatTemplate:
         return rendered[0], rendered[1]
 
     @cached_property
+    def _prompts(self) -> tuple[str, str]:
+        """A short conversation that waits for an answer, without and with the generation prompt."""
+        asked: Messages = [{"role": "user", **self._content(0, {"content": "-"})}]
+        return self._text(asked), self._text(asked, prompted=True)
+
+    @cached_property
+    def _header(self) -> str:
+        """What begins a turn of the assistant, if the template has no generation prompt; "" if it has one."""
+        try:
+            asked, prompted = self._prompts
+        except Exception:  # as render: it may not take so short a conversation
+            return ""
+        header = self._answered[0].removeprefix(asked) if asked == prompted else ""
+        return header if header.strip() else ""  # white space alone is generated, as in Llama 2
+
+    @cached_property
     def _ends_turns(self) -> bool:
         """Whether the template ends an answer with more than white space."""
-        known = [text.rpartition(_ANSWER)[2] for text in self._probes if _ANSWER in text]
-        return bool(known[0].strip()) if known else True
+        return bool(self._answered[1].strip())
+
+    @cached_property
+    def _answered(self) -> tuple[str, str]:
+        """What stands before and after the answer in a probe; ("", "?") if the template does not show it."""
+        shown = next((text for text in self._probes if _ANSWER in text), f"{_ANSWER}?")
+        before, _, after = shown.rpartition(_ANSWER)
+        return before, after
 
 
 def _parts(text: str) -> list[dict[str, str]]:

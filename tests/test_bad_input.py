@@ -18,8 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stride_ray.cli.main import main
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.corpus.queries import read_queries
-from stride_ray.corpus.tokenizing import load_tokenizer
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
@@ -202,7 +200,9 @@ def test_queries_that_cannot_be_asked(copied, parts, tmp_path, told, plain):
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl" in told("attribute", folder, "--queries", tmp_path / "empty.jsonl")
     twice = write_lines(tmp_path / "twice.jsonl", [{"id": "x", "text": "the comet"}, {"id": "x", "text": "the tide"}])
-    assert "more than one query with the id 'x'" in told("attribute", folder, "--queries", twice)
+    assert "more than one query with the id 'x' (twice.jsonl, row 1; twice.jsonl, row 2)" in told(
+        "attribute", folder, "--queries", twice
+    )
     typo = write_lines(tmp_path / "typo.jsonl", [{"id": "x", "promt": "the comet", "completion": " met"}])
     sentence = told("attribute", folder, "--queries", typo)
     assert "'completion', 'id', 'promt'. 'completion' stands without 'prompt'. A query has text" in sentence
@@ -212,16 +212,6 @@ def test_queries_that_cannot_be_asked(copied, parts, tmp_path, told, plain):
     assert "has 1 token(s)" in out
     assert "the model's context is 128" in out
     assert "2 queries (2 failed)" in out
-
-
-def test_a_query_without_an_id_beside_one_that_has_its_number(finished, tmp_path):
-    rows = [{"id": "q1", "text": "the tide met the gull"}, {"id": None, "text": "the comet met the orbit"}]
-    tokenizer = load_tokenizer(finished.run.stage("blocks").store.child("tokenizer").url)
-    found = read_queries(write_lines(tmp_path / "q.jsonl", rows), tokenizer)
-    assert list(zip(found["query_id"].to_pylist(), found["status"].to_pylist(), strict=True)) == [
-        ("q1", "ok"),
-        ("q1~", "failed"),
-    ]
 
 
 def test_another_query_set_of_that_name(finished, parts, tmp_path, told):

@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import QUERIES, answered
+from conftest import QUERIES, VOCABULARY, answered, settings, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stride_ray.attribution import directions, rescore
 from stride_ray.attribution.attribute import block_texts, read_influence
@@ -18,6 +18,7 @@ from stride_ray.attribution.tables import DOCUMENTS, INFLUENCE, RECOVERY
 from stride_ray.cli.main import main
 from stride_ray.cli.status import status
 from stride_ray.corpus.blocks import Blocks, unit_count
+from stride_ray.corpus.shard import shard
 from stride_ray.corpus.tokenizing import load_tokenizer
 from stride_ray.models.loading import load_measured_model, load_run_model
 from stride_ray.runtime.config import Config
@@ -197,3 +198,24 @@ def test_passes_follow_from_room_and_from_the_most_queries_of_one():
     assert rescore.passes_over(40, 600, 1.0) == 3  # at most 256 queries in one
     assert rescore.passes_over(40, 0, 0.0) == 1
     assert [directions.queries_per_unit(size) for size in (1, 2**25, 2**27, 2**40)] == [16, 4, 1, 1]
+
+
+def test_padding_never_counts_whatever_the_tokenizer_pads_with(parts, plain, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer)
+    tokenizer.add_tokens([f"<{i}>" for i in range(VOCABULARY - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # a token of the tokenizer and not of the model
+    assert tokenizer.pad_token_id == VOCABULARY
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    found = []
+    for name, path in (("plain", parts.tokenizer), ("padded", tmp_path / "tokenizer")):
+        (tmp_path / name).mkdir()
+        more = {"corpus__layout": "split", "corpus__tokenizer": str(path)}
+        shard(Run(str(tmp_path / name), changes=settings(parts, **more)))
+        answered(tmp_path / name, parts, **more)
+        found.append(tables(tmp_path / name))
+    assert found[0] == found[1]
+    assert found[0]
+    corpus = write_lines(tmp_path / "real.jsonl", [{"text": "the comet met [PAD] the tide"}])
+    shard(Run(str(tmp_path / "real"), changes=settings(parts, **more, corpus__input=[corpus])))
+    with pytest.raises(StrideError, match=f"largest token id is {VOCABULARY}, and the model's vocabulary has"):
+        answered(tmp_path / "real", parts, **more, corpus__input=[corpus])

@@ -17,7 +17,6 @@ from stride_ray.corpus.tokenizing import (
     encode_stream,
     end_of_text_id,
     load_tokenizer,
-    pad_id,
     show_masked,
     vocabulary_size,
 )
@@ -102,15 +101,6 @@ def test_texts_are_encoded_as_the_tokenizer_itself_does(kind, split):
     assert (0 in expected[0]) != split
 
 
-@settings(deadline=None, max_examples=50)
-@given(prompt=st.text(max_size=40), answer=TEXT)
-def test_the_answer_and_its_end_count_and_nothing_else(tokenizer, prompt, answer):
-    result = encode([Document("d", "s", prompt=prompt, answer=answer)], tokenizer)[0]
-    assert tokenizer.decode(result.ids[~result.mask]) == prompt
-    assert tokenizer.decode(result.ids[result.mask]) == answer + "<|end|>"
-    assert result.mask.tolist() == sorted(result.mask.tolist())
-
-
 @settings(deadline=None, max_examples=40)
 @given(contents=st.lists(st.text("abc é\n", min_size=1, max_size=12), min_size=1, max_size=5), first=st.booleans())
 @pytest.mark.parametrize("template", [CHAT, MARKED], ids=["rendered", "marked"])
@@ -178,12 +168,9 @@ def test_what_counts_is_shown(tokenizer):
     assert show_masked(encode([Document("d", "s", text="cat")], tokenizer)[0], tokenizer) == "⟦cat⟧"
 
 
-def test_ids_of_end_and_padding():
-    named = PreTrainedTokenizerFast(tokenizer_object=backend(), eos_token="<|end|>", pad_token="<|start|>")
-    assert (end_of_text_id(named), pad_id(named)) == (0, 1)
-    assert pad_id(PreTrainedTokenizerFast(tokenizer_object=backend(), eos_token="<|start|>")) == 1
+def test_the_end_of_text_must_be_known():
+    assert end_of_text_id(PreTrainedTokenizerFast(tokenizer_object=backend(), eos_token="<|end|>")) == 0
     bare = load_tokenizer(backend())
-    assert pad_id(bare) == 0
     for work in (lambda: end_of_text_id(bare), lambda: encode([Document("d", "s", prompt="a", answer="b")], bare)):
         with pytest.raises(StrideError, match="eos_token"):
             work()

@@ -23,6 +23,10 @@ from stride_ray.runtime.errors import StrideError
 
 LAYOUTS = ("pack", "split")
 
+# Id of padding. Padding is masked, so any id will do that every model has; the model may not know a tokenizer's own
+# padding token, which is often added later.
+PADDING = 0
+
 # Rejects kept for inspection; all are counted.
 KEPT_REJECTS = 20
 # Names of unused columns kept; objects may have a key of their own in every row.

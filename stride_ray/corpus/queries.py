@@ -3,8 +3,10 @@
 An invalid query (one token, no target, an unreadable line) stays in the table with its error; none is dropped.
 """
 
-import collections
 import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ SCHEMA = pa.schema(
 
 # Error of a query whose losses are finite but whose gradient is not.
 NOT_FINITE = "its gradient is not finite; the model overflows on this text"
+_ID_COLUMNS = ("query_id", "id")
 _ADVICE = "A query has text; prompt and completion (or answer); messages; or token_ids: rename the columns."
 
 
@@ -37,47 +40,85 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
 
     Args:
         path: JSON Lines, Parquet or any other document input with text (loss on every token), prompt and completion
-            or answer, messages (loss on the answers), or token_ids; optionally ``query_id`` or ``id``.
+            or answer, messages (loss on the answers), or token_ids; each row may have a ``query_id`` or ``id``, a
+            string or a number.
         tokenizer: that of the corpus.
 
     Returns:
-        A table with SCHEMA. Queries without an id are numbered q0, q1, … (q1~ if another query has the id q1);
-        ``status`` is "ok" or "failed".
+        A table with SCHEMA. A row without an id (or with null, NaN or an empty string) gets its number, q0, q1, … (q1~
+        if another row has the id q1). The number 7, or 7.0, is the id "7"; ``status`` is "ok" or "failed".
 
     Raises:
         StrideError: no queries, or a duplicate id.
     """
     units = plan([path], shard_bytes=2**26)
-    columns = resolve_columns(units, _id_column(units[0]), _ADVICE)
-    items: list[Any] = [item for unit in units for item in read(unit, columns)]
-    documents = [item for item in items if not isinstance(item, Rejected)]
-    encoded = iter(encode(documents, tokenizer))
-    named = "id" in columns
-    given = {item.document_id for item in items} if named else set()
-    table = []
-    for index, item in enumerate(items):
-        result = item if isinstance(item, Rejected) else next(encoded)
-        number = f"q{index}"
-        while number in given:  # taken by another query's explicit id
-            number += "~"
-        if isinstance(result, Rejected):
-            known = result.document_id or (result.file if named and isinstance(item, Document) else number)
-            table.append(failed(known, result.sentence()))
-            continue
-        table.append(row(result.document_id if named else number, result))
-    twice = [name for name, count in collections.Counter(r["query_id"] for r in table).items() if count > 1]
-    if twice:
-        raise StrideError(f"{safe_url(path)} has more than one query with the id {twice[0]!r}; ids must differ.")
-    if not table:
+    columns = resolve_columns(units, {}, _ADVICE)
+    items = [item for unit in units for item in read(unit, columns)]
+    if not items:
         raise StrideError(f"{safe_url(path)} has no queries.")
+    named = _named(items, units, safe_url(path))
+    encoded = iter(encode([item for _, item in named if isinstance(item, Document)], tokenizer))
+    table = []
+    for name, item in named:
+        result = next(encoded) if isinstance(item, Document) else item
+        table.append(failed(name, result.sentence()) if isinstance(result, Rejected) else row(name, result))
     return pa.Table.from_pylist(table, SCHEMA)
 
 
-def _id_column(unit: InputSplit) -> dict[str, str]:
-    """Mapping of the id role to the column with query ids, if the first readable row has one."""
-    first = next((item for item in rows(unit, None) if isinstance(item, Row)), None)
-    found = [name for name in ("query_id", "id") if first is not None and name in first.values]
-    return {"id": found[0]} if found else {}
+def _named(
+    items: Sequence[Document | Rejected], units: Sequence[InputSplit], source: str
+) -> list[tuple[str, Document | Rejected]]:
+    """The queries with their ids, which differ; one whose row has a value that cannot be an id is rejected.
+
+    Raises:
+        StrideError: two rows of ``source`` have the same id.
+    """
+    found = dict[Any, str | Rejected | None]()
+    places = dict[str, str]()
+    for each in (each for unit in units for each in rows(unit, _ID_COLUMNS) if isinstance(each, Row)):
+        name = _given_id(each)
+        # A document has its row's name, a reject its number.
+        found[each.document_id] = found[each.file, each.number()] = name
+        if isinstance(name, str):
+            place = f"{each.file}, row {each.number()}"
+            if name in places:
+                raise StrideError(
+                    f"{source} has more than one query with the id {name!r} ({places[name]}; {place}); ids must differ."
+                )
+            places[name] = place
+    named = []
+    for index, item in enumerate(items):
+        name = found.get(item.document_id if isinstance(item, Document) else (item.file, item.row))
+        if isinstance(name, Rejected):
+            item = name
+        if not isinstance(name, str):
+            name = f"q{index}"
+            while name in places:  # another query has this id
+                name += "~"
+        named.append((name, replace(item, document_id=name)))
+    return named
+
+
+def _given_id(row: Row) -> str | Rejected | None:
+    """The id that a row has, as a string; None without one, Rejected if the value cannot be an id."""
+    for column in _ID_COLUMNS:
+        value = row.values.get(column)
+        # Integers beside nulls become floats in pandas, and nulls NaN.
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            continue
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            return Rejected(row.file, row.number(), f"{column!r} is neither a string nor a number")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return Rejected(row.file, row.number(), f"{column!r} contains an invalid character (a lone surrogate)")
+        if value.strip():
+            return value
+    return None
 
 
 def row(query_id: str, encoded: TokenizedDocument) -> dict[str, Any]:

@@ -16,16 +16,16 @@ from typing import Any, TextIO
 import numpy as np
 
 from stride_ray.corpus.blocks import fixed_lists
+from stride_ray.corpus.chat.clock import fix_clock, fixed_time
 from stride_ray.corpus.documents import TokenizedDocument, read, resolve_columns
 from stride_ray.corpus.numbering import number_part, write_staged
-from stride_ray.corpus.packing import KEPT_UNUSED, Counts, make_blocks
+from stride_ray.corpus.packing import KEPT_UNUSED, PADDING, Counts, make_blocks
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.corpus.tokenizing import (
     encode_stream,
     end_of_text_id,
     load_tokenizer,
-    pad_id,
     show_masked,
     vocabulary_size,
 )
@@ -102,7 +102,8 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
         todo = [(i, first[i]) for i in range(len(units)) if part_name(i) not in numbered]
         results = map_tasks(number_part, (stage, staged), todo, allocate_workers(run.config.compute, len(todo)))
         stage.remember(progress(results, "number", len(todo), "parts"))
-    manifest = {**_manifest(stage, config, tokenizer, len(units)), "left_out": left_out}
+    own = load_tokenizer(stage.store.child("tokenizer").url)
+    manifest = {**_manifest(stage, config, own, len(units)), "left_out": left_out}
     stage.store.write_json("manifest.json", manifest)
     stage.store.remove("_tokenised")
     run.save()
@@ -139,9 +140,13 @@ def _register(
 
 
 def _save_tokenizer(stage: Stage, tokenizer: Any) -> None:
-    """Save the tokenizer beside the blocks, so that later stages can encode and decode text without the original."""
+    """Save the tokenizer beside the blocks, so that later stages can encode and decode text without the original.
+
+    Its chat template has a fixed clock: queries and input added later are rendered with the same date.
+    """
     if stage.store.exists("tokenizer/tokenizer_config.json"):
         return
+    fix_clock(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         try:
             tokenizer.save_pretrained(folder)
@@ -169,7 +174,7 @@ class Tokenise:
         documents = read(InputSplit.from_dict(work["unit"]), self.columns, unused)
         encoded = self._watched(encode_stream(documents, self.tokenizer))
         layout, tokens = self.config.layout, self.config.block_tokens
-        table, counts = make_blocks(encoded, layout, tokens, self.end_of_text, pad_id(self.tokenizer))
+        table, counts = make_blocks(encoded, layout, tokens, self.end_of_text, PADDING)
         counts.unused = sorted(unused)[:KEPT_UNUSED]
         name = part_name(work["index"])
         write_staged(self.staged.store, name, table)
@@ -202,6 +207,7 @@ def _manifest(stage: Stage, config: CorpusConfig, tokenizer: Any, units: int) ->
         "block_tokens": config.block_tokens,
         "max_token_id": max(marker["max_token_id"] for marker in markers),
         "vocabulary": vocabulary_size(tokenizer),
+        "chat_time": fixed_time(tokenizer),
         "fingerprint": digest([part["sha256"] for part in parts]),
         "parts": parts,
     }

@@ -6,18 +6,17 @@ assistant's turns of a conversation. Influence is measured on these tokens only,
 """
 
 import os
-import re
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress, groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from stride_ray.corpus.chat.template import ChatTemplate, Ranges
 from stride_ray.corpus.documents import Document, TokenizedDocument
 from stride_ray.corpus.readers import Rejected
 from stride_ray.runtime.errors import StrideError
@@ -27,7 +26,7 @@ from stride_ray.runtime.urls import filesystem, first_line, redacted, redacted_e
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 512
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt")
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_CALL = {"add_special_tokens": False, "padding": False, "truncation": False}
 _SHOWN_COUNTED = ("⟦", "⟧")
 
 
@@ -121,12 +120,6 @@ def end_of_text_id(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def pad_id(tokenizer: Any) -> int:
-    """The padding id: the tokenizer's pad token, else its end-of-text token, else 0. Padding is always masked."""
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return 0 if found is None else int(found)
-
-
 # Cache of (length, size): listing a vocabulary takes a tenth of a second. A changed length means added tokens.
 _sizes: "weakref.WeakKeyDictionary[Any, tuple[int, int]]" = weakref.WeakKeyDictionary()
 
@@ -153,6 +146,10 @@ def encode_stream(
 def encode(documents: Sequence[Document], tokenizer: Any | None) -> list[TokenizedDocument | Rejected]:
     """Tokenise documents; returns one result per document, in order.
 
+    A prompt and its answer are tokenised as one text, as trainers do: apart, Metaspace tokenizers (Llama 2, Mistral,
+    Gemma) would put a space between them. A token with characters of both carries loss, since the answer cannot be
+    generated without it. Conversations are treated alike, see ``ChatTemplate``.
+
     Args:
         documents: the documents. Text gets no special tokens. A prompt is followed by its answer and end-of-text
             (unless the answer ends with it), both of which carry loss. Messages are rendered with the chat template;
@@ -176,6 +173,7 @@ def _batched(items: Iterable[Document | Rejected]) -> Iterator[list[Document | R
         batch.append(item)
         if isinstance(item, Document):
             room -= sum(map(len, (item.text or "", item.prompt or "", item.answer or "", item.token_ids or ())))
+            room -= sum(len(str(message.get("content", ""))) for message in item.messages or ())
         if room <= 0 or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, room = [], _BATCH_CHARACTERS
@@ -183,41 +181,119 @@ def _batched(items: Iterable[Document | Rejected]) -> Iterator[list[Document | R
         yield batch
 
 
+class _Passage(NamedTuple):
+    """A document's text, the ranges of its characters that carry loss (None: all), and whether end-of-text follows."""
+
+    text: str
+    targets: Ranges | None = None
+    ended: bool = False
+
+
 def _encode_batch(documents: list[Document], tokenizer: Any | None) -> list[TokenizedDocument | Rejected]:
     if tokenizer is None and any(document.token_ids is None for document in documents):
         raise StrideError("A tokenizer is needed to read text; name one, or the model that it belongs to.")
-    # All strings of the batch in one call, which fast tokenizers process in parallel.
-    texts = [
-        text for document in documents for text in (document.text, document.prompt, document.answer) if text is not None
-    ]
-    pieces = iter(_text_ids(texts, tokenizer))
+    passages = _passages(documents, tokenizer)
+    # All texts of the batch in one call, which fast tokenizers process in parallel.
+    plain = iter(_text_ids([p.text for p in passages if isinstance(p, _Passage) and p.targets is None], tokenizer))
+    masked = iter(_masked_ids([p for p in passages if isinstance(p, _Passage) and p.targets is not None], tokenizer))
     results: list[TokenizedDocument | Rejected] = []
-    for document in documents:
-        if document.text is not None:
-            result = _checked(document, next(pieces), None)
-        elif document.answer is not None:
-            prompt, answer, end = next(pieces), next(pieces), end_of_text_id(tokenizer)
-            answer = answer if answer[-1:] == [end] else [*answer, end]
-            result = _checked(document, [*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
-        elif document.messages is not None:
-            result = _conversation(document, tokenizer)
+    for document, passage in zip(documents, passages, strict=True):
+        if passage is None:
+            result = _given_ids(document, None if tokenizer is None else vocabulary_size(tokenizer))
+        elif isinstance(passage, Rejected):
+            result = passage
+        elif passage.targets is None:
+            result = _checked(document, next(plain), None)
         else:
-            limit = None if tokenizer is None else vocabulary_size(tokenizer)
-            result = _given_ids(document, limit)
+            ids, mask = next(masked)
+            end = [end_of_text_id(tokenizer)] if passage.ended else []
+            end = [] if ids[-1:] == end else end
+            result = _checked(document, [*ids, *end], [*mask, *(True for _ in end)])
         results.append(result)
     return results
+
+
+def _passages(documents: list[Document], tokenizer: Any) -> list[_Passage | Rejected | None]:
+    """Each document as a passage; None for token ids."""
+    templates = dict[bool, ChatTemplate]()
+    passages: list[_Passage | Rejected | None] = []
+    for document in documents:
+        if document.text is not None:
+            passages.append(_Passage(document.text))
+        elif document.answer is not None:
+            prompt = document.prompt or ""
+            text = prompt + document.answer
+            passages.append(_Passage(text, [(len(prompt), len(text))], ended=True))
+        elif document.messages is not None:
+            tools = "tools" in (document.template_arguments or {})  # for which a tokenizer may have another template
+            if tools not in templates:
+                templates[tools] = _chat_template(tokenizer, tools)
+            passages.append(_conversation(document, templates[tools]))
+        else:
+            passages.append(None)
+    return passages
 
 
 def _text_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     if not texts:
         return []
-    call = {"add_special_tokens": False, "padding": False, "truncation": False}
-    if getattr(type(tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
-        return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **call)["input_ids"]
+    if not _has_offsets(tokenizer):
+        return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **_CALL)["input_ids"]
     # Same as a transformers call, but without token offsets, which take nearly as long as the tokens. The empty call
     # configures the backend: no truncation, no padding, the tokenizer's treatment of special tokens.
-    tokenizer("", **call)
+    tokenizer("", **_CALL)
     return [each.ids for each in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _masked_ids(passages: list[_Passage], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
+    """The ids of passages with targets, and which carry loss: those with a character of a target."""
+    if not passages:
+        return []
+    texts = [passage.text for passage in passages]
+    if not _has_offsets(tokenizer):
+        return [
+            (ids, _mask_by_prefixes(ids, passage, tokenizer))
+            for ids, passage in zip(_text_ids(texts, tokenizer), passages, strict=True)
+        ]
+    tokenizer("", **_CALL)  # as in _text_ids
+    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [
+        (each.ids, _mask_by_offsets(each.offsets, passage.targets or []))
+        for each, passage in zip(encodings, passages, strict=True)
+    ]
+
+
+def _has_offsets(tokenizer: Any) -> bool:
+    """Whether the tokenizer says which characters a token stands for: a fast one that encodes in the usual way."""
+    return getattr(type(tokenizer), "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus
+
+
+def _mask_by_offsets(offsets: list[tuple[int, int]], targets: Ranges) -> list[bool]:
+    """Which tokens carry loss, from the characters (start, end) that each stands for."""
+    starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    mask = np.zeros(len(starts), np.bool_)
+    for start, end in targets:
+        # A token of no characters, such as the space that some tokenizers put before a text, goes with the next one.
+        mask |= np.maximum(starts, start) < np.minimum(np.maximum(ends, starts + 1), end)
+    return mask.tolist()
+
+
+def _mask_by_prefixes(ids: list[int], passage: _Passage, tokenizer: Any) -> list[bool]:
+    """``_mask_by_offsets`` for tokenizers written in Python, which have no offsets.
+
+    A target begins at the first token that the text before it, tokenised alone, does not begin with.
+    """
+    mask = np.zeros(len(ids), np.bool_)
+    for start, end in passage.targets or []:
+        before, through = _text_ids([passage.text[:start], passage.text[:end]], tokenizer)
+        first, last = _common_length(ids, before), _common_length(ids, through)
+        mask[first : last + (last < len(through))] = True
+    return mask.tolist()
+
+
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _checked(document: Document, ids: Sequence[int], mask: Sequence[bool] | None) -> TokenizedDocument | Rejected:
@@ -243,89 +319,39 @@ def _given_ids(document: Document, limit: int | None) -> TokenizedDocument | Rej
     return _checked(document, ids, document.loss_mask)
 
 
-def _conversation(document: Document, tokenizer: Any) -> TokenizedDocument | Rejected:
-    messages, arguments = document.messages or [], document.template_arguments or {}
+def _chat_template(tokenizer: Any, tools: bool) -> ChatTemplate:
     if not tokenizer.chat_template:
         raise StrideError(
             "The tokenizer has no chat template, which messages need; use the tokenizer of a chat model, add "
             "chat_template.jinja beside it, or map prompt and answer instead of messages."
         )
+    try:
+        return ChatTemplate(tokenizer, tools)
+    except ValueError:  # several templates by name, none of which is the default
+        raise StrideError(
+            f"The tokenizer has the chat templates {', '.join(tokenizer.chat_template)}, and none is named default; "
+            "name one so in its tokenizer_config.json."
+        ) from None
+
+
+def _conversation(document: Document, template: ChatTemplate) -> _Passage | Rejected:
+    messages = document.messages or []
     if not any(message["role"] == "assistant" for message in messages):
         return Rejected(document.document_id, None, "no turn of the assistant")
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     learned = [document.learned is None or document.learned[i] for i in turns]
     if not any(learned):
         return Rejected(document.document_id, None, "every turn of the assistant is marked as not to be learned")
-    if not tokenizer.is_fast:
-        return Rejected(document.document_id, None, "the tokenizer is a slow one, which cannot tell the turns apart")
     try:
-        marked = _GENERATION.search(tokenizer.get_chat_template(tools=arguments.get("tools")))
-        text, spans = (_marked_spans if marked else _assistant_spans)(messages, tokenizer, arguments)
+        text, ranges = template.render(messages, document.template_arguments)
         if not all(learned):
-            if len(spans) != len(learned):
-                raise ValueError(f"it marks {len(spans)} parts for {len(learned)} turns, so that none can be left out")
-            spans = list(compress(spans, learned))
+            if len(ranges) != len(learned):
+                raise ValueError(f"it marks {len(ranges)} parts for {len(learned)} turns, so that none can be left out")
+            ranges = list(compress(ranges, learned))
     except Exception as error:  # a template is a program and may raise anything
         reason = first_line(error)
         return Rejected(document.document_id, None, f"the chat template does not take it: {reason}")
-    told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, padding=False, truncation=False)
-    starts, ends = np.asarray(told["offset_mapping"], np.int64).reshape(-1, 2).T
-    mask = np.zeros(len(starts), np.bool_)
-    for start, end in spans:  # a token that overlaps a turn belongs to it: the turn cannot be generated without it
-        mask |= (np.maximum(starts, start) < np.minimum(ends, end)) & (ends > starts)
-    return _checked(document, told["input_ids"], mask.tolist())
-
-
-def _marked_spans(
-    messages: list[dict[str, Any]], tokenizer: Any, arguments: dict[str, Any]
-) -> tuple[str, list[tuple[int, int]]]:
-    """A rendered conversation and the character ranges that the template marks as the assistant's."""
-    # The tokenizer's own mask is not used: if a marked range ends in white space that no token covers, it extends to
-    # the end of the conversation.
-    rendered: Any = render_jinja_template(
-        [messages],
-        chat_template=tokenizer.get_chat_template(tools=arguments.get("tools")),
-        return_assistant_tokens_mask=True,
-        **{**tokenizer.special_tokens_map, **arguments},
-    )
-    texts, spans = rendered
-    return texts[0], [(int(start), int(end)) for start, end in spans[0]]
-
-
-def _assistant_spans(
-    messages: list[dict[str, Any]], tokenizer: Any, arguments: dict[str, Any]
-) -> tuple[str, list[tuple[int, int]]]:
-    """A rendered conversation and the character ranges of the assistant's turns.
-
-    A turn is the text after its generation prompt up to and including its end marker, without the white space after
-    the marker, which the model never generates.
-
-    Raises:
-        ValueError: the template renders a turn differently if others follow it.
-    """
-
-    def render(turns: list[dict[str, Any]], prompted: bool) -> str:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompted, **arguments))
-
-    text = render(messages, False)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        after = render(messages[: i + 1], False)
-        if i:
-            before = render(messages[:i], True)
-        else:  # templates cannot render an empty conversation: take the generation prompt from another one
-            other = [{"role": "user", "content": "-"}]
-            prompt = render(other, True).removeprefix(render(other, False))
-            before = after[: after.find(prompt) + len(prompt)] if prompt in after else after + prompt
-        if not (text.startswith(after) and after.startswith(before)):
-            raise ValueError(f"message {i} is rendered differently alone; mark the turns with {{% generation %}}")
-        turn, content = after[len(before) :], message.get("content")
-        if isinstance(content, str) and turn.rstrip() != content.rstrip() and turn.strip():
-            turn = turn.rstrip()
-        spans.append((len(before), len(before) + len(turn)))
-    return text, spans
+    return _Passage(text, ranges)
 
 
 def show_masked(encoded: TokenizedDocument, tokenizer: Any) -> str:

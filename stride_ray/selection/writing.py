@@ -17,7 +17,7 @@ import zstandard
 
 from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.files import END, compression
-from stride_ray.corpus.packing import Counts, block_schema, iter_blocks
+from stride_ray.corpus.packing import PADDING, Counts, block_schema, iter_blocks
 from stride_ray.corpus.readers import Row, raw_lines, rows
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
@@ -71,7 +71,7 @@ def marker_name(arm: str, part: int) -> str:
 def _blocks(how: Reading, store: Store, part: int, wanted: set[int], path: str) -> int:
     """Pack the selected documents of a part into new blocks in the run's layout; returns the number of blocks."""
     # Imported here because most selections write rows, which takes less time than importing the tokenizer libraries.
-    from stride_ray.corpus.tokenizing import end_of_text_id, load_tokenizer, pad_id
+    from stride_ray.corpus.tokenizing import end_of_text_id, load_tokenizer
 
     tokenizer = load_tokenizer(how.blocks.child("tokenizer").url)
     sources = store.read_table(f"_pool/{part_name(part)}.parquet", ["source"])["source"].to_pylist()
@@ -84,7 +84,7 @@ def _blocks(how: Reading, store: Store, part: int, wanted: set[int], path: str) 
     end = end_of_text_id(tokenizer) if how.packed else -1
     counts = Counts()
     with pq.ParquetWriter(path, block_schema(how.block_tokens, ordinals=False), compression="zstd") as writer:
-        for batch in iter_blocks(kept, layout, how.block_tokens, end, pad_id(tokenizer), counts):
+        for batch in iter_blocks(kept, layout, how.block_tokens, end, PADDING, counts):
             writer.write_batch(batch)
     return counts.blocks
 

@@ -1,0 +1,1 @@
+"""Chat templates: conversations to text with marked targets, at a fixed time."""

@@ -1,7 +1,8 @@
 """Documents of a unit: mapping input columns to roles, and converting rows into documents or rejects.
 
-A document is text, a prompt with its answer, a conversation or token ids. Its id and source identify its origin and do
-not depend on the machine that read it; both are part of block ids and of all displayed results.
+A document is text, a prompt with its answer, a conversation or token ids. Its source and id identify it together, since
+ids often start again in every file; they do not depend on the machine that read it, and both are part of block ids and
+of all results. An id is text: the number 1 and the string "1" are the same id.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +46,8 @@ class Document:
         document_id: value of the id column; without one, ``name`` for a text file, ``name#<byte offset>`` for a line
             of JSON Lines (in the decompressed file), ``name#<row of the file>`` for Parquet and Arrow.
         source: value of the source column, else the file's name.
+        place: where its row is in the unit: the byte offset of a line (in the decompressed file), the number of a row
+            of the file (Parquet, Arrow), or the index of a text file among the unit's.
         text: plain text, not blank.
         prompt: text before the answer; may be empty.
         answer: the completion that carries the loss, not blank.
@@ -61,6 +64,7 @@ class Document:
     messages: list[dict[str, Any]] | None = None
     token_ids: list[int] | None = None
     loss_mask: list[bool] | None = None
+    place: int = 0
 
 
 def read(unit: InputSplit, columns: Mapping[str, str]) -> Iterator[Document | Rejected]:
@@ -73,15 +77,6 @@ def read(unit: InputSplit, columns: Mapping[str, str]) -> Iterator[Document | Re
     Raises:
         StrideError: the mapping is inconsistent, or a file cannot be fetched. Bad content never raises.
     """
-    for _, item in read_with_positions(unit, columns):
-        yield item
-
-
-def read_with_positions(unit: InputSplit, columns: Mapping[str, str]) -> Iterator[tuple[int, Document | Rejected]]:
-    """``read`` with positions: the byte offset of a line, a row's number, or a text file's index in the unit.
-
-    Rejects have position -1.
-    """
     if unit.kind == "text":
         columns = {"text": "text"}
     elif not _content_roles(columns):
@@ -89,10 +84,10 @@ def read_with_positions(unit: InputSplit, columns: Mapping[str, str]) -> Iterato
     files = {file.name: number for number, file in enumerate(unit.files)}
     for row in rows(unit, set(columns.values())):
         if isinstance(row, Rejected):
-            yield -1, row
+            yield row
             continue
         place = files[row.file] if unit.kind == "text" else int(row.document_id.rpartition("#")[2])
-        yield place, _document(row, columns)
+        yield _document(row, columns, place)
 
 
 def resolve_columns(units: Sequence[InputSplit], columns: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -199,11 +194,22 @@ def _content_roles(columns: Mapping[str, str]) -> tuple[str, ...]:
     return content
 
 
+def shown_name(source: str, document_id: str) -> str:
+    """A document's name for display: its id, after its source if the id does not begin with that.
+
+    Example:
+        >>> shown_name("b.jsonl", "7"), shown_name("b.jsonl", "b.jsonl#1024")
+        ('b.jsonl: 7', 'b.jsonl#1024')
+    """
+    whole = not source or document_id == source or document_id.startswith(f"{source}#")
+    return document_id if whole else f"{source}: {document_id}"
+
+
 class InvalidRowError(Exception):
     """A row is not a valid document; becomes a reject."""
 
 
-def _document(row: Row, columns: Mapping[str, str]) -> Document | Rejected:
+def _document(row: Row, columns: Mapping[str, str], place: int) -> Document | Rejected:
     identity: dict[str, str] = {}
     try:
         for role in ("id", "source"):
@@ -219,7 +225,7 @@ def _document(row: Row, columns: Mapping[str, str]) -> Document | Rejected:
             )
     except InvalidRowError as error:
         return Rejected(row.file, row.number(), str(error), identity.get("id", ""))
-    return Document(identity.get("id", row.document_id), identity.get("source", row.file), **content)
+    return Document(identity.get("id", row.document_id), identity.get("source", row.file), place=place, **content)
 
 
 def _value(row: Row, column: str) -> Any:
@@ -326,9 +332,11 @@ class TokenizedDocument:
         source: as in Document.
         ids: token ids, int32 [tokens], at least one.
         mask: which tokens carry loss, bool [tokens], at least one True; None: all.
+        place: as in Document.
     """
 
     document_id: str
     source: str
     ids: npt.NDArray[np.int32]
     mask: npt.NDArray[np.bool_] | None = None
+    place: int = 0

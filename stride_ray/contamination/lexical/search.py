@@ -16,7 +16,7 @@ import pyarrow as pa
 from stride_ray.contamination.items import Item
 from stride_ray.contamination.lexical.ngrams import Index, fields_of, numbering
 from stride_ray.contamination.lexical.words import split
-from stride_ray.corpus.documents import Document, read_with_positions
+from stride_ray.corpus.documents import Document, read
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.corpus.tokenizing import load_tokenizer
@@ -146,18 +146,18 @@ class Searcher:
         documents: Counter[str] = Counter()
         kept: Counter[int] = Counter()
         rejected: list[str] = []
-        for place, item in read_with_positions(unit, self.corpus.columns):
+        for item in read(unit, self.corpus.columns):
             if isinstance(item, Rejected):
                 documents["rejected"] += 1
                 rejected = [*rejected, item.sentence()][:5]
                 continue
             documents["read"] += 1
-            file = unit.files[place if unit.kind == "text" else 0].name
+            file = unit.files[item.place if unit.kind == "text" else 0].name
             held: set[int] = set()
             for part, text in texts(item, self.tokenizer):
                 numbers = self.numbering.numbers(text)
                 held.update(np.unique(numbers).tolist())
-                rows += self._matches(item, part, text, numbers, {"file": file, "place": place}, kept, documents)
+                rows += self._matches(item, part, text, numbers, {"file": file, "place": item.place}, kept, documents)
             holding[list(held)] += 1
         self.stage.store.write_table(f"{meets}.parquet", pa.Table.from_pylist(rows, RAW))
         held_words = [(word, int(holding[i])) for word, i in self.index.vocabulary.items() if holding[i]]

@@ -401,6 +401,32 @@ def test_ids_sources_and_every_sort_of_document(tmp_path):
         assert {type(item) for item in without[1:3]} == {Rejected}
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_an_id_is_text_whatever_its_type(tmp_path, kind):
+    ids = {
+        "number": [1, 2**62, -3, None],
+        "text": ["1", "01", "1 ", "é", "e\u0301", None, ""],
+        "gap": [1.0, 2.0, 2.5, 1e17, None],  # what pandas makes of integers with a gap
+    }
+    told = {
+        "number": ["1", str(2**62), "-3", "'id' is null, not a string"],
+        "text": ["1", "01", "1 ", "é", "e\u0301", "'id' is null, not a string", "'id' is empty"],
+        "gap": ["1", "2", *["'id' is a number with a point, not a string"] * 2, "'id' is null, not a string"],
+    }
+    for name, values in ids.items():
+        table = pa.table({"id": values, "text": ["a text"] * len(values)})
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "jsonl":
+            write_lines(path, table.to_pylist())
+        elif kind == "parquet":
+            pq.write_table(table, path)
+        else:
+            with pa.ipc.new_file(str(path), table.schema) as file:
+                file.write_table(table)
+        items = read_all([str(path)], {"text": "text", "id": "id"})
+        assert [getattr(item, "reason", item.document_id) for item in items] == told[name]
+
+
 def test_loss_masks_are_checked(tmp_path):
     rows = [{"t": [1, 2], "m": m} for m in ([1, 0], [True, False], [1], [2, 0], None)]
     items = read_all([write_lines(tmp_path / "a.jsonl", rows)], {"token_ids": "t", "loss_mask": "m"})

@@ -237,6 +237,9 @@ def _value(row: Row, column: str) -> Any:
 def _name(row: Row, column: str) -> str:
     """An id or source as a string; the value may be an integer."""
     value = _value(row, column)
+    # pandas makes a column of integers with a gap one of floats, which hold integers below 2^53 exactly.
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not _checked_text(value, column):

@@ -37,7 +37,7 @@ from stride_ray.runtime.options import CorpusConfig
 from stride_ray.runtime.run import Run, Stage, part_name
 from stride_ray.runtime.storage import refuse_inside
 from stride_ray.runtime.tasks import allocate_workers, connected, map_dataset, map_tasks, progress
-from stride_ray.runtime.urls import first_line
+from stride_ray.runtime.urls import first_line, redacted
 
 
 def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
@@ -131,6 +131,12 @@ def _register(
         for file in unit.files:
             before = files.get(file.name)
             if before and before.content != file.content:
+                if before.url != file.url:
+                    raise StrideError(
+                        f"{redacted(file.url)} is not the {file.name!r} that was sharded, {redacted(before.url)}: "
+                        "its size or modification time differs; give it another name or shard into a new run directory "
+                        "(there, one input, their common parent folder, takes both)."
+                    )
                 raise StrideError(
                     f"{file.name} was changed since it was sharded; put new text into new files, or shard into a new "
                     "run directory."

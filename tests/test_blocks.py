@@ -116,9 +116,9 @@ def test_shares_of_documents_add_up_to_one(pool):
     rows, documents, shares = document_shares(table)
     np.testing.assert_allclose(np.bincount(rows, shares, minlength=len(pool)), 1)
     expected = [
-        (i, span["document_id"], span["length"] / sum(each["length"] for each in spans))
+        (i, (span["source"], span["document_id"]), span["length"] / sum(each["length"] for each in spans))
         for i, spans in enumerate(table["spans"].to_pylist())
         for span in spans
     ]
-    assert list(zip(rows.tolist(), documents.tolist(), shares.tolist(), strict=True)) == expected
+    assert list(zip(rows.tolist(), documents, shares.tolist(), strict=True)) == expected
     assert max(np.bincount(rows)) > 1

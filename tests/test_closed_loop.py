@@ -119,7 +119,7 @@ def test_the_lexical_arm_is_what_lexical_search_finds(attributed, found):
     tops = similar_blocks(blocks, (row["token_ids"] for row in selecting), 1)
     first = set()
     for top in tops:
-        first |= set(document_shares(blocks.take(top, ["spans"]))[1])
+        first |= {name for _, name in document_shares(blocks.take(top, ["spans"]))[1]}
     assert kept.set_index("document_id").loc[sorted(first), "best_rank"].min() == 1
     assert kept["score"].dropna().is_monotonic_increasing
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +14,22 @@ from hypothesis import strategies as st
 
 from stride_ray.corpus import packing
 from stride_ray.corpus.documents import TokenizedDocument, read
-from stride_ray.corpus.numbering import read_staged, with_ordinals, write_staged
+from stride_ray.corpus.files import END as END_OF_FILE
+from stride_ray.corpus.files import SourceFile
+from stride_ray.corpus.numbering import (
+    document_hashes,
+    number_part,
+    read_staged,
+    repeats,
+    with_ordinals,
+    write_staged,
+)
 from stride_ray.corpus.packing import Counts, block_id, block_schema, iter_blocks, make_blocks
 from stride_ray.corpus.readers import Rejected
-from stride_ray.corpus.splits import plan
+from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.corpus.tokenizing import encode_stream
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Stage, part_name
 from stride_ray.runtime.storage import Store
 
 END, PAD = 9, 0
@@ -99,15 +110,16 @@ def test_rows_are_told_by_their_first_and_longest_span(layout, documents, block_
 @LAYOUT
 def test_a_small_example(layout):
     documents = [encoded("a", [1, 2, 3]), encoded("b", [4, 5, END], [False, True, True]), encoded("c", [6])]
+    documents = [replace(document, place=7 * i) for i, document in enumerate(documents)]
     table, _ = make_blocks(documents, layout, 4, END, PAD)
     if layout == "pack":
         ids = [[1, 2, 3, END], [4, 5, END, 6], [END, PAD, PAD, PAD]]
         masks = [None, [False, True, True, True], [True, False, False, False]]
-        spans = [[("a", 0, 4)], [("b", 0, 3), ("c", 0, 1)], [("c", 1, 1)]]
+        spans = [[("a", "web", 0, 0, 4)], [("b", "web", 7, 0, 3), ("c", "web", 14, 0, 1)], [("c", "web", 14, 1, 1)]]
     else:
         ids = [[1, 2, 3, PAD], [4, 5, END, PAD], [6, PAD, PAD, PAD]]
         masks = [[True, True, True, False], [False, True, True, False], [True, False, False, False]]
-        spans = [[("a", 0, 3)], [("b", 0, 3)], [("c", 0, 1)]]
+        spans = [[("a", "web", 0, 0, 3)], [("b", "web", 7, 0, 3)], [("c", "web", 14, 0, 1)]]
     assert table["token_ids"].to_pylist() == ids
     assert table["loss_mask"].to_pylist() == masks
     assert [[tuple(span.values()) for span in row] for row in table["spans"].to_pylist()] == spans
@@ -128,15 +140,42 @@ def test_block_ids_never_change():
 
 
 @LAYOUT
-def test_repeated_ids_are_made_distinct(layout):
-    documents = [encoded(name, [1, 2, 3], source=source) for name, source in zip("aaab", "wwxw", strict=True)]
-    documents += [encoded("a~2", [4, 4]), encoded("a", [5], source="w")]
-    table, counts = make_blocks(documents, layout, 2, END, PAD)
-    names = list(dict.fromkeys((s["document_id"]) for row in table["spans"].to_pylist() for s in row))
-    assert names == ["a", "a~2", "b", "a~3"]  # ids are of a source: "a" of x and "a~2" of web are not repeated
-    assert counts.repeated == 2
-    assert counts.documents == len(documents)
-    assert len(set(table["block_id"].to_pylist())) == table.num_rows
+@pytest.mark.parametrize("numbered", [0, 1, 2])
+def test_a_documents_name_is_its_own_whatever_ids_the_input_has(tmp_path, layout, numbered):
+    """Three parts, the first ``numbered`` of them numbered before; "a" of x is another document than that of w."""
+    stage, staged = Stage(Store(str(tmp_path / "blocks")), "0"), Stage(Store(str(tmp_path / "staged")), "0")
+    ids = ["aaab", "ac", "aa"]
+    sources = ["wwxw", "ww", "xw"]
+    units = [InputSplit(str(i), "jsonl", (SourceFile(f"{i}.jsonl", "", 1, ""),), 0, END_OF_FILE) for i in range(3)]
+    for i in range(3):
+        named = enumerate(zip(ids[i], sources[i], strict=True))
+        documents = [replace(encoded(name, [1, 2, 3], source=source), place=10 * j) for j, (name, source) in named]
+        table, counts = make_blocks(documents, layout, 2, END, PAD)
+        write_staged(staged.store, part_name(i), table)
+        staged.mark(part_name(i), 0.0, counts=counts.to_dict(), max_token_id=3)
+    for known in (numbered, 3):  # interrupted, or with input added
+        found = [document_hashes(stage, staged, (i, part_name(i) in stage.done()))["hashes"] for i in range(known)]
+        repeated, shared = repeats(found) if found else ([], 0)
+        for i in range(known):
+            if part_name(i) not in stage.done():
+                number_part(stage, staged, (i, 0, units[i], repeated[i]))
+    assert shared == 1
+    assert [marker["counts"]["repeated"] for marker in stage.done().values()] == [1, 1, 2]
+    assert [marker["renamed"] for marker in stage.done().values()] == [
+        ["w", "a~0.jsonl#10"],
+        ["w", "a~1.jsonl#0"],
+        ["x", "a~2.jsonl#0"],
+    ]
+    rows = [row for i in range(3) for row in stage.store.read_table(f"{part_name(i)}.parquet").to_pylist()]
+    spans = [span for row in rows for span in row["spans"]]
+    assert list(dict.fromkeys((span["source"], span["document_id"]) for span in spans)) == [
+        *(("w", "a"), ("w", "a~0.jsonl#10"), ("x", "a"), ("w", "b")),
+        *(("w", "a~1.jsonl#0"), ("w", "c"), ("x", "a~2.jsonl#0"), ("w", "a~2.jsonl#10")),
+    ]
+    assert len({row["block_id"] for row in rows}) == len(rows)
+    for row in rows:
+        first = row["spans"][0]
+        assert row["block_id"] == block_id(first["source"], first["document_id"], first["start"])
 
 
 def test_ordinals_and_schema_survive_parquet():

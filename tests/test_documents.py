@@ -356,7 +356,7 @@ def test_columns_are_detected(tmp_path, row, expected):
     assert resolve_columns(found) == {}
     assert resolve_columns(found, {"id": "k"}) == {"id": "k"}
     documents = [item for unit in found[1:] for item in read(unit, {"id": "k"}) if isinstance(item, Document)]
-    assert documents == [Document("x", "a.jsonl", **expected)]
+    assert documents == [Document("x", "a.jsonl", **expected, place=documents[0].place)]
 
 
 def test_columns_that_are_wrong_are_told(tmp_path):
@@ -411,6 +411,32 @@ def test_ids_sources_and_every_sort_of_document(tmp_path):
         without = list(read(found[0], {k: v for k, v in columns.items() if k not in ("id", "source")}))
         assert without[0].document_id == "a.jsonl#0"
         assert {type(item) for item in without[1:3]} == {Rejected}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_an_id_is_text_whatever_its_type(tmp_path, kind):
+    ids = {
+        "number": [1, 2**62, -3, None],
+        "text": ["1", "01", "1 ", "é", "e\u0301", None, ""],
+        "gap": [1.0, 2.0, 2.5, 1e17, None],  # what pandas makes of integers with a gap
+    }
+    told = {
+        "number": ["1", str(2**62), "-3", "'id' is null, not a string"],
+        "text": ["1", "01", "1 ", "é", "e\u0301", "'id' is null, not a string", "'id' is empty"],
+        "gap": ["1", "2", *["'id' is a number with a point, not a string"] * 2, "'id' is null, not a string"],
+    }
+    for name, values in ids.items():
+        table = pa.table({"id": values, "text": ["a text"] * len(values)})
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "jsonl":
+            write_lines(path, table.to_pylist())
+        elif kind == "parquet":
+            pq.write_table(table, path)
+        else:
+            with pa.ipc.new_file(str(path), table.schema) as file:
+                file.write_table(table)
+        items = read_all([str(path)], {"text": "text", "id": "id"})
+        assert [getattr(item, "reason", item.document_id) for item in items] == told[name]
 
 
 def test_loss_masks_are_checked(tmp_path):

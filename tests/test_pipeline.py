@@ -220,9 +220,13 @@ def test_a_changed_file_is_refused(finished, parts, tmp_path):
     shutil.copytree(parts.corpus, tmp_path / "corpus")
     shutil.copytree(finished.folder / "blocks", tmp_path / "run/blocks")
     write_lines(tmp_path / "corpus/b.jsonl", [{"text": "other words"}])
-    code, _, err = run_main(
-        "shard", tmp_path / "run", *flags(settings(parts, corpus__input=[str(tmp_path / "corpus")]))
-    )
+    command = ["shard", tmp_path / "run", *flags(settings(parts, corpus__input=[str(tmp_path / "corpus")]))]
+    code, _, err = run_main(*command)
+    assert code == 1
+    assert f"{tmp_path}/corpus/b.jsonl is not the 'b.jsonl' that was sharded, file://{parts.corpus}/b.jsonl" in err
+    plan = tmp_path / "run/blocks/plan.json"
+    plan.write_text(plan.read_text().replace(str(parts.corpus), str(tmp_path / "corpus")))
+    code, _, err = run_main(*command)
     assert code == 1
     assert "b.jsonl was changed since it was sharded" in err
 

@@ -193,6 +193,8 @@ def test_verdicts_tell_both_channels_apart():
         for key, overlap in (("a", 0.9), ("b", 0.8), ("c", 0.1))
     ]
     overlaps = {hit["key"]: hit["overlap"] for hit in hits}
+    # Ids start again in another file, and come twice in one: other documents, not further runs in the same one.
+    hits += [{**hits[0], "source": "y", "file": "y"}, {**hits[0], "place": 70}, {**hits[0], "part": "answer"}]
     lexical = Lexical(pa.Table.from_pylist(hits, MATCHES), overlaps, 9, 0, (), 0, 0, 0, 0, frozenset())
     controls = [{"key": f"k{i}", "control": True, "loss": 3.0 + i, "contrast": 1 + i / 40} for i in range(40)]
     asked = [
@@ -204,8 +206,9 @@ def test_verdicts_tell_both_channels_apart():
     assert [r["verdict"] for r in found] == ["lexical", "both", "influence", "clean"]
     assert [r["before"] for r in found] == [None, "lexical", None, None]
     assert [r["memorised"] for r in found] == [None, True, False, False]
-    assert [r["documents"] for r in found] == [1, 1, 0, 0]
-    assert found[2]["first_document"] == "c1"
+    assert [r["documents"] for r in found] == [3, 1, 0, 0]
+    assert (found[0]["first_source"], found[0]["first_document"]) == ("y", "a1")
+    assert (found[2]["first_source"], found[2]["first_document"]) == ("x", "c1")
     assert item_p_values(ties)["b"] == pytest.approx(1 / 41)
     assert [r["verdict"] for r in verdicts(items, lexical, None, 0.05, {}).to_pylist()] == ["lexical"] * 2 + [
         "clean"

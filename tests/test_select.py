@@ -315,6 +315,62 @@ def test_rows_keep_their_schema_whatever_they_come_from(formats, tmp_path, monke
     assert {number // 12 for number in found} == {0, 1, 2}
 
 
+def test_every_row_is_a_document_whatever_ids_the_input_has(parts, tmp_path, monkeypatch, capsys):
+    """Ids start again in every file, come twice in a file and a source, as numbers and strings, and after a reject."""
+    run_plainly(monkeypatch)
+    ids = [row_ids.tolist() for row_ids in np.random.default_rng(0).integers(10, 300, (8, 40))]
+    files = {
+        "a.jsonl": [("x", ids[0], "a"), (1, [10**6], "a"), (1, ids[1], "a"), ("1", ids[2], "a"), (2, ids[3], "w")],
+        "b.jsonl": [(1, ids[4], "b"), (1, ids[5], "a"), (2, ids[6], "w"), (None, ids[7], "b")],
+    }
+    for name, rows in files.items():
+        lines = [{"id": own, "token_ids": tokens, "source": source} for own, tokens, source in rows]
+        write_lines(tmp_path / "corpus" / name, lines)
+    columns = "token_ids=token_ids,id=id,source=source"
+    where = [str(tmp_path / "run"), "--model", str(parts.model)]
+    shape = ["--layout", "split", "--block-tokens", "16", "--columns", columns]
+    assert main(["shard", *where, "--input", str(tmp_path / "corpus/a.jsonl"), *shape]) == 0
+    assert "Documents with the id of an earlier one of their source: 1;" in capsys.readouterr().out
+    assert main(["shard", where[0], "--input", str(tmp_path / "corpus")]) == 0  # input added later
+    told = capsys.readouterr().out
+    assert "7 documents became" in told
+    assert "Documents with the id of an earlier one of their source: 3;" in told
+    assert "the first '1~a.jsonl#" in told
+    assert "(source 'a')" in told
+    assert "Ids in several sources: 1;" in told
+    queries = write_lines(tmp_path / "q.jsonl", [{"id": "sea", "text": "the anchor met the tide and the gull"}])
+    assert main(["attribute", *where, "--queries", queries, "--name", "asked", "--exact"]) == 0
+    assert " a: 1 " in capsys.readouterr().out
+    run = Run(where[0])
+    pool = pa.concat_tables(
+        [run.stage("blocks").store.read_table(part["name"]) for part in shard.shard(run)["parts"]]
+    ).to_pylist()
+    assert len({row["block_id"] for row in pool}) == len(pool) == 21
+    tokens = {tuple(each): i for i, each in enumerate(ids)}
+    rows = {}  # ordinal to the row that the block was cut from
+    for first in range(0, len(pool), 3):
+        whole = [i for row in pool[first : first + 3] for i in row["token_ids"]][:40]
+        rows |= {first + k: tokens[tuple(whole)] for k in range(3)}
+    sums = dict.fromkeys(range(7), 0.0)
+    for row in read_influence(run, "asked").to_pylist():
+        sums[rows[row["ordinal"]]] += row["influence"]
+    documents = read_influence(run, "asked", "documents").to_pylist()
+    assert len({(row["source"], row["document_id"]) for row in documents}) == 7
+    assert sorted(row["influence"] for row in documents) == pytest.approx(sorted(sums.values()))
+    for form in ([], ["--blocks"]):
+        out = tmp_path / f"out{len(form)}"
+        chosen = ["--name", "asked", "--out", str(out), "--by", "mean", "--documents", "3"]
+        assert main(["select", where[0], *chosen, *form]) == 0
+        best = sorted(sums, key=lambda i: -sums[i])[:3]
+        if form:
+            spans = [row for path in (out / "data").iterdir() for row in pq.read_table(path)["spans"].to_pylist()]
+            assert len({(span["source"], span["document_id"]) for row in spans for span in row}) == 3
+        else:
+            assert {tokens[tuple(json.loads(line)["token_ids"])] for line in lines_of(out / "data")} == set(best)
+        manifest = manifest_of(out)
+        assert sorted(manifest["mean_influence"]) == pytest.approx(sorted(sums.values()))
+
+
 def test_blocks_need_no_input_unless_a_packed_blocks_source_is_mapped(formats, tmp_path, monkeypatch, sharded, parts):
     run, root, *_ = formats
     run_plainly(monkeypatch)

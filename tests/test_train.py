@@ -38,7 +38,9 @@ def write_blocks(store, ids, mask=None, parts=2):
     """A finished ``blocks/`` folder."""
     made = []
     for part, rows in enumerate(np.array_split(np.arange(len(ids)), parts)):
-        spans = [[{"document_id": str(row), "start": 0, "length": ids.shape[1]}] for row in rows]
+        spans = [
+            [{"document_id": str(row), "source": "x", "place": row, "start": 0, "length": ids.shape[1]}] for row in rows
+        ]
         masks = [None if mask is None else mask[row].tolist() for row in rows]
         columns = [rows.astype(np.uint64), rows, ["x"] * len(rows), spans, list(ids[rows]), masks]
         store.write_table(f"part-{part:05d}.parquet", pa.table(columns, schema=block_schema(ids.shape[1])))

@@ -14,6 +14,7 @@ from stride_ray.attribution.recover import recover_estimates
 from stride_ray.attribution.rescore import exact_influence, rescore
 from stride_ray.attribution.respond import respond_table
 from stride_ray.corpus.blocks import Blocks, unit_count
+from stride_ray.corpus.documents import shown_name
 from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.tokenizing import load_tokenizer
 from stride_ray.operators.fit import fit
@@ -257,7 +258,8 @@ def print_table(shown: list[dict[str, Any]], out: TextIO) -> None:
         rows = [*query["helping"][:CONSOLE_BLOCKS], *query["harming"][:1]]
         for row in rows:
             text = textwrap.shorten(" ".join(row["text"].split()), 70) or row["text"].strip()[:70]
-            where = row["document_id"] if len(row["document_id"]) <= 32 else "…" + row["document_id"][-31:]
+            where = shown_name(row["source"], row["document_id"])
+            where = where if len(where) <= 32 else "…" + where[-31:]
             print(f"  {row['rank']:>4}  {row['influence']:+10.4g}  {where:<32}  {text}", file=out)
         if not rows:
             print("  no block has influence at this penalty", file=out)

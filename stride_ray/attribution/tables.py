@@ -28,7 +28,7 @@ DOCUMENTS = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("rank", pa.int32(), nullable=False),
-        pa.field("document_id", pa.string(), nullable=False),
+        pa.field("document_id", pa.string(), nullable=False),  # of its source: the two together are the document
         pa.field("source", pa.string(), nullable=False),
         pa.field("blocks", pa.int32(), nullable=False),
         pa.field("influence", pa.float64(), nullable=False),
@@ -70,8 +70,8 @@ class Influence:
 def rank_tables(queries: list[str], influences: list[Influence], blocks: Blocks) -> tuple[pa.Table, pa.Table]:
     """Build the influence and documents tables (INFLUENCE, DOCUMENTS) of some queries."""
     everything = np.unique(np.concatenate([np.zeros(0, np.int64), *(each.ordinals for each in influences)]))
-    known = blocks.take(everything, ["block_id", "source", "spans"])
-    block_ids, sources = known["block_id"].to_numpy(), np.array(known["source"].to_pylist(), dtype=object)
+    known = blocks.take(everything, ["block_id", "spans"])
+    block_ids = known["block_id"].to_numpy()
     span_rows, span_documents, shares = document_shares(known)
     first_span = np.searchsorted(span_rows, np.arange(len(everything)))
     ranked, summed = [], []
@@ -80,45 +80,48 @@ def rank_tables(queries: list[str], influences: list[Influence], blocks: Blocks)
         order = np.lexsort((each.ordinals, -each.weights))
         at = np.searchsorted(everything, each.ordinals[order])
         weights = each.weights[order]
+        largest = [_largest_document(i, span_documents, shares, first_span) for i in at]
         ranked.append(
             {
                 "query_id": [query] * len(at),
                 "rank": np.arange(1, len(at) + 1, dtype=np.int32),
                 "block_id": block_ids[at],
                 "ordinal": each.ordinals[order],
-                "document_id": [_largest_document(i, span_documents, shares, first_span) for i in at],
-                "source": sources[at],
+                "document_id": [document for _, document in largest],
+                "source": [source for source, _ in largest],
                 "influence": weights,
                 "exact": each.exact[order],
             }
         )
-        summed.append(_documents(query, at, weights, (span_rows, span_documents, shares), sources))
+        summed.append(_documents(query, at, weights, (span_rows, span_documents, shares)))
     return _concatenated(ranked, INFLUENCE), _concatenated(summed, DOCUMENTS)
 
 
-def _largest_document(row: int, documents: np.ndarray, shares: np.ndarray, first_span: np.ndarray) -> str:
-    """Return the document with the largest share of a block's tokens."""
+def _largest_document(
+    row: int, documents: list[tuple[str, str]], shares: np.ndarray, first_span: np.ndarray
+) -> tuple[str, str]:
+    """Return the document (source, id) with the largest share of a block's tokens."""
     stop = first_span[row + 1] if row + 1 < len(first_span) else len(documents)
     return documents[first_span[row] + int(np.argmax(shares[first_span[row] : stop]))]
 
 
 def _documents(
-    query: str, at: np.ndarray, weights: np.ndarray, spans: tuple[np.ndarray, np.ndarray, np.ndarray], sources: Any
+    query: str, at: np.ndarray, weights: np.ndarray, spans: tuple[np.ndarray, list[tuple[str, str]], np.ndarray]
 ) -> dict[str, Any]:
     """Sum one query's influence to documents, each block split by token share; in rank order."""
     span_rows, span_documents, shares = spans
     by_row = dict(zip(at.tolist(), weights.tolist(), strict=True))
-    totals: dict[str, list[Any]] = {}
+    totals: dict[tuple[str, str], list[Any]] = {}
     for index in np.flatnonzero(np.isin(span_rows, at)):
-        entry = totals.setdefault(span_documents[index], [0.0, 0, sources[span_rows[index]]])
+        entry = totals.setdefault(span_documents[index], [0.0, 0])
         entry[0] += by_row[int(span_rows[index])] * shares[index]
         entry[1] += 1
-    order = sorted(totals, key=lambda document: (-totals[document][0], document))
+    order = sorted(totals, key=lambda document: (-totals[document][0], document[1], document[0]))
     return {
         "query_id": [query] * len(order),
         "rank": np.arange(1, len(order) + 1, dtype=np.int32),
-        "document_id": order,
-        "source": [totals[document][2] for document in order],
+        "document_id": [document for _, document in order],
+        "source": [source for source, _ in order],
         "blocks": [totals[document][1] for document in order],
         "influence": [totals[document][0] for document in order],
     }

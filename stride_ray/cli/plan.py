@@ -141,6 +141,7 @@ MODES = {
 GROWTH: dict[str, Callable[[Size, Size], float]] = {
     "shard": _blocks,
     "number": _blocks,
+    "compare": _blocks,
     "count": _blocks,
     "queries": _queries,
     "code": _queries,

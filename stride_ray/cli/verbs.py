@@ -73,6 +73,14 @@ def _shard(run: Run, parsed: argparse.Namespace) -> int:
         f"({manifest['tokens']} tokens, {manifest['target_tokens']} of them targets) in {len(manifest['parts'])} "
         f"part(s) under {run.stage('blocks').store.display_url('')}"
     )
+    if manifest["repeated"]:
+        source, name = manifest["first_repeated"]
+        print(
+            f"Documents with the id of an earlier one of their source: {manifest['repeated']}; each is named by its id "
+            f"and the place of its row, the first {name!r} (source {source!r})."
+        )
+    if manifest["shared_ids"]:
+        print(f"Ids in several sources: {manifest['shared_ids']}; a document is its source and its id together.")
     if manifest["rejected"]:
         print(f"{manifest['rejected']} rows were rejected; the first:")
     for reject in manifest["rejects"][:5]:

@@ -6,11 +6,15 @@ from typing import Any
 import pyarrow as pa
 
 from stride_ray.contamination.verdicts import CLEAN
+from stride_ray.corpus.documents import shown_name
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import safe_url
 
-_KEPT = ("set", "item_id", "key", "verdict", "question", "overlap", "documents", "first_document", "q", "tied_document")
+_KEPT = (
+    *("set", "item_id", "key", "verdict", "question", "overlap", "documents", "first_document", "first_source", "q"),
+    *("tied_document", "tied_source"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,13 @@ def difference(earlier: pa.Table | None, later: pa.Table) -> Difference:
     new, changed = [], []
     for key, row in found.items():
         before = old.get(key, {}).get("verdict", CLEAN)
-        kept = {name: row[name] for name in _KEPT}
+        kept = {name: row.get(name) for name in _KEPT}
         if before == CLEAN:
             new.append(kept)
         elif before != row["verdict"]:
             changed.append({**kept, "before": before})
     resolved = [
-        {**{name: row[name] for name in _KEPT}, "gone": key not in now}
+        {**{name: row.get(name) for name in _KEPT}, "gone": key not in now}
         for key, row in old.items()
         if row["verdict"] != CLEAN and key not in found
     ]
@@ -85,7 +89,9 @@ def line(row: dict[str, Any]) -> str:
         return f"{text}; the item is not evaluated any more"
     evidence = []
     if row["verdict"] in ("lexical", "both"):
-        evidence.append(f"{row['overlap']:.0%} in {row['documents']} document(s), first {row['first_document']}")
+        first = shown_name(row.get("first_source") or "", row["first_document"])
+        evidence.append(f"{row['overlap']:.0%} in {row['documents']} document(s), first {first}")
     if row["verdict"] in ("influence", "both"):
-        evidence.append(f"tied to a block of {row['tied_document']}, q = {row['q']:.2g}")
+        tied = shown_name(row.get("tied_source") or "", row["tied_document"])
+        evidence.append(f"tied to a block of {tied}, q = {row['q']:.2g}")
     return f"{text} ({'; '.join(evidence)})"

@@ -28,7 +28,8 @@ _QUESTION = 120
 # Columns of a row for the page's script; all but the first four are named as in verdicts.VERDICTS.
 _ROW = (
     *("item", "mark", "note", "short", "set", "verdict", "question", "overlap", "documents", "first_document"),
-    *("contrast", "p", "q", "loss", "memorised", "share", "ordinal", "tied_document", "error"),
+    *("first_source", "contrast", "p", "q", "loss", "memorised", "share", "ordinal", "tied_document", "tied_source"),
+    "error",
 )
 
 

@@ -27,7 +27,8 @@ VERDICTS = pa.schema(
         pa.field("question", pa.string(), nullable=False),  # its first 200 characters
         pa.field("overlap", pa.float64(), nullable=False),  # largest share of a field found in one document
         pa.field("documents", pa.int32(), nullable=False),  # documents over the threshold
-        pa.field("first_document", pa.string()),  # the one with the largest overlap; null: no match
+        pa.field("first_document", pa.string()),  # id of the one with the largest overlap; null: no match
+        pa.field("first_source", pa.string()),
         pa.field("contrast", pa.float64()),  # influence.py; null: not measured
         pa.field("p", pa.float64()),
         pa.field("q", pa.float64()),  # p adjusted for false discovery
@@ -37,6 +38,7 @@ VERDICTS = pa.schema(
         pa.field("block_id", pa.uint64()),  # the tied block, for every verdict
         pa.field("ordinal", pa.int64()),
         pa.field("tied_document", pa.string()),
+        pa.field("tied_source", pa.string()),
         pa.field("influence", pa.float64()),
         pa.field("error", pa.string()),  # why influence could not be measured
     ]
@@ -58,18 +60,22 @@ def verdicts(
         false_discovery: largest q-value (significance.q_values) of a suspicion.
         before: item key to verdict in the previous scan.
     """
-    holding: dict[str, dict[str, float]] = {}
-    finding: dict[str, set[str]] = {}
-    for batch in lexical.matches.select(["key", "document_id", "overlap", "finding"]).to_batches():
+    # Documents are told apart by their rows: ids may repeat, even within a source.
+    holding: dict[str, dict[tuple[str, str, str, int], float]] = {}
+    finding: dict[str, set[tuple[str, int]]] = {}
+    names = ["document_id", "source", "file", "place"]
+    for batch in lexical.matches.select(["key", *names, "overlap", "finding"]).to_batches():
         for row in batch.to_pylist():
             held = holding.setdefault(row["key"], {})
-            held[row["document_id"]] = max(row["overlap"], held.get(row["document_id"], 0.0))
+            document = (row["document_id"], row["source"], row["file"], row["place"])
+            held[document] = max(row["overlap"], held.get(document, 0.0))
             if row["finding"]:
-                finding.setdefault(row["key"], set()).add(row["document_id"])
+                finding.setdefault(row["key"], set()).add(document[2:])
     tied = {} if ties is None else _tied(items, ties, false_discovery)
     rows = []
     for item in items:
         held, tie = holding.get(item.key, {}), tied.get(item.key, {})
+        first = max(held, key=lambda document: (held[document], document)) if held else (None, None)
         copied, suspected = item.key in finding, bool(tie.pop("suspected", False))
         rows.append(
             {
@@ -81,7 +87,8 @@ def verdicts(
                 "question": " ".join((item.question or item.answer).split())[:_SHOWN],
                 "overlap": lexical.overlaps.get(item.key, 0.0),
                 "documents": len(finding.get(item.key, ())),
-                "first_document": max(held, key=lambda name: (held[name], name)) if held else None,
+                "first_document": first[0],
+                "first_source": first[1],
                 **tie,
             }
         )
@@ -103,6 +110,7 @@ def _tied(items: Sequence[Item], ties: pa.Table, false_discovery: float) -> dict
         found[key] = {
             **kept,
             "tied_document": row["document_id"],
+            "tied_source": row["source"],
             "p": p[key] if key in q else None,
             "q": q.get(key),
             "memorised": None if row["loss"] is None else row["loss"] < low,

@@ -152,19 +152,19 @@ class Blocks:
             return file.schema_arrow.empty_table().select(list(columns))
 
 
-def document_shares(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def document_shares(table: pa.Table) -> tuple[np.ndarray, list[tuple[str, str]], np.ndarray]:
     """The documents in each block and their shares of it.
 
     Args:
         table: blocks with a ``spans`` column.
 
     Returns:
-        For every span: row (int64), document id (object), share of the block's tokens without padding (float64).
+        For every span: row (int64), document as (source, id), share of the block's tokens without padding (float64).
     """
     spans = table["spans"].combine_chunks()
     rows = np.repeat(np.arange(len(spans)), pc.list_value_length(spans).to_numpy(zero_copy_only=False))
     flat = spans.flatten()
-    documents = flat.field("document_id").to_numpy(zero_copy_only=False)
+    documents = list(zip(flat.field("source").to_pylist(), flat.field("document_id").to_pylist(), strict=True))
     lengths = flat.field("length").to_numpy(zero_copy_only=False).astype(np.float64)
     totals = np.bincount(rows, lengths, minlength=len(spans))
     return rows, documents, lengths / totals[rows]

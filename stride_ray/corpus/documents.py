@@ -1,7 +1,8 @@
 """Documents of a unit: mapping input columns to roles, and converting rows into documents or rejects.
 
-A document is text, a prompt with its answer, a conversation or token ids. Its id and source identify its origin and do
-not depend on the machine that read it; both are part of block ids and of all displayed results.
+A document is text, a prompt with its answer, a conversation or token ids. Its source and id identify it together, since
+ids often start again in every file; they do not depend on the machine that read it, and both are part of block ids and
+of all results. An id is text: the number 1 and the string "1" are the same id.
 """
 
 import json
@@ -40,6 +41,8 @@ class Document:
         document_id: value of the id column; without one, ``name`` for a text file, ``name#<byte offset>`` for a line
             of JSON Lines (in the decompressed file), ``name#<row of the file>`` for Parquet and Arrow.
         source: value of the source column, else the file's name.
+        place: where its row is in the unit: the byte offset of a line (in the decompressed file), the number of a row
+            of the file (Parquet, Arrow), or the index of a text file among the unit's.
         text: plain text, not blank.
         prompt: text before the answer; may be empty.
         answer: the completion that carries the loss, not blank.
@@ -60,6 +63,7 @@ class Document:
     template_arguments: dict[str, Any] | None = None
     token_ids: list[int] | None = None
     loss_mask: list[bool] | None = None
+    place: int = 0
 
 
 def read(unit: InputSplit, columns: Mapping[str, str], unused: set[str] | None = None) -> Iterator[Document | Rejected]:
@@ -73,31 +77,20 @@ def read(unit: InputSplit, columns: Mapping[str, str], unused: set[str] | None =
     Raises:
         StrideError: the mapping is inconsistent, or a file cannot be fetched. Bad content never raises.
     """
-    for _, item in read_with_positions(unit, columns, unused):
-        yield item
-
-
-def read_with_positions(
-    unit: InputSplit, columns: Mapping[str, str], unused: set[str] | None = None
-) -> Iterator[tuple[int, Document | Rejected]]:
-    """``read`` with positions: the byte offset of a line, a row's number, or a text file's index in the unit.
-
-    Rejects have position -1.
-    """
     if unit.kind == "text":
         columns = {"text": "text"}
     roles_given(columns)  # raises if they do not fit together
     files = {file.name: number for number, file in enumerate(unit.files)}
     for row in rows(unit, possible_columns(columns)):
         if isinstance(row, Rejected):
-            yield -1, row
+            yield row
             continue
         roles, others = roles_of(row.values, columns)
         if unused is not None:
             unused |= row.unread
             unused |= others
         place = files[row.file] if unit.kind == "text" else int(row.document_id.rpartition("#")[2])
-        yield place, _document(row, roles)
+        yield _document(row, roles, place)
 
 
 def resolve_columns(
@@ -169,11 +162,22 @@ def _listed(names: Any) -> str:
     return ", ".join(repr(name) for name in sorted(names)) or "none"
 
 
+def shown_name(source: str, document_id: str) -> str:
+    """A document's name for display: its id, after its source if the id does not begin with that.
+
+    Example:
+        >>> shown_name("b.jsonl", "7"), shown_name("b.jsonl", "b.jsonl#1024")
+        ('b.jsonl: 7', 'b.jsonl#1024')
+    """
+    whole = not source or document_id == source or document_id.startswith(f"{source}#")
+    return document_id if whole else f"{source}: {document_id}"
+
+
 class InvalidRowError(Exception):
     """A row is not a valid document; becomes a reject."""
 
 
-def _document(row: Row, roles: Roles) -> Document | Rejected:
+def _document(row: Row, roles: Roles, place: int) -> Document | Rejected:
     identity: dict[str, str] = {}
     try:
         for role in ("id", "source"):
@@ -184,7 +188,7 @@ def _document(row: Row, roles: Roles) -> Document | Rejected:
         return Rejected(row.file, row.number(), str(error), identity.get("id", ""))
     except RecursionError:
         return Rejected(row.file, row.number(), "nested too deeply", identity.get("id", ""))
-    return Document(identity.get("id", row.document_id), identity.get("source", row.file), **content)
+    return Document(identity.get("id", row.document_id), identity.get("source", row.file), place=place, **content)
 
 
 def _content(row: Row, roles: Roles) -> dict[str, Any]:
@@ -294,6 +298,9 @@ def _value(row: Row, column: str) -> Any:
 def _name(row: Row, column: str) -> str:
     """An id or source as a string; the value may be an integer."""
     value = _value(row, column)
+    # pandas makes a column of integers with a gap one of floats, which hold integers below 2^53 exactly.
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not _checked_text(value, column):
@@ -376,9 +383,11 @@ class TokenizedDocument:
         source: as in Document.
         ids: token ids, int32 [tokens], at least one.
         mask: which tokens carry loss, bool [tokens], at least one True; None: all.
+        place: as in Document.
     """
 
     document_id: str
     source: str
     ids: npt.NDArray[np.int32]
     mask: npt.NDArray[np.bool_] | None = None
+    place: int = 0

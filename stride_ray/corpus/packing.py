@@ -38,6 +38,8 @@ _BATCH_BLOCKS = 1024
 _SPAN = pa.struct(
     [
         pa.field("document_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("place", pa.int64(), nullable=False),
         pa.field("start", pa.int32(), nullable=False),
         pa.field("length", pa.int32(), nullable=False),
     ]
@@ -54,7 +56,7 @@ class Counts:
         tokens: tokens of documents, including end-of-text but not padding.
         target_tokens: tokens that carry loss.
         rejected: rejected rows, those of unreadable parts of files included; a whole file counts as one.
-        repeated: documents renamed (``id~2``) because another in the unit has the same id.
+        repeated: documents renamed because an earlier one of their source has the same id (numbering.repeats).
         rejects: the first KEPT_REJECTS rejects.
         unused: columns that held something and became no part of a document; the first KEPT_UNUSED by name.
     """
@@ -93,9 +95,10 @@ def block_schema(block_tokens: int, ordinals: bool = True) -> pa.Schema:
     """Columns of a table of blocks.
 
     ``block_id`` uint64; ``ordinal`` int64, the block's number in the corpus; ``source`` string, that of the longest
-    span; ``spans`` list of (document_id, start, length): the block is the concatenation of these spans, each
-    ``length`` tokens of a document from its token ``start`` on, followed by padding; ``token_ids`` int32
-    [block_tokens]; ``loss_mask`` bool [block_tokens], which tokens carry loss, null: all.
+    span; ``spans`` list of (document_id, source, place, start, length): the block is the concatenation of these spans,
+    each ``length`` tokens of a document from its token ``start`` on, followed by padding, and ``place`` is where the
+    document's row is in its unit (documents.Document); ``token_ids`` int32 [block_tokens]; ``loss_mask`` bool
+    [block_tokens], which tokens carry loss, null: all.
 
     Args:
         block_tokens: tokens in a block.
@@ -146,7 +149,7 @@ def block_id(source: str, document_id: str, start: int) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
 
 
-@lru_cache(maxsize=4 * _BATCH_BLOCKS)  # ids are computed per batch, some time after ``_distinct`` hashed the document
+@lru_cache(maxsize=4 * _BATCH_BLOCKS)
 def _document_name(source: str, document_id: str) -> str:
     """The beginning of the JSON list [source, document_id, start], cached because a document may have many blocks."""
     # JSON, because with a plain separator two different triples could collide. Dumping the strings alone is faster.
@@ -156,6 +159,7 @@ def _document_name(source: str, document_id: str) -> str:
 class _Span(NamedTuple):
     document_id: str
     source: str
+    place: int
     start: int
     length: int
 
@@ -175,7 +179,10 @@ def iter_blocks(
         raise StrideError(f"Blocks of {block_tokens} tokens cannot be made; give block_tokens = 1 or more.")
     builder = _Builder(block_tokens, pad)
     end, uncounted = np.array([end_of_text], np.int32), np.zeros(1, np.bool_)
-    for document in _distinct(items, counts):
+    for document in items:
+        if isinstance(document, Rejected):
+            counts.reject(document)
+            continue
         ids, mask = document.ids, document.mask
         if layout == "pack" and ids[-1] != end_of_text:
             ids = np.concatenate([ids, end])
@@ -197,27 +204,6 @@ def iter_blocks(
         yield batch
 
 
-def _distinct(items: Iterable[TokenizedDocument | Rejected], counts: Counts) -> Iterator[TokenizedDocument]:
-    """The documents with unique ids; rejects are counted.
-
-    An id column need not be unique, but two documents with the same source and id would share block ids. The second in
-    the unit is renamed to ``id~2``; dropping it would lose data that the model was trained on.
-    """
-    # 64-bit hashes instead of the ids: a unit may hold millions.
-    seen: set[int] = set()
-    for item in items:
-        if isinstance(item, Rejected):
-            counts.reject(item)
-            continue
-        name, copy = item.document_id, 1
-        while (identity := block_id(item.source, name, 0)) in seen:
-            copy += 1
-            name = f"{item.document_id}~{copy}"
-        seen.add(identity)
-        counts.repeated += copy > 1
-        yield item if copy == 1 else TokenizedDocument(name, item.source, item.ids, item.mask)
-
-
 class _Builder:
     """Buffer of tokens and spans, cut every ``block_tokens``; its first token is always the first of a block."""
 
@@ -237,7 +223,7 @@ class _Builder:
             if not filled:
                 self._spans.append([])
             length = min(self.block_tokens - filled, len(ids) - start)
-            self._spans[-1].append(_Span(document.document_id, document.source, start, length))
+            self._spans[-1].append(_Span(document.document_id, document.source, document.place, start, length))
             start += length
         self._append(ids, np.ones(len(ids), np.bool_) if mask is None else mask)
 
@@ -271,6 +257,8 @@ def _batch(spans: Sequence[Sequence[_Span]], ids: npt.NDArray[np.int32], mask: n
     members = pa.StructArray.from_arrays(
         [
             pa.array([span.document_id for span in flat], pa.string()),
+            pa.array([span.source for span in flat], pa.string()),
+            pa.array([span.place for span in flat], pa.int64()),
             pa.array([span.start for span in flat], pa.int32()),
             pa.array([span.length for span in flat], pa.int32()),
         ],

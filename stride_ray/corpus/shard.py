@@ -1,8 +1,9 @@
 """Stage shard: documents to numbered blocks in Parquet.
 
 Two passes over the units. The first (Ray Data) tokenises a unit's documents and cuts them into blocks. Once all block
-counts are known, the second (Ray tasks) assigns dense ordinals and publishes the final parts. New input continues the
-numbering, so existing blocks keep their ordinals and thereby their subsets.
+counts are known, the second (Ray tasks) assigns dense ordinals, renames documents whose source has their id already,
+and publishes the final parts. New input continues the numbering, so existing blocks keep their ordinals and thereby
+their subsets.
 """
 
 import sys
@@ -18,7 +19,7 @@ import numpy as np
 from stride_ray.corpus.blocks import fixed_lists
 from stride_ray.corpus.chat.clock import fix_clock, fixed_time
 from stride_ray.corpus.documents import TokenizedDocument, read, resolve_columns
-from stride_ray.corpus.numbering import number_part, write_staged
+from stride_ray.corpus.numbering import document_hashes, number_part, repeats, write_staged
 from stride_ray.corpus.packing import KEPT_UNUSED, PADDING, Counts, make_blocks
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import InputSplit, plan
@@ -36,7 +37,7 @@ from stride_ray.runtime.options import CorpusConfig
 from stride_ray.runtime.run import Run, Stage, part_name
 from stride_ray.runtime.storage import refuse_inside
 from stride_ray.runtime.tasks import allocate_workers, connected, map_dataset, map_tasks, progress
-from stride_ray.runtime.urls import first_line
+from stride_ray.runtime.urls import first_line, redacted
 
 
 def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
@@ -56,7 +57,9 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
     Returns:
         ``blocks/manifest.json``: counts of documents, blocks, tokens, target tokens and rejects, the first rejects with
         file, row and reason, columns that were not used, files that were left out, the parts with their content
-        hashes, and the corpus fingerprint.
+        hashes, and the corpus fingerprint; ``repeated``, the number of documents renamed because an earlier one of
+        their source has their id, ``first_repeated``, source and new id of the first of them, and ``shared_ids``, the
+        number of ids that occur in several sources.
 
     Raises:
         StrideError: missing or empty input, or input that changed since it was sharded; no tokenizer; settings that
@@ -99,11 +102,14 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
             run.roll_back(stage)  # else the stored plan and options would reject the corrected command
             raise StrideError(_no_blocks_message(config, markers_by_part))
         first = np.concatenate([[0], np.cumsum(counts)]).tolist()
-        todo = [(i, first[i]) for i in range(len(units)) if part_name(i) not in numbered]
+        repeated, shared = _repeats(
+            run, (stage, staged), [part_name(i) in numbered for i in range(len(units))], columns
+        )
+        todo = [(i, first[i], units[i], repeated[i]) for i in range(len(units)) if part_name(i) not in numbered]
         results = map_tasks(number_part, (stage, staged), todo, allocate_workers(run.config.compute, len(todo)))
         stage.remember(progress(results, "number", len(todo), "parts"))
     own = load_tokenizer(stage.store.child("tokenizer").url)
-    manifest = {**_manifest(stage, config, own, len(units)), "left_out": left_out}
+    manifest = {**_manifest(stage, config, own, len(units)), "left_out": left_out, "shared_ids": shared}
     stage.store.write_json("manifest.json", manifest)
     stage.store.remove("_tokenised")
     run.save()
@@ -128,6 +134,12 @@ def _register(
         for file in unit.files:
             before = files.get(file.name)
             if before and before.content != file.content:
+                if before.url != file.url:
+                    raise StrideError(
+                        f"{redacted(file.url)} is not the {file.name!r} that was sharded, {redacted(before.url)}: "
+                        "its size or modification time differs; give it another name or shard into a new run directory "
+                        "(there, one input, their common parent folder, takes both)."
+                    )
                 raise StrideError(
                     f"{file.name} was changed since it was sharded; put new text into new files, or shard into a new "
                     "run directory."
@@ -137,6 +149,18 @@ def _register(
         known += new
         stage.store.write_json("plan.json", {**record, "units": [unit.to_dict() for unit in known]})
     return known, record["columns"]
+
+
+def _repeats(
+    run: Run, stages: tuple[Stage, Stage], numbered: list[bool], columns: dict[str, str]
+) -> tuple[list[np.ndarray], int]:
+    """``numbering.repeats`` of all parts; nothing to find without an id column, for ids made of places are unique."""
+    if "id" not in columns:
+        return [np.zeros(0, np.int64)] * len(numbered), 0
+    work = list(enumerate(numbered))
+    results = map_tasks(document_hashes, stages, work, allocate_workers(run.config.compute, len(work)))
+    found = sorted(progress(results, "compare", len(work), "parts"), key=lambda result: result["part"])
+    return repeats([result["hashes"] for result in found])
 
 
 def _save_tokenizer(stage: Stage, tokenizer: Any) -> None:
@@ -203,6 +227,7 @@ def _manifest(stage: Stage, config: CorpusConfig, tokenizer: Any, units: int) ->
     ]
     return {
         **counts.to_dict(),
+        "first_repeated": next((marker["renamed"] for marker in markers if marker["renamed"]), []),
         "layout": config.layout,
         "block_tokens": config.block_tokens,
         "max_token_id": max(marker["max_token_id"] for marker in markers),

@@ -300,11 +300,13 @@ def _checked(document: Document, ids: Sequence[int], mask: Sequence[bool] | None
     if not len(ids):
         return Rejected(document.document_id, None, "no tokens")
     if mask is None:
-        return TokenizedDocument(document.document_id, document.source, np.fromiter(ids, np.int32, len(ids)))
+        return TokenizedDocument(
+            document.document_id, document.source, np.fromiter(ids, np.int32, len(ids)), place=document.place
+        )
     if not any(mask):
         return Rejected(document.document_id, None, "no token counts: its loss mask is false throughout")
     return TokenizedDocument(
-        document.document_id, document.source, np.asarray(ids, np.int32), np.asarray(mask, np.bool_)
+        document.document_id, document.source, np.asarray(ids, np.int32), np.asarray(mask, np.bool_), document.place
     )
 
 

@@ -169,7 +169,9 @@ def _lexical_targets(run: Run, chosen: Mapping[str, Sequence[str]], store: Store
     """Build document tables with TF-IDF similarity instead of influence; a document has its best block's similarity."""
     blocks = Blocks(run.stage("blocks").store)
     rows, names, _ = document_shares(blocks.take(np.arange(len(blocks)), ["spans"]))
-    documents, codes = np.unique(names.astype(str), return_inverse=True)
+    documents = sorted(set(names))
+    number = {document: i for i, document in enumerate(documents)}
+    codes = np.array([number[document] for document in names])
     targets = []
     for name, ids in chosen.items():
         queries = _filter_queries(stored_queries(run, name), ids).to_pylist()
@@ -180,12 +182,12 @@ def _lexical_targets(run: Run, chosen: Mapping[str, Sequence[str]], store: Store
             each[ordinals] = values
             best = np.zeros(len(documents))
             np.maximum.at(best, codes, each[rows])
-            order = np.lexsort((documents, -best))[: int((best > 0).sum())]
+            order = np.argsort(-best, kind="stable")[: int((best > 0).sum())]
             columns = {
                 "query_id": [query["query_id"]] * len(order),
                 "rank": np.arange(1, len(order) + 1, dtype=np.int32),
-                "document_id": documents[order],
-                "source": [""] * len(order),
+                "document_id": [documents[i][1] for i in order],
+                "source": [documents[i][0] for i in order],
                 "blocks": np.zeros(len(order), np.int32),
                 "influence": best[order],
             }

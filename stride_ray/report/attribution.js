@@ -4,7 +4,7 @@ const number = (value) => (value === null ? "" : value.toPrecision(4));
 const signed = (value) => (value > 0 ? "+" : "−") + Math.abs(value).toPrecision(4);
 const WORD = /[\p{L}\p{N}_]{2,}/gu;
 const wordsOf = (text) => text.toLowerCase().match(WORD) || [];
-const best = (query) => (query.helping.length ? query.helping[0][4] : "");
+const best = (query) => (query.helping.length ? named(query.helping[0][4], query.helping[0][5]) : "");
 
 // Words that occur in most blocks; not highlighted, since they do not indicate a match.
 const common = new Set();

@@ -4,6 +4,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const ROWS = 25;
 const byId = (id) => document.getElementById(id);
+// A document's id, after its source if the id does not begin with that.
+const named = (id, source) => (!source || id === source || id.startsWith(`${source}#`) ? id : `${source}: ${id}`);
 
 function make(tag, name, text) {
   const node = document.createElement(tag);

@@ -24,8 +24,8 @@ const COLUMNS = [
   { title: "memorised", of: (x) => x.memorised, show: spoken },
   { title: "question", of: (x) => x.question, kind: "text brief" },
 ];
-const searched = (x) => [x.set, x.item, x.verdict, x.mark, x.note, x.question, x.first_document, x.tied_document, x.error,
-  ...(x.texts || []).map(([, text]) => text), ...(x.copies || []).map((each) => each.document)].join("\n");
+const searched = (x) => [x.set, x.item, x.verdict, x.mark, x.note, x.question, x.first_source, x.first_document, x.tied_source,
+  x.tied_document, x.error, ...(x.texts || []).map(([, text]) => text), ...(x.copies || []).map((each) => `${each.source} ${each.document}`)].join("\n");
 
 // An element with children, texts or nodes.
 function holding(tag, name, ...children) {
@@ -149,7 +149,7 @@ function influence(item) {
     ? `Suspected ${rate}: the model predicts it better than control items, and leans on a block as for none of them.`
     : `Not suspected ${rate}: some control items are predicted as well, or lean on a block as much.`));
   const facts = [
-    ["tied document", item.tied_document], ["block", item.ordinal], ["contrast", number(item.contrast)],
+    ["tied document", named(item.tied_document, item.tied_source)], ["block", item.ordinal], ["contrast", number(item.contrast)],
     ["p", number(item.p)], ["q", number(item.q)],
     ["share of all influence", item.share === null ? "" : percent(item.share)],
     ["loss, nats a token", number(item.loss)], ["memorised", spoken(item.memorised)],

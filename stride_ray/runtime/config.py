@@ -83,6 +83,8 @@ class Config:
         return config
 
 
+# Goes up when the files of ``blocks/`` change so that no stage can go on from older ones.
+BLOCKS_FORMAT = 2
 # Stage to its upstream stage and the options (or sections) that its output depends on besides its inputs. A stage's
 # identity includes the keys of all upstream stages.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -98,12 +100,13 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def stage_keys(config: Config, stage: str) -> dict[str, Any]:
-    """The options that ``stage`` and its upstream stages depend on, as ``{"section.key": value}``."""
+    """What ``stage`` depends on: options, its own and its upstream stages', and the format of the blocks."""
     prefixes: list[str] = []
     while stage:
         stage, own = STAGES[stage]
         prefixes += own
-    return {k: v for k, v in config.flat().items() if any(k == p or k.startswith(p + ".") for p in prefixes)}
+    chosen = {k: v for k, v in config.flat().items() if any(k == p or k.startswith(p + ".") for p in prefixes)}
+    return {"blocks.format": BLOCKS_FORMAT, **chosen}
 
 
 def stage_hash(config: Config, stage: str) -> str:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import SelectConfig
 from stride_ray.runtime.storage import Store
-from stride_ray.selection.duplicates import NearDuplicateIndex
+from stride_ray.selection.duplicates import Name, NearDuplicateIndex
 
 MANIFEST = pa.schema(
     [
@@ -35,6 +35,7 @@ MANIFEST = pa.schema(
         pa.field("mean_influence", pa.float64()),
         pa.field("share_helped", pa.float64()),
         pa.field("near_duplicate_of", pa.string()),
+        pa.field("near_duplicate_source", pa.string()),
         pa.field("round", pa.int32()),
     ]
 )
@@ -66,8 +67,8 @@ class Tally:
 class Chooser(Protocol):
     """Decides on the documents of a ranking, batch by batch."""
 
-    def codes(self, batch: pa.Table) -> tuple[np.ndarray, list[str | None] | None]:
-        """Return the reason code of each document in the next batch (ranking.ORDERED), and its near-duplicate's id."""
+    def codes(self, batch: pa.Table) -> tuple[np.ndarray, list[Name | None] | None]:
+        """Return the reason code of each document in the next batch (ranking.ORDERED), and its near-duplicate."""
 
 
 class GreedyChooser:
@@ -91,7 +92,7 @@ class GreedyChooser:
         self.named = 0
         self.passed_over = False
 
-    def codes(self, batch: pa.Table) -> tuple[np.ndarray, list[str | None] | None]:
+    def codes(self, batch: pa.Table) -> tuple[np.ndarray, list[Name | None] | None]:
         """See Chooser."""
         named = np.asarray(batch["mean_influence"].is_valid())
         codes = np.where(named, KEPT, KEPT_UNNAMED).astype(np.int8)
@@ -110,11 +111,11 @@ class GreedyChooser:
             return codes, None
         return codes, self._take(batch, codes)
 
-    def _take(self, batch: pa.Table, codes: np.ndarray) -> list[str | None] | None:
+    def _take(self, batch: pa.Table, codes: np.ndarray) -> list[Name | None] | None:
         """Decide document by document, since each decision depends on those before; updates ``codes`` in place."""
-        alike: list[str | None] | None = [None] * batch.num_rows if self.taken is not None else None
+        alike: list[Name | None] | None = [None] * batch.num_rows if self.taken is not None else None
         tokens = batch["tokens"].to_pylist()
-        sources = batch["source"].to_pylist() if self.quotas else []
+        sources = batch["source"].to_pylist()
         for i in np.flatnonzero(codes <= KEPT_UNNAMED).tolist():
             size = tokens[i]
             cost = size if self.counts_tokens else 1
@@ -131,7 +132,7 @@ class GreedyChooser:
                 if alike[i] is not None:
                     codes[i] = NEAR_DUPLICATE
                     continue
-                self.taken.add(batch["document_id"][i].as_py(), stored)
+                self.taken.add((sources[i], batch["document_id"][i].as_py()), stored)
             if self.passed_over and codes[i] == KEPT:
                 codes[i] = KEPT_SMALL
             self.documents -= 1
@@ -159,7 +160,7 @@ class RandomChooser:
         self.left = dict(tokens)
         self.missing = sum(tokens.values())
 
-    def codes(self, batch: pa.Table) -> tuple[np.ndarray, list[str | None] | None]:
+    def codes(self, batch: pa.Table) -> tuple[np.ndarray, list[Name | None] | None]:
         """See Chooser."""
         codes = np.full(batch.num_rows, NOT_DRAWN, np.int8)
         codes[np.asarray(batch["taken_round"].is_valid())] = EARLIER
@@ -193,6 +194,7 @@ def write_manifest(
     with pq.ParquetWriter(path, MANIFEST, compression="zstd") as writer:
         for batch in ordered:
             codes, alike = chooser.codes(batch)
+            like = alike or [None] * len(codes)
             kept = codes <= KEPT_UNNAMED
             _count(tally, batch, codes, kept, words)
             taken_round = batch["taken_round"].to_numpy(zero_copy_only=False)
@@ -200,7 +202,8 @@ def write_manifest(
                 "kept": kept,
                 "reason": pa.array(words).take(pa.array(codes)),
                 "rank": np.arange(rank + 1, rank + 1 + len(codes)),
-                "near_duplicate_of": pa.nulls(len(codes), pa.string()) if alike is None else pa.array(alike),
+                "near_duplicate_of": pa.array([name and name[1] for name in like], pa.string()),
+                "near_duplicate_source": pa.array([name and name[0] for name in like], pa.string()),
                 "round": pa.array(np.where(kept, number, taken_round), from_pandas=True).cast(pa.int32()),
             }
             found = [columns.get(name, batch[name] if name in batch.column_names else None) for name in MANIFEST.names]

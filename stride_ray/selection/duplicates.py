@@ -7,6 +7,8 @@ from datasketch import MinHash, MinHashLSH
 # Tokens per n-gram; permutations per signature, for a standard error of about 0.04 in the Jaccard similarity.
 GRAM, PERMUTATIONS = 5, 128
 SIGNATURE = pa.binary(4 * PERMUTATIONS)
+# Source and id of a document.
+Name = tuple[str, str]
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -37,21 +39,21 @@ class NearDuplicateIndex:
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
         self._index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=(0.2, 0.8))
-        self._names: list[str] = []
+        self._names: list[Name] = []
         self._values: list[np.ndarray] = []
 
-    def like(self, stored: bytes) -> str | None:
-        """Return the id of the most similar selected document, or None if none reaches the threshold."""
+    def like(self, stored: bytes) -> Name | None:
+        """Return the most similar selected document, or None if none reaches the threshold."""
         values = np.frombuffer(stored, "<u4")
         close = [(float((self._values[i] == values).mean()), -i) for i in self._index.query(_sketch(values))]
         best, number = max(close, default=(0.0, 0))
         return self._names[-number] if best >= self.threshold else None
 
-    def add(self, document_id: str, stored: bytes) -> None:
+    def add(self, name: Name, stored: bytes) -> None:
         """Add a selected document."""
         values = np.frombuffer(stored, "<u4")
         self._index.insert(len(self._names), _sketch(values))
-        self._names.append(document_id)
+        self._names.append(name)
         self._values.append(values)
 
 

@@ -1,7 +1,8 @@
 """The pool as a table of documents, with each one's length and the place of its row in the input.
 
 A part of the blocks holds the documents of one input split in reading order; a document runs from the span that starts
-at its token 0 to the next such span. So documents and tokens are read from the part, places from its input split.
+at its token 0 to the next such span, which also says where its row is in the input split. The split is read only to see
+that the row is still there.
 """
 
 import json
@@ -13,9 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from stride_ray.corpus.blocks import fixed_lists
-from stride_ray.corpus.documents import Document, read_with_positions
+from stride_ray.corpus.documents import Document, read
 from stride_ray.corpus.files import refreshed
-from stride_ray.corpus.packing import block_id
 from stride_ray.corpus.readers import unfetched
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
@@ -58,9 +58,8 @@ class Piece(NamedTuple):
     """One document of a part.
 
     Attributes:
-        document_id: its id.
-        source: of the block that it starts in; in packed blocks this may be the source of a neighbouring document.
-        first_block: id of that block if the document is the first in it, else None.
+        document_id, source: its name.
+        place: where its row is in the input split (documents.Document).
         ids: its tokens (int32), including end-of-text; empty if not requested.
         mask: its loss mask (bool); empty if not requested.
         tokens: number of tokens.
@@ -68,7 +67,7 @@ class Piece(NamedTuple):
 
     document_id: str
     source: str
-    first_block: int | None
+    place: int
     ids: np.ndarray
     mask: np.ndarray
     tokens: int
@@ -98,16 +97,13 @@ def list_part(how: Reading, stage: Stage, signed: bool, work: tuple[int, InputSp
     started = time.monotonic()
     part, unit = work
     rows: list[dict[str, Any]] = []
-    placed = _placed(how, unit) if _needs_input(how, unit) else None
+    placed = None if how.as_blocks else _documents(how, unit)
     for number, piece in enumerate(pieces(how, part, tokens=signed)):
-        source, place = piece.source, number
         if placed is not None:
-            document, found = _row_of(piece, placed, unit)
-            source, place = document.source, number if how.as_blocks else found
-        elif how.packed and unit.kind == "text":
-            source = piece.document_id  # a text file is its own source
+            _check_row(piece, placed, unit)
+        place = number if how.as_blocks else piece.place
         signed_as = signature(piece.ids) if signed else None
-        row = {"document_id": piece.document_id, "source": source, "part": part, "place": place}
+        row = {"document_id": piece.document_id, "source": piece.source, "part": part, "place": place}
         rows.append({**row, "tokens": piece.tokens, "signature": signed_as})
     table = pa.Table.from_pylist(rows, POOL)
     content = stage.store.write_table(f"_pool/{part_name(part)}.parquet", table)
@@ -117,7 +113,7 @@ def list_part(how: Reading, stage: Stage, signed: bool, work: tuple[int, InputSp
 
 def pieces(how: Reading, part: int, tokens: bool) -> Iterator[Piece]:
     """Yield the documents of a part in order, with their token ids and loss mask if ``tokens``."""
-    columns = ["block_id", "source", "spans", *(["token_ids", "loss_mask"] if tokens else [])]
+    columns = ["spans", *(["token_ids", "loss_mask"] if tokens else [])]
     open_piece: Piece | None = None
     held: list[tuple[np.ndarray, np.ndarray]] = []
     with how.blocks.open_parquet(f"{part_name(part)}.parquet") as file:
@@ -125,16 +121,14 @@ def pieces(how: Reading, part: int, tokens: bool) -> Iterator[Piece]:
             table = file.read_row_group(group, columns=columns)
             ids = fixed_lists(table["token_ids"], how.block_tokens, 0) if tokens else None
             mask = fixed_lists(table["loss_mask"], how.block_tokens, True) if tokens else None
-            names, sources = table["block_id"].to_pylist(), table["source"].to_pylist()
             for row, spans in enumerate(table["spans"].to_pylist()):
                 offset = 0
-                for index, span in enumerate(spans):
+                for span in spans:
                     if span["start"] == 0:
                         if open_piece is not None:
                             yield _closed(open_piece, held)
-                        first = names[row] if index == 0 else None
-                        nothing = np.zeros(0, np.int32)
-                        open_piece = Piece(span["document_id"], sources[row], first, nothing, nothing > 0, 0)
+                        nothing, name = np.zeros(0, np.int32), (span["document_id"], span["source"])
+                        open_piece = Piece(*name, span["place"], nothing, nothing > 0, 0)
                         held = []
                     assert open_piece is not None  # packing never crosses a unit: the first span starts a document
                     end = offset + span["length"]
@@ -153,11 +147,6 @@ def _closed(piece: Piece, held: list[tuple[np.ndarray, np.ndarray]]) -> Piece:
     return piece._replace(ids=np.concatenate(ids).astype(np.int32), mask=np.concatenate(masks).astype(bool))
 
 
-def _needs_input(how: Reading, unit: InputSplit) -> bool:
-    """Whether the input must be read: to copy rows, or because a packed block stores only its majority source."""
-    return not how.as_blocks or (how.packed and "source" in how.columns and unit.kind != "text")
-
-
 def refuse_changed(unit: InputSplit) -> None:
     """Raise StrideError if a file of an input split has changed since it was sharded, or cannot be accessed."""
     for file in unit.files:
@@ -174,24 +163,22 @@ def refuse_changed(unit: InputSplit) -> None:
             )
 
 
-def _placed(how: Reading, unit: InputSplit) -> Iterator[tuple[int, Document]]:
+def _documents(how: Reading, unit: InputSplit) -> Iterator[Document]:
     refuse_changed(unit)
-    for place, item in read_with_positions(unit, how.columns):
-        if isinstance(item, Document):
-            yield place, item
+    return (item for item in read(unit, how.columns) if isinstance(item, Document))
 
 
-def _row_of(piece: Piece, placed: Iterator[tuple[int, Document]], unit: InputSplit) -> tuple[Document, int]:
-    """Advance to the input row that a document of the blocks came from; rows before it were rejected in tokenising."""
-    for place, document in placed:
-        stem, _, copy = piece.document_id.rpartition("~")
-        same = document.document_id == piece.document_id
-        same = same or (copy.isdigit() and document.document_id == stem)
-        # A block's id is a hash that includes its first document's source: a cheap check that this is the row.
-        if same and piece.first_block in (None, block_id(document.source, piece.document_id, 0)):
-            return document, place
-    names = json.dumps([file.name for file in unit.files[:2]])
-    raise StrideError(
-        f"The document {piece.document_id!r} is no longer where it was sharded from (input {names}); restore "
-        "the input, or select blocks (--blocks), which are in the run directory."
-    )
+def _check_row(piece: Piece, documents: Iterator[Document], unit: InputSplit) -> None:
+    """Advance to the input row that a document of the blocks came from; raise StrideError if it is another one now."""
+    document = next((each for each in documents if each.place >= piece.place), None)
+    if (
+        document is None
+        or (document.place, document.source) != (piece.place, piece.source)
+        # Sharding adds its place to an id that its source has already (numbering.with_distinct_ids).
+        or not f"{piece.document_id}~".startswith(f"{document.document_id}~")
+    ):
+        names = json.dumps([file.name for file in unit.files[:2]])
+        raise StrideError(
+            f"The document {piece.document_id!r} is no longer where it was sharded from (input {names}); restore "
+            "the input, or select blocks (--blocks), which are in the run directory."
+        )

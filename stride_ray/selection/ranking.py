@@ -1,7 +1,7 @@
 """Influence tables to one ranking of all documents, best first: DuckDB SQL in fixed memory, spilling to disk.
 
 Paths are taken literally: DuckDB would read ``[`` as a glob pattern and a folder ``tokens=0.2`` as a Hive partition
-column.
+column. A document is its source and its id.
 
 The result does not depend on threads, partitions or file order: influence is summed in fixed-point numbers, whose sum
 is independent of order, and ties are broken by a hash of (seed, source, document id) rather than alphabetically.
@@ -61,7 +61,7 @@ class Target:
     Attributes:
         name: of the set.
         store: the folder with its tables.
-        tables: file names, with columns document_id, query_id, rank, influence (tables.DOCUMENTS).
+        tables: file names, with columns source, document_id, query_id, rank, influence (tables.DOCUMENTS).
         queries: ids of the queries to use, none of them failed; rows of other queries are ignored.
         identity: digest that changes when the tables or the queries do.
     """
@@ -270,7 +270,7 @@ def _cut_rows(database: Database, number: int, target: Target, scale: float, pas
     asked = pa.table({"query_id": pa.array(target.queries, pa.string())})
     database.sql.register("asked", asked)
     database.cut(
-        f"""SELECT document_id, rank, round(influence * {scale!r})::BIGINT AS influence
+        f"""SELECT source, document_id, rank, round(influence * {scale!r})::BIGINT AS influence
             FROM read_parquet(?, {PLAIN}) SEMI JOIN asked USING (query_id)""",
         f"rows-{number}",
         passes,
@@ -285,10 +285,10 @@ def _sum_influence(database: Database, targets: Sequence[Target], index: int) ->
     The mean is in units of 1 / scale, the share in units of 2^-BITS: integers, whose sum is independent of order.
     """
     each = (
-        f"""SELECT {number} AS target, document_id, min(rank) FILTER (influence > 0) AS best,
+        f"""SELECT {number} AS target, source, document_id, min(rank) FILTER (influence > 0) AS best,
                    round(sum(influence)::DOUBLE / {len(target.queries)})::BIGINT AS mean,
                    round(count(*) FILTER (influence > 0) * {2.0**BITS!r} / {len(target.queries)})::BIGINT AS share
-            FROM {database.piece(f"rows-{number}", index)} GROUP BY document_id"""
+            FROM {database.piece(f"rows-{number}", index)} GROUP BY source, document_id"""
         for number, target in enumerate(targets)
     )
     database.copy(" UNION ALL ".join(each), f"summed-{index}.parquet")
@@ -298,13 +298,14 @@ def _place(database: Database, sets: int, passes: int, seed: int) -> None:
     """Write ``places``: each document's place in each query set's own ranking, if it helps any query of the set."""
     for number in range(sets):
         path = database.copy(
-            f"""SELECT document_id FROM read_parquet('{database.folder}/summed-*.parquet', {PLAIN})
+            f"""SELECT source, document_id FROM read_parquet('{database.folder}/summed-*.parquet', {PLAIN})
                 WHERE target = {number} AND best IS NOT NULL
-                ORDER BY best, mean DESC, md5_number_lower('{seed}/' || document_id), document_id""",
+                ORDER BY best, mean DESC, md5_number_lower('{seed}/' || source || '/' || document_id), document_id,
+                source""",
             f"places-{number}.parquet",
         )
         rows = f"read_parquet('{path}', file_row_number = true, {PLAIN})"
-        numbered = f"SELECT document_id, file_row_number + 1 AS place FROM {rows}"
+        numbered = f"SELECT source, document_id, file_row_number + 1 AS place FROM {rows}"
         database.cut(numbered, f"places-{number}", passes)
 
 
@@ -313,10 +314,10 @@ def _combine(database: Database, sets: int, by: tuple[str, bool], scale: float, 
     way, places = by
     score = {"rank": "best_rank::DOUBLE", "mean": "mean_influence", "share": "share_helped"}[way]
     database.run(
-        f"""CREATE OR REPLACE TABLE found AS SELECT document_id, min(best) AS best_rank,
+        f"""CREATE OR REPLACE TABLE found AS SELECT source, document_id, min(best) AS best_rank,
                 sum(mean)::DOUBLE / {sets * scale!r} AS mean_influence,
                 sum(share)::DOUBLE / {sets * 2.0**BITS!r} AS share_helped, {score} AS score
-            FROM read_parquet('{database.folder}/summed-{index}.parquet', {PLAIN}) GROUP BY document_id"""
+            FROM read_parquet('{database.folder}/summed-{index}.parquet', {PLAIN}) GROUP BY source, document_id"""
     )
     if places:
         # A document's score is its best place in any set's own ranking, not its best rank: a set of a thousand queries
@@ -324,13 +325,21 @@ def _combine(database: Database, sets: int, by: tuple[str, bool], scale: float, 
         pieces = (f"SELECT * FROM {database.piece(f'places-{number}', index)}" for number in range(sets))
         database.run(
             f"""CREATE OR REPLACE TABLE found AS SELECT f.* REPLACE (p.place::DOUBLE AS score) FROM found f LEFT JOIN (
-                    SELECT document_id, min(place) AS place FROM ({" UNION ALL ".join(pieces)}) GROUP BY document_id
-                ) p USING (document_id)"""
+                    SELECT source, document_id, min(place) AS place FROM ({" UNION ALL ".join(pieces)})
+                    GROUP BY source, document_id
+                ) p USING (source, document_id)"""
         )
 
 
 def _join(database: Database, earlier: Sequence[tuple[Store, str]], passes: int, index: int) -> None:
     """Write ``joined``: the pool's documents of a pass (ORDERED without ``stratum``)."""
+    pool = database.piece("pool", index)
+    stray = database.run(f"SELECT source, document_id FROM found ANTI JOIN {pool} USING (source, document_id) LIMIT 1")
+    for source, document in stray.fetchall():
+        raise StrideError(
+            f"The influence tables name a document {document!r} of the source {source!r}, which is not in the blocks; "
+            "they were made from others: attribute the queries again."
+        )
     database.run("CREATE OR REPLACE TABLE taken (source VARCHAR, document_id VARCHAR, round INTEGER)")
     for store, name in earlier:
         database.run(
@@ -341,7 +350,7 @@ def _join(database: Database, earlier: Sequence[tuple[Store, str]], passes: int,
     database.copy(
         f"""SELECT p.document_id, p.source, p.part, p.place, p.tokens, f.score, f.best_rank, f.mean_influence,
                    f.share_helped, e.taken_round, p.signature
-            FROM {database.piece("pool", index)} p LEFT JOIN found f USING (document_id)
+            FROM {pool} p LEFT JOIN found f USING (source, document_id)
             LEFT JOIN (SELECT source, document_id, min(round)::INTEGER AS taken_round FROM taken GROUP BY ALL) e
             ON e.document_id = p.document_id AND e.source = p.source""",
         f"joined-{index}.parquet",
@@ -349,7 +358,7 @@ def _join(database: Database, earlier: Sequence[tuple[Store, str]], passes: int,
 
 
 def _pass_of(passes: int) -> str:
-    return f"(hash(document_id) % {passes})"
+    return f"(hash(source || '/' || document_id) % {passes})"
 
 
 def _largest(target: Target) -> float:

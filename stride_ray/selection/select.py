@@ -54,8 +54,6 @@ def select(
     for a random baseline that matches the selection's tokens per source (slightly fewer if documents do not add up).
     Sources with a single document, such as text files, are pooled into one for this draw.
 
-    Influence tables identify documents by id alone, so documents with the same id share their influence.
-
     Example:
         >>> from stride_ray import Run, select
         >>> chosen = select(Run("mine", changes={"select.documents": 10}), ["asked"], "chosen")

@@ -22,7 +22,6 @@ from stride_ray.corpus.readers import Row, raw_lines, rows
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Stage, part_name
-from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import filesystem, first_line, redacted
 from stride_ray.selection.pool import Reading, pieces, refuse_changed
 
@@ -47,7 +46,7 @@ def write_part(how: Reading, stage: Stage, work: tuple[str, int, InputSplit, np.
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "part")
         if how.as_blocks:
-            ending, counted = ".parquet", {"blocks": _blocks(how, stage.store, part, wanted, path)}
+            ending, counted = ".parquet", {"blocks": _blocks(how, part, wanted, path)}
         else:
             refuse_changed(unit)
             ending, count = _rows(unit, wanted, path)
@@ -68,15 +67,16 @@ def marker_name(arm: str, part: int) -> str:
     return f"{arm or 'selected'}-{part:05d}"
 
 
-def _blocks(how: Reading, store: Store, part: int, wanted: set[int], path: str) -> int:
+def _blocks(how: Reading, part: int, wanted: set[int], path: str) -> int:
     """Pack the selected documents of a part into new blocks in the run's layout; returns the number of blocks."""
     # Imported here because most selections write rows, which takes less time than importing the tokenizer libraries.
     from stride_ray.corpus.tokenizing import end_of_text_id, load_tokenizer
 
     tokenizer = load_tokenizer(how.blocks.child("tokenizer").url)
-    sources = store.read_table(f"_pool/{part_name(part)}.parquet", ["source"])["source"].to_pylist()
     kept = (
-        TokenizedDocument(piece.document_id, sources[number], piece.ids, None if piece.mask.all() else piece.mask)
+        TokenizedDocument(
+            piece.document_id, piece.source, piece.ids, None if piece.mask.all() else piece.mask, piece.place
+        )
         for number, piece in enumerate(pieces(how, part, tokens=True))
         if number in wanted
     )

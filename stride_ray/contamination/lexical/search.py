@@ -17,7 +17,7 @@ import pyarrow as pa
 from stride_ray.contamination.items import Item, strings
 from stride_ray.contamination.lexical.ngrams import Index, Run, fields_of, numbering
 from stride_ray.contamination.lexical.words import split
-from stride_ray.corpus.documents import Document, read_with_positions
+from stride_ray.corpus.documents import Document, read
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.corpus.tokenizing import load_tokenizer
@@ -150,13 +150,13 @@ class Searcher:
         documents: Counter[str] = Counter()
         kept: Counter[int] = Counter()
         rejected: list[str] = []
-        for place, item in read_with_positions(unit, self.corpus.columns):
+        for item in read(unit, self.corpus.columns):
             if isinstance(item, Rejected):
                 documents["rejected"] += item.rows
                 rejected = [*rejected, item.sentence()][:5]
                 continue
             documents["read"] += 1
-            file = unit.files[place if unit.kind == "text" else 0].name
+            file = unit.files[item.place if unit.kind == "text" else 0].name
             held: set[int] = set()
             met: list[tuple[str, str, list[Run]]] = []
             for part, text in texts(item, self._tokenizer if item.token_ids is not None else None):
@@ -165,7 +165,7 @@ class Searcher:
                 if runs := self.index.find(numbers):
                     met.append((part, text, runs))
             kept.update({run.field for _, _, runs in met for run in runs})
-            for row in self._matches(item, {"file": file, "place": place}, met, kept):
+            for row in self._matches(item, {"file": file, "place": item.place}, met, kept):
                 documents["beyond"] += not row["excerpt"]
                 for column, value in row.items():
                     rows[column].append(value)

@@ -85,7 +85,7 @@ def raw_sites(model, names):
 def site_moments(model, names, ids, mask):
     """Sums of a batch's moments by site, and positions."""
     totals = {}
-    count = add_moments(totals, model, names, ids, mask)
+    count, _ = add_moments(totals, model, names, ids, mask)
     return moments_of(totals), count
 
 

@@ -84,7 +84,7 @@ def test_exact_influence_foretells_preconditioned_steps(toy):
     model = SplitModel(LlamaForCausalLM.from_pretrained(folder), split=1)
     names, mask = find_sites(model), torch.ones_like(blocks, dtype=torch.bool)
     totals = {}
-    positions = add_moments(totals, model, names, blocks, mask)
+    positions, _ = add_moments(totals, model, names, blocks, mask)
     sums = moments_of(totals)
     counts = torch.bincount(blocks.flatten(), minlength=V)
     sites = {name: preconditioned(name, sums[name] / positions, counts, 0) for name in names}

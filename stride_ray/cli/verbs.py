@@ -79,10 +79,13 @@ def _shard(run: Run, parsed: argparse.Namespace) -> int:
 
 
 def _fit(run: Run, parsed: argparse.Namespace) -> int:
+    from stride_ray.corpus.failures import FAILED_BLOCKS_FILE, failed_blocks_note
     from stride_ray.operators.fit import fit
 
     facts = fit(run)
     print(facts["verdict"], file=sys.stdout if facts["learned"] else sys.stderr)
+    if failed := facts.get("not_finite", 0):
+        print(failed_blocks_note(failed, run.stage("operators").store.display_url(FAILED_BLOCKS_FILE)))
     return 0 if facts["learned"] else 3
 
 

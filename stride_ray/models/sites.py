@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from stride_ray.corpus.failures import LARGEST_NORM, finite_losses
 from stride_ray.models.causal_lm import SplitModel, masked_mean
 from stride_ray.models.matrices import inverse_root
 from stride_ray.models.vocabulary import TokenSide, token_side
@@ -205,13 +206,22 @@ def output_gradients(
     return {name: g.float() for name, g in zip(wrote, gradients, strict=True)}
 
 
-def _state_gradients(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor) -> Tensor:
-    """The gradient of each sequence's masked mean loss at its final states, (B, T, D)."""
+def _state_gradients(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of each sequence's masked mean loss at its final states, (B, T, D), and the losses (B,)."""
     with torch.enable_grad():
         leaf = z_BTD.detach().requires_grad_(True)
         losses = masked_mean(model.token_losses(leaf, ids_BT, mask_BT), mask_BT)
         total = losses[mask_BT[:, 1:].any(1)].sum()
-    return torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(leaf)
+    slope = torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(leaf)
+    return slope, losses.detach()
+
+
+def _finite_blocks(values: Iterable[Tensor], counted_BT1: Tensor) -> Tensor:
+    """(B,) bool: whether all of a block's vectors (B, T, ·) are finite, at the counted of its first T − 1 positions."""
+    good = torch.ones(len(counted_BT1), dtype=torch.bool, device=counted_BT1.device)
+    for x in values:
+        good &= ((x[:, :-1].norm(dim=2) < LARGEST_NORM) | ~counted_BT1).all(1)
+    return good
 
 
 def _affects_loss(mask_BT: Tensor) -> Tensor:
@@ -227,16 +237,23 @@ def token_weights(mask_BT: Tensor) -> Tensor:
 
 def add_moments(
     totals: dict[str, tuple[Tensor, Tensor]], model: SplitModel, sites: Iterable[str], ids_BT: Tensor, mask_BT: Tensor
-) -> int:
-    """Add a batch's second moments at some sites to ``totals``, in place; returns the number of positions.
+) -> tuple[int, Tensor]:
+    """Add a batch's second moments at some sites to ``totals``, in place, without blocks that are not finite.
 
     ``totals`` holds Σ u uᵀ and Σ g gᵀ by site, float32 (see Moments): 0.4 GB for a model of 135 million parameters.
+
+    Returns:
+        The number of positions, and which blocks are finite, (B,) bool.
     """
     sites = list(sites)
     z, read, wrote = forward_with_activations(model, sites, ids_BT)
-    written = output_gradients(z, wrote, _state_gradients(model, ids_BT, mask_BT, z))
+    slope, losses = _state_gradients(model, ids_BT, mask_BT, z)
+    written = output_gradients(z, wrote, slope)
     read[HEAD] = z.detach().float()
     counted = _affects_loss(mask_BT)
+    inputs = (u for name, u in read.items() if name != EMBEDDING)
+    good = _finite_blocks((*inputs, *written.values()), counted) & finite_losses(losses, mask_BT)
+    counted = counted & good.unsqueeze(1)
     for name in sites:
         u, g = read.pop(name), written.pop(name, None)
         u = u[:, :-1][counted] if name != EMBEDDING else torch.empty(0, 0, device=model.device)
@@ -245,7 +262,7 @@ def add_moments(
             totals[name] = (u.new_zeros(u.shape[1], u.shape[1]), g.new_zeros(g.shape[1], g.shape[1]))
         for total, x in zip(totals[name], (u, g), strict=True):
             total.addmm_(x.T, x)
-    return int(counted.sum())
+    return int(counted.sum()), good
 
 
 def moments_of(totals: dict[str, tuple[Tensor, Tensor]]) -> dict[str, KroneckerFactors]:

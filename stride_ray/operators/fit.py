@@ -252,14 +252,16 @@ class OperatorValidator(ModelWorker):
 
     def __call__(self, folder: str) -> dict[str, Any]:
         """Validate the operators in ``folder``; returns their metadata."""
-        operators, _ = load_operators(self.stage.store.child(folder), self.model.device)
+        operators, facts = load_operators(self.stage.store.child(folder), self.model.device)
+        failed = sorted({*failed_ordinals(self.stage.store), *facts.get("failed", ())})
+        write_failed_blocks(self.stage.store, self.blocks, failed)
         found = validate(self.model, operators, self.blocks, membership_of(self.config), self.config)
         about = {
             "method": self.config.fit.method,
             "model": self.model.name,
             "split_layer": self.model.split_layer,
             "blocks": len(self.blocks),
-            "not_finite": len(failed_ordinals(self.stage.store)),
+            "not_finite": len(failed),
         }
         save_operators(self.stage.store, replace(operators, scale=found["scale"]), {**about, **found})
         return self.stage.store.read_json("metadata.json")

@@ -176,6 +176,13 @@ class GaussNewton:
     def __call__(self, directions: list[Gradient]) -> list[Gradient]:
         """κ G times each direction, in order."""
         totals: list[Gradient] = []
+        sizes = [1.0] * len(directions)
+        if self.model.dtype == torch.float16:  # whose range ends at 65,504; directions are larger
+            sizes = [max(float(x.abs().max()) for x in direction.values()) or 1.0 for direction in directions]
+            directions = [
+                {name: x / size for name, x in direction.items()}
+                for direction, size in zip(directions, sizes, strict=True)
+            ]
         for ids, mask in self.sample:
             linearised = Linearised(self.model, self.sites, ids, mask, self.stepped)
             self.stepped = linearised.stepped
@@ -185,8 +192,9 @@ class GaussNewton:
                     add(totals[at], product)
                 else:
                     totals.append(product)
-        for x in (x for total in totals for x in total.values()):
-            x.mul_(self.factor)
+        for total, size in zip(totals, sizes, strict=True):
+            for x in total.values():
+                x.mul_(self.factor * size)
         return totals
 
 

@@ -78,8 +78,8 @@ def select(
         queries: per name the ids of the queries to use; all if a name is missing.
 
     Returns:
-        selection.json. ``pool``: documents, tokens, documents that appear in a table, and rows of the tables that were
-        ignored since their influence is not finite. ``kept``: documents and
+        selection.json. ``not_finite``: rows of the tables that were ignored, since their influence is not finite.
+        ``pool``: documents, tokens, and documents that appear in a table. ``kept``: documents and
         tokens, in total and by source, documents per reason, harmful ones, and files with content hashes. ``random``:
         the same for the random arm, plus ``selected``, how many of its documents were also selected.
 
@@ -192,7 +192,8 @@ def _choose(
         started,
         round=number,
         manifest_sha256=content,
-        pool={"documents": documents, "tokens": tokens, "named": named, "not_finite": not_finite},
+        pool={"documents": documents, "tokens": tokens, "named": named},
+        not_finite=not_finite,
         kept=_totals(kept),
         random={**_totals(random), "selected": both},
     )
@@ -256,6 +257,7 @@ def _summary(run: Run, targets: Sequence[Target], stage: Stage, blocks: bool) ->
         "form": "blocks" if blocks else "rows",
         "round": choice["round"],
         "manifest_sha256": choice["manifest_sha256"],
+        "not_finite": choice["not_finite"],
         "pool": choice["pool"],
         "kept": {**choice["kept"], "files": arms["selected"]},
         "random": {**choice["random"], "files": arms[RANDOM]},
@@ -274,7 +276,7 @@ def describe(summary: Mapping[str, Any], out: str) -> str:
         lines.append(
             f"{kept['harmful']} of those taken have a mean influence below zero; a smaller size leaves them out."
         )
-    if ignored := pool.get("not_finite", 0):
+    if ignored := summary.get("not_finite", 0):
         lines.append(f"{ignored} rows of the influence tables were ignored: their influence is not finite.")
     where = Store(out).display_url("")
     lines.append(

@@ -20,7 +20,13 @@ ORDER = (
 # The mathematics: no Ray here, nor in anything that they import of ours.
 MATHEMATICS = (
     *("models.sites", "models.vocabulary", "models.matrices", "models.curvature.conjugate_gradients"),
-    *("models.curvature.gauss_newton", "models.curvature.sketch", "operators.forms", "operators.closed_form"),
+    *(
+        "models.curvature.gauss_newton",
+        "models.curvature.moments",
+        "models.curvature.sketch",
+        "operators.forms",
+        "operators.closed_form",
+    ),
     *("operators.membership", "operators.one_bit", "operators.training.objective", "attribution.lasso"),
 )
 

@@ -13,6 +13,7 @@ from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.numbering import with_ordinals
 from stride_ray.corpus.packing import make_blocks
 from stride_ray.corpus.readers import Rejected
+from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
 
 TOKENS = 4
@@ -67,6 +68,20 @@ def test_any_blocks_in_any_order(pool):
             np.testing.assert_array_equal(batch.mask, mask[ordinals])
 
     check()
+
+
+@pytest.mark.parametrize("ordinals", [[-1], [0, 10**6], [3, 2, 10**12]])
+def test_blocks_outside_the_pool_are_named(pool, ordinals):
+    outside = next(each for each in ordinals if not 0 <= each < len(pool))
+    with pytest.raises(StrideError, match=rf"Block {outside} is not in .*, which has blocks 0 to {len(pool) - 1}"):
+        pool.take(ordinals, ["ordinal"])
+
+
+def test_a_file_is_opened_once_for_all_its_blocks(pool, monkeypatch):
+    opened, real = [], Store.open_parquet
+    monkeypatch.setattr(Store, "open_parquet", lambda self, name: opened.append(name) or real(self, name))
+    pool.take(np.arange(len(pool)), ["ordinal"])
+    assert len(opened) == len(set(opened)) > 1
 
 
 def test_a_sample_is_without_repeats_and_repeatable(pool):

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from stride_ray.attribution.attribute import stored_queries
 from stride_ray.corpus.tokenizing import load_tokenizer
-from stride_ray.corpus.word_counts import similar_blocks
 from stride_ray.evaluate import answer_f1 as unigram
 from stride_ray.evaluate.answer_f1 import answer_f1, has_answers, unigram_f1
 from stride_ray.evaluate.closed_loop import ARMS, F1, LOSS, arm_benchmark, closed_loop, compare_arms
 from stride_ray.evaluate.retraining.finetune import FineTune
 from stride_ray.evaluate.retraining.lds import mean_interval
+from stride_ray.evaluate.word_counts import similar_blocks
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
 

@@ -11,6 +11,7 @@ from stride_ray.attribution.site_responses import RESPONSES
 from stride_ray.attribution.tables import DOCUMENTS, INFLUENCE, RECOVERY
 from stride_ray.contamination.lexical.channel import MATCHES
 from stride_ray.contamination.verdicts import VERDICTS
+from stride_ray.corpus.failures import FAILED_BLOCKS
 from stride_ray.corpus.packing import block_schema
 from stride_ray.corpus.queries import SCHEMA
 from stride_ray.runtime.config import Config
@@ -65,6 +66,7 @@ def test_the_readme_is_a_screen_or_two():
     ("heading", "schema"),
     [
         ("blocks/part", block_schema(8)),
+        ("operators", FAILED_BLOCKS),
         ("queries.parquet", SCHEMA),
         ("responses/NAME", RESPONSES),
         ("responses/NAME", response_schema(3)),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stride_ray.attribution import directions, rescore
-from stride_ray.attribution.attribute import block_texts, read_influence
+from stride_ray.attribution.attribute import block_texts, read_influence, shown_queries
 from stride_ray.attribution.tables import DOCUMENTS, INFLUENCE, RECOVERY
 from stride_ray.cli.main import main
 from stride_ray.cli.status import status
@@ -173,6 +173,35 @@ def test_the_measured_model_lies_on_the_way_from_start_to_end(parts, tmp_path):
         torch.testing.assert_close(found[name], 0.25 * parameter + 0.75 * ends[name], rtol=1e-4, atol=1e-6)
     trained = load_run_model(config, "cpu").model
     assert all(torch.equal(parameter, ends[name]) for name, parameter in trained.named_parameters())
+
+
+@pytest.mark.parametrize(("split", "layer"), [("1.0", 2), ("1", 2), ("2", 2), ("0.5", 1), ("0.01", 1)])
+def test_a_split_up_to_one_is_a_share_of_the_depth(split, layer, parts):
+    changes = {"model.path": str(parts.model), "operators.form": "matrix", "model.split": split}
+    assert load_run_model(Config().updated(changes), "cpu").split_layer == layer
+
+
+def test_a_split_between_layers_is_refused(parts):
+    changes = {"model.path": str(parts.model), "operators.form": "matrix", "model.split": 1.5}
+    with pytest.raises(StrideError, match=r"model\.split is 1\.5, neither a share of the depth, up to 1, nor a number"):
+        load_run_model(Config().updated(changes), "cpu")
+
+
+def test_what_is_shown_is_read_part_by_part(exactly, parts, sharded, plain, monkeypatch):
+    monkeypatch.setattr(directions, "MAX_QUERIES_PER_UNIT", 2)
+    run, _, _ = answered(sharded("shown"), parts)
+    whole, several = (shown_queries(each, "asked", 5, 3) for each in (exactly.run, run))
+    for one, two in zip(whole, several, strict=True):
+        assert [one[key] for key in ("query_id", "error", "prompt", "nonzeros")] == [
+            two[key] for key in ("query_id", "error", "prompt", "nonzeros")
+        ]
+        assert [row["ordinal"] for row in one["helping"]] == [row["ordinal"] for row in two["helping"]]
+    read, real = [], Store.read_table
+    monkeypatch.setattr(Store, "read_table", lambda self, name, *given: read.append(name) or real(self, name, *given))
+    assert len(shown_queries(run, "asked", 1, 3)) == 1
+    assert [name for name in read if name.startswith("influence")] == ["influence-00000.parquet"]
+    units = run.stage("exact", "asked").store.read_table("influence-00000.parquet").schema.field("influence").metadata
+    assert units[b"negative"].startswith(b"multiplied by 0.5")
 
 
 def test_a_start_of_another_shape_is_refused(parts, tmp_path):

@@ -13,8 +13,9 @@ from stride_ray.attribution import rescore, site_responses
 from stride_ray.attribution.attribute import attribute, read_influence
 from stride_ray.cli.main import main
 from stride_ray.cli.status import status
+from stride_ray.corpus import failures
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.corpus.queries import NOT_FINITE
+from stride_ray.corpus.failures import NOT_FINITE
 from stride_ray.corpus.shard import shard
 from stride_ray.operators import site_fit, sketched_rows
 from stride_ray.operators.fit import fit
@@ -271,7 +272,7 @@ def test_blocks_that_overflow_are_counted_and_too_many_end_the_fit(parts, sharde
     folder = sharded("overflow")
     run = Run(str(folder), changes=options(parts, compute__batch_tokens=10**6, attribute__candidates=0))
     with monkeypatch.context() as patch:
-        patch.setattr(site_fit, "MAX_NONFINITE_SHARE", 1.0)
+        patch.setattr(failures, "MAX_FAILED_BLOCKS", 0.9)
         fit(run)
     facts = run.stage("operators").store.read_json("metadata.json")
     assert 0 < facts["not_finite"] < facts["blocks"]

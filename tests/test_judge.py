@@ -13,7 +13,7 @@ from stride_ray.corpus.blocks import Blocks
 from stride_ray.models.loading import load_run_model, measured_model_fingerprint
 from stride_ray.operators.membership import membership_of
 from stride_ray.operators.stored import load_operators, save_operators
-from stride_ray.operators.validation import gap, validate
+from stride_ray.operators.validation import _relative_steering, gap, validate
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 
@@ -62,6 +62,27 @@ def test_the_scale_lowers_members_losses(fitted):
     assert found["gap"] > 0
     trained = replace(config, fit=replace(config.fit, method="train"))
     assert validate(model, operators, blocks, membership, trained)["scale"] == operators.scale
+
+
+def test_the_padding_of_bernoulli_columns_is_no_subset(fitted):
+    model, operators, blocks, membership, _ = fitted
+    few = np.arange(4)
+
+    class Columns:
+        subsets = membership.subsets
+
+        def columns_at(self, ordinals):
+            return found[: len(ordinals)]
+
+    A = operators.A.clone()
+    A[0] *= 1e6  # what a block without a subset must not be steered by
+    given = (model, replace(operators, A=A), blocks, few)
+    found = np.array([[3], [membership.subsets], [5], [membership.subsets]])
+    mixed = _relative_steering(*given, Columns())
+    found = np.array([[3], [5]])
+    assert mixed == pytest.approx(_relative_steering(*given[:3], few[[0, 2]], Columns()))
+    found = np.full((4, 1), membership.subsets)
+    assert _relative_steering(*given, Columns()) == 0.0
 
 
 def test_a_pool_without_targets_is_told(fitted, monkeypatch):

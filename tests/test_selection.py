@@ -1,5 +1,6 @@
 """Ranking and choice on small tables: against plain pandas, limits, quotas, draws, near-duplicates and rounds."""
 
+import functools
 import shutil
 
 import numpy as np
@@ -24,7 +25,15 @@ from stride_ray.selection.choice import (
 )
 from stride_ray.selection.duplicates import NearDuplicateIndex, signature
 from stride_ray.selection.pool import POOL
-from stride_ray.selection.ranking import ORDERED, Database, Target, batches, random_order, rank_documents
+from stride_ray.selection.ranking import (
+    ORDERED,
+    Database,
+    Target,
+    batches,
+    count_not_finite,
+    random_order,
+    rank_documents,
+)
 
 SETS = {"maths": 5, "law": 12}
 N = 200
@@ -76,7 +85,8 @@ def write(store, tables, pool, parts=3):
         pieces = np.array_split(np.arange(len(table)), parts)
         names = tuple(f"{name}-{i}.parquet" for i in range(parts))
         for each, rows in zip(names, pieces, strict=True):
-            store.write_table(each, pa.Table.from_pandas(table.iloc[rows], DOCUMENTS, preserve_index=False))
+            columns = {column: table.iloc[rows][column].to_numpy() for column in DOCUMENTS.names}
+            store.write_table(each, pa.Table.from_pydict(columns, DOCUMENTS))
         targets.append(Target(name, store, names, tuple(dict.fromkeys(table["query_id"])), name))
     store.write_table("pool.parquet", pool)
     return targets, (store, ["pool.parquet"])
@@ -315,6 +325,53 @@ def test_signatures_estimate_the_jaccard_similarity():
         same = np.frombuffer(signature(one), "<u4") == np.frombuffer(signature(other), "<u4")
         assert same.mean() == pytest.approx(jaccard, abs=0.12)
         assert taken.like(signature(other)) == expected
+
+
+def test_an_index_in_a_file_finds_what_a_search_over_all_finds(tmp_path):
+    rng = np.random.default_rng(2)
+    values = rng.integers(0, 2**32, (300, 128), dtype=np.uint64).astype("<u4")
+    for at in range(1, 300, 3):  # like an earlier one, more or less
+        values[at] = values[rng.integers(0, at)]
+        values[at, rng.random(128) < rng.choice([0.0, 0.1, 0.4])] = at
+    taken, kept = NearDuplicateIndex(0.8, str(tmp_path)), []
+    for at, row in enumerate(values):
+        similar = [float((values[other] == row).mean()) for other in kept]
+        # A band agrees for certain only well above the threshold.
+        if max(similar, default=0.0) > 0.85:
+            assert taken.like(row.tobytes()) == ("a", str(kept[int(np.argmax(similar))]))
+        elif max(similar, default=0.0) < 0.8:
+            assert taken.like(row.tobytes()) is None
+            taken.add(("a", str(at)), row.tobytes())
+            kept.append(at)
+    assert 200 < len(kept) < 280
+    assert (tmp_path / "duplicates.sqlite").stat().st_size > 0
+    taken._sql.execute("PRAGMA max_page_count = 1")  # as on a full disk
+    with pytest.raises(StrideError, match=r"Comparing near-duplicates failed \(.*full\)"):
+        for at in range(200):
+            taken.add(("b", str(at)), rng.bytes(512))
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_influence_that_is_not_finite_is_ignored_and_counted(tmp_path, value, statistics, monkeypatch):
+    if not statistics:
+        monkeypatch.setattr(pq, "write_table", functools.partial(pq.write_table, write_statistics=False))
+    tables = influences()
+    tables["maths"].loc[[3, 70], "influence"] = value
+    without = {**tables, "maths": tables["maths"].drop(index=[3, 70])}
+    store = Store(str(tmp_path / "in"))
+    # The means are over the queries, of which each has other rows.
+    assert ordered(tmp_path, tables, store=store).equals(ordered(tmp_path, without))
+    targets, _ = write(store, tables, documents())
+    (tmp_path / "work").mkdir()
+    with Database(str(tmp_path / "work")) as database:
+        assert count_not_finite(database, targets) == 2
+        tables["law"]["influence"] = value
+        targets, _ = write(store, tables, documents())
+        with pytest.raises(
+            StrideError, match=r"in 720 of 720 rows of .*documents-\*.parquet is not finite, more than 5%"
+        ):
+            count_not_finite(database, targets)
 
 
 def test_what_an_earlier_selection_took_is_not_taken_again(tmp_path):

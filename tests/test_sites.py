@@ -8,23 +8,25 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.models.matrices import inverse_root
-from stride_ray.models.sites import (
-    EMBEDDING,
+from stride_ray.models.curvature.moments import (
     END_DAMPING,
-    HEAD,
-    NEGATIVE_SCORE_FACTOR,
-    ORIGIN,
     UNIGRAM_DAMPING,
     KroneckerFactors,
-    Site,
     add_moments,
-    find_sites,
-    forward_with_activations,
-    influence,
     moments_of,
     origin_weight,
     preconditioned,
+)
+from stride_ray.models.matrices import inverse_root
+from stride_ray.models.sites import (
+    EMBEDDING,
+    HEAD,
+    NEGATIVE_SCORE_FACTOR,
+    ORIGIN,
+    Site,
+    find_sites,
+    forward_with_activations,
+    influence,
     site_gradients,
 )
 from stride_ray.models.vocabulary import MAX_BUCKETS, TokenSide, projected, token_side
@@ -85,7 +87,7 @@ def raw_sites(model, names):
 def site_moments(model, names, ids, mask):
     """Sums of a batch's moments by site, and positions."""
     totals = {}
-    count = add_moments(totals, model, names, ids, mask)
+    count, _ = add_moments(totals, model, names, ids, mask)
     return moments_of(totals), count
 
 
@@ -142,7 +144,7 @@ def test_more_layers_than_there_are_is_told(made):
         find_sites(made[0], 3)
 
 
-@pytest.mark.parametrize("budget", [1, 2 * V * T, 10**6])  # one sequence's logits at a time, two, all
+@pytest.mark.parametrize("budget", [1, 3 * V, 2 * V * T, 10**6])  # positions, or sequences, at a time
 def test_j_is_the_gradient_of_the_weight(made, texts, budget):
     model, names = made
     model.logits_budget = budget

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sites import B, D, V, made, site_moments, texts  # noqa: F401 -- fixtures
 
+from stride_ray.models.curvature.moments import KroneckerFactors, preconditioned
 from stride_ray.models.curvature.sketch import largest_shape, sketch_shapes, sketched, sketched_gradients, whole_shape
-from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, KroneckerFactors, preconditioned, site_gradients
+from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, site_gradients
 
 
 @pytest.fixture

@@ -181,6 +181,18 @@ def test_two_workers_and_a_plain_loop_solve_to_the_same_bytes(parts, sharded, on
     assert len(one) > 3
 
 
+def test_directions_beyond_the_range_of_float16_are_solved_for(parts, sharded, plain):
+    """With float16 the products of every query overflowed, and none was solved for."""
+    half, whole = (answered(sharded(dtype), parts, model__dtype=dtype) for dtype in ("float16", "float32"))
+    assert (half[1]["unsolved"], half[1]["failed"]) == (0, 2)
+    one, two = (
+        {(row["query_id"], row["ordinal"]): row["influence"] for row in read_influence(each[0], "asked").to_pylist()}
+        for each in (half, whole)
+    )
+    assert one.keys() == two.keys()
+    assert np.corrcoef([[each[key] for key in two] for each in (one, two)])[0, 1] > 0.9999
+
+
 def test_a_solve_that_spoils_a_query_is_told(unsolved, parts, sharded, plain, monkeypatch):
     folder = sharded("spoilt")
     product = Linearised.product

@@ -15,8 +15,10 @@ import torch
 import transformers as hf
 from ray.cluster_utils import Cluster
 
+from stride_ray.corpus import failures
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.packing import block_schema
+from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.loading import load_run_model
 from stride_ray.operators.fit import fit
 from stride_ray.operators.membership import membership_of
@@ -326,6 +328,35 @@ def test_losses_that_are_not_finite_are_told(made):
     loop.A[:] = float("nan")
     with pytest.raises(StrideError, match="not finite at step 0"):
         loop.step()
+
+
+@pytest.mark.parametrize("form", ["matrix", "logit"])
+def test_a_block_that_is_not_finite_leaves_the_loop_to_the_others(form, made, monkeypatch):
+    config = config_of(made, operators__form=form, fit__steps=8)
+    blocks = Blocks(Store(str(made / "blocks")))
+    ids = blocks.batch(range(N)).ids
+    token, where = min(((t, np.flatnonzero((ids == t).any(1))) for t in range(V)), key=lambda each: len(each[1]))
+    where = where.tolist()
+    model, real = load_run_model(config, "cpu"), SplitModel.trunk
+
+    def trunk(self, ids, *given):
+        return real(self, ids, *given).masked_fill((ids == token).cumsum(1).bool().unsqueeze(2), float("nan"))
+
+    monkeypatch.setattr(SplitModel, "trunk", trunk)
+    monkeypatch.setattr(failures, "MAX_FAILED_BLOCKS", 1.0)
+    loop = Loop(config, model, blocks, membership_of(config))
+    losses = [loop.step() for _ in range(8)]  # a whole epoch
+    assert sorted(loop.failed) == where
+    assert all(np.isfinite(list(each.values())).all() for each in losses)
+    assert loop.operators().A.isfinite().all()
+    assert np.isfinite(list(loop.evaluate().values())).all()
+    again = Loop(config, model, blocks, membership_of(config))
+    again.load(loop.state())
+    assert again.failed == loop.failed
+    monkeypatch.setattr(failures, "MAX_FAILED_BLOCKS", 0.05)
+    again = Loop(config, model, blocks, membership_of(config))
+    with pytest.raises(StrideError, match=r"of \d of 48 blocks are not finite"):
+        [again.step() for _ in range(8)]
 
 
 def test_fit_trains_from_the_closed_form_on_two_workers(made, tmp_path, some_ray):

@@ -88,11 +88,11 @@ def test_the_exact_answer_is_held_against_lexical_search_and_the_estimated_one(
     assert found.other_mode > 2 * found.chance
     assert trust(estimated, "asked").other_mode > 2 * found.chance
     assert found.lexical > found.chance
-    assert found.level == "good"
+    assert found.level == "plausible"
     assert job.main([estimated.url, "--name", "asked", "--exact"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert json.loads(lines[-1])["level"] == "good"
-    assert lines[-2].startswith("Trust: good, because")
+    assert json.loads(lines[-1])["level"] == "plausible"
+    assert lines[-2].startswith("Trust: plausible, because")
     assert job.main([estimated.url, "--name", "nothing"]) == 1
     assert "is not finished" in capsys.readouterr().err
 
@@ -128,9 +128,9 @@ def test_the_verdict_s_other_branches():
     assert _mean_query_overlap(tops) == pytest.approx(1 / 6)
     assert np.isnan(_mean_query_overlap({"a": np.array([1])}))
     panel = Trust("exact", 10, 0, 1000, "", True, None, None, 0.5, 0.001, 0.01, 0.1, 0.1)
-    assert _judged(panel, True)[0] == "good"
+    assert _judged(panel, True)[0] == "plausible"
     assert _judged(panel, False)[0] == "none"
     assert _judged(dataclasses.replace(panel, learned=False), True)[0] == "none"
-    for change in ({"failed": 6}, {"lexical_p": 0.4}, {"between": 0.9}):
+    for change in ({"failed": 6}, {"lexical_p": 0.4}, {"between": 0.9}, {"lexical": 1.0}):
         assert _judged(dataclasses.replace(panel, **change), True)[0] == "weak"
-    assert _judged(dataclasses.replace(panel, between=0.9, lexical_between=0.8), True)[0] == "good"
+    assert _judged(dataclasses.replace(panel, between=0.9, lexical_between=0.8), True)[0] == "plausible"

@@ -5,6 +5,7 @@ In estimated mode it runs respond, recover and rescore; in exact mode it scores 
 
 import sys
 import textwrap
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 import numpy as np
@@ -15,13 +16,14 @@ from stride_ray.attribution.rescore import exact_influence, rescore
 from stride_ray.attribution.respond import respond_table
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.documents import shown_name
+from stride_ray.corpus.failures import FAILED_BLOCKS_FILE, failed_blocks_note
 from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.tokenizing import load_tokenizer
 from stride_ray.operators.fit import fit
 from stride_ray.report.page import attribution_page
 from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.run import Run
+from stride_ray.runtime.run import Run, Stage
 
 # Blocks shown per query and side, in the console and on the page; queries on the page.
 CONSOLE_BLOCKS, PAGE_BLOCKS, PAGE_QUERIES = 3, 8, 1000
@@ -65,10 +67,11 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
     gap = f", largest relative duality gap {summary['largest_gap']:.1e}" if summary.get("largest_gap") else ""
     unsolved = f" ({summary['unsolved']} whose solve took no step)" if summary["unsolved"] else ""
     how = "" if summary["exact"] == summary["rows"] else f"; the others are estimates{reliability_note(summary)}"
+    note = failed_blocks_note(summary.get("not_finite", 0), stage.store.display_url(FAILED_BLOCKS_FILE))
     print(
         f"\n{summary['queries']} queries ({summary['failed']} failed){unsolved}, {summary['rows']} influences, "
         f"median {summary['median_nonzeros']:g} blocks per query{gap}; {summary['exact']} of them are exact{how}.\n"
-        f"Tables: {stage.store.display_url('influence-*.parquet')}\nPage:   {page}",
+        f"{note and note + chr(10)}Tables: {stage.store.display_url('influence-*.parquet')}\nPage:   {page}",
         file=out,
     )
     return {**summary, "page": page}
@@ -148,6 +151,12 @@ def read_influence(run: Run, name: str, table: str = "influence") -> pa.Table:
     Raises:
         StrideError: the run's mode has no finished tables for this set, naming the command that makes them.
     """
+    stage, parts = _finished_tables(run, name)
+    return pa.concat_tables([stage.store.read_table(f"{table}-{part:05d}.parquet") for part in range(parts)])
+
+
+def _finished_tables(run: Run, name: str) -> tuple[Stage, int]:
+    """The stage with a query set's tables, and their number of parts; errors as read_influence."""
     mode = mode_of(run)
     verb, other = "attribute --exact" if mode == "exact" else "rescore", OTHER_MODE[mode]
     here, there = (run.store.exists(f"{TABLES[each]}/{name}/manifest.json") for each in (mode, other))
@@ -157,8 +166,7 @@ def read_influence(run: Run, name: str, table: str = "influence") -> pa.Table:
             f"{str(mode == 'exact').lower()}: add {FLAGS[other]}, or run 'stride-ray {verb} --name {name}' first."
         )
     stage = run.require(table_stage(run), "manifest.json", f"stride-ray {verb} --name {name}", name)
-    parts = stage.store.read_json("manifest.json")["parts"]
-    return pa.concat_tables([stage.store.read_table(f"{table}-{part:05d}.parquet") for part in range(parts)])
+    return stage, stage.store.read_json("manifest.json")["parts"]
 
 
 def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[str, Any]]:
@@ -180,12 +188,8 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
     """
     tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
     asked = stored_queries(run, name).slice(0, queries).to_pylist()
-    recovery = {row["query_id"]: row for row in read_influence(run, name, "recovery").to_pylist()}
-    influence = read_influence(run, name)
-    where = _rows_of(influence["query_id"])
     shown, ordinals = [], set[int]()
-    for query in asked:
-        mine = influence.slice(*where.get(query["query_id"], (0, 0)))
+    for query, mine, told in _answers(run, name, asked):
         values = mine["influence"].to_numpy()
         sides = {
             "helping": mine.slice(0, min(blocks, int((values > 0).sum()))).to_pylist(),
@@ -195,7 +199,7 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
             row["share"] = abs(row["influence"]) / float(np.abs(values).max())
             ordinals.add(row["ordinal"])
         ids, mask = np.array(query["token_ids"], dtype=int), np.array(query["loss_mask"], dtype=bool)
-        about = {key: recovery[query["query_id"]][key] for key in ("error", "base_loss", "nonzeros", "gap")}
+        about = {key: told[key] for key in ("error", "base_loss", "nonzeros", "gap")}
         at = np.unique(np.linspace(0, len(values) - 1, CURVE).round().astype(int)) if len(values) else np.zeros(0, int)
         summed = np.cumsum(values[values > 0])
         shown.append(
@@ -218,8 +222,35 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
     return shown
 
 
+def _answers(
+    run: Run, name: str, asked: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], pa.Table, dict[str, Any]]]:
+    """Yield the first queries of a set with their rows of the influence and recovery tables.
+
+    Reads part by part, so that memory holds the rows of some queries instead of the whole table.
+    """
+    waiting = iter(asked)
+    for influence, recovery in influence_parts(run, name):
+        where = _rows_of(influence["query_id"])
+        # The tables have a row of ``recovery`` per query, in the order of the queries.
+        for told in recovery.to_pylist():
+            query = next(waiting, None)
+            if query is None:
+                return
+            yield query, influence.slice(*where.get(query["query_id"], (0, 0))), told
+
+
+def influence_parts(run: Run, name: str) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Yield the influence and recovery tables of a query set, part by part; errors as read_influence."""
+    stage, parts = _finished_tables(run, name)
+    for part in range(parts):
+        yield tuple(stage.store.read_table(f"{table}-{part:05d}.parquet") for table in ("influence", "recovery"))
+
+
 def _rows_of(column: pa.ChunkedArray) -> dict[str, tuple[int, int]]:
     """Return each query's first row and row count in an influence table whose rows are contiguous by query."""
+    if not len(column):
+        return {}
     codes = column.combine_chunks().dictionary_encode()
     numbers = codes.indices.to_numpy()
     firsts = np.flatnonzero(np.diff(numbers, prepend=-1))

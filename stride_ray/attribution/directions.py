@@ -8,11 +8,20 @@ import time
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.corpus.queries import NOT_FINITE, fingerprint
+from stride_ray.corpus.failures import (
+    LOSS_NOT_FINITE,
+    NOT_FINITE,
+    check_failed_blocks,
+    fail,
+    finite_losses,
+    finite_rows,
+)
+from stride_ray.corpus.queries import fingerprint
 from stride_ray.models.causal_lm import masked_mean
 from stride_ray.models.curvature.conjugate_gradients import Gradient, curvature_scale, solve
 from stride_ray.models.curvature.gauss_newton import GaussNewton, batch_rows
@@ -121,14 +130,16 @@ class DirectionWorker(ModelWorker):
         found: list[Gradient] = []
         for batch in batches(rows, waiting, self.tokens):
             ids, mask = padded([rows[i] for i in batch], self.model.device)
-            J = {site.name: J for site, J in site_gradients(self.model, self.sites, ids, mask)[0]}
-            losses = masked_mean(self.trained.token_losses(self.trained.read(ids), ids, mask), mask).tolist()
-            for at, (i, loss) in enumerate(zip(batch, losses, strict=True)):
-                answers[i]["base_loss"] = loss
-                if all(each[at].isfinite().all() for each in J.values()):
+            gradients, measured = site_gradients(self.model, self.sites, ids, mask)
+            J = {site.name: J for site, J in gradients}
+            losses = masked_mean(self.trained.token_losses(self.trained.read(ids), ids, mask), mask)
+            sound, good = (losses.isfinite() & measured.isfinite()).tolist(), finite_rows(J.values()).tolist()
+            for at, i in enumerate(batch):
+                answers[i]["base_loss"] = float(losses[at])
+                if sound[at] and good[at]:
                     found.append({name: each[at] for name, each in J.items()})
                 else:
-                    answers[i] |= {"status": "failed", "error": NOT_FINITE}
+                    fail(answers[i], NOT_FINITE if sound[at] else LOSS_NOT_FINITE)
         good = [answer for answer in answers if answer["status"] == "ok"]
         options = self.config.solve
         if options.steps:
@@ -145,10 +156,19 @@ class DirectionWorker(ModelWorker):
 
     @cached_property
     def _gauss_newton(self) -> GaussNewton:
-        """The Gauss–Newton matrix over a sample of the pool, read once per worker."""
+        """The Gauss–Newton matrix over the finite blocks of a sample of the pool, read once per worker."""
         length = self.blocks.block_tokens
         ordinals = self.blocks.sample(-(-self.config.solve.tokens // length), self.config.seed, self.curved)
         size = batch_rows(self.rows, self.model, length)
+        good = np.concatenate([self._finite(ordinals[at : at + size]) for at in range(0, len(ordinals), size)])
+        check_failed_blocks(ordinals[~good].tolist(), len(ordinals))
+        ordinals = ordinals[good]
         found = [self.blocks.batch(ordinals[at : at + size]) for at in range(0, len(ordinals), size)]
         sample = [(self.tensors(batch.ids), self.tensors(batch.mask)) for batch in found]
         return GaussNewton(self.model, self.sites, sample, curvature_scale([mask for _, mask in sample]))
+
+    def _finite(self, ordinals: np.ndarray) -> np.ndarray:
+        """Which blocks are finite, (n,) bool: one that is not would spoil the products of every query."""
+        ids, mask = self.trimmed(self.blocks.batch(ordinals))
+        gradients, losses = site_gradients(self.model, self.sites, ids, mask)
+        return (finite_rows(J for _, J in gradients) & finite_losses(losses, mask)).cpu().numpy()

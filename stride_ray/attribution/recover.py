@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from stride_ray.attribution.lasso import recover
 from stride_ray.attribution.responses import read_responses
+from stride_ray.corpus.failures import LARGEST_NORM, RESPONSE_NOT_FINITE, fail, failed_ordinals
 from stride_ray.models.sites import NEGATIVE_SCORE_FACTOR
 from stride_ray.operators.membership import Membership, membership_of
 from stride_ray.runtime.actor_pool import shared_actor_pool
@@ -68,7 +69,9 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
     parts = responses.store.read_json("manifest.json")["parts"]
     keys = responses.store.read_json("stage.json")["keys"]
     # The number of blocks that the operators were fitted on; blocks sharded later have higher ordinals.
-    facts = run.require("operators", "metadata.json", "stride-ray fit").store.read_json("metadata.json")
+    operators = run.require("operators", "metadata.json", "stride-ray fit").store
+    facts = operators.read_json("metadata.json")
+    failed = sorted({*failed_ordinals(operators), *failed_ordinals(responses.store)})
     stage = run.begin("estimates", name, **{key: keys[key] for key in ("corpus", "queries", "weights")})
     units = [list(range(start, min(start + PARTS_PER_UNIT, parts))) for start in range(0, parts, PARTS_PER_UNIT)]
     done = stage.done()
@@ -76,7 +79,7 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
     if missing:
         with record_stage_costs(stage), shared_actor_pool(run.config, len(missing)) as actors:
             work = estimates_of_block_rows if facts.get("rows") == "blocks" else solve_estimates
-            given = (run.config, responses, stage, facts["blocks"])
+            given = (run.config, responses, stage, facts["blocks"], failed)
             # The Lasso runs on CPUs. If the actors hold GPUs, the more numerous CPUs are idle.
             spare = actors.device == "cuda" and work is solve_estimates
             cpus = WorkerAllocation(actors.allocation.workers, "cpu")
@@ -98,22 +101,27 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
 
 
 def estimates_of_block_rows(
-    config: Config, responses: Stage, stage: Stage, n_blocks: int, unit: list[int]
+    config: Config, responses: Stage, stage: Stage, n_blocks: int, failed: list[int], unit: list[int]
 ) -> dict[str, Any]:
-    """Turn responses of block rows into estimates; negative ones are halved."""
+    """Turn responses of block rows into estimates; negative ones are halved (NEGATIVE_SCORE_FACTOR)."""
     started = time.monotonic()
     tables = [responses.store.read_table(f"{part_name(part)}.parquet") for part in unit]
     rows = []
     for row in pa.concat_tables(tables).to_pylist():
         value = np.array(row.pop("response"), dtype=np.float64)
         ordinals = np.array(row.pop("rows"), dtype=np.int64)
+        if row["status"] == "ok" and not (np.abs(value) < LARGEST_NORM).all():
+            fail(row, RESPONSE_NOT_FINITE)
         value = np.where(value > 0, value, NEGATIVE_SCORE_FACTOR * value)
-        rows.append({**row, "ordinals": ordinals[value != 0], "estimates": value[value != 0]})
+        kept = (value != 0) & (row["status"] == "ok")
+        rows.append({**row, "ordinals": ordinals[kept], "estimates": value[kept]})
     return _publish(stage, unit, started, rows)
 
 
-def solve_estimates(config: Config, responses: Stage, stage: Stage, n_blocks: int, unit: list[int]) -> dict[str, Any]:
-    """Recover estimates from responses of subset rows, with a Lasso per query."""
+def solve_estimates(
+    config: Config, responses: Stage, stage: Stage, n_blocks: int, failed: list[int], unit: list[int]
+) -> dict[str, Any]:
+    """Recover estimates from responses of subset rows, with a Lasso per query; failed blocks get none."""
     started = time.monotonic()
     membership = membership_of(config)
     # Warm up imports and the Numba cache, so that start-up is recorded separately from solving.
@@ -136,8 +144,9 @@ def solve_estimates(config: Config, responses: Stage, stage: Stage, n_blocks: in
         row |= {"ordinals": [], "estimates": []}
         if row["status"] == "ok":
             each = next(found)
-            row |= {"ordinals": each.ordinals, "estimates": each.weights * unscaled, "penalty": each.penalty}
-            row |= {"intercept": each.intercept, "gap": each.gap, "rounds": each.rounds}
+            known = ~np.isin(each.ordinals, failed)
+            row |= {"ordinals": each.ordinals[known], "estimates": each.weights[known] * unscaled}
+            row |= {"penalty": each.penalty, "intercept": each.intercept, "gap": each.gap, "rounds": each.rounds}
     return _publish(stage, unit, started, rows)
 
 

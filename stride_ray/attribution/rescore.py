@@ -24,6 +24,7 @@ from stride_ray.attribution.recover import read_estimates
 from stride_ray.attribution.scoring import QueryWorker, ScoreUnit, ScoreWorker, query_name
 from stride_ray.attribution.tables import rank_unit
 from stride_ray.corpus.blocks import Blocks, unit_count
+from stride_ray.corpus.failures import check_failed_blocks, check_failed_queries, failed_ordinals, write_failed_blocks
 from stride_ray.corpus.queries import check_name, fingerprint
 from stride_ray.models.curvature.kfac import begin_curvature, finish_curvature
 from stride_ray.models.loading import measured_model_fingerprint
@@ -55,11 +56,12 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
 
     Returns:
         ``queries``, ``failed``, ``rows`` and ``exact`` (here equal to ``rows``), ``median_nonzeros``, ``unsolved``
-        (queries whose Gauss–Newton solve took no step, leaving the direction at J) and ``parts``.
+        (queries whose Gauss–Newton solve took no step, leaving the direction at J), ``not_finite`` (blocks that have no
+        influence, since a loss or gradient is not finite; ``failed-blocks.parquet`` lists them) and ``parts``.
 
     Raises:
-        StrideError: a stage is missing or was made with other settings, another query set has this name, or the model
-            has no sites.
+        StrideError: a stage is missing or was made with other settings, another query set has this name, the model
+            has no sites, or too many blocks or queries are not finite (failures).
     """
     check_name(name)
     blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
@@ -80,8 +82,8 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
                 answers, groups = _query_gradients(run, blocks, curvature.store, stage, name, actors)
                 ranges = list(enumerate(blocks.cut(unit_count(len(blocks)))))
                 units = [ScoreUnit(_unit_name(g, i), g, *ordinals) for g in groups for i, ordinals in ranges]
-                _score(run.config, blocks, curvature.store, stage, units, actors)
-                _rank(run.config, blocks, stage, units, answers, actors)
+                failed = _score(run.config, blocks, curvature.store, stage, units, actors)
+                _rank(run.config, blocks, stage, units, answers, failed, actors)
     clear_directions(run, name)
     stage.clear_tensors()
     return stage.store.read_json("manifest.json")
@@ -150,14 +152,15 @@ def _rescore(
     actors: ActorPool,
 ) -> None:
     rows = read_estimates(estimates)
-    units: list[ScoreUnit] = []
+    units, failed = list[ScoreUnit](), set(failed_ordinals(run.stage("operators").store))
+    failed |= set(failed_ordinals(run.stage("responses", name).store))
     if curvature is None:
         answers = [rows[at : at + MAX_QUERIES_PER_UNIT] for at in range(0, len(rows), MAX_QUERIES_PER_UNIT)]
     else:
         answers, groups = _query_gradients(run, blocks, curvature, stage, name, actors, rows)
         units = [unit for group in groups for unit in candidate_units(group, answers, candidates)]
-        _score(run.config, blocks, curvature, stage, units, actors)
-    _rank(run.config, blocks, stage, units, answers, actors)
+        failed |= _score(run.config, blocks, curvature, stage, units, actors)
+    _rank(run.config, blocks, stage, units, answers, failed, actors)
 
 
 def candidate_count(config: Config, operators: dict[str, Any]) -> int:
@@ -242,6 +245,7 @@ def _query_gradients(
     done = stage.done()
     before = iter(known)
     answers = [[{**next(before), **answer} for answer in done[query_name(part)]["answers"]] for part, _ in parts]
+    check_failed_queries(answer for part in answers for answer in part)
     passes = passes_over(size, queries, run.config.compute.query_gb)
     return answers, [tuple(group.tolist()) for group in np.array_split(np.arange(len(parts)), passes) if len(group)]
 
@@ -261,12 +265,21 @@ def _unit_name(group: tuple[int, ...], index: int) -> str:
 
 def _score(
     config: Config, blocks: Blocks, curvature: Store, stage: Stage, units: list[ScoreUnit], actors: ActorPool
-) -> None:
-    """Score the units without a done marker."""
+) -> set[int]:
+    """Score the units without a done marker; returns the ordinals of all units' blocks that are not finite.
+
+    Raises:
+        StrideError: as check_failed_blocks.
+    """
     done = stage.done()
     missing = [unit for unit in units if unit.name not in done]
     results = actors.map(ScoreWorker, (config, blocks, actors.device, curvature, stage), missing)
-    progress(results, "score", sum(unit.blocks for unit in missing), "blocks", lambda marker: marker["blocks"])
+    total = sum(unit.blocks for unit in missing)
+    stage.remember(progress(results, "score", total, "blocks", lambda marker: marker["blocks"]))
+    done = stage.done()
+    failed = {ordinal for unit in units for ordinal in done[unit.name]["not_finite"]}
+    check_failed_blocks(sorted(failed), len(blocks))
+    return failed
 
 
 def _rank(
@@ -275,9 +288,11 @@ def _rank(
     stage: Stage,
     units: list[ScoreUnit],
     answers: list[list[dict[str, Any]]],
+    failed: set[int],
     actors: ActorPool,
 ) -> None:
-    """Write the missing tables, then the manifest."""
+    """Write the missing tables and the list of failed blocks, then the manifest."""
+    write_failed_blocks(stage.store, blocks, sorted(failed))
     done = stage.done()
     left = [part for part in range(len(answers)) if f"{part:05d}" not in done]
     groups = [(unit.group, unit.name) for unit in units]
@@ -296,6 +311,7 @@ def _rank(
             "median_nonzeros": float(np.median(kept)) if kept else 0.0,
             **({"reliability": float(np.median(reliable))} if reliable else {}),
             "unsolved": sum(marker["unsolved"] for marker in markers),
+            "not_finite": len(failed),
             "parts": len(answers),
         },
     )

@@ -17,6 +17,15 @@ import torch
 from stride_ray.attribution.responses import response_schema
 from stride_ray.attribution.site_responses import respond_sites
 from stride_ray.corpus.blocks import Blocks, unit_count
+from stride_ray.corpus.failures import (
+    LARGEST_NORM,
+    LOSS_NOT_FINITE,
+    RESPONSE_NOT_FINITE,
+    check_failed_blocks,
+    check_failed_queries,
+    fail,
+    write_failed_blocks,
+)
 from stride_ray.corpus.queries import check_name, fingerprint, read_queries
 from stride_ray.corpus.tokenizing import load_tokenizer
 from stride_ray.models.batch_size import rows_at_once
@@ -54,7 +63,8 @@ def respond(run: Run, queries: str, name: str) -> dict[str, Any]:
         name: of the query set; also its folder's name.
 
     Returns:
-        ``queries``, ``failed`` and ``parts`` (counts); ``mode``, the one used; ``correlation`` of the two modes if
+        ``queries``, ``failed`` and ``parts`` (counts); ``not_finite``, blocks whose stored row is not finite and which
+        have no influence, for operators at all sites; ``mode``, the one used; ``correlation`` of the two modes if
         auto measured it; ``reliability``, the median over queries, for operators at all sites.
 
     Raises:
@@ -109,11 +119,17 @@ def _respond_sites(run: Run, operators: Store, stage: Stage, name: str, queries:
         ):
             blocks, curvature = Blocks(run.stage("blocks").store), run.stage("curvature").store
             respond_sites(run, blocks, curvature, operators, stage, name, actors)
-            markers = [marker for unit, marker in stage.done().items() if unit.startswith("part-")]
+            done = stage.done()
+            markers = [marker for unit, marker in done.items() if unit.startswith("part-")]
+            scans = [marker for unit, marker in done.items() if unit.startswith("scan-")]
+            failed = {ordinal for marker in scans for ordinal in marker["not_finite"]}
+            check_failed_blocks(sorted(failed), len(blocks))
+            write_failed_blocks(stage.store, blocks, sorted(failed))
             reliable = [each for marker in markers for each in marker["reliability"]]
             summary = {
                 "queries": queries,
                 "failed": sum(marker["failed"] for marker in markers),
+                "not_finite": len(failed),
                 "mode": "linear",
                 "parts": len(markers),
                 "reliability": float(np.median(reliable)) if reliable else None,
@@ -139,6 +155,7 @@ def _respond_steered(run: Run, operators: Store, stage: Stage, table: pa.Table) 
             results = actors.map(Responder, (*given, _resolved_mode(stage, mode)), missing)
             stage.remember(progress(results, "respond", total, "queries", lambda marker: marker["queries"]))
     done = stage.done()
+    check_failed_queries(answer for index, _ in units for answer in done[part_name(index)]["answers"])
     summary = {
         "queries": table.num_rows,
         "failed": sum(done[part_name(index)]["failed"] for index, _ in units),
@@ -185,25 +202,44 @@ class Responder:
         name, schema = part_name(index), response_schema(len(self.operators.A))
         digest = self.stage.store.write_table(f"{name}.parquet", pa.Table.from_pylist(answers, schema))
         failed = sum(answer["status"] != "ok" for answer in answers)
-        return self.stage.mark(name, started, queries=len(rows), failed=failed, sha256=digest)
+        told = [{key: answer[key] for key in ("query_id", "error")} for answer in answers]
+        return self.stage.mark(name, started, queries=len(rows), failed=failed, answers=told, sha256=digest)
 
     def _linear(self, rows: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
         """Fill in linear responses, in right-padded batches within the token budget."""
         waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
         for batch in batches(rows, waiting, self.tokens):
+            self._linear_batch(rows, answers, batch)
+
+    def _linear_batch(self, rows: list[dict[str, Any]], answers: list[dict[str, Any]], batch: list[int]) -> None:
+        """Fill in one batch; one that does not fit in memory is halved, and a single query that does not fit fails."""
+        halves: list[list[int]] = []
+        try:
             ids, mask = padded([rows[i] for i in batch], self.model.device)
             losses = self.model.losses(self.model.trunk(ids), ids, mask)
             found = self.operators.linear(self.model, ids, mask)
             for i, loss, response in zip(batch, losses.tolist(), found.cpu().numpy(), strict=True):
                 _fill(answers[i], loss, response)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                fail(answers[batch[0]], _out_of_memory(error))
+            else:
+                halves = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+        # Here and not above: while an exception is handled, it holds the tensors of the frames that it passed.
+        for half in halves:
+            self._linear_batch(rows, answers, half)
 
     def _exact(self, row: dict[str, Any], answer: dict[str, Any]) -> None:
         ids, mask = padded([row], self.model.device)
         everyone = torch.arange(len(self.operators.A), device=self.model.device)
         try:
             base, found = self.operators.exact(self.model, ids[0], mask[0], everyone, self.tokens)
-        except torch.OutOfMemoryError as error:
-            answer |= {"status": "failed", "error": f"out of memory: {first_line(error)}; lower compute.batch_tokens"}
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            fail(answer, _out_of_memory(error))
             return
         _fill(answer, base, found.cpu().numpy())
 
@@ -224,13 +260,26 @@ class ModeComparison(Responder):
                 ids, mask = padded([row], device)
                 linear = self.operators.linear(self.model, ids, mask)[0, some]
                 exact = self.operators.exact(self.model, ids[0], mask[0], some, self.tokens)[1]
-                found.append(float(torch.corrcoef(torch.stack([linear, exact]).double())[0, 1]))
-        correlation = float(np.mean(found)) if found and np.isfinite(found).all() else None
+                alike = float(torch.corrcoef(torch.stack([linear, exact]).double())[0, 1])
+                # nan if a response is not finite: then the query says nothing about the modes.
+                found += [alike] if np.isfinite(alike) else []
+        correlation = float(np.mean(found)) if found else None
         return self.stage.mark("modes", started, correlation=correlation, queries=len(found), operators=len(some))
 
 
 def _fill(answer: dict[str, Any], loss: float, response: np.ndarray) -> None:
-    if np.isfinite(response).all() and np.isfinite(loss):
-        answer |= {"base_loss": loss, "response": response}
+    if not np.isfinite(loss):
+        fail(answer, LOSS_NOT_FINITE)
+    elif not (np.abs(response) < LARGEST_NORM).all():
+        fail(answer, RESPONSE_NOT_FINITE)
     else:
-        answer |= {"status": "failed", "error": "the response is not finite; the model overflows on this text"}
+        answer |= {"base_loss": loss, "response": response}
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a GPU or, where torch raises a plain RuntimeError, of the machine."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _out_of_memory(error: BaseException) -> str:
+    return f"out of memory: {first_line(error)}; lower compute.batch_tokens"

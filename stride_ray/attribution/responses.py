@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from stride_ray.corpus.blocks import fixed_lists
+from stride_ray.corpus.failures import LARGEST_NORM, RESPONSE_NOT_FINITE, fail
 from stride_ray.runtime.run import part_name
 from stride_ray.runtime.storage import Store
 
@@ -24,8 +25,17 @@ def response_schema(subsets: int) -> pa.Schema:
 
 
 def read_responses(store: Store, part: int) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Read a response part: its rows without the vectors, and the vectors (rows, K) float32, 0 for failed queries."""
+    """Read a response part: its rows without the vectors, and the vectors (rows, K) float32, 0 for failed queries.
+
+    A query whose stored responses are not finite is failed.
+    """
     table = store.read_table(f"{part_name(part)}.parquet")
     width = table.schema.field("response").type.list_size
-    responses = np.nan_to_num(fixed_lists(table["response"], width, np.nan))
-    return table.drop_columns(["response"]).to_pylist(), responses
+    responses = fixed_lists(table["response"], width, np.nan).copy()
+    rows = table.drop_columns(["response"]).to_pylist()
+    for row, response in zip(rows, responses, strict=True):
+        if row["status"] == "ok" and not (np.abs(response) < LARGEST_NORM).all():
+            fail(row, RESPONSE_NOT_FINITE)
+        if row["status"] != "ok":
+            response[:] = 0.0
+    return rows, responses

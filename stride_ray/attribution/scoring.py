@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from stride_ray.attribution.directions import read_directions
 from stride_ray.corpus.blocks import Batch, Blocks
-from stride_ray.corpus.queries import NOT_FINITE
+from stride_ray.corpus.failures import NOT_FINITE, fail, finite_losses, finite_rows
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.loading import load_measured_model
 from stride_ray.models.pool_worker import ModelWorker
-from stride_ray.models.sites import influence, site_gradients
+from stride_ray.models.sites import Site, influence, site_gradients
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Stage
 from stride_ray.runtime.storage import Store, tensor_bytes
@@ -72,10 +72,11 @@ class QueryWorker:
         tensors, finite = dict[str, torch.Tensor](), torch.ones(len(rows), dtype=torch.bool)
         for site in self.sites if gradients else ():
             x = site.solved(gradients.pop(site.name).to(self.device)).flatten(1).cpu()
-            tensors[site.name], finite = x, finite & x.isfinite().all(1)
+            tensors[site.name], finite = x, finite & finite_rows([x])
         for i, whole in zip(rows, finite.tolist(), strict=True):
             error = errors[i] or (None if whole else NOT_FINITE)
-            answers[i] |= {} if error is None else {"status": "failed", "error": error}
+            if error is not None:
+                fail(answers[i], error)
         kept = torch.tensor([answers[i]["status"] == "ok" for i in rows], dtype=torch.bool)
         name = query_name(part)
         self.stage.store.write(f"{name}.safetensors", tensor_bytes({k: x[kept] for k, x in tensors.items()}))
@@ -86,7 +87,8 @@ class ScoreWorker(ModelWorker):
     """Scores a unit's blocks for a group of queries and writes the scores to keep.
 
     For a range of blocks these are each query's ``attribute.top`` largest, for candidates all wanted pairs:
-    ``ordinals`` (Q, n) int64 and ``influence`` (Q, n) float32, NaN for pairs that are not wanted.
+    ``ordinals`` (Q, n) int64 and ``influence`` (Q, n) float32, NaN for pairs that are not wanted. Scores of a block
+    whose loss or gradient is not finite are 0, and the marker lists it (``not_finite``).
     """
 
     load = staticmethod(load_measured_model)
@@ -103,14 +105,31 @@ class ScoreWorker(ModelWorker):
         started = time.monotonic()
         if unit.group != self.group:
             self.group, self.queries = unit.group, self._load(unit.group)
-        pieces = []
+        pieces, failed = [], list[int]()
         for batch in self._batches(unit) if self.queries else ():
-            J = site_gradients(self.model, self.sites, *self.trimmed(batch))[0]
-            pieces.append(influence(self.queries, J).cpu())
+            found, good = self._scored(batch)
+            pieces.append(found)
+            failed += batch.ordinals[~good].tolist()
         scores = torch.cat(pieces, 1) if pieces else torch.zeros(0, unit.blocks)
         kept = self._largest(scores, unit.start) if unit.ordinals is None else _wanted(scores, unit)
         self.stage.store.write(f"{unit.name}.safetensors", tensor_bytes(kept))
-        return self.stage.mark(unit.name, started, blocks=unit.blocks)
+        return self.stage.mark(unit.name, started, blocks=unit.blocks, not_finite=failed)
+
+    def _scored(self, batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
+        """Scores of a batch of blocks, (Q, B) float32, and which of the blocks are finite, (B,) bool."""
+        ids, mask = self.trimmed(batch)
+        gradients, losses = site_gradients(self.model, self.sites, ids, mask)
+        good = finite_losses(losses, mask)
+
+        def checked() -> Iterator[tuple[Site, torch.Tensor]]:
+            nonlocal good
+            for site, J in gradients:
+                good = good & finite_rows([J])
+                yield site, J
+
+        scores = influence(self.queries, checked())
+        good = good & scores.isfinite().all(0)
+        return scores.masked_fill(~good, 0.0).cpu(), good.cpu().numpy()
 
     def _batches(self, unit: ScoreUnit) -> Iterator[Batch]:
         if unit.ordinals is None:

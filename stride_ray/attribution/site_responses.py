@@ -24,13 +24,13 @@ from stride_ray.attribution.directions import (
 )
 from stride_ray.attribution.responses import response_schema
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.corpus.queries import NOT_FINITE
+from stride_ray.corpus.failures import NOT_FINITE, check_failed_queries, fail, finite_rows
 from stride_ray.models.curvature.kfac import load_sites
 from stride_ray.models.curvature.sketch import sketch_of, whole_shape
 from stride_ray.models.sites import NEGATIVE_SCORE_FACTOR, halve_negative
 from stride_ray.operators.one_bit import Queries, estimate_inner_products, packed_queries
 from stride_ray.operators.row_store import RowStore
-from stride_ray.operators.sketched_rows import SKETCH, finite_rows
+from stride_ray.operators.sketched_rows import SKETCH
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Run, Stage, part_name
@@ -82,6 +82,8 @@ def respond_sites(
         compute_directions(config, blocks, curvature, directions, table.num_rows, actors)
         coded = actors.map(QueryCoder, (directions, operators, actors.device, stage), missing)
         stage.remember(progress(coded, "code", len(missing), "parts"))
+    coded_parts = stage.done()
+    check_failed_queries(answer for part in parts for answer in coded_parts[code_name(part)]["answers"])
     store = RowStore(operators)
     several = MAX_QUERIES_PER_PASS // queries_per_unit(gradient_bytes(curvature))
     groups = [parts[at : at + several] for at in range(0, len(parts), several)]
@@ -134,7 +136,8 @@ class QueryCoder:
             sections.append(none if J is None else sketch_of(site, J.to(self.device)).cpu() / site.scale)
         finite = finite_rows(sections)
         for i, good in zip(rows, finite.tolist(), strict=True):
-            answers[i] |= {} if good else {"status": "failed", "error": NOT_FINITE}
+            if not good:
+                fail(answers[i], NOT_FINITE)
         coded = packed_queries([section[finite].numpy() for section in sections])
         tensors = {each.name: torch.from_numpy(getattr(coded, each.name)) for each in fields(Queries)}
         self.responses.store.write(f"{code_name(part)}.safetensors", tensor_bytes(tensors))
@@ -161,9 +164,11 @@ class RowScanner:
         group, index, parts = unit
         if group != self.group:
             self.group, self.queries = group, read_codes(self.stage.store, group)
-        values, moments = [], np.zeros((len(self.queries), 6))
+        values, moments, failed = [], np.zeros((len(self.queries), 6)), list[int]()
         for part in parts:
-            halves = estimate_inner_products(self.rows.read(part), self.queries, self.rows.starts)
+            rows, spoilt = self.rows.read_finite(part)
+            failed += spoilt
+            halves = estimate_inner_products(rows, self.queries, self.rows.starts)
             moments += half_moments(halves)
             values.append(halves.sum(2).astype(np.float32))
         found = torch.from_numpy(np.concatenate(values, 1))
@@ -175,7 +180,7 @@ class RowScanner:
         kept = {"rows": numbers.contiguous(), "values": found, "moments": torch.from_numpy(moments)}
         name = scan_name(group, index)
         self.stage.store.write(f"{name}.safetensors", tensor_bytes(kept))
-        return self.stage.mark(name, started, rows=sum(part["count"] for part in parts))
+        return self.stage.mark(name, started, rows=sum(part["count"] for part in parts), not_finite=failed)
 
 
 def half_moments(halves: np.ndarray) -> np.ndarray:

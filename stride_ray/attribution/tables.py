@@ -9,9 +9,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stride_ray.corpus.blocks import Blocks, document_shares
+from stride_ray.models.sites import NEGATIVE_SCORE_FACTOR
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Stage
 
+# Stored with the columns of influence, whose name does not say it.
+UNITS = {
+    "unit": "a block's mean influence on itself; positive: training on it lowers the query's loss",
+    "negative": f"multiplied by {NEGATIVE_SCORE_FACTOR:g}: negative scores are noisier",
+}
 INFLUENCE = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
@@ -20,7 +26,7 @@ INFLUENCE = pa.schema(
         pa.field("ordinal", pa.int64(), nullable=False),
         pa.field("document_id", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
-        pa.field("influence", pa.float64(), nullable=False),
+        pa.field("influence", pa.float64(), nullable=False, metadata=UNITS),
         pa.field("exact", pa.bool_(), nullable=False),
     ]
 )
@@ -31,7 +37,7 @@ DOCUMENTS = pa.schema(
         pa.field("document_id", pa.string(), nullable=False),  # of its source: the two together are the document
         pa.field("source", pa.string(), nullable=False),
         pa.field("blocks", pa.int32(), nullable=False),
-        pa.field("influence", pa.float64(), nullable=False),
+        pa.field("influence", pa.float64(), nullable=False, metadata=UNITS),
     ]
 )
 RECOVERY = pa.schema(

@@ -100,10 +100,13 @@ def _some(items: Iterable[str]) -> str:
 
 
 def _fit(run: Run, parsed: argparse.Namespace) -> int:
+    from stride_ray.corpus.failures import FAILED_BLOCKS_FILE, failed_blocks_note
     from stride_ray.operators.fit import fit
 
     facts = fit(run)
     print(facts["verdict"], file=sys.stdout if facts["learned"] else sys.stderr)
+    if failed := facts.get("not_finite", 0):
+        print(failed_blocks_note(failed, run.stage("operators").store.display_url(FAILED_BLOCKS_FILE)))
     return 0 if facts["learned"] else 3
 
 
@@ -129,9 +132,12 @@ def _recover(run: Run, parsed: argparse.Namespace) -> int:
 
 def _rescore(run: Run, parsed: argparse.Namespace) -> int:
     from stride_ray.attribution.rescore import rescore
+    from stride_ray.corpus.failures import FAILED_BLOCKS_FILE, failed_blocks_note
 
     done = rescore(run, parsed.name)
     print(f"{done['queries']} queries, {done['failed']} failed; {done['exact']} of {done['rows']} rows are exact.")
+    if failed := done.get("not_finite", 0):
+        print(failed_blocks_note(failed, run.stage("influence", parsed.name).store.display_url(FAILED_BLOCKS_FILE)))
     return 0
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from stride_ray.attribution.attribute import mode_of, table_stage, write_tables
 from stride_ray.contamination.items import Item
@@ -131,7 +132,7 @@ def _ties(run: Run, stage: Stage, name: str, items: Sequence[Item], control: boo
     asked = {item.key: item for item in items}
     for part, told in _parts(run, name):
         mine: dict[str, list[dict[str, Any]]] = {}
-        for each in part.to_pylist():
+        for each in _finite(part).to_pylist():
             mine.setdefault(each["query_id"], []).append(each)
         for each in told.to_pylist():
             record = {"key": each["query_id"], "control": control, "error": each["error"], "loss": each["base_loss"]}
@@ -168,6 +169,11 @@ def _parts(run: Run, name: str) -> Iterator[tuple[pa.Table, pa.Table]]:
         yield next(read), next(read)
 
 
+def _finite(part: pa.Table) -> pa.Table:
+    """Rows of an influence table whose influence is finite: another would spoil the comparison of every item."""
+    return part.filter(pc.is_finite(part["influence"]))
+
+
 class _Reference:
     """Mean and spread of each block's influence over the controls.
 
@@ -176,7 +182,7 @@ class _Reference:
 
     def __init__(self, run: Run, name: str) -> None:
         ordinals, values, queries = [], [], 0
-        for part, _ in _parts(run, name):
+        for part in (_finite(part) for part, _ in _parts(run, name)):
             ids = np.array(part["query_id"].to_pylist(), dtype=object)
             for query in dict.fromkeys(ids.tolist()):
                 mine = ids == query

@@ -12,9 +12,11 @@ SMALLEST = 1e-15
 def standardised(values: np.ndarray, control: np.ndarray) -> np.ndarray:
     """Robust z-scores: values (n,) minus the controls' median, over 1.4826 times the controls' median abs. deviation.
 
-    ``control`` (n,) marks the controls. NaN stay NaN; a spread of 0 is replaced by 1, and without controls all are NaN.
+    ``control`` (n,) marks the controls. Values that are not finite give NaN; a spread of 0 is replaced by 1, and
+    without controls all are NaN.
     """
-    known = values[control & ~np.isnan(values)]
+    values = np.where(np.isfinite(values), values, np.nan)
+    known = values[control & np.isfinite(values)]
     if not len(known):
         return np.full(len(values), np.nan)
     middle = np.median(known)
@@ -31,12 +33,12 @@ def p_values(statistics: np.ndarray, controls: np.ndarray) -> np.ndarray:
 
     Args:
         statistics: (n,) of the items; large is suspicious, NaN gives 1.
-        controls: (m,) of the controls; NaN are ignored.
+        controls: (m,) of the controls; those that are not finite are ignored.
 
     Returns:
         (n,) float64 in (0, 1].
     """
-    known = np.sort(controls[~np.isnan(controls)])
+    known = np.sort(controls[np.isfinite(controls)])
     m = len(known)
     values = np.nan_to_num(statistics, nan=-np.inf)
     found = (1 + m - np.searchsorted(known, values, side="left")) / (m + 1)

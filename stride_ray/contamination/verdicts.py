@@ -102,7 +102,7 @@ def _tied(items: Sequence[Item], ties: pa.Table, false_discovery: float) -> dict
     # An item in two sets has a key in each and is tested twice.
     asked = [item.key for item in items if rows.get(item.key, {}).get("contrast") is not None]
     q = dict(zip(asked, q_values(np.array([p[key] for key in asked])).tolist(), strict=True))
-    losses = [row["loss"] for row in ties.to_pylist() if row["control"] and row["loss"] is not None]
+    losses = [row["loss"] for row in ties.to_pylist() if row["control"] and _finite(row["loss"])]
     low = float(np.quantile(losses, 1 - MEMORISED)) if losses else -np.inf
     found = {}
     for key, row in rows.items():
@@ -113,10 +113,14 @@ def _tied(items: Sequence[Item], ties: pa.Table, false_discovery: float) -> dict
             "tied_source": row["source"],
             "p": p[key] if key in q else None,
             "q": q.get(key),
-            "memorised": None if row["loss"] is None else row["loss"] < low,
+            "memorised": row["loss"] < low if _finite(row["loss"]) else None,
             "suspected": q.get(key, 1.0) <= false_discovery,
         }
     return found
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and bool(np.isfinite(value))
 
 
 def counts(table: pa.Table) -> dict[str, int]:

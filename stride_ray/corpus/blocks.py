@@ -85,25 +85,42 @@ class Blocks:
                 yield Batch(ordinals, *self._arrays(piece))
 
     def take(self, ordinals: Sequence[int] | np.ndarray, columns: Sequence[str]) -> pa.Table:
-        """Columns of arbitrary blocks in the order of ``ordinals`` (repeats allowed); reads each row group once."""
+        """Columns of arbitrary blocks in the order of ``ordinals`` (repeats allowed).
+
+        Opens each file and reads each row group once.
+
+        Raises:
+            StrideError: an ordinal is outside the pool, or a part has fewer rows than the manifest says.
+        """
         wanted = np.asarray(ordinals, dtype=np.int64)
-        order, tables, seen = np.argsort(wanted, kind="stable"), [], np.unique(wanted)
-        while len(seen):
-            table, first = next(self._groups(int(seen[0]), len(self), list(columns)))
-            inside = seen < first + table.num_rows
-            if not inside.any():
-                raise StrideError(
-                    f"{self.store.display_url('')} has fewer blocks than its manifest says; restore the part with "
-                    f"block {int(seen[0])}."
-                )
-            tables.append(table.take(pa.array(seen[inside] - first)))
-            seen = seen[~inside]
-        if not tables:
+        distinct, positions = np.unique(wanted, return_inverse=True)
+        if not len(distinct):
             return self._empty(columns)
-        found = pa.concat_tables(tables)
-        positions = np.empty(len(wanted), dtype=np.int64)
-        positions[order] = np.searchsorted(np.unique(wanted), wanted[order])
-        return found.take(pa.array(positions))
+        if distinct[0] < 0 or distinct[-1] >= len(self):
+            outside = int(distinct[0] if distinct[0] < 0 else distinct[-1])
+            raise StrideError(
+                f"Block {outside} is not in {self.store.display_url('')}, which has blocks 0 to {len(self) - 1}; the "
+                "tables that name it were made from another pool."
+            )
+        parts = np.searchsorted(self._first, distinct, side="right") - 1
+        tables = [self._rows(int(part), distinct[parts == part], list(columns)) for part in np.unique(parts)]
+        return pa.concat_tables(tables).take(pa.array(positions))
+
+    def _rows(self, index: int, ordinals: np.ndarray, columns: list[str]) -> pa.Table:
+        """Columns of some blocks of one part, given their ascending ordinals."""
+        rows = ordinals - int(self._first[index])
+        tables = []
+        with self.store.open_parquet(self.manifest["parts"][index]["name"]) as file:
+            for group in np.unique(rows // ROW_GROUP):
+                inside = rows[rows // ROW_GROUP == group] - group * ROW_GROUP
+                table = file.read_row_group(int(group), columns=columns) if group < file.num_row_groups else None
+                if table is None or inside[-1] >= table.num_rows:
+                    raise StrideError(
+                        f"{self.store.display_url('')} has fewer blocks than its manifest says; restore the part with "
+                        f"block {int(self._first[index] + group * ROW_GROUP + inside[-1])}."
+                    )
+                tables.append(table.take(pa.array(inside)))
+        return pa.concat_tables(tables)
 
     def batch(self, ordinals: Sequence[int] | np.ndarray) -> Batch:
         """Arbitrary blocks as one batch."""

@@ -29,8 +29,6 @@ SCHEMA = pa.schema(
     ]
 )
 
-# Error of a query whose losses are finite but whose gradient is not.
-NOT_FINITE = "its gradient is not finite; the model overflows on this text"
 _ID_COLUMNS = ("query_id", "id")
 _ADVICE = "A query has text; prompt and completion (or answer); messages; or token_ids: rename the columns."
 

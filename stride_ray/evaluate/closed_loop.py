@@ -19,13 +19,13 @@ from stride_ray.attribution.tables import DOCUMENTS
 from stride_ray.corpus.blocks import Blocks, document_shares, fixed_lists
 from stride_ray.corpus.queries import fingerprint
 from stride_ray.corpus.tokenizing import load_tokenizer
-from stride_ray.corpus.word_counts import similarities
 from stride_ray.evaluate.answer_f1 import answer_f1, has_answers
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.evaluate.retraining.lds import ALL, Interval, mean_interval
 from stride_ray.evaluate.retraining.recipe import DEFAULT, load_recipe, recipe_identity
 from stride_ray.evaluate.retraining.retrain import checked_losses, read_array, write_array
+from stride_ray.evaluate.word_counts import similarities
 from stride_ray.models.query_batches import padded
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError

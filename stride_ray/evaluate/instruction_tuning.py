@@ -30,13 +30,13 @@ from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.shard import shard
 from stride_ray.corpus.splits import plan
 from stride_ray.corpus.tokenizing import load_tokenizer
-from stride_ray.corpus.word_counts import tfidf, words
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.planting import disguised
 from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.evaluate.retraining.finetune import FineTune
 from stride_ray.evaluate.retraining.lds import ALL, Interval, mean_interval
 from stride_ray.evaluate.tailpatch import INFLUENCE, LEXICAL, tail_patch
+from stride_ray.evaluate.word_counts import tfidf, words
 from stride_ray.models.causal_lm import load_model
 from stride_ray.models.query_batches import padded
 from stride_ray.operators.fit import fit

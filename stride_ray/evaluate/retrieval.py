@@ -16,8 +16,8 @@ from stride_ray.attribution.responses import read_responses
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.queries import SCHEMA, row
-from stride_ray.corpus.word_counts import similar_blocks
 from stride_ray.evaluate.split_halves import TOP, most_helpful
+from stride_ray.evaluate.word_counts import similar_blocks
 from stride_ray.operators.membership import Membership, membership_of
 from stride_ray.runtime.run import Run
 

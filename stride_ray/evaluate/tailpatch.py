@@ -14,8 +14,8 @@ import torch
 
 from stride_ray.attribution.attribute import read_influence, stored_queries
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.corpus.word_counts import similar_blocks
 from stride_ray.evaluate.retraining.lds import Interval, mean_interval
+from stride_ray.evaluate.word_counts import similar_blocks
 from stride_ray.models.pool_worker import ModelWorker
 from stride_ray.models.query_batches import padded
 from stride_ray.runtime.actor_pool import map_actors

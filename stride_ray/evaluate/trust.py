@@ -1,9 +1,9 @@
 """The trust panel: checks of an attribution that need no retraining, ending in a plain verdict.
 
 For estimates from subsets: do two halves of the subsets agree on the top blocks, and more so than under membership
-matrices that the responses were not made with? Otherwise: do different queries get different blocks, and some that
-lexical search also finds? Passing is necessary but not sufficient: only retraining (LDS) shows how well influence
-predicts it.
+matrices that the responses were not made with? Otherwise there is only a sanity check: do different queries get
+different blocks, and some that lexical search also finds, but not the very same? Passing is necessary but not
+sufficient: only retraining (LDS) shows how well influence predicts it.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 
 # Thresholds of the verdict, see ``trust``.
-CHANCE, AGREEING, SAME = 0.05, 0.3, 0.5
+CHANCE, AGREEING, SAME, LEXICAL = 0.05, 0.3, 0.5, 0.9
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Trust:
         lexical: mean overlap with TF-IDF's top TOP. ``lexical_p``: one-sided binomial test of it against chance.
         chance: expected mean overlap with blocks drawn at random.
         between: mean overlap of different queries' top TOP; nan for one query. ``lexical_between``: TF-IDF's.
-        level: good, weak or none. ``verdict``: a sentence.
+        level: good, plausible, weak or none. ``verdict``: a sentence.
     """
 
     mode: str
@@ -85,9 +85,10 @@ def trust(run: Run, name: str) -> Trust:
 
     ``none``: no query has a helpful block; or, if estimated, the fit learned nothing, or halves of the subsets agree no
     better than chance (p above 0.05). ``weak``: half of the queries failed; or halves of the subsets share less than
-    0.3 of the top ten; or, without subsets, the top ten overlap with TF-IDF's no more than by chance (p above 0.05), or
-    different queries share at least half of theirs and twice as much as TF-IDF's. Otherwise ``good``. The thresholds
-    are conventions.
+    0.3 of the top ten; or, without subsets, the top ten overlap with TF-IDF's no more than by chance (p above 0.05) or
+    to at least 0.9, or different queries share at least half of theirs and twice as much as TF-IDF's. Otherwise
+    ``good`` if halves of the subsets agree, and ``plausible`` without subsets, where no check measures accuracy. The
+    thresholds are conventions.
 
     Args:
         run: with finished influence for ``name``.
@@ -146,10 +147,13 @@ def _judged(panel: Trust, answered: bool) -> tuple[str, str]:
         return ("good" if halves.overlap >= AGREEING else "weak"), f"{told}, {halves.control_overlap:.0%} by chance"
     if panel.lexical_p > CHANCE:
         return "weak", f"the top {TOP} blocks share no more with lexical search than blocks drawn at random"
+    if panel.lexical >= LEXICAL:
+        why = f"the top {TOP} blocks share {panel.lexical:.0%} with lexical search"
+        return "weak", f"{why}: counting words would find the same"
     if panel.between >= max(SAME, 2 * panel.lexical_between):
         return "weak", f"different queries share {panel.between:.0%} of their top {TOP} blocks"
     told = f"the top {TOP} blocks share {panel.lexical:.0%} with lexical search, {panel.chance:.1%} by chance"
-    return "good", f"{told}, and different queries get different blocks; only retraining can validate it"
+    return "plausible", f"{told}, and different queries get different blocks: a sanity check, not a measure of accuracy"
 
 
 def _overlap_counts(left: dict[str, NDArray], right: dict[str, NDArray]) -> tuple[int, int]:

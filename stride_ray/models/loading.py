@@ -22,12 +22,19 @@ def load_run_model(config: Config, device: str) -> SplitModel:
     The last one loaded stays cached in the process.
 
     Raises:
-        StrideError: as load_model.
+        StrideError: as load_model, or model.split is neither a share nor a whole number.
     """
     transformers.utils.logging.disable_progress_bar()
     split = config.model.split
-    layer: int | float = 1.0 if config.operators.form == "logit" else (split if split < 1 else int(split))
+    # The option is a float: 1 is the whole depth, and the first layer is a small share of it.
+    layer: int | float = 1.0 if config.operators.form == "logit" else (split if split <= 1 else _whole(split))
     return _loaded(config.model.path, layer, config.model.dtype, device)
+
+
+def _whole(split: float) -> int:
+    if split != int(split):
+        raise StrideError(f"model.split is {split:g}, neither a share of the depth, up to 1, nor a number of layers.")
+    return int(split)
 
 
 def load_measured_model(config: Config, device: str) -> SplitModel:

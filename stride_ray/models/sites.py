@@ -34,21 +34,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from stride_ray.models.causal_lm import SplitModel, masked_mean
-from stride_ray.models.matrices import inverse_root
-from stride_ray.models.vocabulary import TokenSide, token_side
+from stride_ray.models.causal_lm import SplitModel
+from stride_ray.models.vocabulary import TokenSide
 from stride_ray.runtime.errors import StrideError
 
 EMBEDDING, HEAD, ORIGIN = "embedding", "head", "origin"
-# Damping: eigenvalues λ become λ + damping · mean λ. The layers do better with less; embedding and head do not.
-DAMPING, END_DAMPING = 0.01, 0.1
-# Damping of the unigram distribution: per-token weights are (π + RARE)^-½, so rare tokens count more.
-UNIGRAM_DAMPING = 1e-4
 # Negative scores are halved: they are noisier.
 NEGATIVE_SCORE_FACTOR = 0.5
 
@@ -94,23 +88,6 @@ class Site:
         Only for a site that is not sketched.
         """
         return self.whitened(self.whitened(J))
-
-
-@dataclass(frozen=True)
-class KroneckerFactors:
-    """K-FAC factors of one site: sums (or means) over positions of u uᵀ (F, F) and g gᵀ (D, D), float64.
-
-    ``read`` is empty for the embedding; ``written`` of the head is a token's squared weight in the loss, (1, 1).
-    """
-
-    read: np.ndarray
-    written: np.ndarray
-
-    def __add__(self, other: "KroneckerFactors") -> "KroneckerFactors":
-        return KroneckerFactors(self.read + other.read, self.written + other.written)
-
-    def __truediv__(self, positions: int) -> "KroneckerFactors":
-        return KroneckerFactors(self.read / positions, self.written / positions)
 
 
 def last_layers(wanted: float, n_layers: int) -> int:
@@ -216,90 +193,10 @@ def output_gradients(
     return {name: g.float() for name, g in zip(wrote, gradients, strict=True)}
 
 
-def _state_gradients(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor) -> Tensor:
-    """The gradient of each sequence's masked mean loss at its final states, (B, T, D)."""
-    with torch.enable_grad():
-        leaf = z_BTD.detach().requires_grad_(True)
-        losses = masked_mean(model.token_losses(leaf, ids_BT, mask_BT), mask_BT)
-        total = losses[mask_BT[:, 1:].any(1)].sum()
-    return torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(leaf)
-
-
-def _affects_loss(mask_BT: Tensor) -> Tensor:
-    """(B, T − 1) bool: positions up to the one that predicts the last target; later ones do not affect the loss."""
-    return mask_BT[:, 1:].flip(1).cumsum(1).flip(1).gt(0)
-
-
 def token_weights(mask_BT: Tensor) -> Tensor:
     """(B, T − 1): the weight ω of each next token in its sequence's mean loss."""
     omega = mask_BT[:, 1:].float()
     return omega / omega.sum(1, keepdim=True).clamp(min=1)
-
-
-def add_moments(
-    totals: dict[str, tuple[Tensor, Tensor]], model: SplitModel, sites: Iterable[str], ids_BT: Tensor, mask_BT: Tensor
-) -> int:
-    """Add a batch's second moments at some sites to ``totals``, in place; returns the number of positions.
-
-    ``totals`` holds Σ u uᵀ and Σ g gᵀ by site, float32 (KroneckerFactors): 0.4 GB for a model of 135M parameters.
-    """
-    sites = list(sites)
-    z, read, wrote = forward_with_activations(model, sites, ids_BT)
-    written = output_gradients(z, wrote, _state_gradients(model, ids_BT, mask_BT, z))
-    read[HEAD] = z.detach().float()
-    counted = _affects_loss(mask_BT)
-    for name in sites:
-        u, g = read.pop(name), written.pop(name, None)
-        u = u[:, :-1][counted] if name != EMBEDDING else torch.empty(0, 0, device=model.device)
-        g = g[:, :-1][counted] if g is not None else token_weights(mask_BT)[counted].unsqueeze(1)
-        if name not in totals:
-            totals[name] = (u.new_zeros(u.shape[1], u.shape[1]), g.new_zeros(g.shape[1], g.shape[1]))
-        for total, x in zip(totals[name], (u, g), strict=True):
-            total.addmm_(x.T, x)
-    return int(counted.sum())
-
-
-def moments_of(totals: dict[str, tuple[Tensor, Tensor]]) -> dict[str, KroneckerFactors]:
-    """The sums of ``add_moments``, in float64."""
-    return {name: KroneckerFactors(*(each.double().cpu().numpy() for each in both)) for name, both in totals.items()}
-
-
-def preconditioned(name: str, moments: KroneckerFactors, counts: Tensor, seed: int) -> Site:
-    """A site with the K-FAC preconditioner of its second moments.
-
-    Args:
-        name: of the site.
-        moments: sums or means over positions of the pool.
-        counts: (V,) how often each token is a target in the pool; for the vocabulary side.
-        seed: of the count sketch of a large vocabulary.
-    """
-    if name not in (EMBEDDING, HEAD, ORIGIN):
-        return Site(name, inverse_root(moments.read, DAMPING), inverse_root(moments.written, DAMPING))
-    unigram = distribution(counts)
-    weights = (unigram + UNIGRAM_DAMPING).rsqrt()
-    if name == EMBEDDING:
-        return Site(name, torch.empty(0), inverse_root(moments.written, END_DAMPING), token_side(weights, seed))
-    # Whitening removes ω from the layers' gradients; here it has to be divided out.
-    side = token_side(weights / float(moments.written[0, 0]) ** 0.5, seed)
-    W_in = inverse_root(moments.read, END_DAMPING)
-    return Site(name, W_in, torch.empty(0), side, unigram if name == ORIGIN else torch.empty(0))
-
-
-def distribution(counts: Tensor) -> Tensor:
-    """The add-one unigram distribution π of token counts: (V,) in, (V,) float32 out."""
-    return ((counts.double() + 1) / (counts.double() + 1).sum()).float()
-
-
-def origin_weight(layers: float, loss: float, unigram: Tensor) -> float:
-    """Weight of the origin: the number of layers times the model's loss as a share of the unigram entropy (at most 1).
-
-    Args:
-        layers: number of layers with sites.
-        loss: the model's mean loss on the pool, nats per token.
-        unigram: (V,) π.
-    """
-    entropy = float(-(unigram.double() * unigram.double().log()).sum())
-    return layers * min(1.0, loss / entropy)
 
 
 def site_gradients(
@@ -335,32 +232,52 @@ def head_gradients(
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """J of head and origin, (B, n, D) each, the losses (B,) and their gradient at the states; one pass over the logits.
 
-    Head: Σ_t ω_t ((p_t − y_t) W_out) ⊗ z_t; origin: π in place of p_t. Logits of a few sequences at a time.
+    Head: Σ_t ω_t ((p_t − y_t) W_out) ⊗ z_t; origin: π in place of p_t. Logits of a few sequences at a time or, if one
+    exceeds the budget, of some of its positions, whose J add up.
     """
     omega, ids = token_weights(mask_BT), ids_BT[:, 1:]
-    rows = model.logits_rows(ids_BT.shape[1])
-    pieces: dict[str, list[Tensor]] = {site.name: [] for site in sites if site.name in (HEAD, ORIGIN)}
+    rows, positions = model.logits_rows(ids.shape[1]), model.logits_rows(1)
+    wanted = [site for site in sites if site.name in (HEAD, ORIGIN)]
+    ends: dict[str, list[Tensor]] = {site.name: [] for site in wanted}
     losses, slopes = [], []
-    for z, target, weight in zip(z_BTD[:, :-1].split(rows), ids.split(rows), omega.split(rows), strict=True):
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_(True)
-            logits = model.logits(leaf).float()
-        log_p, at = logits.detach().log_softmax(-1), target.unsqueeze(2)
-        losses.append(-(log_p.gather(2, at).squeeze(2) * weight).sum(1))
-        g = log_p.exp_().scatter_add_(2, at, -torch.ones_like(at, dtype=log_p.dtype)).mul_(weight.unsqueeze(2))
-        slopes.append(torch.autograd.grad(logits, leaf, g)[0])
-        read = z.detach().float()
-        for site in sites:
-            if site.name == HEAD:
-                pieces[HEAD].append(site.tokens.of(g).transpose(1, 2) @ read)
-            elif site.name == ORIGIN:
-                known, seen = site.tokens.of(site.unigram.clone()), read * weight.unsqueeze(2)
-                expected = known.unsqueeze(1) * seen.sum(1, keepdim=True)
-                pieces[ORIGIN].append(site.tokens.summed(target, -seen, expected))
+    for chunk in zip(z_BTD[:, :-1].split(rows), ids.split(rows), omega.split(rows), strict=True):
+        J: dict[str, Tensor] = {}
+        loss, slope = [], []
+        for z, target, weight in zip(*(each.split(positions, dim=1) for each in chunk), strict=True):
+            g, loss_B, slope_BTD = _logit_gradients(model, z, target, weight)
+            loss.append(loss_B)
+            slope.append(slope_BTD)
+            for site in wanted:
+                part = _end_gradients(site, g, z.detach().float(), target, weight)
+                J[site.name] = J[site.name].add_(part) if site.name in J else part
+        losses.append(torch.stack(loss).sum(0))
+        slopes.append(torch.cat(slope, dim=1))
+        for name, part in J.items():
+            ends[name].append(part)
     # With a single chunk, avoid a copy of J.
-    found = {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in pieces.items()}
-    slope = torch.nn.functional.pad(torch.cat(slopes), (0, 0, 0, 1))
-    return found, torch.cat(losses).masked_fill(~mask_BT[:, 1:].any(1), torch.nan), slope
+    found = {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in ends.items()}
+    padded = torch.nn.functional.pad(torch.cat(slopes), (0, 0, 0, 1))
+    return found, torch.cat(losses).masked_fill(~mask_BT[:, 1:].any(1), torch.nan), padded
+
+
+def _logit_gradients(model: SplitModel, z: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients ω (p − y) at the logits (B, T, V), the losses (B,), and the gradients at the states (B, T, D)."""
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_(True)
+        logits = model.logits(leaf).float()
+    log_p, at = logits.detach().log_softmax(-1), target.unsqueeze(2)
+    losses = -(log_p.gather(2, at).squeeze(2) * weight).sum(1)
+    g = log_p.exp_().scatter_add_(2, at, -torch.ones_like(at, dtype=log_p.dtype)).mul_(weight.unsqueeze(2))
+    return g, losses, torch.autograd.grad(logits, leaf, g)[0]
+
+
+def _end_gradients(site: Site, g: Tensor, z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """J of head (overwriting g) or origin, (B, n, D), by their states z."""
+    if site.name == HEAD:
+        return site.tokens.of(g).transpose(1, 2) @ z
+    seen = z * weight.unsqueeze(2)
+    expected = site.tokens.of(site.unigram.clone()).unsqueeze(1) * seen.sum(1, keepdim=True)
+    return site.tokens.summed(target, -seen, expected)
 
 
 def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor]]) -> Tensor:

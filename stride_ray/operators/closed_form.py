@@ -10,6 +10,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from stride_ray.corpus.failures import LARGEST_NORM, finite_rows
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.matrices import gaussian_sketch, inverse_root, orthonormal
 from stride_ray.operators.forms import Basis, normalised, random_basis, stream_gradients
@@ -17,8 +18,8 @@ from stride_ray.operators.forms import Basis, normalised, random_basis, stream_g
 
 def stream_moments(
     model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, with_gradients: bool
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Sums of second moments over a batch.
+) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
+    """Sums of second moments over a batch, without blocks that are not finite.
 
     Args:
         model: split at the operators' layer.
@@ -28,17 +29,21 @@ def stream_moments(
 
     Returns:
         Σ z zᵀ with z = LN(h), over positions that predict a target, (D, D) float64; Σ g gᵀ over all positions, (D, D)
-        float64 (zeros without gradients); number of predicting positions.
+        float64 (zeros without gradients); number of predicting positions; which blocks are finite, (B,) bool.
     """
     h = model.trunk(ids_BT)
     predicts = torch.zeros_like(mask_BT)
     predicts[:, :-1] = mask_BT[:, 1:]
-    z = normalised(h)[predicts].double()
-    g = torch.zeros(1, z.shape[1], dtype=torch.float64, device=z.device)
+    normal = normalised(h)
+    good = ((normal.norm(dim=2) < LARGEST_NORM) | ~predicts).all(1)
+    g = torch.zeros(1, h.shape[2], dtype=torch.float64, device=h.device)
     if with_gradients:
+        slopes = stream_gradients(model, h, ids_BT, mask_BT)
+        good &= finite_rows([slopes])
         # Position t's gradient also comes from later targets, so all positions are summed; padding contributes zeros.
-        g = stream_gradients(model, h, ids_BT, mask_BT).flatten(0, 1).double()
-    return (z.T @ z).cpu().numpy(), (g.T @ g).cpu().numpy(), len(z)
+        g = slopes[good].flatten(0, 1).double()
+    z = normal[predicts & good.unsqueeze(1)].double()
+    return (z.T @ z).cpu().numpy(), (g.T @ g).cpu().numpy(), len(z), good.cpu().numpy()
 
 
 @threadpool_limits.wrap(limits=1)

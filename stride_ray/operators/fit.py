@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from stride_ray.corpus.blocks import Blocks, unit_count
+from stride_ray.corpus.failures import check_failed_blocks, failed_ordinals, finite_rows, write_failed_blocks
 from stride_ray.models.curvature.kfac import begin_curvature, finish_curvature
 from stride_ray.models.loading import measured_model_fingerprint
 from stride_ray.models.pool_worker import (
@@ -143,7 +144,12 @@ def _closed_form(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool
     missing = [unit for unit in units if f"sum-{unit[0]:03d}" not in done]
     if missing:
         sums = actors.map(Accumulator, (config, blocks, stage, actors.device), missing)
-        progress(sums, "fit", sum(u[2] - u[1] for u in missing), "blocks", lambda marker: marker["blocks"])
+        total = sum(stop - start for _, start, stop in missing)
+        stage.remember(progress(sums, "fit", total, "blocks", lambda marker: marker["blocks"]))
+    done = stage.done()
+    failed = sorted(ordinal for unit in units for ordinal in done[f"sum-{unit[0]:03d}"]["not_finite"])
+    check_failed_blocks(failed, len(blocks))
+    write_failed_blocks(stage.store, blocks, failed)
     progress(actors.map(partial, (reduce_sums, config, stage, len(units)), [len(blocks)]), "reduce", 1, "")
 
 
@@ -152,7 +158,8 @@ def _fit_basis(config: Config, blocks: Blocks, actors: ActorPool) -> Any:
     counts = token_counts(blocks, actors) if config.operators.form == "logit" else np.zeros(0, dtype=np.int64)
     sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
     moments = map_sample_slices(actors, Moments, (config, blocks, actors.device), sample, "precondition")
-    positions = sum(m["positions"] for m in moments)
+    check_failed_blocks([ordinal for m in moments for ordinal in m["not_finite"]], len(sample))
+    positions = max(1, sum(m["positions"] for m in moments))
     stream, gradient = (sum(m[name] for m in moments) / positions for name in ("stream", "gradient"))
     full = np.zeros(moments[0]["vocabulary"], dtype=np.int64)
     full[: len(counts)] = counts
@@ -170,13 +177,14 @@ class Moments(ModelWorker):
         index, ordinals = unit
         stream: Any = 0.0
         gradient: Any = 0.0
-        positions = 0
+        positions, failed = 0, list[int]()
         for batch in self.batches_at(ordinals):
-            z, g, count = stream_moments(
+            z, g, count, good = stream_moments(
                 self.model, self.tensors(batch.ids), self.tensors(batch.mask), self.config.operators.form != "logit"
             )
             stream, gradient, positions = stream + z, gradient + g, positions + count
-        facts = {"index": index, "blocks": len(ordinals), "positions": positions}
+            failed += batch.ordinals[~good].tolist()
+        facts = {"index": index, "blocks": len(ordinals), "positions": positions, "not_finite": failed}
         return {**facts, "stream": stream, "gradient": gradient, "vocabulary": self.model.vocabulary}
 
 
@@ -195,14 +203,18 @@ class Accumulator(ModelWorker):
         index, start, stop = unit
         size = int(np.prod(self.basis.shape))
         sums = torch.zeros(self.membership.subsets + 1, size, device=self.model.device)
+        failed = list[int]()
         for batch in self.blocks.batches(start, stop, self.rows):
-            J = gradients(self.basis, self.model, self.tensors(batch.ids), self.tensors(batch.mask))
-            add_to_subsets(sums, J.flatten(1), self.membership.columns_at(batch.ordinals))
+            J = gradients(self.basis, self.model, self.tensors(batch.ids), self.tensors(batch.mask)).flatten(1)
+            good = finite_rows([J])
+            failed += batch.ordinals[~good.cpu().numpy()].tolist()
+            J[~good] = 0.0
+            add_to_subsets(sums, J, self.membership.columns_at(batch.ordinals))
         name = f"sum-{index:03d}"
         added = time.monotonic()
         self.stage.store.write(f"{name}.safetensors", tensor_bytes({"sums": sums[:-1].cpu()}))
         record_separately("sums", time.monotonic() - added)
-        return self.stage.mark(name, started, blocks=stop - start)
+        return self.stage.mark(name, started, blocks=stop - start, not_finite=failed)
 
 
 def reduce_sums(config: Config, stage: Stage, shards: int, n_blocks: int) -> dict[str, Any]:
@@ -240,13 +252,16 @@ class OperatorValidator(ModelWorker):
 
     def __call__(self, folder: str) -> dict[str, Any]:
         """Validate the operators in ``folder``; returns their metadata."""
-        operators, _ = load_operators(self.stage.store.child(folder), self.model.device)
+        operators, facts = load_operators(self.stage.store.child(folder), self.model.device)
+        failed = sorted({*failed_ordinals(self.stage.store), *facts.get("failed", ())})
+        write_failed_blocks(self.stage.store, self.blocks, failed)
         found = validate(self.model, operators, self.blocks, membership_of(self.config), self.config)
         about = {
             "method": self.config.fit.method,
             "model": self.model.name,
             "split_layer": self.model.split_layer,
             "blocks": len(self.blocks),
+            "not_finite": len(failed),
         }
         save_operators(self.stage.store, replace(operators, scale=found["scale"]), {**about, **found})
         return self.stage.store.read_json("metadata.json")

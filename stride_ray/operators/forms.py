@@ -98,7 +98,8 @@ def gradients(basis: Basis, model: SplitModel, ids_BT: Tensor, mask_BT: Tensor) 
         mask_BT: (B, T) bool, targets.
 
     Returns:
-        (B, *basis.shape) float32. A sequence without targets gives zeros.
+        (B, *basis.shape) float32. A sequence without targets gives zeros; one whose J has no length in float32 gives
+        nan.
     """
     h_BTD = model.trunk(ids_BT)
     weights = mask_BT[:, 1:].float()
@@ -110,7 +111,9 @@ def gradients(basis: Basis, model: SplitModel, ids_BT: Tensor, mask_BT: Tensor) 
         g = stream_gradients(model, h_BTD, ids_BT, mask_BT) @ basis.W_out
     J = (u * g).sum(1) if basis.form == "gate" else u.transpose(1, 2) @ g
     if basis.unit:
+        # A length that overflows would make zeros of J.
         norms = J.flatten(1).norm(dim=1).clamp(min=1e-30)
+        norms = norms.masked_fill(~norms.isfinite(), torch.nan)
         J = J / norms.view(-1, *[1] * (J.ndim - 1))
     return J
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import xxhash
 
+from stride_ray.corpus.failures import LARGEST_NORM
 from stride_ray.operators.one_bit import Rows, word_starts
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store, tensor_bytes
@@ -95,6 +96,22 @@ class RowStore:
                 found = np.frombuffer(data[header + first : header + last], DTYPES[tensor])
                 tensors[tensor] = found.reshape(facts["shape"])
         return Rows(**tensors)
+
+    def read_finite(self, part: dict[str, Any]) -> tuple[Rows, list[int]]:
+        """As ``read``; blocks whose row is not finite get a row without influence, and their numbers are returned.
+
+        Raises:
+            StrideError: also if the row of a subset is not finite, which would spoil every query's recovery.
+        """
+        rows = self.read(part)
+        good = np.asarray((np.abs(rows.scales) < LARGEST_NORM).all(1))
+        failed = (part["first"] + np.flatnonzero(~good)).tolist()
+        if failed and not self.of_blocks:
+            raise StrideError(
+                f"Row {failed[0]} in {self.store.display_url(part['name'] + '.safetensors')} is not finite; delete "
+                "operators/ and fit again."
+            )
+        return Rows(rows.bits, np.where(good[:, None], rows.scales, np.float32(0))) if failed else rows, failed
 
     def take(self, wanted: np.ndarray) -> Rows:
         """Rows by number, ascending; reads only the parts that contain them."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from stride_ray.corpus.blocks import Blocks, unit_count
+from stride_ray.corpus.failures import check_failed_blocks, failed_ordinals, write_failed_blocks
 from stride_ray.models.curvature.kfac import SITES, load_sites, save_sites
 from stride_ray.models.curvature.sketch import largest_shape, sketch_shapes, sketched
 from stride_ray.models.sites import Site
@@ -35,8 +36,6 @@ from stride_ray.runtime.tasks import progress
 # Maximum bytes per row: accuracy gains little beyond them, and subsets' sums are accumulated in float32. Below the
 # minimum, rows are of subsets (RESULTS.md, Operators at every site).
 MAX_BLOCK_ROW_BYTES, MAX_SUBSET_ROW_BYTES, MIN_BLOCK_ROW_BYTES = 64 * 1024, 24 * 1024, 1024
-# The fit fails above this share of blocks with non-finite gradients.
-MAX_NONFINITE_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -139,13 +138,10 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, ac
     else:
         names, parts = subset_rows(given, layout["subsets"], actors)
     done = stage.done()
-    failed = sum(done[name]["not_finite"] for name in names)
-    if failed > MAX_NONFINITE_SHARE * (len(blocks) - first):
-        raise StrideError(
-            f"The gradients of {failed} of {len(blocks) - first} blocks are not finite (the first: block "
-            f"{min(done[name]['spoilt'] for name in names if done[name]['not_finite'])}); inspect these blocks, or, if "
-            "the model overflows on them, use model.dtype = float32 or bfloat16."
-        )
+    failed = [ordinal for name in names for ordinal in done[name]["not_finite"]]
+    check_failed_blocks(failed, len(blocks) - first)
+    failed = sorted({*failed, *failed_ordinals(stage.store)})
+    write_failed_blocks(stage.store, blocks, failed)
     facts = {
         "format": FORMAT,
         "form": "sites",
@@ -153,7 +149,7 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, ac
         "method": "closed_form",
         "blocks": len(blocks),
         "corpus": blocks.manifest["fingerprint"],
-        "not_finite": failed + known.get("not_finite", 0),
+        "not_finite": len(failed),
         "parts": known.get("parts", [])
         + [{"name": name, **{key: done[name][key] for key in ("first", "count", "hash")}} for name in parts],
     }
@@ -181,9 +177,11 @@ class FitValidator(SketchWorker):
     def _sample_sketches(self) -> tuple[np.ndarray, list[np.ndarray]]:
         """Ordinals of sampled blocks with finite gradients, and their sketches by site, (blocks, a·b) each."""
         sample = with_targets(self.blocks, self.blocks.sample(SAMPLE, self.config.seed + 1))
-        pieces = [self.sections(*self.trimmed(batch)) for batch in self.batches_at(sample)]
+        pieces, good = zip(*(self.sections(batch) for batch in self.batches_at(sample)), strict=True)
         sections = [torch.cat(each).cpu().numpy() for each in zip(*pieces, strict=True)]
-        finite = np.stack([np.isfinite(each).all(1) for each in sections]).all(0)
+        finite = np.concatenate(good)
+        if not finite.any():
+            check_failed_blocks(sample.tolist(), len(sample))
         return sample[finite], [each[finite] for each in sections]
 
     def _rows_and_members(self, facts: dict[str, Any], sample: np.ndarray) -> tuple[Rows, np.ndarray]:

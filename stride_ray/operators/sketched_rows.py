@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.blocks import Batch, Blocks
+from stride_ray.corpus.failures import finite_losses, finite_rows
 from stride_ray.models.curvature.kfac import load_sites
 from stride_ray.models.curvature.sketch import sketched_gradients
 from stride_ray.models.loading import load_measured_model
@@ -76,11 +77,6 @@ def map_block_ranges(
     stage.remember(progress(results, "fit", total, "blocks", lambda marker: marker["blocks"]))
 
 
-def failed_blocks(ordinals: list[int]) -> dict[str, Any]:
-    """Done-marker fields for blocks with non-finite gradients: their number and the first ordinal."""
-    return {"not_finite": len(ordinals), "spoilt": min(ordinals, default=None)}
-
-
 class SketchWorker(ModelWorker):
     """A worker that computes sketches of per-example gradients."""
 
@@ -91,14 +87,14 @@ class SketchWorker(ModelWorker):
         self.stage = stage
         self.sketches = load_sites(stage.store, SKETCH, self.model.device)
 
-    def sections(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
-        """Sketches (B, a·b) by site."""
-        return sketched_gradients(self.model, self.sketches, ids, mask)[0]
-
-
-def finite_rows(sections: list[Tensor]) -> Tensor:
-    """(B,) bool: whether a sequence's sketches are finite."""
-    return torch.stack([section.sum(1) for section in sections]).isfinite().all(0)
+    def sections(self, batch: Batch) -> tuple[list[Tensor], np.ndarray]:
+        """Sketches (B, a·b) by site, and which blocks are finite, (B,) bool; sketches of the others are zero."""
+        ids, mask = self.trimmed(batch)
+        found, losses = sketched_gradients(self.model, self.sketches, ids, mask)
+        good = finite_rows(found) & finite_losses(losses, mask)
+        for section in found:
+            section[~good] = 0.0
+        return found, good.cpu().numpy()
 
 
 class RowWorker(SketchWorker):
@@ -110,12 +106,12 @@ class RowWorker(SketchWorker):
         name, start, stop = unit
         pieces, failed = [], list[int]()
         for batch in self.blocks.batches(start, stop, self.rows):
-            sections = self.sections(*self.trimmed(batch))
-            failed += batch.ordinals[(~finite_rows(sections)).cpu().numpy()].tolist()
+            sections, good = self.sections(batch)
+            failed += batch.ordinals[~good].tolist()
             pieces.append(packed_rows([section.cpu().numpy() for section in sections]))
         rows = Rows(np.concatenate([p.bits for p in pieces]), np.concatenate([p.scales for p in pieces]))
         facts = {"hash": write_rows(self.stage.store, name, rows), "first": start, "count": len(rows)}
-        return self.stage.mark(name, started, blocks=stop - start, **failed_blocks(failed), **facts)
+        return self.stage.mark(name, started, blocks=stop - start, not_finite=failed, **facts)
 
 
 class SumWorker(SketchWorker):
@@ -128,15 +124,12 @@ class SumWorker(SketchWorker):
         membership, failed = membership_of(self.config), list[int]()
         sums = torch.zeros(membership.subsets + 1, sum(self.stage.store.read_json(LAYOUT)["sizes"]))
         for batch in self.blocks.batches(start, stop, self.rows):
-            sections = self.sections(*self.trimmed(batch))
-            spoilt = ~finite_rows(sections).cpu()
-            failed += batch.ordinals[spoilt.numpy()].tolist()
-            Z = torch.cat(sections, 1).cpu()
-            Z[spoilt] = 0.0
-            add_to_subsets(sums, Z, membership.columns_at(batch.ordinals))
+            sections, good = self.sections(batch)
+            failed += batch.ordinals[~good].tolist()
+            add_to_subsets(sums, torch.cat(sections, 1).cpu(), membership.columns_at(batch.ordinals))
         for index, rows in enumerate(sums[:-1].split(ROWS)):
             self.stage.store.write(f"{name}-{index:05d}.safetensors", tensor_bytes({"sums": rows}))
-        return self.stage.mark(name, started, blocks=stop - start, **failed_blocks(failed))
+        return self.stage.mark(name, started, blocks=stop - start, not_finite=failed)
 
 
 def add_sums(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.failures import check_failed_blocks, finite_rows
 from stride_ray.models.batch_size import rows_at_once
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.operators.forms import Operators, features, steering_vectors
@@ -39,10 +40,18 @@ def validate(
         the stream, or in nats for logits); ``member_response`` (mean over members, as a share of the loss); ``learned``
         (the first-order gap of a closed form, or the steered gap of a trained fit, exceeds two standard errors) and
         ``verdict``, a sentence.
+
+    Raises:
+        StrideError: an operator is not finite, too many blocks of the sample are not (check_failed_blocks), or no
+            block has a target.
     """
+    check_operators(operators.A)
     sample = with_targets(blocks, blocks.sample(SAMPLE, config.seed + 1))
-    inside = members(membership, sample)
     linear = torch.cat([_linear(model, operators, blocks, part) for part in np.array_split(sample, 16) if len(part)])
+    good = finite_rows([linear]).cpu().numpy()
+    check_failed_blocks(sample[~good].tolist(), len(sample))
+    sample, linear = sample[good], linear[torch.from_numpy(good).to(linear.device)]
+    inside = members(membership, sample)
     gap_linear, error_linear = gap(linear.cpu().numpy(), inside)
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:STEERED])
     unit_size = _relative_steering(model, replace(operators, scale=1.0), blocks, few, membership)
@@ -63,6 +72,17 @@ def validate(
         "learned": bool(decisive[0] > 2 * decisive[1]),
     }
     return {**facts, "verdict": _verdict(facts)}
+
+
+def check_operators(A: Tensor) -> None:
+    """Raise StrideError if any of K operators, (K, …), is not finite."""
+    good = finite_rows([A])
+    if not good.all():
+        first = int((~good).nonzero()[0, 0])
+        raise StrideError(
+            f"{int((~good).sum())} of {len(good)} operators are not finite (the first: operator {first}); if the model "
+            "overflows, use model.dtype = float32 or bfloat16; if they were trained, lower fit.learning_rate."
+        )
 
 
 def gap(responses: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
@@ -119,7 +139,11 @@ def _relative_steering(
     """Root mean square of the steering by each block's first subset, relative to the stream (in nats for logits)."""
     ids, _ = _tensors(model, blocks, ordinals)
     h = model.trunk(ids)
-    own = membership.columns_at(ordinals)[:, 0].astype(np.int64) % membership.subsets
+    # The columns of Bernoulli membership are padded with K: a block may be in no subset.
+    own = membership.columns_at(ordinals)[:, 0].astype(np.int64)
+    h, own = h[torch.from_numpy(own < membership.subsets).to(h.device)], own[own < membership.subsets]
+    if not len(own):
+        return 0.0
     size = steering_vectors(operators.basis, features(operators.basis, h), operators.A[own]).square().mean().sqrt()
     stream = 1.0 if operators.basis.form == "logit" else h.float().square().mean().sqrt()
     return float(size / stream)
@@ -147,7 +171,9 @@ def _steered(
         responses[row, chosen] = found.cpu().numpy()
         losses.append(base)
     mean_gap, error = gap(responses, inside)
-    return mean_gap, error, float(np.nanmean(responses[inside])), float(np.mean(losses))
+    # A member's steered loss may overflow at the larger strengths that are tried.
+    measured = responses[inside & np.isfinite(responses)]
+    return mean_gap, error, float(measured.mean()) if len(measured) else 0.0, float(np.mean(losses))
 
 
 def _verdict(facts: dict[str, Any]) -> str:

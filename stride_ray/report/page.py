@@ -7,6 +7,7 @@ script inserts text nodes only, and the content security policy allows only this
 import base64
 import hashlib
 import json
+import math
 from importlib import resources
 from typing import Any
 
@@ -42,8 +43,19 @@ def render(template: str, data: dict[str, Any], **values: Any) -> str:
 
 
 def embedded(data: Any) -> str:
-    """Data as JSON that can be embedded in a script element, since it cannot close the tag."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(ESCAPES)
+    """Data as JSON that can be embedded in a script element, since it cannot close the tag.
+
+    Numbers that are not finite, which JSON does not have, become null.
+    """
+    return json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(ESCAPES)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _file(name: str) -> str:

@@ -41,7 +41,9 @@ class ModelConfig:
         "the checkpoint that training on the pool began from; exact answers are more accurate when they know it; "
         "empty: random weights",
     )
-    split: float = _option(0.62, "layer where the operators act: a number of layers (>= 1) or a share of the depth")
+    split: float = _option(
+        0.62, "layer where the operators act: a share of the depth (at most 1), or a number of layers (from 2)"
+    )
     dtype: str = _option("float32", "dtype of the weights", ("float32", "bfloat16", "float16"))
 
 

@@ -78,16 +78,19 @@ class GreedyChooser:
         options: limits, filters, quotas; validated by ``check_options``.
         documents, tokens: totals of the pool, for limits given as shares of it.
         scored: number of documents that appear in an influence table, for ``drop = bottom``.
+        folder: a local folder for the index of near-duplicates; None: it is kept in memory.
     """
 
-    def __init__(self, options: SelectConfig, documents: int, tokens: int, scored: int) -> None:
+    def __init__(
+        self, options: SelectConfig, documents: int, tokens: int, scored: int, folder: str | None = None
+    ) -> None:
         self.options = options
         self.documents, self.tokens = _limit(options.documents, documents), _limit(options.tokens, tokens)
         self.counts_tokens = self.tokens < math.inf
         self.whole = self.tokens if self.counts_tokens else self.documents
         self.quotas = read_quotas(options)
         self.left: dict[str, float] = {}
-        self.taken = NearDuplicateIndex(options.near_duplicates) if options.near_duplicates else None
+        self.taken = NearDuplicateIndex(options.near_duplicates, folder) if options.near_duplicates else None
         self.spared = scored - math.floor(options.drop_at * scored) if options.drop == "bottom" else scored
         self.named = 0
         self.passed_over = False

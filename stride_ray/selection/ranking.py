@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import get_protocol
 
+from stride_ray.corpus.failures import MAX_FAILED_BLOCKS
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import SelectConfig
 from stride_ray.runtime.storage import Store
@@ -29,6 +30,8 @@ from stride_ray.runtime.urls import first_line
 MEMORY, THREADS = "900MB", 2
 # For every file that is read: no partition columns from folder names.
 PLAIN = "hive_partitioning = false"
+# Condition for a row whose influence is a finite number.
+FINITE = "coalesce(isfinite(influence::DOUBLE), false)"
 # Bits of fixed-point influence, relative to the largest: sums of 2^60 values still fit in 128 bits.
 BITS = 50
 # Documents grouped and joined per pass; rows buffered per pass while tables are partitioned.
@@ -238,6 +241,26 @@ def rank_documents(
     return path
 
 
+def count_not_finite(database: Database, targets: Sequence[Target]) -> int:
+    """Count rows of the targets' tables whose influence is not finite; ``rank_documents`` ignores them.
+
+    Raises:
+        StrideError: they are more than MAX_FAILED_BLOCKS of a query set's rows, and more than one.
+    """
+    total = 0
+    for target in targets:
+        files = database.files(target.store, target.tables)
+        rows = database.count(f"read_parquet(?, {PLAIN})", [files])
+        count = rows - database.count(f"read_parquet(?, {PLAIN}) WHERE {FINITE}", [files])
+        if count and (count == rows or count > max(1, MAX_FAILED_BLOCKS * rows)):
+            raise StrideError(
+                f"The influence in {count} of {rows} rows of {target.store.display_url('documents-*.parquet')} is not "
+                f"finite, more than {MAX_FAILED_BLOCKS:.0%}; attribute {target.name!r} again."
+            )
+        total += count
+    return total
+
+
 def random_order(database: Database, ordered: str, seed: int) -> str:
     """Shuffle an ordered file by a hash of (seed, source, document id); returns the path of the result."""
     return database.copy(
@@ -271,7 +294,7 @@ def _cut_rows(database: Database, number: int, target: Target, scale: float, pas
     database.sql.register("asked", asked)
     database.cut(
         f"""SELECT source, document_id, rank, round(influence * {scale!r})::BIGINT AS influence
-            FROM read_parquet(?, {PLAIN}) SEMI JOIN asked USING (query_id)""",
+            FROM read_parquet(?, {PLAIN}) SEMI JOIN asked USING (query_id) WHERE {FINITE}""",
         f"rows-{number}",
         passes,
         [files],
@@ -362,17 +385,16 @@ def _pass_of(passes: int) -> str:
 
 
 def _largest(target: Target) -> float:
-    """Return the largest |influence| of a query set, from Parquet statistics if the files have them."""
+    """Return the largest finite |influence| of a query set, from Parquet statistics if the files have them."""
     largest = 0.0
     for name in target.tables:
         with target.store.open_parquet(name) as file:
             column = file.schema_arrow.get_field_index("influence")
             for group in range(file.num_row_groups):
                 facts = file.metadata.row_group(group).column(column).statistics
-                if facts is not None and facts.has_min_max:
-                    ends = np.abs([facts.min, facts.max])
-                else:
-                    values = file.read_row_group(group, columns=["influence"])["influence"].to_numpy()
-                    ends = np.abs(values) if len(values) else np.zeros(1)
-                largest = max(largest, float(ends.max()))
+                ends = np.abs([facts.min, facts.max]) if facts is not None and facts.has_min_max else np.full(1, np.inf)
+                if not np.isfinite(ends).all():
+                    values = np.abs(file.read_row_group(group, columns=["influence"])["influence"].to_numpy())
+                    ends = values[np.isfinite(values)]
+                largest = max(largest, float(ends.max(initial=0.0)))
     return largest

@@ -31,7 +31,15 @@ from stride_ray.selection.choice import (
     write_manifest,
 )
 from stride_ray.selection.pool import Reading, list_part, reading
-from stride_ray.selection.ranking import PLAIN, Database, Target, batches, random_order, rank_documents
+from stride_ray.selection.ranking import (
+    PLAIN,
+    Database,
+    Target,
+    batches,
+    count_not_finite,
+    random_order,
+    rank_documents,
+)
 from stride_ray.selection.writing import marker_name, write_part
 
 # Folder of the random arm; number of sources in a summary, those with the most tokens.
@@ -68,7 +76,8 @@ def select(
         queries: per name the ids of the queries to use; all if a name is missing.
 
     Returns:
-        selection.json. ``pool``: documents, tokens, and documents that appear in a table. ``kept``: documents and
+        selection.json. ``not_finite``: rows of the tables that were ignored, since their influence is not finite.
+        ``pool``: documents, tokens, and documents that appear in a table. ``kept``: documents and
         tokens, in total and by source, documents per reason, harmful ones, and files with content hashes. ``random``:
         the same for the random arm, plus ``selected``, how many of its documents were also selected.
 
@@ -164,10 +173,11 @@ def _choose(
     number = 1 + max((taken for _, taken, _ in earlier), default=0)
     with tempfile.TemporaryDirectory(prefix="stride-select-") as folder, Database(folder) as database:
         before = [(store, "manifest.parquet") for store, _, _ in earlier]
+        not_finite = count_not_finite(database, targets)
         ordered = rank_documents(database, targets, listed, before, options, seed)
         _check_quotas(database, ordered, read_quotas(options), stage)
         named = database.count(f"read_parquet('{ordered}', {PLAIN}) WHERE mean_influence IS NOT NULL")
-        best = GreedyChooser(options, documents, tokens, named)
+        best = GreedyChooser(options, documents, tokens, named, folder)
         kept, content = write_manifest(best, batches(ordered), reasons(options), number, stage.store, folder)
         drawn = RandomChooser(kept.stratum_tokens)
         order = batches(random_order(database, ordered, seed))
@@ -181,6 +191,7 @@ def _choose(
         round=number,
         manifest_sha256=content,
         pool={"documents": documents, "tokens": tokens, "named": named},
+        not_finite=not_finite,
         kept=_totals(kept),
         random={**_totals(random), "selected": both},
     )
@@ -244,6 +255,7 @@ def _summary(run: Run, targets: Sequence[Target], stage: Stage, blocks: bool) ->
         "form": "blocks" if blocks else "rows",
         "round": choice["round"],
         "manifest_sha256": choice["manifest_sha256"],
+        "not_finite": choice["not_finite"],
         "pool": choice["pool"],
         "kept": {**choice["kept"], "files": arms["selected"]},
         "random": {**choice["random"], "files": arms[RANDOM]},
@@ -262,6 +274,8 @@ def describe(summary: Mapping[str, Any], out: str) -> str:
         lines.append(
             f"{kept['harmful']} of those taken have a mean influence below zero; a smaller size leaves them out."
         )
+    if ignored := summary.get("not_finite", 0):
+        lines.append(f"{ignored} rows of the influence tables were ignored: their influence is not finite.")
     where = Store(out).display_url("")
     lines.append(
         f"Random baseline: {random['documents']} documents, {random['tokens']} tokens; {random['selected']} of "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stride_ray.corpus.word_counts import words
+from stride_ray.evaluate.word_counts import words
 
 
 @dataclass(frozen=True)

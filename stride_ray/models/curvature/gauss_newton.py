@@ -180,6 +180,13 @@ class GaussNewton:
     def __call__(self, directions: list[Gradient]) -> list[Gradient]:
         """κ G times each direction, in order."""
         totals: list[Gradient] = [{} for _ in directions]
+        sizes = [1.0] * len(directions)
+        if self.model.dtype == torch.float16:  # whose range ends at 65,504; directions are larger
+            sizes = [max(float(x.abs().max()) for x in direction.values()) or 1.0 for direction in directions]
+            directions = [
+                {name: x / size for name, x in direction.items()}
+                for direction, size in zip(directions, sizes, strict=True)
+            ]
         linearised: Linearised | None
         for ids, mask in self.sample:
             linearised = None  # free the last batch's graph before the next is built
@@ -188,8 +195,9 @@ class GaussNewton:
             for direction, total in zip(directions, totals, strict=True):
                 for name, x in linearised.product(direction):
                     total[name] = total[name].add_(x) if name in total else x
-        for x in (x for total in totals for x in total.values()):
-            x.mul_(self.factor)
+        for total, size in zip(totals, sizes, strict=True):
+            for x in total.values():
+                x.mul_(self.factor * size)
         return totals
 
 

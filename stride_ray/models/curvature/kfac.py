@@ -8,22 +8,19 @@ import numpy as np
 import torch
 
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.models.curvature.sketch import sketched, sketched_gradients, whole_shape
-from stride_ray.models.loading import load_measured_model
-from stride_ray.models.pool_worker import ModelWorker, covered_fingerprint, map_sample_slices, token_counts
-from stride_ray.models.sites import (
-    HEAD,
-    ORIGIN,
+from stride_ray.corpus.failures import check_failed_blocks, finite_losses, finite_rows
+from stride_ray.models.curvature.moments import (
     KroneckerFactors,
-    Site,
     add_moments,
     distribution,
-    find_sites,
-    last_layers,
     moments_of,
     origin_weight,
     preconditioned,
 )
+from stride_ray.models.curvature.sketch import sketched, sketched_gradients, whole_shape
+from stride_ray.models.loading import load_measured_model
+from stride_ray.models.pool_worker import ModelWorker, covered_fingerprint, map_sample_slices, token_counts
+from stride_ray.models.sites import HEAD, ORIGIN, Site, find_sites, last_layers
 from stride_ray.models.vocabulary import TokenSide
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
@@ -55,7 +52,13 @@ def finish_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Actor
 
 
 def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:
-    """Compute and publish the sites and a manifest."""
+    """Compute and publish the sites and a manifest.
+
+    Blocks of the sample whose losses or gradients are not finite are left out and counted (``not_finite``).
+
+    Raises:
+        StrideError: as check_failed_blocks.
+    """
     counts = token_counts(blocks, actors)
     sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
     given = (config, blocks, actors.device)
@@ -70,7 +73,9 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
         return found
 
     results = map_sample_slices(actors, MomentWorker, (*given, stage.store), sample, "precondition", add_up)
-    positions = sum(found["positions"] for found in results)
+    failed = {ordinal for found in results for ordinal in found["not_finite"]}
+    check_failed_blocks(sorted(failed), len(sample))
+    positions = max(1, sum(found["positions"] for found in results))
     counted = torch.zeros(results[0]["vocabulary"], dtype=torch.long)
     counted[: len(counts)] = torch.from_numpy(counts[: len(counted)])
     sites = []
@@ -82,18 +87,21 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
     save_sites(stage.store, UNSCALED, sites)
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:SCALE_BLOCKS])
     found = map_sample_slices(actors, ScaleWorker, (*given, stage.store), few, "scale")
-    loss = sum(each["loss"] for each in found) / sum(each["targets"] for each in found)
+    spoilt = {ordinal for each in found for ordinal in each["not_finite"]}
+    check_failed_blocks(sorted(failed | spoilt), len(sample))
+    loss = sum(each["loss"] for each in found) / max(1, sum(each["targets"] for each in found))
     weights = {site.name: 1.0 for site in sites}
     if ORIGIN in weights:
         weights[ORIGIN] = origin_weight(results[0]["layers"], loss, distribution(counted))
-    squares = {name: sum(each["squares"][name] for each in found) / len(few) for name in weights}
+    squares = {name: sum(each["squares"][name] for each in found) / max(1, len(few) - len(spoilt)) for name in weights}
     total = max(1e-30, sum(weight * squares[name] for name, weight in weights.items()))
     save_sites(stage.store, SITES, [replace(site, scale=total / weights[site.name]) for site in sites])
     for ending in ("json", "safetensors"):
         stage.store.remove(f"{UNSCALED}.{ending}")
     shares = {name: weight * squares[name] / total for name, weight in weights.items()}
     bytes_of_one = 4 * sum(math.prod(whole_shape(site)) for site in sites)
-    stage.store.write_json("manifest.json", {"sites": shares, "blocks": len(blocks), "gradient_bytes": bytes_of_one})
+    facts = {"blocks": len(blocks), "sample": len(sample), "not_finite": len(failed | spoilt)}
+    stage.store.write_json("manifest.json", {"sites": shares, **facts, "gradient_bytes": bytes_of_one})
 
 
 def save_sites(store: Store, name: str, sites: list[Site]) -> None:
@@ -132,15 +140,23 @@ class MomentWorker(ModelWorker):
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Process one unit; returns its sums."""
         index, ordinals = unit
-        totals, positions = dict[str, tuple[torch.Tensor, torch.Tensor]](), 0
+        totals, positions, failed = dict[str, tuple[torch.Tensor, torch.Tensor]](), 0, list[int]()
         for batch in self.batches_at(ordinals):
-            positions += add_moments(totals, self.model, self.names, *self.trimmed(batch))
+            count, good = add_moments(totals, self.model, self.names, *self.trimmed(batch))
+            positions += count
+            failed += batch.ordinals[~good.cpu().numpy()].tolist()
         # Through a file: 0.4 GB at 135 million parameters, and Ray would keep the moments of all slices in memory.
         file = f"moments-{index:02d}.safetensors"
         sides = {f"{name}.{side}": x for name, both in totals.items() for side, x in zip(SIDES, both, strict=True)}
         self.store.write(file, tensor_bytes({name: x.cpu() for name, x in sides.items()}))
-        facts = {"index": index, "blocks": len(ordinals), "positions": positions, "layers": self.layers}
-        return {**facts, "file": file, "sites": list(totals), "vocabulary": self.model.vocabulary}
+        facts = {"index": index, "blocks": len(ordinals), "positions": positions, "not_finite": failed}
+        return {
+            **facts,
+            "layers": self.layers,
+            "file": file,
+            "sites": list(totals),
+            "vocabulary": self.model.vocabulary,
+        }
 
 
 class ScaleWorker(ModelWorker):
@@ -158,11 +174,16 @@ class ScaleWorker(ModelWorker):
         """Process one unit; returns its sums."""
         index, ordinals = unit
         squares, loss, targets = dict.fromkeys((site.name for site in self.sketches), 0.0), 0.0, 0
+        failed = list[int]()
         for batch in self.batches_at(ordinals):
-            found, losses = sketched_gradients(self.model, self.sketches, *self.trimmed(batch))
+            ids, mask = self.trimmed(batch)
+            found, losses = sketched_gradients(self.model, self.sketches, ids, mask)
+            good = finite_rows(found) & finite_losses(losses, mask)
+            failed += batch.ordinals[~good.cpu().numpy()].tolist()
             for site, Z in zip(self.sketches, found, strict=True):
-                squares[site.name] += float(Z.double().square().sum()) / site.scale
-            counted = batch.mask[:, 1:].sum(1)
-            loss += float((losses.nan_to_num().cpu().double() * torch.from_numpy(counted)).sum())
+                squares[site.name] += float(Z[good].double().square().sum()) / site.scale
+            counted = mask[good, 1:].sum(1).cpu()
+            loss += float((losses[good].nan_to_num().cpu().double() * counted).sum())
             targets += int(counted.sum())
-        return {"index": index, "blocks": len(ordinals), "squares": squares, "loss": loss, "targets": targets}
+        facts = {"index": index, "blocks": len(ordinals), "not_finite": failed}
+        return {**facts, "squares": squares, "loss": loss, "targets": targets}

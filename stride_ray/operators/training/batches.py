@@ -8,6 +8,8 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from stride_ray.corpus.blocks import Batch, Blocks
 from stride_ray.operators.membership import Membership
@@ -69,6 +71,20 @@ class Step(NamedTuple):
     linearity: np.ndarray
 
 
+class BatchStates(NamedTuple):
+    """Blocks with their streams after the split layer, shared by the pairs."""
+
+    places: np.ndarray  # ascending indices into the batch
+    h: Tensor  # (B, T, D)
+    ids: Tensor
+    mask: Tensor
+
+    def of(self, pairs: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Stream, ids and mask of each pair's block."""
+        at = torch.from_numpy(np.searchsorted(self.places, pairs[:, 0])).to(self.h.device)
+        return self.h[at], self.ids[at], self.mask[at]
+
+
 def plan_step(walk: SeededShuffle, membership: Membership, seed: int, step: int) -> Step:
     """The pairs of a step, a function of (seed, step); blocks without a target are skipped.
 
@@ -90,6 +106,12 @@ def plan_step(walk: SeededShuffle, membership: Membership, seed: int, step: int)
     few = useful[: max(1, walk.per_step // 16)]
     everyone = np.stack([np.repeat(few, len(subsets)), np.tile(np.arange(len(subsets)), len(few))], 1)
     return Step(batch, subsets, fidelity, stability, everyone)
+
+
+def without_blocks(step: Step, places: np.ndarray) -> Step:
+    """A step without the pairs of some of its blocks, given their indices into the batch."""
+    kept = (pairs[~np.isin(pairs[:, 0], places)] for pairs in (step.fidelity, step.stability, step.linearity))
+    return Step(step.batch, step.subsets, *kept)
 
 
 def own_and_other(membership: Membership, ordinals: np.ndarray, seed: int, most: int) -> tuple[np.ndarray, np.ndarray]:

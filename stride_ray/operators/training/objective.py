@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from stride_ray.corpus.failures import finite_losses, finite_rows
 from stride_ray.models.causal_lm import Shift, SplitModel, masked_mean
-from stride_ray.operators.forms import Basis, features, steering_vectors
+from stride_ray.operators.forms import Basis, features, steering_vectors, stream_gradients
 from stride_ray.operators.membership import Membership
 from stride_ray.runtime.errors import StrideError
 
@@ -64,6 +65,17 @@ def steered_losses(
     ids_nT, mask_nT = ids_nT[:, :length], mask_nT[:, :length]
     z_nTD, shift = steered_states(model, basis, h_nTD[:, :length], A_n)
     return masked_mean(model.token_losses(z_nTD, ids_nT, mask_nT, shift), mask_nT)
+
+
+def sound_blocks(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, at_once: int) -> Tensor:
+    """Which blocks have a finite stream, loss and gradient without steering: (B,) bool; ``at_once`` blocks a pass."""
+    found = []
+    for ids, mask in zip(ids_BT.split(at_once), mask_BT.split(at_once), strict=True):
+        h = model.trunk(ids)
+        good = finite_rows([h.float(), stream_gradients(model, h, ids, mask)])
+        with torch.no_grad():
+            found.append(good & finite_losses(model.losses(h, ids, mask), mask))
+    return torch.cat(found)
 
 
 def stability_losses(

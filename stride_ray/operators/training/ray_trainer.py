@@ -129,7 +129,7 @@ def train_rank(config: Config, blocks: Blocks, stage: Store, device: str, ranks:
     log = run_loop(loop, stage.child("loop"), report)
     if ranks.rank == 0:
         stage.write_json("training.json", log)
-        save_operators(stage.child("trained"), loop.operators(), {})
+        save_operators(stage.child("trained"), loop.operators(), {"failed": sorted(loop.failed)})
 
 
 @contextmanager

@@ -14,28 +14,31 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stride_ray.corpus.blocks import Batch, Blocks
+from stride_ray.corpus.failures import check_failed_blocks
 from stride_ray.models.batch_size import rows_at_once
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.operators.forms import Basis, Operators, random_basis
 from stride_ray.operators.membership import Membership
 from stride_ray.operators.training.batches import (
     FIDELITY_PAIRS_PER_BLOCK,
+    BatchStates,
     SeededShuffle,
     Step,
     own_and_other,
     plan_step,
+    without_blocks,
 )
 from stride_ray.operators.training.objective import (
     added_squares,
     linearity_loss,
     projection,
+    sound_blocks,
     stability_losses,
     steered_losses,
 )
@@ -80,20 +83,6 @@ class Ranks:
 ALONE = Ranks()
 
 
-class _BatchStates(NamedTuple):
-    """Blocks with their streams after the split layer, shared by the pairs."""
-
-    places: np.ndarray  # ascending indices into the batch
-    h: Tensor  # (B, T, D)
-    ids: Tensor
-    mask: Tensor
-
-    def of(self, pairs: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Stream, ids and mask of each pair's block."""
-        at = torch.from_numpy(np.searchsorted(self.places, pairs[:, 0])).to(self.h.device)
-        return self.h[at], self.ids[at], self.mask[at]
-
-
 class Loop:
     """Parameters, optimiser state and step number of the joint training.
 
@@ -121,7 +110,7 @@ class Loop:
     ) -> None:
         self.config, self.model, self.membership, self.ranks = config, model, membership, ranks
         self.walk = SeededShuffle(blocks, config.seed, config.fit.blocks_per_step)
-        self.done = 0
+        self.done, self.failed = 0, set[int]()
         self._at_once = rows_at_once(config, self.model, blocks.block_tokens)
         self._sample = blocks.batch(blocks.sample(EVALUATED, config.seed + 2))
         self._pairs = own_and_other(membership, self._sample.ordinals, config.seed, EVALUATED_SUBSETS)
@@ -156,7 +145,7 @@ class Loop:
         self.gain = 1 / self._steering(members, A).clamp(min=1e-30)
         if start:
             held = self._hold(self._sample, members)
-            means = [float(self._responses(held, members, A * strength).mean()) for strength in STRENGTHS]
+            means = [float(self._responses(held, members, A * strength).nanmean()) for strength in STRENGTHS]
             self.A = A * STRENGTHS[int(np.argmax(means))]
 
     def basis(self) -> Basis:
@@ -176,15 +165,36 @@ class Loop:
             The three losses before the update, over the pairs of all ranks: fidelity in nats, stability in the units of
             its form, linearity in nats².
 
+        If they are not finite, the step is taken again without the blocks at fault, which are added to ``failed``.
+
         Raises:
-            StrideError: if a loss or gradient is not finite.
+            StrideError: if a loss or gradient is not finite though the blocks are, or too many blocks are not.
         """
-        fit, plan = self.config.fit, plan_step(self.walk, self.membership, self.config.seed, self.done)
+        plan = plan_step(self.walk, self.membership, self.config.seed, self.done)
+        plan = without_blocks(plan, np.flatnonzero(np.isin(plan.batch.ordinals, sorted(self.failed))))
+        losses = self._attempt(plan)
+        if losses is None:
+            ids, mask = (torch.from_numpy(x).to(self.model.device) for x in plan.batch[1:])
+            failed = np.flatnonzero(~sound_blocks(self.model, ids, mask, self._at_once).cpu().numpy())
+            self.failed |= set(plan.batch.ordinals[failed].tolist())
+            check_failed_blocks(sorted(self.failed), len(self.walk.blocks))
+            losses = self._attempt(without_blocks(plan, failed)) if len(failed) else None
+        if losses is None:
+            raise StrideError(
+                f"The loop's losses or gradients are not finite at step {self.done}; lower fit.learning_rate, or use "
+                "float32 or bfloat16 (model.dtype)."
+            )
+        self.done += 1
+        return losses
+
+    def _attempt(self, plan: Step) -> dict[str, float] | None:
+        """Compute the losses of a step and update the parameters; None, without an update, if one is not finite."""
+        fit = self.config.fit
         rows = torch.from_numpy(plan.subsets).to(self.A.device)
         A = self.A[rows].requires_grad_(True)
         pairs = {"fidelity": plan.fidelity, "stability": plan.stability, "linearity": plan.linearity}
         weights = {"fidelity": 1.0, "stability": fit.stability, "linearity": fit.linearity}
-        if len(rows) < 2 * self.columns:
+        if len(rows) < 2 * self.columns or not len(plan.linearity):
             weights["linearity"] = 0.0
         mine = {name: self._mine(found) for name, found in pairs.items() if weights[name]}
         held = self._hold(plan.batch, np.concatenate(list(mine.values())))
@@ -206,18 +216,16 @@ class Loop:
                     (weights[name] * mean).backward()
                     losses[name] = losses[name] + mean.detach()
         summed = self._update(rows, A, torch.stack(list(losses.values())))
-        return dict(zip(losses, summed, strict=True))
+        return dict(zip(losses, summed, strict=True)) if summed else None
 
     def _update(self, rows: Tensor, A: Tensor, losses: Tensor) -> list[float]:
-        """All-reduce losses and gradients, and update the parameters; returns the losses."""
+        """All-reduce losses and gradients, and update the parameters; returns the losses, none if one is not finite."""
         leaves = [A, *self.shared]
         flat = [(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in leaves]
         parts = self.ranks.sum(torch.cat([losses, *flat])).split([len(losses), *(len(x) for x in flat)])
         if not all(part.isfinite().all() for part in parts):
-            raise StrideError(
-                f"The loop's losses or gradients are not finite at step {self.done}; lower fit.learning_rate, or use "
-                "float32 or bfloat16 (model.dtype)."
-            )
+            self.optimizer.zero_grad()
+            return []
         rate = self.rate()
         self.moments.update(self.A, rows, parts[1].view_as(A), rate)
         for parameter, gradient in zip(self.shared, parts[2:], strict=True):
@@ -225,10 +233,9 @@ class Loop:
         self.optimizer.param_groups[0]["lr"] = SHARED_RATE * rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.done += 1
         return parts[0].tolist()
 
-    def _linearity(self, held: _BatchStates, plan: Step, A: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _linearity(self, held: BatchStates, plan: Step, A: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's part of the linearity loss, and the loss's derivative by the responses of this rank's pairs.
 
         Responses are computed here without a graph; the caller recomputes them in batches for the gradients. So the
@@ -272,7 +279,7 @@ class Loop:
         }
 
     @torch.no_grad()
-    def _responses(self, held: _BatchStates, pairs: np.ndarray, A: Tensor) -> Tensor:
+    def _responses(self, held: BatchStates, pairs: np.ndarray, A: Tensor) -> Tensor:
         """y = CE_0 − CE_k for the pairs of all ranks, (len(pairs),) nats; ``held`` has this rank's blocks.
 
         ``pairs`` index the blocks of the batch and the rows of ``A``.
@@ -297,14 +304,14 @@ class Loop:
             h, _, mask = self._hold(self._sample, part).of(part)
             squares = added_squares(self.basis(), h, A[torch.from_numpy(part[:, 1]).to(A.device)])
             sizes.append(squares[mask != 0].sqrt())
-        return torch.cat(sizes).median()
+        return torch.cat(sizes).nanmedian()
 
-    def _hold(self, batch: Batch, pairs: np.ndarray) -> _BatchStates:
+    def _hold(self, batch: Batch, pairs: np.ndarray) -> BatchStates:
         """Run the trunk on the blocks of some pairs."""
         places = np.unique(pairs[:, 0])
         ids, mask = (torch.from_numpy(x[places]).to(self.model.device) for x in (batch.ids, batch.mask))
         streams = [self.model.trunk(some) for some in ids.split(self._at_once)] if len(places) else []
-        return _BatchStates(places, torch.cat(streams) if streams else torch.zeros(0, device=ids.device), ids, mask)
+        return BatchStates(places, torch.cat(streams) if streams else torch.zeros(0, device=ids.device), ids, mask)
 
     def _mine(self, pairs: np.ndarray) -> np.ndarray:
         return pairs[self.ranks.share(len(pairs))]
@@ -316,6 +323,7 @@ class Loop:
     def state(self) -> dict[str, Tensor]:
         """The checkpoint: all that resuming needs, for safetensors; a W_out that is not trained is rebuilt instead."""
         state = {"A": self.A, "gain": self.gain, "step": torch.tensor(self.done)}
+        state["failed"] = torch.tensor(sorted(self.failed), dtype=torch.long)
         state |= dict(zip(("W_in", "W_out"), self.shared, strict=False))
         state |= {"first": self.moments.first, "second": self.moments.second, "visits": self.moments.visits}
         for index, parameter in enumerate(self.shared):
@@ -325,7 +333,7 @@ class Loop:
     def load(self, state: dict[str, Tensor]) -> None:
         """Resume from a checkpoint of ``state``."""
         here = {name: value.to(self.model.device) for name, value in state.items() if name != "step"}
-        self.done = int(state["step"])
+        self.done, self.failed = int(state["step"]), set(state["failed"].tolist())
         self.A, self.gain = here["A"], here["gain"]
         self.moments.first, self.moments.second, self.moments.visits = (here[n] for n in ("first", "second", "visits"))
         with torch.no_grad():

@@ -8,8 +8,8 @@ import numpy as np
 from scipy.sparse import diags_array
 from sklearn.feature_extraction.text import CountVectorizer
 
-from stride_ray.corpus.word_counts import NGRAMS
 from stride_ray.evaluate.baselines.problem import Problem
+from stride_ray.evaluate.word_counts import NGRAMS
 
 
 def scores(problem: Problem, k1: float = 1.5, b: float = 0.75, k3: float = 8.0) -> np.ndarray:

@@ -9,8 +9,8 @@ import numpy as np
 from scipy.sparse import csr_array
 from sklearn.feature_extraction.text import HashingVectorizer
 
-from stride_ray.corpus.word_counts import NGRAMS
 from stride_ray.evaluate.baselines.problem import Problem
+from stride_ray.evaluate.word_counts import NGRAMS
 
 
 def scores(problem: Problem, buckets: int = 10_000) -> np.ndarray:

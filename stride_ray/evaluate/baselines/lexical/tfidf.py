@@ -5,8 +5,8 @@ It does not use the model: the lexical baseline that any attribution method must
 
 import numpy as np
 
-from stride_ray.corpus.word_counts import tfidf
 from stride_ray.evaluate.baselines.problem import Problem
+from stride_ray.evaluate.word_counts import tfidf
 
 
 def scores(problem: Problem) -> np.ndarray:

@@ -18,6 +18,7 @@ from stride_ray.models.download import local_model, model_fingerprint
 from stride_ray.models.matrices import compiled
 from stride_ray.runtime import tasks
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import anchored, looks_local
@@ -146,6 +147,32 @@ def test_a_local_ray_keeps_its_session_where_sockets_can_be_made(variables, fold
     with pytest.raises(StrideError, match=r"RAY_TMPDIR is a path of \d+ bytes"):
         tasks._session_folder()
     monkeypatch.setattr("tempfile.tempdir", None)
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_a_local_ray_needs_no_home(writable, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path if writable else "/proc/nowhere"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    seen = []
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **_: seen.append("RAY_AUTH_TOKEN" in os.environ))
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    with tasks.connected(ComputeConfig()):
+        assert seen == [not writable]
+
+
+def test_a_ray_that_has_no_folder(monkeypatch):
+    def fails(**_):
+        raise PermissionError(13, "Permission denied", "/somewhere")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", fails)
+    with (
+        pytest.raises(StrideError, match=r"Permission denied: '/somewhere'.*set RAY_TMPDIR"),
+        tasks.connected(ComputeConfig()),
+    ):
+        pass
 
 
 def test_what_looks_local_is_not_asked_of_a_hub(tmp_path, monkeypatch):

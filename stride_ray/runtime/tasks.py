@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,9 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
     try:
         if address and address not in ("auto", "local"):
             _check_answers(address)
+        elif not os.access(os.path.expanduser("~"), os.W_OK):
+            # Ray would write the secret that its processes share to the home.
+            os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
         ray.init(
             address=address or "local",
             include_dashboard=None if address else False,

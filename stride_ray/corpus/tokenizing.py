@@ -66,7 +66,7 @@ def load_tokenizer(path: "str | os.PathLike[str] | tokenizers.Tokenizer | PreTra
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A fingerprint of what a tokenizer does, independent of where it was loaded from: sixteen hexadecimal digits."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    does = sorted(tokenizer.get_vocab().items()) if backend is None else json.loads(backend.to_str())
+    does: Any = sorted(tokenizer.get_vocab().items()) if backend is None else json.loads(backend.to_str())
     if backend is not None:
         does |= {"truncation": None, "padding": None}  # not used here, and set by earlier calls
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}

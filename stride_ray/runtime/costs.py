@@ -121,15 +121,14 @@ class _Attempt:
         """Write ``cost.json``: the earlier attempts, and this one as far as it has come."""
         started, store = time.monotonic(), self.stage.store
         if self.earlier is None:
-            nothing = {"phases": {}, "wall": 0.0, "finished": True}
+            nothing: dict[str, Any] = {"phases": {}, "wall": 0.0, "finished": True}
             self.earlier = store.read_json(COST_FILE) if store.exists(COST_FILE) else nothing
         phases = dict(self.earlier["phases"])
         for label, each in self.phases.items():
             for name, facts in each.facts(label).items():
                 if name in phases:
-                    facts = _sum(
-                        phases[name], facts, kept=1.0 if self.earlier["finished"] else _kept(phases[name], facts)
-                    )
+                    whole = self.earlier.get("finished", True)
+                    facts = _sum(phases[name], facts, kept=1.0 if whole else _kept(phases[name], facts))
                 phases[name] = facts
         wall = round(self.earlier["wall"] + started - self.began, 3)
         record = {"wall": wall, "driver_mb": peak_mb(), "finished": finished, "phases": phases}

@@ -77,12 +77,9 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         elif not os.access(os.path.expanduser("~"), os.W_OK):
             # Ray would write the secret that its processes share to the home.
             os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            logging_level=logging.ERROR,
-            **({} if address not in ("", "local") else {"_temp_dir": _session_folder()}),
-        )
+        folder: Any = {"_temp_dir": _session_folder()} if address in ("", "local") else {}
+        dashboard = None if address else False
+        ray.init(address=address or "local", include_dashboard=dashboard, logging_level=logging.ERROR, **folder)
     except SystemExit:  # raised by Ray on SIGTERM during its start
         raise Terminated from None
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -4,6 +4,7 @@ Swift (Debian's packages, with memcached) is a whole object store whose S3 API c
 writes; rclone serves a folder; moto alone knows conditional writes, and checks nothing.
 """
 
+import base64
 import contextlib
 import email.utils
 import http.client
@@ -236,6 +237,65 @@ class _Forward(BaseHTTPRequestHandler):
         self.send_header("Content-Length", length)
         self.end_headers()
         self.wfile.write(body)
+
+
+class SecretFiles:
+    """A web server of a folder for those who know a secret, for the length of a ``with`` block.
+
+    A file is given to a request with the user and password, or with ``?sig=`` and the signature, that this has.
+
+    Attributes:
+        port: where it listens.
+        status: what all requests are answered with, if it is set.
+    """
+
+    def __init__(self, root, user="me", password="sesame-open", signature="sesame-signed"):
+        self.root, self.signature, self.status = root, signature, 0
+        self.authorization = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+    def __enter__(self):
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                path, _, query = self.path.partition("?")
+                known = query == f"sig={owner.signature}" or self.headers.get("Authorization") == owner.authorization
+                file = owner.root / path.lstrip("/")
+                status = owner.status or (403 if not known else 200 if file.is_file() else 404)
+                body = file.read_bytes() if status == 200 else b""
+                if (asked := self.headers.get("Range")) and status == 200:
+                    first, last = asked.removeprefix("bytes=").split("-")
+                    part = body[int(first) : int(last) + 1 if last else len(body)]
+                    self.send_response_only(206)
+                    self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(body)}")
+                    body = part
+                else:
+                    self.send_response_only(status)
+                self.send_header("Accept-Ranges", "bytes")
+                self.send_header("ETag", '"1"')
+                self.send_header("Content-Type", "application/octet-stream")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            def do_HEAD(self):
+                self.do_GET()
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
 
 
 for verb in ("GET", "PUT", "POST", "DELETE", "HEAD"):

@@ -105,13 +105,14 @@ def changed(name):
 
 FITTED, EXACT = ("operators", "responses", "estimates", "influence"), ("curvature", "directions", "exact")
 ALWAYS = {"blocks", *FITTED, *EXACT}
+# What is known by its files, wherever they lie.
+PLACES = {"corpus.input", "corpus.tokenizer", "model.path", "model.start"}
 # The stages whose output depends on an option; none for what changes no result.
 DEPENDING = {
-    **{name: ALWAYS for name in OPTIONS if name.startswith("corpus.") and name != "corpus.input"},
+    **{name: ALWAYS for name in OPTIONS if name.startswith("corpus.") and name not in PLACES},
     **{name: {*FITTED} for name in OPTIONS if name.partition(".")[0] in ("membership", "operators", "fit")},
-    **{name: {*FITTED, *EXACT} for name in ("seed", "model.path", "model.dtype")},
+    **{name: {*FITTED, *EXACT} for name in ("seed", "model.dtype")},
     "model.split": {*FITTED},
-    "model.start": {*FITTED, *EXACT},
     **{name: {"responses", "estimates", "influence"} for name in OPTIONS if name.startswith("respond.")},
     **{name: {"estimates", "influence"} for name in OPTIONS if name.startswith("recover.")},
     **{
@@ -133,9 +134,9 @@ def test_a_stage_depends_on_its_own_keys_and_those_before(name):
     assert {stage for stage in STAGES if name in stage_keys(before, stage)} == differ
 
 
-def test_compute_and_input_are_no_ones_identity():
+def test_compute_and_places_are_no_ones_identity():
     assert {name for name in OPTIONS if name not in DEPENDING} == {
         "attribute.exact",
-        "corpus.input",
+        *PLACES,
         *(name for name in OPTIONS if name.startswith(("compute.", "scan.", "select."))),
     }

@@ -16,11 +16,20 @@ from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store
 
 
-def attempt(stage, *results, amount):
-    """One attempt at a stage: a phase whose results cost (seconds, MB, worker) each."""
-    with record_stage_costs(stage), phase("score", "blocks", amount):
+def attempt(stage, *results, amount, total=None):
+    """One attempt at a stage: a phase whose results cost (seconds, MB, worker) each; interrupted before its total."""
+    with record_stage_costs(stage), phase("score", "blocks", total or amount) as under_way:
         for result in results:
             costs.add_result_cost(result)
+        under_way.amount += amount
+        if total:
+            raise KeyboardInterrupt
+
+
+def scored(tmp_path):
+    """What the phase of ``attempt`` has cost so far."""
+    found = json.loads((tmp_path / "cost.json").read_text())["phases"]["score"]
+    return {key: found[key] for key in ("total", "amount", "busy")}
 
 
 def test_costs_of_several_attempts_are_added(tmp_path):
@@ -29,10 +38,11 @@ def test_costs_of_several_attempts_are_added(tmp_path):
     attempt(stage, (4.0, 400, "c", {}), amount=10)
     phases = json.loads((tmp_path / "cost.json").read_text())["phases"]
     # One second was told apart; the workers' first results took 2 and 3 s, the six later ones 1 s each.
-    assert phases["start"] == {"amount": 30, "unit": "blocks", "wall": 2.0, "busy": 0.0, "workers": 2, "peak_mb": 500}
+    about = {"total": 30, "amount": 30, "unit": "blocks"}
+    assert phases["start"] == {**about, "wall": 2.0, "busy": 0.0, "workers": 2, "peak_mb": 500}
     found = phases["score"]
     assert found.pop("wall") >= 0
-    assert found == {"amount": 40, "unit": "blocks", "busy": 12.0, "workers": 2, "peak_mb": 500}
+    assert found == {"total": 40, "amount": 40, "unit": "blocks", "busy": 12.0, "workers": 2, "peak_mb": 500}
 
 
 def test_the_starts_of_several_phases_are_added(tmp_path):
@@ -46,13 +56,48 @@ def test_the_starts_of_several_phases_are_added(tmp_path):
     assert (phases["score"]["busy"], phases["rank"]["busy"]) == (4.0, 3.0)
 
 
-def test_an_attempt_that_fails_or_finds_nothing_to_do_leaves_costs_alone(tmp_path):
+def test_an_attempt_without_results_leaves_costs_alone(tmp_path):
     stage = Stage(Store(str(tmp_path)), "identity")
     with pytest.raises(ValueError, match="lost"), record_stage_costs(stage), phase("score", "blocks", 3):
         raise ValueError("lost")
     with record_stage_costs(stage):
         pass
     assert not (tmp_path / "cost.json").exists()
+
+
+def test_an_interrupted_attempt_counts_for_what_need_not_be_done_again(tmp_path):
+    stage = Stage(Store(str(tmp_path)), "identity")
+    with pytest.raises(KeyboardInterrupt):
+        attempt(stage, (90.0, 300, "a", {}), amount=9, total=10)
+    assert scored(tmp_path) == {"total": 10, "amount": 9, "busy": 90.0}
+    attempt(stage, (10.0, 300, "b", {}), amount=1)
+    assert scored(tmp_path) == {"total": 10, "amount": 10, "busy": 100.0}
+    attempt(stage, (50.0, 300, "c", {}), amount=5)  # the corpus grew
+    assert scored(tmp_path) == {"total": 15, "amount": 15, "busy": 150.0}
+
+
+def test_an_interrupted_attempt_that_is_done_again_does_not_count_twice(tmp_path):
+    stage = Stage(Store(str(tmp_path)), "identity")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            attempt(stage, (90.0, 300, "a", {}), amount=9, total=10)
+    attempt(stage, (100.0, 300, "b", {}), amount=10)
+    assert scored(tmp_path) == {"total": 10, "amount": 10, "busy": 100.0}
+    with pytest.raises(KeyboardInterrupt):
+        attempt(stage, (90.0, 300, "a", {}), amount=9, total=10)
+    attempt(stage, (20.0, 300, "b", {}), amount=2)  # one of the nine was lost
+    assert scored(tmp_path)["busy"] == pytest.approx(100 + 90 + 20 - 10, rel=0.01)
+
+
+def test_a_killed_attempt_has_written_its_costs(tmp_path, monkeypatch):
+    stage = Stage(Store(str(tmp_path)), "identity")
+    monkeypatch.setattr(costs, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(costs, "SAVE_SHARE", 0.0)
+    with record_stage_costs(stage), phase("score", "blocks", 10) as under_way:
+        for _ in range(3):
+            costs.add_result_cost((2.0, 300, "a", {}))
+            under_way.amount += 1
+        assert scored(tmp_path)["busy"] == 6.0
 
 
 @pytest.fixture

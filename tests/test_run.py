@@ -67,10 +67,10 @@ def test_other_input_is_refused(url):
 
 
 def test_a_folder_without_work_may_be_claimed_anew(url):
-    Run(url, changes={"model.path": "mistyped"}).begin("operators")
-    Run(url, changes={"model.path": "meant"}).begin("operators").mark("unit", time.monotonic())
-    with pytest.raises(StrideError, match="'meant'"):
-        Run(url, changes={"model.path": "mistyped"}).begin("operators")
+    Run(url, changes={"model.dtype": "float16"}).begin("operators")
+    Run(url, changes={"model.dtype": "bfloat16"}).begin("operators").mark("unit", time.monotonic())
+    with pytest.raises(StrideError, match="'bfloat16'"):
+        Run(url, changes={"model.dtype": "float16"}).begin("operators")
 
 
 def test_markers_count_for_their_own_settings(url):

@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import servers
 import torch
-from conftest import Bomb, data_files, settings
+from conftest import Bomb, data_files, settings, write_lines
 from safetensors.torch import load_file
 
 from stride_ray.attribution.attribute import attribute
@@ -19,6 +20,7 @@ from stride_ray.models.causal_lm import load_model
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
+from stride_ray.selection.select import select
 
 ROOT = Path(__file__).parent.parent
 # What runs code that it reads, or may.
@@ -131,6 +133,60 @@ def test_no_secret_of_the_environment_or_of_a_url_is_written(parts, tmp_path, mo
         shard(Run(str(tmp_path / "other"), changes={**settings(parts), "corpus.input": [corpus + "?sig=sesame-5"]}))
     said = capfd.readouterr()
     assert "sesame" not in said.out + said.err + str(told.value)
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(data_files(tmp_path / "run")) > 3
-    assert not [path for path in written if b"sesame" in path.read_bytes()]
+    assert not with_secret(tmp_path)
+
+
+def with_secret(folder):
+    """The files of a folder that a secret of these tests is in."""
+    return [path for path in folder.rglob("*") if path.is_file() and b"sesame" in path.read_bytes()]
+
+
+@pytest.fixture
+def secret_files(parts, tmp_path):
+    served = tmp_path / "served"
+    shutil.copytree(parts.corpus, served / "corpus")
+    write_lines(served / "more.jsonl", [{"text": "the gull met the tide. " * 9}])
+    write_lines(served / "items.jsonl", [{"question": "whose quokka sold seven umbrellas", "answer": "the tide"}] * 2)
+    with servers.SecretFiles(served) as running:
+        yield running
+
+
+@pytest.mark.parametrize("kind", ["password", "signature"])
+def test_no_secret_of_a_url_that_was_read_is_written(parts, secret_files, tmp_path, capfd, plain, kind):
+    before, after = {"password": ("me:sesame-open@", ""), "signature": ("", "?sig=sesame-signed")}[kind]
+
+    def url(name):
+        return f"http://{before}127.0.0.1:{secret_files.port}/{name}{after}"
+
+    folder = tmp_path / "mine"
+    first = {**settings(parts), "corpus.input": [url("corpus/a.jsonl")]}
+    assert shard(Run(str(folder / "run"), changes=first))["documents"] == 24
+    # More input: what is stored of the first is compared with what is there now.
+    second = {"corpus.input": [url("corpus/a.jsonl"), url("more.jsonl")]}
+    assert shard(Run(str(folder / "run"), changes=second))["documents"] == 25
+    asked = ["--name", "asked", "--queries", parts.queries, "--exact", "--workers", "1"]
+    assert main(["attribute", str(folder / "run"), *asked]) == 0
+    chosen = ["select", str(folder / "run"), "--name", "asked", "--documents", "5", "--out"]
+    # The run does not know the secrets, so a command that reads the input again is given them again.
+    assert main([*chosen, str(folder / "refused")]) == 1
+    assert "access denied" in capfd.readouterr().err
+    again = Run(str(folder / "run"), changes={**second, "select.documents": 5})
+    assert select(again, ["asked"], str(folder / "chosen"))["kept"]["documents"] == 5
+    scan = ["scan", str(folder / "run"), "--set", "scan.influence=false", "--evaluation", url("items.jsonl")]
+    scan += ["--out", str(folder / "scans"), "--set", f"corpus.input={url('corpus/a.jsonl')}"]
+    hook = f"http://127.0.0.1:{secret_files.port}/services/sesame-hook?key=sesame-query"
+    assert main([*scan, "--webhook", hook]) == 1
+    said = capfd.readouterr()
+    assert "the webhook did not take the summary" in said.err
+    secret_files.status = 403
+    assert main([*scan, "--night", "next"]) == 1
+    for verb in ("shard", "status"):
+        main([verb, str(folder / "run"), *(["--input", url("corpus/b.jsonl")] if verb == "shard" else [])])
+    for place in ("model.path", "corpus.tokenizer"):
+        told = ["attribute", str(folder / "run"), *asked[:4], "--set", f"{place}={url('model')}"]
+        main(told if place == "model.path" else ["shard", str(tmp_path / "b"), "--tokenizer", url("model")])
+    late = capfd.readouterr()
+    assert "access denied" in late.err
+    assert "sesame" not in said.out + said.err + late.out + late.err
+    assert not with_secret(folder)

@@ -347,8 +347,7 @@ def test_an_index_in_a_file_finds_what_a_search_over_all_finds(tmp_path):
     assert (tmp_path / "duplicates.sqlite").stat().st_size > 0
     taken._sql.execute("PRAGMA max_page_count = 1")  # as on a full disk
     with pytest.raises(StrideError, match=r"Comparing near-duplicates failed \(.*full\)"):
-        for at in range(200):
-            taken.add(("b", str(at)), rng.bytes(512))
+        any(taken.add(("b", str(at)), rng.bytes(512)) for at in range(200))
 
 
 @pytest.mark.parametrize("statistics", [True, False])

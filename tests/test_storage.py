@@ -1,15 +1,20 @@
 """One rule for every store: a name that can be read is complete. And errors are sentences."""
 
+import asyncio
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import uuid
 
+import botocore.exceptions
 import pyarrow as pa
 import pytest
+import servers
 
-from stride_ray.runtime.errors import StrideError
+from stride_ray.corpus.splits import plan
+from stride_ray.runtime.errors import StrideError, is_storage_error, storage_reason
 from stride_ray.runtime.run import Stage, claim
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import safe_url
@@ -149,3 +154,88 @@ def test_a_local_folder_stays_where_it_is_in_another_working_directory(tmp_path,
     assert (tmp_path / "mine/a.txt").exists()
     assert (tmp_path / "claimed/deep/b.txt").exists()
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def client_error(code, status):
+    return botocore.exceptions.ClientError(
+        {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject"
+    )
+
+
+def named(name, module, base=Exception, **facts):
+    """An exception as a library that is not installed raises it."""
+    return type(name, (base,), {"__module__": module, **facts})("some words")
+
+
+def web_error(status):
+    return named("ClientResponseError", "aiohttp.client_exceptions", status=status)
+
+
+def raised_from(error, inner):
+    error.__cause__ = inner
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (client_error("NoSuchBucket", 404), "no such bucket"),
+        (raised_from(FileNotFoundError("words"), client_error("NoSuchBucket", 404)), "no such bucket"),
+        (raised_from(PermissionError("Forbidden"), client_error("403", 403)), "access denied"),
+        (client_error("SignatureDoesNotMatch", 403), "credentials are not accepted"),
+        (client_error("ExpiredToken", 400), "credentials have expired"),
+        (client_error("SlowDown", 503), "the store asks for fewer requests"),
+        (botocore.exceptions.NoCredentialsError(), "no credentials"),
+        (botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"), "the connection failed"),
+        (botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"), "timed out"),
+        (raised_from(OSError("Could not connect"), socket.gaierror(-2, "unknown")), "no host of that name is found"),
+        (web_error(401), "credentials are not accepted"),
+        (raised_from(FileNotFoundError("http://x"), web_error(403)), "access denied"),
+        (raised_from(FileNotFoundError("http://x"), web_error(404)), "there is no such file"),
+        (web_error(503), "the store fails"),
+        (asyncio.TimeoutError(), "timed out"),
+        (named("FSTimeoutError", "fsspec.exceptions", asyncio.TimeoutError), "timed out"),
+        (named("DefaultCredentialsError", "google.auth.exceptions"), "no credentials"),
+        (named("HttpError", "gcsfs.retry", code=403), "access denied"),
+        (named("HttpResponseError", "azure.core.exceptions", error_code="ContainerNotFound"), "no such bucket"),
+        (named("ClientAuthenticationError", "azure.core.exceptions"), "credentials are not accepted"),
+        (named("ServiceRequestError", "azure.core.exceptions"), "the connection failed"),
+    ],
+)
+def test_the_fault_of_a_store_is_named(error, reason, tmp_path):
+    assert storage_reason(error) == reason
+    assert is_storage_error(error)
+    with pytest.raises(StrideError) as told, Store(str(tmp_path)).translated_errors("x", "read"):
+        raise error
+    wanted = "no such file" if reason == "there is no such file" else f"Cannot read {tmp_path}/x: {reason}"
+    assert wanted in str(told.value)
+    table = Store(str(tmp_path))
+    table.write_table("t.parquet", TABLE)
+    with pytest.raises(StrideError) as told, table.open_parquet("t.parquet"):
+        raise error
+    assert "Parquet" not in str(told.value)
+
+
+def test_bugs_are_not_faults_of_a_store(tmp_path):
+    for error in (ValueError("words"), KeyError("words"), RuntimeError("words")):
+        assert not is_storage_error(error)
+        with pytest.raises(type(error)), Store(str(tmp_path)).translated_errors("x", "read"):
+            raise error
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"), [(401, "credentials are not accepted"), (403, "access denied"), (500, "the store fails")]
+)
+def test_a_web_server_that_refuses_is_not_a_file_that_is_missing(status, reason, tmp_path):
+    with servers.SecretFiles(tmp_path) as server:
+        server.status = status
+        place = f"http://127.0.0.1:{server.port}/a.jsonl"
+        with pytest.raises(StrideError, match=reason):
+            plan([place], 100)
+        with pytest.raises(StrideError, match=reason):
+            Store(place.rpartition("/")[0]).read("a.jsonl")
+        server.status = 404
+        with pytest.raises(StrideError, match="does not exist"):
+            plan([place], 100)
+    with pytest.raises(StrideError, match="the connection failed"):
+        plan([f"http://127.0.0.1:{servers.free_port()}/a.jsonl"], 100)

@@ -24,6 +24,7 @@ from stride_ray.report.page import attribution_page
 from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage
+from stride_ray.runtime.urls import redacted, safe_url
 
 # Blocks shown per query and side, in the console and on the page; queries on the page.
 CONSOLE_BLOCKS, PAGE_BLOCKS, PAGE_QUERIES = 3, 8, 1000
@@ -114,7 +115,13 @@ def write_page(run: Run, name: str) -> str:
 
 def _write_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
     store = run.stage(table_stage(run), name).store
-    facts = {**_provenance(run), **store.read_json("manifest.json"), "mode": mode_of(run), "name": name, "run": run.url}
+    facts = {
+        **_provenance(run),
+        **store.read_json("manifest.json"),
+        "mode": mode_of(run),
+        "name": name,
+        "run": safe_url(run.url),
+    }
     facts["believable"] = reliability_note(facts)
     trust = store.read_json("trust.json") if store.exists("trust.json") else None
     store.write("page.html", attribution_page(shown, facts, trust).encode())
@@ -136,7 +143,13 @@ def _provenance(run: Run) -> dict[str, Any]:
     if run.config.attribute.exact:
         facts = run.stage("curvature").store.read_json("manifest.json")
         how = f"every block scored at {len(facts['sites'])} sites of the model"
-        return {"model": run.config.model.path, "blocks": facts["blocks"], "how": how, "learned": True, "verdict": ""}
+        return {
+            "model": redacted(run.config.model.path),
+            "blocks": facts["blocks"],
+            "how": how,
+            "learned": True,
+            "verdict": "",
+        }
     facts = run.stage("operators").store.read_json("metadata.json")
     if facts.get("form") != "sites":
         return {**facts, "how": f"{facts['subsets']} subsets, {facts['method']} fit"}

@@ -5,14 +5,15 @@ taken per query and in a fixed order, so the bits of one query's result do not d
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from stride_ray.models.matrices import compiled
 
 # Epochs of descend between computations of the duality gap, each of which costs about an epoch.
 CHECK = 10
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sift_down(value: NDArray, ordinal: NDArray, at: int, size: int) -> None:
     """Restore the min-heap below a position whose value has changed."""
     while 2 * at + 1 < size:
@@ -26,7 +27,7 @@ def _sift_down(value: NDArray, ordinal: NDArray, at: int, size: int) -> None:
         at = child
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def scan(
     ids: NDArray,
     first: int,
@@ -80,7 +81,7 @@ def scan(
                 floor_Q[q] = max(floor_Q[q], value[0])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def gram_of(ids: NDArray, scale: NDArray, target: NDArray) -> tuple[NDArray, NDArray]:
     """Return XᵀX (n, n) and Xᵀy (n,) of the centred, row-scaled columns; scale and target are (K+1,), 0 at K.
 
@@ -107,7 +108,7 @@ def gram_of(ids: NDArray, scale: NDArray, target: NDArray) -> tuple[NDArray, NDA
     return gram, correlation
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def predict(ids: NDArray, weights: NDArray, scale: NDArray) -> NDArray:
     """Return X w for the row-scaled, uncentred columns: (K,) float64."""
     total = np.zeros(len(scale))
@@ -117,7 +118,7 @@ def predict(ids: NDArray, weights: NDArray, scale: NDArray) -> NDArray:
     return (total * scale)[:-1]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def descend(
     ids: NDArray,
     scale: NDArray,
@@ -176,7 +177,7 @@ def descend(
                 shift += step * sums[a] / K
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _gap(
     ids: NDArray,
     scale: NDArray,
@@ -203,7 +204,7 @@ def _gap(
     return gap_of(rr, ry, largest, size, penalty, nonnegative)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def gap_of(rr: float, ry: float, largest: float, size: float, penalty: float, nonnegative: bool) -> float:
     """Duality gap of ½‖y − Xw‖² + penalty·‖w‖₁, from ‖r‖², rᵀy, max|Xᵀr| (nonnegative: max Xᵀr) and ‖w‖₁.
 

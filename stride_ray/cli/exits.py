@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from stride_ray.cli.streams import lenient_output
 from stride_ray.runtime.errors import StrideError, Terminated
 
 # Errors of disks, paths or limits, as opposed to bugs in this package.
@@ -20,11 +21,21 @@ def exit_status(program: str, work: Callable[[], int | None]) -> int:
     """Run a program's work and return its exit status; ``program`` prefixes the messages.
 
     The status is what ``work`` returns (None: 0), 1 after a StrideError or an OSError of the environment, with a
-    message on standard error, 130 after an interrupt and 143 after SIGTERM.
+    message on standard error, 130 after an interrupt and 143 after SIGTERM. A reader of its output that stops early
+    (``| head``) changes nothing.
     """
+    with lenient_output():
+        return _status(program, work)
+
+
+def _status(program: str, work: Callable[[], int | None]) -> int:
     try:
         with _stoppable():
-            return work() or 0
+            status = work() or 0
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        return status
     except StrideError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1

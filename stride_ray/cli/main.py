@@ -18,6 +18,7 @@ from stride_ray.cli.verbs import VERBS, Verb
 from stride_ray.runtime.config import Config, loads, option_fields
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
+from stride_ray.runtime.urls import redacted
 
 # Options with a flag in every verb that takes options.
 EVERYWHERE = ("compute.address", "compute.workers", "compute.device")
@@ -36,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse_and_run(given: list[str]) -> int:
     if given[:2] == ["scan", "compare"]:
         return exit_status("stride-ray", lambda: scan.compare_nights(given[2:]))
-    parsed = _parser().parse_args(given)
-    return exit_status("stride-ray", lambda: _run(parsed))
+    return exit_status("stride-ray", lambda: _run(_parser().parse_args(given)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,7 +93,7 @@ def _config(parsed: argparse.Namespace) -> Config | None:
     if not parsed.config:
         return None
     folder, slash, leaf = parsed.config.rpartition("/")
-    return loads(Store(folder or slash or ".").read_text(leaf), parsed.config)
+    return loads(Store(folder or slash or ".").read_text(leaf), redacted(parsed.config))
 
 
 def _changes(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from stride_ray.contamination.lock import Lock
 from stride_ray.contamination.report import scan_page
 from stride_ray.contamination.summary import headline, markdown
 from stride_ray.contamination.verdicts import counts, verdicts
-from stride_ray.contamination.webhook import post
+from stride_ray.contamination.webhook import post, shown_webhook
 from stride_ray.corpus.documents import resolve_columns
 from stride_ray.corpus.queries import check_name
 from stride_ray.corpus.splits import InputSplit, plan
@@ -106,7 +106,7 @@ def scan(
         payload = {**manifest, "folder": folder, "status": status, "findings": found.new, "text": headline(manifest)}
         failure = post(webhook, payload)
     if not failure:
-        store.write_json(f"nights/{manifest['night']}/{REPORTED}", {"webhook": redacted(webhook)})
+        store.write_json(f"nights/{manifest['night']}/{REPORTED}", {"webhook": shown_webhook(webhook)})
     return {**manifest, "folder": folder, "status": FAILED if failure else status, "webhook": failure}
 
 
@@ -145,18 +145,19 @@ def corpus_of(run: Run, state: Store) -> Corpus:
     size = int(config.shard_mb * 1e6)
     units = plan(config.input, size)
     files = {file.name: file for unit in units for file in unit.files}
-    known = [InputSplit.from_dict(each) for each in state.read_json("units.json")] if state.exists("units.json") else []
+    stored = state.read_json("units.json") if state.exists("units.json") else []
+    known = [InputSplit.from_dict(each, config.input) for each in stored]
     same = [unit for unit in known if all(_same(file, files.get(file.name)) for file in unit.files)]
     if same:
         units = same + plan(config.input, size, skip={file.name for unit in same for file in unit.files})
-    state.write_json("units.json", [unit.to_dict() for unit in units])
+    state.write_json("units.json", [unit.to_record() for unit in units])
     blocks = run.stage("blocks").store
     given = blocks.read_json("plan.json")["columns"] if blocks.exists("plan.json") else config.columns
     return Corpus(tuple(units), resolve_columns(units, given), config.tokenizer)
 
 
 def _same(a: Any, b: Any) -> bool:
-    return b is not None and (a.content, a.url) == (b.content, b.url)
+    return b is not None and (a.content, redacted(a.url)) == (b.content, redacted(b.url))
 
 
 def _night(

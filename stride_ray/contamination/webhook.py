@@ -4,10 +4,17 @@ import json
 import urllib.error
 import urllib.request
 from typing import Any
+from urllib.parse import urlsplit
 
-from stride_ray.runtime.urls import first_line, redacted, redacted_error
+from stride_ray.runtime.urls import redacted_error, safe_url
 
 SECONDS = 10.0
+
+
+def shown_webhook(url: str) -> str:
+    """The server of a webhook, for messages and reports: of many services the path is the secret."""
+    parts = urlsplit(safe_url(url))
+    return f"{parts.scheme}://{parts.netloc}/…" if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}"
 
 
 def post(url: str, payload: dict[str, Any]) -> str:
@@ -16,11 +23,12 @@ def post(url: str, payload: dict[str, Any]) -> str:
     try:
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method="POST")
         if request.type not in ("http", "https"):
-            return f"{redacted(url)} is not an HTTP URL"
+            return f"{shown_webhook(url)} is not an HTTP URL"
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             answer.read()
     except urllib.error.HTTPError as error:
-        return f"{redacted(url)} answered {error.code}"
+        return f"{shown_webhook(url)} answered {error.code}"
     except (OSError, ValueError) as error:
-        return f"{redacted(url)} cannot be reached ({redacted_error(error, url)})" if str(error) else first_line(error)
+        why = redacted_error(error, url).replace(url, shown_webhook(url))
+        return f"{shown_webhook(url)} cannot be reached ({why})"
     return ""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fsspec.implementations.local import LocalFileSystem
 
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import filesystem, redacted, redacted_error
+from stride_ray.runtime.urls import exists, filesystem, redacted, redacted_error
 
 # ``InputSplit.stop`` of a unit that extends to the end of its file; also an unknown file size.
 END = -1
@@ -85,7 +85,7 @@ def list_files(given: str, left_out: list[str] | None = None) -> list[SourceFile
     """
     fs, path = filesystem(given)
     try:
-        if fs.exists(path):  # checked first, because a name may contain glob characters
+        if exists(fs, path):  # checked first, because a name may contain glob characters
             top = fs.info(path)
             if top["type"] != "directory":
                 _refuse_tables(given, [path])
@@ -100,9 +100,8 @@ def list_files(given: str, left_out: list[str] | None = None) -> list[SourceFile
     except StrideError:
         raise
     except PermissionError as error:
-        raise StrideError(
-            f"Input {redacted(given)} cannot be read: permission denied ({redacted_error(error, given)})."
-        ) from None
+        why = redacted_error(error, given)
+        raise StrideError(f"Input {redacted(given)} cannot be read: permission denied ({why}).") from None
     except Exception as error:  # remote file systems raise their own classes
         raise StrideError(
             f"Input {redacted(given)} cannot be listed ({redacted_error(error, given)}); "

@@ -6,7 +6,6 @@ position, and reading continues. A file that cannot be fetched raises, so that a
 rejected documents.
 """
 
-import asyncio
 import json
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -19,7 +18,7 @@ from stride_ray.corpus.files import END, SourceFile, compression
 from stride_ray.corpus.rows.columnar import arrow_rows, parquet_rows
 from stride_ray.corpus.rows.row import Rejected, Row, is_corrupt, reason
 from stride_ray.corpus.splits import InputSplit
-from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.errors import StrideError, is_storage_error, storage_reason
 from stride_ray.runtime.urls import filesystem, redacted, redacted_error
 
 _CHUNK = 1 << 20
@@ -49,20 +48,18 @@ def rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Re
             yield from parquet_rows(unit, columns)
         else:
             yield from arrow_rows(unit, columns)
-    except (OSError, asyncio.TimeoutError) as error:
-        raise unfetched(unit.files[0], error) from None
     except Exception as error:
-        # botocore and aiohttp raise their own classes; importing them here would make S3 a hard dependency.
-        if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "adlfs"):
-            raise unfetched(unit.files[0], error) from None
-        raise
+        if isinstance(error, StrideError) or not is_storage_error(error):
+            raise
+        raise unfetched(unit.files[0], error) from None
 
 
 def unfetched(file: SourceFile, error: BaseException) -> StrideError:
     """The error for a file that cannot be fetched."""
-    if isinstance(error, FileNotFoundError):
+    reason = storage_reason(error)
+    if isinstance(error, FileNotFoundError) and reason in ("", "there is no such file"):
         why = "it is gone"
-    elif isinstance(error, PermissionError):
+    elif isinstance(error, PermissionError) and not reason:
         why = "permission denied"
     else:
         why = redacted_error(error, file.url)

@@ -28,6 +28,7 @@ from stride_ray.corpus.tokenizing import (
     end_of_text_id,
     load_tokenizer,
     show_masked,
+    tokenizer_fingerprint,
     vocabulary_size,
 )
 from stride_ray.runtime.config import digest
@@ -35,7 +36,7 @@ from stride_ray.runtime.costs import record_stage_costs
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import CorpusConfig
 from stride_ray.runtime.run import Run, Stage, part_name
-from stride_ray.runtime.storage import refuse_inside
+from stride_ray.runtime.storage import Store, refuse_inside
 from stride_ray.runtime.tasks import allocate_workers, connected, map_dataset, map_tasks, progress
 from stride_ray.runtime.urls import first_line, redacted
 
@@ -71,12 +72,30 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
     if not config.tokenizer:
         raise StrideError("No tokenizer is given; name one with --tokenizer, or the model with --model.")
     refuse_inside(run.store, config.input, "The run directory")
+    blocks = run.stage("blocks").store
+    while True:
+        before = _published(blocks)
+        try:
+            return _shard(run, out or sys.stdout)
+        except StrideError:
+            # The same command may run twice at once. The faster one finishes and deletes what the slower one still
+            # reads; this one then looks again, and finds the work done.
+            if _published(blocks) == before:
+                raise
+
+
+def _published(blocks: Store) -> bytes:
+    return blocks.read("manifest.json") if blocks.exists("manifest.json") else b""
+
+
+def _shard(run: Run, out: TextIO) -> dict[str, Any]:
+    config = run.config.corpus
     tokenizer = load_tokenizer(config.tokenizer)
     left_out: list[str] = []
     units = plan(config.input, int(config.shard_mb * 1e6), left_out=left_out)
     if not run.stage("blocks").store.exists("plan.json"):
         resolve_columns(units, config.columns)  # report a wrong mapping before claiming the directory with it
-    stage = run.begin("blocks")
+    stage = run.begin("blocks", tokenizer=tokenizer_fingerprint(tokenizer))
     staged = Stage(stage.store.child("_tokenised"), stage.identity)
     numbered = stage.done()
     units, columns = _register(stage, config, units, bool(staged.done() or numbered))
@@ -95,7 +114,7 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
             results = map_dataset(Tokenise, (replace(config, tokenizer=copy), columns, staged), work, workers)
             markers = progress(results, "shard", len(work), "units")
             staged.remember(markers)
-            _show_example(markers, out or sys.stdout)
+            _show_example(markers, out)
         markers_by_part = {**staged.done(), **numbered}
         counts = [markers_by_part[part_name(i)]["counts"]["blocks"] for i in range(len(units))]
         if not sum(counts):
@@ -125,10 +144,10 @@ def _register(
     """
     if not begun or not stage.store.exists("plan.json"):
         columns = resolve_columns(units, config.columns)
-        stage.store.write_json("plan.json", {"columns": columns, "units": [unit.to_dict() for unit in units]})
+        stage.store.write_json("plan.json", {"columns": columns, "units": [unit.to_record() for unit in units]})
         return units, columns
     record = stage.store.read_json("plan.json")
-    known = [InputSplit.from_dict(unit) for unit in record["units"]]
+    known = [InputSplit.from_dict(unit, config.input) for unit in record["units"]]
     files = {file.name: file for unit in known for file in unit.files}
     for unit in units:
         for file in unit.files:
@@ -147,7 +166,7 @@ def _register(
     new = plan(config.input, int(config.shard_mb * 1e6), skip=set(files))
     if new:
         known += new
-        stage.store.write_json("plan.json", {**record, "units": [unit.to_dict() for unit in known]})
+        stage.store.write_json("plan.json", {**record, "units": [unit.to_record() for unit in known]})
     return known, record["columns"]
 
 
@@ -249,4 +268,6 @@ def _no_blocks_message(config: CorpusConfig, markers: dict[str, dict[str, Any]])
     rejects = [reject for marker in markers.values() for reject in marker["counts"]["rejects"]]
     count = sum(marker["counts"]["rejected"] for marker in markers.values())
     why = f"; {count} rejected, the first: {Rejected(**rejects[0]).sentence()}" if rejects else ""
-    return f"The corpus {', '.join(config.input)} produced no blocks{why}. Check the input and the columns."
+    return (
+        f"The corpus {', '.join(map(redacted, config.input))} produced no blocks{why}. Check the input and the columns."
+    )

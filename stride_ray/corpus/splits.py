@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from stride_ray.corpus.files import END, SourceFile, compression, kind_of, list_files
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import filesystem, redacted, redacted_error
+from stride_ray.runtime.urls import filesystem, redacted, redacted_error, with_secrets
 
 # Footers are read concurrently: over a network each costs one or two round trips.
 _FOOTER_THREADS = 16
@@ -44,14 +44,20 @@ class InputSplit:
     stop: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The unit as a JSON-serialisable dict. URLs keep their credentials."""
+        """The unit as a JSON-serialisable dict for a worker. URLs keep their credentials: not to be stored."""
         files = [list(file) for file in self.files]
         return {"key": self.key, "kind": self.kind, "files": files, "start": self.start, "stop": self.stop}
 
+    def to_record(self) -> dict[str, Any]:
+        """As ``to_dict``, without credentials and signatures, to be stored."""
+        files = [list(file._replace(url=redacted(file.url))) for file in self.files]
+        return {**self.to_dict(), "files": files}
+
     @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> "InputSplit":
-        """The inverse of ``to_dict``."""
-        files = tuple(SourceFile(*file) for file in value["files"])
+    def from_dict(cls, value: dict[str, Any], inputs: Sequence[str] = ()) -> "InputSplit":
+        """The inverse of ``to_dict``, and of ``to_record`` where ``inputs`` have the credentials (``corpus.input``)."""
+        found = [SourceFile(*file) for file in value["files"]]
+        files = tuple(file._replace(url=with_secrets(file.url, inputs)) for file in found)
         return cls(value["key"], value["kind"], files, value["start"], value["stop"])
 
 

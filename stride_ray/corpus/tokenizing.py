@@ -5,6 +5,7 @@ assistant's turns of a conversation. Influence is measured on these tokens only,
 ``show_masked`` displays it for inspection.
 """
 
+import json
 import os
 import tempfile
 import weakref
@@ -19,8 +20,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from stride_ray.corpus.chat.template import ChatTemplate, Ranges
 from stride_ray.corpus.documents import Document, TokenizedDocument
 from stride_ray.corpus.readers import Rejected
+from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import filesystem, first_line, redacted, redacted_error
+from stride_ray.runtime.urls import filesystem, first_line, looks_local, redacted, redacted_error
 
 # Characters per tokenizer call; bounds memory, since a tokenizer's record of a token takes a hundred bytes.
 _BATCH_CHARACTERS = 1 << 20
@@ -53,14 +55,21 @@ def load_tokenizer(path: "str | os.PathLike[str] | tokenizers.Tokenizer | PreTra
             tokenizer = _load_local(_downloaded(place, folder), redacted(place))
     else:
         place = os.path.expanduser(place)
-        # Hub ids are "name" or "owner/name". Reject anything else early: a hub request for a path is slow to fail.
-        looks_local = place.startswith((".", os.sep)) or place.endswith((".gguf", ".json")) or place.count("/") > 1
-        looks_local = looks_local or ("/" in place and os.path.isdir(place.partition("/")[0]))
-        if looks_local and not os.path.exists(place):
+        if looks_local(place) and not os.path.exists(place):
             raise StrideError(f"There is no tokenizer at {place}; check the path.")
         tokenizer = _load_local(place, place)
     tokenizer.model_max_length = int(1e30)
     return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A fingerprint of what a tokenizer does, independent of where it was loaded from: sixteen hexadecimal digits."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    does: Any = sorted(tokenizer.get_vocab().items()) if backend is None else json.loads(backend.to_str())
+    if backend is not None:
+        does |= {"truncation": None, "padding": None}  # not used here, and set by earlier calls
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return digest([does, special, tokenizer.chat_template])
 
 
 def _load_local(place: str, name: str) -> Any:

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from stride_ray.models.chunked_loss import FusedLosses
 from stride_ray.models.download import local_model, unloadable
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import first_line
+from stride_ray.runtime.urls import first_line, redacted
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Elements in one chunk of logits; peak memory is a few times that. A CPU gains nothing beyond 64 MiB: the system
@@ -346,7 +346,7 @@ def load_model(
     if dtype not in DTYPES:
         raise StrideError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     where = device_of(device)
-    local = local_model(path)
+    local, shown = local_model(path), redacted(str(path))
     folder, options = local, dict[str, Any]()
     if local.endswith(".gguf"):
         folder, options["gguf_file"] = os.path.split(os.path.abspath(local))
@@ -360,10 +360,10 @@ def load_model(
         raise unloadable(path, local, error) from error
     absent = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in told.get(kind) or ()]
     if absent:
-        raise StrideError(f"model {path} lacks {len(absent)} weights ({min(absent)}, …); give a complete causal model")
+        raise StrideError(f"model {shown} lacks {len(absent)} weights ({min(absent)}, …); give a complete causal model")
     if spoilt := next((name for name, weights in model.named_parameters() if not weights.isfinite().all()), ""):
-        raise StrideError(f"model {path} holds numbers in {spoilt} that are not finite in {dtype}; give a sound one")
-    return SplitModel(model, split, str(path))
+        raise StrideError(f"model {shown} holds numbers in {spoilt} that are not finite in {dtype}; give a sound one")
+    return SplitModel(model, split, shown)
 
 
 def device_of(device: str) -> torch.device:

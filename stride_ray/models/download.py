@@ -9,7 +9,7 @@ from typing import Any
 
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import first_line, open_url
+from stride_ray.runtime.urls import first_line, looks_local, open_url, redacted, redacted_error
 
 # Files that define a model; the tokenizer, the model card and logs do not change what it computes.
 WEIGHTS = ("config.json", ".safetensors", ".bin", ".gguf", ".py")
@@ -20,8 +20,9 @@ LARGE, WINDOWS, WINDOW = 2**26, 256, 2**16
 def local_model(path: str | Path) -> str:
     """The local path of a model: local paths and hub ids are returned unchanged, fsspec URLs are fetched to a cache.
 
-    The cache is ``$XDG_CACHE_HOME/stride_ray/models`` (default ``~/.cache``), with one entry per URL and version of its
-    files, written atomically. Subfolders, such as training checkpoints, are not fetched.
+    The cache is ``$XDG_CACHE_HOME/stride_ray/models`` (default ``~/.cache``; where that cannot be written, a folder
+    under TMPDIR), with one entry per URL and version of its files, written atomically. Subfolders, such as training
+    checkpoints, are not fetched.
 
     Raises:
         StrideError: if there is no model at ``path``, or it cannot be fetched.
@@ -34,7 +35,7 @@ def local_model(path: str | Path) -> str:
             raise StrideError(f"{path} is not a model folder: it has no config.json")
     elif os.path.exists(text) and not text.endswith(".gguf"):
         raise StrideError(f"{path} is a file; give a model folder, a .gguf file or a hub id")
-    elif not os.path.exists(text) and (text.endswith(".gguf") or text.startswith((".", "/")) or text.count("/") > 1):
+    elif not os.path.exists(text) and looks_local(text):
         raise StrideError(f"model path {path} does not exist")
     return text
 
@@ -55,7 +56,7 @@ def model_fingerprint(path: str | Path) -> str:
         except StrideError:
             raise
         except Exception as error:
-            raise StrideError(f"model {text} cannot be listed: {first_line(error)}") from error
+            raise StrideError(f"model {redacted(text)} cannot be listed ({redacted_error(error, text)})") from None
     local = Path(local_model(path))
     if not local.exists():
         return digest(_commit(text))
@@ -88,7 +89,7 @@ def _commit(hub_id: str) -> str:
 def unloadable(path: str | Path, local: str, error: Exception) -> StrideError:
     """The error for a model that cannot be loaded from ``local``, the result of ``local_model``."""
     hub = "" if os.path.exists(local) else f"no such path from {os.getcwd()}, and Hugging Face Hub error: "
-    return StrideError(f"model {path} could not be loaded: {hub}{first_line(error)}")
+    return StrideError(f"model {redacted(str(path))} could not be loaded: {hub}{first_line(error)}")
 
 
 def _listed(url: str) -> tuple[Any, dict[str, Any]]:
@@ -96,7 +97,7 @@ def _listed(url: str) -> tuple[Any, dict[str, Any]]:
     files, root = open_url(url)
     found = {e["name"].rsplit("/", 1)[-1]: e for e in files.ls(root, detail=True) if e["type"] == "file"}
     if "config.json" not in found and not (found and url.endswith(".gguf")):
-        raise StrideError(f"{url} is not a model folder: it has no config.json")
+        raise StrideError(f"{redacted(url)} is not a model folder: it has no config.json")
     return files, found
 
 
@@ -104,8 +105,27 @@ def _version(files: Any, entry: dict[str, Any]) -> str:
     return str(entry.get("ETag") or files.ukey(entry["name"]))
 
 
+def _cache() -> Path:
+    """The user's cache of models; where there is none to write to, a folder of this user's own under TMPDIR.
+
+    Raises:
+        StrideError: the folder under TMPDIR is another user's, who could put files into it.
+    """
+    home = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "stride_ray" / "models"
+    if home.is_absolute():  # else this user has no home
+        with contextlib.suppress(OSError):
+            home.mkdir(parents=True, exist_ok=True)
+            if os.access(home, os.W_OK):
+                return home
+    folder = Path(tempfile.gettempdir()) / f"stride_ray-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise StrideError(f"{home} cannot be written, and {folder} is another user's; set XDG_CACHE_HOME to a folder.")
+    return folder / "models"
+
+
 def _fetched(url: str) -> str:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stride_ray" / "models"
+    cache = _cache()
     try:
         files, found = _listed(url)
         state = sorted((name, _version(files, entry)) for name, entry in found.items())
@@ -121,5 +141,6 @@ def _fetched(url: str) -> str:
     except StrideError:
         raise
     except Exception as error:  # each store raises types of its own
-        raise StrideError(f"model {url} could not be fetched to {cache}: {first_line(error)}") from error
+        why = redacted_error(error, url)
+        raise StrideError(f"model {redacted(url)} could not be fetched to {cache} ({why})") from None
     return str(target / next(iter(found))) if url.endswith(".gguf") else str(target)

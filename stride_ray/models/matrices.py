@@ -1,5 +1,8 @@
-"""Shared matrix helpers: damped inverse square roots, random orthonormal and Gaussian matrices."""
+"""Shared numerical helpers: damped inverse square roots, random orthonormal and Gaussian matrices, compiled loops."""
 
+from typing import Any
+
+import numba
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
@@ -25,3 +28,15 @@ def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 def gaussian_sketch(vocabulary: int, sketch: int, generator: torch.Generator) -> Tensor:
     """Q ∈ R^{V×v}, entries N(0, 1/v)."""
     return torch.randn(vocabulary, sketch, generator=generator) / np.sqrt(sketch)
+
+
+def compiled(function: Any) -> Any:
+    """Compile a loop with numba when it is first called; the machine code is kept for later processes if it can be.
+
+    numba keeps it beside the source or in the user's cache. In a container, both may be read-only; every process then
+    compiles for itself (seconds), or NUMBA_CACHE_DIR names a folder for it.
+    """
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # "cannot cache function: no locator available"
+        return numba.njit(nogil=True)(function)

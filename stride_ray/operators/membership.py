@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse
-from numba import njit
 from numpy.typing import NDArray
 
+from stride_ray.models.matrices import compiled
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 
@@ -29,7 +29,7 @@ _TILE = 64
 _ONE, _S27, _S30, _S31, _S32 = (np.uint64(n) for n in (1, 27, 30, 31, 32))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _mix(z: np.uint64) -> np.uint64:
     """Return splitmix64's finaliser of z (Steele, Lea and Flood 2014)."""
     z = (z ^ (z >> _S30)) * _MIX_1
@@ -37,13 +37,13 @@ def _mix(z: np.uint64) -> np.uint64:
     return z ^ (z >> _S31)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _key(seed: np.uint64, ordinal: np.uint64) -> np.uint64:
     """Return the hash state of a column; mixing the seed first keeps seed+1 from being a shifted copy of seed."""
     return _mix(_mix(seed + _GAMMA) + (ordinal + _ONE) * _GAMMA)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _fill_regular(seed: np.uint64, ordinals: NDArray, subsets: int, out: NDArray) -> None:
     """Write d distinct ids, ascending, into each row of out: Floyd's algorithm on hashed draws.
 
@@ -83,7 +83,7 @@ def _fill_regular(seed: np.uint64, ordinals: NDArray, subsets: int, out: NDArray
                 out[first + lane, i] = chosen[i, lane]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _bernoulli_width(seed: np.uint64, ordinals: NDArray, subsets: int, threshold: np.uint64) -> int:
     """Return the maximum number of subsets over these columns."""
     widest = 0
@@ -97,7 +97,7 @@ def _bernoulli_width(seed: np.uint64, ordinals: NDArray, subsets: int, threshold
     return widest
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _fill_bernoulli(seed: np.uint64, ordinals: NDArray, subsets: int, threshold: np.uint64, out: NDArray) -> None:
     """Write the ids of each column into its row of out, padded with K."""
     for row in range(len(ordinals)):

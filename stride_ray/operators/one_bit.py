@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from stride_ray.models.matrices import compiled
 
 # Bits per coordinate of a query, in two's complement.
 QUERY_BITS = 4
@@ -85,7 +87,7 @@ def packed_rows(sections: Sequence[NDArray[np.float32]]) -> Rows:
     return Rows(bits, scales.astype(np.float32))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _pack(z: NDArray, words: NDArray, sums: NDArray) -> None:
     """Pack the signs of a section's coordinates into bits; also Σ|zⱼ| and |z|² of each row."""
     for row in range(len(z)):
@@ -159,7 +161,7 @@ def _popcount_instruction(typing_context: Any, word: Any) -> Any:
 _popcount: Any = intrinsic(_popcount_instruction)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _level_sum(x: NDArray, p0: NDArray, p1: NDArray, p2: NDArray, p3: NDArray) -> Any:
     """Σ of the levels at the set bits."""
     a0 = a1 = a2 = a3 = np.uint64(0)
@@ -171,7 +173,7 @@ def _level_sum(x: NDArray, p0: NDArray, p1: NDArray, p2: NDArray, p3: NDArray) -
     return np.int64(a0) + 2 * np.int64(a1) + 4 * np.int64(a2) - 8 * np.int64(a3)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _multiply(
     bits: NDArray, scales: NDArray, planes: NDArray, sums: NDArray, steps: NDArray, starts: NDArray, out: NDArray
 ) -> None:

@@ -86,10 +86,11 @@ class Config:
 # Goes up when the files of ``blocks/`` change so that no stage can go on from older ones.
 BLOCKS_FORMAT = 2
 # Stage to its upstream stage and the options (or sections) that its output depends on besides its inputs. A stage's
-# identity includes the keys of all upstream stages.
+# identity includes the keys of all upstream stages. Models and tokenizers are not among them: ``Run.begin`` is given
+# fingerprints of their files, which may be moved.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "blocks": ("", ("corpus.columns", "corpus.tokenizer", "corpus.layout", "corpus.block_tokens", "corpus.shard_mb")),
-    "curvature": ("blocks", ("seed", "model.path", "model.start", "model.dtype", "operators.layers")),
+    "blocks": ("", ("corpus.columns", "corpus.layout", "corpus.block_tokens", "corpus.shard_mb")),
+    "curvature": ("blocks", ("seed", "model.dtype", "operators.layers")),
     "operators": ("curvature", ("model.split", "membership", "operators", "fit")),
     "directions": ("curvature", ("solve",)),
     "responses": ("operators", ("solve", "respond", "attribute.top")),

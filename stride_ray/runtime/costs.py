@@ -1,7 +1,8 @@
 """Cost accounting: seconds, workers and memory of each phase, in ``cost.json`` beside a stage's data.
 
 Workers attach their time and peak memory to every result; the driver adds wall-clock time. ``plan`` extrapolates
-larger runs from these records. Does not import Ray.
+larger runs from these records, so a killed attempt must leave its own: they are written while results arrive. Does not
+import Ray.
 """
 
 import os
@@ -9,10 +10,11 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.memory import peak_mb
 from stride_ray.runtime.run import Stage
 
@@ -21,6 +23,8 @@ COST_FILE = "cost.json"
 START = "start"
 # Later results per worker needed to estimate the steady cost of a result; units differ in size.
 MIN_LATER_RESULTS = 3
+# While results arrive, records are written this often, and for no more than a twentieth of the time.
+SAVE_SECONDS, SAVE_SHARE = 1.0, 20.0
 # Cost of a result: seconds, peak MB, worker id ("host/pid"), and seconds of separate phases by label.
 Cost = tuple[float, int, str, dict[str, float]]
 
@@ -30,7 +34,8 @@ class Phase:
     """The work behind one progress line of a stage.
 
     Attributes:
-        amount: items processed.
+        total: items to process.
+        amount: items processed so far.
         unit: what an item is, for example "blocks".
         wall: wall-clock seconds at the driver.
         busy: worker seconds, summed over workers, excluding ``separate``.
@@ -39,8 +44,10 @@ class Phase:
         results: number of results.
         seen: ids of the workers that took part.
         separate: worker seconds recorded as phases of their own, by label; not in ``busy``.
+        since: time.monotonic() when the clock was started, if it runs; that time is not in ``wall`` yet.
     """
 
+    total: int = 0
     amount: int = 0
     unit: str = ""
     wall: float = 0.0
@@ -50,6 +57,17 @@ class Phase:
     results: int = 0
     seen: set[str] = field(default_factory=set)
     separate: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    since: float | None = None
+
+    def resume(self) -> None:
+        """Start the wall clock."""
+        self.since = time.monotonic()
+
+    def pause(self) -> None:
+        """Add the time since ``resume`` to ``wall``."""
+        now = time.monotonic()
+        self.wall += now - self.since if self.since is not None else 0.0
+        self.since = None
 
     def add(self, cost: Cost) -> None:
         """Add the cost of one result, as ``result_cost`` returns it."""
@@ -76,18 +94,56 @@ class Phase:
         apart = dict(self.separate)
         if start:
             apart[START] = apart.get(START, 0.0) + start
-        wall = max(0.0, self.wall - sum(apart.values()) / workers)
+        wall = self.wall + (time.monotonic() - self.since if self.since is not None else 0.0)
+        wall = max(0.0, wall - sum(apart.values()) / workers)
 
         def phase_record(wall: float, busy: float) -> dict[str, Any]:
             seconds = {"wall": round(wall, 3), "busy": round(busy, 3)}
-            return {"amount": self.amount, "unit": self.unit, **seconds, "workers": workers, "peak_mb": self.peak_mb}
+            size = {"total": self.total, "amount": self.amount, "unit": self.unit}
+            return {**size, **seconds, "workers": workers, "peak_mb": self.peak_mb}
 
         # Start-up takes each worker the same time however many there are, so it is wall time without shared work.
         others = {name: phase_record(took / workers, 0.0 if name == START else took) for name, took in apart.items()}
         return {label: phase_record(wall, self.busy - start), **others}
 
 
-_phase_stack: list[dict[str, Phase]] = []  # stack of phases by label, one entry per enclosing ``costed`` block
+@dataclass
+class _Attempt:
+    """One attempt at a stage: its phases by label, on top of the record of earlier attempts."""
+
+    stage: Stage
+    phases: dict[str, Phase] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+    earlier: dict[str, Any] | None = None
+    next_save: float = 0.0
+
+    def save(self, finished: bool = False) -> None:
+        """Write ``cost.json``: the earlier attempts, and this one as far as it has come."""
+        started, store = time.monotonic(), self.stage.store
+        if self.earlier is None:
+            nothing: dict[str, Any] = {"phases": {}, "wall": 0.0, "finished": True}
+            self.earlier = store.read_json(COST_FILE) if store.exists(COST_FILE) else nothing
+        phases = dict(self.earlier["phases"])
+        for label, each in self.phases.items():
+            for name, facts in each.facts(label).items():
+                if name in phases:
+                    whole = self.earlier.get("finished", True)
+                    facts = _sum(phases[name], facts, kept=1.0 if whole else _kept(phases[name], facts))
+                phases[name] = facts
+        wall = round(self.earlier["wall"] + started - self.began, 3)
+        record = {"wall": wall, "driver_mb": peak_mb(), "finished": finished, "phases": phases}
+        store.write_json(COST_FILE, record)
+        took = time.monotonic() - started
+        self.next_save = time.monotonic() + max(SAVE_SECONDS, SAVE_SHARE * took)
+
+    def save_if_due(self) -> None:
+        """Save now and then; a store that fails for a moment must not end the stage for the sake of its costs."""
+        if time.monotonic() >= self.next_save:
+            with suppress(StrideError):
+                self.save()
+
+
+_attempts: list[_Attempt] = []  # one for each enclosing ``record_stage_costs`` block
 _current = Phase()
 _separate_seconds: defaultdict[str, float] = defaultdict(
     float
@@ -118,44 +174,62 @@ def add_result_cost(cost: Cost | None) -> None:
     """At the driver: add the cost of an incoming result to the current phase."""
     if cost is not None:
         _current.add(cost)
+        if _attempts:
+            _attempts[-1].save_if_due()
 
 
 @contextmanager
-def phase(label: str, unit: str, amount: int) -> Iterator[None]:
-    """Attribute the results that arrive within the block to one phase of the enclosing ``costed`` block, if any."""
+def phase(label: str, unit: str, total: int) -> Iterator[Phase]:
+    """Attribute the results that arrive within the block to one phase of the enclosing attempt, if any.
+
+    Of the ``total`` items to process, the block adds to the phase's ``amount`` those that its results stand for.
+    """
     global _current
-    before, began = _current, time.monotonic()
-    _current = _phase_stack[-1].setdefault(label, Phase(unit=unit)) if _phase_stack else Phase()
+    before = _current
+    _current = _attempts[-1].phases.setdefault(label, Phase(unit=unit)) if _attempts else Phase()
+    _current.total += total
+    _current.resume()
     try:
-        yield
-        _current.amount += amount
+        yield _current
     finally:
-        _current.wall += time.monotonic() - began
+        _current.pause()
         _current = before
 
 
 @contextmanager
 def record_stage_costs(stage: Stage) -> Iterator[None]:
-    """Add the cost of the phases within the block to the stage's ``cost.json``, on top of earlier attempts."""
-    began = time.monotonic()
-    _phase_stack.append({})
+    """Keep the cost of the phases within the block in the stage's ``cost.json``, on top of earlier attempts.
+
+    An attempt that fails or is interrupted keeps the cost of its results, since their units need not be done again.
+    """
+    _attempts.append(attempt := _Attempt(stage))
     try:
         yield
-        if not _phase_stack[-1]:
-            return
-        found: dict[str, Any] = (
-            stage.store.read_json(COST_FILE) if stage.store.exists(COST_FILE) else {"phases": {}, "wall": 0.0}
-        )
-        phases = found["phases"]
-        for label, each in _phase_stack[-1].items():
-            for name, told in each.facts(label).items():
-                phases[name] = _sum(phases[name], told) if name in phases else told
-        wall = found["wall"] + time.monotonic() - began
-        stage.store.write_json(COST_FILE, {"wall": round(wall, 3), "driver_mb": peak_mb(), "phases": phases})
+        if attempt.phases:
+            attempt.save(finished=True)
+    except BaseException:
+        if any(each.results for each in attempt.phases.values()):
+            with suppress(StrideError):
+                attempt.save()
+        raise
     finally:
-        _phase_stack.pop()
+        _attempts.pop()
 
 
-def _sum(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    added = {key: one[key] + two[key] for key in ("amount", "wall", "busy")}
-    return {**two, **added, **{key: max(one[key], two[key]) for key in ("workers", "peak_mb")}}
+def _kept(interrupted: dict[str, Any], now: dict[str, Any]) -> float:
+    """The share of an interrupted attempt's results that need not be done again, as the next one's total tells.
+
+    Of 100 blocks, 60 are scored before a kill. If their units are marked as done, the next attempt has the other 40 to
+    do, and the cost of the 60 counts; if it begins anew with 100, the 60 were for nothing.
+    """
+    left = interrupted["total"] - interrupted["amount"]
+    again = max(0, now["total"] - left)
+    return max(0.0, 1 - again / interrupted["amount"]) if interrupted["amount"] else 0.0
+
+
+def _sum(one: dict[str, Any], two: dict[str, Any], kept: float) -> dict[str, Any]:
+    """The record of two attempts, of the first of which ``kept`` counts (0 to 1)."""
+    added = {key: round(kept * one[key] + two[key], 3) for key in ("wall", "busy")}
+    amount = round(kept * one["amount"]) + two["amount"]
+    most = {key: max(one[key], two[key]) for key in ("workers", "peak_mb")}
+    return {**two, "total": amount + two["total"] - two["amount"], "amount": amount, **added, **most}

@@ -1,4 +1,60 @@
-"""The exception for user errors: one sentence with what is wrong, where, and how to fix it."""
+"""The exception for user errors: one sentence with what is wrong, where, and how to fix it; and what ails a storage.
+
+Object stores and web servers raise classes of many libraries (botocore, google-auth, azure-core, aiohttp), which need
+not be installed. They are told apart by their names and by the codes that they carry.
+"""
+
+import asyncio
+from typing import Any
+
+# Packages whose exceptions are faults of a storage or of the way there, never of this program.
+_LIBRARIES = frozenset(
+    "botocore aiobotocore aiohttp s3fs gcsfs google adlfs azure urllib3 requests httpx paramiko smbprotocol".split()
+)
+# The reason by the code that a store gives, or by the class that a library raises before it asks a store.
+_REASONS = {
+    "no such bucket": "NoSuchBucket InvalidBucketName ContainerNotFound FilesystemNotFound",
+    "no such account": "ResourceNotFoundError AccountNotFound",
+    "no credentials": (
+        "NoCredentialsError PartialCredentialsError CredentialRetrievalError ProfileNotFound DefaultCredentialsError "
+        "CredentialUnavailableError NoAuthenticationInformation ParamValidationError NoCredentials"
+    ),
+    "credentials have expired": (
+        "ExpiredToken ExpiredTokenException TokenRefreshRequired RefreshError SSOTokenLoadError "
+        "UnauthorizedSSOTokenError TokenRetrievalError"
+    ),
+    "credentials are not accepted": (
+        "InvalidAccessKeyId SignatureDoesNotMatch InvalidToken AuthenticationFailed ClientAuthenticationError 401"
+    ),
+    "clocks differ": "RequestTimeTooSkewed",
+    "access denied": "AccessDenied AllAccessDisabled AuthorizationFailure AuthorizationPermissionMismatch 403",
+    "the store asks for fewer requests": "SlowDown ServerBusy TooManyRequests 429",
+    "the store fails": "InternalError ServiceUnavailable 500 502 503 504",
+    "timed out": (
+        "ConnectTimeoutError ReadTimeoutError RequestTimeout ServerTimeoutError ConnectionTimeoutError TimeoutError "
+        "SocketTimeoutError ServiceResponseTimeoutError ServiceRequestTimeoutError 408"
+    ),
+    "TLS fails, by its certificate or protocol": "SSLError ClientConnectorCertificateError SSLCertVerificationError",
+    "no host of that name is found": "gaierror ClientConnectorDNSError NameResolutionError",
+    "the connection failed": (
+        "EndpointConnectionError ConnectionClosedError ClientConnectorError ClientOSError ServerDisconnectedError "
+        "ClientPayloadError IncompleteReadError ConnectionError ConnectionRefusedError ConnectionResetError "
+        "ServiceRequestError ServiceResponseError ResponseStreamingError ProtocolError TransportError"
+    ),
+    "there is no such file": "NoSuchKey BlobNotFound 404",
+}
+_REASON = {name: reason for reason, names in _REASONS.items() for name in names.split()}
+# Messages of libraries that raise a plain class.
+_MESSAGES = {
+    "bucket does not exist": "no such bucket",
+    "specified container does not exist": "no such bucket",
+    "Name or service not known": "no host of that name is found",
+    "Temporary failure in name resolution": "no host of that name is found",
+    "Could not connect to the endpoint": "the connection failed",
+    "connection_string or account_name": "no credentials",
+    "Anonymous caller": "no credentials",
+    "CERTIFICATE_VERIFY_FAILED": "TLS fails, by its certificate or protocol",
+}
 
 
 class Terminated(KeyboardInterrupt):
@@ -11,3 +67,45 @@ class StrideError(Exception):
     The command line prints only this sentence and exits with status 1. Any other exception is a bug in this package
     and keeps its traceback.
     """
+
+
+def storage_reason(error: BaseException) -> str:
+    """Why a storage could not be used, as a clause for a message; empty if that is not known.
+
+    Example:
+        >>> storage_reason(ConnectionRefusedError(111, "Connection refused"))
+        'the connection failed'
+    """
+    chain = _chain(error)
+    for reasons in ([_REASON.get(code) for each in chain for code in _codes(each)], map(_by_message, chain)):
+        if found := next((reason for reason in reasons if reason), None):
+            return found
+    return ""
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether an exception is a fault of a storage or of the way there, and not a bug of this program."""
+    library = type(error).__module__.partition(".")[0] in _LIBRARIES
+    return library or isinstance(error, (OSError, TimeoutError, asyncio.TimeoutError))
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The exception and those that it was raised from, innermost first: the outer ones tell less."""
+    chain = [error]
+    while (inner := chain[0].__cause__ or chain[0].__context__) is not None and inner not in chain:
+        chain.insert(0, inner)
+    return chain
+
+
+def _codes(error: BaseException) -> list[str]:
+    """A store's own code, an HTTP status and the names of the exception's classes, the most telling first."""
+    response: Any = getattr(error, "response", None)
+    answer = response if isinstance(response, dict) else {}
+    codes = [answer.get("Error", {}).get("Code"), getattr(error, "error_code", None)]
+    codes += [getattr(error, name, None) for name in ("status", "status_code", "code")]
+    names = [each.__name__ for each in type(error).__mro__]
+    return [str(getattr(code, "value", code)) for code in [*codes, *names] if code]
+
+
+def _by_message(error: BaseException) -> str:
+    return next((reason for part, reason in _MESSAGES.items() if part in str(error)), "")

@@ -15,10 +15,10 @@ from stride_ray.runtime.config import Config, digest, dumps, loads, stage_hash, 
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.memory import peak_mb
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.urls import redacted, safe_url
+from stride_ray.runtime.urls import anchored, redacted, safe_url
 
 # Files that a stage may write before its first unit of work is done.
-PREPARED = {"stage.json", "plan.json", "tokenizer", "queries.parquet"}
+PREPARED = {"stage.json", "plan.json", "tokenizer", "queries.parquet", "cost.json"}
 
 
 class Stage:
@@ -127,8 +127,11 @@ class Run:
             self.store.write("run.toml", self._before)
 
     def save(self) -> None:
-        """Write run.toml: the configuration, the code version and, once known, the corpus fingerprint."""
-        text = dumps(self.config.updated({"corpus.input": [redacted(url) for url in self.config.corpus.input]}))
+        """Write run.toml: the configuration, the code version and, once known, the corpus fingerprint.
+
+        Paths become absolute, so that the run can be used from any working directory; URLs lose their secrets.
+        """
+        text = dumps(self.config.updated(_kept_paths(self.config)))
         text += f'\n[run]\ncode_version = "{__version__}"\n'
         if self.store.exists("blocks/manifest.json"):
             text += f'corpus_fingerprint = "{self.store.read_json("blocks/manifest.json")["fingerprint"]}"\n'
@@ -230,6 +233,17 @@ def part_name(index: int) -> str:
     return f"part-{index:05d}"
 
 
+def _kept_paths(config: Config) -> dict[str, Any]:
+    """The options that name files, as run.toml keeps them."""
+    hub_or_path = {"corpus.tokenizer": config.corpus.tokenizer, "model.path": config.model.path}
+    hub_or_path["model.start"] = config.model.start
+    paths = {"corpus.input": config.corpus.input, "select.earlier": config.select.earlier}
+    return {
+        **{name: redacted(anchored(place, maybe_hub=True)) for name, place in hub_or_path.items()},
+        **{name: [redacted(anchored(place)) for place in places] for name, places in paths.items()},
+    }
+
+
 def _check_same_settings(opened: Stage, wanted: Mapping[str, Any]) -> None:
     """Raise StrideError if a folder was made with settings other than ``wanted``, naming the first key that differs."""
     made_with = opened.store.read_json("stage.json")["keys"]
@@ -237,6 +251,7 @@ def _check_same_settings(opened: Stage, wanted: Mapping[str, Any]) -> None:
         "corpus": "other blocks than are there now",
         "queries": "other queries than this command's",
         "weights": "another model than now lies at model.path (or model.start)",
+        "tokenizer": "the tokens of another tokenizer than corpus.tokenizer now names",
     }
     for key, now in wanted.items():
         if made_with.get(key) != now:

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import first_line, open_url, safe_url
+from stride_ray.runtime.errors import StrideError, is_storage_error, storage_reason
+from stride_ray.runtime.urls import exists, first_line, open_url, redacted_error, safe_url
 
 # Rows in a Parquet row group, the smallest part of a file that can be read.
 ROW_GROUP = 4096
@@ -44,7 +44,11 @@ class Store:
             else:  # a local name may contain "::", which fsspec would parse as a chained URL
                 self.fs, self.root = LocalFileSystem(), LocalFileSystem._strip_protocol(self.url)
         except (ValueError, ImportError) as error:
-            raise StrideError(f"{safe_url(self.url)} is not a path or URL that can be opened: {error}.") from None
+            why = redacted_error(error, self.url)
+            raise StrideError(f"{safe_url(self.url)} is not a path or URL that can be opened ({why}).") from None
+        except Exception as error:  # some backends connect immediately and raise their own classes
+            why = redacted_error(error, self.url)
+            raise StrideError(f"{safe_url(self.url)} cannot be reached ({why}).") from None
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def __repr__(self) -> str:
@@ -84,7 +88,7 @@ class Store:
     def exists(self, name: str) -> bool:
         """Whether the file exists."""
         with self.translated_errors(name, "read"):
-            return bool(self.fs.exists(self.path(name)))
+            return exists(self.fs, self.path(name))
 
     def names(self, folder: str = "", ending: str = "") -> list[str]:
         """Sorted names directly inside ``folder``, without hidden and partially written files."""
@@ -234,36 +238,48 @@ class Store:
         """
         with self.translated_errors(name, "read"):
             handle = open(self.path(name), "rb") if self.local else self.fs.open(self.path(name), "rb")  # noqa: SIM115
-        with handle:
-            try:
-                file = pq.ParquetFile(handle)
-                yield file
-            except (pa.ArrowInvalid, OSError) as error:
-                raise StrideError(f"{self.display_url(name)} cannot be read as Parquet: {first_line(error)}") from None
+            with handle:
+                try:
+                    yield pq.ParquetFile(handle)
+                except Exception as error:
+                    if not is_corrupt(error):
+                        raise
+                    place = self.display_url(name)
+                    raise StrideError(f"{place} cannot be read as Parquet: {first_line(error)}") from None
 
     @contextmanager
     def translated_errors(self, name: str, deed: str) -> Iterator[None]:
-        """Translate file-system exceptions into a StrideError; ``deed`` is the verb of its message."""
+        """Translate exceptions of any file system into a StrideError; ``deed`` is the verb of its message."""
         place = self.display_url(name)
         try:
             yield
-        except FileNotFoundError as error:
-            missing = "bucket" if "bucket does not exist" in str(error) else "file or folder"
-            raise StrideError(f"Cannot {deed} {place}: no such {missing}.") from None
-        except PermissionError as error:
-            raise StrideError(f"Cannot {deed} {place}: permission denied ({first_line(error)}).") from None
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StrideError(
-                    f"No room left to {deed} {place}; free some space and run the same command again: "
-                    "what is done is kept."
-                ) from None
-            raise StrideError(f"Cannot {deed} {place}: {first_line(error)}") from None
-        except Exception as error:
-            # botocore and aiohttp raise their own classes; importing them here would make S3 a hard dependency.
-            if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp", "s3fs"):
-                raise StrideError(f"Cannot {deed} {place}: {first_line(error)}") from None
+        except StrideError:
             raise
+        except Exception as error:
+            if not is_storage_error(error):
+                raise
+            raise StrideError(self._failure(error, deed, place)) from None
+
+    def _failure(self, error: BaseException, deed: str, place: str) -> str:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            again = "free some space and run the same command again: what is done is kept."
+            return f"No room left to {deed} {place}; {again}"
+        reason = storage_reason(error)
+        if isinstance(error, FileNotFoundError) and reason in ("", "there is no such file"):
+            return f"Cannot {deed} {place}: no such file or folder."
+        if isinstance(error, PermissionError) and not reason:
+            return f"Cannot {deed} {place}: permission denied ({first_line(error)})."
+        return f"Cannot {deed} {place}: {redacted_error(error, self.url)}"
+
+
+def is_corrupt(error: BaseException) -> bool:
+    """Whether pyarrow means by an exception that a file's content is not what it should be.
+
+    It raises OSError without an errno for some; those of file systems have one, or a cause.
+    """
+    return isinstance(error, pa.ArrowInvalid) or (
+        type(error) is OSError and error.errno is None and not storage_reason(error)
+    )
 
 
 def refuse_inside(store: Store, inputs: Iterable[str], what: str) -> None:

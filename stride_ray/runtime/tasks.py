@@ -11,8 +11,10 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +37,9 @@ from stride_ray.runtime.urls import first_line
 RETRIES = 5
 # Seconds without a result before a message is printed.
 PATIENCE = 60.0
+# What Ray adds to its folder in its longest socket's path, but for a process id; and the bytes such a path may have.
+RAY_SOCKET = "/ray/session_2026-01-31_12-00-00_000000_/sockets/plasma_store"
+SOCKET_BYTES = 107 if sys.platform == "linux" else 103
 # Reserved keys of a result: the message of a StrideError, and the cost (costs.Cost).
 _SENTENCE, _COST = "stride_error", "stride_cost"
 Unit = Any
@@ -69,11 +74,21 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
     try:
         if address and address not in ("auto", "local"):
             _check_answers(address)
-        ray.init(address=address or "local", include_dashboard=None if address else False, logging_level=logging.ERROR)
+        elif not os.access(os.path.expanduser("~"), os.W_OK):
+            # Ray would write the secret that its processes share to the home.
+            os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
+        folder: Any = {"_temp_dir": _session_folder()} if address in ("", "local") else {}
+        dashboard = None if address else False
+        ray.init(address=address or "local", include_dashboard=dashboard, logging_level=logging.ERROR, **folder)
     except SystemExit:  # raised by Ray on SIGTERM during its start
         raise Terminated from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StrideError(f"No Ray at address {address!r}: {first_line(error)}; start one or leave it out.") from None
+    except OSError as error:
+        raise StrideError(
+            f"Ray cannot start here ({first_line(error)}); set RAY_TMPDIR to a folder with a short path that can be "
+            "written and has room."
+        ) from None
     except Exception as error:
         if type(error) is not Exception:  # Ray raises a bare Exception if its start times out
             raise
@@ -85,6 +100,28 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _session_folder() -> str | None:
+    """The folder for the session of a local Ray; None: where Ray puts it by itself.
+
+    Batch systems name the cluster, the user and the job in TMPDIR, which is then too long for sockets.
+
+    Raises:
+        StrideError: RAY_TMPDIR is too long.
+    """
+    given = os.environ.get("RAY_TMPDIR", "")
+    folder = os.path.abspath(given or tempfile.gettempdir())
+    most = SOCKET_BYTES - len(f"{RAY_SOCKET}{os.getpid()}")
+    if (length := len(os.fsencode(folder))) > most:
+        if given:
+            raise StrideError(
+                f"RAY_TMPDIR is a path of {length} bytes, {given}, in which Ray cannot make its sockets; set it to one "
+                f"of at most {most}, or to none."
+            )
+        folder = "/tmp"
+    usual = given or os.environ.get("TMPDIR") or "/tmp"
+    return None if folder == usual else os.path.join(folder, "ray")
 
 
 def _check_answers(address: str) -> None:
@@ -351,9 +388,10 @@ def progress(
     interval = 0.5 if sys.stderr.isatty() else 5.0
     collected = []
     bar = tqdm(total=total, desc=label, unit=f" {unit}", mininterval=interval, file=sys.stderr, smoothing=0.1)
-    with bar, costs.phase(label, unit, total):
+    with bar, costs.phase(label, unit, total) as phase:
         for result in results:
             collected.append(result)
             metrics.report(label, result)
             bar.update(count(result))
+            phase.amount += count(result)
     return collected

@@ -2,13 +2,14 @@
 
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.errors import StrideError, storage_reason
 
 # Attempts per request. Object stores throttle in bursts, which outlast boto's default number of retries.
 TRIES = 6
@@ -20,6 +21,23 @@ def open_url(url: str) -> tuple[Any, str]:
     options = {"config_kwargs": retries} if url.startswith(("s3://", "s3a://")) else {}
     # A listings cache would miss files that other processes write.
     return fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+
+
+def looks_local(place: str) -> bool:
+    """Whether a text that may also be a hub id ("name" or "owner/name") can only be a path, existing or not.
+
+    A hub is asked for a long time before it says that it has no such thing.
+    """
+    rooted = place.startswith((".", "~", os.sep)) or place.endswith((os.sep, ".gguf", ".json"))
+    return rooted or place.count("/") > 1 or ("/" in place and os.path.isdir(place.partition("/")[0]))
+
+
+def anchored(place: str, maybe_hub: bool = False) -> str:
+    """The absolute form of a local path or pattern; URLs, "" and, if there may be any, hub ids as they are."""
+    path = os.path.expanduser(place)
+    if not place or "://" in place or (maybe_hub and not (os.path.exists(path) or looks_local(place))):
+        return place
+    return os.path.abspath(path)
 
 
 def safe_url(url: str) -> str:
@@ -67,12 +85,52 @@ def redacted(text: str) -> str:
     return re.sub(r"(://[^\s?]*)\?[^\s'\"]*=[^\s'\"]*", r"\1", text)
 
 
+def exists(fs: Any, path: str) -> bool:
+    """Whether there is a file or folder; a web server that cannot be asked is an error, where fsspec says no."""
+    protocols = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
+    if "http" not in protocols:
+        return bool(fs.exists(path))
+    try:
+        fs.info(path)
+    except FileNotFoundError as error:  # of every failure
+        if storage_reason(error) in ("", "there is no such file"):
+            return False
+        raise
+    return True
+
+
+def with_secrets(url: str, given: Iterable[str]) -> str:
+    """A URL that was stored without its secrets, with those of the URLs that a command was given.
+
+    Of a signed URL the whole counts, of one with user and password the host.
+
+    Example:
+        >>> with_secrets("https://host/a.jsonl", ["https://me:word@host/"])
+        'https://me:word@host/a.jsonl'
+    """
+    links = [link for each in given for link in each.split("::") if "://" in link]
+    return "::".join(_completed(link, links) for link in url.split("::"))
+
+
+def _completed(stored: str, links: list[str]) -> str:
+    if same := next((link for link in links if redacted(link) == stored), ""):
+        return same
+    at = urlsplit(stored)
+    for each in map(urlsplit, links):
+        user, at_sign, host = each.netloc.rpartition("@")
+        if at_sign and at.scheme and (each.scheme, host) == (at.scheme, at.netloc):
+            return urlunsplit(at._replace(netloc=f"{user}@{host}"))
+    return stored
+
+
 def redacted_error(error: BaseException, url: str) -> str:
-    """Class and message of an error about ``url``, without the secrets in the URL."""
-    text = redacted(str(error))
+    """Reason, class and first line of an error about ``url``, without the secrets in the URL."""
+    text = redacted(first_line(error))
     # The error may repeat the URL without its scheme, or parts of it.
     secrets = re.findall(r"://([^/\s]*)@", url) + re.findall(r"\?([^?\s]*=[^?\s]*)", url)
     parts = [part for secret in secrets for part in re.split("[:&=]", secret) if len(part) > 3]
     for known in secrets + parts:
         text = text.replace(f"{known}@", "").replace(known, "…")
-    return f"{type(error).__name__}: {text}"
+    reason = storage_reason(error)
+    told = text if text == type(error).__name__ else f"{type(error).__name__}: {text}"
+    return f"{reason}; {told}" if reason else told

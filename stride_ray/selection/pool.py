@@ -77,7 +77,7 @@ def reading(run: Run, as_blocks: bool) -> tuple[Reading, list[InputSplit]]:
     """Return how to read a sharded run's documents, and its input splits, one per part of the blocks."""
     store = run.stage("blocks").store
     plan, manifest = store.read_json("plan.json"), store.read_json("manifest.json")
-    units = [InputSplit.from_dict(unit) for unit in plan["units"]][: len(manifest["parts"])]
+    units = [InputSplit.from_dict(unit, run.config.corpus.input) for unit in plan["units"]][: len(manifest["parts"])]
     how = Reading(store, plan["columns"], manifest["block_tokens"], manifest["layout"] == "pack", as_blocks)
     return how, units
 

@@ -19,7 +19,7 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage, claim, part_name, tolerate_concurrent_finish
 from stride_ray.runtime.storage import Store, refuse_inside
 from stride_ray.runtime.tasks import WorkerAllocation, allocate_workers, connected, map_tasks, progress
-from stride_ray.runtime.urls import redacted, safe_url
+from stride_ray.runtime.urls import redacted
 from stride_ray.selection.choice import (
     GreedyChooser,
     RandomChooser,
@@ -119,14 +119,15 @@ def select_by(run: Run, targets: Sequence[Target], out: str, blocks: bool = Fals
     refuse_inside(Store(out), run.config.corpus.input, "The selection")
     how, units = reading(run, blocks)
     earlier = [_earlier(url) for url in options.earlier]
-    chosen = {key: value for key, value in run.config.flat().items() if key.startswith("select.")}
+    chosen = {
+        key: value for key, value in run.config.flat().items() if key.startswith("select.") and key != "select.earlier"
+    }
     keys = {
         "corpus": run.stage("blocks").store.read_json("manifest.json")["fingerprint"],
         "targets": {target.name: target.identity for target in targets},
         "seed": run.config.seed,
         "blocks": blocks,
         **chosen,
-        "select.earlier": [safe_url(url) for url in options.earlier],
         "earlier": [identity for _, _, identity in earlier],
     }
     stage = claim(Stage(Store(out), digest(keys)), "select", keys)

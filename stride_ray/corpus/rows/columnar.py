@@ -32,18 +32,21 @@ def parquet_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[
             # With a buffer size, columns are read page by page instead of by row group.
             table = pq.ParquetFile(handle, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
             schema = table.schema_arrow
+            wanted = [name for name in schema.names if columns is None or name in columns]
+            footer = table.metadata
+            held = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+            if sum(held) != footer.num_rows:
+                raise pa.ArrowInvalid(f"its footer states {footer.num_rows} rows, and {sum(held)} in row groups")
+            stop = footer.num_row_groups if unit.stop == END else min(unit.stop, footer.num_row_groups)
+            unread = _filled(footer, range(unit.start, stop), _others(schema, wanted))
         except Exception as error:
             if not is_corrupt(error):
                 raise
             yield Rejected(file.name, None, f"not readable as Parquet: {reason(error)}")
             return
-        wanted = [name for name in schema.names if columns is None or name in columns]
-        footer = table.metadata
-        stop = footer.num_row_groups if unit.stop == END else min(unit.stop, footer.num_row_groups)
-        unread = _filled(footer, range(unit.start, stop), _others(schema, wanted))
-        row = sum(footer.row_group(group).num_rows for group in range(unit.start))
+        row = sum(held[: unit.start])
         for group in range(unit.start, stop):
-            end = row + footer.row_group(group).num_rows
+            end = row + held[group]
 
             def batches(names: Sequence[str], group: int = group) -> Iterator[pa.RecordBatch]:
                 return table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=names, use_threads=False)
@@ -57,14 +60,19 @@ def parquet_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[
                     raise
                 readable, faults = _readable(wanted, lambda name: sum(1 for _ in batches([name])))
                 if readable and faults:
-                    first = end - footer.row_group(group).num_rows
+                    first = end - held[group]
                     for batch in batches(readable):
                         fresh = batch.slice(max(0, row - first))  # rows before the fault are out already
                         yield from _batch_rows(file.name, fresh, max(row, first), unread, faults)
                         first += batch.num_rows
+                    row = max(row, first)
                 else:
                     why = f"row group {group} is unreadable from here on: {reason(error)}"
                     yield Rejected(file.name, row, why, rows=end - row)
+                    row = end
+            if row < end:
+                why = f"row group {group} ends here, {end - row} rows before the end that the file's footer states"
+                yield Rejected(file.name, row, why, rows=end - row)
             row = end
 
 
@@ -76,11 +84,12 @@ def _others(schema: pa.Schema, wanted: Collection[str]) -> frozenset[str]:
 def _filled(footer: pq.FileMetaData, groups: range, columns: Collection[str]) -> frozenset[str]:
     """Those of the top-level columns that hold more than nulls in some row groups, as far as statistics tell."""
     filled = set[str]()
+    # pyarrow ends the process on some corrupt footers when asked for a column's facts: ask for no more than is needed.
+    names = [footer.schema.column(index).path.partition(".")[0] for index in range(footer.num_columns)]
     for group in groups:
-        for index in range(footer.num_columns):
-            chunk = footer.row_group(group).column(index)
-            name = chunk.path_in_schema.partition(".")[0]
+        for index, name in enumerate(names):
             if name in columns and name not in filled:
+                chunk = footer.row_group(group).column(index)
                 facts = chunk.statistics
                 if facts is None or not facts.has_null_count or facts.null_count < chunk.num_values:
                     filled.add(name)
@@ -144,13 +153,18 @@ def arrow_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Ro
     row = 0
     with fs.open(path, "rb") as handle:
         try:
-            position = 8 if handle.read(6) == b"ARROW1" else 0  # the file format is a stream between magic and footer
+            framed = handle.read(6) == b"ARROW1"  # the file format: a stream between magic and footer
+            position = 8 if framed else 0
             head = b""  # schema and dictionaries; prepended to a batch, they form a valid stream
-            while unit.stop == END or position < unit.stop:
+            while unit.stop == END or position < unit.stop or position == unit.stop == file.size:
                 message = _arrow_message(handle, position)
                 if message is None:
+                    if not framed and file.size not in (END, position + 8):
+                        raise pa.ArrowInvalid("bytes follow the end of the stream")
                     return
                 kind, count, size = message
+                if file.size != END and size > file.size - position:
+                    raise EOFError("the file ends too early")
                 handle.seek(position)
                 if kind in (_SCHEMA, _DICTIONARY):
                     head += handle.read(size)
@@ -199,16 +213,18 @@ def _arrow_batch(
 
 
 def _arrow_message(handle: Any, position: int) -> tuple[int, int, int] | None:
-    """``(kind, rows, total bytes)`` of the message at ``position``; None at the end of the stream.
+    """``(kind, rows, total bytes)`` of the message at ``position``; None at the stream's end mark.
 
     A message consists of 0xFFFFFFFF, the size of its metadata (int32), the metadata (a FlatBuffer) and a body.
 
     Raises:
-        pa.ArrowInvalid, struct.error: the bytes are not a valid message.
+        pa.ArrowInvalid, struct.error, EOFError: the bytes are not a valid message.
     """
     handle.seek(position)
     prefix = handle.read(8)
-    if not prefix or prefix[4:] == b"\0\0\0\0":
+    if not prefix:  # the format allows it, but every writer that was not cut short leaves the mark
+        raise EOFError("the file ends without the mark of a stream's end: it was cut short")
+    if prefix == b"\xff\xff\xff\xff\0\0\0\0":
         return None
     marker, size = struct.unpack("<Ii", prefix)
     if marker != 0xFFFFFFFF or size <= 0:
@@ -232,6 +248,6 @@ def _arrow_message(handle: Any, position: int) -> tuple[int, int, int] | None:
     count = 0
     if kind == _RECORDS and header is not None:
         count = number("<q", field(header + number("<I", header), 0))
-    if body < 0 or count < 0:
-        raise pa.ArrowInvalid("a message of negative size")
+    if body < 0 or count < 0 or kind not in (_SCHEMA, _DICTIONARY, _RECORDS):
+        raise pa.ArrowInvalid("not a message of an Arrow stream")
     return kind, count, 8 + size + body

@@ -23,7 +23,7 @@ from stride_ray.corpus.files import SourceFile, list_files
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import redacted, redacted_error
+from stride_ray.runtime.urls import redact_message, redact_url, redacted_error
 
 TEXT = {"text": "text"}
 MANY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -318,10 +318,17 @@ def test_inputs_that_cannot_be_planned_are_told_in_a_sentence(tmp_path):
         ("https://h/a.jsonl?X-Sig=secret&b=1", "https://h/a.jsonl"),
         ("zip://*::ftp://me:secret@h/a.zip", "zip://*::ftp://h/a.zip"),
         ("s3://b/part-?.jsonl", "s3://b/part-?.jsonl"),
+        ("s3://b/my dir/x?token=secret", "s3://b/my dir/x"),
+        ("s3://k:se cret@b/x", "s3://b/x"),
+        ("filecache::s3://k:secret@b/x", "filecache::s3://b/x"),
+        ("http://u:secret@[x/y", "http://[x/y"),
+        ("/a b?c=d::e@f", "/a b?c=d::e@f"),
     ],
 )
 def test_no_credentials_in_what_is_shown(text, safe):
-    assert redacted(text) == safe
+    assert redact_url(text) == safe
+    if " " not in text:
+        assert redact_message(f"not found: {text} or so") == f"not found: {safe} or so"
 
 
 @pytest.mark.parametrize("url", ["ftp://me:secret@localhost:1/x.jsonl", "memory://me:secret@x/a.jsonl?sig=secret"])

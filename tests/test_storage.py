@@ -17,7 +17,7 @@ from stride_ray.corpus.splits import plan
 from stride_ray.runtime.errors import StrideError, is_storage_error, storage_reason
 from stride_ray.runtime.run import Stage, claim
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.urls import safe_url
+from stride_ray.runtime.urls import redact_url
 
 TABLE = pa.table({"n": list(range(10_000)), "s": [f"row {i}" for i in range(10_000)]})
 
@@ -134,8 +134,8 @@ def test_a_write_that_fails_cleans_up(tmp_path, monkeypatch):
 
 
 def test_messages_hold_no_secrets():
-    assert safe_url("s3://key:secret@bucket/run?token=1") == "s3://bucket/run"
-    assert safe_url("/tmp/a b?c") == "/tmp/a b?c"
+    assert redact_url("s3://key:secret@bucket/run?token=1") == "s3://bucket/run"
+    assert redact_url("/tmp/a b?c") == "/tmp/a b?c"
 
 
 def test_a_store_travels():

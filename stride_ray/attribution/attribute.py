@@ -24,7 +24,7 @@ from stride_ray.report.page import attribution_page
 from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage
-from stride_ray.runtime.urls import redacted, safe_url
+from stride_ray.runtime.urls import redact_url
 
 # Blocks shown per query and side, in the console and on the page; queries on the page.
 CONSOLE_BLOCKS, PAGE_BLOCKS, PAGE_QUERIES = 3, 8, 1000
@@ -120,7 +120,7 @@ def _write_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
         **store.read_json("manifest.json"),
         "mode": mode_of(run),
         "name": name,
-        "run": safe_url(run.url),
+        "run": redact_url(run.url),
     }
     facts["believable"] = reliability_note(facts)
     trust = store.read_json("trust.json") if store.exists("trust.json") else None
@@ -144,7 +144,7 @@ def _provenance(run: Run) -> dict[str, Any]:
         facts = run.stage("curvature").store.read_json("manifest.json")
         how = f"every block scored at {len(facts['sites'])} sites of the model"
         return {
-            "model": redacted(run.config.model.path),
+            "model": redact_url(run.config.model.path),
             "blocks": facts["blocks"],
             "how": how,
             "learned": True,

@@ -18,7 +18,7 @@ from stride_ray.cli.verbs import VERBS, Verb
 from stride_ray.runtime.config import Config, loads, option_fields
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.urls import redacted
+from stride_ray.runtime.urls import redact_url
 
 # Options with a flag in every verb that takes options.
 EVERYWHERE = ("compute.address", "compute.workers", "compute.device")
@@ -93,7 +93,7 @@ def _config(parsed: argparse.Namespace) -> Config | None:
     if not parsed.config:
         return None
     folder, slash, leaf = parsed.config.rpartition("/")
-    return loads(Store(folder or slash or ".").read_text(leaf), redacted(parsed.config))
+    return loads(Store(folder or slash or ".").read_text(leaf), redact_url(parsed.config))
 
 
 def _changes(parsed: argparse.Namespace) -> dict[str, Any]:

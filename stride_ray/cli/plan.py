@@ -22,7 +22,7 @@ from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import COST_FILE
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage
-from stride_ray.runtime.urls import safe_url
+from stride_ray.runtime.urls import redact_url
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list
     if not found.keys() & {"exact", "responses"}:
         names = {each for stage, named in STAGES.items() if named for each in pilot.store.names(stage)} - {name}
         raise StrideError(
-            f"{safe_url(pilot.url)} has no finished query set {name!r} to go by; "
+            f"{redact_url(pilot.url)} has no finished query set {name!r} to go by; "
             + (f"--name one of: {', '.join(sorted(names))}." if names else "attribute a few queries in it first.")
         )
     old, new = _sizes(pilot, name, found, blocks, queries)

@@ -6,7 +6,7 @@ from stride_ray.attribution.attribute import mode_of, reliability_note
 from stride_ray.runtime.config import STAGES
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
-from stride_ray.runtime.urls import safe_url
+from stride_ray.runtime.urls import redact_url
 
 
 def status(run: Run) -> str:
@@ -17,9 +17,9 @@ def status(run: Run) -> str:
     """
     if not run.store.exists("run.toml"):
         raise StrideError(
-            f"{safe_url(run.url)} is not a run directory: it has no run.toml; 'stride-ray shard' makes one."
+            f"{redact_url(run.url)} is not a run directory: it has no run.toml; 'stride-ray shard' makes one."
         )
-    lines = [f"run {safe_url(run.url)}, whose answers are {mode_of(run)} (attribute.exact)"]
+    lines = [f"run {redact_url(run.url)}, whose answers are {mode_of(run)} (attribute.exact)"]
     for stage in STAGES:
         names = [""] if stage in ("blocks", "operators", "curvature") else run.store.names(stage) or ["(none)"]
         lines += [_line(run, stage, name) for name in names]

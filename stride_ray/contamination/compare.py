@@ -9,7 +9,7 @@ from stride_ray.contamination.verdicts import CLEAN
 from stride_ray.corpus.documents import shown_name
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.urls import safe_url
+from stride_ray.runtime.urls import redact_url
 
 _KEPT = (
     *("set", "item_id", "key", "verdict", "question", "overlap", "documents", "first_document", "first_source", "q"),
@@ -64,7 +64,7 @@ def compare(a: str, b: str) -> Difference:
         store = Store(url)
         if not store.exists("manifest.json"):
             raise StrideError(
-                f"{safe_url(url)} is not a finished scan: it has no manifest.json; give the dated folders, as in "
+                f"{redact_url(url)} is not a finished scan: it has no manifest.json; give the dated folders, as in "
                 "SCANS/nights/2026-01-31."
             )
         tables.append(store.read_table("verdicts.parquet"))

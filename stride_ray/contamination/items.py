@@ -17,7 +17,7 @@ from typing import Any
 from stride_ray.corpus.readers import Rejected, Row, rows
 from stride_ray.corpus.splits import plan
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import safe_url
+from stride_ray.runtime.urls import redact_url
 
 ROLES = ("question", "choices", "answer", "id", "others")
 # Known schemas, the most specific first; the first one whose fields are all present, in any case, applies.
@@ -146,7 +146,7 @@ def read_set(
         raise StrideError(
             f"{unknown[0]!r} is not a role of an evaluation set's fields; the roles are {_listed(ROLES)}."
         )
-    name = name or _SUFFIXES.sub("", os.path.basename(safe_url(path).rstrip("/")))
+    name = name or _SUFFIXES.sub("", os.path.basename(redact_url(path).rstrip("/")))
     items: dict[str, Item] = {}
     rejects: list[Rejected] = []
     count = 0
@@ -164,7 +164,7 @@ def read_set(
                 items.setdefault(found.key, found)
     if not items:
         why = f"; the first row that could not be parsed: {rejects[0].sentence()}" if rejects else ""
-        raise StrideError(f"The evaluation set {name} ({safe_url(path)}) has no items{why}.")
+        raise StrideError(f"The evaluation set {name} ({redact_url(path)}) has no items{why}.")
     return EvaluationSet(name, tuple(items.values()), count - len(items) - len(rejects), tuple(rejects))
 
 

@@ -35,7 +35,7 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ScanConfig
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store, refuse_inside
-from stride_ray.runtime.urls import redacted, safe_url
+from stride_ray.runtime.urls import redact_url
 
 CLEAN, FAILED, FOUND = 0, 1, 2
 # Nights in the page's plots, including this one.
@@ -99,7 +99,7 @@ def scan(
     refuse_inside(store, run.config.corpus.input, "The scan's folder")
     with Lock(store, 60 * run.config.scan.lease) as lock:
         manifest, found = _night(run, sets, store, controls, night, lock)
-    folder = f"{safe_url(out)}/nights/{manifest['night']}"
+    folder = f"{redact_url(out)}/nights/{manifest['night']}"
     status = FOUND if _alarming(run, found) else CLEAN
     failure = ""
     if webhook:
@@ -141,7 +141,9 @@ def corpus_of(run: Run, state: Store) -> Corpus:
     """
     config = run.config.corpus
     if not config.input:
-        raise StrideError(f"{safe_url(run.url)} names no corpus; give files, folders or URLs (--set corpus.input=...).")
+        raise StrideError(
+            f"{redact_url(run.url)} names no corpus; give files, folders or URLs (--set corpus.input=...)."
+        )
     size = int(config.shard_mb * 1e6)
     units = plan(config.input, size)
     files = {file.name: file for unit in units for file in unit.files}
@@ -157,7 +159,7 @@ def corpus_of(run: Run, state: Store) -> Corpus:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return b is not None and (a.content, redacted(a.url)) == (b.content, redacted(b.url))
+    return b is not None and (a.content, redact_url(a.url)) == (b.content, redact_url(b.url))
 
 
 def _night(
@@ -185,7 +187,7 @@ def _night(
         "night": name,
         "before": previous,
         "since": since,
-        "run": safe_url(run.url),
+        "run": redact_url(run.url),
         "new": len(found.new),
         "changed": len(found.changed),
         "resolved": len(found.resolved),
@@ -245,7 +247,7 @@ def _influence(
     failed = sum(r["contrast"] is None and not r["control"] for r in ties.select(["contrast", "control"]).to_pylist())
     return ties, {
         "checkpoint": made_of,
-        "model": safe_url(run.config.model.path),
+        "model": redact_url(run.config.model.path),
         "mode": mode_of(run),
         "blocks": run.stage("blocks").store.read_json("manifest.json")["blocks"],
         "controls": sum(ties["control"].to_pylist()),

@@ -34,7 +34,7 @@ from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage, claim
 from stride_ray.runtime.storage import Store, refuse_inside
-from stride_ray.runtime.urls import filesystem, redacted
+from stride_ray.runtime.urls import filesystem, redact_url
 
 # Hidden folder in the target with stage.json and the done markers; readers of the target skip it.
 RECORD = ".purified"
@@ -77,7 +77,7 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
     if results.names() and not results.exists(f"{RECORD}/stage.json"):
         raise StrideError(f"{results.display_url('')} is not empty; give a new folder for the cleaned corpus.")
     # Keyed by the findings, not the night's name: repeating the scan to resume makes a new night.
-    keys = {"run": redacted(run.url), "whole": whole, "input": corpus.state, "findings": digest(rows)}
+    keys = {"run": redact_url(run.url), "whole": whole, "input": corpus.state, "findings": digest(rows)}
     stage = claim(Stage(results.child(RECORD), digest(keys)), "purify", keys)
     files = sorted((file.name, unit) for unit in corpus.units for file in unit.files)
     files = list(dict(files).items())  # one unit per file is enough: files are written whole
@@ -98,7 +98,7 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
                     if not is_corrupt(error):
                         raise
                     raise StrideError(
-                        f"{redacted(file.url)} has findings and cannot be read to its end ({reason(error)}); "
+                        f"{redact_url(file.url)} has findings and cannot be read to its end ({reason(error)}); "
                         "restore it, or move it out of the input."
                     ) from None
             else:

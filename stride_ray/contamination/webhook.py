@@ -6,14 +6,14 @@ import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
 
-from stride_ray.runtime.urls import redacted_error, safe_url
+from stride_ray.runtime.urls import redact_url, redacted_error
 
 SECONDS = 10.0
 
 
 def shown_webhook(url: str) -> str:
     """The server of a webhook, for messages and reports: of many services the path is the secret."""
-    parts = urlsplit(safe_url(url))
+    parts = urlsplit(redact_url(url))
     return f"{parts.scheme}://{parts.netloc}/…" if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}"
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fsspec.implementations.local import LocalFileSystem
 
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import exists, filesystem, redacted, redacted_error
+from stride_ray.runtime.urls import exists, filesystem, redact_url, redacted_error
 
 # ``InputSplit.stop`` of a unit that extends to the end of its file; also an unknown file size.
 END = -1
@@ -35,7 +35,7 @@ class SourceFile(NamedTuple):
 
     Attributes:
         name: path relative to the root of its input, so that moving the input changes no identity.
-        url: where to read it, including credentials in the input's URL; use ``redacted`` in messages.
+        url: where to read it, including credentials in the input's URL; use ``redact_url`` in messages.
         size: bytes; END if the file system does not report it.
         version: ETag or modification time, which changes with the content; empty if unknown.
     """
@@ -96,15 +96,15 @@ def list_files(given: str, left_out: list[str] | None = None) -> list[SourceFile
         elif any(sign in path for sign in "*?["):
             root, found = _expand_glob(fs, path)
         else:
-            raise StrideError(f"Input {redacted(given)} does not exist; check the path, or create it.")
+            raise StrideError(f"Input {redact_url(given)} does not exist; check the path, or create it.")
     except StrideError:
         raise
     except PermissionError as error:
         why = redacted_error(error, given)
-        raise StrideError(f"Input {redacted(given)} cannot be read: permission denied ({why}).") from None
+        raise StrideError(f"Input {redact_url(given)} cannot be read: permission denied ({why}).") from None
     except Exception as error:  # remote file systems raise their own classes
         raise StrideError(
-            f"Input {redacted(given)} cannot be listed ({redacted_error(error, given)}); "
+            f"Input {redact_url(given)} cannot be listed ({redacted_error(error, given)}); "
             "check the address, the credentials and the network."
         ) from None
     named = {_relative(file, root): file for file in found}
@@ -115,7 +115,7 @@ def list_files(given: str, left_out: list[str] | None = None) -> list[SourceFile
     _refuse_tables(given, [named[name] for name in kept])
     files = [_source_file(fs, given, named[name], name, found[named[name]]) for name in sorted(kept)]
     if not files:
-        raise StrideError(f"Input {redacted(given)} matches no file; check the folder or pattern.")
+        raise StrideError(f"Input {redact_url(given)} matches no file; check the folder or pattern.")
     if isinstance(fs, LocalFileSystem):
         for name in kept:
             _check_regular_file(named[name])
@@ -125,18 +125,18 @@ def list_files(given: str, left_out: list[str] | None = None) -> list[SourceFile
 def _check_regular_file(path: str) -> None:
     """Raise StrideError for a local path that is not a regular file: a broken link, a link to a folder, a pipe."""
     if not os.path.exists(path):
-        raise StrideError(f"{redacted(path)} is a link to nothing; restore what it points to or remove it.")
+        raise StrideError(f"{redact_url(path)} is a link to nothing; restore what it points to or remove it.")
     if os.path.isdir(path):
-        raise StrideError(f"{redacted(path)} is a link to a folder; name that folder as an input of its own.")
+        raise StrideError(f"{redact_url(path)} is a link to a folder; name that folder as an input of its own.")
     if not os.path.isfile(path):
-        raise StrideError(f"{redacted(path)} is not a regular file (a pipe?); give a file.")
+        raise StrideError(f"{redact_url(path)} is not a regular file (a pipe?); give a file.")
 
 
 def _refuse_tables(given: str, paths: Sequence[str]) -> None:
     """Raise StrideError for an input that consists of tables (CSV, Excel) only; among other files they are text."""
     if paths and all(path.lower().removesuffix(compression(path)).endswith(_TABLES) for path in paths):
         raise StrideError(
-            f"Input {redacted(given)} is a table that is not read ({', '.join(_TABLES)}); make it Parquet, as in "
+            f"Input {redact_url(given)} is a table that is not read ({', '.join(_TABLES)}); make it Parquet, as in "
             "pandas.read_csv(…).to_parquet(…), or JSON Lines."
         )
 
@@ -257,10 +257,10 @@ def _resolve_datasets(fs: Any, names: list[str], path_of: Callable[[str], str]) 
             parts = [folder + entry["filename"] for entry in json.loads(fs.cat_file(state))["_data_files"]]
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise StrideError(
-                f"{redacted(state)} does not list a dataset's files ({type(error).__name__}); save it anew."
+                f"{redact_url(state)} does not list a dataset's files ({type(error).__name__}); save it anew."
             ) from None
         missing = [part for part in parts if part not in present]
         if missing:
-            raise StrideError(f"{redacted(state)} lists {missing[0]}, which is missing; save the dataset anew.")
+            raise StrideError(f"{redact_url(state)} lists {missing[0]}, which is missing; save the dataset anew.")
         kept += parts
     return kept

@@ -17,7 +17,7 @@ from stride_ray.corpus.readers import Rejected, Row, rows
 from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.corpus.tokenizing import encode
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import safe_url
+from stride_ray.runtime.urls import redact_url
 
 SCHEMA = pa.schema(
     [
@@ -53,8 +53,8 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
     columns = resolve_columns(units, {}, _ADVICE)
     items = [item for unit in units for item in read(unit, columns)]
     if not items:
-        raise StrideError(f"{safe_url(path)} has no queries.")
-    named = _named(items, units, safe_url(path))
+        raise StrideError(f"{redact_url(path)} has no queries.")
+    named = _named(items, units, redact_url(path))
     encoded = iter(encode([item for _, item in named if isinstance(item, Document)], tokenizer))
     table = []
     for name, item in named:

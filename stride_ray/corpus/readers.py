@@ -19,7 +19,7 @@ from stride_ray.corpus.rows.columnar import arrow_rows, parquet_rows
 from stride_ray.corpus.rows.row import Rejected, Row, is_corrupt, reason
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError, is_storage_error, storage_reason
-from stride_ray.runtime.urls import filesystem, redacted, redacted_error
+from stride_ray.runtime.urls import filesystem, redact_url, redacted_error
 
 _CHUNK = 1 << 20
 # The longest window of ``zstd --long``, bytes; by default the library refuses more than 128 MiB.
@@ -63,7 +63,7 @@ def unfetched(file: SourceFile, error: BaseException) -> StrideError:
         why = "permission denied"
     else:
         why = redacted_error(error, file.url)
-    return StrideError(f"Cannot read {redacted(file.url)} ({why}); fix this and run the same command again.")
+    return StrideError(f"Cannot read {redact_url(file.url)} ({why}); fix this and run the same command again.")
 
 
 def _chunks(file: SourceFile, start: int = 0) -> Iterator[bytes]:

@@ -38,7 +38,7 @@ from stride_ray.runtime.options import CorpusConfig
 from stride_ray.runtime.run import Run, Stage, part_name
 from stride_ray.runtime.storage import Store, refuse_inside
 from stride_ray.runtime.tasks import allocate_workers, connected, map_dataset, map_tasks, progress
-from stride_ray.runtime.urls import first_line, redacted
+from stride_ray.runtime.urls import first_line, redact_url
 
 
 def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _register(
             if before and before.content != file.content:
                 if before.url != file.url:
                     raise StrideError(
-                        f"{redacted(file.url)} is not the {file.name!r} that was sharded, {redacted(before.url)}: "
+                        f"{redact_url(file.url)} is not the {file.name!r} that was sharded, {redact_url(before.url)}: "
                         "its size or modification time differs; give it another name or shard into a new run directory "
                         "(there, one input, their common parent folder, takes both)."
                     )
@@ -268,6 +268,5 @@ def _no_blocks_message(config: CorpusConfig, markers: dict[str, dict[str, Any]])
     rejects = [reject for marker in markers.values() for reject in marker["counts"]["rejects"]]
     count = sum(marker["counts"]["rejected"] for marker in markers.values())
     why = f"; {count} rejected, the first: {Rejected(**rejects[0]).sentence()}" if rejects else ""
-    return (
-        f"The corpus {', '.join(map(redacted, config.input))} produced no blocks{why}. Check the input and the columns."
-    )
+    given = ", ".join(map(redact_url, config.input))
+    return f"The corpus {given} produced no blocks{why}. Check the input and the columns."

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from stride_ray.corpus.files import END, SourceFile, compression, kind_of, list_files
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import filesystem, redacted, redacted_error, with_secrets
+from stride_ray.runtime.urls import filesystem, redact_url, redacted_error, with_secrets
 
 # Footers are read concurrently: over a network each costs one or two round trips.
 _FOOTER_THREADS = 16
@@ -50,7 +50,7 @@ class InputSplit:
 
     def to_record(self) -> dict[str, Any]:
         """As ``to_dict``, without credentials and signatures, to be stored."""
-        files = [list(file._replace(url=redacted(file.url))) for file in self.files]
+        files = [list(file._replace(url=redact_url(file.url))) for file in self.files]
         return {**self.to_dict(), "files": files}
 
     @classmethod
@@ -92,14 +92,13 @@ def plan(
             other = owners.setdefault(file.name, file)
             if other is not file:
                 raise StrideError(
-                    f"{redacted(other.url)} and {redacted(file.url)} would both be called {file.name!r}; "
+                    f"{redact_url(other.url)} and {redact_url(file.url)} would both be called {file.name!r}; "
                     "give their common parent folder as the one input, or rename one."
                 )
         units += _cut([file for file in files if file.name not in skip], shard_bytes)
     if not units and not skip:
-        raise StrideError(
-            f"{', '.join(map(redacted, map(str, inputs)))}: every file is empty; give files with documents."
-        )
+        given = ", ".join(redact_url(str(each)) for each in inputs)
+        raise StrideError(f"{given}: every file is empty; give files with documents.")
     return units
 
 
@@ -156,7 +155,7 @@ def _row_group_bytes(file: SourceFile) -> list[int] | None:
         # pyarrow reports corrupt content as ArrowInvalid or as an OSError without errno.
         if isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None):
             return None  # planned as one unit, so that reading it yields a reject and the rest continues
-        raise StrideError(f"{redacted(file.url)} cannot be read ({redacted_error(error, file.url)}).") from None
+        raise StrideError(f"{redact_url(file.url)} cannot be read ({redacted_error(error, file.url)}).") from None
 
 
 def _row_group_ranges(sizes: list[int] | None, shard_bytes: int) -> Iterator[tuple[int, int]]:

@@ -22,7 +22,7 @@ from stride_ray.corpus.documents import Document, TokenizedDocument
 from stride_ray.corpus.readers import Rejected
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import filesystem, first_line, looks_local, redacted, redacted_error
+from stride_ray.runtime.urls import filesystem, first_line, looks_local, redact_message, redact_url, redacted_error
 
 # Characters per tokenizer call; bounds memory, since a tokenizer's record of a token takes a hundred bytes.
 _BATCH_CHARACTERS = 1 << 20
@@ -52,7 +52,7 @@ def load_tokenizer(path: "str | os.PathLike[str] | tokenizers.Tokenizer | PreTra
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=path)
     elif "://" in (place := os.fspath(path)):
         with tempfile.TemporaryDirectory() as folder:
-            tokenizer = _load_local(_downloaded(place, folder), redacted(place))
+            tokenizer = _load_local(_downloaded(place, folder), redact_url(place))
     else:
         place = os.path.expanduser(place)
         if looks_local(place) and not os.path.exists(place):
@@ -87,7 +87,7 @@ def _load_local(place: str, name: str) -> Any:
     except Exception as error:  # the libraries raise many classes for invalid files
         reason = first_line(error)
         raise StrideError(
-            f"No tokenizer can be loaded from {name} ({redacted(reason)}); give a folder with tokenizer.json, "
+            f"No tokenizer can be loaded from {name} ({redact_message(reason)}); give a folder with tokenizer.json, "
             "a .gguf file or a hub id that can be reached."
         ) from None
 
@@ -109,7 +109,7 @@ def _downloaded(url: str, folder: str) -> str:
                 fs.get_file(info["name"], os.path.join(folder, info["name"].rpartition("/")[2]))
     except Exception as error:  # remote file systems raise their own classes
         raise StrideError(
-            f"The tokenizer at {redacted(url)} cannot be fetched ({redacted_error(error, url)}); "
+            f"The tokenizer at {redact_url(url)} cannot be fetched ({redacted_error(error, url)}); "
             "check the address, the credentials and the network."
         ) from None
     return folder

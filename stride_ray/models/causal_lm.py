@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from stride_ray.models.chunked_loss import FusedLosses
 from stride_ray.models.download import local_model, unloadable
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import first_line, redacted
+from stride_ray.runtime.urls import first_line, redact_url
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Elements in one chunk of logits; peak memory is a few times that. A CPU gains nothing beyond 64 MiB: the system
@@ -346,7 +346,7 @@ def load_model(
     if dtype not in DTYPES:
         raise StrideError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     where = device_of(device)
-    local, shown = local_model(path), redacted(str(path))
+    local, shown = local_model(path), redact_url(str(path))
     folder, options = local, dict[str, Any]()
     if local.endswith(".gguf"):
         folder, options["gguf_file"] = os.path.split(os.path.abspath(local))

@@ -9,7 +9,7 @@ from typing import Any
 
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import first_line, looks_local, open_url, redacted, redacted_error
+from stride_ray.runtime.urls import first_line, looks_local, open_url, redact_url, redacted_error
 
 # Files that define a model; the tokenizer, the model card and logs do not change what it computes.
 WEIGHTS = ("config.json", ".safetensors", ".bin", ".gguf", ".py")
@@ -56,7 +56,7 @@ def model_fingerprint(path: str | Path) -> str:
         except StrideError:
             raise
         except Exception as error:
-            raise StrideError(f"model {redacted(text)} cannot be listed ({redacted_error(error, text)})") from None
+            raise StrideError(f"model {redact_url(text)} cannot be listed ({redacted_error(error, text)})") from None
     local = Path(local_model(path))
     if not local.exists():
         return digest(_commit(text))
@@ -89,7 +89,7 @@ def _commit(hub_id: str) -> str:
 def unloadable(path: str | Path, local: str, error: Exception) -> StrideError:
     """The error for a model that cannot be loaded from ``local``, the result of ``local_model``."""
     hub = "" if os.path.exists(local) else f"no such path from {os.getcwd()}, and Hugging Face Hub error: "
-    return StrideError(f"model {redacted(str(path))} could not be loaded: {hub}{first_line(error)}")
+    return StrideError(f"model {redact_url(str(path))} could not be loaded: {hub}{first_line(error)}")
 
 
 def _listed(url: str) -> tuple[Any, dict[str, Any]]:
@@ -97,7 +97,7 @@ def _listed(url: str) -> tuple[Any, dict[str, Any]]:
     files, root = open_url(url)
     found = {e["name"].rsplit("/", 1)[-1]: e for e in files.ls(root, detail=True) if e["type"] == "file"}
     if "config.json" not in found and not (found and url.endswith(".gguf")):
-        raise StrideError(f"{redacted(url)} is not a model folder: it has no config.json")
+        raise StrideError(f"{redact_url(url)} is not a model folder: it has no config.json")
     return files, found
 
 
@@ -142,5 +142,5 @@ def _fetched(url: str) -> str:
         raise
     except Exception as error:  # each store raises types of its own
         why = redacted_error(error, url)
-        raise StrideError(f"model {redacted(url)} could not be fetched to {cache} ({why})") from None
+        raise StrideError(f"model {redact_url(url)} could not be fetched to {cache} ({why})") from None
     return str(target / next(iter(found))) if url.endswith(".gguf") else str(target)

@@ -17,7 +17,7 @@ from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Stage
 from stride_ray.runtime.tasks import progress
-from stride_ray.runtime.urls import safe_url
+from stride_ray.runtime.urls import redact_url
 
 # Slices of a sample, independent of the number of workers: sums are taken in slice order.
 SLICES = 16
@@ -40,9 +40,9 @@ def check_tokenizer(config: Config, blocks: Blocks) -> None:
     if strange:
         i, token = min(strange)
         raise StrideError(
-            f"The blocks were cut with the tokenizer {safe_url(config.corpus.tokenizer)}, to which token {i} is "
-            f"{token!r}; to the model {safe_url(config.model.path)} it is {names[i]!r}. Shard into a new run directory "
-            "with the model's own tokenizer (--model)."
+            f"The blocks were cut with the tokenizer {redact_url(config.corpus.tokenizer)}, to which token {i} is "
+            f"{token!r}; to the model {redact_url(config.model.path)} it is {names[i]!r}. Shard into a new run "
+            "directory with the model's own tokenizer (--model)."
         )
 
 

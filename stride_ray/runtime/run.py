@@ -15,7 +15,7 @@ from stride_ray.runtime.config import Config, digest, dumps, loads, stage_hash, 
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.memory import peak_mb
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.urls import anchored, redacted, safe_url
+from stride_ray.runtime.urls import anchored, redact_url
 
 # Files that a stage may write before its first unit of work is done.
 PREPARED = {"stage.json", "plan.json", "tokenizer", "queries.parquet", "cost.json"}
@@ -153,7 +153,7 @@ class Run:
         """
         opened = self.stage(stage, name)
         if not opened.store.exists(needed_file):
-            raise StrideError(f"{safe_url(opened.store.url)} is not finished; run '{command}' first.")
+            raise StrideError(f"{redact_url(opened.store.url)} is not finished; run '{command}' first.")
         _check_same_settings(opened, {**stage_keys(self.config, stage), **extra})
         return opened
 
@@ -190,7 +190,7 @@ class _OwnedStore(Store):
     def _check(self) -> None:
         if digest(Store(self._at).read_json("stage.json")["keys"]) != self._keys:
             raise StrideError(
-                f"{safe_url(self._at)} was taken by another command, with other settings, while this one worked; "
+                f"{redact_url(self._at)} was taken by another command, with other settings, while this one worked; "
                 "nothing more was written. Give each a run directory or name of its own."
             )
 
@@ -204,7 +204,7 @@ def claim(opened: Stage, stage: str, keys: Mapping[str, Any]) -> Stage:
     """
     there = set(opened.store.names())
     if there and "stage.json" not in there and not opened.store.exists("stage.json"):
-        raise StrideError(f"{safe_url(opened.store.url)} is not a folder of stride_ray's {stage}; use a new folder.")
+        raise StrideError(f"{redact_url(opened.store.url)} is not a folder of stride_ray's {stage}; use a new folder.")
     if not there <= PREPARED:
         _check_same_settings(opened, keys)
     elif not there or opened.store.read_json("stage.json")["keys"] != json.loads(json.dumps(keys)):
@@ -239,8 +239,8 @@ def _kept_paths(config: Config) -> dict[str, Any]:
     hub_or_path["model.start"] = config.model.start
     paths = {"corpus.input": config.corpus.input, "select.earlier": config.select.earlier}
     return {
-        **{name: redacted(anchored(place, maybe_hub=True)) for name, place in hub_or_path.items()},
-        **{name: [redacted(anchored(place)) for place in places] for name, places in paths.items()},
+        **{name: redact_url(anchored(place, maybe_hub=True)) for name, place in hub_or_path.items()},
+        **{name: [redact_url(anchored(place)) for place in places] for name, places in paths.items()},
     }
 
 
@@ -257,6 +257,6 @@ def _check_same_settings(opened: Stage, wanted: Mapping[str, Any]) -> None:
         if made_with.get(key) != now:
             how = f"with {key} = {made_with.get(key)!r}, and this command has {now!r}"
             raise StrideError(
-                f"{safe_url(opened.store.url)} was made {f'from {contents[key]}' if key in contents else how}; use "
+                f"{redact_url(opened.store.url)} was made {f'from {contents[key]}' if key in contents else how}; use "
                 "another run directory or name, or delete that folder and those that came after it."
             )

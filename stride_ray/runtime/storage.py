@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from stride_ray.runtime.errors import StrideError, is_storage_error, storage_reason
-from stride_ray.runtime.urls import exists, first_line, open_url, redacted_error, safe_url
+from stride_ray.runtime.urls import exists, first_line, open_url, redact_url, redacted_error
 
 # Rows in a Parquet row group, the smallest part of a file that can be read.
 ROW_GROUP = 4096
@@ -45,15 +45,15 @@ class Store:
                 self.fs, self.root = LocalFileSystem(), LocalFileSystem._strip_protocol(self.url)
         except (ValueError, ImportError) as error:
             why = redacted_error(error, self.url)
-            raise StrideError(f"{safe_url(self.url)} is not a path or URL that can be opened ({why}).") from None
+            raise StrideError(f"{redact_url(self.url)} is not a path or URL that can be opened ({why}).") from None
         except Exception as error:  # some backends connect immediately and raise their own classes
             why = redacted_error(error, self.url)
-            raise StrideError(f"{safe_url(self.url)} cannot be reached ({why}).") from None
+            raise StrideError(f"{redact_url(self.url)} cannot be reached ({why}).") from None
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def __repr__(self) -> str:
         """The folder's URL without secrets."""
-        return f"Store({safe_url(self.url)})"
+        return f"Store({redact_url(self.url)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.anchored_url,)
@@ -70,7 +70,7 @@ class Store:
 
     def display_url(self, name: str) -> str:
         """The full URL of a file without secrets, for messages."""
-        return f"{safe_url(self.url)}/{name}"
+        return f"{redact_url(self.url)}/{name}"
 
     def path(self, name: str) -> str:
         """The path of ``name`` within its file system.
@@ -83,7 +83,7 @@ class Store:
 
     def _check_inside(self, name: str) -> None:
         if ".." in name.replace("\\", "/").split("/"):
-            raise StrideError(f"{name!r} leads out of {safe_url(self.url)}; rename it in the input.")
+            raise StrideError(f"{name!r} leads out of {redact_url(self.url)}; rename it in the input.")
 
     def exists(self, name: str) -> bool:
         """Whether the file exists."""
@@ -291,7 +291,9 @@ def refuse_inside(store: Store, inputs: Iterable[str], what: str) -> None:
             folder = Path(given).resolve()
             inside = folder.is_dir() and Path(store.root).resolve().is_relative_to(folder)
         if inside:
-            raise StrideError(f"{what} {safe_url(store.url)} lies in the input {safe_url(given)}; put it elsewhere.")
+            raise StrideError(
+                f"{what} {redact_url(store.url)} lies in the input {redact_url(given)}; put it elsewhere."
+            )
 
 
 def tensor_bytes(tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> bytes:

@@ -40,13 +40,29 @@ def anchored(place: str, maybe_hub: bool = False) -> str:
     return os.path.abspath(path)
 
 
-def safe_url(url: str) -> str:
-    """The URL without user, password and query, for messages and logs."""
-    parts = urlsplit(url)
-    if not parts.scheme:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+def redact_url(url: str) -> str:
+    """A path or URL without user names, passwords and queries (which may be signatures); never raises.
+
+    Example:
+        >>> redact_url("s3://key:secret@bucket/a b/part-?.jsonl"), redact_url("https://host/a.jsonl?signature=x")
+        ('s3://bucket/a b/part-?.jsonl', 'https://host/a.jsonl')
+    """
+    return "::".join(_redact_link(link) for link in url.split("::"))  # chained, as in filecache::s3://…
+
+
+def _redact_link(link: str) -> str:
+    link = re.sub(r"^([\w+.-]+://)[^/]*@", r"\1", link)
+    scheme, separator, rest = link.partition("://")
+    path, _, query = rest.partition("?")
+    # But for the web a question mark may belong to a glob; a query contains an equals sign.
+    return f"{scheme}://{path}" if separator and (scheme.startswith("http") or "=" in query) else link
+
+
+def redact_message(text: str) -> str:
+    """A message without the user names, passwords and queries of the URLs in it, which end at white space."""
+    text = re.sub(r"://[^/\s]*@", "://", text)
+    text = re.sub(r"(https?://[^\s?]*)\?[^\s'\"]*", r"\1", text)
+    return re.sub(r"(://[^\s?]*)\?[^\s'\"]*=[^\s'\"]*", r"\1", text)
 
 
 def first_line(error: BaseException) -> str:
@@ -68,21 +84,13 @@ def filesystem(url: str) -> tuple[Any, str]:
         return open_url(url)
     except (ValueError, ImportError) as error:
         raise StrideError(
-            f"{redacted(url)} is not a path or URL that can be opened ({redacted_error(error, url)})."
+            f"{redact_url(url)} is not a path or URL that can be opened ({redacted_error(error, url)})."
         ) from None
     except Exception as error:  # some backends connect immediately and raise their own classes
         raise StrideError(
-            f"{redacted(url)} cannot be reached ({redacted_error(error, url)}); "
+            f"{redact_url(url)} cannot be reached ({redacted_error(error, url)}); "
             "check the address, the credentials and the network."
         ) from None
-
-
-def redacted(text: str) -> str:
-    """A URL, or a message that contains URLs, without user names, passwords and queries (which may be signatures)."""
-    text = re.sub(r"://[^/\s]*@", "://", text)
-    text = re.sub(r"(https?://[^\s?]*)\?[^\s'\"]*", r"\1", text)
-    # With other protocols a question mark may belong to a glob; a query contains an equals sign.
-    return re.sub(r"(://[^\s?]*)\?[^\s'\"]*=[^\s'\"]*", r"\1", text)
 
 
 def exists(fs: Any, path: str) -> bool:
@@ -113,7 +121,7 @@ def with_secrets(url: str, given: Iterable[str]) -> str:
 
 
 def _completed(stored: str, links: list[str]) -> str:
-    if same := next((link for link in links if redacted(link) == stored), ""):
+    if same := next((link for link in links if redact_url(link) == stored), ""):
         return same
     at = urlsplit(stored)
     for each in map(urlsplit, links):
@@ -125,9 +133,9 @@ def _completed(stored: str, links: list[str]) -> str:
 
 def redacted_error(error: BaseException, url: str) -> str:
     """Reason, class and first line of an error about ``url``, without the secrets in the URL."""
-    text = redacted(first_line(error))
+    text = redact_message(first_line(error))
     # The error may repeat the URL without its scheme, or parts of it.
-    secrets = re.findall(r"://([^/\s]*)@", url) + re.findall(r"\?([^?\s]*=[^?\s]*)", url)
+    secrets = re.findall(r"://([^/]*)@", url) + re.findall(r"\?([^?\s]*=[^?\s]*)", url)
     parts = [part for secret in secrets for part in re.split("[:&=]", secret) if len(part) > 3]
     for known in secrets + parts:
         text = text.replace(f"{known}@", "").replace(known, "…")

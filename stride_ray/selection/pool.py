@@ -21,7 +21,7 @@ from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage, part_name
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.urls import redacted
+from stride_ray.runtime.urls import redact_url
 from stride_ray.selection.duplicates import SIGNATURE, signature
 
 POOL = pa.schema(
@@ -158,7 +158,7 @@ def refuse_changed(unit: InputSplit) -> None:
             raise unfetched(file, error) from None
         if now.content != file.content:
             raise StrideError(
-                f"{redacted(file.url)} was changed since it was sharded: its size or modification time differs; "
+                f"{redact_url(file.url)} was changed since it was sharded: its size or modification time differs; "
                 "restore both, or select blocks (--blocks), which need no input."
             )
 

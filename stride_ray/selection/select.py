@@ -19,7 +19,7 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage, claim, part_name, tolerate_concurrent_finish
 from stride_ray.runtime.storage import Store, refuse_inside
 from stride_ray.runtime.tasks import WorkerAllocation, allocate_workers, connected, map_tasks, progress
-from stride_ray.runtime.urls import redacted
+from stride_ray.runtime.urls import redact_url
 from stride_ray.selection.choice import (
     GreedyChooser,
     RandomChooser,
@@ -250,7 +250,7 @@ def _summary(run: Run, targets: Sequence[Target], stage: Stage, blocks: bool) ->
         if arm in arms:
             arms[arm].append({"name": marker["name"], "documents": marker["documents"], "sha256": marker["sha256"]})
     return {
-        "run": redacted(run.url),
+        "run": redact_url(run.url),
         "targets": {target.name: len(target.queries) for target in targets},
         "by": run.config.select.by,
         "form": "blocks" if blocks else "rows",

@@ -22,7 +22,7 @@ from stride_ray.corpus.readers import Row, raw_lines, rows
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Stage, part_name
-from stride_ray.runtime.urls import filesystem, first_line, redacted
+from stride_ray.runtime.urls import filesystem, first_line, redact_url
 from stride_ray.selection.pool import Reading, pieces, refuse_changed
 
 # Rows held in memory at once.
@@ -53,7 +53,7 @@ def write_part(how: Reading, stage: Stage, work: tuple[str, int, InputSplit, np.
             counted = {"rows": count}
             if count != len(wanted):
                 raise StrideError(
-                    f"{redacted(unit.files[0].url)} gave {count} of the {len(wanted)} documents that were selected "
+                    f"{redact_url(unit.files[0].url)} gave {count} of the {len(wanted)} documents that were selected "
                     "from it; it was changed since it was sharded: restore it, or select blocks (--blocks)."
                 )
         name = f"data/{part_name(part)}{ending}"
@@ -128,7 +128,7 @@ def _json_lines(unit: InputSplit, wanted: set[int]) -> Iterator[bytes]:
                 if not left:  # the rest of the file may be corrupt
                     return
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise StrideError(f"{redacted(unit.files[0].url)} cannot be read: {first_line(error)}") from None
+        raise StrideError(f"{redact_url(unit.files[0].url)} cannot be read: {first_line(error)}") from None
 
 
 def _text_lines(unit: InputSplit, wanted: set[int]) -> Iterator[bytes]:
@@ -160,7 +160,7 @@ def _parquet_rows(unit: InputSplit, wanted: set[int], path: str) -> int:
                         count += int(chosen.sum())
                     first += size
         except (pa.ArrowException, OSError) as error:
-            raise StrideError(f"{redacted(unit.files[0].url)} cannot be read: {first_line(error)}") from None
+            raise StrideError(f"{redact_url(unit.files[0].url)} cannot be read: {first_line(error)}") from None
     return count
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import zstandard
 
-from stride_ray.runtime.urls import redacted
+from stride_ray.runtime.urls import redact_message
 
 _CORRUPT = (pa.ArrowException, zlib.error, zstandard.ZstdError, EOFError, UnicodeDecodeError, struct.error)
 
@@ -106,5 +106,5 @@ def is_corrupt(error: Exception) -> bool:
 
 def reason(error: Exception) -> str:
     """The first line of an error, without credentials and without characters that a terminal would obey."""
-    lines = redacted(str(error)).strip().splitlines()
+    lines = redact_message(str(error)).strip().splitlines()
     return "".join(c if c.isprintable() else "?" for c in lines[0]) if lines else type(error).__name__

@@ -35,6 +35,12 @@ def store(request, tmp_path):
             yield Store(f"{url}/{uuid.uuid4().hex}/run")
 
 
+def test_a_missing_package_is_named_by_the_extra_that_has_it():
+    for url in ("gs://bucket/a", "simplecache::abfs://c@account/a"):  # whose packages tests do not install
+        with pytest.raises(StrideError, match=r"needs a package .* pip install 'stride-ray\[(gcs|azure)\]'"):
+            Store(url)
+
+
 def test_what_is_written_is_read(store):
     assert not store.exists("a/b.json")
     assert store.names("a") == []

@@ -9,7 +9,7 @@ from typing import Any
 
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import first_line, looks_local, open_url, redact_url, redacted_error
+from stride_ray.runtime.urls import filesystem, first_line, looks_local, redact_url, redacted_error
 
 # Files that define a model; the tokenizer, the model card and logs do not change what it computes.
 WEIGHTS = ("config.json", ".safetensors", ".bin", ".gguf", ".py")
@@ -94,7 +94,7 @@ def unloadable(path: str | Path, local: str, error: Exception) -> StrideError:
 
 def _listed(url: str) -> tuple[Any, dict[str, Any]]:
     """The file system of a model's URL and its entries by file name; StrideError if they are not a model."""
-    files, root = open_url(url)
+    files, root = filesystem(url)
     found = {e["name"].rsplit("/", 1)[-1]: e for e in files.ls(root, detail=True) if e["type"] == "file"}
     if "config.json" not in found and not (found and url.endswith(".gguf")):
         raise StrideError(f"{redact_url(url)} is not a model folder: it has no config.json")

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from stride_ray.runtime.errors import StrideError, is_storage_error, storage_reason
-from stride_ray.runtime.urls import exists, first_line, open_url, redact_url, redacted_error
+from stride_ray.runtime.urls import exists, filesystem, first_line, redact_url, redacted_error
 
 # Rows in a Parquet row group, the smallest part of a file that can be read.
 ROW_GROUP = 4096
@@ -38,17 +38,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self.url = str(url).rstrip("/") or "/"
-        try:
-            if "://" in self.url:
-                self.fs, self.root = open_url(self.url)
-            else:  # a local name may contain "::", which fsspec would parse as a chained URL
-                self.fs, self.root = LocalFileSystem(), LocalFileSystem._strip_protocol(self.url)
-        except (ValueError, ImportError) as error:
-            why = redacted_error(error, self.url)
-            raise StrideError(f"{redact_url(self.url)} is not a path or URL that can be opened ({why}).") from None
-        except Exception as error:  # some backends connect immediately and raise their own classes
-            why = redacted_error(error, self.url)
-            raise StrideError(f"{redact_url(self.url)} cannot be reached ({why}).") from None
+        self.fs, self.root = filesystem(self.url)
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def __repr__(self) -> str:

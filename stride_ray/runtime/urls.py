@@ -13,14 +13,12 @@ from stride_ray.runtime.errors import StrideError, storage_reason
 
 # Attempts per request. Object stores throttle in bursts, which outlast boto's default number of retries.
 TRIES = 6
-
-
-def open_url(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path in it; exceptions of fsspec and its backends pass through."""
-    retries = {"retries": {"mode": "standard", "total_max_attempts": TRIES}}
-    options = {"config_kwargs": retries} if url.startswith(("s3://", "s3a://")) else {}
-    # A listings cache would miss files that other processes write.
-    return fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+# Our extras that hold the packages of protocols.
+EXTRAS = {
+    **dict.fromkeys(("s3", "s3a"), "s3"),
+    **dict.fromkeys(("gs", "gcs"), "gcs"),
+    **dict.fromkeys(("abfs", "abfss", "az", "adl"), "azure"),
+}
 
 
 def looks_local(place: str) -> bool:
@@ -77,12 +75,18 @@ def filesystem(url: str) -> tuple[Any, str]:
     Raises:
         StrideError: unknown protocol, missing package of a protocol, or failed connection.
     """
-    # A local name may contain "::" (Perl's manual pages do), which fsspec would parse as a chained URL.
-    if url.startswith("file://") or ("://" not in url and ("::" not in url or os.path.lexists(url))):
+    if url.startswith("file://") or "://" not in url:  # a local name may contain "::" (Perl's manual pages do)
         return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
+    protocol = url.rpartition("::")[2].partition("://")[0]
+    retries = {"retries": {"mode": "standard", "total_max_attempts": TRIES}}
+    options = {"config_kwargs": retries} if protocol in ("s3", "s3a") else {}
     try:
-        return open_url(url)
-    except (ValueError, ImportError) as error:
+        # A listings cache would miss files that other processes write.
+        return fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+    except ImportError as error:
+        package = f"pip install 'stride-ray[{EXTRAS[protocol]}]'" if protocol in EXTRAS else first_line(error)
+        raise StrideError(f"{redact_url(url)} needs a package that is not installed: {package}") from None
+    except ValueError as error:
         raise StrideError(
             f"{redact_url(url)} is not a path or URL that can be opened ({redacted_error(error, url)})."
         ) from None

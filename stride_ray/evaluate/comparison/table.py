@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from stride_ray.evaluate.retraining.lds import ALL, CENTRED, RAW, TARGETS, Evaluation, Interval
 from stride_ray.evaluate.retraining.results import RetrainingResults
+from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
 
 LEXICAL_BASELINE = "TF-IDF"
@@ -124,11 +125,19 @@ def plot(evaluation: Evaluation, entries: Sequence[Entry], form: str = "png", pa
         entries: the methods; failed ones are left out.
         form: png or svg; the output is byte-identical for the same figures.
         part: which part of the queries; None: report if there is one, else all.
+
+    Raises:
+        StrideError: matplotlib is not installed.
     """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+    except ImportError:
+        raise StrideError(
+            "The plot needs a package that is not installed: pip install 'stride-ray[plots]'; the scores are kept."
+        ) from None
 
     if part is None:
         part = "report" if any(each == "report" for _, each in evaluation.cells) else ALL

@@ -246,7 +246,7 @@ def test_a_damaged_store_is_told_in_a_sentence(damage, sentence, estimated, part
         attribute(Run(str(folder)), parts.queries, "asked", io.StringIO())
 
 
-def test_a_budget_without_a_coordinate_a_site_is_refused(parts, sharded, told):
+def test_a_budget_without_a_coordinate_a_site_is_refused(parts, sharded, told, plain):
     folder = sharded("poor")
     changes = [f"--set={key}={value}" for key, value in {**options(parts), "operators.rows": "blocks"}.items() if value]
     changes = [each for each in changes if "corpus.input" not in each]

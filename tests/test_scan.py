@@ -184,7 +184,7 @@ def test_the_webhook_is_told_and_its_failure_leaves_the_report(place, hook):
     leak(place, 5, "another.jsonl")
     second = night(place, "n2", webhook=url)
     assert second["status"] == 1
-    assert second["webhook"] == f"http://127.0.0.1:{hook.server_port}/scan answered 500"
+    assert second["webhook"] == f"http://127.0.0.1:{hook.server_port}/… answered 500"
     assert (place / "scans/nights/n2/report.md").exists()
     assert json.loads((place / "scans/latest.json").read_text()) == {"night": "n2"}
     assert "n1" in second["before"]

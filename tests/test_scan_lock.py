@@ -326,7 +326,7 @@ def test_a_store_without_conditional_writes_is_written_and_read_again(bucket, ho
 def test_any_other_failure_is_told_and_takes_nothing(bucket):
     server, store = bucket
     server.always = 403
-    with pytest.raises(StrideError, match=r"Cannot write s3://bucket/scans/scan.lock: permission denied"):
+    with pytest.raises(StrideError, match=r"Cannot write s3://bucket/scans/scan.lock: access denied"):
         Lock(store, 60).__enter__()
     assert not server.objects
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from stride_ray.attribution.tables import UNITS
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.curvature.moments import (
     END_DAMPING,
@@ -106,6 +107,10 @@ def weight_gradient(model, name, ids, mask):
     finally:
         weight.requires_grad_(False)
     return gradient if as_read else gradient.T
+
+
+def test_tables_state_the_factor_of_negative_scores():
+    assert UNITS["negative"].startswith(f"multiplied by {NEGATIVE_SCORE_FACTOR:g}:")
 
 
 def test_sites_are_the_last_maps_into_the_stream_and_the_head(made):

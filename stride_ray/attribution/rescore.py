@@ -6,6 +6,7 @@ operators, responses or estimates, and costs one pass over the pool per batch of
 """
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,10 @@ MAX_QUERIES_PER_PASS, CANDIDATES, MIN_UNITS = 256, 128, 8
 # Candidates that hold 95 % of the exact top ten: BASE + FACTOR · N^⅓ / KiB^EXPONENT, with the operators' KiB per block
 # (RESULTS.md, Shortlists; fitted at 1,600 to 25,600 blocks). The last is the cap.
 BASE_CANDIDATES, CANDIDATE_FACTOR, BYTES_EXPONENT, MAX_CANDIDATES = 10, 55.0, 1.75, 1600
+
+# Consecutive parts of the queries whose H⁻¹J are in memory together; the queries of all parts.
+Group = tuple[int, ...]
+Parts = list[list[dict[str, Any]]]
 
 
 def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
@@ -79,11 +84,12 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
         ):
             finish_curvature(run.config, blocks, curvature, actors)
             with record_stage_costs(stage):
-                answers, groups = _query_gradients(run, blocks, curvature.store, stage, name, actors)
+                scoring = _Scoring(run, blocks, stage, name, actors)
+                queries, groups = scoring.invert(curvature.store)
                 ranges = list(enumerate(blocks.cut(unit_count(len(blocks)))))
                 units = [ScoreUnit(_unit_name(g, i), g, *ordinals) for g in groups for i, ordinals in ranges]
-                failed = _score(run.config, blocks, curvature.store, stage, units, actors)
-                _rank(run.config, blocks, stage, units, answers, failed, actors)
+                failed = scoring.score(curvature.store, units)
+                scoring.rank(units, queries, failed)
     clear_directions(run, name)
     stage.clear_tensors()
     return stage.store.read_json("manifest.json")
@@ -119,12 +125,12 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
     """
     estimates = run.require("estimates", "manifest.json", f"stride-ray recover --name {name}", name)
     keys = estimates.store.read_json("stage.json")["keys"]
-    about = {key: keys[key] for key in ("corpus", "queries", "weights")}
+    inputs = {key: keys[key] for key in ("corpus", "queries", "weights")}
     blocks = Blocks(run.stage("blocks").store)
     facts = run.require("operators", "metadata.json", "stride-ray fit").store.read_json("metadata.json")
-    wanted = candidate_count(run.config, facts)
-    curvature = begin_curvature(run, blocks, keys["weights"]) if wanted else None
-    stage = run.begin("influence", name, **about)
+    candidates = candidate_count(run.config, facts)
+    curvature = begin_curvature(run, blocks, keys["weights"]) if candidates else None
+    stage = run.begin("influence", name, **inputs)
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", run.stage("responses", name).store.read_table("queries.parquet"))
     if not stage.store.exists("manifest.json"):
@@ -135,32 +141,109 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
             if curvature is not None:
                 finish_curvature(run.config, blocks, curvature, actors)
             with record_stage_costs(stage):
-                _rescore(run, blocks, curvature.store if curvature else None, stage, estimates, name, wanted, actors)
+                scoring = _Scoring(run, blocks, stage, name, actors)
+                rows = read_estimates(estimates)
+                units, failed = list[ScoreUnit](), set(failed_ordinals(run.stage("operators").store))
+                failed |= set(failed_ordinals(run.stage("responses", name).store))
+                if curvature is None:
+                    queries = [rows[at : at + MAX_QUERIES_PER_UNIT] for at in range(0, len(rows), MAX_QUERIES_PER_UNIT)]
+                else:
+                    queries, groups = scoring.invert(curvature.store, rows)
+                    units = [unit for group in groups for unit in candidate_units(group, queries, candidates)]
+                    failed |= scoring.score(curvature.store, units)
+                scoring.rank(units, queries, failed)
     clear_directions(run, name)
     stage.clear_tensors()
     return stage.store.read_json("manifest.json")
 
 
-def _rescore(
-    run: Run,
-    blocks: Blocks,
-    curvature: Store | None,
-    stage: Stage,
-    estimates: Stage,
-    name: str,
-    candidates: int,
-    actors: ActorPool,
-) -> None:
-    rows = read_estimates(estimates)
-    units, failed = list[ScoreUnit](), set(failed_ordinals(run.stage("operators").store))
-    failed |= set(failed_ordinals(run.stage("responses", name).store))
-    if curvature is None:
-        answers = [rows[at : at + MAX_QUERIES_PER_UNIT] for at in range(0, len(rows), MAX_QUERIES_PER_UNIT)]
-    else:
-        answers, groups = _query_gradients(run, blocks, curvature, stage, name, actors, rows)
-        units = [unit for group in groups for unit in candidate_units(group, answers, candidates)]
-        failed |= _score(run.config, blocks, curvature, stage, units, actors)
-    _rank(run.config, blocks, stage, units, answers, failed, actors)
+@dataclass(frozen=True)
+class _Scoring:
+    """The steps that both ways of scoring a query set share, and what they need; lives in the driver.
+
+    Queries go in parts, the units of work of their gradients: a list of parts, each a list with a dict per query: its
+    fields of tables.RECOVERY and, if there are estimates, their ``ordinals`` and ``estimates``.
+    """
+
+    run: Run
+    blocks: Blocks
+    stage: Stage
+    name: str
+    actors: ActorPool
+
+    def invert(self, curvature: Store, estimated: list[dict[str, Any]] | None = None) -> tuple[Parts, list[Group]]:
+        """Write H⁻¹ times the directions of all queries.
+
+        Returns:
+            The queries by part (one that failed earlier or here has status "failed"), and groups of parts whose H⁻¹J
+            fit in ``compute.query_gb``.
+        """
+        config, stage = self.run.config, self.stage
+        table = stage.store.read_table("queries.parquet")
+        size, n_queries = gradient_bytes(curvature), table.num_rows
+        unit = queries_per_unit(size)
+        before = [{"error": None}] * n_queries if estimated is None else estimated
+        parts = [
+            (part, tuple(row["error"] for row in before[at : at + unit]))
+            for part, at in enumerate(range(0, n_queries, unit))
+        ]
+        missing = [part for part in parts if query_name(part[0]) not in stage.done()]
+        if missing:
+            directions = begin_directions(self.run, table, self.name)
+            compute_directions(config, self.blocks, curvature, directions, n_queries, self.actors)
+            results = self.actors.map(QueryWorker, (directions, self.actors.device, curvature, stage), missing)
+            stage.remember(progress(results, "invert", len(missing), "parts"))
+        done, following = stage.done(), iter(before)
+        queries = [[{**next(following), **row} for row in done[query_name(part)]["answers"]] for part, _ in parts]
+        check_failed_queries(row for part in queries for row in part)
+        passes = passes_over(size, n_queries, config.compute.query_gb)
+        return queries, [tuple(group.tolist()) for group in np.array_split(np.arange(len(parts)), passes) if len(group)]
+
+    def score(self, curvature: Store, units: list[ScoreUnit]) -> set[int]:
+        """Score the units without a done marker; returns the ordinals of all units' blocks that are not finite.
+
+        Raises:
+            StrideError: as check_failed_blocks.
+        """
+        done = self.stage.done()
+        missing = [unit for unit in units if unit.name not in done]
+        arguments = (self.run.config, self.blocks, self.actors.device, curvature, self.stage)
+        results = self.actors.map(ScoreWorker, arguments, missing)
+        total = sum(unit.blocks for unit in missing)
+        self.stage.remember(progress(results, "score", total, "blocks", lambda marker: marker["blocks"]))
+        done = self.stage.done()
+        failed = {ordinal for unit in units for ordinal in done[unit.name]["not_finite"]}
+        check_failed_blocks(sorted(failed), len(self.blocks))
+        return failed
+
+    def rank(self, units: list[ScoreUnit], queries: Parts, failed: set[int]) -> None:
+        """Write the missing tables and the list of failed blocks, then the manifest."""
+        stage = self.stage
+        write_failed_blocks(stage.store, self.blocks, sorted(failed))
+        names = [f"{part:05d}" for part in range(len(queries))]
+        missing = [part for part, name in enumerate(names) if name not in stage.done()]
+        arguments = (rank_unit, self.run.config, self.blocks, stage, [(u.group, u.name) for u in units], queries)
+        results = self.actors.map(partial, arguments, missing)
+        stage.remember(progress(results, "rank", len(missing), "parts"))
+        done = stage.done()
+        stage.store.write_json("manifest.json", _summary([done[name] for name in names], len(failed)))
+
+
+def _summary(markers: list[dict[str, Any]], not_finite: int) -> dict[str, Any]:
+    """The manifest, from the markers of all parts."""
+    rows = [count for marker in markers for count in marker["nonzeros"]]
+    reliable = [value for marker in markers for value in marker["reliability"] if value is not None]
+    return {
+        "queries": sum(marker["queries"] for marker in markers),
+        "failed": sum(marker["failed"] for marker in markers),
+        "rows": sum(rows),
+        "exact": sum(count for marker in markers for count in marker["exact"]),
+        "median_nonzeros": float(np.median(rows)) if rows else 0.0,
+        **({"reliability": float(np.median(reliable))} if reliable else {}),
+        "unsolved": sum(marker["unsolved"] for marker in markers),
+        "not_finite": not_finite,
+        "parts": len(markers),
+    }
 
 
 def candidate_count(config: Config, operators: dict[str, Any]) -> int:
@@ -188,66 +271,28 @@ def candidates_needed(n_blocks: int, bytes_a_block: float) -> int:
     return round(BASE_CANDIDATES + CANDIDATE_FACTOR * n_blocks ** (1 / 3) / (bytes_a_block / 1024) ** BYTES_EXPONENT)
 
 
-def candidate_units(group: tuple[int, ...], answers: list[list[dict[str, Any]]], candidates: int) -> list[ScoreUnit]:
+def candidate_units(group: Group, queries: Parts, candidates: int) -> list[ScoreUnit]:
     """Cut the union of a group's candidates into units of at most CANDIDATES blocks; a query keeps only its own scores.
 
     Example: two queries with candidates [5, 9] and [5, 7] have the union [5, 7, 9]. At most MIN_UNITS in number, each
     gets its own unit: ``ordinals`` [5] with ``wanted`` [[0, 1], [0, 0]], [7] with [[1], [0]], and [9] with [[0], [0]].
     """
-    good = [row for part in group for row in answers[part] if row["status"] == "ok"]
-    chosen = [_largest(row["ordinals"], row["estimates"], candidates) for row in good]
+    valid = [row for part in group for row in queries[part] if row["status"] == "ok"]
+    chosen = [_largest(row["ordinals"], row["estimates"], candidates) for row in valid]
     union = np.unique(np.concatenate([np.zeros(0, np.int64), *chosen]))
     units, size = [], max(1, min(CANDIDATES, -(-len(union) // MIN_UNITS)))
-    for index, at in enumerate(range(0, len(union), size)):
-        some = union[at : at + size]
-        pairs = [(row, np.flatnonzero(np.isin(some, mine))) for row, mine in enumerate(chosen)]
+    for index, start in enumerate(range(0, len(union), size)):
+        chunk = union[start : start + size]
+        pairs = [(row, np.flatnonzero(np.isin(chunk, candidates_of))) for row, candidates_of in enumerate(chosen)]
         rows = np.concatenate([np.full(len(places), row) for row, places in pairs])
         wanted = np.stack([rows, np.concatenate([places for _, places in pairs])]).astype(np.int32)
-        units.append(ScoreUnit(_unit_name(group, index), group, ordinals=some, wanted=wanted))
+        units.append(ScoreUnit(_unit_name(group, index), group, ordinals=chunk, wanted=wanted))
     return units
 
 
 def _largest(ordinals: np.ndarray, estimates: np.ndarray, count: int) -> np.ndarray:
     """Return the ordinals of largest |estimate|; ties are broken by ordinal."""
     return ordinals[np.lexsort((ordinals, -np.abs(estimates)))[:count]]
-
-
-def _query_gradients(
-    run: Run,
-    blocks: Blocks,
-    curvature: Store,
-    stage: Stage,
-    name: str,
-    actors: ActorPool,
-    estimated: list[dict[str, Any]] | None = None,
-) -> tuple[list[list[dict[str, Any]]], list[tuple[int, ...]]]:
-    """Compute and write H⁻¹ times the directions of all queries.
-
-    Returns:
-        Per part a row per query with its status, and its estimates if given (a query that failed earlier or here has
-        status "failed"); and groups of parts whose H⁻¹J fit in ``compute.query_gb``.
-    """
-    table = stage.store.read_table("queries.parquet")
-    size, queries = gradient_bytes(curvature), table.num_rows
-    unit = queries_per_unit(size)
-    known = [{"error": None}] * queries if estimated is None else estimated
-    parts = [
-        (index, tuple(row["error"] for row in known[at : at + unit]))
-        for index, at in enumerate(range(0, queries, unit))
-    ]
-    done = stage.done()
-    missing = [part for part in parts if query_name(part[0]) not in done]
-    if missing:
-        directions = begin_directions(run, table, name)
-        compute_directions(run.config, blocks, curvature, directions, queries, actors)
-        results = actors.map(QueryWorker, (directions, actors.device, curvature, stage), missing)
-        stage.remember(progress(results, "invert", len(missing), "parts"))
-    done = stage.done()
-    before = iter(known)
-    answers = [[{**next(before), **answer} for answer in done[query_name(part)]["answers"]] for part, _ in parts]
-    check_failed_queries(answer for part in answers for answer in part)
-    passes = passes_over(size, queries, run.config.compute.query_gb)
-    return answers, [tuple(group.tolist()) for group in np.array_split(np.arange(len(parts)), passes) if len(group)]
 
 
 def passes_over(gradient_bytes: int, queries: int, query_gb: float) -> int:
@@ -258,60 +303,6 @@ def passes_over(gradient_bytes: int, queries: int, query_gb: float) -> int:
     )
 
 
-def _unit_name(group: tuple[int, ...], index: int) -> str:
+def _unit_name(group: Group, index: int) -> str:
     # First and last part of the group: another compute.query_gb groups the parts differently.
     return f"scores-{group[0]:05d}-{group[-1]:05d}-{index:05d}"
-
-
-def _score(
-    config: Config, blocks: Blocks, curvature: Store, stage: Stage, units: list[ScoreUnit], actors: ActorPool
-) -> set[int]:
-    """Score the units without a done marker; returns the ordinals of all units' blocks that are not finite.
-
-    Raises:
-        StrideError: as check_failed_blocks.
-    """
-    done = stage.done()
-    missing = [unit for unit in units if unit.name not in done]
-    results = actors.map(ScoreWorker, (config, blocks, actors.device, curvature, stage), missing)
-    total = sum(unit.blocks for unit in missing)
-    stage.remember(progress(results, "score", total, "blocks", lambda marker: marker["blocks"]))
-    done = stage.done()
-    failed = {ordinal for unit in units for ordinal in done[unit.name]["not_finite"]}
-    check_failed_blocks(sorted(failed), len(blocks))
-    return failed
-
-
-def _rank(
-    config: Config,
-    blocks: Blocks,
-    stage: Stage,
-    units: list[ScoreUnit],
-    answers: list[list[dict[str, Any]]],
-    failed: set[int],
-    actors: ActorPool,
-) -> None:
-    """Write the missing tables and the list of failed blocks, then the manifest."""
-    write_failed_blocks(stage.store, blocks, sorted(failed))
-    done = stage.done()
-    left = [part for part in range(len(answers)) if f"{part:05d}" not in done]
-    groups = [(unit.group, unit.name) for unit in units]
-    told = actors.map(partial, (rank_unit, config, blocks, stage, groups, answers), left)
-    stage.remember(progress(told, "rank", len(left), "parts"))
-    markers = [marker for name, marker in stage.done().items() if name.isdigit()]
-    kept = [rows for marker in markers for rows in marker["nonzeros"]]
-    reliable = [each for marker in markers for each in marker["reliability"] if each is not None]
-    stage.store.write_json(
-        "manifest.json",
-        {
-            "queries": sum(marker["queries"] for marker in markers),
-            "failed": sum(marker["failed"] for marker in markers),
-            "rows": sum(kept),
-            "exact": sum(rows for marker in markers for rows in marker["exact"]),
-            "median_nonzeros": float(np.median(kept)) if kept else 0.0,
-            **({"reliability": float(np.median(reliable))} if reliable else {}),
-            "unsolved": sum(marker["unsolved"] for marker in markers),
-            "not_finite": len(failed),
-            "parts": len(answers),
-        },
-    )

@@ -9,14 +9,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stride_ray.corpus.blocks import Blocks, document_shares
-from stride_ray.models.sites import NEGATIVE_SCORE_FACTOR
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Stage
 
 # Stored with the columns of influence, whose name does not say it.
 UNITS = {
     "unit": "a block's mean influence on itself; positive: training on it lowers the query's loss",
-    "negative": f"multiplied by {NEGATIVE_SCORE_FACTOR:g}: negative scores are noisier",
+    "negative": "multiplied by 0.5: negative scores are noisier",  # sites.NEGATIVE_SCORE_FACTOR, which imports torch
 }
 INFLUENCE = pa.schema(
     [

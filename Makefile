@@ -17,8 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev,gguf]'
 	touch $@
 
-test: install  ## the whole test suite, two files at a time, for half of it waits for processes to start
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: install  ## the whole test suite, three files at a time, for half of it waits for processes to start
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-cluster: install  ## the long ones: object stores that fail, submitted jobs, nodes that die
 	$(BIN)/python -m pytest -m cluster

@@ -12,8 +12,6 @@ from stride_ray.runtime.config import Config
 
 # A model is small if its files are below this size (bytes); memory of a worker with a small model, GB.
 SMALL_MODEL_BYTES, SMALL_MODEL_GB = 2**26, 1.5
-# What a solve may add to compute.worker_gb, as a share of it: a worker with SmolLM2-135M held 5.9 GiB in place of 3.8.
-SOLVE_SHARE = 0.5
 
 # glibc mallopt options (malloc.h) and their values: large buffers come from the heap instead of mmap; the heap shrinks
 # only when 2 GiB at its end are free, and grows by at least 64 MiB.
@@ -91,10 +89,10 @@ def _lifetime_peak() -> int:
 def expected_gb(config: Config) -> float:
     """Memory that a worker is expected to take, which bounds the number of workers.
 
-    ``compute.worker_gb``, less with a small model, and SOLVE_SHARE more if queries are solved for.
+    ``compute.worker_gb``, less with a small model.
     """
     path = config.model.path
     files = [entry for entry in os.scandir(path) if entry.is_file()] if os.path.isdir(path) else []
     if files and sum(entry.stat().st_size for entry in files) < SMALL_MODEL_BYTES:
         return min(SMALL_MODEL_GB, config.compute.worker_gb)
-    return config.compute.worker_gb * (1 + SOLVE_SHARE if config.solve.steps else 1)
+    return config.compute.worker_gb

@@ -35,6 +35,21 @@ def store(request, tmp_path):
             yield Store(f"{url}/{uuid.uuid4().hex}/run")
 
 
+def test_a_flipped_bit_in_a_table_is_noticed(tmp_path):
+    store = Store(str(tmp_path))
+    table = pa.table({"n": pa.array(range(500)), "x": pa.array([i / 7 for i in range(500)])})
+    store.write_table("t.parquet", table)
+    data = (tmp_path / "t.parquet").read_bytes()
+    noticed = 0
+    for at in range(4, len(data) * 3 // 4, 41):  # pages, before the footer
+        (tmp_path / "t.parquet").write_bytes(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :])
+        try:
+            assert store.read_table("t.parquet").equals(table)
+        except StrideError:
+            noticed += 1
+    assert noticed > 20
+
+
 def test_a_missing_package_is_named_by_the_extra_that_has_it():
     for url in ("gs://bucket/a", "simplecache::abfs://c@account/a"):  # whose packages tests do not install
         with pytest.raises(StrideError, match=r"needs a package .* pip install 'stride-ray\[(gcs|azure)\]'"):

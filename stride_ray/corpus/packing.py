@@ -3,7 +3,13 @@
 There are two layouts. "pack", as in pre-training: documents are joined by end-of-text and the stream is cut every
 ``block_tokens`` tokens, so a block may hold parts of several documents. "split": each document is cut separately and
 its tail padded. Neither drops tokens: the spans of a document add up to the document. Packing restarts with each unit,
-so units are independent of each other.
+so units are independent of each other. Choose pack as in pre-training, split to keep documents apart at the price of
+padding.
+
+Example with blocks of four tokens: documents a = 1 2 3, b = 4 5 E and c = 6 (E end-of-text, · padding) become
+
+    pack    [1 2 3 E]  [4 5 E 6]  [E · · ·]
+    split   [1 2 3 ·]  [4 5 E ·]  [6 · · ·]
 """
 
 import hashlib
@@ -35,7 +41,7 @@ KEPT_UNUSED = 100
 # Blocks per batch of ``iter_blocks``; bounds its memory.
 _BATCH_BLOCKS = 1024
 
-_SPAN = pa.struct(
+SPAN_TYPE = pa.struct(
     [
         pa.field("document_id", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
@@ -108,7 +114,7 @@ def block_schema(block_tokens: int, ordinals: bool = True) -> pa.Schema:
         pa.field("block_id", pa.uint64(), nullable=False),
         pa.field("ordinal", pa.int64(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
-        pa.field("spans", pa.list_(_SPAN), nullable=False),
+        pa.field("spans", pa.list_(SPAN_TYPE), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32(), block_tokens), nullable=False),
         # Not a fixed-size list: most Parquet readers fail on nulls among those.
         pa.field("loss_mask", pa.list_(pa.bool_())),
@@ -177,8 +183,8 @@ def iter_blocks(
         raise StrideError(f"There is no layout {layout!r}; choose pack or split.")
     if block_tokens < 1:
         raise StrideError(f"Blocks of {block_tokens} tokens cannot be made; give block_tokens = 1 or more.")
-    builder = _Builder(block_tokens, pad)
-    end, uncounted = np.array([end_of_text], np.int32), np.zeros(1, np.bool_)
+    buffer = _TokenBuffer(block_tokens, pad)
+    end, no_loss = np.array([end_of_text], np.int32), np.zeros(1, np.bool_)
     for document in items:
         if isinstance(document, Rejected):
             counts.reject(document)
@@ -186,25 +192,25 @@ def iter_blocks(
         ids, mask = document.ids, document.mask
         if layout == "pack" and ids[-1] != end_of_text:
             ids = np.concatenate([ids, end])
-            mask = None if mask is None else np.concatenate([mask, uncounted])
+            mask = None if mask is None else np.concatenate([mask, no_loss])
         counts.documents += 1
         counts.tokens += len(ids)
         counts.target_tokens += len(ids) if mask is None else int(mask.sum())
-        builder.add(document, ids, mask)
+        buffer.add(document, ids, mask)
         if layout == "split":
-            builder.fill()
-        while builder.length >= _BATCH_BLOCKS * block_tokens:
-            batch = builder.take(_BATCH_BLOCKS)
+            buffer.pad_to_block()
+        while buffer.length >= _BATCH_BLOCKS * block_tokens:
+            batch = buffer.pop_blocks(_BATCH_BLOCKS)
             counts.blocks += batch.num_rows
             yield batch
-    builder.fill()
-    if builder.length:
-        batch = builder.take(builder.length // block_tokens)
+    buffer.pad_to_block()
+    if buffer.length:
+        batch = buffer.pop_blocks(buffer.length // block_tokens)
         counts.blocks += batch.num_rows
         yield batch
 
 
-class _Builder:
+class _TokenBuffer:
     """Buffer of tokens and spans, cut every ``block_tokens``; its first token is always the first of a block."""
 
     def __init__(self, block_tokens: int, pad: int) -> None:
@@ -227,7 +233,7 @@ class _Builder:
             start += length
         self._append(ids, np.ones(len(ids), np.bool_) if mask is None else mask)
 
-    def fill(self) -> None:
+    def pad_to_block(self) -> None:
         """Pad the last block."""
         missing = -self.length % self.block_tokens
         if missing:
@@ -238,7 +244,7 @@ class _Builder:
         self._masks.append(mask)
         self.length += len(ids)
 
-    def take(self, count: int) -> pa.RecordBatch:
+    def pop_blocks(self, count: int) -> pa.RecordBatch:
         """Remove the first ``count`` blocks, which must be full, and return them as rows."""
         size = count * self.block_tokens
         ids, mask = np.concatenate(self._ids), np.concatenate(self._masks)
@@ -246,10 +252,12 @@ class _Builder:
         rest = len(ids) - size
         self.length, self._spans = rest, self._spans[count:]
         self._ids, self._masks = ([ids[size:]], [mask[size:]]) if rest else ([], [])
-        return _batch(spans, ids[:size], mask[:size].reshape(count, self.block_tokens))
+        return _record_batch(spans, ids[:size], mask[:size].reshape(count, self.block_tokens))
 
 
-def _batch(spans: Sequence[Sequence[_Span]], ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_]) -> pa.RecordBatch:
+def _record_batch(
+    spans: Sequence[Sequence[_Span]], ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_]
+) -> pa.RecordBatch:
     """Blocks as rows, from the spans of each block, ids int32 [blocks × B] and mask bool [blocks, B]."""
     schema = block_schema(mask.shape[1], ordinals=False)
     flat = [span for block in spans for span in block]
@@ -262,19 +270,19 @@ def _batch(spans: Sequence[Sequence[_Span]], ids: npt.NDArray[np.int32], mask: n
             pa.array([span.start for span in flat], pa.int32()),
             pa.array([span.length for span in flat], pa.int32()),
         ],
-        fields=list(_SPAN),
+        fields=list(SPAN_TYPE),
     )
-    whole = mask.all(axis=1)
+    unmasked = mask.all(axis=1)
     columns = {
         "block_id": pa.array([block_id(b[0].source, b[0].document_id, b[0].start) for b in spans], pa.uint64()),
         "source": pa.array([max(block, key=lambda span: span.length).source for block in spans], pa.string()),
         "spans": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), members, type=schema.field("spans").type),
         "token_ids": pa.FixedSizeListArray.from_arrays(pa.array(ids), type=schema.field("token_ids").type),
         "loss_mask": pa.ListArray.from_arrays(
-            pa.array(np.cumsum([0, *np.where(whole, 0, mask.shape[1])]), pa.int32()),
-            pa.array(mask[~whole].ravel()),
+            pa.array(np.cumsum([0, *np.where(unmasked, 0, mask.shape[1])]), pa.int32()),
+            pa.array(mask[~unmasked].ravel()),
             type=schema.field("loss_mask").type,
-            mask=pa.array(whole),
+            mask=pa.array(unmasked),
         ),
     }
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)

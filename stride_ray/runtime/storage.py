@@ -209,7 +209,7 @@ class Store:
     def write_table(self, name: str, table: pa.Table) -> str:
         """Publish a Parquet file and return its SHA-256; equal tables give equal bytes."""
         buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, row_group_size=ROW_GROUP, compression="zstd", write_statistics=True)
+        pq.write_table(table, buffer, row_group_size=ROW_GROUP, compression="zstd", write_page_checksum=True)
         data = memoryview(buffer.getvalue())
         self.write(name, data)
         return hashlib.sha256(data).hexdigest()
@@ -230,7 +230,7 @@ class Store:
             handle = open(self.path(name), "rb") if self.local else self.fs.open(self.path(name), "rb")  # noqa: SIM115
             with handle:
                 try:
-                    yield pq.ParquetFile(handle)
+                    yield pq.ParquetFile(handle, page_checksum_verification=True)
                 except Exception as error:
                     if not is_corrupt(error):
                         raise

@@ -194,7 +194,7 @@ def write_manifest(
         The totals, and the manifest's SHA-256.
     """
     tally, path, rank = Tally(), os.path.join(scratch, "manifest.parquet"), 0
-    with pq.ParquetWriter(path, MANIFEST, compression="zstd") as writer:
+    with pq.ParquetWriter(path, MANIFEST, compression="zstd", write_page_checksum=True) as writer:
         for batch in ordered:
             codes, alike = chooser.codes(batch)
             like = alike or [None] * len(codes)

@@ -83,7 +83,9 @@ def _blocks(how: Reading, part: int, wanted: set[int], path: str) -> int:
     layout = "pack" if how.packed else "split"
     end = end_of_text_id(tokenizer) if how.packed else -1
     counts = Counts()
-    with pq.ParquetWriter(path, block_schema(how.block_tokens, ordinals=False), compression="zstd") as writer:
+    with pq.ParquetWriter(
+        path, block_schema(how.block_tokens, ordinals=False), compression="zstd", write_page_checksum=True
+    ) as writer:
         for batch in iter_blocks(kept, layout, how.block_tokens, end, PADDING, counts):
             writer.write_batch(batch)
     return counts.blocks
@@ -148,7 +150,7 @@ def _parquet_rows(unit: InputSplit, wanted: set[int], path: str) -> int:
             footer = file.metadata
             stop = footer.num_row_groups if unit.stop == END else unit.stop
             first = sum(footer.row_group(group).num_rows for group in range(unit.start))
-            with pq.ParquetWriter(path, file.schema_arrow, compression="zstd") as writer:
+            with pq.ParquetWriter(path, file.schema_arrow, compression="zstd", write_page_checksum=True) as writer:
                 for group in range(unit.start, stop):
                     size = footer.row_group(group).num_rows
                     keep = np.array([first + row in wanted for row in range(size)], bool)
@@ -167,7 +169,7 @@ def _parquet_rows(unit: InputSplit, wanted: set[int], path: str) -> int:
 def _arrow_rows(unit: InputSplit, wanted: set[int], path: str) -> int:
     schema = _arrow_schema(unit)
     count, held = 0, list[dict[str, Any]]()
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
         for row in rows(unit, None):
             if isinstance(row, Row) and int(row.document_id.rpartition("#")[2]) in wanted:
                 held.append(row.values)

@@ -48,13 +48,13 @@ def claimed(url, stage, name="", extra=None, **changes):
 
 
 def test_other_settings_are_refused_by_key(url):
-    claimed(url, "operators", seed=1, operators__rank=8)
+    claimed(url, "operators", seed=1, operators__rank=8).store.write_json("metadata.json", {})
     with pytest.raises(StrideError, match=r"operators was made with operators\.rank = 8, and this command has 9"):
         Run(url, changes={"operators.rank": 9}).begin("operators")
     with pytest.raises(StrideError, match="seed = 1"):
-        Run(url, changes={"seed": 2}).require("operators", "stage.json", "stride-ray fit")
+        Run(url, changes={"seed": 2}).require("operators")
     Run(url, changes={"recover.penalty_ratio": 0.5, "compute.workers": 7}).begin("operators")
-    assert Run(url).require("operators", "stage.json", "stride-ray fit").done().keys() == {"unit"}
+    assert Run(url).require("operators").done().keys() == {"unit"}
 
 
 def test_other_input_is_refused(url):
@@ -85,7 +85,7 @@ def test_markers_count_for_their_own_settings(url):
 
 def test_what_is_missing_is_named(url):
     with pytest.raises(StrideError, match="blocks is not finished; run 'stride-ray shard' first"):
-        Run(url).require("blocks", "manifest.json", "stride-ray shard")
+        Run(url).require("blocks")
 
 
 def test_a_broken_run_toml_is_named(tmp_path):

@@ -23,7 +23,7 @@ from stride_ray.operators.fit import fit
 from stride_ray.report.page import attribution_page
 from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.run import Run, Stage
+from stride_ray.runtime.run import COMMANDS, Run, Stage
 from stride_ray.runtime.urls import redact_url
 
 # Blocks shown per query and side, in the console and on the page; queries on the page.
@@ -58,7 +58,7 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
         StrideError: blocks are missing; as read_queries and answer.
     """
     out = out or sys.stdout
-    run.require("blocks", "manifest.json", "stride-ray shard")
+    run.require("blocks")
     table = read_queries(queries, load_tokenizer(run.store.child("blocks/tokenizer").url))
     summary = write_tables(run, table, name)
     shown = shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS)
@@ -171,14 +171,14 @@ def read_influence(run: Run, name: str, table: str = "influence") -> pa.Table:
 def _finished_tables(run: Run, name: str) -> tuple[Stage, int]:
     """The stage with a query set's tables, and their number of parts; errors as read_influence."""
     mode = mode_of(run)
-    verb, other = "attribute --exact" if mode == "exact" else "rescore", OTHER_MODE[mode]
+    command, other = COMMANDS[table_stage(run)], OTHER_MODE[mode]
     here, there = (run.store.exists(f"{TABLES[each]}/{name}/manifest.json") for each in (mode, other))
     if there and not here:
         raise StrideError(
             f"Of {name!r} there is {other} influence only, and run.toml keeps attribute.exact = "
-            f"{str(mode == 'exact').lower()}: add {FLAGS[other]}, or run 'stride-ray {verb} --name {name}' first."
+            f"{str(mode == 'exact').lower()}: add {FLAGS[other]}, or run 'stride-ray {command} --name {name}' first."
         )
-    stage = run.require(table_stage(run), "manifest.json", f"stride-ray {verb} --name {name}", name)
+    stage = run.require(table_stage(run), name)
     return stage, stage.store.read_json("manifest.json")["parts"]
 
 

@@ -65,11 +65,11 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
     Raises:
         StrideError: a stage is missing or was made with other settings.
     """
-    responses = run.require("responses", "manifest.json", f"stride-ray respond --name {name}", name)
+    responses = run.require("responses", name)
     parts = responses.store.read_json("manifest.json")["parts"]
     keys = responses.store.read_json("stage.json")["keys"]
     # The number of blocks that the operators were fitted on; blocks sharded later have higher ordinals.
-    operators = run.require("operators", "metadata.json", "stride-ray fit").store
+    operators = run.require("operators").store
     facts = operators.read_json("metadata.json")
     failed = sorted({*failed_ordinals(operators), *failed_ordinals(responses.store)})
     stage = run.begin("estimates", name, **{key: keys[key] for key in ("corpus", "queries", "weights")})

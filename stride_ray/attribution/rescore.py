@@ -69,7 +69,7 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
             has no sites, or too many blocks or queries are not finite (failures).
     """
     check_name(name)
-    blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
+    blocks = Blocks(run.require("blocks").store)
     corpus = blocks.manifest["fingerprint"]
     check_tokenizer(run.config, blocks)
     weights = measured_model_fingerprint(run.config)
@@ -123,11 +123,11 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
     Raises:
         StrideError: a stage is missing or was made with other settings, or the model has no sites.
     """
-    estimates = run.require("estimates", "manifest.json", f"stride-ray recover --name {name}", name)
+    estimates = run.require("estimates", name)
     keys = estimates.store.read_json("stage.json")["keys"]
     inputs = {key: keys[key] for key in ("corpus", "queries", "weights")}
     blocks = Blocks(run.stage("blocks").store)
-    facts = run.require("operators", "metadata.json", "stride-ray fit").store.read_json("metadata.json")
+    facts = run.require("operators").store.read_json("metadata.json")
     candidates = candidate_count(run.config, facts)
     curvature = begin_curvature(run, blocks, keys["weights"]) if candidates else None
     stage = run.begin("influence", name, **inputs)

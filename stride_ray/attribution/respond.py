@@ -71,7 +71,7 @@ def respond(run: Run, queries: str, name: str) -> dict[str, Any]:
         StrideError: a stage is missing or was made with other settings, another query set has this name, or the
             queries cannot be read.
     """
-    run.require("operators", "metadata.json", "stride-ray fit")
+    run.require("operators")
     tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
     return respond_table(run, read_queries(queries, tokenizer), name)
 
@@ -80,7 +80,7 @@ def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     """Like respond, for tokenised queries (queries.SCHEMA)."""
     check_name(name)
     weights = measured_model_fingerprint(run.config)
-    operators = run.require("operators", "metadata.json", "stride-ray fit", weights=weights)
+    operators = run.require("operators", weights=weights)
     facts = operators.store.read_json("metadata.json")
     # Rows may have been added since the first fit; then metadata.json has the current corpus fingerprint.
     corpus = facts.get("corpus", operators.store.read_json("stage.json")["keys"]["corpus"])

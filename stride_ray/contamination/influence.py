@@ -59,7 +59,7 @@ def checkpoint(run: Run) -> str:
     Raises:
         StrideError: the run has no blocks yet.
     """
-    manifest = run.require("blocks", "manifest.json", "stride-ray shard").store.read_json("manifest.json")
+    manifest = run.require("blocks").store.read_json("manifest.json")
     identity, weights = run.stage(table_stage(run)).identity, measured_model_fingerprint(run.config)
     return digest([mode_of(run), identity, manifest["fingerprint"], weights])
 

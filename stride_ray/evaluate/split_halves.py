@@ -84,7 +84,7 @@ def halves_agreement(run: Run, name: str, n_blocks: int) -> Halves | None:
         StrideError: for a missing stage or other settings.
     """
     K = membership_of(run.config).subsets
-    store = run.require("responses", "manifest.json", f"stride-ray respond --name {name}", name).store
+    store = run.require("responses", name).store
     read = [read_responses(store, part) for part in range(store.read_json("manifest.json")["parts"])]
     good = [row["status"] == "ok" for row in chain.from_iterable(rows for rows, _ in read)]
     responses = np.concatenate([found for _, found in read])[good]

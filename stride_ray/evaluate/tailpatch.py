@@ -102,7 +102,7 @@ def tail_patch(run: Run, name: str, k: int = 10, learning_rate: float = 0.01, se
     """
     if k < 1 or not 0 < learning_rate < np.inf:
         raise StrideError(f"tail-patch: k is {k} and the learning rate {learning_rate}; both must be positive.")
-    blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
+    blocks = Blocks(run.require("blocks").store)
     queries = successful_queries(run, name)
     tops = {INFLUENCE: top_blocks(run, name, k), LEXICAL: lexical_top(blocks, queries, k)}
     for query in queries:

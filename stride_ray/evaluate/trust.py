@@ -98,7 +98,7 @@ def trust(run: Run, name: str) -> Trust:
         StrideError: influence is not finished, or every query failed.
     """
     mode = mode_of(run)
-    blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
+    blocks = Blocks(run.require("blocks").store)
     queries = successful_queries(run, name)
     total = read_influence(run, name, "recovery").num_rows
     tops, lexical = top_blocks(run, name, TOP), lexical_top(blocks, queries, TOP)
@@ -176,7 +176,7 @@ def _other_mode(run: Run, name: str, tops: dict[str, NDArray]) -> float | None:
     """Mean overlap with the other mode's top blocks for the same queries; None if unavailable."""
     other = Run(run.url, run.config, {"attribute.exact": not run.config.attribute.exact})
     try:
-        stages = [each.require(table_stage(each), "manifest.json", "", name) for each in (run, other)]
+        stages = [each.require(table_stage(each), name) for each in (run, other)]
         asked = [stage.store.read_json("stage.json")["keys"] for stage in stages]
     except StrideError:  # missing, or made with other settings
         return None

@@ -65,7 +65,7 @@ def fit(run: Run) -> dict[str, Any]:
         StrideError: for a missing stage, changed settings, a model that does not match the tokens, fewer blocks than
             subsets, or resources that the cluster does not have.
     """
-    blocks = Blocks(run.require("blocks", "manifest.json", "stride-ray shard").store)
+    blocks = Blocks(run.require("blocks").store)
     config, of_sites = run.config, run.config.operators.form == "sites"
     if not of_sites and len(blocks) < config.membership.subsets:
         raise StrideError(

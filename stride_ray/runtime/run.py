@@ -17,6 +17,12 @@ from stride_ray.runtime.memory import peak_mb
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import anchored, redact_url
 
+# The command that runs a stage, and the file that it writes last, if that is not manifest.json.
+COMMANDS = {
+    **{"blocks": "shard", "operators": "fit", "responses": "respond", "estimates": "recover"},
+    **{"influence": "rescore", "exact": "attribute --exact"},
+}
+LAST_FILE = {"operators": "metadata.json"}
 # Files that a stage may write before its first unit of work is done.
 PREPARED = {"stage.json", "plan.json", "tokenizer", "queries.parquet", "cost.json"}
 
@@ -138,21 +144,21 @@ class Run:
         if not self.store.exists("run.toml") or self.store.read("run.toml").decode() != text:
             self.store.write("run.toml", text.encode())
 
-    def require(self, stage: str, needed_file: str, command: str, name: str = "", **extra: Any) -> Stage:
+    def require(self, stage: str, name: str = "", **extra: Any) -> Stage:
         """A finished upstream stage, for reading.
 
         Args:
-            stage: one of config.STAGES.
-            needed_file: the file whose existence means that the stage is finished.
-            command: the command that runs the stage, for the error message.
+            stage: one of COMMANDS.
             name: as in ``begin``.
             extra: as in ``begin``, as far as the caller knows it.
 
         Raises:
-            StrideError: the stage is not finished, or was made with other settings.
+            StrideError: the stage is not finished (the message names the command that runs it), or was made with other
+                settings.
         """
         opened = self.stage(stage, name)
-        if not opened.store.exists(needed_file):
+        if not opened.store.exists(LAST_FILE.get(stage, "manifest.json")):
+            command = f"stride-ray {COMMANDS[stage]}" + (f" --name {name}" if name else "")
             raise StrideError(f"{redact_url(opened.store.url)} is not finished; run '{command}' first.")
         _check_same_settings(opened, {**stage_keys(self.config, stage), **extra})
         return opened

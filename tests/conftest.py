@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -19,6 +20,7 @@ import ray
 import s3fs
 import servers
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -191,17 +193,37 @@ def data_files(folder):
 
 
 @pytest.fixture(scope="session")
-def parts(tmp_path_factory):
-    """Folders of the tiny corpus, tokenizer and model, and a file of queries."""
-    root = tmp_path_factory.mktemp("parts")
-    corpus = write_corpus(root / "corpus")
-    texts = [*documents(48), (corpus / "notes.txt").read_text()]
-    tokenizer = save_tokenizer(root / "tokenizer", texts)
-    save_model(root / "model", texts, tokenizer)
-    queries = write_lines(root / "queries.jsonl", QUERIES)
-    return SimpleNamespace(
-        root=root, corpus=corpus, tokenizer=root / "tokenizer", model=root / "model", queries=queries
-    )
+def once(tmp_path_factory):
+    """Makes a folder in one of the processes of a test run, for all of them: its path, and what ``make`` returned."""
+
+    def of_all(name, make):
+        base = tmp_path_factory.getbasetemp()
+        root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"once-{name}"
+        with FileLock(f"{root}.lock"):
+            if not (root / "returned").exists():
+                shutil.rmtree(root, ignore_errors=True)
+                root.mkdir()
+                returned = make(root / name)
+                (root / "returned").write_bytes(pickle.dumps(returned))
+        return root / name, pickle.loads((root / "returned").read_bytes())
+
+    return of_all
+
+
+@pytest.fixture(scope="session")
+def parts(once):
+    """Folders of the tiny corpus, tokenizer and model, and a file of queries; tests only read them."""
+
+    def make(root):
+        corpus = write_corpus(root / "corpus")
+        texts = [*documents(48), (corpus / "notes.txt").read_text()]
+        tokenizer = save_tokenizer(root / "tokenizer", texts)
+        save_model(root / "model", texts, tokenizer)
+        return write_lines(root / "queries.jsonl", QUERIES)
+
+    root, queries = once("parts", make)
+    folders = {name: root / name for name in ("corpus", "tokenizer", "model")}
+    return SimpleNamespace(root=root, queries=queries, **folders)
 
 
 @pytest.fixture(scope="session")
@@ -279,14 +301,21 @@ def plain(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def finished(parts, one_ray, tmp_path_factory):
-    """A finished tiny run through the Python functions; tests only read it."""
+def finished(parts, once, one_ray, tmp_path_factory):
+    """A finished tiny run through the Python functions, a copy for each process; tests only read it."""
+
+    def make(folder):
+        run = Run(str(folder), changes=settings(parts))
+        manifest, facts = shard(run), fit(run)
+        with open(os.devnull, "w") as out:
+            return {"manifest": manifest, "facts": facts, "summary": attribute(run, parts.queries, "asked", out)}
+
+    made, found = once("finished", make)
     folder = tmp_path_factory.mktemp("finished") / "run"
-    run = Run(str(folder), changes=settings(parts))
-    manifest, facts = shard(run), fit(run)
-    with open(os.devnull, "w") as out:
-        summary = attribute(run, parts.queries, "asked", out)
-    return SimpleNamespace(folder=folder, run=run, manifest=manifest, facts=facts, summary=summary)
+    shutil.copytree(made, folder)
+    page = folder / "influence/asked/page.html"  # names its run
+    page.write_text(page.read_text("utf-8").replace(str(made), str(folder)), "utf-8")
+    return SimpleNamespace(folder=folder, run=Run(str(folder)), **found)
 
 
 def answered(folder, parts, **more):
@@ -297,11 +326,18 @@ def answered(folder, parts, **more):
 
 
 @pytest.fixture(scope="session")
-def exactly(parts, sharded):
-    """An exact answer through Ray with two workers; tests only read it."""
-    folder = sharded("exact")
-    run, summary, out = answered(folder, parts)
-    return SimpleNamespace(folder=folder, run=run, summary=summary, out=out)
+def exactly(parts, once, finished, tmp_path_factory):
+    """An exact answer through Ray with two workers, a copy for each process; tests only read it."""
+
+    def make(folder):
+        shutil.copytree(finished.folder / "blocks", folder / "blocks")
+        _, summary, out = answered(folder, parts)
+        return {"summary": summary, "out": out}
+
+    made, found = once("exactly", make)
+    folder = tmp_path_factory.mktemp("exactly") / "run"
+    shutil.copytree(made, folder)
+    return SimpleNamespace(folder=folder, run=Run(str(folder)), **found)
 
 
 @pytest.fixture(scope="session")

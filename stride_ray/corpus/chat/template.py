@@ -1,8 +1,9 @@
 """Conversations to text, with the ranges of characters that carry loss.
 
-These are the assistant's answers, each up to and including the marker that ends its turn (``<|im_end|>``). White space
-after the marker does not count, since the model never generates it; in a template without markers it is what ends the
-turn, and counts. A template that marks its answers itself (``{% generation %}``) decides alone: what it marks counts.
+These are the assistant's answers with thoughts and calls of tools, each from the end of its header up to and including
+the marker that ends its turn (``<|im_end|>``). White space after the marker does not count, since the model never
+generates it; in a template without markers it is what ends the turn, and counts. A template that marks its answers
+itself (``{% generation %}``) decides alone: what it marks counts.
 """
 
 import re
@@ -14,7 +15,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from stride_ray.corpus.chat.clock import with_fixed_clock
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_ANSWER = "stride-ray-probe"  # the answer in conversations that try a template out
+# What is said in conversations that try a template out. The first and last characters are for private use, so that
+# texts that begin or end alike are told apart.
+_ANSWER = "\ue0a7stride-ray-answer\ue0a8"
+_QUESTION = "\ue0a7stride-ray-question\ue0a8"
+_CONTEXT = 64  # characters before an answer by which its header is recognised
 
 Messages = list[dict[str, Any]]
 Ranges = list[tuple[int, int]]
@@ -41,8 +46,8 @@ class ChatTemplate:
             arguments: further arguments of the template, such as tools.
 
         Raises:
-            Exception: of any class, as a template is a program. ValueError: it renders a turn differently if others
-                follow it, or does not take the form of a message's content.
+            Exception: of any class, as a template is a program. ValueError: an answer is not found in the
+                text, or the template does not take the form of a message's content.
         """
         messages = [{**message, **self._content(i, message)} for i, message in enumerate(messages)]
         marked = _GENERATION.search(self._source)
@@ -62,23 +67,109 @@ class ChatTemplate:
         return texts[0], [(int(start), int(end)) for start, end in spans[0]]
 
     def _answers(self, messages: Messages, arguments: Arguments) -> tuple[str, Ranges]:
-        """The text and, for each turn of the assistant, what follows its generation prompt."""
+        """The text and, for each turn of the assistant, what is generated: thoughts, content, calls, end marker."""
         text = self._text(messages, arguments)
-        spans = []
+        spans: Ranges = []
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            after = self._text(messages[: i + 1], arguments)
-            if i:
-                before = self._text(messages[:i], arguments, prompted=True) + self._header
-            else:  # templates cannot render an empty conversation: take the generation prompt from another one
-                prompt = self._prompts[1].removeprefix(self._prompts[0]) + self._header
-                before = after[: after.find(prompt) + len(prompt)] if prompt in after else after + prompt
-            if not (text.startswith(after) and after.startswith(before)):
-                raise ValueError(f"message {i} is rendered differently alone; mark the turns with {{% generation %}}")
-            end = len(after.rstrip()) if self._ends_turns else len(after)
-            spans.append((len(before), end))
+            if message["role"] == "assistant":
+                spans.append(self._located(text, spans[-1][1] if spans else 0, messages, i, arguments))
         return text, spans
+
+    def _located(self, text: str, done: int, messages: Messages, i: int, arguments: Arguments) -> tuple[int, int]:
+        """Where a turn stands in the text, of which the first ``done`` characters belong to earlier turns.
+
+        Its content and calls are what differs if the turn says something else. Nothing is assumed of other turns.
+        """
+        reason = "the template leaves out what it says"
+        for probe, whole in self._others(i, messages[i]):
+            try:
+                other = self._text([*messages[:i], probe, *messages[i + 1 :]], arguments)
+            except Exception:  # as render: many a template takes the result of a tool only after its call
+                continue
+            if _ANSWER not in other:
+                continue
+            before, after = other.index(_ANSWER), len(other) - other.rindex(_ANSWER) - len(_ANSWER)
+            header = self._header(other[done:before], messages, i, arguments)
+            start = _common(text, other[:before])
+            kept = _common_end(text[start:], other[len(other) - after :])
+            if (whole and other.count(_ANSWER) > 1) or start < done + header[0]:
+                reason = "what it says stands in more than one place, or changes what stands before it"
+            elif after - kept > max(map(len, self._endings)):
+                reason = "what it says changes what stands after it"
+            elif not text[start : len(text) - kept].strip() and _says(messages[i]):
+                reason = "the template leaves out what it says"
+            else:
+                end = self._closed(text, len(text) - kept, whole, last=i + 1 == len(messages))
+                return min(start, done + header[1]), end
+        raise ValueError(f"message {i} is not found, since {reason}; mark the turns with {{% generation %}}")
+
+    def _others(self, i: int, message: dict[str, Any]) -> list[tuple[dict[str, Any], bool]]:
+        """The turn with another content, and whether all that it says is replaced: calls can be renamed alone."""
+        content = self._content(i, {"content": _ANSWER})
+        plain = {key: value for key, value in message.items() if key != "tool_calls"} | content
+        calls = message.get("tool_calls")
+        if not calls:
+            return [(plain, True)]
+        return [(plain, True), ({**message, **content, "tool_calls": [_renamed(call) for call in calls]}, False)]
+
+    def _closed(self, text: str, end: int, whole: bool, last: bool) -> int:
+        """The end of a turn with its marker, for content (and calls, if ``whole``) that end at ``end``."""
+        marker = self._endings[last].rstrip() or self._endings[last]  # without marker, white space ends the turn
+        if not whole and marker.strip():
+            end = max(end, text.find(marker, end))
+        return end + _common(text[end:], marker)
+
+    def _header(self, before: str, messages: Messages, i: int, arguments: Arguments) -> tuple[int, int]:
+        """Where the header of a turn begins and ends in the text between the turn before and its content."""
+        asked, header, lead = self._prompt(messages, i, arguments)
+        length = min(len(asked), _CONTEXT)
+        while length and length >= len(header):  # what was asked helps to tell headers from contents
+            found = before.rfind(asked[-length:])
+            if found >= 0:
+                return found + length - len(header), found + length
+            length = max(length // 2, len(header)) if length > len(header) else 0
+        # Thoughts that the header begins are left out of earlier turns.
+        part = next((n for n in range(len(header), 0, -1) if before.endswith(header[:n])), 0)
+        end = len(before) - (len(lead) if not part and before.endswith(lead) else 0)
+        return end - part, end
+
+    def _prompt(self, messages: Messages, i: int, arguments: Arguments) -> tuple[str, str, str]:
+        """What stands before a turn: all with the header, the header alone, and what is generated before the content.
+
+        The header is the generation prompt, as far as the answered conversation has it too.
+        """
+        named = {key: messages[i][key] for key in ("name",) if key in messages[i]}
+        asked: Messages = [{"role": "user", **self._content(0, {"content": "-"})}]
+        for given in [messages[:i], asked] if i else [asked]:  # templates cannot render an empty conversation
+            try:
+                return self._split(given, named, arguments)
+            except Exception:  # as render: it may not take so short a conversation
+                continue
+        return "", "", ""
+
+    def _split(self, messages: Messages, named: dict[str, Any], arguments: Arguments) -> tuple[str, str, str]:
+        """``_prompt`` for a turn after these messages."""
+        asked, prompted = self._text(messages, arguments), self._text(messages, arguments, prompted=True)
+        answer = {"role": "assistant", **self._content(0, {"content": _ANSWER})}
+        answered = self._text([*messages, answer], arguments).rpartition(_ANSWER)[0]
+        kept, end = _common(asked, prompted), _common(prompted, answered)
+        prompt, first = prompted[kept:], min(kept, end)
+        if asked == prompted:  # no generation prompt: all is header, but for white space alone, as in Llama 2
+            end = len(answered) if answered[end:].strip() else end
+        elif prompt.strip():
+            # What ends a conversation may stand before the prompt, so that the answered one does not begin with it.
+            found = answered.rfind(prompt, max(0, _common(asked, answered) - len(prompt)))
+            part = next((n for n in range(len(prompt), 0, -1) if answered.endswith(prompt[:n])), 0)
+            if found >= 0:
+                first, end = found, found + len(prompt)
+            elif part:
+                first, end = len(answered) - part, len(answered)
+        lead = answered[end:]
+        if named:  # a header with a name ends as the one without does
+            other = self._text([*messages, {**answer, **named}], arguments).rpartition(_ANSWER)[0]
+            first, answered = min(first, _common(answered, other)), other
+            end = len(answered) - len(lead)
+        return answered[:end], answered[first:end], lead
 
     def _text(self, messages: Messages, arguments: Arguments | None = None, prompted: bool = False) -> str:
         given = {"chat_template": self._source, **(arguments or {})}
@@ -123,32 +214,62 @@ class ChatTemplate:
         return rendered[0], rendered[1]
 
     @cached_property
-    def _prompts(self) -> tuple[str, str]:
-        """A short conversation that waits for an answer, without and with the generation prompt."""
-        asked: Messages = [{"role": "user", **self._content(0, {"content": "-"})}]
-        return self._text(asked), self._text(asked, prompted=True)
-
-    @cached_property
-    def _header(self) -> str:
-        """What begins a turn of the assistant, if the template has no generation prompt; "" if it has one."""
+    def _endings(self) -> tuple[str, str]:
+        """What the template puts after an answer that others follow, and after the last one."""
+        shown = next((text for text in self._probes if _ANSWER in text), "")
+        last = shown.rpartition(_ANSWER)[2]
+        question, answer = (self._content(0, {"content": text}) for text in (_QUESTION, _ANSWER))
+        turns = [{"role": "user", **question}, {"role": "assistant", **answer}, {"role": "user", **question}]
         try:
-            asked, prompted = self._prompts
-        except Exception:  # as render: it may not take so short a conversation
-            return ""
-        header = self._answered[0].removeprefix(asked) if asked == prompted else ""
-        return header if header.strip() else ""  # white space alone is generated, as in Llama 2
+            asked = self._text(turns[:1]).partition(_QUESTION)[2]
+            between, found, _ = self._text(turns).partition(_ANSWER)[2].partition(_QUESTION)
+        except Exception:  # as render
+            return last, last
+        ending = _markers(last, between)
+        if not found or ending.strip():  # what only ends the conversation does not count
+            return (ending, ending) if found else (last, last)
+        other = _markers(asked, between)  # the last answer may have a marker of its own
+        return other if other.strip() else ending, last
 
-    @cached_property
-    def _ends_turns(self) -> bool:
-        """Whether the template ends an answer with more than white space."""
-        return bool(self._answered[1].strip())
 
-    @cached_property
-    def _answered(self) -> tuple[str, str]:
-        """What stands before and after the answer in a probe; ("", "?") if the template does not show it."""
-        shown = next((text for text in self._probes if _ANSWER in text), f"{_ANSWER}?")
-        before, _, after = shown.rpartition(_ANSWER)
-        return before, after
+def _markers(a: str, b: str) -> str:
+    """The common beginning of two texts, without the part of a marker in which they begin to differ."""
+    common = a[: _common(a, b)]
+    opened = max(map(common.rfind, "<["))
+    return common[:opened] if common != a and opened > max(map(common.rfind, ">]")) else common
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the longest common beginning."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _common_end(a: str, b: str) -> int:
+    return _common(a[max(0, len(a) - len(b)) :][::-1], b[::-1])
+
+
+def _says(message: dict[str, Any]) -> bool:
+    """Whether a turn calls a tool or has a content of more than white space."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return bool(message.get("tool_calls")) or any(str(text).strip() for text in texts if text is not None)
+
+
+def _renamed(call: Any) -> Any:
+    """A tool call of another name."""
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": {**call["function"], "name": _ANSWER}}
+    return {**call, "name": _ANSWER}
 
 
 def _parts(text: str) -> list[dict[str, str]]:

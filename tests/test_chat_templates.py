@@ -1,0 +1,365 @@
+"""What counts of a conversation under the templates of published models: each answer with its end marker, no more."""
+
+import pytest
+from test_tokens import CHAT, FORGETFUL, backend, turns
+from transformers import PreTrainedTokenizerFast
+
+from stride_ray.corpus.chat.template import ChatTemplate
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}\n{% if m['role'] == 'user' %}\n{{ '<|user|>\n' + m['content'] + eos_token }}\n"
+    "{% elif m['role'] == 'system' %}\n{{ '<|system|>\n' + m['content'] + eos_token }}\n"
+    "{% elif m['role'] == 'assistant' %}\n{{ '<|assistant|>\n' + m['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{% for m in messages %}{% if m.tool_calls %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    """{{ '{"name": "' + m.tool_calls[0].function.name + '", "parameters": ' }}"""
+    "{{ m.tool_calls[0].function.arguments | tojson }}{{ '}<|eot_id|>' }}{% else %}"
+    "{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim %}"
+    "{% set content = content + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
+)
+PHI4 = PHI.replace("|>\n'", "|>'")
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if m['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = m['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+QWEN25 = (
+    "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{%- endif %}"
+    "{%- for m in messages %}{%- if m.role == 'user' or (m.role == 'assistant' and not m.tool_calls) %}"
+    "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{%- elif m.role == 'assistant' %}"
+    "{{- '<|im_start|>' + m.role }}{%- if m.content %}{{- '\n' + m.content }}{%- endif %}"
+    "{%- for c in m.tool_calls %}{%- if c.function %}{%- set c = c.function %}{%- endif %}"
+    """{{- '\n<tool_call>\n{"name": "' }}{{- c.name }}{{- '", "arguments": ' }}{{- c.arguments | tojson }}"""
+    "{{- '}\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}{%- elif m.role == 'tool' %}"
+    "{{- '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}{%- endif %}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+QWEN3 = (
+    "{%- set ns = namespace(last=-1) %}{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}{%- for m in messages %}{%- if m.role != 'assistant' %}"
+    "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{%- else %}"
+    "{%- set content = m.content %}{%- set thoughts = '' %}{%- if m.reasoning_content is string %}"
+    "{%- set thoughts = m.reasoning_content %}{%- elif '</think>' in content %}"
+    "{%- set thoughts = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{%- if loop.index0 > ns.last and (loop.last or thoughts) %}"
+    "{{- '<|im_start|>' + m.role + '\n<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}"
+    "{%- else %}{{- '<|im_start|>' + m.role + '\n' + content }}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+QWEN3_THINKING = QWEN3.partition("{%- if enable_thinking")[0].replace(
+    "add_generation_prompt %}{{- '<|im_start|>assistant\n' }}",
+    "add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}",
+)
+MISTRAL = (
+    "{%- set ns = namespace(last=-1, index=0) %}{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- set ns.last = loop.index0 %}{%- endif %}{%- if m.role == 'user' or (m.role == 'assistant' and "
+    "m.tool_calls is not defined) %}{%- if (m.role == 'user') != (ns.index % 2 == 0) %}"
+    "{{- raise_exception('roles must alternate') }}{%- endif %}{%- set ns.index = ns.index + 1 %}{%- endif %}"
+    "{%- endfor %}{{- bos_token }}{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- if tools is not none and loop.index0 == ns.last %}{{- '[AVAILABLE_TOOLS] ' + tools | tojson + "
+    "'[/AVAILABLE_TOOLS]' }}{%- endif %}{{- '[INST] ' + m.content + '[/INST]' }}"
+    "{%- elif m.tool_calls is defined %}{{- '[TOOL_CALLS] [' }}{%- for c in m.tool_calls %}"
+    """{{- (c.function | tojson)[:-1] + ', "id": "' + c.id + '"}' }}{{- ', ' if not loop.last else ']' + eos_token }}"""
+    "{%- endfor %}{%- elif m.role == 'assistant' %}{{- ' ' + m.content | trim + eos_token }}"
+    "{%- elif m.role == 'tool' %}{{- '[TOOL_RESULTS] {\"content\": ' + m.content + '}[/TOOL_RESULTS]' }}{%- endif %}"
+    "{%- endfor %}"
+)
+R1 = (
+    "{% set ns = namespace(tool=false) %}{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.tool = false %}{{ '<｜User｜>' + m.content }}{% elif m.role == 'assistant' and not m.content %}"
+    "{{ '<｜Assistant｜><｜tool▁calls▁begin｜>' + m.tool_calls[0].function.name + '\n```json\n' }}"
+    "{{ m.tool_calls[0].function.arguments | tojson }}{{ '\n```<｜tool▁calls▁end｜>' + eos_token }}"
+    "{% elif m.role == 'assistant' %}{% if ns.tool %}{{ '<｜tool▁outputs▁end｜>' + m.content + eos_token }}"
+    "{% set ns.tool = false %}{% else %}{% set content = m.content %}{% if '</think>' in content %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}{{ '<｜Assistant｜>' + content + eos_token }}"
+    "{% endif %}"
+    "{% else %}{% set ns.tool = true %}{{ '<｜tool▁outputs▁begin｜>' + m.content }}{% endif %}{% endfor %}"
+    "{% if ns.tool %}{{ '<｜tool▁outputs▁end｜>' }}{% endif %}"
+    "{% if add_generation_prompt and not ns.tool %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
+)
+OSS = (
+    "<|start|>system<|message|>Hi.<|end|>{% for m in messages %}{% if m.role == 'user' %}<|start|>user<|message|>"
+    "{{ m.content }}<|end|>{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+GLM = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CLOSED_R1 = R1.replace("{% if add", "{{ eos_token }}{% if add")
+ALPACA = (
+    "{% for m in messages %}{{ '### Instruction:\n' if m.role == 'user' else '### Response:\n' }}"
+    "{{ m.content + '\n\n' }}{% endfor %}{{ eos_token }}"
+)
+NAMED = CHATML.replace(
+    "m['role'] + '\n'", "m['role'] + (' name=' + m.name if m.name else '') + '\n' + (m.reasoning_content or '')"
+)
+CLOSED = CHAT.replace("{% if add", "{{ eos_token }}{% if add")
+CLOSED_AFTER = CHAT + "{{ eos_token }}"
+UNPROMPTED = CHATML.partition("{% if add")[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return PreTrainedTokenizerFast(tokenizer_object=backend(), bos_token="<s>", eos_token="</s>")
+
+
+def shown(tokenizer, template, messages, **arguments):
+    """The conversation as text, with what counts between ⟦ and ⟧."""
+    tokenizer.chat_template = template
+    text, ranges = ChatTemplate(tokenizer).render(messages, arguments)
+    for start, end in reversed(ranges):
+        text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
+    return text
+
+
+ASKED = turns("2+2?", "It is 4.", "Sure?", "Yes: 4.")
+# Of each template, a conversation of one answer and of two.
+EXPECTED = {
+    "ChatML": (
+        CHATML,
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦It is 4.<|im_end|>⟧\n",
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦It is 4.<|im_end|>⟧\n"
+        "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n⟦Yes: 4.<|im_end|>⟧\n",
+    ),
+    "Zephyr": (
+        ZEPHYR,
+        "<|user|>\n2+2?</s>\n<|assistant|>\n⟦It is 4.</s>⟧\n",
+        "<|user|>\n2+2?</s>\n<|assistant|>\n⟦It is 4.</s>⟧\n<|user|>\nSure?</s>\n<|assistant|>\n⟦Yes: 4.</s>⟧\n",
+    ),
+    "Llama 2": (
+        LLAMA2,
+        "<s>[INST] 2+2? [/INST]⟦ It is 4. </s>⟧",
+        "<s>[INST] 2+2? [/INST]⟦ It is 4. </s>⟧<s>[INST] Sure? [/INST]⟦ Yes: 4. </s>⟧",
+    ),
+    "Llama 3": (
+        LLAMA3,
+        "<s><|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦It is 4.<|eot_id|>⟧",
+        "<s><|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦It is 4.<|eot_id|>⟧"
+        "<|start_header_id|>user<|end_header_id|>\n\nSure?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Yes: 4.<|eot_id|>⟧",
+    ),
+    "Phi 3": (
+        PHI,
+        "<|user|>\n2+2?<|end|>\n<|assistant|>\n⟦It is 4.<|end|>⟧\n<|endoftext|>",
+        "<|user|>\n2+2?<|end|>\n<|assistant|>\n⟦It is 4.<|end|>⟧\n"
+        "<|user|>\nSure?<|end|>\n<|assistant|>\n⟦Yes: 4.<|end|>⟧\n<|endoftext|>",
+    ),
+    "Phi 4 mini": (
+        PHI4,
+        "<|user|>2+2?<|end|><|assistant|>⟦It is 4.<|end|>⟧<|endoftext|>",
+        "<|user|>2+2?<|end|><|assistant|>⟦It is 4.<|end|>⟧"
+        "<|user|>Sure?<|end|><|assistant|>⟦Yes: 4.<|end|>⟧<|endoftext|>",
+    ),
+    "Gemma": (
+        GEMMA,
+        "<s><start_of_turn>user\n2+2?<end_of_turn>\n<start_of_turn>model\n⟦It is 4.<end_of_turn>⟧\n",
+        "<s><start_of_turn>user\n2+2?<end_of_turn>\n<start_of_turn>model\n⟦It is 4.<end_of_turn>⟧\n"
+        "<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\n⟦Yes: 4.<end_of_turn>⟧\n",
+    ),
+    "Qwen 2.5": (
+        QWEN25,
+        "<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦It is 4.<|im_end|>⟧\n",
+        "<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦It is 4.<|im_end|>⟧\n<|im_start|>user\nSure?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Yes: 4.<|im_end|>⟧\n",
+    ),
+    "Qwen 3": (
+        QWEN3,
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nIt is 4.<|im_end|>⟧\n",
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦It is 4.<|im_end|>⟧\n"
+        "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nYes: 4.<|im_end|>⟧\n",
+    ),
+    "Qwen 3 Thinking": (
+        QWEN3_THINKING,
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n<think>\n⟦\n</think>\n\nIt is 4.<|im_end|>⟧\n",
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦It is 4.<|im_end|>⟧\n"
+        "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n<think>\n⟦\n</think>\n\nYes: 4.<|im_end|>⟧\n",
+    ),
+    "Mistral v3": (
+        MISTRAL,
+        "<s>[INST] 2+2?[/INST]⟦ It is 4.</s>⟧",
+        "<s>[INST] 2+2?[/INST]⟦ It is 4.</s>⟧[INST] Sure?[/INST]⟦ Yes: 4.</s>⟧",
+    ),
+    "DeepSeek R1 distill": (
+        R1,
+        "<s><｜User｜>2+2?<｜Assistant｜>⟦It is 4.</s>⟧",
+        "<s><｜User｜>2+2?<｜Assistant｜>⟦It is 4.</s>⟧<｜User｜>Sure?<｜Assistant｜>⟦Yes: 4.</s>⟧",
+    ),
+    "end of text closes": (
+        CLOSED,
+        "<|start|>user\n2+2?<|end|>\n<|start|>assistant\n⟦It is 4.<|end|>⟧\n</s>",
+        "<|start|>user\n2+2?<|end|>\n<|start|>assistant\n⟦It is 4.<|end|>⟧\n"
+        "<|start|>user\nSure?<|end|>\n<|start|>assistant\n⟦Yes: 4.<|end|>⟧\n</s>",
+    ),
+    "gpt-oss": (
+        OSS,
+        "<|start|>system<|message|>Hi.<|end|><|start|>user<|message|>2+2?<|end|><|start|>assistant"
+        "⟦<|channel|>final<|message|>It is 4.<|return|>⟧",
+        "<|start|>system<|message|>Hi.<|end|><|start|>user<|message|>2+2?<|end|><|start|>assistant"
+        "⟦<|channel|>final<|message|>It is 4.<|end|>⟧<|start|>user<|message|>Sure?<|end|><|start|>assistant"
+        "⟦<|channel|>final<|message|>Yes: 4.<|return|>⟧",
+    ),
+    "GLM 4": (
+        GLM,
+        "[gMASK]<sop><|user|>\n2+2?<|assistant|>⟦\nIt is 4.⟧",
+        "[gMASK]<sop><|user|>\n2+2?<|assistant|>⟦\nIt is 4.⟧<|user|>\nSure?<|assistant|>⟦\nYes: 4.⟧",
+    ),
+    "Alpaca": (
+        ALPACA,
+        "### Instruction:\n2+2?\n\n### Response:\n⟦It is 4.\n\n</s>⟧",
+        "### Instruction:\n2+2?\n\n### Response:\n⟦It is 4.\n\n⟧### Instruction:\nSure?\n\n### Response:\n"
+        "⟦Yes: 4.\n\n</s>⟧",
+    ),
+    "no prompt": (
+        UNPROMPTED,
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦It is 4.<|im_end|>⟧\n",
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦It is 4.<|im_end|>⟧\n"
+        "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n⟦Yes: 4.<|im_end|>⟧\n",
+    ),
+}
+EXPECTED["end of text closes, after the prompt"] = (CLOSED_AFTER, *EXPECTED["end of text closes"][1:])
+EXPECTED["end of text closes DeepSeek R1"] = (
+    CLOSED_R1,
+    *(f"{each}</s>" for each in EXPECTED["DeepSeek R1 distill"][1:]),
+)
+EXPECTED["Phi 3 with a system's turn"] = (
+    "<|system|>\nHi.<|end|>\n" + PHI,
+    *(f"<|system|>\nHi.<|end|>\n{each}" for each in EXPECTED["Phi 3"][1:]),
+)
+EXPECTED["Chat with names and thoughts"] = (NAMED, *EXPECTED["ChatML"][1:])
+
+
+@pytest.mark.parametrize(("template", "one", "two"), EXPECTED.values(), ids=EXPECTED)
+def test_published_templates(tokenizer, template, one, two):
+    for messages, expected in ((ASKED[:2], one), (ASKED, two)):
+        assert shown(tokenizer, template, messages, tools=None) == expected
+        again = [*messages[:-1], {**messages[-1], "content": [{"type": "text", "text": messages[-1]["content"]}]}]
+        assert shown(tokenizer, template, again, tools=None) == expected
+
+
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+CALLED = [
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "4", "tool_call_id": "abcdefghi"},
+    *turns("It is 4.", "Sure?", "Yes: 4.", first="assistant"),
+]
+COUNTED = {
+    "Llama 3": (LLAMA3, '{"name": "add", "parameters": {"a": 2}}<|eot_id|>', "It is 4.<|eot_id|>"),
+    "Qwen 2.5": (
+        QWEN25,
+        '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>',
+        "It is 4.<|im_end|>",
+    ),
+    "Mistral v3": (
+        MISTRAL,
+        '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 2}, "id": "abcdefghi"}]</s>',
+        " It is 4.</s>",
+    ),
+    "DeepSeek R1 distill": (
+        R1,
+        '<｜tool▁calls▁begin｜>add\n```json\n{"a": 2}\n```<｜tool▁calls▁end｜></s>',
+        "It is 4.</s>",
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "call", "answer"), COUNTED.values(), ids=COUNTED)
+def test_calls_of_tools(tokenizer, template, call, answer):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    last = answer.replace("It is", "Yes:")
+    for messages, expected in ((CALLED[:4], [call, answer]), (CALLED, [call, answer, last])):
+        found = shown(tokenizer, template, messages, tools=tools)
+        assert [part.partition("⟧")[0] for part in found.split("⟦")[1:]] == expected
+    several = [{**CALLED[1], "tool_calls": [CALL, CALL]}]
+    if template in (QWEN25, MISTRAL):
+        found = shown(tokenizer, template, [CALLED[0], *several, *CALLED[2:]], tools=tools)
+        assert found.partition("⟦")[2].partition("⟧")[0].count("add") == 2
+
+
+def test_tools_before_the_last_question(tokenizer):
+    found = shown(tokenizer, MISTRAL, ASKED, tools=[{"name": "add"}])
+    assert found == (
+        '<s>[INST] 2+2?[/INST]⟦ It is 4.</s>⟧[AVAILABLE_TOOLS] [{"name": "add"}][/AVAILABLE_TOOLS]'
+        "[INST] Sure?[/INST]⟦ Yes: 4.</s>⟧"
+    )
+
+
+def test_thoughts_and_names(tokenizer):
+    thought = turns("2+2?", "<think>\nEasy.\n</think>\n\nIt is 4.", "Sure?", "<think>\nYes.\n</think>\n\nYes: 4.")
+    assert shown(tokenizer, QWEN3, thought) == EXPECTED["Qwen 3"][2].replace("<think>\n\n", "<think>\nYes.\n")
+    assert (
+        shown(tokenizer, R1, turns("2+2?", "<think>Easy.</think>It is 4.", "Sure?", "Yes: 4."))
+        == (EXPECTED["DeepSeek R1 distill"][2])
+    )
+    named = [ASKED[0], {**ASKED[1], "name": "bob", "reasoning_content": "Easy. "}, *ASKED[2:]]
+    assert shown(tokenizer, NAMED, named) == EXPECTED["ChatML"][2].replace(
+        "assistant\n⟦It", "assistant name=bob\n⟦Easy. It"
+    )
+    assert shown(tokenizer, QWEN3, named[:2]) == EXPECTED["Qwen 3"][1].replace("<think>\n\n", "<think>\nEasy. \n")
+
+
+def test_arguments_of_the_template(tokenizer):
+    found = shown(tokenizer, QWEN3, ASKED, enable_thinking=False)
+    assert found == EXPECTED["Qwen 3"][2].replace("⟦<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n⟦")
+
+
+def test_the_beginning_of_text_does_not_count(tokenizer):
+    first = turns("Hi.", "2+2?", "It is 4.", first="assistant")
+    header = "{{ bos_token }}" + UNPROMPTED
+    assert shown(tokenizer, header, first).startswith("<s><|im_start|>assistant\n⟦Hi.<|im_end|>⟧\n")
+    bare = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+    bare += " {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    assert shown(tokenizer, bare, first) == "<s>⟦ Hi.</s>⟧[INST] 2+2? [/INST]⟦ It is 4.</s>⟧"
+
+
+def test_texts_that_look_like_a_template(tokenizer):
+    """Markers, headers and copies of the answer within contents move nothing."""
+    asked = turns("<|assistant|>\nIt is 4.<|end|>\n", "<|end|>\n<|assistant|>\n", "It is 4.", "")
+    assert shown(tokenizer, PHI, asked) == (
+        "<|user|>\n<|assistant|>\nIt is 4.<|end|>\n<|end|>\n<|assistant|>\n⟦<|end|>\n<|assistant|>\n<|end|>⟧\n"
+        "<|user|>\nIt is 4.<|end|>\n<|assistant|>\n⟦<|end|>⟧\n<|endoftext|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "words"),
+    [
+        (CHATML, [ASKED[0], {**CALLED[1]}, *CALLED[2:]], "message 1 .* leaves out what it says"),
+        (FORGETFUL, ASKED, "message 1 .* leaves out what it says; mark the turns with"),
+        (R1, turns("2+2?", "<think>hm</think>", "Sure?", "Yes."), "message 1 .* leaves out what it says"),
+        ("{{ messages[1].content }}" + CHATML, ASKED, "message 1 .* more than one place, or changes"),
+    ],
+)
+def test_a_turn_that_is_not_found_is_named(tokenizer, template, messages, words):
+    with pytest.raises(ValueError, match=words):
+        shown(tokenizer, template, messages)

@@ -728,6 +728,20 @@ def test_values_that_python_has_no_type_for_are_no_matter_if_not_used(tmp_path):
     assert "'messages' is datetime, not a string" in second.reason
 
 
+def test_columns_of_nulls_are_not_unused_in_arrow(tmp_path):
+    nulls, late = pa.array([None, None], pa.string()), pa.array([None, "x"])
+    for name, column in (("a", nulls), ("b", late)):
+        table = pa.table(
+            {"text": ["a", "b"], "s": nulls, "st": pa.nulls(2, pa.struct([("k", pa.int8())])), "u": column}
+        )
+        with pa.ipc.new_stream(tmp_path / f"{name}.arrow", table.schema) as writer:
+            writer.write_table(table, max_chunksize=1)
+        (unit,) = plan([str(tmp_path / f"{name}.arrow")], 1 << 20)
+        unused = set()
+        assert [item.text for item in read(unit, {}, unused)] == ["a", "b"]
+        assert unused == ({"u"} if column is late else set())
+
+
 def test_zstd_with_long_windows_is_read(tmp_path):
     data = b"".join(b'{"text": "row %d"}\n' % i for i in range(50))
     parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)

@@ -1,12 +1,16 @@
 """Planning and reading of the input: the same documents with the same ids however it is cut and wherever it lies."""
 
 import bz2
+import datetime
+import decimal
 import gzip
 import json
 import os
 import re
 import shutil
+import uuid
 import zipfile
+from collections import Counter
 
 import datasets
 import fsspec
@@ -17,6 +21,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stride_ray.contamination.purify import _Cleaner
 from stride_ray.corpus import readers
 from stride_ray.corpus.documents import Document, read, resolve_columns
 from stride_ray.corpus.files import SourceFile, list_files
@@ -725,7 +730,7 @@ def test_values_that_python_has_no_type_for_are_no_matter_if_not_used(tmp_path):
     assert [item.text for item in read_all([str(tmp_path)], TEXT)] == ["a", "b"]
     (first, second) = read_all([str(tmp_path)], {"text": "text", "id": "messages"})
     assert "'messages' is unreadable" in first.reason
-    assert "'messages' is datetime, not a string" in second.reason
+    assert second.document_id == "1970-01-01T00:00:00.001000"
 
 
 def test_columns_of_nulls_are_not_unused_in_arrow(tmp_path):
@@ -740,6 +745,58 @@ def test_columns_of_nulls_are_not_unused_in_arrow(tmp_path):
         unused = set()
         assert [item.text for item in read(unit, {}, unused)] == ["a", "b"]
         assert unused == ({"u"} if column is late else set())
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([decimal.Decimal("7.00")], "7"),
+        ([uuid.UUID(int=5)], "00000000-0000-0000-0000-000000000005"),
+        ([datetime.date(2026, 1, 31)], "2026-01-31"),
+        ([datetime.datetime(2026, 1, 31, 12)], "2026-01-31T12:00:00"),
+        ([decimal.Decimal("7.5")], "'id' is a decimal number with a fraction, not a string"),
+        ([uuid.UUID(int=5).bytes], "'id' is bytes, not a string"),
+    ],
+)
+def test_ids_of_parquet_types_are_their_text(tmp_path, values, told):
+    column = pa.array(values, pa.uuid()) if isinstance(values[0], uuid.UUID) else pa.array(values)
+    pq.write_table(pa.table({"text": ["a"], "id": column}), tmp_path / "a.parquet")
+    (item,) = read_all([str(tmp_path)], {"id": "id"})
+    assert (item.document_id if isinstance(item, Document) else item.reason) == told
+
+
+@pytest.mark.parametrize(
+    ("row", "roles"),
+    [
+        ({"messages": [{"role": "Human", "content": "a"}, {"role": "GPT", "content": "b"}]}, "user assistant"),
+        ({"messages": [{"role": "model", "content": "a"}, {"role": "ipython", "content": "b"}]}, "assistant ipython"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "b"}]},
+            "user assistant",
+        ),
+        ({"messages": '[{"role": "user", "content": "a"}]', "tools": "null"}, "user"),
+        ({"messages": "hello"}, "'messages' is a string, not a list of messages"),
+        ({"messages": '{"role": "user"}'}, "'messages' is an object, not a list of messages"),
+        ({"question": "q", "answer": ["a"]}, "'answer' is a list and 'question' is a string"),
+        ({"prompt": "q", "completion": [{"role": "assistant", "content": "a"}]}, "'completion' is a list and 'prompt'"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "a"}, "'completion' is a string, not a list"),
+    ],
+)
+def test_turns_have_the_roles_of_templates_and_the_odd_column_is_named(tmp_path, row, roles):
+    (item,) = read_all([write_lines(tmp_path / "a.jsonl", [row])], {})
+    if isinstance(item, Rejected):
+        assert item.reason.startswith(roles)
+    else:
+        assert [turn["role"] for turn in item.messages] == roles.split()
+        assert item.template_arguments is None
+
+
+def test_a_conversation_kept_as_json_is_purified(tmp_path):
+    turns = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d"}]
+    cleaner = _Cleaner({}, {0: {"messages.0.content": [(1, 3)]}}, False, Counter())
+    cleaned = cleaner.cleaned(0, {"messages": json.dumps(turns), "n": 1})
+    assert json.loads(cleaned["messages"]) == [{"role": "user", "content": "a c"}, turns[1]]
+    assert cleaned["n"] == 1
 
 
 def test_zstd_with_long_windows_is_read(tmp_path):

@@ -158,7 +158,7 @@ def test_a_documents_name_is_its_own_whatever_ids_the_input_has(tmp_path, layout
         repeated, shared = repeats(found) if found else ([], 0)
         for i in range(known):
             if part_name(i) not in stage.done():
-                number_part(stage, staged, (i, 0, units[i], repeated[i]))
+                number_part(stage, staged, (i, 0, units[i], repeated[i], frozenset()))
     assert shared == 1
     assert [marker["counts"]["repeated"] for marker in stage.done().values()] == [1, 1, 2]
     assert [marker["renamed"] for marker in stage.done().values()] == [
@@ -176,6 +176,30 @@ def test_a_documents_name_is_its_own_whatever_ids_the_input_has(tmp_path, layout
     for row in rows:
         first = row["spans"][0]
         assert row["block_id"] == block_id(first["source"], first["document_id"], first["start"])
+
+
+@pytest.mark.parametrize("numbered", [0, 1, 2])
+def test_a_new_name_is_not_one_that_another_document_has(tmp_path, numbered):
+    """The second "7" of part 0 would get the ids of documents of parts 0 and 1; an interruption changes nothing."""
+    stage, staged = Stage(Store(str(tmp_path / "blocks")), "0"), Stage(Store(str(tmp_path / "staged")), "0")
+    ids = [["7", "7", "7~0.jsonl#10"], ["7~0.jsonl#10~", "7"]]
+    units = [InputSplit(str(i), "jsonl", (SourceFile(f"{i}.jsonl", "", 1, ""),), 0, END_OF_FILE) for i in range(2)]
+    for i, names in enumerate(ids):
+        documents = [replace(encoded(name, [1, 2, 3], source="w"), place=10 * j) for j, name in enumerate(names)]
+        table, counts = make_blocks(documents, "split", 2, END, PAD)
+        write_staged(staged.store, part_name(i), table)
+        staged.mark(part_name(i), 0.0, counts=counts.to_dict(), max_token_id=3)
+    for stop in (numbered, 2):
+        found = [document_hashes(stage, staged, (i, part_name(i) in stage.done())) for i in range(2)]
+        repeated, _ = repeats([each["hashes"] for each in found])
+        taken = frozenset(name for each in found for name in each["marked"].tolist())
+        for i in range(stop):
+            if part_name(i) not in stage.done():
+                number_part(stage, staged, (i, 0, units[i], repeated[i], taken))
+    rows = [row for i in range(2) for row in stage.store.read_table(f"{part_name(i)}.parquet").to_pylist()]
+    assert list(dict.fromkeys(span["document_id"] for row in rows for span in row["spans"])) == [
+        *("7", "7~0.jsonl#10~~", "7~0.jsonl#10", "7~0.jsonl#10~", "7~1.jsonl#10"),
+    ]
 
 
 def test_ordinals_and_schema_survive_parquet():

@@ -1,12 +1,16 @@
 """Planning and reading of the input: the same documents with the same ids however it is cut and wherever it lies."""
 
 import bz2
+import datetime
+import decimal
 import gzip
 import json
 import os
 import re
 import shutil
+import uuid
 import zipfile
+from collections import Counter
 
 import datasets
 import fsspec
@@ -17,6 +21,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stride_ray.contamination.purify import _Cleaner
 from stride_ray.corpus import readers
 from stride_ray.corpus.documents import Document, read, resolve_columns
 from stride_ray.corpus.files import SourceFile, list_files
@@ -196,6 +201,82 @@ def test_undecodable_and_empty_text_files_are_rejected(tmp_path):
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"packed"))
     items = read_all([str(tmp_path)])
     assert [getattr(item, "text", None) for item in items] == [None, None, "good", "packed"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    ["train.csv", "train.tsv.gz LICENSE", "README.md data/train.csv dataset_infos.json", "a.txt x.xlsx", "a.py b.csv"],
+)
+def test_tables_without_data_files_are_refused_by_name(tmp_path, files):
+    for name in files.split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    table = re.search(r"\S+\.(csv|tsv.gz|xlsx)", files)[0]
+    with pytest.raises(StrideError, match=f"has tables that are not read: {table}; make it Parquet"):
+        plan([str(tmp_path)], 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "told"),
+    [
+        ("a.txt", "hello".encode("utf-16-le"), "NUL characters"),
+        ("a.md", b"a\0b", "NUL characters"),
+        ("part-00000", b'{"text": "a"}\n{"text": "b"}\n', "holds JSON Lines; let its name end in .jsonl"),
+        ("part-00000.gz", gzip.compress(b'\n{"text": "a"}'), "holds JSON Lines"),
+        ("part-00000", b"PAR1\xff\0PAR1", "holds Parquet; let its name end in .parquet"),
+        ("cache-1", b"\xff\xff\xff\xff\0\0", "holds Arrow"),
+        ("notes", b"{a} set", None),
+        ("a.txt", b'{"text": "a"}', None),
+    ],
+)
+def test_what_is_no_text_by_its_content_is_rejected_with_its_name(tmp_path, name, data, told):
+    (tmp_path / name).write_bytes(data)
+    (item,) = read_all([str(tmp_path)])
+    assert isinstance(item, Document) if told is None else told in item.reason
+
+
+@pytest.mark.parametrize("form", ["one line", "a line each", "indented", "byte order mark", "gzip"])
+@pytest.mark.parametrize("shard", [16, 1 << 20])
+def test_a_json_array_is_read_as_its_elements(tmp_path, form, shard):
+    rows = [{"text": 'a, ] } \\ " [', "n": [1, {"b": 2}]}, {"text": "é\n"}, {"n": 3}, {"text": "c"}]
+    data = json.dumps(rows, indent=2 if form == "indented" else None, ensure_ascii=False).encode()
+    if form == "a line each":
+        data = b"[\n" + b",\n".join(json.dumps(row).encode() for row in rows) + b"\n]\n"
+    if form == "byte order mark":
+        data = b"\xef\xbb\xbf" + data
+    path = tmp_path / ("a.json.gz" if form == "gzip" else "a.json")
+    path.write_bytes(gzip.compress(data) if form == "gzip" else data)
+    first, second, bad, last = read_all([str(path)], shard_bytes=shard)
+    assert [first.text, second.text, last.text] == [row["text"] for row in rows if "text" in row]
+    assert (bad.row, bad.reason) == (3, "no column 'text'")
+    assert data[last.place :].startswith(b"{")
+    assert last.document_id == f"a.json{'.gz' * (form == 'gzip')}#{last.place}"
+    unit = InputSplit("", "jsonl", plan([str(path)], 1 << 20)[0].files, 0, -1)
+    lines = [line for _, line in readers.raw_lines(unit) if line]
+    assert list(map(json.loads, lines)) == rows
+    assert b"\n" not in b"".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("data", "texts", "told"),
+    [
+        ('[{"text": "a"}, {"text": "b"}', ["a", "b"], ["cut short"]),
+        ('[{"text": "a"}, {"text": "b', ["a"], ["not a line", "cut short"]),
+        ('[{"text": "a"}]\n{"text": "b"}\n', ["a", "b"], []),
+        ('[{"text": "a"},\n{"text": bad},\n{"text": "c"},]', ["a", "c"], ["not a line"]),
+        ('[\n]\n{"text": "b"}', ["b"], []),
+        ('["a"]\n{"text": "b"}', ["b"], ["holds a JSON list"]),
+        ('[{"text": "' + "a" * 100 + '"}]', [], ["write one JSON object a line"]),
+    ],
+)
+def test_what_is_wrong_in_a_json_array_is_told(tmp_path, monkeypatch, data, texts, told):
+    monkeypatch.setattr(readers, "_ARRAY_BYTES", 100)
+    (tmp_path / "a.json").write_text(data)
+    items = read_all([str(tmp_path)])
+    assert [item.text for item in items if isinstance(item, Document)] == texts
+    reasons = [item.reason for item in items if isinstance(item, Rejected)]
+    assert len(reasons) == len(told)
+    assert all(words in reason for words, reason in zip(told, reasons, strict=True))
 
 
 def test_files_packed_in_other_ways_are_named_so(tmp_path):
@@ -649,7 +730,73 @@ def test_values_that_python_has_no_type_for_are_no_matter_if_not_used(tmp_path):
     assert [item.text for item in read_all([str(tmp_path)], TEXT)] == ["a", "b"]
     (first, second) = read_all([str(tmp_path)], {"text": "text", "id": "messages"})
     assert "'messages' is unreadable" in first.reason
-    assert "'messages' is datetime, not a string" in second.reason
+    assert second.document_id == "1970-01-01T00:00:00.001000"
+
+
+def test_columns_of_nulls_are_not_unused_in_arrow(tmp_path):
+    nulls, late = pa.array([None, None], pa.string()), pa.array([None, "x"])
+    for name, column in (("a", nulls), ("b", late)):
+        table = pa.table(
+            {"text": ["a", "b"], "s": nulls, "st": pa.nulls(2, pa.struct([("k", pa.int8())])), "u": column}
+        )
+        with pa.ipc.new_stream(tmp_path / f"{name}.arrow", table.schema) as writer:
+            writer.write_table(table, max_chunksize=1)
+        (unit,) = plan([str(tmp_path / f"{name}.arrow")], 1 << 20)
+        unused = set()
+        assert [item.text for item in read(unit, {}, unused)] == ["a", "b"]
+        assert unused == ({"u"} if column is late else set())
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([decimal.Decimal("7.00")], "7"),
+        ([uuid.UUID(int=5)], "00000000-0000-0000-0000-000000000005"),
+        ([datetime.date(2026, 1, 31)], "2026-01-31"),
+        ([datetime.datetime(2026, 1, 31, 12)], "2026-01-31T12:00:00"),
+        ([decimal.Decimal("7.5")], "'id' is a decimal number with a fraction, not a string"),
+        ([uuid.UUID(int=5).bytes], "'id' is bytes, not a string"),
+    ],
+)
+def test_ids_of_parquet_types_are_their_text(tmp_path, values, told):
+    column = pa.array(values, pa.uuid()) if isinstance(values[0], uuid.UUID) else pa.array(values)
+    pq.write_table(pa.table({"text": ["a"], "id": column}), tmp_path / "a.parquet")
+    (item,) = read_all([str(tmp_path)], {"id": "id"})
+    assert (item.document_id if isinstance(item, Document) else item.reason) == told
+
+
+@pytest.mark.parametrize(
+    ("row", "roles"),
+    [
+        ({"messages": [{"role": "Human", "content": "a"}, {"role": "GPT", "content": "b"}]}, "user assistant"),
+        ({"messages": [{"role": "model", "content": "a"}, {"role": "ipython", "content": "b"}]}, "assistant ipython"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "b"}]},
+            "user assistant",
+        ),
+        ({"messages": '[{"role": "user", "content": "a"}]', "tools": "null"}, "user"),
+        ({"messages": "hello"}, "'messages' is a string, not a list of messages"),
+        ({"messages": '{"role": "user"}'}, "'messages' is an object, not a list of messages"),
+        ({"question": "q", "answer": ["a"]}, "'answer' is a list and 'question' is a string"),
+        ({"prompt": "q", "completion": [{"role": "assistant", "content": "a"}]}, "'completion' is a list and 'prompt'"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "a"}, "'completion' is a string, not a list"),
+    ],
+)
+def test_turns_have_the_roles_of_templates_and_the_odd_column_is_named(tmp_path, row, roles):
+    (item,) = read_all([write_lines(tmp_path / "a.jsonl", [row])], {})
+    if isinstance(item, Rejected):
+        assert item.reason.startswith(roles)
+    else:
+        assert [turn["role"] for turn in item.messages] == roles.split()
+        assert item.template_arguments is None
+
+
+def test_a_conversation_kept_as_json_is_purified(tmp_path):
+    turns = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d"}]
+    cleaner = _Cleaner({}, {0: {"messages.0.content": [(1, 3)]}}, False, Counter())
+    cleaned = cleaner.cleaned(0, {"messages": json.dumps(turns), "n": 1})
+    assert json.loads(cleaned["messages"]) == [{"role": "user", "content": "a c"}, turns[1]]
+    assert cleaned["n"] == 1
 
 
 def test_zstd_with_long_windows_is_read(tmp_path):
@@ -673,12 +820,19 @@ def test_zstd_with_long_windows_is_read(tmp_path):
             "a.jsonl day=1/c.jsonl",
             ".git/ _delta_log/ _metadata _temporary/ a.jsonl.crc",
         ),
-        ("a.json b.json README.md load.py", "a.json b.json load.py", "README.md"),
+        ("a.json b.json README.md load.py", "a.json b.json", "README.md load.py"),
         ("a.arrow notes.txt sub/README.md", "a.arrow notes.txt sub/README.md", ""),
         ("part-00000 _SUCCESS", "part-00000", "_SUCCESS"),
         ("README.md _notes.txt LICENSE", "LICENSE README.md _notes.txt", ""),
         ("README.md pkg/__init__.py pkg/_x.py package.json", "README.md package.json pkg/__init__.py pkg/_x.py", ""),
-        ("a.jsonl __init__.py", "__init__.py a.jsonl", ""),
+        ("src/a.py data/a.jsonl data/__init__.py setup.py", "data/a.jsonl src/a.py", "data/__init__.py setup.py"),
+        (
+            "a.pq b.jsonlines c.feather d.parquet.snappy e.txt f.txt.gz g.jsonl.xz requirements.txt x.lock x.md5 y.ini",
+            "a.pq b.jsonlines c.feather d.parquet.snappy e.txt f.txt.gz g.jsonl.xz",
+            "requirements.txt x.lock x.md5 y.ini",
+        ),
+        ("a.jsonl schema.json stats.json Thumbs.db", "a.jsonl", "Thumbs.db schema.json stats.json"),
+        ("data/a.parquet csv/b.csv c.tsv.gz README.md", "data/a.parquet", "README.md c.tsv.gz csv/b.csv"),
     ],
 )
 def test_what_accompanies_data_files_is_no_document(tmp_path, files, kept, left_out):

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stride_ray.attribution.tables import DOCUMENTS
+from stride_ray.corpus.splits import plan
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import SelectConfig
@@ -34,6 +35,7 @@ from stride_ray.selection.ranking import (
     random_order,
     rank_documents,
 )
+from stride_ray.selection.writing import _arrow_rows
 
 SETS = {"maths": 5, "law": 12}
 N = 200
@@ -503,3 +505,38 @@ def test_batches_are_of_one_size_whatever_the_row_groups(tmp_path, monkeypatch):
 def test_options_that_do_not_go_together_are_told(changes, told):
     with pytest.raises(StrideError, match=told):
         check_options(options(**changes))
+
+
+_BAD_UTF8 = pa.array([b"u", b"\xff", b"w"]).buffers()
+_UNION = pa.UnionArray.from_dense(
+    pa.array([0, 1, 0], pa.int8()), pa.array([0, 0, 1], pa.int32()), [pa.array([1, 2]), pa.array(["x"])]
+)
+
+
+@pytest.mark.parametrize("framed", [False, True])
+@pytest.mark.parametrize(
+    ("column", "ending"),
+    [
+        (pa.array([2**30, 1, 2], pa.date32()), ".parquet"),
+        (pa.array([2**60, 1, 2], pa.timestamp("ms")), ".parquet"),
+        (pa.array([1, 2, 3], pa.time64("ns")), ".parquet"),
+        (pa.StringArray.from_buffers(3, _BAD_UTF8[1], _BAD_UTF8[2]), ".parquet"),
+        (pa.array([[("a", 1), ("a", 2)], None, []], pa.map_(pa.string(), pa.int32())), ".parquet"),
+        (pa.array([(1, 2, 3), None, (4, 5, 6)], pa.month_day_nano_interval()), ".arrow"),
+        (_UNION, ".arrow"),
+    ],
+)
+def test_rows_of_arrow_files_are_copied_whatever_they_hold(tmp_path, column, ending, framed):
+    table = pa.table({"text": ["a", "b", "c"], "c": column})
+    with (pa.ipc.new_file if framed else pa.ipc.new_stream)(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    kinds = []
+    for wanted in ({1}, {0, 2}):
+        kind, count = _arrow_rows(plan([str(tmp_path)], 1 << 20)[0], wanted, str(tmp_path / ".out"))
+        with open(tmp_path / ".out", "rb") as file:
+            held = pq.read_table(file) if kind == ".parquet" else pa.ipc.open_stream(file).read_all()
+        assert held.schema.equals(table.schema)
+        assert count == len(wanted)
+        assert pa.concat_arrays(held["c"].chunks).equals(pa.concat_arrays([column[n : n + 1] for n in sorted(wanted)]))
+        kinds.append(kind)
+    assert kinds == [ending] * 2

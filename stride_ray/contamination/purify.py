@@ -132,6 +132,8 @@ class _Cleaner:
             return values
         self.counts["documents"] += 1
         roles, _ = roles_of(values, self.columns)
+        packed = [name for name in roles.get("messages", ()) if isinstance(values[name], str)]  # conversations as JSON
+        values = {**values, **{name: json.loads(values[name]) for name in packed}}
         cleaned = copy.deepcopy(values)
         # Places first: a text that is cut may no longer be what the row's document is made of.
         places = {part: text_places(part, values, self.columns) for part in spans if not self.whole}
@@ -143,7 +145,7 @@ class _Cleaner:
         if self.whole or _is_blank(cleaned, roles):
             self.counts["left_out"] += 1
             return None
-        return cleaned
+        return {**cleaned, **{name: json.dumps(cleaned[name], ensure_ascii=False) for name in packed}}
 
     def cut(self, text: str, spans: list[tuple[int, int]]) -> str:
         """Remove spans, which may overlap or lie outside, from a text."""

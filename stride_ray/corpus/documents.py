@@ -5,9 +5,11 @@ ids often start again in every file; they do not depend on the machine that read
 of all results. An id is text: the number 1 and the string "1" are the same id.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import compress
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy.typing as npt
 
 from stride_ray.corpus.readers import Rejected, Row, rows
 from stride_ray.corpus.rows.roles import Roles, half_known, is_known, possible_columns, roles_given, roles_of
-from stride_ray.corpus.rows.row import Unreadable, has_content, parsed, without_nulls
+from stride_ray.corpus.rows.row import Unreadable, has_content, named, parsed, without_nulls
 from stride_ray.corpus.rows.turns import tools_of, turn_of
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
@@ -198,14 +200,21 @@ def _content(row: Row, roles: Roles) -> dict[str, Any]:
         content = {"text": _full_text(*_joined(row, roles["text"]))}
     elif "answer" in roles:
         prompt, answer = _joined(row, roles["prompt"]), _joined(row, roles["answer"])
-        if isinstance(prompt[0], list) or isinstance(answer[0], list):  # a conversation that the last turns complete
+        if isinstance(answer[0], list) and not isinstance(prompt[0], list):
+            why = f"{answer[1]!r} is a list and {prompt[1]!r} is {_kind(prompt[0])}"
+            raise InvalidRowError(f"{why}; give two texts, or messages in both")
+        if isinstance(prompt[0], list):  # a conversation that the last turns complete
             before, after = _turns(*prompt), _turns(*answer)
             learned = [False] * len(before) + [learned for _, learned in after]
             content = {"messages": [turn for turn, _ in (*before, *after)], "learned": learned}
         else:
             content = {"prompt": _checked_text(*prompt), "answer": _full_text(*answer)}
     elif "messages" in roles:
-        turns = _turns(_value(row, roles["messages"][0]), roles["messages"][0])
+        (column,) = roles["messages"]
+        value = _value(row, column)
+        with contextlib.suppress(ValueError):
+            value = parsed(value)
+        turns = _turns(value, column)
         learned = [learned for _, learned in turns]
         content = {"messages": [turn for turn, _ in turns], "learned": None if all(learned) else learned}
     elif "token_ids" in roles:
@@ -239,6 +248,8 @@ def _template_arguments(row: Row, roles: Roles) -> dict[str, Any]:
                 continue
             try:
                 value = parsed(value)
+                if value is None:  # the string "null"
+                    continue
                 if role == "tools":
                     arguments["tools"] = tools_of(list(map(parsed, value)) if isinstance(value, list) else value)
                 elif isinstance(value, dict):
@@ -296,16 +307,11 @@ def _value(row: Row, column: str) -> Any:
 
 
 def _name(row: Row, column: str) -> str:
-    """An id or source as a string; the value may be an integer."""
-    value = _value(row, column)
-    # pandas makes a column of integers with a gap one of floats, which hold integers below 2^53 exactly.
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+    """An id or source as a string."""
+    value = named(_value(row, column))
     if not _checked_text(value, column):
         raise InvalidRowError(f"{column!r} is empty")
-    return value
+    return str(value)
 
 
 def _checked_text(value: Any, column: str) -> str:
@@ -367,6 +373,7 @@ _TYPE_NAMES: dict[type, str] = {
     list: "a list",
     dict: "an object",
     bytes: "bytes",
+    Decimal: "a decimal number with a fraction",
 }
 
 

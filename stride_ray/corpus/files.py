@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
@@ -15,15 +15,24 @@ from stride_ray.runtime.urls import exists, filesystem, redact_url, redacted_err
 END = -1
 
 _COMPRESSIONS = (".gz", ".zst")
-_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
+# Packings and archives that are not read; such files are rejected by name.
+PACKED = (".bz2", ".xz", ".lz4", ".br", ".zip", ".7z", ".tar", ".tgz")
+_KINDS = {
+    **dict.fromkeys((".jsonl", ".jsonlines", ".ndjson", ".json"), "jsonl"),
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
+    **dict.fromkeys((".arrow", ".feather"), "arrow"),  # Feather's second version is Arrow's file format
+}
 _TABLES = (".csv", ".tsv", ".xls", ".xlsx")
+_CONVERT = "make it Parquet, as in pandas.read_csv(…).to_parquet(…), or JSON Lines"
 _DATASET_FILES = ("state.json", "dataset_info.json")
-# What writers leave beside their files: Spark, Databricks, Dask and pyarrow; checksums of Hadoop.
-_MARKERS = re.compile(r"_SUCCESS|_metadata|_common_metadata|_committed_\d+|_started_\d+|.*\.crc", re.IGNORECASE)
-# What data sets keep beside their data: the card, the licence, descriptions by the library datasets.
+# What writers leave beside their files: Spark, Databricks, Dask and pyarrow; checksums of Hadoop; desktops.
+_MARKERS = re.compile(
+    r"_SUCCESS|_metadata|_common_metadata|_committed_\d+|_started_\d+|.*\.crc|thumbs\.db|desktop\.ini", re.IGNORECASE
+)
+# What data sets keep beside their data: the card, the licence, descriptions by the library datasets and others.
 _COMPANIONS = re.compile(
-    r"(readme|licen[cs]e|copying|notice|citation|changelog|sha256sums|md5sums|checksums?)(\..*)?"
-    r"|(dataset_infos?|dataset_dict|state|croissant|metadata)\.json",
+    r"(readme|licen[cs]e|copying|notice|citation|changelog|requirements|sha256sums|md5sums|checksums?)(\..*)?"
+    r"|(dataset_infos?|dataset_dict|state|croissant|metadata|schema|index|stats|statistics|config|package)\.json",
     re.IGNORECASE,
 )
 # Keys under which file systems report a file's version; the first one present is used.
@@ -65,6 +74,7 @@ def compression(name: str) -> str:
 def kind_of(name: str) -> str:
     """The unit kind of a file by its suffix, ignoring that of a compression; anything unknown is text."""
     packed = compression(name)
+    name = re.sub(r"(\.parquet)\.snappy$", r"\1", name, flags=re.IGNORECASE)  # the codec of its pages
     kind = _KINDS.get(_suffix(name), "text")
     # Compressed Parquet or Arrow files are not supported; read as text, they are rejected by name.
     return "text" if packed and kind != "jsonl" else kind
@@ -73,22 +83,25 @@ def kind_of(name: str) -> str:
 def list_files(given: str, left_out: list[str] | None = None) -> list[SourceFile]:
     """The files of one input that hold documents, sorted by name.
 
-    Left out of a folder or glob are hidden files, markers such as ``_SUCCESS``, and, in a folder with data files (in it
-    or below), what accompanies them: cards, licences, descriptions, names with an underscore in front.
+    Left out of a folder or glob are hidden files, markers such as ``_SUCCESS``, and, where there are data files, tables
+    (CSV, Excel) and what lies in a folder with data files (in it or below) beside them: all that is neither a data file
+    nor ``.txt``, cards, licences, descriptions, names with an underscore in front.
 
     Args:
         given: a file, folder, glob or URL.
-        left_out: takes the names of files left out; of a folder of which nothing is kept, its own with a slash.
+        left_out: takes the names of files left out; of a folder of which nothing is kept, its own with a slash, unless
+            it has tables.
 
     Raises:
-        StrideError: the input is missing, cannot be read, is a table (CSV, Excel), or matches no file.
+        StrideError: the input is missing or cannot be read, matches no file, or has tables (CSV, Excel) and no data.
     """
     fs, path = filesystem(given)
     try:
         if exists(fs, path):  # checked first, because a name may contain glob characters
             top = fs.info(path)
             if top["type"] != "directory":
-                _refuse_tables(given, [path])
+                if _is_table(path):
+                    raise StrideError(f"Input {redact_url(given)} is a table that is not read; {_CONVERT}.")
                 if isinstance(fs, LocalFileSystem):
                     _check_regular_file(path)
                 return [_source_file(fs, given, path, _leaf(path), top)]
@@ -110,9 +123,15 @@ def list_files(given: str, left_out: list[str] | None = None) -> list[SourceFile
     named = {_relative(file, root): file for file in found}
     kept = _resolve_datasets(fs, [name for name in named if _visible(name)], lambda name: named[name])
     kept = _documents(kept)
+    tables = [name for name in kept if _is_table(name)]
+    if tables:  # and no data files
+        others = f" and {len(tables) - 1} more" if len(tables) > 1 else ""
+        raise StrideError(
+            f"Input {redact_url(given)} has tables that are not read: {tables[0]}{others}; {_CONVERT}. To read only "
+            "what lies beside them, name it: a file, or a pattern such as *.txt."
+        )
     if left_out is not None:
         left_out += _left_out(named, set(kept))
-    _refuse_tables(given, [named[name] for name in kept])
     files = [_source_file(fs, given, named[name], name, found[named[name]]) for name in sorted(kept)]
     if not files:
         raise StrideError(f"Input {redact_url(given)} matches no file; check the folder or pattern.")
@@ -132,13 +151,8 @@ def _check_regular_file(path: str) -> None:
         raise StrideError(f"{redact_url(path)} is not a regular file (a pipe?); give a file.")
 
 
-def _refuse_tables(given: str, paths: Sequence[str]) -> None:
-    """Raise StrideError for an input that consists of tables (CSV, Excel) only; among other files they are text."""
-    if paths and all(path.lower().removesuffix(compression(path)).endswith(_TABLES) for path in paths):
-        raise StrideError(
-            f"Input {redact_url(given)} is a table that is not read ({', '.join(_TABLES)}); make it Parquet, as in "
-            "pandas.read_csv(…).to_parquet(…), or JSON Lines."
-        )
+def _is_table(name: str) -> bool:
+    return _suffix(name) in _TABLES
 
 
 def _expand_glob(fs: Any, path: str) -> tuple[str, dict[str, Any]]:
@@ -162,22 +176,33 @@ def _visible(name: str) -> bool:
 
 
 def _documents(names: list[str]) -> list[str]:
-    """The names without markers and, where there are data files, without what accompanies them."""
+    """The names without markers and, where there are data files, without what lies beside them."""
     names = [name for name in names if not _MARKERS.fullmatch(_leaf(name))]
     data = {name for name in names if kind_of(name) != "text" and not _COMPANIONS.fullmatch(_leaf(name))}
     objects = {name for name in data if _suffix(name) == ".json"}
     texts = [name for name in names if kind_of(name) == "text" and not _COMPANIONS.fullmatch(_leaf(name))]
-    if len(objects) <= len(texts):  # code and texts come with some JSON of their own, which makes no data set of them
+    # Code and texts come with some JSON of their own, which makes no data set of them.
+    if objects and len(objects) <= sum(not _is_table(name) for name in texts):
         data -= objects
+    if not data:
+        return names
     # Cards stand at the top of a data set, private files beside the data or its partitions (``date=2026-01-01/``).
     above = {folder for name in data for folder in _folders(name)}
     beside = {folder for name in data for folder in _folders(name) if _is_partitioned(name.removeprefix(folder))}
     return [
         name
         for name in names
-        if not (_COMPANIONS.fullmatch(_leaf(name)) and _folders(name)[-1] in above)
+        if not _is_table(name)
+        and not (_folders(name)[-1] in above and not _is_data_or_text(name))
         and not any(_is_private(name.removeprefix(folder)) for folder in beside if name.startswith(folder))
     ]
+
+
+def _is_data_or_text(name: str) -> bool:
+    """Whether a file beside data files is one too, or a text; what is packed so that it is not read is told later."""
+    suffix = _suffix(name)
+    held = kind_of(name) != "text" or suffix in _KINDS or suffix == ".txt" or name.lower().endswith(PACKED)
+    return held and not _COMPANIONS.fullmatch(_leaf(name))
 
 
 def _folders(name: str) -> list[str]:
@@ -198,7 +223,12 @@ def _left_out(names: Iterable[str], kept: Collection[str]) -> list[str]:
     """The names that are not kept, sorted; of a folder of which nothing is, its own name with a slash."""
     used = {folder for name in kept for folder in _folders(name)} | {""}
     gone = (name for name in names if name not in kept and _leaf(name))
-    return sorted({next((folder for folder in _folders(name) if folder not in used), name) for name in gone})
+    return sorted(
+        {
+            next((folder for folder in _folders(name) if folder not in used and not _is_table(name)), name)
+            for name in gone
+        }
+    )
 
 
 def _suffix(name: str) -> str:

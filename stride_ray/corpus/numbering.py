@@ -2,15 +2,15 @@
 
 A document is its source and its id. Ids are the input's: they may start again in every file of a source, or be given
 twice in one file. The first document with an id keeps it; a later one of the same source gets the place of its row
-after it, as ``7~b.jsonl#1024``, so that sums never mix two rows and each can be found. Names depend on earlier
-documents only, so those of numbered parts stay when input is added.
+after it, as ``7~b.jsonl#1024`` (with more ``~`` if that is the id of another), so that sums never mix two rows and each
+can be found. Names of numbered parts stay when input is added.
 
 A module of its own because tokenizer libraries take longer to import than a part takes to number.
 """
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ def document_hashes(stage: Stage, staged: Stage, work: tuple[int, bool]) -> dict
         work: the part's index, and whether it is numbered.
 
     Returns:
-        ``part``, ``hashes``.
+        ``part``, ``hashes``, and ``marked``: those of source and id together whose id has a "~", as renamed ones do.
     """
     index, numbered = work
     name = part_name(index)
@@ -70,7 +70,8 @@ def document_hashes(stage: Stage, staged: Stage, work: tuple[int, bool]) -> dict
     names = (block_id(source, name, 0) for source, name in zip(sources, ids, strict=True))
     alone = (int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") for name in ids)
     hashes = np.array([np.fromiter(each, np.uint64, len(ids)) for each in (names, alone)]).T
-    return {"part": index, "hashes": hashes}
+    marked = [number for number, name in enumerate(ids) if "~" in name]
+    return {"part": index, "hashes": hashes, "marked": hashes[marked, 0]}
 
 
 def repeats(hashes: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:
@@ -91,8 +92,16 @@ def repeats(hashes: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:
     return [np.flatnonzero(each) for each in np.split(repeated, edges)], shared
 
 
-def with_distinct_ids(table: pa.Table, unit: InputSplit, repeated: np.ndarray) -> tuple[pa.Table, list[str]]:
+def with_distinct_ids(
+    table: pa.Table, unit: InputSplit, repeated: np.ndarray, taken: Collection[int] = ()
+) -> tuple[pa.Table, list[str]]:
     """Rename the documents of a part with these indices, and with them the ids of the blocks that they begin.
+
+    Args:
+        table: the part.
+        unit: what it was read from.
+        repeated: the indices.
+        taken: hashes of source and id of documents that may have such a name already (``document_hashes``).
 
     Returns:
         The table, and source and new id of the first of these documents; empty if there are none.
@@ -107,6 +116,8 @@ def with_distinct_ids(table: pa.Table, unit: InputSplit, repeated: np.ndarray) -
     for i in np.flatnonzero(renamed).tolist():
         file = unit.files[places[i] if unit.kind == "text" else 0].name
         ids[i] += f"~{file}" if unit.kind == "text" else f"~{file}#{places[i]}"
+        while block_id(sources[i], ids[i], 0) in taken:
+            ids[i] += "~"
     first_span = np.cumsum([0, *spans.value_lengths().to_pylist()])
     block_ids = table["block_id"].to_pylist()
     for row, i in enumerate(first_span[:-1].tolist()):
@@ -121,19 +132,22 @@ def with_distinct_ids(table: pa.Table, unit: InputSplit, repeated: np.ndarray) -
     return table, [sources[example], ids[example]]
 
 
-def number_part(stage: Stage, staged: Stage, work: tuple[int, int, InputSplit, np.ndarray]) -> dict[str, Any]:
+def number_part(
+    stage: Stage, staged: Stage, work: tuple[int, int, InputSplit, np.ndarray, frozenset[int]]
+) -> dict[str, Any]:
     """Assign ordinals to a part's blocks and publish the part.
 
     Args:
         stage: where the part goes.
         staged: where it is.
-        work: its index, its first ordinal, its input split, and the indices of the documents to rename.
+        work: its index, its first ordinal, its input split, the indices of the documents to rename, and the names that
+            are taken (``with_distinct_ids``).
     """
     started = time.monotonic()
-    index, first, unit, repeated = work
+    index, first, unit, repeated, taken = work
     name = part_name(index)
     marker = staged.store.read_json(f"_done/{name}.json")
-    table, renamed = with_distinct_ids(read_staged(staged.store, name), unit, repeated)
+    table, renamed = with_distinct_ids(read_staged(staged.store, name), unit, repeated, taken)
     content = stage.store.write_table(f"{name}.parquet", with_ordinals(table, first))
     counts = {**marker["counts"], "repeated": len(repeated)}
     facts = {"counts": counts, "renamed": renamed, "max_token_id": marker["max_token_id"], "first_ordinal": first}

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from stride_ray.corpus.documents import Document, TokenizedDocument, read, resolve_columns
 from stride_ray.corpus.readers import Rejected, Row, rows
+from stride_ray.corpus.rows.row import named
 from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.corpus.tokenizing import encode
 from stride_ray.runtime.errors import StrideError
@@ -104,10 +105,9 @@ def _given_id(row: Row) -> str | Rejected | None:
         # Integers beside nulls become floats in pandas, and nulls NaN.
         if value is None or (isinstance(value, float) and math.isnan(value)):
             continue
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return str(value)
+        value = named(value)
+        if isinstance(value, float):
+            return str(int(value) if value.is_integer() else value)
         if not isinstance(value, str):
             return Rejected(row.file, row.number(), f"{column!r} is neither a string nor a number")
         try:

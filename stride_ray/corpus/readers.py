@@ -7,6 +7,7 @@ rejected documents.
 """
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache, partial
@@ -14,7 +15,7 @@ from typing import Any
 
 import zstandard
 
-from stride_ray.corpus.files import END, SourceFile, compression
+from stride_ray.corpus.files import END, PACKED, SourceFile, compression
 from stride_ray.corpus.rows.columnar import arrow_rows, parquet_rows
 from stride_ray.corpus.rows.row import Rejected, Row, is_corrupt, reason
 from stride_ray.corpus.splits import InputSplit
@@ -24,7 +25,10 @@ from stride_ray.runtime.urls import filesystem, redact_url, redacted_error
 _CHUNK = 1 << 20
 # The longest window of ``zstd --long``, bytes; by default the library refuses more than 128 MiB.
 ZSTD_WINDOW = 1 << 31
-_PACKED = (".bz2", ".xz", ".lz4", ".br", ".zip", ".7z", ".tar", ".tgz")
+# The largest JSON array that is read, bytes: unlike lines, it is read whole, by one worker.
+_ARRAY_BYTES = 1 << 28
+_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*[{\]]")
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
 # Small text files fetched at once: a remote file system runs these requests concurrently.
 _FETCH_FILES = 64
 
@@ -124,7 +128,17 @@ def _lines(chunks: Iterable[bytes], offset: int) -> Iterator[tuple[int, bytes]]:
 
 
 def raw_lines(unit: InputSplit) -> Iterator[tuple[int, bytes]]:
-    """``(offset in the decompressed file, line)`` of the lines that start in a JSON Lines unit."""
+    """``(offset in the decompressed file, line)`` of the lines that start in a JSON Lines unit.
+
+    Of a file that is one JSON array, its elements, each as one line; the first unit of the file has them all.
+
+    Raises:
+        EOFError: a compressed file is truncated; an array has no end, or is larger than 256 MiB.
+    """
+    if _ARRAY.match(_head(unit.files[0])):
+        if not unit.start:
+            yield from _elements(_chunks(unit.files[0]))
+        return
     # Start one byte early and skip the first line: if that byte is a newline, a line starts at ``start`` exactly;
     # otherwise the rest of a line of the previous unit is skipped.
     early = unit.start - 1 if unit.start else 0
@@ -135,6 +149,49 @@ def raw_lines(unit: InputSplit) -> Iterator[tuple[int, bytes]]:
         if unit.stop != END and offset >= unit.stop:
             return
         yield offset, line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
+
+
+def _head(file: SourceFile) -> bytes:
+    """The first bytes of a file; what is wrong with them is told when all of it is read."""
+    if compression(file.name):
+        try:
+            return next(_chunks(file), b"")[:1024]
+        except (zlib.error, zstandard.ZstdError, EOFError):
+            return b""
+    fs, path = filesystem(file.url)
+    return bytes(fs.cat_file(path, start=0, end=1024))
+
+
+def _elements(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """``(offset, element as one line)`` of a JSON array, and the lines after it."""
+    held = bytearray()
+    for chunk in chunks:
+        held += chunk
+        if len(held) > _ARRAY_BYTES:
+            raise EOFError(f"a JSON array of over {_ARRAY_BYTES >> 20} MiB; write one JSON object a line")
+    data = bytes(held)
+    depth, start = -1, 0  # before the array
+
+    def element(stop: int) -> tuple[int, bytes]:
+        # A line end inside a string is escaped, so these are white space.
+        found = data[start:stop].lstrip()
+        return stop - len(found), found.rstrip().replace(b"\r", b" ").replace(b"\n", b" ")
+
+    for token in _TOKEN.finditer(data):
+        sign = token[0]
+        if sign in b"[{":
+            depth += 1
+            start = start if depth else token.end()
+        elif sign in b"]}":
+            depth -= 1
+        if (sign == b"," and depth == 0) or depth < 0:
+            yield element(token.start())
+            start = token.end()
+        if depth < 0:
+            yield from _lines([data[start:]], start)
+            return
+    yield element(len(data))
+    raise EOFError("a JSON array without its closing bracket: the file was cut short")
 
 
 def _json_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
@@ -157,7 +214,8 @@ def _json_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
 
     try:
         for index, (offset, line) in enumerate(raw_lines(unit)):
-            first = first if index else offset
+            if index == 0 and unit.start:  # rows of an array are counted from its beginning too
+                first = offset
             if not line.strip():
                 continue
             try:
@@ -190,14 +248,40 @@ def _text_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
             if isinstance(data, BaseException):
                 raise unfetched(file, data)
             try:
-                text = b"".join(inflated([data], compression(file.name))).decode("utf-8-sig")
+                data = b"".join(inflated([data], compression(file.name)))
+                text = data.decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                packed = file.name.lower().endswith(_PACKED)
+                packed = file.name.lower().endswith(PACKED)
                 why = "packed in a way that is not read; unpack it, or pack it with gzip or zstd" if packed else ""
+                why = why or _mistaken(file.name, data)
                 yield Rejected(file.name, None, why or f"not UTF-8 text: {reason(error)}")
             except Exception as error:
                 if not is_corrupt(error):
                     raise
                 yield Rejected(file.name, None, f"unreadable: {reason(error)}")
             else:
-                yield Row(file.name, file.name, {"text": text}, lambda: None)
+                why = _mistaken(file.name, data)
+                if "\0" in text:
+                    why = why or "contains NUL characters: UTF-16 or no text at all; save it as UTF-8"
+                if why:
+                    yield Rejected(file.name, None, why)
+                else:
+                    yield Row(file.name, file.name, {"text": text}, lambda: None)
+
+
+def _mistaken(name: str, data: bytes) -> str:
+    """What to do with a file that is taken for text by its name and is another format by its content; else empty."""
+    formats = {
+        b"PAR1": ("Parquet", ".parquet"),
+        b"ARROW1": ("Arrow", ".arrow"),
+        b"\xff\xff\xff\xff": ("Arrow", ".arrow"),
+    }
+    found = next((found for magic, found in formats.items() if data.startswith(magic)), None)
+    leaf = name.rpartition("/")[2].removesuffix(compression(name))
+    if "." not in leaf and re.match(rb"\s*\{", data):
+        try:
+            if isinstance(json.loads(data.lstrip().partition(b"\n")[0].decode()), dict):
+                found = ("JSON Lines", ".jsonl")
+        except (ValueError, RecursionError):
+            pass
+    return f"holds {found[0]}; let its name end in {found[1]} to have its rows read" if found else ""

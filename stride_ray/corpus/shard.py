@@ -121,10 +121,10 @@ def _shard(run: Run, out: TextIO) -> dict[str, Any]:
             run.roll_back(stage)  # else the stored plan and options would reject the corrected command
             raise StrideError(_no_blocks_message(config, markers_by_part))
         first = np.concatenate([[0], np.cumsum(counts)]).tolist()
-        repeated, shared = _repeats(
+        repeated, shared, taken = _repeats(
             run, (stage, staged), [part_name(i) in numbered for i in range(len(units))], columns
         )
-        todo = [(i, first[i], units[i], repeated[i]) for i in range(len(units)) if part_name(i) not in numbered]
+        todo = [(i, first[i], units[i], repeated[i], taken) for i in range(len(units)) if part_name(i) not in numbered]
         results = map_tasks(number_part, (stage, staged), todo, allocate_workers(run.config.compute, len(todo)))
         stage.remember(progress(results, "number", len(todo), "parts"))
     own = load_tokenizer(stage.store.child("tokenizer").url)
@@ -172,14 +172,19 @@ def _register(
 
 def _repeats(
     run: Run, stages: tuple[Stage, Stage], numbered: list[bool], columns: dict[str, str]
-) -> tuple[list[np.ndarray], int]:
-    """``numbering.repeats`` of all parts; nothing to find without an id column, for ids made of places are unique."""
+) -> tuple[list[np.ndarray], int, frozenset[int]]:
+    """``numbering.repeats`` of all parts, and what names are taken if any repeat.
+
+    Without an id column there is nothing to find, for ids made of places are unique.
+    """
     if "id" not in columns:
-        return [np.zeros(0, np.int64)] * len(numbered), 0
+        return [np.zeros(0, np.int64)] * len(numbered), 0, frozenset()
     work = list(enumerate(numbered))
     results = map_tasks(document_hashes, stages, work, allocate_workers(run.config.compute, len(work)))
     found = sorted(progress(results, "compare", len(work), "parts"), key=lambda result: result["part"])
-    return repeats([result["hashes"] for result in found])
+    repeated, shared = repeats([result["hashes"] for result in found])
+    marked = (name for result in found for name in result["marked"].tolist())
+    return repeated, shared, frozenset(marked if any(map(len, repeated)) else ())
 
 
 def _save_tokenizer(stage: Stage, tokenizer: Any) -> None:

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import IO, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.files import END, compression
 from stride_ray.corpus.packing import PADDING, Counts, block_schema, iter_blocks
 from stride_ray.corpus.readers import Row, raw_lines, rows
+from stride_ray.corpus.rows.columnar import arrow_batches
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Stage, part_name
@@ -96,7 +98,7 @@ def _rows(unit: InputSplit, wanted: set[int], path: str) -> tuple[str, int]:
     if unit.kind == "parquet":
         return ".parquet", _parquet_rows(unit, wanted, path)
     if unit.kind == "arrow":
-        return ".parquet", _arrow_rows(unit, wanted, path)
+        return _arrow_rows(unit, wanted, path)
     packing = compression(unit.files[0].name) if unit.kind == "jsonl" else ""
     count = 0
     with _opened(path, packing) as file:
@@ -166,19 +168,49 @@ def _parquet_rows(unit: InputSplit, wanted: set[int], path: str) -> int:
     return count
 
 
-def _arrow_rows(unit: InputSplit, wanted: set[int], path: str) -> int:
+def _arrow_rows(unit: InputSplit, wanted: set[int], path: str) -> tuple[str, int]:
+    """Copy rows without decoding their values, some of which Python cannot hold; returns the suffix and the count.
+
+    They go to Parquet, or to Arrow where the schema has types that Parquet has not (unions, intervals).
+    """
     schema = _arrow_schema(unit)
-    count, held = 0, list[dict[str, Any]]()
-    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
-        for row in rows(unit, None):
-            if isinstance(row, Row) and int(row.document_id.rpartition("#")[2]) in wanted:
-                held.append(row.values)
-                count += 1
-            if len(held) == _ROWS:
-                writer.write_table(pa.Table.from_pylist(held, schema))
-                held = []
-        writer.write_table(pa.Table.from_pylist(held, schema))
-    return count
+    ending = ".parquet"
+    try:
+        pq.ParquetWriter(pa.BufferOutputStream(), schema).close()
+    except pa.ArrowNotImplementedError:
+        ending = ".arrow"
+    count = 0
+    make: Any = (
+        partial(pq.ParquetWriter, compression="zstd", write_page_checksum=True)
+        if ending == ".parquet"
+        else pa.ipc.new_stream
+    )
+    try:
+        with make(path, schema) as writer:
+            held = list[pa.Table]()
+            for first, batch in arrow_batches(unit):
+                places = [row for row in range(batch.num_rows) if first + row in wanted]
+                if places:
+                    held.append(_taken(pa.Table.from_batches([batch]), places))
+                    count += len(places)
+                if sum(table.num_rows for table in held) >= _ROWS:
+                    writer.write_table(pa.concat_tables(held))
+                    held = []
+                if count == len(wanted):  # the rest may be corrupt
+                    break
+            if held:
+                writer.write_table(pa.concat_tables(held))
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise StrideError(f"{redact_url(unit.files[0].url)} cannot be read: {first_line(error)}") from None
+    return ending, count
+
+
+def _taken(table: pa.Table, places: list[int]) -> pa.Table:
+    """The rows at some places, as a copy; slices, which keep all in memory, where there is no kernel for a type."""
+    try:
+        return table.take(pa.array(places, pa.int64()))
+    except pa.ArrowNotImplementedError:
+        return pa.concat_tables([table.slice(place, 1) for place in places])
 
 
 def _arrow_schema(unit: InputSplit) -> pa.Schema:

@@ -144,7 +144,31 @@ def _value(column: pa.Array) -> Any:
 
 
 def arrow_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
-    """Rows of the record batches whose message starts in the unit's byte range.
+    """Rows of the record batches whose message starts in the unit's byte range."""
+    filled = set[str]()
+    for item in _arrow_streams(unit):
+        if isinstance(item, Rejected):
+            yield item
+        else:
+            yield from _arrow_batch(unit.files[0].name, *item, columns, filled)
+
+
+def arrow_batches(unit: InputSplit) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """``(number of its first row, batch)`` of the unit's record batches, with all columns, up to the first corrupt one.
+
+    Raises:
+        pa.ArrowException, OSError: a batch cannot be decoded.
+    """
+    for item in _arrow_streams(unit):
+        if isinstance(item, Rejected):
+            return
+        first, _, stream = item
+        with pa.ipc.open_stream(pa.py_buffer(stream)) as reader:
+            yield first, reader.read_next_batch()
+
+
+def _arrow_streams(unit: InputSplit) -> Iterator[tuple[int, int, bytes] | Rejected]:
+    """``(first row, rows, stream with a single batch)`` of the unit's record batches.
 
     Only the headers of earlier batches are read, which is enough to number rows.
     """
@@ -170,7 +194,7 @@ def arrow_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Ro
                     head += handle.read(size)
                 elif kind == _RECORDS:
                     if position >= unit.start:
-                        yield from _arrow_batch(file.name, head + handle.read(size), row, count, columns)
+                        yield row, count, head + handle.read(size)
                     row += count
                 position += size
         except Exception as error:
@@ -182,13 +206,21 @@ def arrow_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Ro
 
 
 def _arrow_batch(
-    name: str, stream: bytes, row: int, count: int, columns: Collection[str] | None
+    name: str, row: int, count: int, stream: bytes, columns: Collection[str] | None, filled: set[str]
 ) -> Iterator[Row | Rejected]:
-    """Rows of a stream with a single batch of ``count`` rows; ``row`` is its first row's number in the file."""
+    """Rows of a stream with a single batch of ``count`` rows.
+
+    Args:
+        name: name of the file.
+        row: number of the first row in the file.
+        count: rows.
+        stream: the schema, dictionaries and the batch.
+        columns: columns to read; None: all.
+        filled: columns that are not read and hold more than nulls in the file's batches so far; added to.
+    """
     schema = pa.ipc.open_stream(pa.py_buffer(stream)).schema
     names: list[str] = schema.names
     wanted = [each for each in names if columns is None or each in columns]
-    unread = _others(schema, wanted)
 
     def batch(chosen: Sequence[str]) -> pa.RecordBatch:
         options = pa.ipc.IpcReadOptions(included_fields=[names.index(each) for each in chosen])
@@ -200,6 +232,16 @@ def _arrow_batch(
         read.validate()
         return read.select(list(chosen))
 
+    for each in sorted(_others(schema, wanted) - filled):
+        try:
+            empty = batch([each]).column(0).null_count == count
+        except Exception as error:
+            if not is_corrupt(error):
+                raise
+            empty = False  # what cannot be read may hold something
+        if not empty:
+            filled.add(each)
+    unread = frozenset(filled)
     try:
         yield from _batch_rows(name, batch(wanted), row, unread)
     except Exception as error:

@@ -5,7 +5,10 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import pyarrow as pa
 import zstandard
@@ -97,6 +100,25 @@ def parsed(value: Any) -> Any:
         ValueError: a string is not JSON.
     """
     return json.loads(value) if isinstance(value, str) else value
+
+
+def named(value: Any) -> Any:
+    """An id as text where its type has one form only: whole numbers, UUIDs, dates; anything else as it is.
+
+    Example:
+        >>> named(7.0), named(Decimal("7.00")), named(date(2026, 1, 31)), named(True)
+        ('7', '7', '2026-01-31', True)
+    """
+    # pandas makes a column of integers with a gap one of floats, which hold integers below 2^53 exactly.
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
+        return str(int(value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, date):  # or a datetime
+        return value.isoformat()
+    return str(value) if isinstance(value, UUID) else value
 
 
 def is_corrupt(error: Exception) -> bool:

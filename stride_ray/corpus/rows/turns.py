@@ -12,7 +12,7 @@ from stride_ray.corpus.rows.row import has_content, without_nulls
 _SPEAKERS = {
     **{name: name for name in ("system", "user", "assistant", "tool", "function", "developer")},
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"},
-    **{"model": "assistant", "observation": "tool"},
+    **{"model": "assistant", "function_call": "assistant", "tool_call": "assistant", "observation": "tool"},
 }
 _MARKS = ("weight", "train", "training", "loss", "trainable")
 _PARTIAL_MARKS = ("train_detail", "training_detail")
@@ -37,8 +37,10 @@ def turn_of(value: Any) -> tuple[dict[str, Any], bool]:
         if speaker.lower() not in _SPEAKERS:
             raise ValueError(f"from {speaker!r}, who is none of {', '.join(_SPEAKERS)}; write role and content")
         said = {"content": turn.pop("value")} if "value" in turn else {}
-        turn = {"role": _SPEAKERS[speaker.lower()], **said, **turn}
-    if not isinstance(turn.get("role"), str):
+        turn = {"role": speaker, **said, **turn}
+    if isinstance(turn.get("role"), str):  # one that is not known is left to the template
+        turn["role"] = _SPEAKERS.get(turn["role"].lower(), turn["role"])
+    else:
         raise ValueError("without a role")
     if "content" not in turn and "tool_calls" not in turn:
         raise ValueError("without content")

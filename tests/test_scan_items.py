@@ -2,11 +2,12 @@
 
 import gzip
 import json
+import unicodedata
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stride_ray.contamination.items import Item, check_names, read_folder, read_set
@@ -268,6 +269,59 @@ READ = {
 def test_words_are_those_a_reader_sees(name):
     text, words = READ[name]
     assert split(text).words == words.split()
+
+
+# The letters and marks of each script; of Latin, of the half-width forms and of kana some.
+SCRIPTS = {
+    "latin": "aeo\u00e9\u1ec7\u0301\u0323\u0308\uff21\ufb01 1",
+    "greek": "\u03b1\u03ac\u1fc7\u03a3\u03c3\u03c2\u0301\u0345 ",
+    "hebrew": "\u05e9\u05c1\u05b8\u05dc\ufb2a ",
+    "arabic": "\u0627\u0622\u0653\u0644\u064e\u0651\ufefb ",
+    "kana": "\u304b\u304c\u3099\u30ab\u30ac\uff76\u30fc\uff70 \u6771",
+    "hangul": "\ud55c\u1112\u1161\u11ab\uae00 ",
+    **{
+        name: "".join(map(chr, range(first, last))) + " "
+        for name, first, last in (
+            ("devanagari", 0x901, 0x970),
+            ("bengali", 0x981, 0x9FD),
+            ("gurmukhi", 0xA01, 0xA76),
+            ("tamil", 0xB82, 0xBD8),
+            ("telugu", 0xC01, 0xC70),
+            ("kannada", 0xC82, 0xCF3),
+            ("malayalam", 0xD02, 0xD70),
+            ("sinhala", 0xD82, 0xDF4),
+            ("thai", 0xE01, 0xE5C),
+            ("lao", 0xE81, 0xEE0),
+            ("tibetan", 0xF71, 0xFBD),
+            ("myanmar", 0x1000, 0x104A),
+            ("khmer", 0x1780, 0x17D4),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_words_are_the_same_in_each_normal_form(name, data):
+    text = data.draw(st.text(SCRIPTS[name], max_size=24))
+    words = split(text).words
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        assert split(unicodedata.normalize(form, text)).words == words
+
+
+@pytest.mark.parametrize(
+    "text", ["\u0e19\u0e49\u0e33\u0e15\u0e32\u0e25 \u0e17\u0e33", "\u0e99\u0ec9\u0eb3 \u0edc\u0eb2\u0edd\u0eb9"]
+)
+def test_thai_and_lao_letters_of_two_characters_are_one_in_either_form(text):
+    other = unicodedata.normalize("NFKC", text)
+    found = split(other)
+    assert found.words == split(text).words
+    assert "".join(other[start:stop] for start, stop in found.spans) == other.replace(" ", "")
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(found.words), 1)}
+    numbers = Numbering(vocabulary).numbers(text)
+    assert numbers.tolist() == Numbering(vocabulary).numbers(other).tolist()
+    assert (numbers > 0).all()
 
 
 def test_words_keep_their_places_in_the_raw_text():

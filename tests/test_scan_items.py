@@ -112,12 +112,109 @@ def test_any_other_shape_by_naming_its_fields(tmp_path):
     path = write(tmp_path / "own.jsonl", [{"q": "Why?", "a1": "x", "a2": "y", "gold": 1, "nr": 7}])
     (item,) = read_set(path, fields={"question": "q", "choices": "a1,a2", "answer": "gold", "id": "nr"}).items
     assert (item.question, item.choices, item.answer, item.item_id) == ("Why?", ("x", "y"), "y", "7")
-    with pytest.raises(StrideError, match=r"own\.jsonl, row 1: none of its fields .*'q'.* --fields question=FIELD"):
-        read_set(path)
+    textless = write(tmp_path / "none.jsonl", [{"q": 3, "nr": "a7"}])
+    with pytest.raises(StrideError, match=r"none\.jsonl, row 1: none of its fields 'nr', 'q' holds a text; .*=FIELD"):
+        read_set(textless)
     with pytest.raises(StrideError, match="it has no field 'ask'; its fields are 'a1', 'a2'"):
         read_set(path, fields={"question": "ask"})
     with pytest.raises(StrideError, match="'prompt' is not a role"):
         read_set(path, fields={"prompt": "q"})
+
+
+# Rows of public sets that have no shape of their own, or an odd one; the question, choices, answer and other texts.
+ODD = {
+    "openbookqa": (
+        {
+            "id": "7",
+            "question_stem": "Why so?",
+            "choices": {"text": ["a b", "c d"], "label": ["A", "B"]},
+            "answerKey": "B",
+        },
+        ("Why so?", ("a b", "c d"), "c d", {}),
+    ),
+    "coqa": (
+        {
+            "story": "It was long ago.",
+            "questions": ["Was it?", "Why so?"],
+            "answers": {"input_text": ["so so", "yes, yes"]},
+        },
+        (
+            "It was long ago.",
+            (),
+            "",
+            {
+                "questions.0": "Was it?",
+                "questions.1": "Why so?",
+                "answers.input_text.0": "so so",
+                "answers.input_text.1": "yes, yes",
+            },
+        ),
+    ),
+    "bigcodebench": (
+        {
+            "complete_prompt": "def f(a):",
+            "instruct_prompt": "Write f of a.",
+            "canonical_solution": " return a",
+            "task_id": "B/0",
+        },
+        ("def f(a):", (), " return a", {"instruct_prompt": "Write f of a."}),
+    ),
+    "medqa": (
+        {
+            "question": "Why so?",
+            "options": [{"key": "A", "value": "a b"}, {"key": "E", "value": "c d"}],
+            "answer_idx": "E",
+            "answer": "c d",
+        },
+        ("Why so?", ("a b", "c d"), "c d", {}),
+    ),
+    "xnli": (
+        {
+            "premise": {"en": "It was so.", "de": "Es war einmal so."},
+            "hypothesis": {"language": ["en"], "translation": ["Was it?"]},
+            "label": 0,
+        },
+        ("Es war einmal so.", (), "", {"premise.en": "It was so.", "hypothesis.translation.0": "Was it?"}),
+    ),
+    "code contests": (
+        {
+            "name": "1_A. Sum",
+            "description": "Add the two.",
+            "solutions": {"solution": ["print(a + b) # as it was asked for"]},
+        },
+        ("Add the two.", (), "", {"name": "1_A. Sum", "solutions.solution.0": "print(a + b) # as it was asked for"}),
+    ),
+    "storycloze": (
+        {
+            **{f"input_sentence_{i}": f"So it was {i}." for i in (1, 2, 3, 4)},
+            "sentence_quiz1": "a b",
+            "sentence_quiz2": "c d",
+            "answer_right_ending": 1,
+        },
+        ("So it was 1.\nSo it was 2.\nSo it was 3.\nSo it was 4.", ("a b", "c d"), "a b", {}),
+    ),
+    "sample log": (
+        {"doc_id": 3, "doc": {"question": "Why so?", "answer": "so so"}, "arguments": [["Many shots. Why so?", ""]]},
+        ("Why so?", (), "so so", {}),
+    ),
+    "unknown": (
+        {"nr": 3, "hint": "Be short.", "ask": "Why was it so?", "key": "a1", "more": [{"notes": "as it was"}]},
+        ("Why was it so?", (), "", {"hint": "Be short.", "more.0.notes": "as it was"}),
+    ),
+    "known names that hold something else": (
+        {"question": "Why was it so?", "choices": [[1]], "answer": {"no": 1}, "note": "a b"},
+        ("Why was it so?", (), "", {"note": "a b"}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_sets_of_any_shape_are_searched_for_all_their_texts(name, tmp_path):
+    row, (question, choices, answer, others) = ODD[name]
+    (item,) = read_set(write(tmp_path / "set.jsonl", [row])).items
+    assert (item.question, item.choices, item.answer, dict(item.others)) == (question, choices, answer, others)
+    assert item.asked.split(",")[0] in {**row, **row.get("doc", {})}
+    assert item.item_id == str(row.get("id", row.get("task_id", row.get("doc_id", "set.jsonl#0"))))
 
 
 OTHERS = {

@@ -2,11 +2,12 @@
 
 import gzip
 import json
+import unicodedata
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stride_ray.contamination.items import Item, check_names, read_folder, read_set
@@ -111,12 +112,109 @@ def test_any_other_shape_by_naming_its_fields(tmp_path):
     path = write(tmp_path / "own.jsonl", [{"q": "Why?", "a1": "x", "a2": "y", "gold": 1, "nr": 7}])
     (item,) = read_set(path, fields={"question": "q", "choices": "a1,a2", "answer": "gold", "id": "nr"}).items
     assert (item.question, item.choices, item.answer, item.item_id) == ("Why?", ("x", "y"), "y", "7")
-    with pytest.raises(StrideError, match=r"own\.jsonl, row 1: none of its fields .*'q'.* --fields question=FIELD"):
-        read_set(path)
+    textless = write(tmp_path / "none.jsonl", [{"q": 3, "nr": "a7"}])
+    with pytest.raises(StrideError, match=r"none\.jsonl, row 1: none of its fields 'nr', 'q' holds a text; .*=FIELD"):
+        read_set(textless)
     with pytest.raises(StrideError, match="it has no field 'ask'; its fields are 'a1', 'a2'"):
         read_set(path, fields={"question": "ask"})
     with pytest.raises(StrideError, match="'prompt' is not a role"):
         read_set(path, fields={"prompt": "q"})
+
+
+# Rows of public sets that have no shape of their own, or an odd one; the question, choices, answer and other texts.
+ODD = {
+    "openbookqa": (
+        {
+            "id": "7",
+            "question_stem": "Why so?",
+            "choices": {"text": ["a b", "c d"], "label": ["A", "B"]},
+            "answerKey": "B",
+        },
+        ("Why so?", ("a b", "c d"), "c d", {}),
+    ),
+    "coqa": (
+        {
+            "story": "It was long ago.",
+            "questions": ["Was it?", "Why so?"],
+            "answers": {"input_text": ["so so", "yes, yes"]},
+        },
+        (
+            "It was long ago.",
+            (),
+            "",
+            {
+                "questions.0": "Was it?",
+                "questions.1": "Why so?",
+                "answers.input_text.0": "so so",
+                "answers.input_text.1": "yes, yes",
+            },
+        ),
+    ),
+    "bigcodebench": (
+        {
+            "complete_prompt": "def f(a):",
+            "instruct_prompt": "Write f of a.",
+            "canonical_solution": " return a",
+            "task_id": "B/0",
+        },
+        ("def f(a):", (), " return a", {"instruct_prompt": "Write f of a."}),
+    ),
+    "medqa": (
+        {
+            "question": "Why so?",
+            "options": [{"key": "A", "value": "a b"}, {"key": "E", "value": "c d"}],
+            "answer_idx": "E",
+            "answer": "c d",
+        },
+        ("Why so?", ("a b", "c d"), "c d", {}),
+    ),
+    "xnli": (
+        {
+            "premise": {"en": "It was so.", "de": "Es war einmal so."},
+            "hypothesis": {"language": ["en"], "translation": ["Was it?"]},
+            "label": 0,
+        },
+        ("Es war einmal so.", (), "", {"premise.en": "It was so.", "hypothesis.translation.0": "Was it?"}),
+    ),
+    "code contests": (
+        {
+            "name": "1_A. Sum",
+            "description": "Add the two.",
+            "solutions": {"solution": ["print(a + b) # as it was asked for"]},
+        },
+        ("Add the two.", (), "", {"name": "1_A. Sum", "solutions.solution.0": "print(a + b) # as it was asked for"}),
+    ),
+    "storycloze": (
+        {
+            **{f"input_sentence_{i}": f"So it was {i}." for i in (1, 2, 3, 4)},
+            "sentence_quiz1": "a b",
+            "sentence_quiz2": "c d",
+            "answer_right_ending": 1,
+        },
+        ("So it was 1.\nSo it was 2.\nSo it was 3.\nSo it was 4.", ("a b", "c d"), "a b", {}),
+    ),
+    "sample log": (
+        {"doc_id": 3, "doc": {"question": "Why so?", "answer": "so so"}, "arguments": [["Many shots. Why so?", ""]]},
+        ("Why so?", (), "so so", {}),
+    ),
+    "unknown": (
+        {"nr": 3, "hint": "Be short.", "ask": "Why was it so?", "key": "a1", "more": [{"notes": "as it was"}]},
+        ("Why was it so?", (), "", {"hint": "Be short.", "more.0.notes": "as it was"}),
+    ),
+    "known names that hold something else": (
+        {"question": "Why was it so?", "choices": [[1]], "answer": {"no": 1}, "note": "a b"},
+        ("Why was it so?", (), "", {"note": "a b"}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_sets_of_any_shape_are_searched_for_all_their_texts(name, tmp_path):
+    row, (question, choices, answer, others) = ODD[name]
+    (item,) = read_set(write(tmp_path / "set.jsonl", [row])).items
+    assert (item.question, item.choices, item.answer, dict(item.others)) == (question, choices, answer, others)
+    assert item.asked.split(",")[0] in {**row, **row.get("doc", {})}
+    assert item.item_id == str(row.get("id", row.get("task_id", row.get("doc_id", "set.jsonl#0"))))
 
 
 OTHERS = {
@@ -268,6 +366,59 @@ READ = {
 def test_words_are_those_a_reader_sees(name):
     text, words = READ[name]
     assert split(text).words == words.split()
+
+
+# The letters and marks of each script; of Latin, of the half-width forms and of kana some.
+SCRIPTS = {
+    "latin": "aeo\u00e9\u1ec7\u0301\u0323\u0308\uff21\ufb01 1",
+    "greek": "\u03b1\u03ac\u1fc7\u03a3\u03c3\u03c2\u0301\u0345 ",
+    "hebrew": "\u05e9\u05c1\u05b8\u05dc\ufb2a ",
+    "arabic": "\u0627\u0622\u0653\u0644\u064e\u0651\ufefb ",
+    "kana": "\u304b\u304c\u3099\u30ab\u30ac\uff76\u30fc\uff70 \u6771",
+    "hangul": "\ud55c\u1112\u1161\u11ab\uae00 ",
+    **{
+        name: "".join(map(chr, range(first, last))) + " "
+        for name, first, last in (
+            ("devanagari", 0x901, 0x970),
+            ("bengali", 0x981, 0x9FD),
+            ("gurmukhi", 0xA01, 0xA76),
+            ("tamil", 0xB82, 0xBD8),
+            ("telugu", 0xC01, 0xC70),
+            ("kannada", 0xC82, 0xCF3),
+            ("malayalam", 0xD02, 0xD70),
+            ("sinhala", 0xD82, 0xDF4),
+            ("thai", 0xE01, 0xE5C),
+            ("lao", 0xE81, 0xEE0),
+            ("tibetan", 0xF71, 0xFBD),
+            ("myanmar", 0x1000, 0x104A),
+            ("khmer", 0x1780, 0x17D4),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_words_are_the_same_in_each_normal_form(name, data):
+    text = data.draw(st.text(SCRIPTS[name], max_size=24))
+    words = split(text).words
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        assert split(unicodedata.normalize(form, text)).words == words
+
+
+@pytest.mark.parametrize(
+    "text", ["\u0e19\u0e49\u0e33\u0e15\u0e32\u0e25 \u0e17\u0e33", "\u0e99\u0ec9\u0eb3 \u0edc\u0eb2\u0edd\u0eb9"]
+)
+def test_thai_and_lao_letters_of_two_characters_are_one_in_either_form(text):
+    other = unicodedata.normalize("NFKC", text)
+    found = split(other)
+    assert found.words == split(text).words
+    assert "".join(other[start:stop] for start, stop in found.spans) == other.replace(" ", "")
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(found.words), 1)}
+    numbers = Numbering(vocabulary).numbers(text)
+    assert numbers.tolist() == Numbering(vocabulary).numbers(other).tolist()
+    assert (numbers > 0).all()
 
 
 def test_words_keep_their_places_in_the_raw_text():

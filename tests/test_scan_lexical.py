@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stride_ray.contamination.items import Item, read_set
-from stride_ray.contamination.lexical import ngrams, search
+from stride_ray.contamination.lexical import channel, ngrams, search
 from stride_ray.contamination.lexical.channel import lexical_matches
 from stride_ray.contamination.lexical.ngrams import Index, fields_of, numbering
 from stride_ray.contamination.lexical.words import split
@@ -129,6 +129,31 @@ def test_a_share_of_a_field_is_weighed_by_rarity(found):
     assert row["finding"]
     lexical = found({"a.jsonl": [half, *common]}, [{"question": QUESTION, "answer": ""}], overlap=0.8)
     assert not lexical.matches["finding"][0].as_py()
+
+
+@pytest.mark.parametrize("unrelated", [0, 50])
+@pytest.mark.parametrize("copies", [1, 2, 5, 50])
+def test_copies_with_a_word_changed_are_found_however_many_of_the_documents_hold_them(copies, unrelated, found):
+    words = [f"word{i}" for i in range(21)]
+    items = [{"question": " ".join(words)}, {"question": " ".join([*words[:5], "changed", *words[6:]])}]
+    rows = [f"{i} {' '.join([*words[:10], 'other', *words[11:]])}" for i in range(copies)]
+    lexical = found({"a.jsonl": [*rows, *(f"unrelated text {i}" for i in range(unrelated))]}, items)
+    assert lexical.matches["finding"].to_pylist() == [True] * len(lexical.matches)
+    assert len(lexical.matches) == 3 * copies  # both halves of the first item, and the second half of the other
+    assert 0.3 < min(lexical.overlaps.values()) < 0.7 < max(lexical.overlaps.values())
+
+
+@pytest.mark.parametrize("documents", [1000, 10**6, 10**9])
+def test_words_of_boilerplate_weigh_little_in_large_corpora(documents):
+    text = "which of the following is the best way to describe the kinetochore of a saccharomyces cerevisiae spindle"
+    field = ngrams.Field("k", "question", text, split(text), 8)
+    common = "which of the following is best way to describe a".split()
+    holding = {**dict.fromkeys(common, documents // 2), "spindle": 1}
+    weighing = channel._Weighing({("k", "question"): field}, holding, documents, ScanConfig())
+    run = {"key": "k", "field": "question", "source": "s", "file": "f", "place": 0, "first_word": 0, "stop_word": 8}
+    (row,) = weighing.weigh([run])
+    assert row["overlap"] < 0.21  # all words alike: 0.44
+    assert not row["finding"]
 
 
 def test_boilerplate_is_left_out_and_counted_but_many_copies_are_none(found):

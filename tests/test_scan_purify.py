@@ -281,6 +281,52 @@ def test_columns_of_dictionaries_and_of_what_cannot_be_read(kind, scanned):
     assert found["n"].cast(pa.binary()).to_pylist() == [b"u", b"\xff", b"v", b"x"]
 
 
+def test_parquet_files_keep_their_codecs(scanned):
+    root, scan_of = scanned
+    (root / "packed").mkdir()
+    table = pa.table({"text": ["a", f"x {COPY}"], "n": [1, 2], "s": [{"a": "u"}, {"a": "v"}]})
+    codecs = {"text": "zstd", "n": "none", "s.a": "gzip"}
+    for name in ("none", "snappy", "mixed"):
+        codec = codecs if name == "mixed" else name
+        pq.write_table(table, root / f"packed/{name}.parquet", compression=codec)
+    run, _ = scan_of("packed", "n1")
+    assert purify(run, str(root / "scans-packed"), "n1", str(root / "clean"))["spans"] == 3
+    for path in (root / "packed").iterdir():
+        before, after = (
+            pq.ParquetFile(folder / path.name).metadata.row_group(0) for folder in (path.parent, root / "clean")
+        )
+        assert [after.column(i).compression for i in range(3)] == [before.column(i).compression for i in range(3)]
+        assert pq.read_table(root / "clean" / path.name)["text"].to_pylist() == ["a", "x "]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream"])
+def test_leaks_in_maps_are_cut(kind, scanned):
+    root, scan_of = scanned
+    (root / "maps").mkdir()
+    arguments = pa.map_(pa.string(), pa.string())
+    turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("arguments", arguments)])
+    rows = [
+        [
+            {"role": "user", "content": "a", "arguments": None},
+            {"role": "assistant", "content": "b", "arguments": [("p.q", "kept"), ("r", f"x {COPY}")]},
+        ]
+    ]
+    table = pa.table({"messages": pa.array(rows, pa.list_(turn))})
+    path = root / f"maps/a.{'parquet' if kind == 'parquet' else 'arrow'}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+    run, _ = scan_of("maps", "n1")
+    assert purify(run, str(root / "scans-maps"), "n1", str(root / "clean"))["spans"] == 1
+    clean = root / "clean" / path.name
+    found = pq.read_table(clean) if kind == "parquet" else pa.ipc.open_stream(str(clean)).read_all()
+    rows[0][1]["arguments"][1] = ("r", "x ")
+    assert found.schema.equals(table.schema)
+    assert found["messages"].to_pylist() == rows
+
+
 def test_by_the_command_line(scanned, capsys):
     root, _ = scanned
     arguments = ["scan", str(root / "run"), "--out", str(root / "scans"), "--influence", "false"]

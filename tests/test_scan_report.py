@@ -80,6 +80,7 @@ def manifest(name, sets, before="", influence=INFLUENCE):
             "items": len(table),
             "short": 0,
             "searched_fields": ["question"],
+            "question_fields": ["question"],
             "left_out_fields": [f"answer{HOSTILE}"],
             "rejected": 0,
             "new": 0,

@@ -3,7 +3,8 @@
 Detected schemas: GSM8K (question, answer), ARC (question, choices {text, label}, answerKey), MMLU (question, choices,
 answer as index or letter), HellaSwag (ctx, endings, label), TruthfulQA (question, best_answer; mc1_targets), PIQA-like
 (goal, sol1, sol2), prompt with completion or target, and plain text, among others (_SHAPES). Any other schema can be
-read by naming its fields. The row's other texts (RACE's article, MBPP's code, nested or in lists) are kept beside them.
+read by naming its fields; otherwise a row's longest text is the question. The row's other texts (RACE's article, MBPP's
+code, nested or in lists) are kept beside them.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ ROLES = ("question", "choices", "answer", "id", "others")
 _SHAPES: tuple[dict[str, str], ...] = (
     {"question": "ctx", "choices": "endings", "answer": "label"},  # HellaSwag
     {"question": "question", "choices": "choices", "answer": "answerKey"},  # ARC, OpenBookQA, CommonsenseQA
+    {"question": "question_stem", "choices": "choices", "answer": "answerKey"},  # OpenBookQA on the hub
     {"question": "question", "choices": "choices", "answer": "answer"},  # MMLU
     {"question": "question", "choices": "options", "answer": "answer"},  # MMLU-Pro, AQuA
     {"question": "question", "choices": "mc1_targets"},  # TruthfulQA, multiple choice
@@ -39,7 +41,13 @@ _SHAPES: tuple[dict[str, str], ...] = (
     },
     {"question": "goal", "choices": "sol1,sol2", "answer": "label"},  # PIQA
     {"question": "sentence", "choices": "option1,option2", "answer": "answer"},  # WinoGrande
+    {  # StoryCloze
+        "question": "input_sentence_1,input_sentence_2,input_sentence_3,input_sentence_4",
+        "choices": "sentence_quiz1,sentence_quiz2",
+        "answer": "answer_right_ending",
+    },
     {"question": "prompt", "answer": "canonical_solution"},  # HumanEval
+    {"question": "complete_prompt", "answer": "canonical_solution"},  # BigCodeBench
     {"question": "prompt", "answer": "completion"},
     {"question": "prompt", "answer": "answer"},
     {"question": "prompt", "answer": "target"},
@@ -57,10 +65,12 @@ _SHAPES: tuple[dict[str, str], ...] = (
     {"question": "text"},
     {"question": "content"},
 )
-_IDS = ("id", "item_id", "query_id", "question_id", "task_id", "ind", "uid")
+_FROM_ONE = ("option1,", "sentence_quiz1,")  # choices that answers count from 1
+_IDS = ("id", "item_id", "query_id", "question_id", "task_id", "ind", "uid", "doc_id")
 _SPOKEN = {True: ("true", "yes"), False: ("false", "no")}
 # Not a text: an identifier, link or number.
 _TOKEN = re.compile(r"\s*[!-~]*\s*")
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 _SUFFIXES = re.compile(r"(-\d{5}-of-\d{5})?(\.(jsonl|json|ndjson|parquet|txt))?(\.(gz|zst))?$", re.I)
 
 
@@ -79,6 +89,7 @@ class Item:
         answer: text of the correct answer; empty if the row does not give it.
         others: the row's other texts, each with its field's name ("code", "meta.evidence.0.text").
         left_out: names of fields with strings that are not searched: identifiers and links, or not among those named.
+        asked: name of the field (or of several, with commas) that holds the question.
     """
 
     key: str
@@ -91,6 +102,7 @@ class Item:
     answer: str
     others: tuple[tuple[str, str], ...] = ()
     left_out: tuple[str, ...] = ()
+    asked: str = "question"
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,19 @@ def read_set(
             f"{unknown[0]!r} is not a role of an evaluation set's fields; the roles are {_listed(ROLES)}."
         )
     name = name or _SUFFIXES.sub("", os.path.basename(redact_url(path).rstrip("/")))
+    items, rejects, count = _read(path, name, fields or {}, only)
+    if not items and not fields:  # fields of known names that hold something else
+        items, rejects, count = _read(path, name, {}, only, ())
+    if not items:
+        why = f"; the first row that could not be parsed: {rejects[0].sentence()}" if rejects else ""
+        raise StrideError(f"The evaluation set {name} ({redact_url(path)}) has no items{why}.")
+    return EvaluationSet(name, tuple(items.values()), count - len(items) - len(rejects), tuple(rejects))
+
+
+def _read(
+    path: str, name: str, fields: Mapping[str, str], only: str | None, shapes: Sequence[dict[str, str]] = _SHAPES
+) -> tuple[dict[str, Item], list[Rejected], int]:
+    """Return the distinct items by key, the rejects and the number of rows."""
     items: dict[str, Item] = {}
     rejects: list[Rejected] = []
     count = 0
@@ -155,17 +180,14 @@ def read_set(
             continue
         for row in rows(unit, None):
             count += 1
-            found = row if isinstance(row, Rejected) else _item(row, name, fields or {})
+            found = row if isinstance(row, Rejected) else _item(row, name, fields, shapes)
             if only is not None and isinstance(row, Row) and _SUFFIXES.sub("", row.file) != only:
                 count -= 1
             elif isinstance(found, Rejected):
                 rejects.append(found)
             else:
                 items.setdefault(found.key, found)
-    if not items:
-        why = f"; the first row that could not be parsed: {rejects[0].sentence()}" if rejects else ""
-        raise StrideError(f"The evaluation set {name} ({redact_url(path)}) has no items{why}.")
-    return EvaluationSet(name, tuple(items.values()), count - len(items) - len(rejects), tuple(rejects))
+    return items, rejects, count
 
 
 def check_names(sets: Sequence[EvaluationSet]) -> None:
@@ -185,24 +207,26 @@ class _InvalidRowError(Exception):
     """The reason why a row is not an item; turned into a reject."""
 
 
-def _item(row: Row, name: str, given: Mapping[str, str]) -> Item | Rejected:
-    number = row.number()
+def _item(row: Row, name: str, given: Mapping[str, str], shapes: Sequence[dict[str, str]]) -> Item | Rejected:
+    number, values = row.number(), row.values
+    if not given and isinstance(values.get("doc"), dict):  # a sample log of the evaluation harness
+        values = {**values["doc"], **{key: values[key] for key in _IDS if key in values and key not in values["doc"]}}
     try:
-        shape = _shape(row.values, given)
-        question = _text(row.values, shape["question"])
-        choices, labels = _choices(row.values, shape["choices"]) if "choices" in shape else ((), ())
-        answer = _answer(row.values, shape, choices, labels)
+        shape = _shape(values, given, shapes)
+        question = _text(values, shape["question"])
+        choices, labels = _choices(values, shape["choices"]) if "choices" in shape else ((), ())
+        answer = _answer(values, shape, choices, labels)
         if not question.strip() and not answer.strip():
             raise _InvalidRowError(f"{shape['question']!r} is empty")
     except _InvalidRowError as error:
         return Rejected(row.file, number, str(error))
-    own = given.get("id") or next((key for key in _IDS if isinstance(row.values.get(key), str | int)), "")
-    item_id = str(row.values[own]) if own in row.values else row.document_id
-    others, left_out = _others(row.values, shape, own, [question, *choices, answer])
+    own = given.get("id") or next((key for key in _IDS if isinstance(values.get(key), str | int)), "")
+    item_id = str(values[own]) if own in values else row.document_id
+    others, left_out = _others(values, shape, own, [question, *choices, answer])
     content = json.dumps([name, question, choices, answer, *others], ensure_ascii=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     line = -1 if number is None else number
-    return Item(key, name, item_id, row.file, line, question, choices, answer, others, left_out)
+    return Item(key, name, item_id, row.file, line, question, choices, answer, others, left_out, shape["question"])
 
 
 def field_name(path: str) -> str:
@@ -245,15 +269,11 @@ def strings(path: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return _HALF.search(text) is None
 
 
-def _shape(values: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
-    """Return role to field(s): the given ones, else the first matching schema; null fields count as missing."""
+def _shape(values: Mapping[str, Any], given: Mapping[str, str], shapes: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Return role to field(s): the given ones, else the first matching schema's, else the longest text's."""
     there = {key for key, value in values.items() if value is not None}
     named = {role: field for role, field in given.items() if role != "id"}
     for role, field in named.items():
@@ -263,22 +283,35 @@ def _shape(values: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str
     if "question" in named:
         return named
     spelt = {key.lower(): key for key in there} | {key: key for key in there}
-    for shape in _SHAPES:
+    for shape in shapes:
         fields = {role: [spelt.get(part) for part in field.split(",")] for role, field in shape.items()}
         if all(None not in parts for parts in fields.values()):
             return {**{role: ",".join(map(str, parts)) for role, parts in fields.items()}, **named}
+    texts = {field: max(map(len, _readable_texts(values[field])), default=0) for field in there}
+    plain = [field for field in texts if texts[field] and isinstance(values[field], str)]
+    longest = max(sorted(plain or texts), key=texts.__getitem__, default="")
+    if longest and texts[longest]:
+        return {"question": longest, **named}
     raise _InvalidRowError(
-        f"none of its fields {_listed(sorted(there))} is known to hold a question; say which does, as in "
+        f"none of its fields {_listed(sorted(there))} holds a text; say which holds the question, as in "
         "--fields question=FIELD,answer=FIELD"
     )
 
 
+def _readable_texts(value: Any) -> list[str]:  # no identifiers, links or numbers
+    return [text for _, text in strings("", value) if not _TOKEN.fullmatch(text) and _encodes(text)]
+
+
 def _text(values: Mapping[str, Any], field: str) -> str:
+    if field not in values:  # several
+        return "\n".join(_text(values, part) for part in field.split(","))
     value = values[field]
     if isinstance(value, dict):  # MMLU-like {"stem": …}, TriviaQA's {"value": …}
         value = next((value[key] for key in ("stem", "text", "value") if isinstance(value.get(key), str)), value)
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):  # the turns of a dialogue
         value = "\n".join(value)
+    if isinstance(value, dict | list):  # XNLI's premise in all languages: one of them; the rest is with the others
+        value = max(_readable_texts(value), key=len, default=value)
     if not isinstance(value, str):
         raise _InvalidRowError(f"{field!r} holds {type(value).__name__}, not a text")
     return _whole(value, field)
@@ -300,8 +333,8 @@ def _choices(values: Mapping[str, Any], field: str) -> tuple[tuple[str, ...], tu
         labels = value.get("label") or value.get("labels") or ()
         value = value.get("text", value.get("choices"))
     elif isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
-        labels = [each.get("label", "") for each in value]
-        value = [each.get("text") for each in value]
+        labels = [each.get("label", each.get("key", "")) for each in value]
+        value = [each.get("text", each.get("value")) for each in value]
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         raise _InvalidRowError(f"{field!r} does not hold a list of texts")
     return tuple(_whole(each, field) for each in value), tuple(str(label) for label in labels)
@@ -331,7 +364,7 @@ def _answer(
         if not isinstance(value, str | int | float):
             raise _InvalidRowError(f"{field!r} holds {type(value).__name__}, not a text")
         return _whole(str(value), field)
-    place = _place(value, choices, labels, int(shape["choices"].startswith("option1,")))
+    place = _place(value, choices, labels, int(shape["choices"].startswith(_FROM_ONE)))
     if place is None:
         if value in ("", -1, "-1"):  # test splits hide their answers
             return ""

@@ -271,6 +271,7 @@ def _set_facts(
         "rejects": [reject.sentence() for reject in each.rejects[:5]],
         "short": sum(item.key in lexical.short for item in each.items),
         "searched_fields": searched,
+        "question_fields": sorted({item.asked for item in each.items}),
         "left_out_fields": sorted(left_out - set(searched)),
         "verdicts": counts(mine),
         "new": sum(row["set"] == each.name for row in found.new),

@@ -203,13 +203,23 @@ def _write_parquet(unit: InputSplit, file: SourceFile, path: str, cleaner: _Clea
     fs, place = filesystem(file.url)
     with fs.open(place, "rb") as source:
         table = pq.ParquetFile(source, page_checksum_verification=True)
-        codec = table.metadata.row_group(0).column(0).compression if table.num_row_groups else "SNAPPY"
-        with pq.ParquetWriter(path, table.schema_arrow, compression=codec) as target:
+        with pq.ParquetWriter(path, table.schema_arrow, compression=_codecs(table.metadata)) as target:
             first = 0
             for group in range(table.num_row_groups):
                 held = table.read_row_group(group)
                 target.write_table(_cleaned_table(held, first, cleaner))
                 first += held.num_rows
+
+
+def _codecs(metadata: pq.FileMetaData) -> str | dict[str, str]:
+    """The codec of a Parquet file, or the codecs of its columns, in the writer's names."""
+    if not metadata.num_row_groups:
+        return "SNAPPY"
+    group = metadata.row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    codecs = {each.path_in_schema: each.compression.replace("UNCOMPRESSED", "NONE") for each in columns}
+    one = set(codecs.values())
+    return one.pop() if len(one) == 1 else codecs
 
 
 def _write_arrow(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
@@ -247,7 +257,9 @@ def _cleaned_table(table: pa.Table, first: int, cleaner: _Cleaner) -> pa.Table:
     pieces, last = [table.schema.empty_table()], 0
     for n in touched:
         row = table.slice(n, 1)
-        values = row.select(names).to_pylist()[0]
+        values = row.select(names).to_pylist(maps_as_pydicts="strict")[
+            0
+        ]  # as the readers do: a place is a path of keys
         cleaned = cleaner.cleaned(first + n, values)
         pieces.append(table.slice(last, n - last))
         last = n + 1

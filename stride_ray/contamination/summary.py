@@ -81,6 +81,8 @@ def about(facts: dict[str, Any]) -> list[str]:
     lines += [f"  {reject}" for reject in corpus["rejects"]]
     for each in facts["sets"]:
         lines.append(f"set {each['name']}: searched for {_names(each['searched_fields'])}")
+        if each["question_fields"] != ["question"]:
+            lines[-1] += f", with {_names(each['question_fields'])} as the question"
         if each["left_out_fields"]:
             lines[-1] += f"; not for {_names(each['left_out_fields'])} (too short, identifiers, or not named)"
     influence = facts["influence"]

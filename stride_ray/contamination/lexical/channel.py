@@ -1,10 +1,12 @@
 """Lexical matches from runs of equal words: weighted by rarity, with boilerplate removed.
 
 A document's overlap with a field is the share of the field's words that the document's runs cover, each word weighted
-by its inverse document frequency in the scanned corpus, idf = log((1 + D) / (1 + d)) + 0.01. An n-gram is boilerplate
-if at least ``scan.boilerplate`` documents from at least SOURCES sources contain it without containing the field: their
-overlap is below the threshold, or the field has fewer than ``scan.words`` words and may be a common phrase as a whole.
-A leak copied a thousand times is not boilerplate, since its documents contain all of it.
+by its inverse document frequency in the scanned corpus, idf = log((1 + D) / (1 + d)), but no less than LEAST times that
+of a word in one document, and no more: where the leak itself makes its words common (in a small or templated corpus),
+one word changed does not outweigh twenty copied. An n-gram is boilerplate if at least ``scan.boilerplate`` documents
+from at least SOURCES sources contain it without containing the field: their overlap is below the threshold, or the
+field has fewer than ``scan.words`` words and may be a common phrase as a whole. A leak copied a thousand times is not
+boilerplate, since its documents contain all of it.
 """
 
 from collections import defaultdict
@@ -34,7 +36,8 @@ MATCHES = pa.schema(
         pa.field("finding", pa.bool_(), nullable=False),
     ]
 )
-FLOOR = 0.01
+# Smallest weight of a word, as a share of the largest: 20 words of 21 are a finding wherever the changed one stands.
+LEAST = 0.15
 # Minimum number of sources of boilerplate: repetition within one source may be a leak.
 SOURCES = 3
 
@@ -210,7 +213,10 @@ class _Weighing:
         }
 
     def _rarity(self, word: str) -> float:
-        return float(np.log((1 + self.documents) / (1 + min(self.holding.get(word, 0), self.documents)))) + FLOOR
+        """Return a word's weight, from LEAST to 1."""
+        held = max(1, self.holding.get(word, 0))
+        largest = float(np.log((1 + self.documents) / 2))
+        return max(LEAST, float(np.log((1 + self.documents) / (1 + held))) / largest) if largest > 0 else 1.0
 
 
 def _overlap(places: set[int], n: int, weights: np.ndarray) -> float:

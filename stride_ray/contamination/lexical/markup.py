@@ -47,6 +47,11 @@ _BROKEN = regex.compile(
 )
 
 
+# Letters that compatibility form writes as two characters, between which words of Thai and Lao would be cut.
+_JOINED = {"\u0e4d\u0e32": "\u0e33", "\u0ecd\u0eb2": "\u0eb3", "\u0eab\u0e99": "\u0edc", "\u0eab\u0ea1": "\u0edd"}
+_TWO = regex.compile("|".join(_JOINED))
+
+
 class Readable(NamedTuple):
     """The readable text of a raw text of n characters.
 
@@ -81,6 +86,7 @@ def readable(text: str, is_word: Callable[[str], bool] | None = None, places: bo
         now = _replaced(now, _TAG, lambda match: _untagged(match, closed))
     if not now.text.isascii():
         now = _replaced(now, _INVISIBLE, lambda match: "")
+        now = _replaced(now, _TWO, lambda match: _JOINED[match.group()])
     return now
 
 

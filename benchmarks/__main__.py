@@ -40,7 +40,7 @@ their own that it creates: end-to-end seconds, memory, bytes stored, LDS.
     python -m benchmarks solve --shape small --blocks 32 --batch-tokens 8192
     python -m benchmarks chaos --rounds 50 --out FOLDER [--seed 0]
     python -m benchmarks fuzz --target inputs --minutes 10 --folder /tmp/fuzz
-    python -m benchmarks fuzz --target store --minutes 10 --folder /tmp/fuzz --run quickstart/run
+    python -m benchmarks fuzz --target store --minutes 10 --folder /tmp/fuzz --example quickstart/run
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def benchmark_fuzz(args: argparse.Namespace) -> int:
     """Corrupt and read; print the faults and the JSON line. Exits with 1 if there was a fault."""
     from benchmarks.fuzz import fuzz
 
-    found = fuzz(args.target, args.folder, 60 * args.minutes, args.seed, args.run)
+    found = fuzz(args.target, args.folder, 60 * args.minutes, args.seed, args.example)
     lines = [f"{found.tried} corrupted files read, {found.refused} refused, {sum(found.faults.values())} faults"]
     print_table("\n".join([*lines, *(f"{n:6} × {what}" for what, n in found.faults.items())]), vars(found))
     return int(bool(found.faults))
@@ -196,13 +196,13 @@ def main() -> int:
     command.add_argument("--ratio", type=float, default=0.195, help="λ/λ_max; the default leaves about 55 active")
     command.add_argument("--noise", type=float, default=0.3, help="sd of the noise over that of the planted response")
     command.add_argument("--gap", type=float, default=1e-9, help="duality gap over ½‖y−ȳ‖² that every solver reaches")
-    command.set_defaults(function=benchmark_recover)
+    command.set_defaults(run=benchmark_recover)
     command = commands.add_parser("select", help="selection from made-up influence tables of any size")
     command.add_argument("--rows", type=count, required=True, help="rows of influence")
     command.add_argument("--documents", type=count, default=5_000_000, help="in the pool")
     command.add_argument("--by", default="rank", choices=("rank", "mean", "share"))
     command.add_argument("--folder", required=True, help="for the tables and what spills; some 3 GB for 1e8 rows")
-    command.set_defaults(function=benchmark_select)
+    command.set_defaults(run=benchmark_select)
     for name, what in (
         ("respond", "responses, exact and linear"),
         ("fit", "passes over blocks"),
@@ -219,31 +219,31 @@ def main() -> int:
         command.add_argument("--queries", type=count, default=4)
         command.add_argument("--blocks", type=count, default=64)
         command.add_argument("--batch-tokens", type=count, default=16384, help="in one forward")
-        command.set_defaults(function=benchmark_speed)
+        command.set_defaults(run=benchmark_speed)
     command = commands.add_parser("loop", help="the one-pass fit beside the trained loop, on an accuracy benchmark")
     command.add_argument("--benchmark", required=True, help="its folder")
     command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")
     command.add_argument("--form", default="matrix", choices=("gate", "matrix", "logit"), help="of the operators")
     command.add_argument("--steps", type=count, default=100, help="of the first loop; then twice as many, and so on")
     command.add_argument("--most-steps", type=count, default=1600, help="of the longest")
-    command.set_defaults(function=benchmark_loop)
+    command.set_defaults(run=benchmark_loop)
     command = commands.add_parser("scale", help="seconds and memory of all stages at several sizes of the pool")
     command.add_argument("--blocks", type=counts, default="1e4,1e5,1e6", help="sizes; the smallest is plan's pilot")
     command.add_argument("--folder", required=True, help="what is made stays: a second run goes on")
-    command.set_defaults(function=benchmark_scale)
+    command.set_defaults(run=benchmark_scale)
     command = commands.add_parser("shard", help="tokens a second beside datasets.map with the same tokenizer")
     command.add_argument("--blocks", type=count, default=1_000_000)
     command.add_argument("--tokens", type=count, default=512, help="in a block")
     command.add_argument("--workers", type=count, default=2)
     command.add_argument("--folder", required=True)
-    command.set_defaults(function=benchmark_shard)
+    command.set_defaults(run=benchmark_shard)
     command = commands.add_parser("recall", help="how many of the exact best blocks shortlists hold")
     command.add_argument("--benchmark", required=True, help="an accuracy benchmark's folder, local")
     command.add_argument("--texts", required=True, nargs="+", help="what its pool is extended with")
     command.add_argument("--blocks", type=counts, default="1600,6400,25600", help="sizes of the pool")
     command.add_argument("--row-bytes", type=counts, default="320,1250,5000,20000", help="of a block's operator")
     command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")
-    command.set_defaults(function=benchmark_recall)
+    command.set_defaults(run=benchmark_recall)
     command = commands.add_parser("peers", help="bergson and a LoGRA beside ours, from start to end")
     command.add_argument("--benchmark", required=True, help="an accuracy benchmark's folder, local")
     command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")
@@ -251,26 +251,26 @@ def main() -> int:
         "--multiples", type=counts, default="1", help="sizes of the pool over the benchmark's (default: 1)"
     )
     command.add_argument("--tools", default="", help="names as the table has them, with ; between; default: all")
-    command.set_defaults(function=benchmark_peers)
+    command.set_defaults(run=benchmark_peers)
     command = commands.add_parser("chaos", help="runs struck at random end with the same bytes")
     command.add_argument("--rounds", type=int, default=50, help="(default: 50)")
     command.add_argument("--out", required=True, metavar="FOLDER", help="what is made, and rounds that differ")
     command.add_argument("--seed", type=int, default=0, help="of what is struck when (default: 0)")
-    command.set_defaults(function=benchmark_chaos)
+    command.set_defaults(run=benchmark_chaos)
     command = commands.add_parser("fuzz", help="corrupted files are refused in a sentence, or counted")
     command.add_argument("--target", required=True, choices=("inputs", "queries", "config", "store"))
     command.add_argument("--minutes", type=float, default=10.0, help="(default: 10)")
     command.add_argument("--folder", required=True, help="scratch files, and in faults/ what caused one")
-    command.add_argument("--run", default="quickstart/run", help="a finished run, for queries and store")
+    command.add_argument("--example", default="quickstart/run", help="a finished run, for queries and store")
     command.add_argument("--seed", type=int, default=0, help="of the corruption (default: 0)")
-    command.set_defaults(function=benchmark_fuzz)
+    command.set_defaults(run=benchmark_fuzz)
     args = parser.parse_args()
     # Set before numpy is imported, because its libraries read these once; hence the imports inside the commands.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[name] = "1"
     from stride_ray.cli.exits import exit_status
 
-    return exit_status("benchmark", lambda: args.function(args))
+    return exit_status("benchmark", lambda: args.run(args))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_readme_has_both_set_up_commands():
         "make quickstart",
         "make test",
     ]
-    assert make_recipe("test").endswith("-m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder")
+    assert make_recipe("test").endswith("-m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder")
 
 
 @pytest.mark.parametrize("index", [i for i, (_, body) in enumerate(SNIPPETS) if not body.startswith("make")])

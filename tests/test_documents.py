@@ -222,7 +222,7 @@ def test_tables_without_data_files_are_refused_by_name(tmp_path, files):
         ("a.txt", "hello".encode("utf-16-le"), "NUL characters"),
         ("a.md", b"a\0b", "NUL characters"),
         ("part-00000", b'{"text": "a"}\n{"text": "b"}\n', "holds JSON Lines; let its name end in .jsonl"),
-        ("part-00000.gz", gzip.compress(b'\n{"text": "a"}'), "holds JSON Lines"),
+        ("part-00000.gz", gzip.compress(b'\n{"text": "a"}', mtime=0), "holds JSON Lines"),
         ("part-00000", b"PAR1\xff\0PAR1", "holds Parquet; let its name end in .parquet"),
         ("cache-1", b"\xff\xff\xff\xff\0\0", "holds Arrow"),
         ("notes", b"{a} set", None),

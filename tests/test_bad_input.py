@@ -134,7 +134,8 @@ def test_a_pipe_and_a_run_directory_in_the_input(parts, tmp_path, told):
     shutil.copytree(parts.corpus, tmp_path / "corpus")
     assert "lies in the input" in told("shard", tmp_path / "corpus/run", *shard_flags(parts, tmp_path / "corpus"))
     os.mkfifo(tmp_path / "corpus/pipe.jsonl")
-    assert "pipe.jsonl is not a regular file" in told("shard", tmp_path / "run", *shard_flags(parts, tmp_path / "corpus"))
+    given = shard_flags(parts, tmp_path / "corpus")
+    assert "pipe.jsonl is not a regular file" in told("shard", tmp_path / "run", *given)
 
 
 def test_a_mistyped_model_leaves_nothing_behind(copied, parts, tmp_path, told, plain):

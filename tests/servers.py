@@ -148,7 +148,26 @@ def _running(commands, log, ports, limit=60):
             each.wait()
 
 
-class FaultProxy:
+class _Serving:
+    """A web server in a thread for the length of a ``with`` block; ``port`` is where it listens."""
+
+    def handler(self):
+        """The class that answers requests."""
+        raise NotImplementedError
+
+    def __enter__(self):
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class FaultProxy(_Serving):
     """An HTTP proxy before a server, for the length of a ``with`` block; its attributes say what goes wrong.
 
     Attributes:
@@ -165,21 +184,8 @@ class FaultProxy:
         self.counts = {"refused": 0, "cut": 0, "lagged": 0}
         self.lock, self.listings, self.numbers = threading.Lock(), {}, {"refused": 0, "cut": 0}
 
-    def __enter__(self):
-        proxy = self
-
-        class Handler(_Forward):
-            owner = proxy
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.port = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+    def handler(self):
+        return type("Handler", (_Forward,), {"owner": self})
 
     def takes(self, what):
         """Whether a fault of a kind is due."""
@@ -239,7 +245,7 @@ class _Forward(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-class SecretFiles:
+class SecretFiles(_Serving):
     """A web server of a folder for those who know a secret, for the length of a ``with`` block.
 
     A file is given to a request with the user and password, or with ``?sig=`` and the signature, that this has.
@@ -253,7 +259,7 @@ class SecretFiles:
         self.root, self.signature, self.status = root, signature, 0
         self.authorization = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
-    def __enter__(self):
+    def handler(self):
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -287,22 +293,14 @@ class SecretFiles:
             def do_HEAD(self):
                 self.do_GET()
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.port = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+        return Handler
 
 
 for verb in ("GET", "PUT", "POST", "DELETE", "HEAD"):
     setattr(_Forward, f"do_{verb}", _Forward._serve)
 
 
-class ObjectStore:
+class ObjectStore(_Serving):
     """A small S3 in memory with conditional writes and a clock of its own, for the length of a ``with`` block.
 
     It takes any credentials and knows PUT, GET, HEAD, DELETE of an object and a listing by prefix.
@@ -321,21 +319,8 @@ class ObjectStore:
         self.answers, self.always, self.ignores, self.ahead = [], 200, False, 0.0
         self.objects, self.puts, self.lock = {}, [], threading.Lock()
 
-    def __enter__(self):
-        store = self
-
-        class Handler(_Objects):
-            owner = store
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.port = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+    def handler(self):
+        return type("Handler", (_Objects,), {"owner": self})
 
     def age(self, path, seconds):
         """Let an object be older."""

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.errors import StrideError, storage_codes
 from stride_ray.runtime.storage import Store
 
 NAME = "scan.lock"
@@ -68,17 +68,6 @@ def _ended(held: _Record) -> bool:
     except (OSError, ValueError, TypeError):
         return False
     return False
-
-
-def _statuses(error: BaseException | None) -> Iterator[Any]:
-    """Yield the HTTP statuses and error codes of an exception and of those that it was raised from."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):  # botocore
-            yield response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            yield response.get("Error", {}).get("Code")
-        yield from (getattr(error, name, None) for name in ("code", "status", "status_code"))  # gcsfs, aiohttp, Azure
-        error = error.__cause__ or error.__context__
 
 
 class Lock:
@@ -243,11 +232,11 @@ class Lock:
                     raise NotImplementedError
                 return True
             except Exception as error:
-                statuses = set(_statuses(error))
-                gone = seen is not None and (404 in statuses or "NoSuchKey" in statuses)
-                if isinstance(error, FileExistsError) or statuses & {409, 412} or gone:
+                codes = storage_codes(error)
+                gone = seen is not None and codes & {"404", "NoSuchKey"}
+                if isinstance(error, FileExistsError) or codes & {"409", "412"} or gone:
                     return False
-                if not statuses & {501, "NotImplemented"} and not isinstance(error, NotImplementedError):
+                if not codes & {"501", "NotImplemented"} and not isinstance(error, NotImplementedError):
                     raise
         now = self._read()
         if (now and now.content) != (seen and seen.content):

@@ -97,11 +97,22 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
+def storage_codes(error: BaseException) -> set[str]:
+    """The codes, HTTP statuses and class names of an exception and of those that it was raised from."""
+    chain = _chain(error)
+    statuses = (_response(each).get("ResponseMetadata", {}).get("HTTPStatusCode") for each in chain)
+    return {code for each in chain for code in _codes(each)} | {str(status) for status in statuses if status}
+
+
+def _response(error: BaseException) -> dict[str, Any]:
+    """What botocore keeps of a store's answer; other libraries keep an object, which is left out."""
+    response = getattr(error, "response", None)
+    return response if isinstance(response, dict) else {}
+
+
 def _codes(error: BaseException) -> list[str]:
     """A store's own code, an HTTP status and the names of the exception's classes, the most telling first."""
-    response: Any = getattr(error, "response", None)
-    answer = response if isinstance(response, dict) else {}
-    codes = [answer.get("Error", {}).get("Code"), getattr(error, "error_code", None)]
+    codes = [_response(error).get("Error", {}).get("Code"), getattr(error, "error_code", None)]
     codes += [getattr(error, name, None) for name in ("status", "status_code", "code")]
     names = [each.__name__ for each in type(error).__mro__]
     return [str(getattr(code, "value", code)) for code in [*codes, *names] if code]

@@ -69,10 +69,11 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
     unsolved = f" ({summary['unsolved']} whose solve took no step)" if summary["unsolved"] else ""
     how = "" if summary["exact"] == summary["rows"] else f"; the others are estimates{reliability_note(summary)}"
     note = failed_blocks_note(summary.get("not_finite", 0), stage.store.display_url(FAILED_BLOCKS_FILE))
+    note += "\n" if note else ""
     print(
         f"\n{summary['queries']} queries ({summary['failed']} failed){unsolved}, {summary['rows']} influences, "
         f"median {summary['median_nonzeros']:g} blocks per query{gap}; {summary['exact']} of them are exact{how}.\n"
-        f"{note and note + chr(10)}Tables: {stage.store.display_url('influence-*.parquet')}\nPage:   {page}",
+        f"{note}Tables: {stage.store.display_url('influence-*.parquet')}\nPage:   {page}",
         file=out,
     )
     return {**summary, "page": page}

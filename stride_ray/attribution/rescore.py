@@ -187,7 +187,8 @@ class _Scoring:
             (part, tuple(row["error"] for row in before[at : at + unit]))
             for part, at in enumerate(range(0, n_queries, unit))
         ]
-        missing = [part for part in parts if query_name(part[0]) not in stage.done()]
+        done = stage.done()
+        missing = [part for part in parts if query_name(part[0]) not in done]
         if missing:
             directions = begin_directions(self.run, table, self.name)
             compute_directions(config, self.blocks, curvature, directions, n_queries, self.actors)
@@ -221,7 +222,8 @@ class _Scoring:
         stage = self.stage
         write_failed_blocks(stage.store, self.blocks, sorted(failed))
         names = [f"{part:05d}" for part in range(len(queries))]
-        missing = [part for part, name in enumerate(names) if name not in stage.done()]
+        done = stage.done()
+        missing = [part for part, name in enumerate(names) if name not in done]
         arguments = (rank_unit, self.run.config, self.blocks, stage, [(u.group, u.name) for u in units], queries)
         results = self.actors.map(partial, arguments, missing)
         stage.remember(progress(results, "rank", len(missing), "parts"))

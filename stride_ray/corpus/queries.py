@@ -55,10 +55,10 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
     items = [item for unit in units for item in read(unit, columns)]
     if not items:
         raise StrideError(f"{redact_url(path)} has no queries.")
-    named = _named(items, units, redact_url(path))
-    encoded = iter(encode([item for _, item in named if isinstance(item, Document)], tokenizer))
+    queries = _named(items, units, redact_url(path))
+    encoded = iter(encode([item for _, item in queries if isinstance(item, Document)], tokenizer))
     table = []
-    for name, item in named:
+    for name, item in queries:
         result = next(encoded) if isinstance(item, Document) else item
         table.append(failed(name, result.sentence()) if isinstance(result, Rejected) else row(name, result))
     return pa.Table.from_pylist(table, SCHEMA)
@@ -85,7 +85,7 @@ def _named(
                     f"{source} has more than one query with the id {name!r} ({places[name]}; {place}); ids must differ."
                 )
             places[name] = place
-    named = []
+    queries = list[tuple[str, Document | Rejected]]()
     for index, item in enumerate(items):
         name = found.get(item.document_id if isinstance(item, Document) else (item.file, item.row))
         if isinstance(name, Rejected):
@@ -94,8 +94,8 @@ def _named(
             name = f"q{index}"
             while name in places:  # another query has this id
                 name += "~"
-        named.append((name, replace(item, document_id=name)))
-    return named
+        queries.append((name, replace(item, document_id=name)))
+    return queries
 
 
 def _given_id(row: Row) -> str | Rejected | None:

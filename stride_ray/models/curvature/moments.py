@@ -27,7 +27,7 @@ from stride_ray.models.vocabulary import token_side
 
 # Damping: eigenvalues λ become λ + damping · mean λ. The layers do better with less; embedding and head do not.
 DAMPING, END_DAMPING = 0.01, 0.1
-# Damping of the unigram distribution: per-token weights are (π + RARE)^-½, so rare tokens count more.
+# Damping of the unigram distribution: per-token weights are (π + UNIGRAM_DAMPING)^-½, so rare tokens count more.
 UNIGRAM_DAMPING = 1e-4
 
 

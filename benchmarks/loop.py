@@ -72,7 +72,7 @@ def _measured(benchmark: Benchmark, store: Store, name: str, changes: Mapping[st
             shard_pool(benchmark, runs, compute)
         scores, _, remarks = score(benchmark, variant, runs, compute)
     operators = Run(f"{runs.url}/{variant.slug}").stage("operators").store
-    facts = operators.read_json("metadata.json")
+    facts = operators.read_json("manifest.json")
     measured = {
         "seconds": operators.read_json(COST_FILE)["wall"],
         "gap": facts["gap"],

@@ -8,6 +8,7 @@ one-bit rows of several sizes and their products. The result equals one pass per
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,9 @@ from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.progress import run_missing
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store, tensor_bytes
-from stride_ray.runtime.tasks import progress
 
 EXACT, WORDS = "exact", "TF-IDF"
 BEST = (10, 50)
@@ -65,17 +66,16 @@ def measure_recall(
     blocks = Blocks(run.stage("blocks").store)
     curvature = begin_curvature(run, blocks, measured_model_fingerprint(run.config))
     stage = Stage(run.store.child("recall"), blocks.manifest["fingerprint"])
-    units = [(f"scores-{i:05d}", *ends) for i, ends in enumerate(blocks.cut(unit_count(len(blocks))))]
+    ranges = blocks.cut(unit_count(len(blocks)))
+    units = {f"scores-{i:05d}": (f"scores-{i:05d}", *ends) for i, ends in enumerate(ranges)}
     questions = query_table(benchmark.queries)
     with shared_actor_pool(run.config, len(units)) as actors:
         finish_curvature(run.config, blocks, curvature, actors)
         directions = begin_directions(run, questions, "recall")
         compute_directions(run.config, blocks, curvature.store, directions, len(questions), actors)
-        done = stage.done()
-        left = [unit for unit in units if unit[0] not in done]
         given = (run.config, blocks, actors.device, curvature.store, directions, stage, tuple(row_bytes))
-        progress(actors.map(RecallWorker, given, left), "recall", len(left), "units")
-    read = [stage.store.read_tensors(f"{name}.safetensors") for name, *_ in units]
+        run_missing(stage, units, partial(actors.map, RecallWorker, given), "recall", "units")
+    read = [stage.store.read_tensors(f"{name}.safetensors") for name in units]
     scores = {key: torch.cat([each[key] for each in read], 1).numpy() for key in read[0]}
     return {
         "benchmark": benchmark.name,

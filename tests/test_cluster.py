@@ -13,7 +13,7 @@ from ray.autoscaler._private.util import fillout_defaults, validate_config
 
 from stride_ray import __version__
 from stride_ray.cli.main import _parser
-from stride_ray.runtime.metrics import METRICS
+from stride_ray.runtime.progress import METRICS
 
 FOLDER = Path(__file__).parent.parent / "cluster"
 IMAGE = f"REGISTRY/stride-ray:{__version__}-ray{ray.__version__}"

@@ -164,7 +164,7 @@ def test_blocks_and_queries_fail_alone(value, gradient, more, spoil, rare, parts
     assert {row["query_id"] for row in rows.to_pylist()} == {"sea", "kitchen"}
     assert store.exists("page.html")
     if not run.config.attribute.exact:
-        facts = run.stage("operators").store.read_json("metadata.json")
+        facts = run.stage("operators").store.read_json("manifest.json")
         assert facts["learned"]
         assert facts["not_finite"] == 3
 
@@ -198,7 +198,7 @@ def damaged_rows(run, number):
     rows = type(rows)(rows.bits, rows.scales.copy())
     rows.scales[number - part["first"]] = NAN
     part["hash"] = write_rows(store.store, part["name"], rows)
-    store.store.write_json("metadata.json", store.facts)
+    store.store.write_json("manifest.json", store.facts)
 
 
 def test_a_row_that_is_not_finite_is_a_block_without_influence(parts, sharded, plain):

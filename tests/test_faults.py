@@ -181,4 +181,4 @@ def test_killed_workers_are_replaced_and_a_killed_driver_goes_on_where_it_was(bi
     assert not list(folder.glob("operators/sum-*"))
     # A killed process leaves the file that it was writing, which nobody reads.
     assert len(list(folder.rglob("*.partial"))) <= len(STAGES) + 1
-    assert Run(str(folder)).stage("operators").store.read_json("metadata.json")["learned"]
+    assert Run(str(folder)).stage("operators").store.read_json("manifest.json")["learned"]

@@ -164,7 +164,7 @@ def test_no_candidates_need_no_gradients_of_queries(parts, sharded, plain):
 def test_rows_of_subsets_go_through_the_lasso(parts, sharded, exactly, plain):
     more = {"operators__rows": "subsets", "membership__subsets": 40, "attribute__candidates": 3}
     run, summary, _ = asked(sharded("subsets"), parts, **more)
-    facts = run.stage("operators").store.read_json("metadata.json")
+    facts = run.stage("operators").store.read_json("manifest.json")
     assert (facts["rows"], facts["subsets"], facts["learned"]) == ("subsets", 40, True)
     assert summary["largest_gap"] < 1e-8
     assert summary["exact"] == 9
@@ -232,7 +232,7 @@ def of_another_format(content):
         (spoil(f"{FIRST}*", flipped), rf"{FIRST}-\d+.safetensors is not what fit wrote"),
         (spoil("rows-*", lambda content: content[:100]), "cut short or changed; restore it"),
         (spoil("rows-*", lambda content: b""), r"is not what fit wrote \(0 bytes"),
-        (spoil("metadata.json", of_another_format), "is of format 99, and this version of stride_ray reads format 1"),
+        (spoil("manifest.json", of_another_format), "is of format 99, and this version of stride_ray reads format 1"),
         (lambda folder: next((folder / "operators").glob("rows-*")).unlink(), "no such file"),
     ],
 )
@@ -274,7 +274,7 @@ def test_blocks_that_overflow_are_counted_and_too_many_end_the_fit(parts, sharde
     with monkeypatch.context() as patch:
         patch.setattr(failures, "MAX_FAILED_BLOCKS", 0.9)
         fit(run)
-    facts = run.stage("operators").store.read_json("metadata.json")
+    facts = run.stage("operators").store.read_json("manifest.json")
     assert 0 < facts["not_finite"] < facts["blocks"]
     spoiled["share"] = 1.0
     with pytest.raises(StrideError, match=r"gradients of \d+ of \d+ blocks are not finite \(the first: block 0\)"):
@@ -336,7 +336,7 @@ def test_an_interrupted_addition_goes_on_where_it_stopped(parts, smaller, plain)
     rows = "rows-*.safetensors"
     wanted = {path.name: path.read_bytes() for path in (whole / "operators").glob(rows)}
     assert {path.name: path.read_bytes() for path in (broken / "operators").glob(rows)} == wanted
-    facts = [json.loads((folder / "operators/metadata.json").read_text()) for folder in (whole, broken)]
+    facts = [json.loads((folder / "operators/manifest.json").read_text()) for folder in (whole, broken)]
     assert facts[0] == facts[1]
 
 

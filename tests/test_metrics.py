@@ -11,7 +11,8 @@ from servers import free_port
 # In a process of its own: a Ray with a port for metrics is not the one that the other tests share.
 DRIVER = """
 import sys, ray
-from stride_ray.runtime.tasks import WorkerAllocation, map_tasks, progress
+from stride_ray.runtime.progress import progress
+from stride_ray.runtime.tasks import WorkerAllocation, map_tasks
 
 def unit(number):
     return {"blocks": 10, "queries": number, "failed": number % 2, "largest_gap": number / 1000}

@@ -30,7 +30,7 @@ from stride_ray.corpus.shard import shard
 from stride_ray.operators.fit import fit
 from stride_ray.operators.stored import load_operators
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.run import Run, tolerate_concurrent_finish
+from stride_ray.runtime.run import Run, Stage
 
 JOBS = Path(__file__).parent.parent / "jobs"
 
@@ -209,11 +209,10 @@ def test_the_same_command_twice_at_once_ends_well_for_the_slower_too(finished, p
     facts = fit(Run(str(tmp_path / "run"), changes=settings(parts)))
     assert facts == finished.facts
     assert not list((tmp_path / "run/operators").glob("sum-*"))
-    with (
-        pytest.raises(StrideError, match="sum-000"),
-        tolerate_concurrent_finish(finished.run.stage("operators"), "no.json"),
-    ):
-        reduce(finished.run.config, finished.run.stage("operators"), 1, 1)
+    operators = finished.run.stage("operators")
+    unfinished = Stage(operators.store, operators.identity, "no.json")
+    with pytest.raises(StrideError, match="sum-000"), unfinished.unless_finished():
+        reduce(finished.run.config, operators, 1, 1)
 
 
 def test_a_changed_file_is_refused(finished, parts, tmp_path):
@@ -260,7 +259,7 @@ def test_auto_measures_whether_linear_responses_stand_for_steered_ones(
     for stage in ("blocks", "operators"):
         shutil.copytree(finished.folder / stage, tmp_path / stage)
     shutil.copy(finished.folder / "run.toml", tmp_path)
-    told = tmp_path / "operators/metadata.json"
+    told = tmp_path / "operators/manifest.json"
     told.write_text(told.read_text().replace('"closed_form"', '"train"'))
     monkeypatch.setattr("stride_ray.attribution.respond.MIN_CORRELATION", alike)
     found = respond(Run(str(tmp_path)), parts.queries, "auto")

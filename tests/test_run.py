@@ -48,7 +48,7 @@ def claimed(url, stage, name="", extra=None, **changes):
 
 
 def test_other_settings_are_refused_by_key(url):
-    claimed(url, "operators", seed=1, operators__rank=8).store.write_json("metadata.json", {})
+    claimed(url, "operators", seed=1, operators__rank=8).store.write_json("manifest.json", {})
     with pytest.raises(StrideError, match=r"operators was made with operators\.rank = 8, and this command has 9"):
         Run(url, changes={"operators.rank": 9}).begin("operators")
     with pytest.raises(StrideError, match="seed = 1"):

@@ -96,7 +96,7 @@ def write_tables(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     """
     if run.config.attribute.exact:
         return {**exact_influence(run, table, name), "mode": "exact"}
-    if not run.store.exists("operators/metadata.json"):
+    if not run.stage("operators").finished:
         fit(run)
     with shared_actor_pool(run.config, unit_count(len(Blocks(run.stage("blocks").store)))):
         respond_table(run, table, name)
@@ -115,10 +115,11 @@ def write_page(run: Run, name: str) -> str:
 
 
 def _write_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
-    store = run.stage(table_stage(run), name).store
+    stage = run.stage(table_stage(run), name)
+    store = stage.store
     facts = {
         **_provenance(run),
-        **store.read_json("manifest.json"),
+        **stage.manifest(),
         "mode": mode_of(run),
         "name": name,
         "run": redact_url(run.url),
@@ -142,7 +143,7 @@ def stored_queries(run: Run, name: str) -> pa.Table:
 def _provenance(run: Run) -> dict[str, Any]:
     """Provenance for the page: ``model``, ``blocks``, ``how`` (the method), ``learned`` and ``verdict``."""
     if run.config.attribute.exact:
-        facts = run.stage("curvature").store.read_json("manifest.json")
+        facts = run.stage("curvature").manifest()
         how = f"every block scored at {len(facts['sites'])} sites of the model"
         return {
             "model": redact_url(run.config.model.path),
@@ -151,7 +152,7 @@ def _provenance(run: Run) -> dict[str, Any]:
             "learned": True,
             "verdict": "",
         }
-    facts = run.stage("operators").store.read_json("metadata.json")
+    facts = run.stage("operators").manifest()
     if facts.get("form") != "sites":
         return {**facts, "how": f"{facts['subsets']} subsets, {facts['method']} fit"}
     what = "for each block" if facts["rows"] == "blocks" else f"for each of {facts['subsets']} subsets of the blocks"
@@ -173,14 +174,14 @@ def _finished_tables(run: Run, name: str) -> tuple[Stage, int]:
     """The stage with a query set's tables, and their number of parts; errors as read_influence."""
     mode = mode_of(run)
     command, other = COMMANDS[table_stage(run)], OTHER_MODE[mode]
-    here, there = (run.store.exists(f"{TABLES[each]}/{name}/manifest.json") for each in (mode, other))
+    here, there = (run.stage(TABLES[each], name).finished for each in (mode, other))
     if there and not here:
         raise StrideError(
             f"Of {name!r} there is {other} influence only, and run.toml keeps attribute.exact = "
             f"{str(mode == 'exact').lower()}: add {FLAGS[other]}, or run 'stride-ray {command} --name {name}' first."
         )
     stage = run.require(table_stage(run), name)
-    return stage, stage.store.read_json("manifest.json")["parts"]
+    return stage, stage.manifest()["parts"]
 
 
 def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[str, Any]]:

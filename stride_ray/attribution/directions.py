@@ -33,9 +33,9 @@ from stride_ray.models.sites import site_gradients
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import record_stage_costs
+from stride_ray.runtime.progress import progress
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store, tensor_bytes
-from stride_ray.runtime.tasks import progress
 
 # Maximum queries per work unit, and maximum bytes of their gradients; a solve holds seven times as much.
 MAX_QUERIES_PER_UNIT, UNIT_BYTES = 16, 2**27

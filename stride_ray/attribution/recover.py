@@ -20,8 +20,9 @@ from stride_ray.operators.membership import Membership, membership_of
 from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import START, record_separately, record_stage_costs
+from stride_ray.runtime.progress import run_missing
 from stride_ray.runtime.run import Run, Stage, part_name
-from stride_ray.runtime.tasks import WorkerAllocation, map_tasks, progress
+from stride_ray.runtime.tasks import WorkerAllocation, map_tasks
 
 # Response parts per work unit; the queries of a unit share the solver's passes over M.
 PARTS_PER_UNIT = 4
@@ -66,27 +67,25 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
         StrideError: a stage is missing or was made with other settings.
     """
     responses = run.require("responses", name)
-    parts = responses.store.read_json("manifest.json")["parts"]
+    parts = responses.manifest()["parts"]
     keys = responses.store.read_json("stage.json")["keys"]
     # The number of blocks that the operators were fitted on; blocks sharded later have higher ordinals.
-    operators = run.require("operators").store
-    facts = operators.read_json("metadata.json")
-    failed = sorted({*failed_ordinals(operators), *failed_ordinals(responses.store)})
+    operators = run.require("operators")
+    facts = operators.manifest()
+    failed = sorted({*failed_ordinals(operators.store), *failed_ordinals(responses.store)})
     stage = run.begin("estimates", name, **{key: keys[key] for key in ("corpus", "queries", "weights")})
-    units = [list(range(start, min(start + PARTS_PER_UNIT, parts))) for start in range(0, parts, PARTS_PER_UNIT)]
-    done = stage.done()
-    missing = [unit for unit in units if part_name(unit[0] // PARTS_PER_UNIT) not in done]
-    if missing:
-        with record_stage_costs(stage), shared_actor_pool(run.config, len(missing)) as actors:
-            work = estimates_of_block_rows if facts.get("rows") == "blocks" else solve_estimates
-            given = (run.config, responses, stage, facts["blocks"], failed)
-            # The Lasso runs on CPUs. If the actors hold GPUs, the more numerous CPUs are idle.
-            spare = actors.device == "cuda" and work is solve_estimates
-            cpus = WorkerAllocation(actors.allocation.workers, "cpu")
-            results = map_tasks(work, given, missing, cpus) if spare else actors.map(partial, (work, *given), missing)
-            stage.remember(progress(results, "recover", len(missing), "units"))
-    done = stage.done()
-    markers = [done[part_name(index)] for index in range(len(units))]
+    if stage.finished:
+        return stage.manifest()
+    starts = range(0, parts, PARTS_PER_UNIT)
+    units = {part_name(i): list(range(at, min(at + PARTS_PER_UNIT, parts))) for i, at in enumerate(starts)}
+    with record_stage_costs(stage), shared_actor_pool(run.config, len(units)) as actors:
+        work = estimates_of_block_rows if facts.get("rows") == "blocks" else solve_estimates
+        given = (run.config, responses, stage, facts["blocks"], failed)
+        # The Lasso runs on CPUs. If the actors hold GPUs, the more numerous CPUs are idle.
+        spare = actors.device == "cuda" and work is solve_estimates
+        cpus = WorkerAllocation(actors.allocation.workers, "cpu")
+        mapped = partial(map_tasks, allocation=cpus) if spare else actors.map_function
+        markers = run_missing(stage, units, partial(mapped, work, given), "recover", "units")
     nonzeros = [n for marker in markers for n in marker["nonzeros"]]
     summary = {
         "queries": sum(marker["queries"] for marker in markers),
@@ -96,8 +95,7 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
         "largest_gap": max((marker["largest_gap"] for marker in markers), default=0.0),
         "parts": len(units),
     }
-    stage.store.write_json("manifest.json", summary)
-    return summary
+    return stage.finish(summary)
 
 
 def estimates_of_block_rows(
@@ -185,7 +183,7 @@ def _publish(stage: Stage, unit: list[int], started: float, rows: list[dict[str,
 
 def read_estimates(stage: Stage) -> list[dict[str, Any]]:
     """Read the estimates of a finished query set, in order: rows of ESTIMATES with lists as NumPy arrays."""
-    parts = stage.store.read_json("manifest.json")["parts"]
+    parts = stage.manifest()["parts"]
     rows: list[dict[str, Any]] = []
     for part in range(parts):
         table = stage.store.read_table(f"{part_name(part)}.parquet")

@@ -6,6 +6,7 @@ operators, responses or estimates, and costs one pass over the pool per batch of
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,9 +34,9 @@ from stride_ray.models.pool_worker import check_tokenizer
 from stride_ray.runtime.actor_pool import ActorPool, shared_actor_pool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import record_stage_costs
-from stride_ray.runtime.run import Run, Stage, tolerate_concurrent_finish
+from stride_ray.runtime.progress import run_missing
+from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import progress
 
 # Maximum queries per pass over the pool; maximum candidates per work unit, and the units aimed at per group.
 MAX_QUERIES_PER_PASS, CANDIDATES, MIN_UNITS = 256, 128, 8
@@ -77,11 +78,8 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     stage = run.begin("exact", name, corpus=corpus, queries=fingerprint(table), weights=weights)
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", table)
-    if not stage.store.exists("manifest.json"):
-        with (
-            tolerate_concurrent_finish(stage, "manifest.json"),
-            shared_actor_pool(run.config, unit_count(len(blocks))) as actors,
-        ):
+    if not stage.finished:
+        with stage.unless_finished(), shared_actor_pool(run.config, unit_count(len(blocks))) as actors:
             finish_curvature(run.config, blocks, curvature, actors)
             with record_stage_costs(stage):
                 scoring = _Scoring(run, blocks, stage, name, actors)
@@ -92,7 +90,7 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
                 scoring.rank(units, queries, failed)
     clear_directions(run, name)
     stage.clear_tensors()
-    return stage.store.read_json("manifest.json")
+    return stage.manifest()
 
 
 def rescore(run: Run, name: str) -> dict[str, Any]:
@@ -127,17 +125,14 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
     keys = estimates.store.read_json("stage.json")["keys"]
     inputs = {key: keys[key] for key in ("corpus", "queries", "weights")}
     blocks = Blocks(run.stage("blocks").store)
-    facts = run.require("operators").store.read_json("metadata.json")
+    facts = run.require("operators").manifest()
     candidates = candidate_count(run.config, facts)
     curvature = begin_curvature(run, blocks, keys["weights"]) if candidates else None
     stage = run.begin("influence", name, **inputs)
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", run.stage("responses", name).store.read_table("queries.parquet"))
-    if not stage.store.exists("manifest.json"):
-        with (
-            tolerate_concurrent_finish(stage, "manifest.json"),
-            shared_actor_pool(run.config, unit_count(len(blocks))) as actors,
-        ):
+    if not stage.finished:
+        with stage.unless_finished(), shared_actor_pool(run.config, unit_count(len(blocks))) as actors:
             if curvature is not None:
                 finish_curvature(run.config, blocks, curvature, actors)
             with record_stage_costs(stage):
@@ -154,7 +149,7 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
                 scoring.rank(units, queries, failed)
     clear_directions(run, name)
     stage.clear_tensors()
-    return stage.store.read_json("manifest.json")
+    return stage.manifest()
 
 
 @dataclass(frozen=True)
@@ -183,19 +178,18 @@ class _Scoring:
         size, n_queries = gradient_bytes(curvature), table.num_rows
         unit = queries_per_unit(size)
         before = [{"error": None}] * n_queries if estimated is None else estimated
-        parts = [
-            (part, tuple(row["error"] for row in before[at : at + unit]))
+        parts = {
+            query_name(part): (part, tuple(row["error"] for row in before[at : at + unit]))
             for part, at in enumerate(range(0, n_queries, unit))
-        ]
-        done = stage.done()
-        missing = [part for part in parts if query_name(part[0]) not in done]
-        if missing:
+        }
+
+        def invert(missing: list[Any]) -> Iterator[dict[str, Any]]:
             directions = begin_directions(self.run, table, self.name)
             compute_directions(config, self.blocks, curvature, directions, n_queries, self.actors)
-            results = self.actors.map(QueryWorker, (directions, self.actors.device, curvature, stage), missing)
-            stage.remember(progress(results, "invert", len(missing), "parts"))
-        done, following = stage.done(), iter(before)
-        queries = [[{**next(following), **row} for row in done[query_name(part)]["answers"]] for part, _ in parts]
+            return self.actors.map(QueryWorker, (directions, self.actors.device, curvature, stage), missing)
+
+        markers, following = run_missing(stage, parts, invert, "invert", "parts"), iter(before)
+        queries = [[{**next(following), **row} for row in marker["answers"]] for marker in markers]
         check_failed_queries(row for part in queries for row in part)
         passes = passes_over(size, n_queries, config.compute.query_gb)
         return queries, [tuple(group.tolist()) for group in np.array_split(np.arange(len(parts)), passes) if len(group)]
@@ -206,14 +200,10 @@ class _Scoring:
         Raises:
             StrideError: as check_failed_blocks.
         """
-        done = self.stage.done()
-        missing = [unit for unit in units if unit.name not in done]
         arguments = (self.run.config, self.blocks, self.actors.device, curvature, self.stage)
-        results = self.actors.map(ScoreWorker, arguments, missing)
-        total = sum(unit.blocks for unit in missing)
-        self.stage.remember(progress(results, "score", total, "blocks", lambda marker: marker["blocks"]))
-        done = self.stage.done()
-        failed = {ordinal for unit in units for ordinal in done[unit.name]["not_finite"]}
+        work, named = partial(self.actors.map, ScoreWorker, arguments), {unit.name: unit for unit in units}
+        markers = run_missing(self.stage, named, work, "score", "blocks", lambda unit: unit.blocks)
+        failed = {ordinal for marker in markers for ordinal in marker["not_finite"]}
         check_failed_blocks(sorted(failed), len(self.blocks))
         return failed
 
@@ -221,14 +211,10 @@ class _Scoring:
         """Write the missing tables and the list of failed blocks, then the manifest."""
         stage = self.stage
         write_failed_blocks(stage.store, self.blocks, sorted(failed))
-        names = [f"{part:05d}" for part in range(len(queries))]
-        done = stage.done()
-        missing = [part for part, name in enumerate(names) if name not in done]
-        arguments = (rank_unit, self.run.config, self.blocks, stage, [(u.group, u.name) for u in units], queries)
-        results = self.actors.map(partial, arguments, missing)
-        stage.remember(progress(results, "rank", len(missing), "parts"))
-        done = stage.done()
-        stage.store.write_json("manifest.json", _summary([done[name] for name in names], len(failed)))
+        parts = {f"{part:05d}": part for part in range(len(queries))}
+        arguments = (self.run.config, self.blocks, stage, [(u.group, u.name) for u in units], queries)
+        work = partial(self.actors.map_function, rank_unit, arguments)
+        stage.finish(_summary(run_missing(stage, parts, work, "rank", "parts"), len(failed)))
 
 
 def _summary(markers: list[dict[str, Any]], not_finite: int) -> dict[str, Any]:
@@ -256,7 +242,7 @@ def candidate_count(config: Config, operators: dict[str, Any]) -> int:
 
     Args:
         config: of the run.
-        operators: their metadata.json. The paper's forms have no ``row_bytes`` and get 100 candidates.
+        operators: their manifest. The paper's forms have no ``row_bytes`` and get 100 candidates.
     """
     wanted = config.attribute.candidates
     if wanted < 0 and "row_bytes" in operators:

@@ -8,6 +8,7 @@ the closed form, which is derived for it; otherwise it measures on a sample of q
 
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,9 +38,9 @@ from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import record_stage_costs
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.run import Run, Stage, part_name, tolerate_concurrent_finish
+from stride_ray.runtime.progress import run_missing
+from stride_ray.runtime.run import Run, Stage, part_name
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import progress
 from stride_ray.runtime.urls import first_line
 
 # Queries per work unit: the most that a killed worker loses.
@@ -81,8 +82,8 @@ def respond_table(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     check_name(name)
     weights = measured_model_fingerprint(run.config)
     operators = run.require("operators", weights=weights)
-    facts = operators.store.read_json("metadata.json")
-    # Rows may have been added since the first fit; then metadata.json has the current corpus fingerprint.
+    facts = operators.manifest()
+    # Rows may have been added since the first fit; then the manifest has the current corpus fingerprint.
     corpus = facts.get("corpus", operators.store.read_json("stage.json")["keys"]["corpus"])
     check_unfitted_blocks(run, facts)
     stage = run.begin("responses", name, corpus=corpus, queries=fingerprint(table), weights=weights)
@@ -111,9 +112,9 @@ def check_unfitted_blocks(run: Run, facts: dict[str, Any]) -> None:
 
 def _respond_sites(run: Run, operators: Store, stage: Stage, name: str, queries: int) -> dict[str, Any]:
     """Responses of operators at all sites: products of query directions with operator rows."""
-    if not stage.store.exists("manifest.json"):
+    if not stage.finished:
         with (
-            tolerate_concurrent_finish(stage, "manifest.json"),
+            stage.unless_finished(),
             record_stage_costs(stage),
             shared_actor_pool(run.config, unit_count(len(RowStore(operators)))) as actors,
         ):
@@ -134,45 +135,35 @@ def _respond_sites(run: Run, operators: Store, stage: Stage, name: str, queries:
                 "parts": len(markers),
                 "reliability": float(np.median(reliable)) if reliable else None,
             }
-            stage.store.write_json("manifest.json", summary)
+            stage.finish(summary)
     stage.clear_tensors()
-    return stage.store.read_json("manifest.json")
+    return stage.manifest()
 
 
 def _respond_steered(run: Run, operators: Store, stage: Stage, table: pa.Table) -> dict[str, Any]:
     """Responses of the paper's forms."""
-    method = operators.read_json("metadata.json")["method"]
+    method = operators.read_json("manifest.json")["method"]
     mode = "linear" if run.config.respond.mode == "auto" and method == "closed_form" else run.config.respond.mode
-    units = [(index, start) for index, start in enumerate(range(0, table.num_rows, QUERIES_PER_UNIT))]
-    done = stage.done()
-    missing = [unit for unit in units if part_name(unit[0]) not in done]
-    if missing:
-        with record_stage_costs(stage), shared_actor_pool(run.config, len(missing)) as actors:
-            given = (run.config, run.store, stage, actors.device)
-            if mode == "auto" and "modes" not in done:
-                stage.remember(progress(actors.map(ModeComparison, given, [(0, 0)]), "compare modes", 1, "samples"))
-            total = sum(min(QUERIES_PER_UNIT, table.num_rows - start) for _, start in missing)
-            results = actors.map(Responder, (*given, _resolved_mode(stage, mode)), missing)
-            stage.remember(progress(results, "respond", total, "queries", lambda marker: marker["queries"]))
-    done = stage.done()
-    check_failed_queries(answer for index, _ in units for answer in done[part_name(index)]["answers"])
-    summary = {
-        "queries": table.num_rows,
-        "failed": sum(done[part_name(index)]["failed"] for index, _ in units),
-        "mode": _resolved_mode(stage, mode),
-        "parts": len(units),
-        **({"correlation": done["modes"]["correlation"]} if mode == "auto" else {}),
-    }
-    stage.store.write_json("manifest.json", summary)
-    return summary
-
-
-def _resolved_mode(stage: Stage, mode: str) -> str:
-    """Resolve auto from the measured correlation; exact if nothing could be measured."""
-    if mode != "auto":
-        return mode
-    correlation = stage.done()["modes"]["correlation"]
-    return "linear" if correlation is not None and correlation >= MIN_CORRELATION else "exact"
+    if stage.finished:
+        return stage.manifest()
+    starts = range(0, table.num_rows, QUERIES_PER_UNIT)
+    units = {part_name(index): (index, start) for index, start in enumerate(starts)}
+    with record_stage_costs(stage), shared_actor_pool(run.config, len(units)) as actors:
+        given, measured = (run.config, run.store, stage, actors.device), dict[str, Any]()
+        if mode == "auto":
+            compare = partial(actors.map, ModeComparison, given)
+            (compared,) = run_missing(stage, {"modes": (0, 0)}, compare, "compare modes", "samples")
+            measured = {"correlation": compared["correlation"]}
+            # Exact if nothing could be measured.
+            mode = "linear" if (measured["correlation"] or 0.0) >= MIN_CORRELATION else "exact"
+        respond_to = partial(actors.map, Responder, (*given, mode))
+        markers = run_missing(
+            stage, units, respond_to, "respond", "queries", lambda unit: min(QUERIES_PER_UNIT, table.num_rows - unit[1])
+        )
+    check_failed_queries(answer for marker in markers for answer in marker["answers"])
+    failed = sum(marker["failed"] for marker in markers)
+    facts = {"queries": table.num_rows, "failed": failed, "mode": mode, "parts": len(units)}
+    return stage.finish({**facts, **measured})
 
 
 class Responder:

@@ -6,6 +6,7 @@ Lasso; if rows are blocks, only the ``attribute.top`` of largest influence.
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -33,9 +34,9 @@ from stride_ray.operators.row_store import RowStore
 from stride_ray.operators.sketched_rows import SKETCH
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
+from stride_ray.runtime.progress import run_missing
 from stride_ray.runtime.run import Run, Stage, part_name
 from stride_ray.runtime.storage import Store, tensor_bytes
-from stride_ray.runtime.tasks import progress
 
 # Maximum queries per pass over the rows.
 MAX_QUERIES_PER_PASS = 256
@@ -75,29 +76,26 @@ def respond_sites(
     """
     config, table = run.config, stage.store.read_table("queries.parquet")
     parts = list(range(part_count(curvature, table.num_rows)))
-    done = stage.done()
-    missing = [part for part in parts if code_name(part) not in done]
-    if missing:
+
+    def code(missing: list[int]) -> Iterator[dict[str, Any]]:
         directions = begin_directions(run, table, name)
         compute_directions(config, blocks, curvature, directions, table.num_rows, actors)
-        coded = actors.map(QueryCoder, (directions, operators, actors.device, stage), missing)
-        stage.remember(progress(coded, "code", len(missing), "parts"))
-    coded_parts = stage.done()
-    check_failed_queries(answer for part in parts for answer in coded_parts[code_name(part)]["answers"])
+        return actors.map(QueryCoder, (directions, operators, actors.device, stage), missing)
+
+    coded = run_missing(stage, {code_name(part): part for part in parts}, code, "code", "parts")
+    check_failed_queries(answer for marker in coded for answer in marker["answers"])
     store = RowStore(operators)
     several = MAX_QUERIES_PER_PASS // queries_per_unit(gradient_bytes(curvature))
     groups = [parts[at : at + several] for at in range(0, len(parts), several)]
     slices = list(enumerate(slice_parts(store.facts["parts"], store.facts["row_bytes"])))
     done = stage.done()
     open_groups = [group for group in groups if any(part_name(part) not in done for part in group)]
-    units = [(group, *each) for group in open_groups for each in slices]
-    missing_units = [unit for unit in units if scan_name(unit[0], unit[1]) not in done]
-    total = sum(part["count"] for _, _, some in missing_units for part in some)
-    results = actors.map(RowScanner, (config, operators, stage), missing_units)
-    stage.remember(progress(results, "multiply", total, "rows", lambda marker: marker["rows"]))
-    left = [(part, group, len(slices)) for group in open_groups for part in group if part_name(part) not in done]
-    gathered = actors.map(partial, (merge_slices, stage, config.attribute.top if store.of_blocks else 0), left)
-    stage.remember(progress(gathered, "gather", len(left), "parts"))
+    units = {scan_name(group, each[0]): (group, *each) for group in open_groups for each in slices}
+    scan = partial(actors.map, RowScanner, (config, operators, stage))
+    run_missing(stage, units, scan, "multiply", "rows", lambda unit: sum(part["count"] for part in unit[2]))
+    left = {part_name(part): (part, group, len(slices)) for group in open_groups for part in group}
+    top = config.attribute.top if store.of_blocks else 0
+    run_missing(stage, left, partial(actors.map_function, merge_slices, (stage, top)), "gather", "parts")
 
 
 def code_name(part: int) -> str:

@@ -273,12 +273,12 @@ def _costs(pilot: Run, stage: str, name: str) -> dict[str, tuple[Stage, dict[str
 
 def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: int) -> tuple[Size, Size]:
     asked = next(found[stage][0] for stage in ("exact", "responses") if stage in found)
-    known = asked.store.read_json("manifest.json")["queries"]
+    known = asked.manifest()["queries"]
     gradient = 0
     if "curvature" in found:
-        gradient = found["curvature"][0].store.read_json("manifest.json")["gradient_bytes"]
+        gradient = found["curvature"][0].manifest()["gradient_bytes"]
     together = queries_per_unit(gradient)
-    options, pool = pilot.config, pilot.stage("blocks").store.read_json("manifest.json")["blocks"]
+    options, pool = pilot.config, pilot.stage("blocks").manifest()["blocks"]
 
     def size(n: int, q: int) -> Size:
         passes = passes_over(gradient, q, options.compute.query_gb)
@@ -293,7 +293,7 @@ def _sizes(pilot: Run, name: str, found: dict[str, Any], blocks: int, queries: i
 
 
 def _operators(config: Config, n_blocks: int) -> dict[str, Any]:
-    """The size entries of metadata.json for per-site operators; empty for the paper's forms."""
+    """The size entries of manifest.json for per-site operators; empty for the paper's forms."""
     of_blocks, rows, room = rows_for(config, n_blocks)
     facts = {"rows": "blocks" if of_blocks else "subsets", "row_bytes": room, "subsets": rows, "blocks": n_blocks}
     return facts if config.operators.form == "sites" else {}

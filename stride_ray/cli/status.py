@@ -31,15 +31,13 @@ def _line(run: Run, stage: str, name: str) -> str:
     opened = run.stage(stage, "" if name == "(none)" else name)
     if name == "(none)" or not opened.store.exists("stage.json"):
         return f"  {title:<28} missing"
-    finished = "metadata.json" if stage == "operators" else "manifest.json"
     markers = opened.done().values()
     cost = f"{sum(marker['seconds'] for marker in markers):.1f} worker-seconds"
     cost += f", at most {max((marker['peak_mb'] for marker in markers), default=0)} MB a worker"
-    if not opened.store.exists(finished):
+    if not opened.finished:
         return f"  {title:<28} under way or interrupted: {len(markers)} unit(s) done; run it again to go on"
-    facts = opened.store.read_json(finished)
-    blocks = run.stage("blocks").store
-    behind = blocks.read_json("manifest.json")["blocks"] - facts["blocks"] if stage == "operators" else 0
+    facts = opened.manifest()
+    behind = run.stage("blocks").manifest()["blocks"] - facts["blocks"] if stage == "operators" else 0
     more = f"; {behind} blocks were sharded since and are not in it" if behind else ""
     return f"  {title:<28} done, {_figures(stage, facts)}{more}; {cost}"
 

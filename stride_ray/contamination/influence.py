@@ -59,7 +59,7 @@ def checkpoint(run: Run) -> str:
     Raises:
         StrideError: the run has no blocks yet.
     """
-    manifest = run.require("blocks").store.read_json("manifest.json")
+    manifest = run.require("blocks").manifest()
     identity, weights = run.stage(table_stage(run)).identity, measured_model_fingerprint(run.config)
     return digest([mode_of(run), identity, manifest["fingerprint"], weights])
 
@@ -164,7 +164,7 @@ def query_table(run: Run, items: Sequence[Item]) -> pa.Table:
 def _parts(run: Run, name: str) -> Iterator[tuple[pa.Table, pa.Table]]:
     """Yield the influence and recovery tables of a query set, part by part."""
     stage = run.stage(table_stage(run), name)
-    for part in range(stage.store.read_json("manifest.json")["parts"]):
+    for part in range(stage.manifest()["parts"]):
         read = (stage.store.read_table(f"{table}-{part:05d}.parquet") for table in ("influence", "recovery"))
         yield next(read), next(read)
 

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,9 +36,10 @@ from stride_ray.runtime.config import digest
 from stride_ray.runtime.costs import record_stage_costs
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import CorpusConfig
+from stride_ray.runtime.progress import progress, run_missing
 from stride_ray.runtime.run import Run, Stage, part_name
 from stride_ray.runtime.storage import Store, refuse_inside
-from stride_ray.runtime.tasks import allocate_workers, connected, map_dataset, map_tasks, progress
+from stride_ray.runtime.tasks import allocate_workers, connected, map_dataset, map_tasks
 from stride_ray.runtime.urls import first_line, redact_url
 
 
@@ -100,21 +102,19 @@ def _shard(run: Run, out: TextIO) -> dict[str, Any]:
     numbered = stage.done()
     units, columns = _register(stage, config, units, bool(staged.done() or numbered))
     _save_tokenizer(stage, tokenizer)
-    known = staged.done().keys() | numbered.keys()
-    missing = [(i, unit) for i, unit in enumerate(units) if part_name(i) not in known]
-    if len(numbered) == len(units) and stage.store.exists("manifest.json"):
+    if len(numbered) == len(units) and stage.finished:
         stage.store.remove("_tokenised")
-        return stage.store.read_json("manifest.json")
+        return stage.manifest()
+    # The saved copy, as in later stages: the original may change or disappear.
+    given = (replace(config, tokenizer=stage.store.child("tokenizer").url), columns, staged)
     with connected(run.config.compute), record_stage_costs(stage):
-        if missing:
-            work = [{"index": i, "unit": unit.to_dict()} for i, unit in missing]
-            workers = allocate_workers(run.config.compute, len(work))
-            # The saved copy, as in later stages: the original may change or disappear.
-            copy = stage.store.child("tokenizer").url
-            results = map_dataset(Tokenise, (replace(config, tokenizer=copy), columns, staged), work, workers)
-            markers = progress(results, "shard", len(work), "units")
-            staged.remember(markers)
-            _show_example(markers, out)
+
+        def tokenised(missing: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+            return map_dataset(Tokenise, given, missing, allocate_workers(run.config.compute, len(missing)))
+
+        fresh = {part_name(i): {"index": i, "unit": unit.to_dict()} for i, unit in enumerate(units)}
+        fresh = {name: unit for name, unit in fresh.items() if name not in numbered}
+        _show_example(run_missing(staged, fresh, tokenised, "shard", "units"), out)
         markers_by_part = {**staged.done(), **numbered}
         counts = [markers_by_part[part_name(i)]["counts"]["blocks"] for i in range(len(units))]
         if not sum(counts):
@@ -124,12 +124,13 @@ def _shard(run: Run, out: TextIO) -> dict[str, Any]:
         repeated, shared, taken = _repeats(
             run, (stage, staged), [part_name(i) in numbered for i in range(len(units))], columns
         )
-        todo = [(i, first[i], units[i], repeated[i], taken) for i in range(len(units)) if part_name(i) not in numbered]
-        results = map_tasks(number_part, (stage, staged), todo, allocate_workers(run.config.compute, len(todo)))
-        stage.remember(progress(results, "number", len(todo), "parts"))
+        todo = {part_name(i): (i, first[i], units[i], repeated[i], taken) for i in range(len(units))}
+        workers = allocate_workers(run.config.compute, len(fresh))
+        number = partial(map_tasks, number_part, (stage, staged), allocation=workers)
+        run_missing(stage, todo, number, "number", "parts")
     own = load_tokenizer(stage.store.child("tokenizer").url)
     manifest = {**_manifest(stage, config, own, len(units)), "left_out": left_out, "shared_ids": shared}
-    stage.store.write_json("manifest.json", manifest)
+    stage.finish(manifest)
     stage.store.remove("_tokenised")
     run.save()
     return manifest
@@ -216,7 +217,7 @@ class Tokenise:
         self.example: TokenizedDocument | None = None
 
     def __call__(self, work: dict[str, Any]) -> dict[str, Any]:
-        """Process one unit; returns its done marker with the unit's index and a masked example (may be empty)."""
+        """Process one unit; returns its done marker with a masked example (may be empty)."""
         started = time.monotonic()
         unused: set[str] = set()
         documents = read(InputSplit.from_dict(work["unit"]), self.columns, unused)
@@ -231,7 +232,7 @@ class Tokenise:
         marker = self.staged.mark(name, started, **facts)
         example = show_masked(self.example, self.tokenizer) if self.example is not None else ""
         self.example = None
-        return {**marker, "index": work["index"], "example": example}
+        return {**marker, "example": example}
 
     def _watched(self, items: Iterable[TokenizedDocument | Rejected]) -> Iterator[TokenizedDocument | Rejected]:
         """Pass the items through and keep the first document with a mask as the example."""
@@ -263,8 +264,8 @@ def _manifest(stage: Stage, config: CorpusConfig, tokenizer: Any, units: int) ->
 
 
 def _show_example(markers: list[dict[str, Any]], out: TextIO) -> None:
-    for marker in sorted(markers, key=lambda marker: marker["index"]):
-        if marker["example"]:
+    for marker in markers:  # those of earlier commands were read back and have no example
+        if marker.get("example"):
             print(f"One example, its loss on the marked tokens only:\n{marker['example']}\n", file=out)
             return
 

@@ -7,7 +7,7 @@ task with a done marker, so an interrupted command resumes where it stopped.
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,9 +29,10 @@ from stride_ray.evaluate.word_counts import similarities
 from stride_ray.models.query_batches import padded
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.progress import run_missing
 from stride_ray.runtime.run import Run, Stage, claim
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, map_tasks, progress
+from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, map_tasks
 from stride_ray.selection.ranking import Target
 from stride_ray.selection.select import RANDOM, select, select_by
 
@@ -213,17 +214,17 @@ def _train(
     stage = claim(Stage(store.child("_retrain"), digest(keys)), "closed loop", keys)
     tokenizer = run.stage("blocks").store.child("tokenizer").url
     load_recipe(recipe, arm_benchmark(store, ARMS[SELECTED], model, start))  # fails here with a clear error
-    units = [(arm, seed, f"{ARMS[arm].replace('/', '-')}-seed-{seed}") for arm in arms for seed in range(seeds)]
-    done = stage.done()
-    missing = [unit for unit in units if unit[2] not in done]
-    if missing:
+    names = {arm: [f"{ARMS[arm].replace('/', '-')}-seed-{seed}" for seed in range(seeds)] for arm in arms}
+    units = {name: (arm, seed, name) for arm in arms for seed, name in enumerate(names[arm])}
+
+    def train(missing: list[Any]) -> Iterator[dict[str, Any]]:
         with connected(run.config.compute):
             workers = allocate_workers(run.config.compute, len(missing))
             given = (store, stage, model, start, recipe, tokenizer, workers.device)
-            results = map_tasks(train_arm, given, missing, workers)
-            stage.remember(progress(results, "train", len(missing), "models"))
-    names = {arm: [name for of, _, name in units if of == arm] for arm in arms}
-    measures = {LOSS: "losses"} | ({F1: "f1"} if stage.done()[units[0][2]]["f1"] is not None else {})
+            yield from map_tasks(train_arm, given, missing, workers)
+
+    markers = run_missing(stage, units, train, "train", "models")
+    measures = {LOSS: "losses"} | ({F1: "f1"} if markers[0]["f1"] is not None else {})
     return {
         what: {arm: np.stack([read_array(stage.store, f"{folder}/{name}.npy") for name in names[arm]]) for arm in arms}
         for what, folder in measures.items()

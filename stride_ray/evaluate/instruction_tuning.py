@@ -43,6 +43,7 @@ from stride_ray.operators.fit import fit
 from stride_ray.runtime.actor_pool import map_actors
 from stride_ray.runtime.config import digest, stage_keys
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.progress import run_missing
 from stride_ray.runtime.run import Run, Stage, claim
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus
@@ -162,18 +163,17 @@ def attribute_instructions(
         blocks = Blocks(run.stage("blocks").store)
         tokenizer = load_tokenizer(blocks.store.child("tokenizer").url)
         tables = {name: read_queries(f"{store.url}/{name}", tokenizer) for name in files}
-        if "model" not in stage.done():
-            asked = pa.concat_tables([tables[QUERIES], tables[HELD_OUT]]).to_pylist()
-            workers = allocate_workers(run.config.compute, 1)
-            given = (fine_tune, stage, blocks.store, _good(asked), options, start, seed, workers.device)
-            list(map_actors(partial, given, [model], workers))  # an actor exits; a task's process would keep its memory
+        asked = pa.concat_tables([tables[QUERIES], tables[HELD_OUT]]).to_pylist()
+        one = allocate_workers(run.config.compute, 1)
+        given = (fine_tune, stage, blocks.store, _good(asked), options, start, seed, one.device)
+        tune = partial(map_actors, partial, given, allocation=one)  # an actor exits; a task would keep its memory
+        losses = run_missing(stage, {"model": model}, tune, "fine-tune", "models")[0]["losses"]
         if not run.config.attribute.exact:
             print(fit(run)["verdict"])
         summary = attribute(run, f"{store.url}/{QUERIES}", NAME, io.StringIO())
         print_taught(run, files[TRAIN])
         print(f"\nBlock by block: {summary['page']}\n")
         lifts = _lifts(run, stage)
-    losses = stage.done()["model"]["losses"]
     losses["change"] = {name: loss - losses["before"][name] for name, loss in losses["after"].items()}
     outcome = Outcome(
         instructions=len(files[TRAIN]),

@@ -171,7 +171,7 @@ def _buckets_of(run: Run, out: Path, leaked: Sequence[Item]) -> dict[str, set[in
         if not name.startswith("scan-") or name.endswith("-controls"):
             continue
         stage = run.stage("exact", name)
-        for part in range(stage.store.read_json("manifest.json")["parts"]):
+        for part in range(stage.manifest()["parts"]):
             table = stage.store.read_table(f"influence-{part:05d}.parquet", ["query_id", "ordinal", "influence"])
             for key in set(table["query_id"].to_pylist()) & wanted:
                 mine = table.filter(pa.array([each == key for each in table["query_id"].to_pylist()]))

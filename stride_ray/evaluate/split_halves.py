@@ -15,8 +15,9 @@ from stride_ray.attribution.lasso import Recovery, recover
 from stride_ray.attribution.responses import read_responses
 from stride_ray.operators.membership import Membership, membership_of
 from stride_ray.runtime.config import Config
+from stride_ray.runtime.progress import progress
 from stride_ray.runtime.run import Run
-from stride_ray.runtime.tasks import WorkerAllocation, allocate_workers, connected, map_tasks, progress
+from stride_ray.runtime.tasks import WorkerAllocation, allocate_workers, connected, map_tasks
 
 # Top blocks compared; maximum queries recovered; control matrices (with 19, the smallest p is 0.05).
 TOP, QUERIES, CONTROLS = 10, 20, 19
@@ -84,8 +85,8 @@ def halves_agreement(run: Run, name: str, n_blocks: int) -> Halves | None:
         StrideError: for a missing stage or other settings.
     """
     K = membership_of(run.config).subsets
-    store = run.require("responses", name).store
-    read = [read_responses(store, part) for part in range(store.read_json("manifest.json")["parts"])]
+    stage = run.require("responses", name)
+    read = [read_responses(stage.store, part) for part in range(stage.manifest()["parts"])]
     good = [row["status"] == "ok" for row in chain.from_iterable(rows for rows, _ in read)]
     responses = np.concatenate([found for _, found in read])[good]
     chosen = np.random.default_rng(run.config.seed).permutation(len(responses))[:QUERIES]

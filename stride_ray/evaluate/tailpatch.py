@@ -21,8 +21,9 @@ from stride_ray.models.query_batches import padded
 from stride_ray.runtime.actor_pool import map_actors
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.progress import progress
 from stride_ray.runtime.run import Run
-from stride_ray.runtime.tasks import allocate_workers, connected, progress
+from stride_ray.runtime.tasks import allocate_workers, connected
 
 # Queries per work unit; steps on random blocks per query, for comparison.
 UNIT, DRAWS = 4, 4

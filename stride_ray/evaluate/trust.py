@@ -104,7 +104,7 @@ def trust(run: Run, name: str) -> Trust:
     tops, lexical = top_blocks(run, name, TOP), lexical_top(blocks, queries, TOP)
     fit: dict[str, Any] = {"verdict": "", "learned": True}
     if mode == "estimated":
-        fit = run.stage("operators").store.read_json("metadata.json")
+        fit = run.stage("operators").manifest()
     n_blocks = int(fit.get("blocks", len(blocks)))
     chance = min(TOP, n_blocks) / n_blocks
     shared, offered = _overlap_counts(tops, lexical)

@@ -1,7 +1,6 @@
 """Shared parts of model passes over the pool: the base worker, token counts and the tokenizer check."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from stride_ray.models.loading import load_run_model
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.progress import progress
 from stride_ray.runtime.run import Stage
-from stride_ray.runtime.tasks import progress
 from stride_ray.runtime.urls import redact_url
 
 # Slices of a sample, independent of the number of workers: sums are taken in slice order.
@@ -46,12 +45,12 @@ def check_tokenizer(config: Config, blocks: Blocks) -> None:
         )
 
 
-def covered_fingerprint(stage: Stage, manifest: str, blocks: Blocks) -> str:
+def covered_fingerprint(stage: Stage, blocks: Blocks) -> str:
     """Fingerprint of the blocks that a stage covers: the current pool or, if it is finished, the blocks it used."""
     now = blocks.manifest["fingerprint"]
-    if stage.store.exists(manifest):
+    if stage.finished:
         then = stage.store.read_json("stage.json")["keys"].get("corpus")
-        if then != now and then == blocks.beginning(stage.store.read_json(manifest)["blocks"]):
+        if then != now and then == blocks.beginning(stage.manifest()["blocks"]):
             return then
     return now
 
@@ -61,7 +60,7 @@ def token_counts(blocks: Blocks, actors: ActorPool) -> np.ndarray:
     parts = [part["name"] for part in blocks.manifest["parts"]]
     vocabulary = blocks.manifest["max_token_id"] + 1
     counted = progress(
-        actors.map(partial, (count_tokens, blocks, vocabulary), parts), "count", len(parts), "parts", lambda _: 1
+        actors.map_function(count_tokens, (blocks, vocabulary), parts), "count", len(parts), "parts", lambda _: 1
     )
     return sum((found["counts"] for found in counted), np.zeros(vocabulary, dtype=np.int64))
 

@@ -38,9 +38,10 @@ from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import record_separately, record_stage_costs
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.memory import expected_gb
-from stride_ray.runtime.run import Run, Stage, tolerate_concurrent_finish
+from stride_ray.runtime.progress import progress, run_missing
+from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import tensor_bytes
-from stride_ray.runtime.tasks import allocate_workers, connected, progress
+from stride_ray.runtime.tasks import allocate_workers, connected
 
 # Sample size for the second moments, in tokens.
 MOMENT_TOKENS = 32_768
@@ -59,7 +60,7 @@ def fit(run: Run) -> dict[str, Any]:
         run: with a finished ``blocks/``.
 
     Returns:
-        The content of ``operators/metadata.json``: sizes, the gap and its standard error, ``learned``, a verdict.
+        The manifest: sizes, the gap and its standard error, ``learned``, a verdict.
 
     Raises:
         StrideError: for a missing stage, changed settings, a model that does not match the tokens, fewer blocks than
@@ -76,23 +77,23 @@ def fit(run: Run) -> dict[str, Any]:
     check_tokenizer(config, blocks)
     weights = measured_model_fingerprint(config)
     curvature = begin_curvature(run, blocks, weights) if of_sites else None
-    corpus = covered_fingerprint(run.stage("operators"), "metadata.json", blocks)
+    corpus = covered_fingerprint(run.stage("operators"), blocks)
     stage = run.begin("operators", corpus=corpus, weights=weights)
-    finished = stage.store.exists("metadata.json")
-    if finished and not pool_has_grown(stage.store.read_json("metadata.json"), blocks):
+    finished = stage.finished
+    if finished and not pool_has_grown(stage.manifest(), blocks):
         _clear(stage)
-        return stage.store.read_json("metadata.json")
-    with nullcontext() if finished else tolerate_concurrent_finish(stage, "metadata.json"), connected(config.compute):
+        return stage.manifest()
+    with nullcontext() if finished else stage.unless_finished(), connected(config.compute):
         if curvature is not None:
             _fit_sites(config, blocks, curvature, stage)
         else:
             with record_stage_costs(stage):
                 _fit(config, blocks, stage)
-    return stage.store.read_json("metadata.json")
+    return stage.manifest()
 
 
 def pool_has_grown(facts: dict[str, Any], blocks: Blocks) -> bool:
-    """Whether the pool has blocks that are not covered by operators with this metadata.json and can be added.
+    """Whether the pool has blocks that are not covered by operators with this manifest and can be added.
 
     Raises:
         StrideError: if it has, but the operators are of subsets and cannot be extended.
@@ -135,22 +136,17 @@ def _fit(config: Config, blocks: Blocks, stage: Stage) -> None:
 
 def _closed_form(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:
     """Compute the basis and the sums per shard, and reduce them to the operators in ``fitted/``."""
-    if stage.store.exists("fitted/metadata.json"):
+    if stage.store.exists("fitted/manifest.json"):
         return
-    units = [(index, *shard) for index, shard in enumerate(blocks.shards())]
+    units = {f"sum-{index:03d}": (index, *shard) for index, shard in enumerate(blocks.shards())}
     if not stage.store.exists("basis.json"):
         save_basis(stage.store, "basis", _fit_basis(config, blocks, actors))
-    done = stage.done()
-    missing = [unit for unit in units if f"sum-{unit[0]:03d}" not in done]
-    if missing:
-        sums = actors.map(Accumulator, (config, blocks, stage, actors.device), missing)
-        total = sum(stop - start for _, start, stop in missing)
-        stage.remember(progress(sums, "fit", total, "blocks", lambda marker: marker["blocks"]))
-    done = stage.done()
-    failed = sorted(ordinal for unit in units for ordinal in done[f"sum-{unit[0]:03d}"]["not_finite"])
+    sums = partial(actors.map, Accumulator, (config, blocks, stage, actors.device))
+    markers = run_missing(stage, units, sums, "fit", "blocks", lambda unit: unit[2] - unit[1])
+    failed = sorted(ordinal for marker in markers for ordinal in marker["not_finite"])
     check_failed_blocks(failed, len(blocks))
     write_failed_blocks(stage.store, blocks, failed)
-    progress(actors.map(partial, (reduce_sums, config, stage, len(units)), [len(blocks)]), "reduce", 1, "")
+    progress(actors.map_function(reduce_sums, (config, stage, len(units)), [len(blocks)]), "reduce", 1, "")
 
 
 def _fit_basis(config: Config, blocks: Blocks, actors: ActorPool) -> Any:
@@ -264,4 +260,4 @@ class OperatorValidator(ModelWorker):
             "not_finite": len(failed),
         }
         save_operators(self.stage.store, replace(operators, scale=found["scale"]), {**about, **found})
-        return self.stage.store.read_json("metadata.json")
+        return self.stage.manifest()

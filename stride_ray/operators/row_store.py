@@ -1,6 +1,6 @@
 """Storage of operators at every site: one-bit rows in ``operators/``, written by fit and read by respond.
 
-    metadata.json          written last: marks the store as complete
+    manifest.json          written last: marks the store as complete
       format               1, the version of this layout
       form                 "sites"
       rows                 "blocks" (row i is block i, K = N) or "subsets" (row k is subset k, K < N)
@@ -47,10 +47,10 @@ class RowStore:
 
     Args:
         store: the folder ``operators/``.
-        facts: the content of metadata.json, if the file is not written yet.
+        facts: the content of manifest.json, if the file is not written yet.
 
     Attributes:
-        facts: the content of metadata.json.
+        facts: the content of manifest.json.
         starts: of the sites' sections (one_bit.word_starts).
 
     Raises:
@@ -59,10 +59,10 @@ class RowStore:
 
     def __init__(self, store: Store, facts: dict[str, Any] | None = None) -> None:
         self.store = store
-        self.facts: dict[str, Any] = store.read_json("metadata.json") if facts is None else facts
+        self.facts: dict[str, Any] = store.read_json("manifest.json") if facts is None else facts
         if self.facts.get("format") != FORMAT:
             raise StrideError(
-                f"{store.display_url('metadata.json')} is of format {self.facts.get('format')!r}, and this version of "
+                f"{store.display_url('manifest.json')} is of format {self.facts.get('format')!r}, and this version of "
                 f"stride_ray reads format {FORMAT}; fit again into a new run directory."
             )
         self.starts = word_starts(self.facts["sizes"])

@@ -10,7 +10,6 @@ beyond 64 KiB: rows are of blocks, 64 KiB each, and the store takes 105 MB. With
 """
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,9 +28,9 @@ from stride_ray.operators.validation import SAMPLE, gap, members, with_targets
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.progress import progress
 from stride_ray.runtime.run import Stage
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import progress
 
 # Maximum bytes per row: accuracy gains little beyond them, and subsets' sums are accumulated in float32. Below the
 # minimum, rows are of subsets (RESULTS.md, Operators at every site).
@@ -111,7 +110,7 @@ def make_sketch(config: Config, curvature: Store, stage: Stage, n_blocks: int) -
 
 
 def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, actors: ActorPool) -> None:
-    """Publish the rows and, last, ``metadata.json``; if that exists, append the rows of blocks added since.
+    """Publish the rows and, last, ``manifest.json``; if that exists, append the rows of blocks added since.
 
     Args:
         config: the run's configuration.
@@ -124,9 +123,9 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, ac
         StrideError: as layout_of, or if too many blocks have non-finite gradients.
     """
     if not stage.store.exists(LAYOUT):
-        progress(actors.map(partial, (make_sketch, config, curvature, stage), [len(blocks)]), "sketch", 1, "")
+        progress(actors.map_function(make_sketch, (config, curvature, stage), [len(blocks)]), "sketch", 1, "")
     layout = stage.store.read_json(LAYOUT)
-    known = stage.store.read_json("metadata.json") if stage.store.exists("metadata.json") else {}
+    known = stage.manifest() if stage.finished else {}
     given, first = (config, blocks, stage, actors.device), known.get("blocks", 0)
     if layout["rows"] == "blocks":
         layout["subsets"] = len(blocks)
@@ -171,7 +170,7 @@ class FitValidator(SketchWorker):
         learned = bool(mean > 2 * error)
         verdict = _verdict(learned, mean, error)
         validation = {"gap": mean, "gap_error": error, "learned": learned, "verdict": verdict, "model": self.model.name}
-        self.stage.store.write_json("metadata.json", {**facts, **validation})
+        self.stage.finish({**facts, **validation})
         return {**facts, **validation}
 
     def _sample_sketches(self) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -7,6 +7,7 @@ order of summation is the same for any number of workers and after a restart.
 """
 
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -26,9 +27,9 @@ from stride_ray.operators.one_bit import Rows, packed_rows
 from stride_ray.operators.row_store import write_rows
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
+from stride_ray.runtime.progress import run_missing
 from stride_ray.runtime.run import Stage
 from stride_ray.runtime.storage import tensor_bytes
-from stride_ray.runtime.tasks import progress
 
 # Subsets' sums: maximum blocks per unit, minimum number of units (if the pool has as many shards), units per wave,
 # rows per file.
@@ -44,18 +45,19 @@ def subset_rows(given: tuple[Any, ...], subsets: int, actors: ActorPool) -> tupl
     starts = list(range(0, subsets, ROWS))
     parts = [f"rows-{index:05d}" for index in range(len(starts))]
     waves = [slice(at, at + WAVE) for at in range(0, len(names), WAVE)]
+
+    def add(wave: int, left: list[Any]) -> Iterator[dict[str, Any]]:
+        units = waves[wave]
+        map_block_ranges(SumWorker, names[units], ranges[units], given, stage, actors)
+        arguments = (config, blocks, stage, names[units], wave, units == waves[-1])
+        yield from actors.map_function(add_sums, arguments, left)
+        # Later waves have not started, so only this wave's sums exist.
+        stage.clear_tensors("sum-")
+        stage.clear_tensors(f"total-{wave - 1:05d}-")
+
     for wave, units in enumerate(waves):
-        last = units == waves[-1]
-        added = parts if last else [total_name(wave, index) for index in range(len(starts))]
-        done = stage.done()
-        left = [(index, first) for index, first in enumerate(starts) if added[index] not in done]
-        if left:
-            map_block_ranges(SumWorker, names[units], ranges[units], given, stage, actors)
-            work = (add_sums, config, blocks, stage, names[units], wave, last)
-            stage.remember(progress(actors.map(partial, work, left), "reduce", len(left), "parts"))
-            # Later waves have not started, so only this wave's sums exist.
-            stage.clear_tensors("sum-")
-            stage.clear_tensors(f"total-{wave - 1:05d}-")
+        added = parts if units == waves[-1] else [total_name(wave, index) for index in range(len(starts))]
+        run_missing(stage, dict(zip(added, enumerate(starts), strict=True)), partial(add, wave), "reduce", "parts")
     for name in ("sum-", "total-"):  # left by a killed run
         stage.clear_tensors(name)
     return names, parts
@@ -70,11 +72,8 @@ def map_block_ranges(
     make: Any, names: list[str], ranges: list[tuple[int, int]], given: tuple[Any, ...], stage: Stage, actors: ActorPool
 ) -> None:
     """Map a worker over the ordinal ranges that are not done yet."""
-    done = stage.done()
-    left = [(name, *ordinals) for name, ordinals in zip(names, ranges, strict=True) if name not in done]
-    results = actors.map(make, given, left)
-    total = sum(stop - start for _, start, stop in left)
-    stage.remember(progress(results, "fit", total, "blocks", lambda marker: marker["blocks"]))
+    units = {name: (name, *ordinals) for name, ordinals in zip(names, ranges, strict=True)}
+    run_missing(stage, units, partial(actors.map, make, given), "fit", "blocks", lambda unit: unit[2] - unit[1])
 
 
 class SketchWorker(ModelWorker):

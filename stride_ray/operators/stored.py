@@ -20,16 +20,16 @@ def load_basis(store: Store, name: str) -> Basis:
 
 
 def save_operators(store: Store, operators: Operators, facts: dict[str, Any]) -> None:
-    """Publish operators: operators.safetensors, then metadata.json, which marks them as complete."""
+    """Publish operators: operators.safetensors, then manifest.json, which marks them as complete."""
     tensors = {"A": operators.A.cpu(), **{k: v.cpu() for k, v in operators.basis.tensors().items()}}
     store.write("operators.safetensors", tensor_bytes(tensors))
     metadata = {"basis": operators.basis.facts(), "subsets": len(operators.A), "scale": operators.scale, **facts}
-    store.write_json("metadata.json", metadata)
+    store.write_json("manifest.json", metadata)
 
 
 def load_operators(store: Store, device: str = "cpu") -> tuple[Operators, dict[str, Any]]:
     """Read what save_operators wrote; returns the operators and the metadata."""
-    metadata = store.read_json("metadata.json")
+    metadata = store.read_json("manifest.json")
     tensors = store.read_tensors("operators.safetensors")
     A = tensors.pop("A")
     operators = Operators(Basis(**metadata["basis"], **tensors), A, metadata["scale"])

@@ -13,15 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
 import ray.exceptions
 from ray._private import state as ray_state
 
-from stride_ray.runtime import metrics
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.memory import expected_gb
+from stride_ray.runtime.progress import count_unavailable_call
 from stride_ray.runtime.tasks import (
     PATIENCE,
     RETRIES,
@@ -129,6 +130,12 @@ class ActorPool:
                 progress.finish(call)
                 yield result
 
+    def map_function(
+        self, function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], units: Sequence[Unit]
+    ) -> Iterator[dict[str, Any]]:
+        """Apply ``function(*arguments, unit)`` to every unit, as ``map`` does a worker."""
+        return self.map(partial, (function, *arguments), units)
+
     def _submit(self, job: Any, units: Sequence[Unit], progress: _Progress) -> None:
         """Fill the queue of every actor; in a stall, give every idle actor a unit that others hold."""
         stalled = progress.stalled
@@ -155,7 +162,7 @@ class ActorPool:
         if restarts - progress.restarts_at_last_result.setdefault(call.actor, restarts) > RETRIES:
             raise lethal_unit_error(f"Ray started the worker again {restarts} times") from None
         progress.waiting.append(call.unit_index)
-        metrics.count_unavailable_call()
+        count_unavailable_call()
         time.sleep(RETRY_SECONDS)
 
 

@@ -1,7 +1,8 @@
 """A run directory: run.toml and one folder per stage, each tied to the configuration it was made with.
 
 The work of a stage is cut into units. A unit publishes its data files first and its done marker last, so a readable
-marker implies readable data. A rerun only does the units without a marker.
+marker implies readable data. A rerun only does the units without a marker (progress.run_missing). A stage writes its
+manifest last: with a manifest, it is finished.
 """
 
 import json
@@ -17,26 +18,58 @@ from stride_ray.runtime.memory import peak_mb
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import anchored, redact_url
 
-# The command that runs a stage, and the file that it writes last, if that is not manifest.json.
+# The command that runs a stage.
 COMMANDS = {
     **{"blocks": "shard", "operators": "fit", "responses": "respond", "estimates": "recover"},
     **{"influence": "rescore", "exact": "attribute --exact"},
 }
-LAST_FILE = {"operators": "metadata.json"}
 # Files that a stage may write before its first unit of work is done.
 PREPARED = {"stage.json", "plan.json", "tokenizer", "queries.parquet", "cost.json"}
 
 
 class Stage:
-    """The folder of a stage in a run: its data and one done marker per finished unit."""
+    """The folder of a stage in a run: its data, one done marker per finished unit, and last a manifest.
 
-    def __init__(self, store: Store, identity: str) -> None:
+    Args:
+        store: the folder.
+        identity: hash of what the output depends on; markers of another identity do not count.
+        last: name of the manifest, the file that is written last.
+    """
+
+    def __init__(self, store: Store, identity: str, last: str = "manifest.json") -> None:
         self.store = store
         self.identity = identity
+        self.last = last
         self._known: dict[str, dict[str, Any]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Stage, (self.store, self.identity)
+        return Stage, (self.store, self.identity, self.last)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the manifest is there."""
+        return self.store.exists(self.last)
+
+    def manifest(self) -> dict[str, Any]:
+        """Read the manifest of a finished stage."""
+        return self.store.read_json(self.last)
+
+    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Write the manifest; returns it."""
+        self.store.write_json(self.last, manifest)
+        return manifest
+
+    @contextmanager
+    def unless_finished(self) -> Iterator[None]:
+        """Suppress a StrideError within the block if the stage is finished by then.
+
+        If the same command runs twice, the faster one deletes temporary files that the slower one still needs.
+        """
+        try:
+            yield
+        except StrideError:
+            if not self.finished:
+                raise
 
     def done(self) -> dict[str, dict[str, Any]]:
         """Done markers by unit name, sorted by name."""
@@ -157,7 +190,7 @@ class Run:
                 settings.
         """
         opened = self.stage(stage, name)
-        if not opened.store.exists(LAST_FILE.get(stage, "manifest.json")):
+        if not opened.finished:
             command = f"stride-ray {COMMANDS[stage]}" + (f" --name {name}" if name else "")
             raise StrideError(f"{redact_url(opened.store.url)} is not finished; run '{command}' first.")
         _check_same_settings(opened, {**stage_keys(self.config, stage), **extra})
@@ -218,20 +251,7 @@ def claim(opened: Stage, stage: str, keys: Mapping[str, Any]) -> Stage:
         for name in sorted(there):
             opened.store.remove(name)
         opened.store.write_json("stage.json", {"stage": stage, "code_version": __version__, "keys": keys})
-    return Stage(_OwnedStore(opened.store.url, opened.store.url, digest(keys)), opened.identity)
-
-
-@contextmanager
-def tolerate_concurrent_finish(stage: Stage, by: str) -> Iterator[None]:
-    """Suppress a StrideError if the file ``by``, which marks the stage as finished, exists.
-
-    If the same command runs twice, the faster one deletes temporary files that the slower one still needs.
-    """
-    try:
-        yield
-    except StrideError:
-        if not stage.store.exists(by):
-            raise
+    return Stage(_OwnedStore(opened.store.url, opened.store.url, digest(keys)), opened.identity, opened.last)
 
 
 def part_name(index: int) -> str:

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ from ray._private import state as ray_state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from stride_ray.runtime import costs, metrics
+from stride_ray.runtime import costs
 from stride_ray.runtime.errors import StrideError, Terminated
 from stride_ray.runtime.memory import retain_freed_memory
 from stride_ray.runtime.options import ComputeConfig
@@ -367,31 +367,3 @@ def translated_ray_error(error: BaseException) -> BaseException:
             "what is done is kept."
         )
     return error
-
-
-def progress(
-    results: Iterable[dict[str, Any]],
-    label: str,
-    total: int,
-    unit: str,
-    count: Callable[[dict[str, Any]], int] = lambda result: 1,
-) -> list[dict[str, Any]]:
-    """Collect results behind a progress bar, recording cost and metrics.
-
-    Args:
-        results: from one of the mapping functions.
-        label: of the progress bar, the cost phase and the metrics.
-        total: count at completion.
-        unit: name of the counted items.
-        count: how many items a result stands for; one unless given.
-    """
-    interval = 0.5 if sys.stderr.isatty() else 5.0
-    collected = []
-    bar = tqdm(total=total, desc=label, unit=f" {unit}", mininterval=interval, file=sys.stderr, smoothing=0.1)
-    with bar, costs.phase(label, unit, total) as phase:
-        for result in results:
-            collected.append(result)
-            metrics.report(label, result)
-            bar.update(count(result))
-            phase.amount += count(result)
-    return collected

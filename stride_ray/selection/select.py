@@ -7,6 +7,7 @@ blocks), rank and choose (one process, bounded memory), write the data files (ta
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from stride_ray.attribution.attribute import read_influence, table_stage
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.run import Run, Stage, claim, part_name, tolerate_concurrent_finish
+from stride_ray.runtime.progress import run_missing
+from stride_ray.runtime.run import Run, Stage, claim, part_name
 from stride_ray.runtime.storage import Store, refuse_inside
-from stride_ray.runtime.tasks import WorkerAllocation, allocate_workers, connected, map_tasks, progress
+from stride_ray.runtime.tasks import WorkerAllocation, allocate_workers, connected, map_tasks
 from stride_ray.runtime.urls import redact_url
 from stride_ray.selection.choice import (
     GreedyChooser,
@@ -130,17 +132,17 @@ def select_by(run: Run, targets: Sequence[Target], out: str, blocks: bool = Fals
         **chosen,
         "earlier": [identity for _, _, identity in earlier],
     }
-    stage = claim(Stage(Store(out), digest(keys)), "select", keys)
-    if not stage.store.exists("selection.json"):
-        with tolerate_concurrent_finish(stage, "selection.json"), connected(run.config.compute):
+    stage = claim(Stage(Store(out), digest(keys), "selection.json"), "select", keys)
+    if not stage.finished:
+        with stage.unless_finished(), connected(run.config.compute):
             workers = WorkerAllocation(allocate_workers(run.config.compute, len(units)).workers, "cpu")
             _list(how, stage, units, bool(options.near_duplicates), workers)
             if "choice" not in stage.done():
                 _choose(run, targets, earlier, stage, len(units))
             _write(how, stage, units, workers)
-            stage.store.write_json("selection.json", _summary(run, targets, stage, blocks))
+            stage.finish(_summary(run, targets, stage, blocks))
     stage.store.remove("_pool")
-    return stage.store.read_json("selection.json")
+    return stage.manifest()
 
 
 def _earlier(url: str) -> tuple[Store, int, str]:
@@ -155,10 +157,8 @@ def _earlier(url: str) -> tuple[Store, int, str]:
 
 
 def _list(how: Reading, stage: Stage, units: Sequence[InputSplit], signed: bool, workers: WorkerAllocation) -> None:
-    done = stage.done()
-    missing = [(i, unit) for i, unit in enumerate(units) if f"pool-{i:05d}" not in done]
-    results = map_tasks(list_part, (how, stage, signed), missing, workers)
-    stage.remember(progress(results, "list", len(missing), "parts"))
+    parts = {f"pool-{i:05d}": (i, unit) for i, unit in enumerate(units)}
+    run_missing(stage, parts, partial(map_tasks, list_part, (how, stage, signed), allocation=workers), "list", "parts")
 
 
 def _choose(
@@ -220,14 +220,12 @@ def _totals(tally: Tally) -> dict[str, Any]:
 
 
 def _write(how: Reading, stage: Stage, units: Sequence[InputSplit], workers: WorkerAllocation) -> None:
-    done = stage.done()
-    missing = []
-    for arm in ("", RANDOM):
-        for part, places in _kept(stage.store, arm):
-            if marker_name(arm, part) not in done:
-                missing.append((arm, part, units[part], places))
-    results = map_tasks(write_part, (how, stage), missing, workers)
-    stage.remember(progress(results, "write", len(missing), "files"))
+    files = {
+        marker_name(arm, part): (arm, part, units[part], places)
+        for arm in ("", RANDOM)
+        for part, places in _kept(stage.store, arm)
+    }
+    run_missing(stage, files, partial(map_tasks, write_part, (how, stage), allocation=workers), "write", "files")
 
 
 def _kept(store: Store, arm: str) -> list[tuple[int, np.ndarray]]:

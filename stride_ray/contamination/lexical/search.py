@@ -24,8 +24,9 @@ from stride_ray.corpus.tokenizing import load_tokenizer
 from stride_ray.runtime.actor_pool import map_actors
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.progress import progress
 from stride_ray.runtime.run import Stage
-from stride_ray.runtime.tasks import allocate_workers, connected, progress
+from stride_ray.runtime.tasks import allocate_workers, connected
 
 RAW = pa.schema(
     [

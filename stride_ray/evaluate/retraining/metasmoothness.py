@@ -7,6 +7,7 @@ predictable. If it moves them in an unrelated direction, no influence function c
 
 import inspect
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from stride_ray.evaluate.retraining.retrain import load_benchmark_and_recipe, re
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.progress import run_missing
 from stride_ray.runtime.run import Stage, claim
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, map_tasks, progress
+from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, map_tasks
 
 # h: standard deviation of the first step in a block's weight; the second step has the same size.
 STEP = 0.1
@@ -65,14 +67,15 @@ def metasmoothness(
     keys = {"benchmark": benchmark.fingerprint, "recipe": recipe_identity(recipe_name), "seed": seed, "step": step}
     stage = claim(Stage(Store(out), digest(keys)), "metasmoothness", keys)
     units = [(0, 0), *((draw, times) for draw in range(draws) for times in (1, 2))]
-    done = stage.done()
-    missing = [unit for unit in units if _name(unit) not in done]
-    if missing:
-        compute = compute or ComputeConfig()
-        with connected(compute):
-            workers = allocate_workers(compute, len(missing))
+    resources = compute or ComputeConfig()
+
+    def train(missing: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+        with connected(resources):
+            workers = allocate_workers(resources, len(missing))
             shared = (benchmark.url, benchmark.fingerprint, recipe_name, stage, workers.device, seed, step)
-            progress(map_tasks(_train_one, shared, missing, workers), "train", len(missing), "models")
+            yield from map_tasks(_train_one, shared, missing, workers)
+
+    run_missing(stage, {_name(unit): unit for unit in units}, train, "train", "models")
     start, *moved = (read_array(stage.store, f"{_name(unit)}.npy") for unit in units)
     each = [smoothness(start, one, two) for one, two in zip(moved[::2], moved[1::2], strict=True)]
     mean = float(np.mean(each))

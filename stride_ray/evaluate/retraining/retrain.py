@@ -9,7 +9,7 @@ import functools
 import hashlib
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,10 @@ from stride_ray.evaluate.retraining.results import JSONL, NPZ, RetrainingResults
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.progress import run_missing
 from stride_ray.runtime.run import Stage
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, map_tasks, progress
+from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, map_tasks
 
 # Subfolder of the output folder for the losses and done markers of single trainings.
 WORK = "_retrain"
@@ -70,28 +71,24 @@ def retrain(
     drawn = {"like": _subsets_hash(benchmark.retrained().subsets)} if like else {"seed": seed, "fraction": fraction}
     keys = {"benchmark": benchmark.fingerprint, "recipe": recipe_identity(recipe_name), **drawn}
     stage = _claim(store, keys)
-    units = [(number, each) for number in range(subsets) for each in range(seeds)]
-    names = {unit: f"subset-{unit[0]:05d}-seed-{unit[1]}" for unit in units}
-    done = stage.done()
-    missing = [unit for unit in units if names[unit] not in done]
-    if missing:
-        compute = compute or ComputeConfig()
-        with connected(compute):
-            workers = allocate_workers(compute, len(missing))
+    resources, trained = compute or ComputeConfig(), list[Any]()
+
+    def train(missing: list[tuple[int, int, str]]) -> Iterator[dict[str, Any]]:
+        trained.extend(missing)
+        with connected(resources):
+            workers = allocate_workers(resources, len(missing))
             draw = (fraction, seed, like)
             shared = (benchmark.url, benchmark.fingerprint, recipe_name, draw, stage, workers.device)
-            results = map_tasks(_train_one, shared, [(*unit, names[unit]) for unit in missing], workers)
-            progress(results, "retrain", len(missing), "models", lambda result: 1)
-    losses = np.stack(
-        [
-            [read_array(stage.store, f"losses/{names[number, each]}.npy") for number in range(subsets)]
-            for each in range(seeds)
-        ]
-    )
+            yield from map_tasks(_train_one, shared, missing, workers)
+
+    names = [[f"subset-{number:05d}-seed-{each}" for number in range(subsets)] for each in range(seeds)]
+    units = {name: (number, each, name) for each, some in enumerate(names) for number, name in enumerate(some)}
+    run_missing(stage, units, train, "retrain", "models")
+    losses = np.stack([[read_array(stage.store, f"losses/{name}.npy") for name in of_seed] for of_seed in names])
     truth = RetrainingResults(tuple(rows), losses, tuple(f"seed{each}" for each in range(seeds)))
     truth.check(len(benchmark.blocks), len(benchmark.queries), store.display_url(""))
     _publish(store, truth, len(benchmark.blocks))
-    return _summary(benchmark, truth, len(missing), store, time.monotonic() - started)
+    return _summary(benchmark, truth, len(trained), store, time.monotonic() - started)
 
 
 def subset_rows(benchmark: Benchmark, number: int, fraction: float, seed: int, like: bool = False) -> np.ndarray:

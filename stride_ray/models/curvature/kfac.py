@@ -39,14 +39,12 @@ SITES, UNSCALED = "sites", "unscaled"
 
 def begin_curvature(run: Run, blocks: Blocks, weights: str) -> Stage:
     """Begin the stage. If the pool grew, a finished preconditioner is kept, so that the unit of influence is stable."""
-    return run.begin(
-        "curvature", corpus=covered_fingerprint(run.stage("curvature"), "manifest.json", blocks), weights=weights
-    )
+    return run.begin("curvature", corpus=covered_fingerprint(run.stage("curvature"), blocks), weights=weights)
 
 
 def finish_curvature(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:
     """Compute the preconditioner unless the stage is finished."""
-    if not stage.store.exists("manifest.json"):
+    if not stage.finished:
         with record_stage_costs(stage):
             measure_curvature(config, blocks, stage, actors)
 
@@ -101,7 +99,7 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
     shares = {name: weight * squares[name] / total for name, weight in weights.items()}
     bytes_of_one = 4 * sum(math.prod(whole_shape(site)) for site in sites)
     facts = {"blocks": len(blocks), "sample": len(sample), "not_finite": len(failed | spoilt)}
-    stage.store.write_json("manifest.json", {"sites": shares, **facts, "gradient_bytes": bytes_of_one})
+    stage.finish({"sites": shares, **facts, "gradient_bytes": bytes_of_one})
 
 
 def save_sites(store: Store, name: str, sites: list[Site]) -> None:

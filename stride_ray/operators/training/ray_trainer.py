@@ -47,7 +47,7 @@ def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Worker
     Raises:
         StrideError: from the loop, if its workers died repeatedly, or if the cluster has no room for them any more.
     """
-    if stage.store.exists("trained/metadata.json"):
+    if stage.store.exists("trained/manifest.json"):
         return
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 # Before torch is imported: floating-point sums depend on the number of threads, and nothing here is on any hub.
@@ -269,6 +270,9 @@ class PlainPool:
     def map(self, make, arguments, units):
         worker = make(*arguments)
         return [worker(unit) for unit in units]
+
+    def map_function(self, function, arguments, units):
+        return self.map(partial, (function, *arguments), units)
 
 
 def _plain_map(make, arguments, units, allocation):

@@ -222,8 +222,9 @@ def texts(document: Document, tokenizer: Any) -> list[tuple[str, str]]:
     """Return a document's texts, each with the name of the part that offsets refer to.
 
     Parts are ``text``; ``prompt`` and ``answer``; ``token_ids``, decoded with the tokenizer, which no other document
-    needs; and of messages ``messages.0`` …, the contents, and with its path any other string of a turn
-    (``messages.0.content.1.text``), but for roles and types.
+    needs; of messages ``messages.0`` …, the contents, and with its path any other string of a turn
+    (``messages.0.content.1.text``) or of the chat template's arguments (``template.tools.0.function.description``), but
+    for roles and types.
     """
     if document.text is not None:
         return [("text", document.text)]
@@ -233,7 +234,7 @@ def texts(document: Document, tokenizer: Any) -> list[tuple[str, str]]:
         found: list[tuple[str, str]] = []
         for i, turn in enumerate(document.messages):
             for path, text in strings(f"messages.{i}", turn):
-                if path.rpartition(".")[2] not in ("role", "type"):
-                    found.append((f"messages.{i}" if path == f"messages.{i}.content" else path, text))
-        return found
+                found.append((f"messages.{i}" if path == f"messages.{i}.content" else path, text))
+        found += strings("template", document.template_arguments or {})
+        return [(path, text) for path, text in found if path.rpartition(".")[2] not in ("role", "type")]
     return [("prompt", document.prompt or ""), ("answer", document.answer or "")]

@@ -22,7 +22,7 @@ from stride_ray.corpus.documents import Document, TokenizedDocument
 from stride_ray.corpus.readers import Rejected
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import filesystem, first_line, looks_local, redact_message, redact_url, redacted_error
+from stride_ray.runtime.urls import filesystem, first_line, looks_local, redact_url, redacted_error
 
 # Characters per tokenizer call; bounds memory, since a tokenizer's record of a token takes a hundred bytes.
 _BATCH_CHARACTERS = 1 << 20
@@ -85,9 +85,8 @@ def _load_local(place: str, name: str) -> Any:
             return PreTrainedTokenizerFast(tokenizer_file=plain)
         return AutoTokenizer.from_pretrained(place)
     except Exception as error:  # the libraries raise many classes for invalid files
-        reason = first_line(error)
         raise StrideError(
-            f"No tokenizer can be loaded from {name} ({redact_message(reason)}); give a folder with tokenizer.json, "
+            f"No tokenizer can be loaded from {name} ({first_line(error)}); give a folder with tokenizer.json, "
             "a .gguf file or a hub id that can be reached."
         ) from None
 

@@ -653,6 +653,25 @@ def test_turns_may_be_marked_as_not_to_be_learned(tmp_path, turn, learned):
             assert item.learned == (None if learned else [True, True, False])
 
 
+@pytest.mark.parametrize(
+    ("calls", "read"),
+    [
+        ([], None),
+        (None, None),
+        ("[]", None),
+        ('[{"name": "f"}]', [{"name": "f"}]),
+        ([{"name": "f", "id": None}], [{"name": "f"}]),
+        ("f()", "holds a message whose tool_calls are a string that is not JSON"),
+    ],
+)
+def test_calls_of_tools_may_be_empty_or_json(tmp_path, calls, read):
+    item, _ = one(tmp_path, {"messages": [CHAT[0], {**CHAT[1], "tool_calls": calls}]})
+    if isinstance(read, str):
+        assert read in item.reason
+    else:
+        assert item.messages[1] == {**CHAT[1], **({"tool_calls": read} if read else {})}
+
+
 def test_nesting_that_is_too_deep_costs_its_row_alone(tmp_path):
     deep = "x"
     for _ in range(900):

@@ -227,6 +227,7 @@ LEFT = {
             {"prompt": chat("d")["messages"][:1], "completion": chat("d")["messages"][1:], "tools": [{"f": COPY}]},
             chat("e") | {"chat_template_kwargs": {"tools": None, "documents": [None, {"title": "y", "text": COPY}]}},
             chat("f") | {"chat_template_kwargs": json.dumps({"tools": [{"name": COPY}]}), "tools": "null"},
+            {"messages": [{"role": "assistant", "content": "g", "tool_calls": f'[{{"f" : "{COPY}"}}]'}]},
         ],
         [
             chat("a") | {"tools": [{"function": {"name": "f", "description": "x "}}]},
@@ -235,6 +236,7 @@ LEFT = {
             {"prompt": chat("d")["messages"][:1], "completion": chat("d")["messages"][1:], "tools": [{"f": ""}]},
             chat("e") | {"chat_template_kwargs": {"tools": None, "documents": [None, {"title": "y", "text": ""}]}},
             chat("f") | {"chat_template_kwargs": json.dumps({"tools": [{"name": ""}]}), "tools": "null"},
+            {"messages": [{"role": "assistant", "content": "g", "tool_calls": '[{"f" : ""}]'}]},
         ],
     ),
     "tags and entities": ([{"text": "x <i>" + COPY.replace(" ", "</i>&nbsp;<i>") + "</i>."}], [{"text": "x <i></i>."}]),

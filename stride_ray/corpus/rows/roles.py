@@ -198,9 +198,11 @@ def text_places(part: str, values: Mapping[str, Any], columns: Mapping[str, str]
 
 
 def opened(value: Any) -> Any:
-    """A value as it is used where it may be JSON in a string, or a list with such strings."""
+    """A value as it is used where it may be JSON in a string, or a list with such strings; in a turn, its calls."""
     with contextlib.suppress(ValueError):
         value = parsed(value)
+    if isinstance(value, dict) and isinstance(value.get("tool_calls"), str):
+        return {**value, "tool_calls": opened(value["tool_calls"])}
     return [opened(part) for part in value] if isinstance(value, list) else value
 
 
@@ -210,7 +212,9 @@ def closed(value: Any, before: Any, after: Any) -> Any:
         return value
     if isinstance(value, str) and not isinstance(before, str):
         return with_strings(value, parsed(value), closed(parsed(value), before, after))
-    if isinstance(value, list) and isinstance(before, list):
+    if isinstance(value, dict):
+        return {key: closed(part, before[key], after[key]) for key, part in value.items()}
+    if isinstance(value, list):
         return [closed(*parts) for parts in zip(value, before, after, strict=True)]
     return after
 

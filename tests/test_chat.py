@@ -183,12 +183,15 @@ def test_a_run_keeps_its_date(tmp_path, plain, monkeypatch):
     saved.chat_template = LLAMA + saved.chat_template
     saved.save_pretrained(tmp_path / "tokenizer")
     rows = [{"messages": turns(text, text.upper())} for text in documents(4)]
+    rows[1] |= {"tools": [{"name": "add"}]}
+    rows[2]["messages"][1]["tool_calls"] = [{"name": "add"}]
     changes = {"corpus.tokenizer": str(tmp_path / "tokenizer"), "corpus.block_tokens": 64, "corpus.layout": "split"}
     changes["corpus.input"] = [write_lines(tmp_path / "a.jsonl", rows)]
     one, other = (Run(str(tmp_path / name), changes=changes) for name in "xy")
     out = io.StringIO()
     before = shard(one, out)
     assert before["chat_time"] == "2024-07-26T00:00:00"
+    assert before["unrendered"] == ["tool_calls of assistant", "tools"]
     assert "Today Date: 26 Jul 2024<|user|>" in out.getvalue()
     monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", _Tomorrow)
     assert shard(other, out)["fingerprint"] == before["fingerprint"]

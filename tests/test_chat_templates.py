@@ -363,3 +363,51 @@ def test_texts_that_look_like_a_template(tokenizer):
 def test_a_turn_that_is_not_found_is_named(tokenizer, template, messages, words):
     with pytest.raises(ValueError, match=words):
         shown(tokenizer, template, messages)
+
+
+ROWS = {
+    "a call beside a content": (
+        CHATML,
+        [ASKED[0], {**CALLED[1], "content": "I add."}, *CALLED[2:]],
+        "tool_calls of assistant",
+    ),
+    "calls that are printed": (QWEN25, [ASKED[0], {**CALLED[1], "content": "I add."}, *CALLED[2:]], ""),
+    "calls alone": (QWEN25, CALLED, ""),
+    "a content beside a call": (
+        LLAMA3,
+        [ASKED[0], {**CALLED[1], "content": "I add."}, *CALLED[2:]],
+        "content of assistant",
+    ),
+    "a call of the old form": (
+        CHATML,
+        [ASKED[0], {**ASKED[1], "function_call": {"name": "add", "arguments": "{}"}}],
+        "function_call of assistant",
+    ),
+    "thoughts": (CHATML, [ASKED[0], {**ASKED[1], "reasoning_content": "Easy."}], "reasoning_content of assistant"),
+    "thoughts of earlier turns": (
+        QWEN3,
+        [ASKED[0], {**ASKED[1], "reasoning_content": "Easy."}, *ASKED[2:]],
+        "reasoning_content of assistant",
+    ),
+    "thoughts that are printed": (QWEN3, [ASKED[0], {**ASKED[1], "reasoning_content": "Easy."}], ""),
+    "a name": (NAMED, [{**ASKED[0], "name": "bob"}, ASKED[1]], ""),
+    "a system's turn": (MISTRAL, [{"role": "system", "content": "Be brief."}, *ASKED], "content of system"),
+    "parts": (CHATML, [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *ASKED], ""),
+    "numbers and flags": (CHATML, [{**ASKED[0], "n": 1, "seen": True, "tags": []}, ASKED[1]], ""),
+    "a plain one": (CHATML, ASKED, ""),
+}
+
+
+@pytest.mark.parametrize(("template", "messages", "told"), ROWS.values(), ids=ROWS)
+def test_what_a_template_leaves_out_is_named(tokenizer, template, messages, told):
+    tokenizer.chat_template = template
+    chat = ChatTemplate(tokenizer)
+    for _ in range(2):
+        assert ", ".join(chat.left_out(messages, {"tools": None})) == told
+
+
+def test_arguments_that_a_template_leaves_out_are_named(tokenizer):
+    given = {"tools": [{"name": "add"}], "documents": [{"text": "a"}], "enable_thinking": False}
+    for template, told in ((CHATML, {"tools", "documents"}), (MISTRAL, {"documents"})):
+        tokenizer.chat_template = template
+        assert ChatTemplate(tokenizer).left_out(ASKED, given) == told

@@ -230,8 +230,9 @@ def test_counts_add_up_and_travel_as_json():
         make_blocks([encoded("a", [1, 2]), *[Rejected("f", i, "bad")] * 15], "pack", 2, END, PAD)[1] for i in (1, 2)
     ]
     parts[0].unused, parts[1].unused = ["b", "c"], ["a", "b"]
+    parts[0].unrendered = ["tools"]
     total = parts[0] + parts[1]
-    assert total.unused == ["a", "b", "c"]
+    assert (total.unused, total.unrendered) == (["a", "b", "c"], ["tools"])
     assert (total.documents, total.blocks, total.tokens, total.target_tokens, total.rejected) == (2, 4, 6, 6, 30)
     assert [reject.row for reject in total.rejects] == [1] * 15 + [2] * 5
     assert Counts.from_dict(json.loads(json.dumps(total.to_dict()))) == total

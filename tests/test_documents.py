@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 import zipfile
 from collections import Counter
@@ -403,6 +404,12 @@ def test_inputs_that_cannot_be_planned_are_told_in_a_sentence(tmp_path):
         ("s3://k:se cret@b/x", "s3://b/x"),
         ("filecache::s3://k:secret@b/x", "filecache::s3://b/x"),
         ("http://u:secret@[x/y", "http://[x/y"),
+        ("https://h/a.jsonl#access_token=secret&x=1", "https://h/a.jsonl"),
+        ("https://h/a.jsonl?a=b#secret", "https://h/a.jsonl"),
+        ("s3://b/a.jsonl#state=1&access_token=secret", "s3://b/a.jsonl"),
+        ("s3://b/day#=1/a#2.jsonl", "s3://b/day#=1/a#2.jsonl"),
+        ("s3://key:sec/ret@b/a.jsonl", "s3://b/a.jsonl"),
+        ("http://h:80/a@b.jsonl", "http://h:80/a@b.jsonl"),
         ("/a b?c=d::e@f", "/a b?c=d::e@f"),
     ],
 )
@@ -410,6 +417,58 @@ def test_no_credentials_in_what_is_shown(text, safe):
     assert redact_url(text) == safe
     if " " not in text:
         assert redact_message(f"not found: {text} or so") == f"not found: {safe} or so"
+
+
+# Error texts of object stores, web clients and hubs, with "secret" where they have one.
+TOLD = """
+403, message='Forbidden', url=URL('https://acct.blob.core.windows.net/c/b?sv=2020-10-02&sig=secret%3D&se=1')
+Max retries exceeded with url: /b/k?X-Amz-Credential=secret%2F2026&X-Amz-Signature=secret (Caused by OSError('x'))
+PUT /v1/AUTH_x/c/o?temp_url_sig=secret&temp_url_expires=1 gave 401; temp_url_sig=secret
+request sv=2020-10-02&sig=secret&se=1 and sig=secret
+GoogleAccessId=secret&Signature=secret; X-Goog-Signature=secret
+AWSAccessKeyId=secret aws_secret_access_key=secret, aws_session_token="secret"
+{'Authorization': 'Bearer secret', 'Cookie': 'a=secret; b=secret'}
+{"authorization": "Basic c2VjcmV0", "client_secret": "secret", "refresh_token":"secret", "private_key": "secret"}
+Authorization: Bearer secret was refused: the Bearer secret has expired
+Authorization=Basic secret; Proxy-Authorization: Basic secret; x-api-key: secret
+Authorization: AWS4-HMAC-SHA256 Credential=secret/20261129/us, SignedHeaders=host, Signature=secret
+Authorization: SharedKey secret; x-ms-copy-source-authorization: secret; x-amz-security-token: secret
+AccountName=me;AccountKey=secret==;EndpointSuffix=core.windows.net and SharedAccessSignature=sv=1&sig=secret
+<Code>SignatureDoesNotMatch</Code><AWSAccessKeyId>secret</AWSAccessKeyId><SignatureProvided>secret</SignatureProvided>
+X-Auth-Token: secret; X-Subject-Token: x; password=secret, PGPASSWORD='secret'; accessKeyId: secret, apikey: secret
+Invalid user token hf_secretsecretsecret; HF_TOKEN=secret; token=secret; ghp_secretsecretsecret; glpat-secretsecretse
+The key AKIASECRETSECRETSECR does not exist; eyJhbGciOisecret.eyJzdWIiOisecret.secret has expired
+-----BEGIN RSA PRIVATE KEY-----secret
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("text", TOLD)
+def test_no_credentials_in_messages(text):
+    shown = redact_message(text)
+    assert "secret" not in shown.lower().replace("secret_access_key", "").replace("client_secret", "")
+    assert "c2VjcmV0" not in shown
+    assert redact_message(shown) == shown
+    assert shown in redacted_error(OSError(text), "s3://b/x")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "eos_token: </s>, pad_token=<pad>, token id 2048 is outside the vocabulary, 'token_ids' holds null",
+        "a.jsonl#1024: Bearer authentication is required; the signature does not match: check the key",
+        "no file /data/part-?/lang=en/x.jsonl, [Errno 2] No such file or directory: '/a/b?c'",
+        "Unable to locate credentials; Basic authentication, key: 3, https://huggingface.co/gpt2/resolve/main/a.json",
+    ],
+)
+def test_messages_without_credentials_stay(text):
+    assert redact_message(text) == text
+
+
+@pytest.mark.parametrize("unit", ["://a:", "https://", "a-", "a:b@", 'password="', "/a?"])
+def test_messages_of_any_length_are_redacted_at_once(unit):
+    started = time.process_time()
+    assert len(redact_message(unit * 10**6)) < 10_000
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("url", ["ftp://me:secret@localhost:1/x.jsonl", "memory://me:secret@x/a.jsonl?sig=secret"])
@@ -592,6 +651,25 @@ def test_turns_may_be_marked_as_not_to_be_learned(tmp_path, turn, learned):
         else:
             assert item.messages == [*CHAT, CHAT[1]]
             assert item.learned == (None if learned else [True, True, False])
+
+
+@pytest.mark.parametrize(
+    ("calls", "read"),
+    [
+        ([], None),
+        (None, None),
+        ("[]", None),
+        ('[{"name": "f"}]', [{"name": "f"}]),
+        ([{"name": "f", "id": None}], [{"name": "f"}]),
+        ("f()", "holds a message whose tool_calls are a string that is not JSON"),
+    ],
+)
+def test_calls_of_tools_may_be_empty_or_json(tmp_path, calls, read):
+    item, _ = one(tmp_path, {"messages": [CHAT[0], {**CHAT[1], "tool_calls": calls}]})
+    if isinstance(read, str):
+        assert read in item.reason
+    else:
+        assert item.messages[1] == {**CHAT[1], **({"tool_calls": read} if read else {})}
 
 
 def test_nesting_that_is_too_deep_costs_its_row_alone(tmp_path):

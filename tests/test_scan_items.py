@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 import unicodedata
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from stride_ray.contamination.items import Item, check_names, read_folder, read_set
 from stride_ray.contamination.lexical.ngrams import fields_of, searched_fields
-from stride_ray.contamination.lexical.words import Numbering, chunks, normalised, split
+from stride_ray.contamination.lexical.words import Numbering, chunks, joined, normalised, passages, split
 from stride_ray.runtime.errors import StrideError
 
 SHAPES = {
@@ -416,8 +417,8 @@ def test_thai_and_lao_letters_of_two_characters_are_one_in_either_form(text):
     assert found.words == split(text).words
     assert "".join(other[start:stop] for start, stop in found.spans) == other.replace(" ", "")
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(found.words), 1)}
-    numbers = Numbering(vocabulary).numbers(text)
-    assert numbers.tolist() == Numbering(vocabulary).numbers(other).tolist()
+    (numbers,) = Numbering(vocabulary).numbers(text)
+    assert numbers.tolist() == Numbering(vocabulary).numbers(other)[0].tolist()
     assert (numbers > 0).all()
 
 
@@ -432,7 +433,7 @@ def test_words_keep_their_places_in_the_raw_text():
 def test_a_word_broken_at_a_lines_end_is_joined_if_an_item_has_it():
     numbering = Numbering({"example": 1, "well": 2, "known": 3})
     text = "Exam-\nple, well-\nknown"
-    assert numbering.numbers(text).tolist() == [1, 2, 3]
+    assert numbering.numbers(text)[0].tolist() == [1, 2, 3]
     assert len(split(text, numbering.is_word).spans) == 3
 
 
@@ -445,6 +446,54 @@ def test_letters_of_scripts_without_spaces_count_as_parts_of_words():
     assert split("\u0928\u0908 \u0926\u093f\u0932\u094d\u0932\u0940 \u092e\u0947\u0902 \u0939\u0948").length == 4
 
 
+MARKS = ["<!--", "-->", "<script>", "</script>", "<![CDATA[", "]]>", "<?x", "?>", "<", ">", '"', "&lt;!--", "a", " "]
+
+
+@given(st.lists(st.sampled_from(MARKS)).map("".join))
+def test_passages_and_their_numbers_agree_whatever_is_left_open(text):
+    found = passages(text)
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(joined(found).words), 1)}
+    numbers = Numbering(vocabulary).numbers(text)
+    assert [each.tolist() for each in numbers] == [[vocabulary[word] for word in each.words] for each in found]
+    assert all(split(text[start:stop]).words == [word] for word, (start, stop) in zip(*found[0], strict=True))
+
+
+# Text to what a reader sees of it, then what stands apart.
+APART = {
+    "a comment": ("so <!-- as they say --> it was", ["so it was", "as they say"]),
+    "in a word": ("so<!-- -->me <!-->one<!---> is<style/> here", ["some one is here"]),
+    "a script and its tags": ("a <SCRIPT type='x>y'>let b = '<i>';</Script > c", ["a c", "let b"]),
+    "a style": ("a<style media=all>p { b: c }</style>, d", ["a d", "p b c"]),
+    "in each other": ("a <!-- <script> b --> c </script> <script>'<!--'; d</script> e --!>", ["a c e", "b", "d"]),
+    "escaped": ("a &lt;!-- b --&gt; c", ["a c", "b"]),
+    "character data": ("a <![CDATA[b <i>c</i>]]>d x[y[1]]>2", ["a b cd x y 1 2"]),
+    "declarations": ("<?xml version='1.0'?><!DOCTYPE html>a <![if !IE]>b<![endif]>", None),
+    "left open": ('a <!-- b <script> c <![CDATA[ d <?php e <style media="', ["a b c d php e style media"]),
+    "no such element": ("<scripture>a</scripture> <!- b -> <stylé>", ["a b stylé"]),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_browsers_do_not_show_stands_apart(name):
+    text, read = APART[name]
+    found = passages(text)
+    if read is None:
+        assert found[0].words == ["a", "b"]
+    else:
+        assert [" ".join(each.words) for each in found if each.words] == read
+
+
+@pytest.mark.parametrize("unit", ["<!-- ", "<!--a-->", "<script ", "<script>", '<style "', "<![CDATA[", "<?x ", "<"])
+def test_markup_without_end_takes_linear_time(unit):
+    numbering = Numbering({})
+    seconds = []
+    for size in (30_000, 240_000):
+        started = time.process_time()
+        numbering.numbers(unit * (size // len(unit)))
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < 32 * seconds[0] + 0.1  # quadratic: 64 times
+
+
 @given(st.text(max_size=200))
 def test_every_span_is_its_word_and_numbers_agree(text):
     found = split(text)
@@ -453,7 +502,7 @@ def test_every_span_is_its_word_and_numbers_agree(text):
     assert all(a < b for a, b in found.spans)
     assert (found.spans[1:, 0] >= found.spans[:-1, 1]).all()
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(found.words), 1)}
-    assert Numbering(vocabulary).numbers(text).tolist() == [vocabulary[word] for word in found.words]
+    assert Numbering(vocabulary).numbers(text)[0].tolist() == [vocabulary[word] for word in found.words]
 
 
 def test_long_texts_in_chunks_are_the_same_words(monkeypatch):
@@ -467,8 +516,8 @@ def test_long_texts_in_chunks_are_the_same_words(monkeypatch):
     assert kept.words[:150] == whole.words[:150]
     assert kept.spans[:150].tolist() == whole.spans[:150].tolist()
     numbering = Numbering({word: i for i, word in enumerate(dict.fromkeys(kept.words), 1)})
-    assert len(numbering.numbers(text)) == len(kept.words)
+    assert len(numbering.numbers(text)[0]) == len(kept.words)
     monkeypatch.setattr(words, "_REMEMBERED", 2)  # the cache is emptied, the numbers stay
     small = Numbering(dict(numbering.vocabulary))
-    assert small.numbers(text).tolist() == numbering.numbers(text).tolist()
+    assert small.numbers(text)[0].tolist() == numbering.numbers(text)[0].tolist()
     assert split("").words == []

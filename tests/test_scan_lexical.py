@@ -51,7 +51,7 @@ WORDS = st.lists(st.sampled_from("a b c d".split()), min_size=6, max_size=24)
 def test_runs_are_those_of_a_plain_search(item, text, n):
     field = ngrams.Field("k", "question", " ".join(item), split(" ".join(item)), n)
     index = Index([field])
-    numbers = numbering(index).numbers(" ".join(text))
+    numbers = numbering(index).numbers(" ".join(text))[0]
     covered = set()
     for run in index.find(numbers):
         length = run.stop - run.first
@@ -81,6 +81,38 @@ def test_a_copy_is_found_with_its_place_in_both_texts(found):
     assert (row["excerpt"], row["excerpt_start"]) == (text, 0)
     assert lexical.overlaps == {row["key"]: 1.0}
     assert lexical.documents == 3
+
+
+HIDING = {
+    "comments": "<!-- {} -->",
+    "scripts": "<script async>let x = '{}';</script>",
+    "styles": "<style>.{} {{ color: red }}</style>",
+    "character data": "]]> <![CDATA[",
+    "instructions": "<?php echo {} ?>",
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_what_browsers_do_not_show_neither_hides_nor_makes_a_copy(name, found):
+    words = QUESTION.split()
+    marks = [HIDING[name].format(f"word{i}") for i in range(len(words))]
+    hiding = " ".join(part for pair in zip(words, marks, strict=True) for part in pair)
+    halved = " ".join(words[i] if i % 2 else HIDING[name].format(words[i]) for i in range(len(words)))
+    rows = [f"<p>So: {hiding}</p>", f"<p>So: {halved}</p>"]
+    lexical = found({"a.jsonl": rows}, [{"question": QUESTION}])
+    (row,) = lexical.matches.to_pylist()
+    assert (row["document_id"], row["overlap"]) == ("a.jsonl#0", 1.0)
+    assert rows[0][row["start"] : row["stop"]] == hiding[: hiding.index("May?") + 3]
+
+
+def test_a_copy_in_a_comment_is_found_there_as_is_one_in_an_item_of_code(found):
+    code = f"<p>Say:</p><script>say('{QUESTION}')</script><!-- {ANSWER} -->"
+    rows = [f"<p>Nothing here.</p><!-- {QUESTION} --><p>The end.</p>", f"Now: {code}"]
+    lexical = found({"a.jsonl": rows}, [{"id": "plain", "question": QUESTION}, {"id": "code", "question": code}])
+    matches = [row for row in lexical.matches.to_pylist() if row["finding"]]
+    texts = {(row["item_id"], rows[row["place"] > 0][row["start"] : row["stop"]]) for row in matches}
+    copies = {(item, QUESTION[:-1]) for item in ("plain", "code")}  # the code item's in the first row's comment too
+    assert texts == {*copies, ("code", f"say('{QUESTION[:-1]}"), ("code", ANSWER[:-1])}
 
 
 def test_excerpts_show_what_stands_around_a_copy(found):
@@ -178,7 +210,7 @@ def test_n_grams_of_too_many_items_are_left_out(monkeypatch):
     items = [Item(f"k{i}", "s", f"i{i}", "f", i, f"one two three four five six seven x{i}", (), "") for i in range(5)]
     index = Index([field for item in items for field in fields_of(item, 6, 4)])
     assert index.common == 4  # n-grams of four words in the first seven
-    numbers = numbering(index).numbers("one two three four five six seven x3")
+    numbers = numbering(index).numbers("one two three four five six seven x3")[0]
     assert [index.fields[run.field].key for run in index.find(numbers)] == ["k3"]
 
 

@@ -219,6 +219,26 @@ LEFT = {
         [chat([{"type": "text", "text": f"x {COPY}"}, {"type": "image", "a.b": COPY}])],
         [chat([{"type": "text", "text": "x "}, {"type": "image", "a.b": ""}])],
     ),
+    "tools": (
+        [
+            chat("a") | {"tools": [{"function": {"name": "f", "description": f"x {COPY}"}}]},
+            chat("b") | {"tools": json.dumps([{"name": "f", "description": f"x {COPY}"}])},
+            chat("c") | {"tools": ['{"name": "f", "more": 1e400, "a.b": ["x", "' + f'{COPY}"]}}']},
+            {"prompt": chat("d")["messages"][:1], "completion": chat("d")["messages"][1:], "tools": [{"f": COPY}]},
+            chat("e") | {"chat_template_kwargs": {"tools": None, "documents": [None, {"title": "y", "text": COPY}]}},
+            chat("f") | {"chat_template_kwargs": json.dumps({"tools": [{"name": COPY}]}), "tools": "null"},
+            {"messages": [{"role": "assistant", "content": "g", "tool_calls": f'[{{"f" : "{COPY}"}}]'}]},
+        ],
+        [
+            chat("a") | {"tools": [{"function": {"name": "f", "description": "x "}}]},
+            chat("b") | {"tools": json.dumps([{"name": "f", "description": "x "}])},
+            chat("c") | {"tools": ['{"name": "f", "more": 1e400, "a.b": ["x", ""]}']},
+            {"prompt": chat("d")["messages"][:1], "completion": chat("d")["messages"][1:], "tools": [{"f": ""}]},
+            chat("e") | {"chat_template_kwargs": {"tools": None, "documents": [None, {"title": "y", "text": ""}]}},
+            chat("f") | {"chat_template_kwargs": json.dumps({"tools": [{"name": ""}]}), "tools": "null"},
+            {"messages": [{"role": "assistant", "content": "g", "tool_calls": '[{"f" : ""}]'}]},
+        ],
+    ),
     "tags and entities": ([{"text": "x <i>" + COPY.replace(" ", "</i>&nbsp;<i>") + "</i>."}], [{"text": "x <i></i>."}]),
 }
 
@@ -233,6 +253,38 @@ def test_what_is_left_of_documents(name, scanned):
     counts = purify(run, str(root / "scans-odd"), "n1", str(root / "clean"))
     assert rows_of(root / "clean/a.jsonl") == left
     assert counts["left_out"] == len(rows) - len(left)
+
+
+# What surrounds a text in a line, as no program would write it again.
+AROUND = [
+    ('{"n": 1e400, "text": ', "}"),
+    ('{ "a":[-0.10, 3.14159265358979323846264338327950288],"text" :\t', ' , "m": [NaN, {"k" : 1E+2}], "m":2 }\r'),
+    ('{"i": 123456789012345678901234567890, "text": ', ', "s": "\\u00e9\\/\\ud800 é", "t": {"text": 1.0}}'),
+    ('{"text": "first", "text": ', "}"),
+    ('{"prompt": "", "completion": ', ', "n": 1.50}'),
+    (
+        '{"messages": [{"role": "user", "x": 1e4, "content": "a"},{"role":"assistant", "content": ',
+        ', "weight":1.0}]}',
+    ),
+    ('{"messages": "[{\\"from\\": \\"gpt\\", \\"n\\": 1.50, \\"value\\": ', '}]", "n": 1.50}'),
+]
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_all_of_a_line_but_what_leaked_keeps_its_bytes(array, scanned):
+    root, scan_of = scanned
+    (root / "odd").mkdir()
+
+    def lines(text):
+        once, twice = json.dumps(text), json.dumps(json.dumps(text))[1:-1]
+        texts = [before + (twice if '\\"from' in before else once) + after for before, after in AROUND]
+        return "[\n" + ",\n".join(map(str.strip, texts)) + "\n]\n" if array else "".join(f"{each}\n" for each in texts)
+
+    (root / "odd/a.json").write_bytes(lines(f"x é {COPY}\n").encode())
+    run, found = scan_of("odd", "n1")
+    assert found["corpus"]["documents"] == len(AROUND)
+    assert purify(run, str(root / "scans-odd"), "n1", str(root / "clean"))["spans"] == len(AROUND)
+    assert (root / "clean/a.json").read_bytes().decode() == lines("x é \n")
 
 
 def test_more_copies_than_have_excerpts_are_cut_too(scanned, monkeypatch):

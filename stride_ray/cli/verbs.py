@@ -87,6 +87,8 @@ def _shard(run: Run, parsed: argparse.Namespace) -> int:
         print(f"  {Rejected(**reject).sentence()}")
     if manifest["unused"]:
         print(f"Columns that are in no document: {_some(map(repr, manifest['unused']))}; --columns would map them.")
+    if manifest.get("unrendered"):
+        print(f"The chat template leaves out {_some(manifest['unrendered'])}: no block has it; check the template.")
     if manifest["left_out"]:
         print(f"Files left out, since they hold no documents: {_some(manifest['left_out'])}.")
     return 0

@@ -1,8 +1,8 @@
 """Write the corpus without lexical findings: each input file in its own format, without leaked spans or documents.
 
-Lines and files without a finding keep their bytes; a Parquet or Arrow file keeps its schema, its row groups or batches,
-and all columns but the cleaned one. Only findings of the lexical channel are removed. A document of which nothing
-remains is left out.
+Lines and files without a finding keep their bytes, and lines with one all but the cleaned strings; a Parquet or Arrow
+file keeps its schema, its row groups or batches, and all columns but the cleaned one. Only findings of the lexical
+channel are removed. A document of which nothing remains is left out.
 """
 
 import contextlib
@@ -26,8 +26,9 @@ import zstandard
 from stride_ray.contamination.items import strings
 from stride_ray.contamination.nightly import corpus_of
 from stride_ray.corpus.files import END, SourceFile, compression
-from stride_ray.corpus.readers import inflated, raw_lines
-from stride_ray.corpus.rows.roles import Roles, possible_columns, roles_of, text_places
+from stride_ray.corpus.readers import inflated, is_array, raw_lines
+from stride_ray.corpus.rows.json_strings import with_strings
+from stride_ray.corpus.rows.roles import OPENED, Roles, closed, opened, possible_columns, roles_of, text_places
 from stride_ray.corpus.rows.row import is_corrupt, reason
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.config import digest
@@ -132,11 +133,11 @@ class _Cleaner:
             return values
         self.counts["documents"] += 1
         roles, _ = roles_of(values, self.columns)
-        packed = [name for name in roles.get("messages", ()) if isinstance(values[name], str)]  # conversations as JSON
-        values = {**values, **{name: json.loads(values[name]) for name in packed}}
-        cleaned = copy.deepcopy(values)
+        # Conversations, tools and arguments of templates may be kept as JSON.
+        held = {**values, **{name: opened(values[name]) for role in OPENED for name in roles.get(role, ())}}
+        cleaned = copy.deepcopy(held)
         # Places first: a text that is cut may no longer be what the row's document is made of.
-        places = {part: text_places(part, values, self.columns) for part in spans if not self.whole}
+        places = {part: text_places(part, held, self.columns) for part in spans if not self.whole}
         for part, found in places.items():
             self.counts["spans"] += len(spans[part])
             for (*keys, last), offset in found:
@@ -145,7 +146,7 @@ class _Cleaner:
         if self.whole or _is_blank(cleaned, roles):
             self.counts["left_out"] += 1
             return None
-        return {**cleaned, **{name: json.dumps(cleaned[name], ensure_ascii=False) for name in packed}}
+        return {name: closed(values[name], held[name], cleaned[name]) for name in values}
 
     def cut(self, text: str, spans: list[tuple[int, int]]) -> str:
         """Remove spans, which may overlap or lie outside, from a text."""
@@ -188,15 +189,24 @@ def _write_lines(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleane
     def lines() -> Iterator[bytes]:
         for offset, line in raw_lines(InputSplit(unit.key, "jsonl", (file,), 0, END)):
             if offset not in cleaner.leaks:
-                yield line + b"\n"
+                yield line
                 continue
-            cleaned = cleaner.cleaned(offset, json.loads(line.decode()))
+            values = json.loads(line.decode())
+            cleaned = cleaner.cleaned(offset, values)
             if cleaned is not None:
-                # A lone surrogate in another column is written as it can only be, escaped.
-                yield json.dumps(cleaned, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+                # A lone surrogate beside what was cut is written as it can only be, escaped.
+                yield with_strings(line.decode(), values, cleaned).encode("utf-8", "backslashreplace")
+
+    def array() -> Iterator[bytes]:
+        mark = b"["
+        for line in filter(bytes.strip, lines()):
+            yield mark + b"\n" + line
+            mark = b","
+        yield b"\n]\n" if mark == b"," else b"[]\n"
 
     with open(path, "wb") as target:
-        _through(compression(file.name), target, lines())
+        pieces = array() if is_array(file) else (line + b"\n" for line in lines())
+        _through(compression(file.name), target, pieces)
 
 
 def _write_parquet(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:

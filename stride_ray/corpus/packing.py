@@ -65,6 +65,7 @@ class Counts:
         repeated: documents renamed because an earlier one of their source has the same id (numbering.repeats).
         rejects: the first KEPT_REJECTS rejects.
         unused: columns that held something and became no part of a document; the first KEPT_UNUSED by name.
+        unrendered: what conversations hold and the chat template leaves out (ChatTemplate.left_out); likewise.
     """
 
     documents: int = 0
@@ -75,11 +76,12 @@ class Counts:
     repeated: int = 0
     rejects: list[Rejected] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    unrendered: list[str] = field(default_factory=list)
 
     def __add__(self, other: "Counts") -> "Counts":
         values = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        unused = sorted(set(values["unused"]))[:KEPT_UNUSED]
-        return Counts(**{**values, "rejects": values["rejects"][:KEPT_REJECTS], "unused": unused})
+        names = {name: sorted(set(values[name]))[:KEPT_UNUSED] for name in ("unused", "unrendered")}
+        return Counts(**{**values, "rejects": values["rejects"][:KEPT_REJECTS], **names})
 
     def reject(self, item: Rejected) -> None:
         """Count a reject's rows, and keep it if it is one of the first KEPT_REJECTS."""

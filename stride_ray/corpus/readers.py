@@ -135,7 +135,7 @@ def raw_lines(unit: InputSplit) -> Iterator[tuple[int, bytes]]:
     Raises:
         EOFError: a compressed file is truncated; an array has no end, or is larger than 256 MiB.
     """
-    if _ARRAY.match(_head(unit.files[0])):
+    if is_array(unit.files[0]):
         if not unit.start:
             yield from _elements(_chunks(unit.files[0]))
         return
@@ -149,6 +149,11 @@ def raw_lines(unit: InputSplit) -> Iterator[tuple[int, bytes]]:
         if unit.stop != END and offset >= unit.stop:
             return
         yield offset, line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
+
+
+def is_array(file: SourceFile) -> bool:
+    """Whether a file of JSON is one array, and not JSON Lines."""
+    return _ARRAY.match(_head(file)) is not None
 
 
 def _head(file: SourceFile) -> bytes:

@@ -59,10 +59,10 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
 
     Returns:
         ``blocks/manifest.json``: counts of documents, blocks, tokens, target tokens and rejects, the first rejects with
-        file, row and reason, columns that were not used, files that were left out, the parts with their content
-        hashes, and the corpus fingerprint; ``repeated``, the number of documents renamed because an earlier one of
-        their source has their id, ``first_repeated``, source and new id of the first of them, and ``shared_ids``, the
-        number of ids that occur in several sources.
+        file, row and reason, columns that were not used, what the chat template leaves out, files that were left out,
+        the parts with their content hashes, and the corpus fingerprint; ``repeated``, the number of documents renamed
+        because an earlier one of their source has their id, ``first_repeated``, source and new id of the first of them,
+        and ``shared_ids``, the number of ids that occur in several sources.
 
     Raises:
         StrideError: missing or empty input, or input that changed since it was sharded; no tokenizer; settings that
@@ -219,12 +219,12 @@ class Tokenise:
     def __call__(self, work: dict[str, Any]) -> dict[str, Any]:
         """Process one unit; returns its done marker with a masked example (may be empty)."""
         started = time.monotonic()
-        unused: set[str] = set()
+        unused, unrendered = set[str](), set[str]()
         documents = read(InputSplit.from_dict(work["unit"]), self.columns, unused)
-        encoded = self._watched(encode_stream(documents, self.tokenizer))
+        encoded = self._watched(encode_stream(documents, self.tokenizer, unrendered))
         layout, tokens = self.config.layout, self.config.block_tokens
         table, counts = make_blocks(encoded, layout, tokens, self.end_of_text, PADDING)
-        counts.unused = sorted(unused)[:KEPT_UNUSED]
+        counts.unused, counts.unrendered = (sorted(names)[:KEPT_UNUSED] for names in (unused, unrendered))
         name = part_name(work["index"])
         write_staged(self.staged.store, name, table)
         ids = fixed_lists(table["token_ids"], tokens, 0)

@@ -22,7 +22,7 @@ from stride_ray.corpus.documents import Document, TokenizedDocument
 from stride_ray.corpus.readers import Rejected
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import filesystem, first_line, looks_local, redact_message, redact_url, redacted_error
+from stride_ray.runtime.urls import filesystem, first_line, looks_local, redact_url, redacted_error
 
 # Characters per tokenizer call; bounds memory, since a tokenizer's record of a token takes a hundred bytes.
 _BATCH_CHARACTERS = 1 << 20
@@ -85,9 +85,8 @@ def _load_local(place: str, name: str) -> Any:
             return PreTrainedTokenizerFast(tokenizer_file=plain)
         return AutoTokenizer.from_pretrained(place)
     except Exception as error:  # the libraries raise many classes for invalid files
-        reason = first_line(error)
         raise StrideError(
-            f"No tokenizer can be loaded from {name} ({redact_message(reason)}); give a folder with tokenizer.json, "
+            f"No tokenizer can be loaded from {name} ({first_line(error)}); give a folder with tokenizer.json, "
             "a .gguf file or a hub id that can be reached."
         ) from None
 
@@ -143,16 +142,18 @@ def vocabulary_size(tokenizer: Any) -> int:
 
 
 def encode_stream(
-    items: Iterable[Document | Rejected], tokenizer: Any | None
+    items: Iterable[Document | Rejected], tokenizer: Any | None, left_out: set[str] | None = None
 ) -> Iterator[TokenizedDocument | Rejected]:
     """``encode`` over a stream, in order, in batches of about a million characters; rejects pass through."""
     for batch in _batched(items):
-        encoded = iter(encode([item for item in batch if isinstance(item, Document)], tokenizer))
+        encoded = iter(encode([item for item in batch if isinstance(item, Document)], tokenizer, left_out))
         for item in batch:
             yield item if isinstance(item, Rejected) else next(encoded)
 
 
-def encode(documents: Sequence[Document], tokenizer: Any | None) -> list[TokenizedDocument | Rejected]:
+def encode(
+    documents: Sequence[Document], tokenizer: Any | None, left_out: set[str] | None = None
+) -> list[TokenizedDocument | Rejected]:
     """Tokenise documents; returns one result per document, in order.
 
     A prompt and its answer are tokenised as one text, as trainers do: apart, Metaspace tokenizers (Llama 2, Mistral,
@@ -165,13 +166,14 @@ def encode(documents: Sequence[Document], tokenizer: Any | None) -> list[Tokeniz
             the assistant's turns that are to be learned carry loss, including the marker that ends each. Token ids are
             used as they are.
         tokenizer: from ``load_tokenizer``; may be None if all documents are token ids.
+        left_out: takes what conversations hold and the chat template does not print (``ChatTemplate.left_out``).
 
     Raises:
         StrideError: a tokenizer is needed but missing, or it lacks an end-of-text token or chat template.
     """
     results: list[TokenizedDocument | Rejected] = []
     for batch in _batched(documents):
-        results += _encode_batch([item for item in batch if isinstance(item, Document)], tokenizer)
+        results += _encode_batch([item for item in batch if isinstance(item, Document)], tokenizer, left_out)
     return results
 
 
@@ -198,10 +200,12 @@ class _Passage(NamedTuple):
     ended: bool = False
 
 
-def _encode_batch(documents: list[Document], tokenizer: Any | None) -> list[TokenizedDocument | Rejected]:
+def _encode_batch(
+    documents: list[Document], tokenizer: Any | None, left_out: set[str] | None
+) -> list[TokenizedDocument | Rejected]:
     if tokenizer is None and any(document.token_ids is None for document in documents):
         raise StrideError("A tokenizer is needed to read text; name one, or the model that it belongs to.")
-    passages = _passages(documents, tokenizer)
+    passages = _passages(documents, tokenizer, left_out)
     # All texts of the batch in one call, which fast tokenizers process in parallel.
     plain = iter(_text_ids([p.text for p in passages if isinstance(p, _Passage) and p.targets is None], tokenizer))
     masked = iter(_masked_ids([p for p in passages if isinstance(p, _Passage) and p.targets is not None], tokenizer))
@@ -222,7 +226,7 @@ def _encode_batch(documents: list[Document], tokenizer: Any | None) -> list[Toke
     return results
 
 
-def _passages(documents: list[Document], tokenizer: Any) -> list[_Passage | Rejected | None]:
+def _passages(documents: list[Document], tokenizer: Any, left_out: set[str] | None) -> list[_Passage | Rejected | None]:
     """Each document as a passage; None for token ids."""
     templates = dict[bool, ChatTemplate]()
     passages: list[_Passage | Rejected | None] = []
@@ -238,6 +242,8 @@ def _passages(documents: list[Document], tokenizer: Any) -> list[_Passage | Reje
             if tools not in templates:
                 templates[tools] = _chat_template(tokenizer, tools)
             passages.append(_conversation(document, templates[tools]))
+            if left_out is not None and isinstance(passages[-1], _Passage):
+                left_out |= templates[tools].left_out(document.messages, document.template_arguments)
         else:
             passages.append(None)
     return passages

@@ -39,7 +39,7 @@ def anchored(place: str, maybe_hub: bool = False) -> str:
 
 
 def redact_url(url: str) -> str:
-    """A path or URL without user names, passwords and queries (which may be signatures); never raises.
+    """A path or URL without user names, passwords, queries and fragments (which may be signatures); never raises.
 
     Example:
         >>> redact_url("s3://key:secret@bucket/a b/part-?.jsonl"), redact_url("https://host/a.jsonl?signature=x")
@@ -50,23 +50,69 @@ def redact_url(url: str) -> str:
 
 def _redact_link(link: str) -> str:
     link = re.sub(r"^([\w+.-]+://)[^/]*@", r"\1", link)
+    link = re.sub(rf"^([\w+.-]+://){_SLASHED}.*@", r"\1", link)
     scheme, separator, rest = link.partition("://")
-    path, _, query = rest.partition("?")
-    # But for the web a question mark may belong to a glob; a query contains an equals sign.
-    return f"{scheme}://{path}" if separator and (scheme.startswith("http") or "=" in query) else link
+    # But for the web a question mark or number sign may belong to a name; a query contains an equals sign.
+    for mark, told in ("?", r"="), ("#", rf"(?i)(?:^|&)(?:{_NAMES}|token)="):
+        before, _, after = rest.partition(mark)
+        rest = before if separator and (scheme.startswith("http") or re.search(told, after)) else rest
+    return f"{scheme}{separator}{rest}"
 
 
 def redact_message(text: str) -> str:
-    """A message without the user names, passwords and queries of the URLs in it, which end at white space."""
-    text = re.sub(r"://[^/\s]*@", "://", text)
-    text = re.sub(r"(https?://[^\s?]*)\?[^\s'\"]*", r"\1", text)
-    return re.sub(r"(://[^\s?]*)\?[^\s'\"]*=[^\s'\"]*", r"\1", text)
+    """A message without credentials: those in URLs, which end at white space, and those that stand alone.
+
+    Example:
+        >>> redact_message("403 for url: /b/a?sig=x; sent Authorization: Bearer y; AccountKey=z;EndpointSuffix=w")
+        '403 for url: /b/a; sent Authorization: …; AccountKey=…;EndpointSuffix=w'
+    """
+    shown = text[:_LONGEST]
+    for pattern, kept in _REDACTED:
+        shown = pattern.sub(kept, shown)
+    return shown if len(text) <= _LONGEST else f"{shown}…"
+
+
+# Characters of a message; nobody reads more, and some patterns take a time that grows with the square.
+_LONGEST = 2000
+# A user and a password with a slash, as secret keys have them; a number is a port.
+_SLASHED = r"[^/\s:@'\"]+:(?!\d+/)[^\s/@]*/"
+# Names of what is secret in queries, headers, connection strings, JSON and XML.
+_NAMES = (
+    r"[\w-]{0,40}(?:password|passwd|passphrase|pwd|secret|signature(?:provided)?|[-_]sig|credential|authorization|"
+    r"(?:api|access|account|private|secret|shared|subscription|client|service)[-_]?key(?:[-_]?id)?|googleaccessid|"
+    r"(?:access|refresh|auth|session|security|api|bearer|oauth|hf|sas|csrf|subject)[-_]?token)|sig|id[-_]token"
+)
+_VALUE = (
+    r"""(?:"[^"]*"|'[^']*'|(?:(?:bearer|basic|token|digest|negotiate|sharedkey(?:lite)?|aws)\s+)?[^\s"'<>,;&)\]}]+)"""
+)
+_REDACTED = [
+    (re.compile(pattern), kept)
+    for pattern, kept in (
+        (r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*", "…"),
+        (r"://[^/\s]*@", "://"),
+        (rf"://{_SLASHED}[^\s]*@", "://"),
+        (r"(https?://[^\s?#'\"]*)[?#][^\s'\"]*", r"\1"),
+        (r"(://[^\s?]*)\?[^\s'\"]*=[^\s'\"]*", r"\1"),
+        (rf"(?i)(://[^\s#]*)#(?:[^\s'\"]*&)?(?:{_NAMES}|token)=[^\s'\"]*", r"\1"),
+        (r"((?<![\w?/])/[^\s?'\"]*)\?[\w%.~-]+=[^\s'\"]*", r"\1"),  # a URL without its host
+        (rf"""(?i)(?<![\w-])((?:{_NAMES})["']?\s?(?::|=>?)\s?){_VALUE}""", r"\1…"),
+        (r"(?i)\b(cookie[\"']?\s?[:=]\s?).*", r"\1…"),
+        (r"(?i)(?<![\w-])(token=)[^\s\"'<>,;&)\]}]+", r"\1…"),
+        (rf"(?i)(<({_NAMES})>)[^<]*", r"\1…"),
+        (r"(?i)\b(bearer\s+)(?!(?:auth\w*|tokens?|realm|scheme|header|error)\b)[^\s\"'<>,;)]+", r"\1…"),
+        (r"\b(Basic\s+)[A-Za-z0-9+/_-]{8,}={0,2}(?<=[\d=])", r"\1…"),
+        # What tokens and keys look like: Hugging Face, AWS, GitHub, GitLab, OpenAI, Slack, Google, JSON Web Tokens.
+        (r"\b(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[a-z]-|ya29\.|AIza|dapi)[\w.-]{10,}", r"\1…"),
+        (r"\b(?:AKIA|ASIA|GOOG)[0-9A-Z]{12,}\b", "…"),
+        (r"\beyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?", "…"),
+    )
+]
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class name if the message is empty."""
+    """The first line of an exception's message without credentials, or its class name if the message is empty."""
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return redact_message(text.splitlines()[0]) if text else type(error).__name__
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -137,7 +183,7 @@ def _completed(stored: str, links: list[str]) -> str:
 
 def redacted_error(error: BaseException, url: str) -> str:
     """Reason, class and first line of an error about ``url``, without the secrets in the URL."""
-    text = redact_message(first_line(error))
+    text = first_line(error)
     # The error may repeat the URL without its scheme, or parts of it.
     secrets = re.findall(r"://([^/]*)@", url) + re.findall(r"\?([^?\s]*=[^?\s]*)", url)
     parts = [part for secret in secrets for part in re.split("[:&=]", secret) if len(part) > 3]

@@ -1,11 +1,14 @@
 """The readable text of a raw one: what a browser would show of it, with the places of its characters in the raw text.
 
 HTML entities are decoded, also where they were escaped twice; tags, raw or escaped, and invisible characters go; words
-that a hyphen breaks at a line's end are joined. Item and corpus are read alike, so that code which looks like markup
-(``&lt;b&gt;``, ``Set<Object>``) still equals its copies.
+that a hyphen breaks at a line's end are joined. Comments, scripts, styles, declarations and processing instructions do
+not interrupt the text around them; what they hold is in the data all the same, so each is a passage of its own. The
+content of CDATA is text. An element that is not closed hides nothing: unlike in a browser, the rest stays readable, for
+documents are often cut. Item and corpus are read alike, so that code which looks like markup (``&lt;b&gt;``,
+``Set<Object>``) still equals its copies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html import unescape
 from html.entities import html5
 from typing import NamedTuple
@@ -33,6 +36,19 @@ _VALUE = r"""\\?"[^"]*+"|\\?'[^']*+'|[^\s"'<>`]++"""
 _ATTRIBUTE = rf"\s++(?:[a-z_:@][\w:.-]*+\s*+=\s*+(?:{_VALUE})|(?:{_BOOLEAN})(?=[\s/>]))"
 _TAG = regex.compile(rf"<(/?)([a-z][\w:.-]*+)((?:{_ATTRIBUTE})*+)\s*+(/?)>", regex.IGNORECASE)
 _CLOSING = regex.compile(r"</([a-z][\w:.-]*+)\s*+>", regex.IGNORECASE)
+# What browsers do not show, or where it begins: a comment, script, style or instruction may have no end.
+# Attributes may hold ">" in quotes.
+_HIDDEN = regex.compile(
+    r"""<(?:(?P<comment>!--)|(?P<instruction>\?[a-z])|!\[CDATA\[|!(?:doctype|\[(?:if|endif))\b[^<>]*+>"""
+    r"""|(?P<raw>script|style)(?:[\s/](?:[^<>"']++|"[^"]*+"|'[^']*+')*+)?>)|\]\]>""",
+    regex.IGNORECASE,
+)
+_END = {
+    "comment": regex.compile(r"--!?>"),
+    "instruction": regex.compile(r"\?>"),
+    "script": regex.compile(r"</script(?:[\s/][^<>]*+)?>", regex.IGNORECASE),
+    "style": regex.compile(r"</style(?:[\s/][^<>]*+)?>", regex.IGNORECASE),
+}
 # Attributes whose value readers see; of at least so many words, since links have short titles in mid-sentence.
 _SHOWN = regex.compile(
     r"""\s(?:alt|title|content|label|summary|placeholder|value|aria-label)\s*=\s*\\?(["'])((?:(?!\1).)*+)""",
@@ -66,8 +82,12 @@ class Readable(NamedTuple):
     stops: np.ndarray
 
 
-def readable(text: str, is_word: Callable[[str], bool] | None = None, places: bool = False) -> Readable:
-    """Return the readable text.
+def readable(text: str, is_word: Callable[[str], bool] | None = None, places: bool = False) -> list[Readable]:
+    """Return the readable text, then each passage that stands apart from it.
+
+    Example:
+        >>> [passage.text for passage in readable("So <b>it</b> <!-- as they say -->was.")]
+        ['So it was.', ' as they say ']
 
     Args:
         text: the raw text.
@@ -79,6 +99,12 @@ def readable(text: str, is_word: Callable[[str], bool] | None = None, places: bo
     now = Readable(text, numbers[:-1], numbers[1:])
     if "&" in now.text:
         now = _replaced(now, _ENTITY, _decoded)
+    passages = _passages(now) if "<" in now.text else [now]
+    return [_read(passage, is_word) for passage in passages]
+
+
+def _read(now: Readable, is_word: Callable[[str], bool] | None) -> Readable:
+    """A passage without tags, invisible characters and breaks in words."""
     if "\n" in now.text:
         now = _replaced(now, _BROKEN, lambda match: _mended(match, is_word))
     if "<" in now.text:
@@ -88,6 +114,47 @@ def readable(text: str, is_word: Callable[[str], bool] | None = None, places: bo
         now = _replaced(now, _INVISIBLE, lambda match: "")
         now = _replaced(now, _TWO, lambda match: _JOINED[match.group()])
     return now
+
+
+def _passages(now: Readable) -> list[Readable]:
+    """The text without what browsers do not show, and each piece of that which is not blank."""
+    kept, apart, last = list[Readable](), list[Readable](), 0
+    for start, stop, inner in _hidden(now.text):
+        kept.append(_cut(now, last, start))
+        if now.text[inner[0] : inner[1]].strip():
+            apart.append(_cut(now, *inner))
+        last = stop
+    if not kept:
+        return [now]
+    kept.append(_cut(now, last, len(now.text)))
+    texts, starts, stops = zip(*kept, strict=True)
+    return [Readable("".join(texts), np.concatenate(starts), np.concatenate(stops)), *apart]
+
+
+def _cut(now: Readable, start: int, stop: int) -> Readable:
+    return Readable(now.text[start:stop], now.starts[start:stop], now.stops[start:stop])
+
+
+def _hidden(text: str) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """Where the text holds what browsers do not show: start, stop, and the range of its content; in linear time."""
+    at, in_data = 0, False
+    endless = set[str]()  # what has no end from here on has none further on
+    while match := _HIDDEN.search(text, at):
+        start, at = match.span()
+        kind = (match["raw"] or match.lastgroup or match.group()).lower()
+        if kind in _END:
+            end = kind not in endless and _END[kind].search(text, start + 2 if kind == "comment" else at)
+            if end:  # "<!-->" is a whole comment
+                inner = start + 2 if kind == "instruction" else at
+                yield start, end.end(), (min(inner, end.start()), end.start())
+                at = end.end()
+            else:
+                endless.add(kind)
+        elif kind == "<![cdata[" or (kind == "]]>" and in_data):
+            yield start, at, (at, at)
+            in_data = kind != "]]>"
+        elif kind != "]]>":
+            yield start, at, (start, at)
 
 
 def _replaced(now: Readable, pattern: "regex.Pattern[str]", replacement: Callable[..., str]) -> Readable:

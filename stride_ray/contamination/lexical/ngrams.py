@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stride_ray.contamination.items import Item, field_name
-from stride_ray.contamination.lexical.words import Numbering, Words, split
+from stride_ray.contamination.lexical.words import Numbering, Words, joined, passages
 
 # An n-gram with more occurrences in fields than this identifies no item; it is left out and counted.
 COMMON = 100
@@ -98,7 +98,7 @@ def searched_fields(item: Item, n: int, shortest: int) -> tuple[set[str], set[st
 
 
 def _field(key: str, name: str, text: str, n: int, shortest: int) -> Field:
-    words = split(text)
+    words = joined(passages(text))
     # In a script without spaces, as many letters as make ``shortest`` words.
     least = -(-shortest * len(words.words) // max(1, words.length))
     return Field(key, name, text, words, min(n, max(least, len(words.words) // 2)))
@@ -145,7 +145,7 @@ class Index:
         """Find the maximal runs of at least n equal words, sorted.
 
         Args:
-            numbers: (words,) int32 of a text, from ``Numbering(self.vocabulary)``.
+            numbers: (words,) int32 of a passage, from ``Numbering(self.vocabulary)``.
         """
         runs: list[Run] = []
         for n, (hashes, fields, places) in self._tables.items():

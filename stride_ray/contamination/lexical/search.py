@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from stride_ray.contamination.items import Item, strings
 from stride_ray.contamination.lexical.ngrams import Index, Run, fields_of, numbering
-from stride_ray.contamination.lexical.words import split
+from stride_ray.contamination.lexical.words import passages
 from stride_ray.corpus.documents import Document, read
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import InputSplit
@@ -159,13 +159,14 @@ class Searcher:
             documents["read"] += 1
             file = unit.files[item.place if unit.kind == "text" else 0].name
             held: set[int] = set()
-            met: list[tuple[str, str, list[Run]]] = []
+            met: list[tuple[str, str, list[list[Run]]]] = []
             for part, text in texts(item, self._tokenizer if item.token_ids is not None else None):
                 numbers = self.numbering.numbers(text)
-                held.update(np.unique(numbers).tolist())
-                if runs := self.index.find(numbers):
+                held.update(np.unique(np.concatenate(numbers)).tolist())
+                runs = [self.index.find(each) for each in numbers]
+                if any(runs):
                     met.append((part, text, runs))
-            kept.update({run.field for _, _, runs in met for run in runs})
+            kept.update({run.field for _, _, found in met for runs in found for run in runs})
             for row in self._matches(item, {"file": file, "place": item.place}, met, kept):
                 documents["beyond"] += not row["excerpt"]
                 for column, value in row.items():
@@ -189,14 +190,15 @@ class Searcher:
         )
 
     def _matches(
-        self, document: Document, where: dict[str, Any], met: list[tuple[str, str, list[Run]]], kept: Counter[int]
+        self, document: Document, where: dict[str, Any], met: list[tuple[str, str, list[list[Run]]]], kept: Counter[int]
     ) -> Iterator[dict[str, Any]]:
-        """Yield rows of RAW for the runs in a document's parts, (name, text, runs) each."""
-        for part, text, runs in met:
-            spans = split(text, self.numbering.is_word).spans
-            for run in runs:
+        """Yield rows of RAW for the runs in a document's parts, (name, text, runs by passage) each."""
+        for part, text, by_passage in met:
+            read = passages(text, self.numbering.is_word)
+            for run, words in ((run, words) for runs, words in zip(by_passage, read, strict=True) for run in runs):
                 field = self.index.fields[run.field]
-                start, stop = int(spans[run.place, 0]), int(spans[run.place + run.stop - run.first - 1, 1])
+                start = int(words.spans[run.place, 0])
+                stop = int(words.spans[run.place + run.stop - run.first - 1, 1])
                 before = max(0, start - AROUND)
                 shown = kept[run.field] <= MOST
                 yield {
@@ -204,8 +206,8 @@ class Searcher:
                     "field": field.name,
                     "first_word": run.first,
                     "stop_word": run.stop,
-                    "item_start": int(field.words.spans[run.first, 0]),
-                    "item_stop": int(field.words.spans[run.stop - 1, 1]),
+                    "item_start": int(field.words.spans[run.first : run.stop, 0].min()),
+                    "item_stop": int(field.words.spans[run.first : run.stop, 1].max()),
                     "document_id": document.document_id,
                     "source": document.source,
                     **where,
@@ -221,8 +223,9 @@ def texts(document: Document, tokenizer: Any) -> list[tuple[str, str]]:
     """Return a document's texts, each with the name of the part that offsets refer to.
 
     Parts are ``text``; ``prompt`` and ``answer``; ``token_ids``, decoded with the tokenizer, which no other document
-    needs; and of messages ``messages.0`` …, the contents, and with its path any other string of a turn
-    (``messages.0.content.1.text``), but for roles and types.
+    needs; of messages ``messages.0`` …, the contents, and with its path any other string of a turn
+    (``messages.0.content.1.text``) or of the chat template's arguments (``template.tools.0.function.description``), but
+    for roles and types.
     """
     if document.text is not None:
         return [("text", document.text)]
@@ -232,7 +235,7 @@ def texts(document: Document, tokenizer: Any) -> list[tuple[str, str]]:
         found: list[tuple[str, str]] = []
         for i, turn in enumerate(document.messages):
             for path, text in strings(f"messages.{i}", turn):
-                if path.rpartition(".")[2] not in ("role", "type"):
-                    found.append((f"messages.{i}" if path == f"messages.{i}.content" else path, text))
-        return found
+                found.append((f"messages.{i}" if path == f"messages.{i}.content" else path, text))
+        found += strings("template", document.template_arguments or {})
+        return [(path, text) for path, text in found if path.rpartition(".")[2] not in ("role", "type")]
     return [("prompt", document.prompt or ""), ("answer", document.answer or "")]

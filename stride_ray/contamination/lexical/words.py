@@ -3,21 +3,21 @@
 A word is a run of letters, digits and combining marks (vowel signs, points, accents) of the readable text (markup.py),
 case-folded and in Unicode compatibility form (ligatures, full-width letters), with the digits of any script as 0 to 9.
 In a script without spaces (Chinese, Japanese, Thai and others) each letter with its marks is a word of its own.
-Punctuation and white space are ignored.
+Punctuation and white space are ignored. What a browser does not show is split apart from the text that it stands in.
 """
 
 import unicodedata
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import regex
 
-from stride_ray.contamination.lexical.markup import readable
+from stride_ray.contamination.lexical.markup import Readable, readable
 
 # Changes with the words of any text: what was found by other rules is not found again by these.
-RULES = 3
+RULES = 4
 _SPACELESS = r"[[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Line_Break=Complex_Context}\u30fc\uff70]&&[\p{L}\p{N}]]"
 # In half-width katakana the voicing marks are letters.
 _LETTER = rf"{_SPACELESS}[\p{{M}}\uff9e\uff9f]*+"
@@ -73,19 +73,45 @@ def _plain(character: str) -> str:
 
 
 def split(text: str, is_word: Callable[[str], bool] | None = None) -> Words:
-    """Split a text into normalised words with their spans; ``is_word`` as in markup.readable."""
-    words: list[str] = []
-    spans = array("q")
+    """Split what a reader sees of a text into normalised words with their spans; ``is_word`` as in markup.readable."""
+    return passages(text, is_word)[0]
+
+
+def passages(text: str, is_word: Callable[[str], bool] | None = None) -> list[Words]:
+    """Split what a reader sees of a text, then each passage that stands apart from it (markup.readable), into words."""
+    words, spans = list[str](), array("q")
+    apart = list[Words]()
     start = 0
     for chunk in chunks(text):
-        now = readable(chunk, is_word, places=True)
-        starts, stops = now.starts.tolist(), now.stops.tolist()
-        for match in _pattern(now.text).finditer(now.text):
-            if word := normalised(match.group()):
-                words.append(word)
-                spans.extend((start + starts[match.start()], start + stops[match.end() - 1]))
+        seen, *hidden = readable(chunk, is_word, places=True)
+        _add_words(seen, start, words, spans)
+        apart += [_words(passage, start) for passage in hidden]
         start += len(chunk)
+    return [_words_of(words, spans), *apart]
+
+
+def _words(now: Readable, start: int) -> Words:
+    words, spans = list[str](), array("q")
+    _add_words(now, start, words, spans)
+    return _words_of(words, spans)
+
+
+def _words_of(words: list[str], spans: "array[int]") -> Words:
     return Words(words, np.array(spans, np.int64).reshape(-1, 2))
+
+
+def _add_words(now: Readable, start: int, words: list[str], spans: "array[int]") -> None:
+    """Append the words of a readable text whose raw text begins at character ``start``."""
+    starts, stops = now.starts.tolist(), now.stops.tolist()
+    for match in _pattern(now.text).finditer(now.text):
+        if word := normalised(match.group()):
+            words.append(word)
+            spans.extend((start + starts[match.start()], start + stops[match.end() - 1]))
+
+
+def joined(passages: Sequence[Words]) -> Words:
+    """The words of several passages as those of one."""
+    return Words([word for each in passages for word in each.words], np.concatenate([each.spans for each in passages]))
 
 
 def _pattern(text: str) -> "regex.Pattern[str]":
@@ -117,14 +143,18 @@ class Numbering(dict[str, int]):
         """Whether the vocabulary has a readable word."""
         return self[word] > 0
 
-    def numbers(self, text: str) -> np.ndarray:
-        """Return the numbers (n,) int32 of a text's words, aligned with ``split(text, self.is_word)``."""
-        found = array("i")
+    def numbers(self, text: str) -> list[np.ndarray]:
+        """Return the numbers (n,) int32 of a text's words by passage, aligned with ``passages(text, self.is_word)``."""
+        seen, apart = array("i"), list["array[int]"]()
         for chunk in chunks(text):
-            plain = readable(chunk, self.is_word).text
-            found.extend(map(self.__getitem__, _pattern(plain).findall(plain)))
-        numbers = np.frombuffer(found, np.int32) if found else np.zeros(0, np.int32)
-        return numbers[numbers >= 0]
+            first, *hidden = readable(chunk, self.is_word)
+            seen.extend(self._of(first))
+            apart += [array("i", self._of(passage)) for passage in hidden]
+        found = [np.frombuffer(each, np.int32) if each else np.zeros(0, np.int32) for each in (seen, *apart)]
+        return [numbers[numbers >= 0] for numbers in found]
+
+    def _of(self, now: Readable) -> Iterator[int]:
+        return map(self.__getitem__, _pattern(now.text).findall(now.text))
 
 
 def chunks(text: str) -> list[str]:

@@ -6,6 +6,7 @@ generates it; in a template without markers it is what ends the turn, and counts
 itself (``{% generation %}``) decides alone: what it marks counts.
 """
 
+import contextlib
 import re
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ANSWER = "\ue0a7stride-ray-answer\ue0a8"
 _QUESTION = "\ue0a7stride-ray-question\ue0a8"
 _CONTEXT = 64  # characters before an answer by which its header is recognised
+_FORMS = 1000  # forms of conversations for which it is known what the template leaves out
 
 Messages = list[dict[str, Any]]
 Ranges = list[tuple[int, int]]
@@ -37,6 +39,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, tools: bool = False) -> None:
         self._tokenizer = tokenizer
         self._source = with_fixed_clock(tokenizer.get_chat_template(tools=[] if tools else None))
+        self._left_out: dict[tuple[Any, ...], frozenset[str]] = {}
 
     def render(self, messages: Messages, arguments: Arguments | None = None) -> tuple[str, Ranges]:
         """A conversation as text, and the ranges of characters (start, end) that carry loss.
@@ -52,6 +55,47 @@ class ChatTemplate:
         messages = [{**message, **self._content(i, message)} for i, message in enumerate(messages)]
         marked = _GENERATION.search(self._source)
         return (self._marked if marked else self._answers)(messages, arguments or {})
+
+    def left_out(self, messages: Messages, arguments: Arguments | None = None) -> frozenset[str]:
+        """What a conversation holds and its text does not: "tool_calls of assistant", "content of tool", "tools".
+
+        It follows from which turns have which keys, so each such form is rendered once, with other words in it.
+        """
+        given = {name: value for name, value in (arguments or {}).items() if isinstance(value, str | list | dict)}
+        form = (*(_form(message) for message in messages), *sorted(given))
+        if all(part in (("user", "content"), ("assistant", "content")) for part in form):
+            return frozenset()  # the answers are looked for anyway, and without a question there is no conversation
+        if form not in self._left_out and len(self._left_out) < _FORMS:
+            self._left_out[form] = self._lost(messages, given, arguments or {})
+        return self._left_out.get(form, frozenset())
+
+    def _lost(self, messages: Messages, given: Arguments, arguments: Arguments) -> frozenset[str]:
+        words: dict[str, str] = {}
+        try:
+            others = [{**message, **self._reworded(i, message, words)} for i, message in enumerate(messages)]
+            text = self._text(others, arguments)
+        except Exception:  # as render: it takes no other words
+            return frozenset()
+        lost = {said for word, said in words.items() if word not in text}
+        for name in given:
+            rest = {key: value for key, value in arguments.items() if key != name}
+            with contextlib.suppress(Exception):  # as render: it may need what is left out
+                lost |= {name} if self._text(others, rest) == text else set()
+        return frozenset(lost)
+
+    def _reworded(self, i: int, message: dict[str, Any], words: dict[str, str]) -> dict[str, Any]:
+        """The keys of a turn with other words, each of which is added to ``words`` with what it stands for."""
+        changed: dict[str, Any] = {}
+        for key in _form(message)[1:]:
+            word = f"word{i}{''.join(filter(str.isalnum, key))}word"
+            words[word] = f"{key} of {message['role']}"
+            if key == "content":
+                changed |= self._content(i, {"content": word})
+            elif key == "tool_calls":
+                changed[key] = [_renamed(call, word) for call in message[key]]
+            else:
+                changed[key] = _replaced(message[key], word)
+        return changed
 
     def _marked(self, messages: Messages, arguments: Arguments) -> tuple[str, Ranges]:
         """The text and what the template marks."""
@@ -110,7 +154,10 @@ class ChatTemplate:
         calls = message.get("tool_calls")
         if not calls:
             return [(plain, True)]
-        return [(plain, True), ({**message, **content, "tool_calls": [_renamed(call) for call in calls]}, False)]
+        return [
+            (plain, True),
+            ({**message, **content, "tool_calls": [_renamed(call, _ANSWER) for call in calls]}, False),
+        ]
 
     def _closed(self, text: str, end: int, whole: bool, last: bool) -> int:
         """The end of a turn with its marker, for content (and calls, if ``whole``) that end at ``end``."""
@@ -263,13 +310,35 @@ def _says(message: dict[str, Any]) -> bool:
     return bool(message.get("tool_calls")) or any(str(text).strip() for text in texts if text is not None)
 
 
-def _renamed(call: Any) -> Any:
+def _form(message: dict[str, Any]) -> tuple[str, ...]:
+    """A turn's role and the keys in which it says something."""
+    said = (key for key, value in message.items() if key not in ("role", "tool_call_id") and _holds(value))
+    return (message["role"], *sorted(said))
+
+
+def _holds(value: Any) -> bool:
+    """Whether a value has text: a number or a flag tells a template what to do."""
+    if isinstance(value, dict | list):
+        return any(map(_holds, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and not value.isspace() and value != ""
+
+
+def _replaced(value: Any, word: str) -> Any:
+    """A value with the same word for every string."""
+    if isinstance(value, dict):
+        return {key: _replaced(part, word) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_replaced(part, word) for part in value]
+    return word if isinstance(value, str) else value
+
+
+def _renamed(call: Any, name: str) -> Any:
     """A tool call of another name."""
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):
-        return {**call, "function": {**call["function"], "name": _ANSWER}}
-    return {**call, "name": _ANSWER}
+        return {**call, "function": {**call["function"], "name": name}}
+    return {**call, "name": name}
 
 
 def _parts(text: str) -> list[dict[str, str]]:

@@ -5,12 +5,14 @@ row: the first of the known sets of columns that all hold something. For {"messa
 is {"text": ("text",)}.
 """
 
+import contextlib
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from stride_ray.corpus.rows.row import has_content
+from stride_ray.corpus.rows.json_strings import with_strings
+from stride_ray.corpus.rows.row import has_content, parsed
 from stride_ray.corpus.rows.turns import content_key
 from stride_ray.runtime.errors import StrideError
 
@@ -26,6 +28,8 @@ _CONTENTS: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 _COMPANIONS = {role: content for content, roles in _CONTENTS.items() for role in roles}
 ROLES = (*(role for content in _CONTENTS for role in content), *_COMPANIONS, "id", "source")
+# Roles whose values may be JSON in strings.
+OPENED = ("messages", "tools", "chat_template_kwargs")
 _NULL, _BLANK, _FILLED, _LIST = range(4)
 # Roles that may be given several columns, as in prompt=instruction+input.
 _JOINED = ("text", "prompt", "answer", "loss_mask")
@@ -163,13 +167,19 @@ def text_places(part: str, values: Mapping[str, Any], columns: Mapping[str, str]
     """Where a row keeps a text of its document: keys from the row down to strings, and their offsets in the text.
 
     Args:
-        part: "text", "prompt", "answer", "messages.3" for the content of a turn, or "messages.3.content.1.text" for
-            another string in it.
-        values: the row.
+        part: "text", "prompt", "answer", "messages.3" for the content of a turn, "messages.3.content.1.text" for
+            another string in it, or "template.tools.0.name" for one in an argument of the chat template.
+        values: the row, its conversations, tools and arguments of templates opened.
         columns: the mapping that the document was read with.
     """
     roles, _ = roles_of(values, columns)
     role, *path = part.split(".")
+    if role == "template":
+        tools = [name for name in roles.get("tools", ()) if path[0] == "tools" and has_content(values[name])]
+        if tools:
+            return [([tools[-1], *_keys_along(values[tools[-1]], path[1:])], 0)]
+        name = roles["chat_template_kwargs"][-1]
+        return [([name, *_keys_along(values[name], path)], 0)]
     if path:  # a conversation may be cut in two, prompt and answer
         names = roles.get("messages") or (*roles["prompt"], *roles["answer"])
         keys = [(name, i) for name in names for i in range(len(values[name]))]
@@ -185,6 +195,28 @@ def text_places(part: str, values: Mapping[str, Any], columns: Mapping[str, str]
             places.append(([name], offset))
             offset += len(values[name]) + 1
     return places
+
+
+def opened(value: Any) -> Any:
+    """A value as it is used where it may be JSON in a string, or a list with such strings; in a turn, its calls."""
+    with contextlib.suppress(ValueError):
+        value = parsed(value)
+    if isinstance(value, dict) and isinstance(value.get("tool_calls"), str):
+        return {**value, "tool_calls": opened(value["tool_calls"])}
+    return [opened(part) for part in value] if isinstance(value, list) else value
+
+
+def closed(value: Any, before: Any, after: Any) -> Any:
+    """A value as changed from ``before``, which is ``opened(value)``, to ``after``, in strings only."""
+    if before == after:
+        return value
+    if isinstance(value, str) and not isinstance(before, str):
+        return with_strings(value, parsed(value), closed(parsed(value), before, after))
+    if isinstance(value, dict):
+        return {key: closed(part, before[key], after[key]) for key, part in value.items()}
+    if isinstance(value, list):
+        return [closed(*parts) for parts in zip(value, before, after, strict=True)]
+    return after
 
 
 def _keys_along(value: Any, path: list[str]) -> list[Any]:

@@ -7,7 +7,7 @@ OpenAI's, Mistral's and ShareGPT's ``weight``, axolotl's ``train`` and ``trainin
 from collections.abc import Sequence
 from typing import Any
 
-from stride_ray.corpus.rows.row import has_content, without_nulls
+from stride_ray.corpus.rows.row import has_content, parsed, without_nulls
 
 _SPEAKERS = {
     **{name: name for name in ("system", "user", "assistant", "tool", "function", "developer")},
@@ -42,6 +42,14 @@ def turn_of(value: Any) -> tuple[dict[str, Any], bool]:
         turn["role"] = _SPEAKERS.get(turn["role"].lower(), turn["role"])
     else:
         raise ValueError("without a role")
+    try:
+        calls = parsed(turn.get("tool_calls"))
+    except ValueError:
+        raise ValueError("whose tool_calls are a string that is not JSON") from None
+    if calls:
+        turn["tool_calls"] = calls
+    else:  # templates ask whether there are any, and leave out the content then
+        turn.pop("tool_calls", None)
     if "content" not in turn and "tool_calls" not in turn:
         raise ValueError("without content")
     partial = next((key for key in _PARTIAL_MARKS if has_content(value.get(key))), None)

@@ -168,7 +168,7 @@ def _inputs(root: Path, run: str) -> tuple[dict[str, bytes], Check]:
         (scratch / name).write_bytes(data)
         units = plan([str(scratch)], shard_bytes=2**20)
         columns = resolve_columns(units)
-        items = [item for unit in units for item in read(unit, columns)]
+        items = [item for unit in units for item in read(unit, columns, set())]
         rejects = [item for item in items if isinstance(item, Rejected)]
         for reject in rejects:
             if "\n" in reject.reason or len(reject.reason) > 500:

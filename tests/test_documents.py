@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import uuid
 import zipfile
 from collections import Counter
@@ -707,6 +709,41 @@ def test_an_unreadable_column_costs_only_the_rows_that_use_it(tmp_path):
         assert [item.row for item in items if isinstance(item, Rejected)] == lost
         assert len(items) == 30
     assert "'text' is unreadable: could not verify page integrity" in items[15].reason
+
+
+READ_WITH_FLIPPED_FOOTERS = """
+import sys
+from stride_ray.corpus.documents import read
+from stride_ray.corpus.splits import plan
+whole = open(sys.argv[1], "rb").read()
+for place in range(len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"), len(whole) - 8):
+    open(sys.argv[1], "wb").write(whole[:place] + bytes([whole[place] ^ 8]) + whole[place + 1 :])
+    for unit in plan([sys.argv[1]], 1 << 20):
+        assert list(read(unit, {}, set()))
+"""
+
+
+def test_a_footer_that_describes_columns_wrongly_does_not_end_the_process(tmp_path):
+    table = pa.table({"text": ["a", "b"], "n": [1, None], "url": ["u", "v"]})
+    pq.write_table(table, tmp_path / "a.parquet", store_schema=False)
+    command = [sys.executable, "-c", READ_WITH_FLIPPED_FOOTERS, str(tmp_path / "a.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_columns_of_nulls_are_not_unused_in_parquet(tmp_path):
+    rows = [
+        {"text": str(i), "s": None, "st": {"k": None}, "l": [], "late": {"k": "x"} if i > 98 else None}
+        for i in range(99)
+    ]
+    kinds = {"text": pa.string(), "s": pa.string(), "st": pa.struct({"k": pa.int8()}), "l": pa.list_(pa.int8())}
+    for last, found in ([], set()), ([{"text": "z", "late": {"k": "x"}}], {"late"}), ([{"text": "z", "l": [1]}], {"l"}):
+        schema = pa.schema({**kinds, "late": pa.struct({"k": pa.string()})})
+        pq.write_table(pa.Table.from_pylist([*rows, *last], schema), tmp_path / "a.parquet", 40)
+        (unit,) = plan([str(tmp_path / "a.parquet")], 1 << 20)
+        unused = set()
+        assert len(list(read(unit, {}, unused))) == len(rows) + len(last)
+        assert unused == found
 
 
 def test_an_arrow_column_that_is_not_used_may_be_unreadable(tmp_path):

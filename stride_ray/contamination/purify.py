@@ -203,6 +203,8 @@ def _write_parquet(unit: InputSplit, file: SourceFile, path: str, cleaner: _Clea
     fs, place = filesystem(file.url)
     with fs.open(place, "rb") as source:
         table = pq.ParquetFile(source, page_checksum_verification=True)
+        # Reading raises where asking for the columns that a corrupt footer describes would end the process.
+        next(table.iter_batches(1, row_groups=[0], use_threads=False), None)
         with pq.ParquetWriter(path, table.schema_arrow, compression=_codecs(table.metadata)) as target:
             first = 0
             for group in range(table.num_row_groups):
@@ -213,8 +215,6 @@ def _write_parquet(unit: InputSplit, file: SourceFile, path: str, cleaner: _Clea
 
 def _codecs(metadata: pq.FileMetaData) -> str | dict[str, str]:
     """The codec of a Parquet file, or the codecs of its columns, in the writer's names."""
-    if not metadata.num_row_groups:
-        return "SNAPPY"
     group = metadata.row_group(0)
     columns = [group.column(i) for i in range(group.num_columns)]
     codecs = {each.path_in_schema: each.compression.replace("UNCOMPRESSED", "NONE") for each in columns}

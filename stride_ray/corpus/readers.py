@@ -33,12 +33,13 @@ _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
 _FETCH_FILES = 64
 
 
-def rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
+def rows(unit: InputSplit, columns: Collection[str] | None, filled: bool = False) -> Iterator[Row | Rejected]:
     """Rows of a unit in file order.
 
     Args:
         unit: what to read.
         columns: columns to read, if the format supports a choice; None: all.
+        filled: whether ``Row.unread`` names only columns with content, for which some of their rows are read.
 
     Raises:
         StrideError: a file cannot be fetched (gone, no permission, no connection).
@@ -49,9 +50,9 @@ def rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Re
         elif unit.kind == "jsonl":
             yield from _json_rows(unit)
         elif unit.kind == "parquet":
-            yield from parquet_rows(unit, columns)
+            yield from parquet_rows(unit, columns, filled)
         else:
-            yield from arrow_rows(unit, columns)
+            yield from arrow_rows(unit, columns, filled)
     except Exception as error:
         if isinstance(error, StrideError) or not is_storage_error(error):
             raise

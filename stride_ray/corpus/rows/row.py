@@ -53,7 +53,8 @@ class Row(NamedTuple):
         document_id: ``name`` for a text file, ``name#<byte offset>`` for JSON Lines, ``name#<row>`` otherwise.
         values: ``{column: value}``; ``{"text": …}`` for a text file. A value may be ``Unreadable``.
         number: returns the row or line number (``Rejected.row``); called for rejects only, since it may scan the file.
-        unread: columns with content that the file has and that were not read.
+        unread: columns that the file has and that were not read, without those of type null; with ``filled`` (see
+            ``rows``) only those with content.
     """
 
     file: str
@@ -119,6 +120,24 @@ def named(value: Any) -> Any:
     if isinstance(value, date):  # or a datetime
         return value.isoformat()
     return str(value) if isinstance(value, UUID) else value
+
+
+_TYPES: dict[type, str] = {
+    type(None): "null",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number with a point",
+    list: "a list",
+    dict: "an object",
+    bytes: "bytes",
+    Decimal: "a decimal number with a fraction",
+}
+
+
+def kind_of_type(of: type) -> str:
+    """What values of a type are called in messages: "a list", "null"."""
+    return _TYPES.get(of, of.__name__)
 
 
 def is_corrupt(error: Exception) -> bool:

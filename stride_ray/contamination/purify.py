@@ -32,8 +32,8 @@ from stride_ray.corpus.rows.row import is_corrupt, reason
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.run import Run, Stage, claim
-from stride_ray.runtime.storage import Store, refuse_inside
+from stride_ray.runtime.run import Run, Stage, claim, refuse_inside
+from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import filesystem, redact_url
 
 # Hidden folder in the target with stage.json and the done markers; readers of the target skip it.

@@ -219,6 +219,9 @@ def _json_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
                 first = offset
             if not line.strip():
                 continue
+            if fault := _encoding_fault(line):
+                yield Rejected(file.name, number(index), fault)
+                continue
             try:
                 values = json.loads(line.decode())
                 if not isinstance(values, dict):
@@ -254,20 +257,24 @@ def _text_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
             except UnicodeDecodeError as error:
                 packed = file.name.lower().endswith(PACKED)
                 why = "packed in a way that is not read; unpack it, or pack it with gzip or zstd" if packed else ""
-                why = why or _mistaken(file.name, data)
+                why = why or _mistaken(file.name, data) or _encoding_fault(data)
                 yield Rejected(file.name, None, why or f"not UTF-8 text: {reason(error)}")
             except Exception as error:
                 if not is_corrupt(error):
                     raise
                 yield Rejected(file.name, None, f"unreadable: {reason(error)}")
             else:
-                why = _mistaken(file.name, data)
-                if "\0" in text:
-                    why = why or "contains NUL characters: UTF-16 or no text at all; save it as UTF-8"
-                if why:
+                if why := _mistaken(file.name, data) or _encoding_fault(data):
                     yield Rejected(file.name, None, why)
                 else:
                     yield Row(file.name, file.name, {"text": text}, lambda: None)
+
+
+def _encoding_fault(data: bytes) -> str:
+    """What to do with bytes that are another encoding's than UTF-8; empty if nothing speaks against UTF-8."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "is UTF-16; save it as UTF-8"
+    return "contains NUL characters: UTF-16 or no text at all; save it as UTF-8" if b"\0" in data else ""
 
 
 def _mistaken(name: str, data: bytes) -> str:

@@ -13,6 +13,7 @@ from uuid import UUID
 import pyarrow as pa
 import zstandard
 
+from stride_ray.runtime import storage
 from stride_ray.runtime.urls import redact_message
 
 _CORRUPT = (pa.ArrowException, zlib.error, zstandard.ZstdError, EOFError, UnicodeDecodeError, struct.error)
@@ -141,8 +142,8 @@ def kind_of_type(of: type) -> str:
 
 
 def is_corrupt(error: Exception) -> bool:
-    """Whether an error means corrupt content, which pyarrow often reports as an OSError without errno."""
-    return isinstance(error, _CORRUPT) or (type(error) is OSError and error.errno is None)
+    """Whether an error means corrupt content, and not a fault of the storage."""
+    return isinstance(error, _CORRUPT) or storage.is_corrupt(error)
 
 
 def reason(error: Exception) -> str:

@@ -375,6 +375,22 @@ def test_influence_that_is_not_finite_is_ignored_and_counted(tmp_path, value, st
             count_not_finite(database, targets)
 
 
+def test_a_table_that_was_damaged_is_not_ranked(tmp_path):
+    """DuckDB does not look at the checksums of pages, and would read another number."""
+    store = Store(str(tmp_path / "in"))
+    targets, pool = write(store, influences(), documents(), parts=1)
+    whole = store.read("law-0.parquet")
+    (tmp_path / "work").mkdir()
+    for place in range(40, len(whole), len(whole) // 20):
+        store.write("law-0.parquet", whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with (
+            Database(str(tmp_path / "work")) as sql,
+            pytest.raises(StrideError, match=r"law-0.parquet cannot be read as Parquet: it was damaged or changed"),
+        ):
+            rank_documents(sql, targets, pool, (), options(documents=3), 0)
+        (tmp_path / "work/select.duckdb").unlink()
+
+
 def test_what_an_earlier_selection_took_is_not_taken_again(tmp_path):
     table, store = ordered(tmp_path), Store(str(tmp_path / "first"))
     wanted = options(documents=30)

@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import uuid
+from http.server import BaseHTTPRequestHandler
 
 import botocore.exceptions
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -316,6 +318,13 @@ def raised_from(error, inner):
             named("ResourceExistsError", "azure.core.exceptions", error_code="ContainerBeingDeleted"),
             "it is being deleted",
         ),
+        (
+            raised_from(
+                named("HttpResponseError", "azure.core.exceptions", error_code="ServerBusy", status_code=503),
+                named("HttpResponseError", "azure.core.exceptions", status_code=503),
+            ),
+            "the store asks for fewer requests",
+        ),
         (client_error("InvalidObjectState", 403), "it is archived and must be restored first"),
     ],
 )
@@ -331,6 +340,76 @@ def test_the_fault_of_a_store_is_named(error, reason, tmp_path):
     with pytest.raises(StrideError) as told, table.open_parquet("t.parquet"):
         raise error
     assert "Parquet" not in str(told.value)
+
+
+class Refusing(servers._Serving):
+    """A store that answers every request with one status and code, as Google's and Azure's do."""
+
+    def __init__(self, status, code):
+        self.status, self.code = status, code
+
+    def handler(self):
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                reason = {"code": owner.status, "message": f"words {owner.code}"}
+                xml = f"<Error><Code>{owner.code}</Code><Message>Some words.</Message></Error>"
+                body = xml if self.path.startswith("/acc") else json.dumps({"error": reason})
+                self.send_response(owner.status)
+                self.send_header("x-ms-error-code", owner.code)
+                self.send_header("Content-Type", "application/xml" if body is xml else "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body.encode())
+
+        for verb in ("HEAD", "PUT", "POST"):
+            setattr(Handler, f"do_{verb}", Handler.do_GET)
+        return Handler
+
+
+@pytest.mark.parametrize(
+    ("scheme", "status", "code", "reading", "writing"),
+    [
+        ("gs", 401, "authError", "credentials are not accepted", "credentials are not accepted"),
+        ("gs", 403, "forbidden", "access denied", "access denied"),
+        ("gs", 404, "notFound", "no such file or folder", "no such bucket"),
+        ("abfs", 403, "AuthorizationFailure", "access denied", "access denied"),
+        ("abfs", 403, "AuthenticationFailed", "credentials are not accepted", "credentials are not accepted"),
+        ("abfs", 404, "ContainerNotFound", "no such bucket", "no such bucket"),
+        ("abfs", 404, "BlobNotFound", "no such file or folder", "no such bucket"),
+        ("abfs", 409, "ContainerBeingDeleted", "it is being deleted", "it is being deleted"),
+        ("abfs", 409, "LeaseIdMissing", "another program holds it", "another program holds it"),
+    ],
+)
+def test_what_google_and_azure_refuse_is_named(scheme, status, code, reading, writing, monkeypatch, caplog):
+    pytest.importorskip({"gs": "gcsfs", "abfs": "adlfs"}[scheme])
+    fsspec.get_filesystem_class(scheme).clear_instance_cache()
+    with Refusing(status, code) as server:
+        place = f"http://127.0.0.1:{server.port}"
+        account = f"DefaultEndpointsProtocol=http;AccountName=acc;AccountKey={'a2V5' * 8};BlobEndpoint={place}/acc;"
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", place)
+        monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", account)
+        url = f"{scheme}://{uuid.uuid4().hex}/run"  # a new one, for file systems are cached
+        store = Store(url)
+        for deed, told in (
+            (lambda: store.read("a.json"), reading),
+            (lambda: store.write("a.json", b"{}"), writing),
+            (lambda: store.read_table("a.parquet"), reading if status != 404 else "no such file or folder"),
+        ):
+            with pytest.raises(StrideError, match=told) as caught:
+                deed()
+            assert "\n" not in str(caught.value)
+        with pytest.raises(StrideError, match=reading if status != 404 else "does not exist"):
+            plan([url], 100)
+    assert not [record for record in caplog.records if record.exc_info]  # no traceback is logged
 
 
 def test_bugs_are_not_faults_of_a_store(tmp_path):

@@ -65,7 +65,8 @@ def benchmark_select(args: argparse.Namespace) -> int:
     from stride_ray.runtime.memory import peak_bytes, resident_bytes, restart_peak
     from stride_ray.runtime.storage import Store
     from stride_ray.selection.choice import GreedyChooser, reasons, write_manifest
-    from stride_ray.selection.ranking import Database, batches, rank_documents
+    from stride_ray.selection.database import Database
+    from stride_ray.selection.ranking import batches, rank_documents
 
     options = Config().updated({"select.by": args.by, "select.tokens": 0.2}).select
     store = Store(args.folder)
@@ -78,7 +79,7 @@ def benchmark_select(args: argparse.Namespace) -> int:
         ordered = rank_documents(database, [target], (store, pool), (), options, 0)
         ranked = time.perf_counter()
         best = GreedyChooser(options, args.documents, args.documents * 1000, 0)
-        kept, _ = write_manifest(best, batches(ordered), reasons(options), 1, store, scratch)
+        kept, _ = write_manifest(best, batches(ordered), reasons(options), 1, store, database)
         spilled = sum(os.path.getsize(os.path.join(scratch, name)) for name in os.listdir(scratch) if "." in name)
     done = time.perf_counter()
     summary = {

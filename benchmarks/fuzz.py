@@ -23,19 +23,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from stride_ray.attribution.attribute import read_influence
 from stride_ray.cli.status import status
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.corpus.documents import read, resolve_columns
+from stride_ray.corpus.documents import Document, read, resolve_columns
 from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import plan
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenizing import encode, load_saved_tokenizer, load_tokenizer
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.operators.row_store import RowStore
 from stride_ray.runtime.config import dumps, loads
@@ -168,7 +166,7 @@ def _inputs(root: Path, run: str) -> tuple[dict[str, bytes], Check]:
         (scratch / name).write_bytes(data)
         units = plan([str(scratch)], shard_bytes=2**20)
         columns = resolve_columns(units)
-        items = [item for unit in units for item in read(unit, columns)]
+        items = [item for unit in units for item in read(unit, columns, set())]
         rejects = [item for item in items if isinstance(item, Rejected)]
         for reject in rejects:
             if "\n" in reject.reason or len(reject.reason) > 500:
@@ -245,10 +243,10 @@ def _config(root: Path, run: str) -> tuple[dict[str, bytes], Check]:
 
 
 def _store(root: Path, run: str) -> tuple[dict[str, bytes], Check]:
-    """Files of a finished run: read as before, or refused. Manifests may change what they say, but are then refused."""
+    """Files of a finished run: read as before, or refused."""
     copy = root / "run"
     if not copy.exists():
-        shutil.copytree(run, copy, ignore=shutil.ignore_patterns("*.html", "tokenizer"))
+        shutil.copytree(run, copy, ignore=shutil.ignore_patterns("*.html"))
     names = [path for path in copy.rglob("*") if path.suffix in (".parquet", ".safetensors", ".json")]
     originals = {str(path.relative_to(copy)): path.read_bytes() for path in names if "_done" not in path.parts}
     before = _contents(str(copy))
@@ -257,7 +255,7 @@ def _store(root: Path, run: str) -> tuple[dict[str, bytes], Check]:
         (copy / name).write_bytes(data)
         try:
             after = _contents(str(copy))
-            if data != originals[name] and not name.endswith(".json") and after != before:
+            if after != before:
                 raise FaultError(f"{Path(name).parts[0]}/*{Path(name).suffix} differs unnoticed")
         finally:
             (copy / name).write_bytes(originals[name])
@@ -266,21 +264,28 @@ def _store(root: Path, run: str) -> tuple[dict[str, bytes], Check]:
 
 
 def _contents(url: str) -> list[Any]:
-    """All numbers that later stages and people read from a run."""
+    """All that later stages and people read from a run."""
     run = Run(url)
-    status(run)
     blocks = Blocks(run.stage("blocks").store)
-    found: list[Any] = [a.tobytes() for batch in blocks.batches(0, len(blocks), 64) for a in batch]
+    question = encode([Document("", "", text="a text")], load_saved_tokenizer(blocks.store))[0]
+    found: list[Any] = [status(run), repr(question)]
+    found += [a.tobytes() for batch in blocks.batches(0, len(blocks), 64) for a in batch]
     rows = RowStore(run.stage("operators").store)
     found += [
         array.tobytes() for part in rows.facts["parts"] for array in (rows.read(part).bits, rows.read(part).scales)
     ]
-    sites = load_sites(run.stage("curvature").store, SITES, "cpu")
-    found += [np.asarray(matrix).tobytes() for site in sites for matrix in (site.W_in, site.W_out)]
-    for name in run.store.names("influence"):
-        found += [
-            repr(read_influence(run, name, table).to_pydict()) for table in ("influence", "documents", "recovery")
-        ]
+    load_sites(run.stage("curvature").store, SITES, "cpu")
+    for path in sorted(Path(url).rglob("*.*")):
+        name = str(path.relative_to(url))
+        if path.suffix == ".json" and path.parent.name != "tokenizer":
+            found.append(repr(run.store.read_json(name)))
+        elif path.suffix == ".parquet":
+            table = run.store.read_table(name).combine_chunks()
+            found.append(
+                pa.RecordBatch.from_struct_array(table.to_struct_array().combine_chunks()).serialize().to_pybytes()
+            )
+        elif path.suffix == ".safetensors":
+            found.append({key: value.numpy().tobytes() for key, value in run.store.read_tensors(name).items()})
     return found
 
 

@@ -12,10 +12,10 @@ from test_bad_input import shard_flags
 
 from stride_ray.runtime.errors import StrideError, Terminated
 from stride_ray.runtime.options import ComputeConfig
-from stride_ray.runtime.run import Run
-from stride_ray.runtime.storage import Store, refuse_inside
+from stride_ray.runtime.run import Run, refuse_inside
+from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import connected
-from stride_ray.selection.ranking import Database
+from stride_ray.selection.database import Database
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_options_that_gave_no_block_are_not_kept(parts, tmp_path, told, plain):
 def test_a_marker_that_is_none(tmp_path):
     stage = Run(str(tmp_path)).begin("blocks")
     stage.store.write("_done/part-00000.json", b"null")
-    with pytest.raises(StrideError, match=r"blocks/_done/part-00000\.json is not a valid done marker"):
+    with pytest.raises(StrideError, match=r"part-00000\.json holds no JSON object; restore it, or delete it and run"):
         stage.done()
 
 

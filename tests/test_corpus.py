@@ -282,5 +282,7 @@ def test_what_is_left_for_numbering_comes_back_whole_and_a_torn_file_is_a_senten
     write_staged(store, "00000", table)
     assert read_staged(store, "00000").equals(table)
     (tmp_path / "00000.arrow").write_bytes((tmp_path / "00000.arrow").read_bytes()[:-20])
-    with pytest.raises(StrideError, match=r"00000.arrow cannot be read .*; delete its folder and run again"):
+    with pytest.raises(
+        StrideError, match=r"00000.arrow was damaged or changed: .*; delete its folder .* and run the same command"
+    ):
         read_staged(store, "00000")

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 import uuid
 import zipfile
@@ -222,6 +224,8 @@ def test_tables_without_data_files_are_refused_by_name(tmp_path, files):
     [
         ("a.txt", "hello".encode("utf-16-le"), "NUL characters"),
         ("a.md", b"a\0b", "NUL characters"),
+        ("a.txt", "hello".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("a.txt", b"\xfe\xff" + "hello".encode("utf-16-be"), "is UTF-16; save it as UTF-8"),
         ("part-00000", b'{"text": "a"}\n{"text": "b"}\n', "holds JSON Lines; let its name end in .jsonl"),
         ("part-00000.gz", gzip.compress(b'\n{"text": "a"}', mtime=0), "holds JSON Lines"),
         ("part-00000", b"PAR1\xff\0PAR1", "holds Parquet; let its name end in .parquet"),
@@ -234,6 +238,18 @@ def test_what_is_no_text_by_its_content_is_rejected_with_its_name(tmp_path, name
     (tmp_path / name).write_bytes(data)
     (item,) = read_all([str(tmp_path)])
     assert isinstance(item, Document) if told is None else told in item.reason
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("text", ["hello", "привет"])
+def test_lines_of_another_encoding_are_told_so(tmp_path, encoding, text):
+    (tmp_path / "a.jsonl").write_bytes(f'{{"text": "{text}"}}\r\n{{"text": "b"}}\r\n'.encode(encoding))
+    units = plan([str(tmp_path)], 1 << 20)
+    with pytest.raises(
+        StrideError, match=r"the first fault: a.jsonl, row 1: (is|contains NUL.*) UTF-16.*; save it as UTF-8"
+    ):
+        resolve_columns(units)
+    assert all("save it as UTF-8" in item.reason for unit in units for item in read(unit, {}))
 
 
 @pytest.mark.parametrize("form", ["one line", "a line each", "indented", "byte order mark", "gzip"])
@@ -787,6 +803,41 @@ def test_an_unreadable_column_costs_only_the_rows_that_use_it(tmp_path):
     assert "'text' is unreadable: could not verify page integrity" in items[15].reason
 
 
+READ_WITH_FLIPPED_FOOTERS = """
+import sys
+from stride_ray.corpus.documents import read
+from stride_ray.corpus.splits import plan
+whole = open(sys.argv[1], "rb").read()
+for place in range(len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"), len(whole) - 8):
+    open(sys.argv[1], "wb").write(whole[:place] + bytes([whole[place] ^ 8]) + whole[place + 1 :])
+    for unit in plan([sys.argv[1]], 1 << 20):
+        assert list(read(unit, {}, set()))
+"""
+
+
+def test_a_footer_that_describes_columns_wrongly_does_not_end_the_process(tmp_path):
+    table = pa.table({"text": ["a", "b"], "n": [1, None], "url": ["u", "v"]})
+    pq.write_table(table, tmp_path / "a.parquet", store_schema=False)
+    command = [sys.executable, "-c", READ_WITH_FLIPPED_FOOTERS, str(tmp_path / "a.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_columns_of_nulls_are_not_unused_in_parquet(tmp_path):
+    rows = [
+        {"text": str(i), "s": None, "st": {"k": None}, "l": [], "late": {"k": "x"} if i > 98 else None}
+        for i in range(99)
+    ]
+    kinds = {"text": pa.string(), "s": pa.string(), "st": pa.struct({"k": pa.int8()}), "l": pa.list_(pa.int8())}
+    for last, found in ([], set()), ([{"text": "z", "late": {"k": "x"}}], {"late"}), ([{"text": "z", "l": [1]}], {"l"}):
+        schema = pa.schema({**kinds, "late": pa.struct({"k": pa.string()})})
+        pq.write_table(pa.Table.from_pylist([*rows, *last], schema), tmp_path / "a.parquet", 40)
+        (unit,) = plan([str(tmp_path / "a.parquet")], 1 << 20)
+        unused = set()
+        assert len(list(read(unit, {}, unused))) == len(rows) + len(last)
+        assert unused == found
+
+
 def test_an_arrow_column_that_is_not_used_may_be_unreadable(tmp_path):
     table = pa.table({"text": [f"text {i}" * 9 for i in range(20)], "url": ["a url" * 9] * 20})
     with pa.ipc.new_stream(
@@ -875,6 +926,38 @@ def test_a_conversation_kept_as_json_is_purified(tmp_path):
     cleaned = cleaner.cleaned(0, {"messages": json.dumps(turns), "n": 1})
     assert json.loads(cleaned["messages"]) == [{"role": "user", "content": "a c"}, turns[1]]
     assert cleaned["n"] == 1
+
+
+CARD = "---\nlicense: mit\nconfigs:\n- config_name: default\n---\n# A data set\n"
+
+
+@pytest.mark.parametrize(
+    ("card", "files", "kept", "left_out"),
+    [
+        (CARD, "data/a.parquet scripts/x.py scripts/y/z.md", "data/a.parquet", "README.md scripts/"),
+        (CARD.replace("\n", "\r\n"), "a.jsonl scripts/x.py", "a.jsonl", "README.md scripts/"),
+        ("\ufeff" + CARD, "a.jsonl scripts/x.py texts/b.txt", "a.jsonl texts/b.txt", "README.md scripts/"),
+        (CARD, "a.jsonl images/x.png code/x.tar", "a.jsonl code/x.tar", "README.md images/"),  # .tar is told later
+        ("# A program\n", "tests/a.jsonl src/x.py", "src/x.py tests/a.jsonl", "README.md"),
+        ("---\ntitle: A site\n---\nlicense: mit\n", "a/a.jsonl src/x.py", "a/a.jsonl src/x.py", "README.md"),
+        (CARD, "src/x.py", "README.md src/x.py", ""),  # no data
+    ],
+)
+@pytest.mark.parametrize("deep", ["", "hub/"])
+def test_below_the_card_of_a_data_set_only_data_and_texts_are_documents(tmp_path, card, files, kept, left_out, deep):
+    write = {f"{deep}README.md": card, **{f"{deep}{name}": "x" for name in files.split()}}
+    if deep:
+        write["other/y.py"] = "x"  # not of this data set
+    for name, text in write.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    out = []
+    found = [file.name for file in list_files(str(tmp_path), out)]
+    assert found == [deep + name for name in kept.split()] + (["other/y.py"] if deep else [])
+    assert out == [deep + name for name in left_out.split()]
+    assert list_files(str(tmp_path / deep / files.split()[-1]))  # named alone, it is read
+    if "x.py" in files:
+        assert list_files(f"{tmp_path}/{deep}*/x.py")  # so is what a pattern names
 
 
 def test_zstd_with_long_windows_is_read(tmp_path):

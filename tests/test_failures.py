@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import settings, write_lines
+from conftest import documents, settings, write_lines
 
 from stride_ray.attribution.attribute import attribute, read_influence
 from stride_ray.attribution.recover import recover_estimates
@@ -16,6 +16,8 @@ from stride_ray.attribution.respond import ModeComparison, Responder
 from stride_ray.attribution.responses import read_responses
 from stride_ray.cli.main import main
 from stride_ray.contamination.influence import _finite
+from stride_ray.contamination.items import read_set
+from stride_ray.contamination.nightly import scan
 from stride_ray.contamination.significance import p_values, standardised
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.failures import (
@@ -188,6 +190,22 @@ def test_a_model_that_overflows_on_the_pool_is_told(more, spoil, parts, sharded,
     spoil(int(tokens[np.argmax(counts)]), NAN)
     with pytest.raises(StrideError, match=r"losses or gradients of \d+ of \d+ blocks are not finite .*more than 5%"):
         answer(sharded("overflow"), parts, **more)
+
+
+def scanned(place, parts, folder, **more):
+    """A scan of two items, with controls."""
+    run = Run(str(folder), changes=settings(parts, **more))
+    rows = [{"id": "leaked", "question": documents(48)[1]}, {"id": "fresh", "question": "Did the keel meet the dough?"}]
+    controls = [{"text": text} for text in documents(24, seed=5)]
+    sets = [read_set(write_lines(place / f"{name}.jsonl", each), name) for name, each in (("a", rows), ("c", controls))]
+    return scan(run, sets[:1], str(place / "scans"), sets[1:], "n1")
+
+
+@pytest.mark.parametrize("more", [EXACT, SITES])
+def test_a_scan_with_a_model_that_is_not_numbers_is_told(more, spoil, parts, sharded, plain, tmp_path):
+    spoil(slice(None), NAN)
+    with pytest.raises(StrideError, match=r"of (\d+) of \1 blocks are not finite .*see whether the model's weights"):
+        scanned(tmp_path, parts, sharded("spoilt"), **more)
 
 
 def damaged_rows(run, number):

@@ -222,8 +222,14 @@ def flipped(content):
     return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
 
 
-def of_another_format(content):
-    return json.dumps({**json.loads(content), "format": 99}).encode()
+def of_another_format(folder):
+    store = Store(f"{folder}/operators")
+    store.write_json("manifest.json", {**store.read_json("manifest.json"), "format": 99})
+
+
+def curvature_flipped(folder):
+    path = folder / "curvature/sites.safetensors"
+    path.write_bytes(flipped(path.read_bytes()))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +238,8 @@ def of_another_format(content):
         (spoil(f"{FIRST}*", flipped), rf"{FIRST}-\d+.safetensors is not what fit wrote"),
         (spoil("rows-*", lambda content: content[:100]), "cut short or changed; restore it"),
         (spoil("rows-*", lambda content: b""), r"is not what fit wrote \(0 bytes"),
-        (spoil("manifest.json", of_another_format), "is of format 99, and this version of stride_ray reads format 1"),
+        (of_another_format, "is of format 99, and this version of stride_ray reads format 1"),
+        (curvature_flipped, r"curvature/sites.safetensors was damaged or changed: its checksum differs"),
         (lambda folder: next((folder / "operators").glob("rows-*")).unlink(), "no such file"),
     ],
 )

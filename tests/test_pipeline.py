@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -27,10 +28,12 @@ from stride_ray.cli.status import status
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.shard import shard
+from stride_ray.corpus.tokenizing import load_saved_tokenizer
 from stride_ray.operators.fit import fit
 from stride_ray.operators.stored import load_operators
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage
+from stride_ray.runtime.storage import Store
 
 JOBS = Path(__file__).parent.parent / "jobs"
 
@@ -119,6 +122,31 @@ def test_status_says_what_is_done(finished, tmp_path):
     assert "missing" in status(Run(str(tmp_path)))
     (tmp_path / "blocks/manifest.json").unlink()
     assert "interrupted" in status(Run(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("blocks/tokenizer/tokenizer.json", lambda run: load_saved_tokenizer(run.stage("blocks").store)),
+        ("blocks/manifest.json", status),
+        ("operators/operators.safetensors", lambda run: load_operators(run.stage("operators").store)),
+        ("operators/manifest.json", status),
+        ("responses/asked/_done/part-00000.json", status),
+        ("estimates/asked/manifest.json", status),
+        ("influence/asked/influence-00000.parquet", lambda run: read_influence(run, "asked")),
+    ],
+)
+def test_a_file_that_was_changed_is_refused_by_name(finished, tmp_path, name, read):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    run, path = Run(str(tmp_path / "run")), tmp_path / "run" / name
+    read(run)
+    data = path.read_bytes()
+    digit = next(i for i in range(len(data) // 2, len(data)) if data[i : i + 1].isdigit())
+    path.write_bytes(data[:digit] + bytes([data[digit] ^ 1]) + data[digit + 1 :])  # another digit
+    with pytest.raises(
+        StrideError, match=re.escape(str(path)) + r" (was|cannot be read.*) damaged or (changed|edited)"
+    ):
+        read(run)
 
 
 def test_a_rerun_changes_no_byte(finished, parts):
@@ -223,8 +251,9 @@ def test_a_changed_file_is_refused(finished, parts, tmp_path):
     code, _, err = run_main(*command)
     assert code == 1
     assert f"{tmp_path}/corpus/b.jsonl is not the 'b.jsonl' that was sharded, file://{parts.corpus}/b.jsonl" in err
-    plan = tmp_path / "run/blocks/plan.json"
-    plan.write_text(plan.read_text().replace(str(parts.corpus), str(tmp_path / "corpus")))
+    blocks = Store(f"{tmp_path}/run/blocks")
+    record = json.dumps(blocks.read_json("plan.json")).replace(str(parts.corpus), str(tmp_path / "corpus"))
+    blocks.write_json("plan.json", json.loads(record))
     code, _, err = run_main(*command)
     assert code == 1
     assert "b.jsonl was changed since it was sharded" in err
@@ -259,8 +288,8 @@ def test_auto_measures_whether_linear_responses_stand_for_steered_ones(
     for stage in ("blocks", "operators"):
         shutil.copytree(finished.folder / stage, tmp_path / stage)
     shutil.copy(finished.folder / "run.toml", tmp_path)
-    told = tmp_path / "operators/manifest.json"
-    told.write_text(told.read_text().replace('"closed_form"', '"train"'))
+    operators = Store(f"{tmp_path}/operators")
+    operators.write_json("manifest.json", {**operators.read_json("manifest.json"), "method": "train"})
     monkeypatch.setattr("stride_ray.attribution.respond.MIN_CORRELATION", alike)
     found = respond(Run(str(tmp_path)), parts.queries, "auto")
     assert found["mode"] == mode

@@ -6,6 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import documents, save_tokenizer, write_lines
 
+from stride_ray.corpus import documents as module
+from stride_ray.corpus import readers
 from stride_ray.corpus.queries import read_queries
 from stride_ray.runtime.errors import StrideError
 
@@ -69,6 +71,21 @@ def test_an_invalid_query_keeps_its_id(tmp_path, tokenizer):
     found = asked(tmp_path, tokenizer, rows)
     assert [name for name, _ in found] == ["one", "blank", "q2", "short"]
     assert [error and error.split(":")[0] for _, error in found[:3]] == [None, "q.jsonl, row 2", "q.jsonl, row 3"]
+
+
+def test_a_file_is_read_once(tmp_path, tokenizer, monkeypatch):
+    opened, real = [], readers.rows
+    monkeypatch.setattr(module, "rows", lambda unit, *given, **more: opened.append(unit) or real(unit, *given, **more))
+    asked(tmp_path, tokenizer, [{"id": 1}, {}])
+    assert len(opened) == 2  # to find the columns, which stops at the first row, and to read
+
+
+def test_an_id_that_cannot_be_read_fails_its_query_alone(tmp_path, tokenizer):
+    when = pa.array([2**60, 1], pa.timestamp("ms"))  # the first is beyond Python's years
+    found = asked(tmp_path, tokenizer, pa.table({"id": when}))
+    assert found[0][0] == "q0"
+    assert "q.parquet, row 0: 'id' is unreadable: " in found[0][1]
+    assert found[1] == ("1970-01-01T00:00:00.001000", None)
 
 
 @pytest.mark.parametrize(

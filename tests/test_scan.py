@@ -131,7 +131,7 @@ def test_a_killed_scan_leaves_the_last_good_night_and_goes_on(at, place):
     shutil.copytree(place / "scans", place / "kept")
     with killed_at_write(at):
         night(place, "n2")
-    assert json.loads((place / "scans/latest.json").read_text()) == {"night": "n1"}
+    assert Store(f"{place}/scans").read_json("latest.json") == {"night": "n1"}
     assert data(place / "scans/nights/n1") == before
     assert not (place / "scans/scan.lock").exists()
     if not (place / "scans/nights/n2/manifest.json").exists():
@@ -186,7 +186,7 @@ def test_the_webhook_is_told_and_its_failure_leaves_the_report(place, hook):
     assert second["status"] == 1
     assert second["webhook"] == f"http://127.0.0.1:{hook.server_port}/… answered 500"
     assert (place / "scans/nights/n2/report.md").exists()
-    assert json.loads((place / "scans/latest.json").read_text()) == {"night": "n2"}
+    assert Store(f"{place}/scans").read_json("latest.json") == {"night": "n2"}
     assert "n1" in second["before"]
     hook.shutdown()
     hook.server_close()
@@ -233,7 +233,7 @@ def test_a_night_that_was_killed_after_its_manifest_is_finished_and_told(place, 
     again = night(place, "n2")
     assert (again["status"], again["new"], again["night"]) == (2, 1, "n2")
     assert data(place / "scans/nights/n2") == before
-    assert json.loads((place / "scans/latest.json").read_text()) == {"night": "n2"}
+    assert Store(f"{place}/scans").read_json("latest.json") == {"night": "n2"}
     assert night(place, "n3")["status"] == 0
     with pytest.raises(StrideError, match="n2 is finished"):
         night(place, "n2")

@@ -102,11 +102,11 @@ def test_a_stale_or_broken_lock_is_taken_over(content, tmp_path):
 def test_the_lease_is_renewed_while_the_scan_is_alive(tmp_path):
     store = Store(str(tmp_path))
     with Lock(store, 0.6) as lock:
-        first = store.read_json(NAME)["version"]
+        first = store.read_json(NAME, foreign=True)["version"]
         deadline = time.monotonic() + 10
-        while store.read_json(NAME)["version"] == first and time.monotonic() < deadline:
+        while store.read_json(NAME, foreign=True)["version"] == first and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert store.read_json(NAME)["version"] != first
+        assert store.read_json(NAME, foreign=True)["version"] != first
         lock.check()
 
 
@@ -143,7 +143,7 @@ def test_a_lock_that_is_half_written_when_it_is_read_is_not_taken_for_a_broken_o
 def test_what_stays_broken_is_nobodys(remote):
     remote.write(NAME, b"{")
     with Lock(remote, 60) as lock:
-        assert remote.read_json(NAME)["owner"] == lock.owner
+        assert remote.read_json(NAME, foreign=True)["owner"] == lock.owner
 
 
 def test_a_lock_that_cannot_be_read_is_left_alone(remote, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_lock_that_cannot_be_read_is_left_alone(remote, monkeypatch):
         patch.setattr(Store, "read", away)
         with pytest.raises(StrideError, match="the store is away"):
             Lock(remote, 60).__enter__()
-    assert remote.read_json(NAME)["owner"] == "other"
+    assert remote.read_json(NAME, foreign=True)["owner"] == "other"
 
 
 def test_that_nobody_held_it_a_while_ago_is_asked_again(remote, monkeypatch):
@@ -177,7 +177,7 @@ def test_that_nobody_held_it_a_while_ago_is_asked_again(remote, monkeypatch):
 
 def test_a_store_that_was_away_for_a_renewal_is_asked_again(remote, monkeypatch):
     with Lock(remote, 0.9) as lock:
-        first = remote.read_json(NAME)["version"]
+        first = remote.read_json(NAME, foreign=True)["version"]
         write, failed = Store.write, []
 
         def once(store, name, data):
@@ -188,10 +188,10 @@ def test_a_store_that_was_away_for_a_renewal_is_asked_again(remote, monkeypatch)
 
         monkeypatch.setattr(Store, "write", once)
         deadline = time.monotonic() + 10
-        while remote.read_json(NAME)["version"] == first and time.monotonic() < deadline:
+        while remote.read_json(NAME, foreign=True)["version"] == first and time.monotonic() < deadline:
             time.sleep(0.05)
         assert failed
-        assert remote.read_json(NAME)["version"] != first
+        assert remote.read_json(NAME, foreign=True)["version"] != first
         lock.check()
 
 

@@ -15,7 +15,7 @@ from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import SelectConfig
 from stride_ray.runtime.storage import Store
-from stride_ray.selection import ranking
+from stride_ray.selection import database, ranking
 from stride_ray.selection.choice import (
     KEPT_UNNAMED,
     GreedyChooser,
@@ -24,11 +24,11 @@ from stride_ray.selection.choice import (
     reasons,
     write_manifest,
 )
+from stride_ray.selection.database import Database
 from stride_ray.selection.duplicates import NearDuplicateIndex, signature
 from stride_ray.selection.pool import POOL
 from stride_ray.selection.ranking import (
     ORDERED,
-    Database,
     Target,
     batches,
     count_not_finite,
@@ -183,7 +183,7 @@ def test_nothing_depends_on_parts_threads_or_where_the_files_are(tmp_path, monke
     one = ordered(tmp_path, tables, by="mean")
     again = ordered(tmp_path, {name: table[::-1] for name, table in tables.items()}, parts=7, by="mean")
     assert one.equals(again)
-    monkeypatch.setattr(ranking, "THREADS", 1)
+    monkeypatch.setattr(database, "THREADS", 1)
     assert ordered(tmp_path, tables, by="mean").equals(one)
     ranks = ordered(tmp_path, tables)
     for few in (70, 3):  # three passes; more than there are documents of some
@@ -375,13 +375,32 @@ def test_influence_that_is_not_finite_is_ignored_and_counted(tmp_path, value, st
             count_not_finite(database, targets)
 
 
+def test_a_table_that_was_damaged_is_not_ranked(tmp_path):
+    """DuckDB does not look at the checksums of pages, and would read another number."""
+    store = Store(str(tmp_path / "in"))
+    targets, pool = write(store, influences(), documents(), parts=1)
+    whole = store.read("law-0.parquet")
+    (tmp_path / "work").mkdir()
+    for place in range(40, len(whole), len(whole) // 20):
+        store.write("law-0.parquet", whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with (
+            Database(str(tmp_path / "work")) as sql,
+            pytest.raises(StrideError, match=r"law-0.parquet cannot be read as Parquet: it was damaged or changed"),
+        ):
+            rank_documents(sql, targets, pool, (), options(documents=3), 0)
+        (tmp_path / "work/select.duckdb").unlink()
+
+
 def test_what_an_earlier_selection_took_is_not_taken_again(tmp_path):
     table, store = ordered(tmp_path), Store(str(tmp_path / "first"))
     wanted = options(documents=30)
-    first, _ = write_manifest(
-        GreedyChooser(wanted, N, 0, 0), [table.slice(0, 90), table.slice(90)], reasons(wanted), 1, store, str(tmp_path)
-    )
-    assert (first.documents, sum(first.source_documents.values())) == (30, 30)
+    (tmp_path / "choice").mkdir()
+    with Database(str(tmp_path / "choice")) as sql:
+        parts = [table.slice(0, 90), table.slice(90)]
+        first, _ = write_manifest(GreedyChooser(wanted, N, 0, 0), parts, reasons(wanted), 1, store, sql)
+    assert (first.documents, sum(each["documents"] for each in first.sources.values())) == (30, 30)
+    assert sum(each["tokens"] for each in first.sources.values()) == first.tokens
+    assert list(first.sources) == sorted(first.sources, key=lambda name: (-first.sources[name]["tokens"], name))
     manifest = store.read_table("manifest.parquet").to_pandas()
     assert list(manifest["rank"]) == list(range(1, N + 1))
     assert manifest["round"].dropna().eq(1).all()
@@ -404,13 +423,13 @@ def test_the_random_arm_has_each_sources_tokens(tmp_path):
             reasons(SelectConfig(), drawn=True),
             1,
             Store(str(work)),
-            str(tmp_path),
+            database,
         )
         one = pq.read_table(path)
         other = pq.read_table(random_order(database, str(work / "ordered.parquet"), 1))
-    assert drawn.source_tokens.keys() == wanted.keys()
+    assert drawn.sources.keys() == wanted.keys()
     for source, tokens in wanted.items():
-        assert tokens - 10 < drawn.source_tokens[source] <= tokens
+        assert tokens - 10 < drawn.sources[source]["tokens"] <= tokens
     assert drawn.reasons == {"drawn at random": drawn.documents, "not drawn": N - drawn.documents}
     assert not other.equals(one)
 

@@ -1,22 +1,29 @@
 """One rule for every store: a name that can be read is complete. And errors are sentences."""
 
 import asyncio
+import contextlib
+import json
 import os
 import pickle
 import socket
 import subprocess
 import sys
 import uuid
+from http.server import BaseHTTPRequestHandler
 
 import botocore.exceptions
+import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import servers
+import torch
+from safetensors.torch import save
 
 from stride_ray.corpus.splits import plan
 from stride_ray.runtime.errors import StrideError, is_storage_error, storage_reason
 from stride_ray.runtime.run import Stage, claim
-from stride_ray.runtime.storage import Store
+from stride_ray.runtime.storage import Store, seal, tensor_bytes
 from stride_ray.runtime.urls import redact_url
 
 TABLE = pa.table({"n": list(range(10_000)), "s": [f"row {i}" for i in range(10_000)]})
@@ -41,13 +48,86 @@ def test_a_flipped_bit_in_a_table_is_noticed(tmp_path):
     store.write_table("t.parquet", table)
     data = (tmp_path / "t.parquet").read_bytes()
     noticed = 0
-    for at in range(4, len(data) * 3 // 4, 41):  # pages, before the footer
+    for at in range(4, len(data), 41):
         (tmp_path / "t.parquet").write_bytes(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :])
         try:
             assert store.read_table("t.parquet").equals(table)
         except StrideError:
             noticed += 1
     assert noticed > 20
+
+
+def test_a_flipped_bit_in_a_footer_is_noticed_and_never_reaches_the_library(tmp_path):
+    store = Store(str(tmp_path))
+    store.write_table("t.parquet", TABLE.slice(0, 50))
+    data = (tmp_path / "t.parquet").read_bytes()
+    assert pq.read_table(tmp_path / "t.parquet").equals(TABLE.slice(0, 50))  # other readers skip the checksum
+    for at in range(len(data) - 8 - int.from_bytes(data[-8:-4], "little"), len(data)):
+        (tmp_path / "t.parquet").write_bytes(data[:at] + bytes([data[at] ^ 8]) + data[at + 1 :])
+        with pytest.raises(StrideError, match=r"t\.parquet cannot be read"):
+            store.read_table("t.parquet")
+    with pq.ParquetWriter(tmp_path / "whole.parquet", TABLE.schema) as writer:
+        writer.write_table(TABLE)
+    bare = (tmp_path / "whole.parquet").read_bytes()
+    seal(str(tmp_path / "whole.parquet"))
+    assert store.read_table("whole.parquet").equals(TABLE)
+    (tmp_path / "whole.parquet").write_bytes((tmp_path / "whole.parquet").read_bytes()[:-20] + bare[-21:-1] * 2)
+    with pytest.raises(StrideError, match="cannot be read"):
+        store.read_table("whole.parquet")
+
+
+def test_a_flipped_bit_in_tensors_is_noticed(tmp_path):
+    store = Store(str(tmp_path))
+    tensors = {"a": torch.randn(3, 2), "b": torch.tensor(True), "c": torch.zeros(0), "d": torch.ones(2).bfloat16()}
+    data = tensor_bytes(tensors)
+    store.write("t.safetensors", data)
+    assert {name: x.tolist() for name, x in store.read_tensors("t.safetensors").items()} == {
+        name: x.tolist() for name, x in tensors.items()
+    }
+    for at in range(len(data)):
+        store.write("t.safetensors", data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with contextlib.suppress(StrideError):  # a space in the header may be another white space
+            assert store.read_tensors("t.safetensors").keys() == tensors.keys()
+            assert all(torch.equal(x, tensors[name]) for name, x in store.read_tensors("t.safetensors").items())
+    store.write("t.safetensors", save({"a": torch.ones(1)}))
+    with pytest.raises(StrideError, match=r"its checksum differs; restore it, or delete its folder .* and run what"):
+        store.read_tensors("t.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"a": 1, "b": [2]}', "has no checksum: another version of stride_ray wrote it, or it was edited"),
+        ('{"a": 2, "b": [2], "checksum": "CHECKSUM"}', "was damaged or edited: its checksum differs"),
+        ('{"A": 1, "b": [2], "checksum": "CHECKSUM"}', "was damaged or edited: its checksum differs"),
+        ('{"a": 1, "b": [2], "c": 0, "checksum": "CHECKSUM"}', "was damaged or edited: its checksum differs"),
+        ('{"a": 1, "b": [2], "checksum": ["CHECKSUM"]}', "was damaged or edited: its checksum differs"),
+        ('[{"a": 1}]', "holds no JSON object"),
+        ("null", "holds no JSON object"),
+        ("{", "is not valid JSON: Expecting property name"),
+        ("", "is not valid JSON: Expecting value"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("\ud800", "is not valid JSON"),
+        ('{"b": [2],\n\n "a": 1, "checksum": "CHECKSUM"}', ""),  # the same in another order and form
+    ],
+)
+def test_a_record_that_is_not_as_it_was_written_is_refused_in_a_sentence(tmp_path, text, told):
+    store = Store(str(tmp_path / "run"))
+    store.write_json("stage/manifest.json", {"a": 1, "b": (2,)})
+    written = store.read("stage/manifest.json").decode()
+    checksum = json.loads(written)["checksum"]
+    text = text.replace("CHECKSUM", checksum)
+    store.write("stage/manifest.json", text.encode("utf-8", "surrogatepass"))
+    for read in (store.read_json, lambda name: store.read_jsons([name])[0]):
+        if not told:
+            assert read("stage/manifest.json") == {"a": 1, "b": [2]}
+            continue
+        with pytest.raises(StrideError) as caught:
+            read("stage/manifest.json")
+        place = f"{tmp_path}/run/stage"
+        assert str(caught.value).startswith(f"{place}/manifest.json {told}")
+        assert str(caught.value).endswith(f"; restore it, or delete its folder {place} and run what made it again.")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_missing_package_is_named_by_the_extra_that_has_it():
@@ -76,8 +156,8 @@ def test_what_is_written_is_read(store):
 def test_many_records_come_in_the_order_asked(store):
     names = [f"{i}.json" for i in (3, 1, 2)]
     for name in names:
-        store.write_json(name, name)
-    assert store.read_jsons(names) == names
+        store.write_json(name, {"name": name})
+    assert [record["name"] for record in store.read_jsons(names)] == names
 
 
 def test_the_same_table_gives_the_same_bytes(store):
@@ -121,7 +201,7 @@ def test_errors_of_the_file_system_are_sentences(tmp_path):
 
 KILLED = """
 import os, sys
-from stride_ray.runtime.storage import Store
+from stride_ray.runtime.storage import Store, seal, tensor_bytes
 
 os.{stop} = lambda *_: os.kill(os.getpid(), 9)
 Store(sys.argv[1]).write("part.bin", b"new")
@@ -221,6 +301,31 @@ def raised_from(error, inner):
         (named("HttpResponseError", "azure.core.exceptions", error_code="ContainerNotFound"), "no such bucket"),
         (named("ClientAuthenticationError", "azure.core.exceptions"), "credentials are not accepted"),
         (named("ServiceRequestError", "azure.core.exceptions"), "the connection failed"),
+        (OSError("Forbidden: b/bucket/o\nsome words"), "access denied"),  # gcsfs
+        (ValueError("Bad Request: b/bucket/o\nsome words"), "the store does not understand the request"),  # gcsfs
+        (
+            raised_from(
+                named("ClientAuthenticationError", "azure.core.exceptions", error_code="AuthenticationFailed"),
+                named("HttpResponseError", "azure.core.exceptions", status_code=403),
+            ),
+            "credentials are not accepted",
+        ),
+        (
+            named("ResourceExistsError", "azure.core.exceptions", error_code="LeaseIdMissing"),
+            "another program holds it",
+        ),
+        (
+            named("ResourceExistsError", "azure.core.exceptions", error_code="ContainerBeingDeleted"),
+            "it is being deleted",
+        ),
+        (
+            raised_from(
+                named("HttpResponseError", "azure.core.exceptions", error_code="ServerBusy", status_code=503),
+                named("HttpResponseError", "azure.core.exceptions", status_code=503),
+            ),
+            "the store asks for fewer requests",
+        ),
+        (client_error("InvalidObjectState", 403), "it is archived and must be restored first"),
     ],
 )
 def test_the_fault_of_a_store_is_named(error, reason, tmp_path):
@@ -235,6 +340,76 @@ def test_the_fault_of_a_store_is_named(error, reason, tmp_path):
     with pytest.raises(StrideError) as told, table.open_parquet("t.parquet"):
         raise error
     assert "Parquet" not in str(told.value)
+
+
+class Refusing(servers._Serving):
+    """A store that answers every request with one status and code, as Google's and Azure's do."""
+
+    def __init__(self, status, code):
+        self.status, self.code = status, code
+
+    def handler(self):
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                reason = {"code": owner.status, "message": f"words {owner.code}"}
+                xml = f"<Error><Code>{owner.code}</Code><Message>Some words.</Message></Error>"
+                body = xml if self.path.startswith("/acc") else json.dumps({"error": reason})
+                self.send_response(owner.status)
+                self.send_header("x-ms-error-code", owner.code)
+                self.send_header("Content-Type", "application/xml" if body is xml else "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body.encode())
+
+        for verb in ("HEAD", "PUT", "POST"):
+            setattr(Handler, f"do_{verb}", Handler.do_GET)
+        return Handler
+
+
+@pytest.mark.parametrize(
+    ("scheme", "status", "code", "reading", "writing"),
+    [
+        ("gs", 401, "authError", "credentials are not accepted", "credentials are not accepted"),
+        ("gs", 403, "forbidden", "access denied", "access denied"),
+        ("gs", 404, "notFound", "no such file or folder", "no such bucket"),
+        ("abfs", 403, "AuthorizationFailure", "access denied", "access denied"),
+        ("abfs", 403, "AuthenticationFailed", "credentials are not accepted", "credentials are not accepted"),
+        ("abfs", 404, "ContainerNotFound", "no such bucket", "no such bucket"),
+        ("abfs", 404, "BlobNotFound", "no such file or folder", "no such bucket"),
+        ("abfs", 409, "ContainerBeingDeleted", "it is being deleted", "it is being deleted"),
+        ("abfs", 409, "LeaseIdMissing", "another program holds it", "another program holds it"),
+    ],
+)
+def test_what_google_and_azure_refuse_is_named(scheme, status, code, reading, writing, monkeypatch, caplog):
+    pytest.importorskip({"gs": "gcsfs", "abfs": "adlfs"}[scheme])
+    fsspec.get_filesystem_class(scheme).clear_instance_cache()
+    with Refusing(status, code) as server:
+        place = f"http://127.0.0.1:{server.port}"
+        account = f"DefaultEndpointsProtocol=http;AccountName=acc;AccountKey={'a2V5' * 8};BlobEndpoint={place}/acc;"
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", place)
+        monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", account)
+        url = f"{scheme}://{uuid.uuid4().hex}/run"  # a new one, for file systems are cached
+        store = Store(url)
+        for deed, told in (
+            (lambda: store.read("a.json"), reading),
+            (lambda: store.write("a.json", b"{}"), writing),
+            (lambda: store.read_table("a.parquet"), reading if status != 404 else "no such file or folder"),
+        ):
+            with pytest.raises(StrideError, match=told) as caught:
+                deed()
+            assert "\n" not in str(caught.value)
+        with pytest.raises(StrideError, match=reading if status != 404 else "does not exist"):
+            plan([url], 100)
+    assert not [record for record in caplog.records if record.exc_info]  # no traceback is logged
 
 
 def test_bugs_are_not_faults_of_a_store(tmp_path):

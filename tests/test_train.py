@@ -225,7 +225,7 @@ def test_two_ranks_take_the_steps_of_one(made, tmp_path):
     torch.testing.assert_close(together.A, alone.operators().A, atol=2e-3, rtol=2e-2)
     torch.testing.assert_close(together.basis.W_in, alone.operators().basis.W_in, atol=2e-3, rtol=2e-2)
     losses = [[entry[name] for name in ("fidelity", "stability", "linearity")] for entry in log]
-    entries = Store(str(tmp_path / "ranks")).read_json("training.json")
+    entries = Store(str(tmp_path / "ranks")).read_json("training.json")["evaluations"]
     found = [[entry[name] for name in ("fidelity", "stability", "linearity")] for entry in entries]
     np.testing.assert_allclose(found, losses, rtol=0.05, atol=1e-5)
     np.testing.assert_allclose(found[0], losses[0], rtol=1e-4, atol=1e-7)
@@ -275,7 +275,7 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(made, tmp_path, 
     assert torch.equal(found.A, alone.operators().A)
     assert torch.equal(found.basis.W_in, alone.operators().basis.W_in)
     assert not stage.store.names("loop")
-    assert [entry["step"] for entry in stage.store.read_json("training.json")] == list(range(6, 61, 6))
+    assert [entry["step"] for entry in stage.store.read_json("training.json")["evaluations"]] == list(range(6, 61, 6))
     # Finished is finished: without blocks or workers there is nothing to run.
     train_distributed(config, None, stage, None)
 

@@ -18,7 +18,7 @@ from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.documents import shown_name
 from stride_ray.corpus.failures import FAILED_BLOCKS_FILE, failed_blocks_note
 from stride_ray.corpus.queries import read_queries
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenizing import load_saved_tokenizer
 from stride_ray.operators.fit import fit
 from stride_ray.report.page import attribution_page
 from stride_ray.runtime.actor_pool import shared_actor_pool
@@ -59,7 +59,7 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
     """
     out = out or sys.stdout
     run.require("blocks")
-    table = read_queries(queries, load_tokenizer(run.store.child("blocks/tokenizer").url))
+    table = read_queries(queries, load_saved_tokenizer(run.store.child("blocks")))
     summary = write_tables(run, table, name)
     shown = shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS)
     print_table(shown[:20], out)
@@ -201,7 +201,7 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
         hold half of the positive influence; and ``sources``, the SOURCES largest as (source, share of the positive
         influence).
     """
-    tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
+    tokenizer = load_saved_tokenizer(run.store.child("blocks"))
     asked = stored_queries(run, name).slice(0, queries).to_pylist()
     shown, ordinals = [], set[int]()
     for query, mine, told in _answers(run, name, asked):

@@ -28,7 +28,7 @@ from stride_ray.corpus.documents import Document
 from stride_ray.corpus.queries import SCHEMA as QUERIES
 from stride_ray.corpus.queries import failed, row
 from stride_ray.corpus.readers import Rejected
-from stride_ray.corpus.tokenizing import encode, load_tokenizer
+from stride_ray.corpus.tokenizing import encode, load_saved_tokenizer
 from stride_ray.models.loading import measured_model_fingerprint
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
@@ -90,7 +90,7 @@ def item_ties(run: Run, stage: Stage, items: Sequence[Item], controls: Sequence[
                 f"{MIN_CONTROLS}."
             )
         _publish(stage, "controls", table)
-    seen = {key for marker in stage.done().values() for key in stage.store.read_json(f"{marker['unit']}.json")}
+    seen = {key for marker in stage.done().values() for key in stage.store.read_json(f"{marker['unit']}.json")["keys"]}
     left = [item for item in items if item.key not in seen]
     if left:
         batch = f"items-{digest([item.key for item in left])}"
@@ -120,7 +120,7 @@ def item_p_values(ties: pa.Table) -> dict[str, float]:
 def _publish(stage: Stage, unit: str, table: pa.Table) -> None:
     started = time.monotonic()
     stage.store.write_table(f"{unit}.parquet", table)
-    stage.store.write_json(f"{unit}.json", table["key"].to_pylist())
+    stage.store.write_json(f"{unit}.json", {"keys": table["key"].to_pylist()})
     stage.mark(unit, started, items=table.num_rows)
 
 
@@ -147,7 +147,7 @@ def _ties(run: Run, stage: Stage, name: str, items: Sequence[Item], control: boo
 
 def query_table(run: Run, items: Sequence[Item]) -> pa.Table:
     """Tokenise items as queries (queries.SCHEMA) by key: question and answer as prompt and completion, else as text."""
-    tokenizer = load_tokenizer(run.store.child("blocks/tokenizer").url)
+    tokenizer = load_saved_tokenizer(run.store.child("blocks"))
     documents = [
         Document(item.key, item.set_name, prompt=f"{item.question}\n", answer=item.answer)
         if item.answer.strip()

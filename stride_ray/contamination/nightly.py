@@ -33,8 +33,8 @@ from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ScanConfig
-from stride_ray.runtime.run import Run, Stage
-from stride_ray.runtime.storage import Store, refuse_inside
+from stride_ray.runtime.run import Run, Stage, refuse_inside
+from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import redact_url
 
 CLEAN, FAILED, FOUND = 0, 1, 2
@@ -147,12 +147,12 @@ def corpus_of(run: Run, state: Store) -> Corpus:
     size = int(config.shard_mb * 1e6)
     units = plan(config.input, size)
     files = {file.name: file for unit in units for file in unit.files}
-    stored = state.read_json("units.json") if state.exists("units.json") else []
+    stored = state.read_json("units.json")["units"] if state.exists("units.json") else []
     known = [InputSplit.from_dict(each, config.input) for each in stored]
     same = [unit for unit in known if all(_same(file, files.get(file.name)) for file in unit.files)]
     if same:
         units = same + plan(config.input, size, skip={file.name for unit in same for file in unit.files})
-    state.write_json("units.json", [unit.to_record() for unit in units])
+    state.write_json("units.json", {"units": [unit.to_record() for unit in units]})
     blocks = run.stage("blocks").store
     given = blocks.read_json("plan.json")["columns"] if blocks.exists("plan.json") else config.columns
     return Corpus(tuple(units), resolve_columns(units, given), config.tokenizer)

@@ -33,8 +33,8 @@ from stride_ray.corpus.rows.row import is_corrupt, reason
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.run import Run, Stage, claim
-from stride_ray.runtime.storage import Store, refuse_inside
+from stride_ray.runtime.run import Run, Stage, claim, refuse_inside
+from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import filesystem, redact_url
 
 # Hidden folder in the target with stage.json and the done markers; readers of the target skip it.
@@ -213,6 +213,8 @@ def _write_parquet(unit: InputSplit, file: SourceFile, path: str, cleaner: _Clea
     fs, place = filesystem(file.url)
     with fs.open(place, "rb") as source:
         table = pq.ParquetFile(source, page_checksum_verification=True)
+        # Reading raises where asking for the columns that a corrupt footer describes would end the process.
+        next(table.iter_batches(1, row_groups=[0], use_threads=False), None)
         with pq.ParquetWriter(path, table.schema_arrow, compression=_codecs(table.metadata)) as target:
             first = 0
             for group in range(table.num_row_groups):
@@ -223,8 +225,6 @@ def _write_parquet(unit: InputSplit, file: SourceFile, path: str, cleaner: _Clea
 
 def _codecs(metadata: pq.FileMetaData) -> str | dict[str, str]:
     """The codec of a Parquet file, or the codecs of its columns, in the writer's names."""
-    if not metadata.num_row_groups:
-        return "SNAPPY"
     group = metadata.row_group(0)
     columns = [group.column(i) for i in range(group.num_columns)]
     codecs = {each.path_in_schema: each.compression.replace("UNCOMPRESSED", "NONE") for each in columns}

@@ -7,9 +7,8 @@ of all results. An id is text: the number 1 and the string "1" are the same id.
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import compress
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from stride_ray.corpus.readers import Rejected, Row, rows
 from stride_ray.corpus.rows.roles import Roles, half_known, is_known, possible_columns, roles_given, roles_of
-from stride_ray.corpus.rows.row import Unreadable, has_content, named, parsed, without_nulls
+from stride_ray.corpus.rows.row import Unreadable, has_content, kind_of_type, named, parsed, without_nulls
 from stride_ray.corpus.rows.turns import tools_of, turn_of
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
@@ -79,20 +78,27 @@ def read(unit: InputSplit, columns: Mapping[str, str], unused: set[str] | None =
     Raises:
         StrideError: the mapping is inconsistent, or a file cannot be fetched. Bad content never raises.
     """
+    return (document for _, document in read_with_rows(unit, columns, unused))
+
+
+def read_with_rows(
+    unit: InputSplit, columns: Mapping[str, str], unused: set[str] | None = None, beside: Collection[str] = ()
+) -> Iterator[tuple[Row | Rejected, Document | Rejected]]:
+    """As ``read``, each after its row, which also has the columns ``beside``."""
     if unit.kind == "text":
         columns = {"text": "text"}
     roles_given(columns)  # raises if they do not fit together
     files = {file.name: number for number, file in enumerate(unit.files)}
-    for row in rows(unit, possible_columns(columns)):
+    for row in rows(unit, {*possible_columns(columns), *beside}, filled=unused is not None):
         if isinstance(row, Rejected):
-            yield row
+            yield row, row
             continue
         roles, others = roles_of(row.values, columns)
         if unused is not None:
             unused |= row.unread
             unused |= others
         place = files[row.file] if unit.kind == "text" else int(row.document_id.rpartition("#")[2])
-        yield _document(row, roles, place)
+        yield row, _document(row, roles, place)
 
 
 def resolve_columns(
@@ -201,7 +207,7 @@ def _content(row: Row, roles: Roles) -> dict[str, Any]:
     elif "answer" in roles:
         prompt, answer = _joined(row, roles["prompt"]), _joined(row, roles["answer"])
         if isinstance(answer[0], list) and not isinstance(prompt[0], list):
-            why = f"{answer[1]!r} is a list and {prompt[1]!r} is {_kind(prompt[0])}"
+            why = f"{answer[1]!r} is a list and {prompt[1]!r} is {kind_of_type(type(prompt[0]))}"
             raise InvalidRowError(f"{why}; give two texts, or messages in both")
         if isinstance(prompt[0], list):  # a conversation that the last turns complete
             before, after = _turns(*prompt), _turns(*answer)
@@ -316,7 +322,7 @@ def _name(row: Row, column: str) -> str:
 
 def _checked_text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise InvalidRowError(f"{column!r} is {_kind(value)}, not a string")
+        raise InvalidRowError(f"{column!r} is {kind_of_type(type(value))}, not a string")
     try:
         value.encode()
     except UnicodeEncodeError:  # a lone surrogate: valid in JSON, but neither Parquet nor UTF-8 can store it
@@ -333,7 +339,7 @@ def _full_text(value: Any, column: str) -> str:
 def _turns(value: Any, column: str) -> list[tuple[dict[str, Any], bool]]:
     """The turns of a conversation, and whether each is to be learned."""
     if not isinstance(value, list):
-        raise InvalidRowError(f"{column!r} is {_kind(value)}, not a list of messages")
+        raise InvalidRowError(f"{column!r} is {kind_of_type(type(value))}, not a list of messages")
     if not value:
         raise InvalidRowError(f"{column!r} is empty")
     try:
@@ -348,13 +354,13 @@ def _turns(value: Any, column: str) -> list[tuple[dict[str, Any], bool]]:
 
 def _integers(value: Any, column: str, booleans: bool = False) -> list[int]:
     if not isinstance(value, list):
-        raise InvalidRowError(f"{column!r} is {_kind(value)}, not a list of whole numbers")
+        raise InvalidRowError(f"{column!r} is {kind_of_type(type(value))}, not a list of whole numbers")
     if not value:
         raise InvalidRowError(f"{column!r} is empty")
     # A set of types is built at C speed and, unlike isinstance, distinguishes bool from int.
     odd = next(iter(set(map(type, value)) - ({int, bool} if booleans else {int})), None)
     if odd is not None:
-        raise InvalidRowError(f"{column!r} holds {_TYPE_NAMES.get(odd, odd.__name__)} among its numbers")
+        raise InvalidRowError(f"{column!r} holds {kind_of_type(odd)} among its numbers")
     return value
 
 
@@ -362,23 +368,6 @@ def _flags(value: Any, column: str) -> list[bool]:
     if not isinstance(value, list) or not set(map(type, value)) <= {bool, int, float} or not set(value) <= {0, 1}:
         raise InvalidRowError(f"{column!r} is not a list of true and false (or 1 and 0)")
     return list(map(bool, value))
-
-
-_TYPE_NAMES: dict[type, str] = {
-    type(None): "null",
-    str: "a string",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number with a point",
-    list: "a list",
-    dict: "an object",
-    bytes: "bytes",
-    Decimal: "a decimal number with a fraction",
-}
-
-
-def _kind(value: Any) -> str:
-    return _TYPE_NAMES.get(type(value), type(value).__name__)
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,8 +84,7 @@ def check_failed_blocks(failed: Sequence[int], total: int) -> int:
     if count and (count == total or count > max(1, MAX_FAILED_BLOCKS * total)):
         raise StrideError(
             f"The losses or gradients of {count} of {total} blocks are not finite (the first: block {min(failed)}), "
-            f"more than {MAX_FAILED_BLOCKS:.0%}; inspect these blocks, or, if the model overflows on them, use "
-            "model.dtype = float32 or bfloat16."
+            f"more than {MAX_FAILED_BLOCKS:.0%}; {_remedy('blocks', count == total)}"
         )
     return count
 
@@ -101,9 +100,13 @@ def check_failed_queries(answers: Iterable[Mapping[str, Any]]) -> None:
     if len(rows) >= MIN_QUERIES and len(failed) > MAX_FAILED_QUERIES * len(rows):
         raise StrideError(
             f"The losses or gradients of {len(failed)} of {len(rows)} queries are not finite (the first: "
-            f"{failed[0]!r}), more than {MAX_FAILED_QUERIES:.0%}; inspect these queries, or, if the model overflows on "
-            "them, use model.dtype = float32 or bfloat16."
+            f"{failed[0]!r}), more than {MAX_FAILED_QUERIES:.0%}; {_remedy('queries', len(failed) == len(rows))}"
         )
+
+
+def _remedy(what: str, every: bool) -> str:
+    at_fault = "see whether the model's weights (model.path) are numbers" if every else f"inspect these {what}"
+    return f"{at_fault}, or, if the model overflows on them, use model.dtype = float32 or bfloat16."
 
 
 def write_failed_blocks(store: Store, blocks: Blocks, failed: Sequence[int]) -> None:

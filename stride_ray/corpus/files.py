@@ -35,6 +35,13 @@ _COMPANIONS = re.compile(
     r"|(dataset_infos?|dataset_dict|state|croissant|metadata|schema|index|stats|statistics|config|package)\.json",
     re.IGNORECASE,
 )
+# The card at the top of a data set of the Hub begins with YAML that has some of these keys.
+_CARD = "README.md"
+_CARD_BYTES = 1 << 14
+_CARD_KEYS = re.compile(
+    rb"\A(\xef\xbb\xbf)?---\r?\n(?:(?!---).*\n)*?"
+    rb"(annotations_creators|configs|dataset_info|language|license|pretty_name|size_categories|tags|task_categories)\s*:"
+)
 # Keys under which file systems report a file's version; the first one present is used.
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 
@@ -85,7 +92,8 @@ def list_files(given: str, left_out: list[str] | None = None) -> list[SourceFile
 
     Left out of a folder or glob are hidden files, markers such as ``_SUCCESS``, and, where there are data files, tables
     (CSV, Excel) and what lies in a folder with data files (in it or below) beside them: all that is neither a data file
-    nor ``.txt``, cards, licences, descriptions, names with an underscore in front.
+    nor ``.txt``, cards, licences, descriptions, names with an underscore in front. Below the card of a data set of the
+    Hub, all that is neither a data file nor ``.txt`` is left out, such as the scripts that made it.
 
     Args:
         given: a file, folder, glob or URL.
@@ -122,7 +130,7 @@ def list_files(given: str, left_out: list[str] | None = None) -> list[SourceFile
         ) from None
     named = {_relative(file, root): file for file in found}
     kept = _resolve_datasets(fs, [name for name in named if _visible(name)], lambda name: named[name])
-    kept = _documents(kept)
+    kept = _documents(kept, lambda name: _is_card(fs, named[name], given))
     tables = [name for name in kept if _is_table(name)]
     if tables:  # and no data files
         others = f" and {len(tables) - 1} more" if len(tables) > 1 else ""
@@ -175,8 +183,16 @@ def _visible(name: str) -> bool:
     return bool(parts[-1]) and not any(part.startswith(".") or part == "__pycache__" for part in parts)
 
 
-def _documents(names: list[str]) -> list[str]:
-    """The names without markers and, where there are data files, without what lies beside them."""
+def _is_card(fs: Any, path: str, given: str) -> bool:
+    """Whether a file is the card of a data set, as the Hub has it."""
+    try:
+        return _CARD_KEYS.match(fs.cat_file(path, start=0, end=_CARD_BYTES)) is not None
+    except Exception as error:  # remote file systems raise their own classes
+        raise StrideError(f"{redact_url(path)} cannot be read ({redacted_error(error, given)}).") from None
+
+
+def _documents(names: list[str], is_card: Callable[[str], bool]) -> list[str]:
+    """The names without markers and, where there are data files, without what lies beside them or below their card."""
     names = [name for name in names if not _MARKERS.fullmatch(_leaf(name))]
     data = {name for name in names if kind_of(name) != "text" and not _COMPANIONS.fullmatch(_leaf(name))}
     objects = {name for name in data if _suffix(name) == ".json"}
@@ -189,13 +205,20 @@ def _documents(names: list[str]) -> list[str]:
     # Cards stand at the top of a data set, private files beside the data or its partitions (``date=2026-01-01/``).
     above = {folder for name in data for folder in _folders(name)}
     beside = {folder for name in data for folder in _folders(name) if _is_partitioned(name.removeprefix(folder))}
-    return [
+    kept = [
         name
         for name in names
         if not _is_table(name)
         and not (_folders(name)[-1] in above and not _is_data_or_text(name))
         and not any(_is_private(name.removeprefix(folder)) for folder in beside if name.startswith(folder))
     ]
+    loose = [name for name in kept if not _is_data_or_text(name)]
+    carded = [
+        folder
+        for folder in sorted(above.intersection(name.removesuffix(_CARD) for name in names if _leaf(name) == _CARD))
+        if any(name.startswith(folder) for name in loose) and is_card(folder + _CARD)
+    ]
+    return [name for name in kept if _is_data_or_text(name) or not any(map(name.startswith, carded))]
 
 
 def _is_data_or_text(name: str) -> bool:

@@ -15,33 +15,38 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from stride_ray.corpus.packing import block_id
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Stage, part_name
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.urls import first_line
+from stride_ray.runtime.urls import redact_url
 
 # Temporary files are Arrow: as Parquet a part would take six times as long to write and read.
 _SCAFFOLD = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
 def write_staged(store: Store, name: str, table: pa.Table) -> None:
-    """Store a part's blocks until they get their ordinals."""
+    """Store a part's blocks until they get their ordinals: a checksum of 16 bytes, and an Arrow file."""
     buffer = pa.BufferOutputStream()
     with pa.ipc.new_file(buffer, table.schema, options=_SCAFFOLD) as file:
         file.write_table(table)
-    store.write(f"{name}.arrow", memoryview(buffer.getvalue()))
+    data = memoryview(buffer.getvalue())
+    store.write(f"{name}.arrow", b"".join([xxhash.xxh3_128_digest(data), data]))
 
 
 def read_staged(store: Store, name: str) -> pa.Table:
     """A part's blocks, as stored by ``write_staged``."""
-    try:
-        return pa.ipc.open_file(store.read(f"{name}.arrow")).read_all()
-    except pa.ArrowInvalid as error:
+    data = memoryview(store.read(f"{name}.arrow"))
+    if xxhash.xxh3_128_digest(data[16:]) != data[:16]:
         place = store.display_url(f"{name}.arrow")
-        raise StrideError(f"{place} cannot be read ({first_line(error)}); delete its folder and run again.") from None
+        raise StrideError(
+            f"{place} was damaged or changed: its checksum differs; delete its folder {redact_url(store.url)} and run "
+            "the same command again."
+        )
+    return pa.ipc.open_file(pa.py_buffer(data[16:])).read_all()
 
 
 def with_ordinals(table: pa.Table, first: int) -> pa.Table:

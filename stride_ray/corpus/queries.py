@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.corpus.documents import Document, TokenizedDocument, read, resolve_columns
-from stride_ray.corpus.readers import Rejected, Row, rows
-from stride_ray.corpus.rows.row import named
-from stride_ray.corpus.splits import InputSplit, plan
+from stride_ray.corpus.documents import Document, TokenizedDocument, read_with_rows, resolve_columns
+from stride_ray.corpus.readers import Rejected, Row
+from stride_ray.corpus.rows.row import Unreadable, named
+from stride_ray.corpus.splits import plan
 from stride_ray.corpus.tokenizing import encode
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import redact_url
@@ -52,10 +52,10 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
     """
     units = plan([path], shard_bytes=2**26)
     columns = resolve_columns(units, {}, _ADVICE)
-    items = [item for unit in units for item in read(unit, columns)]
+    items = [item for unit in units for item in read_with_rows(unit, columns, beside=_ID_COLUMNS)]
     if not items:
         raise StrideError(f"{redact_url(path)} has no queries.")
-    queries = _named(items, units, redact_url(path))
+    queries = _named(items, redact_url(path))
     encoded = iter(encode([item for _, item in queries if isinstance(item, Document)], tokenizer))
     table = []
     for name, item in queries:
@@ -65,29 +65,25 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
 
 
 def _named(
-    items: Sequence[Document | Rejected], units: Sequence[InputSplit], source: str
+    items: Sequence[tuple[Row | Rejected, Document | Rejected]], source: str
 ) -> list[tuple[str, Document | Rejected]]:
     """The queries with their ids, which differ; one whose row has a value that cannot be an id is rejected.
 
     Raises:
         StrideError: two rows of ``source`` have the same id.
     """
-    found = dict[Any, str | Rejected | None]()
+    given = [_given_id(row) if isinstance(row, Row) else None for row, _ in items]
     places = dict[str, str]()
-    for each in (each for unit in units for each in rows(unit, _ID_COLUMNS) if isinstance(each, Row)):
-        name = _given_id(each)
-        # A document has its row's name, a reject its number.
-        found[each.document_id] = found[each.file, each.number()] = name
-        if isinstance(name, str):
-            place = f"{each.file}, row {each.number()}"
+    for (row, _), name in zip(items, given, strict=True):
+        if isinstance(row, Row) and isinstance(name, str):
+            place = f"{row.file}, row {row.number()}"
             if name in places:
                 raise StrideError(
                     f"{source} has more than one query with the id {name!r} ({places[name]}; {place}); ids must differ."
                 )
             places[name] = place
     queries = list[tuple[str, Document | Rejected]]()
-    for index, item in enumerate(items):
-        name = found.get(item.document_id if isinstance(item, Document) else (item.file, item.row))
+    for index, ((_, item), name) in enumerate(zip(items, given, strict=True)):
         if isinstance(name, Rejected):
             item = name
         if not isinstance(name, str):
@@ -108,6 +104,8 @@ def _given_id(row: Row) -> str | Rejected | None:
         value = named(value)
         if isinstance(value, float):
             return str(int(value) if value.is_integer() else value)
+        if isinstance(value, Unreadable):
+            return Rejected(row.file, row.number(), f"{column!r} is unreadable: {value.reason}")
         if not isinstance(value, str):
             return Rejected(row.file, row.number(), f"{column!r} is neither a string nor a number")
         try:

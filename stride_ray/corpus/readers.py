@@ -33,12 +33,13 @@ _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
 _FETCH_FILES = 64
 
 
-def rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
+def rows(unit: InputSplit, columns: Collection[str] | None, filled: bool = False) -> Iterator[Row | Rejected]:
     """Rows of a unit in file order.
 
     Args:
         unit: what to read.
         columns: columns to read, if the format supports a choice; None: all.
+        filled: whether ``Row.unread`` names only columns with content, for which some of their rows are read.
 
     Raises:
         StrideError: a file cannot be fetched (gone, no permission, no connection).
@@ -49,9 +50,9 @@ def rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Re
         elif unit.kind == "jsonl":
             yield from _json_rows(unit)
         elif unit.kind == "parquet":
-            yield from parquet_rows(unit, columns)
+            yield from parquet_rows(unit, columns, filled)
         else:
-            yield from arrow_rows(unit, columns)
+            yield from arrow_rows(unit, columns, filled)
     except Exception as error:
         if isinstance(error, StrideError) or not is_storage_error(error):
             raise
@@ -223,6 +224,9 @@ def _json_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
                 first = offset
             if not line.strip():
                 continue
+            if fault := _encoding_fault(line):
+                yield Rejected(file.name, number(index), fault)
+                continue
             try:
                 values = json.loads(line.decode())
                 if not isinstance(values, dict):
@@ -258,20 +262,24 @@ def _text_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
             except UnicodeDecodeError as error:
                 packed = file.name.lower().endswith(PACKED)
                 why = "packed in a way that is not read; unpack it, or pack it with gzip or zstd" if packed else ""
-                why = why or _mistaken(file.name, data)
+                why = why or _mistaken(file.name, data) or _encoding_fault(data)
                 yield Rejected(file.name, None, why or f"not UTF-8 text: {reason(error)}")
             except Exception as error:
                 if not is_corrupt(error):
                     raise
                 yield Rejected(file.name, None, f"unreadable: {reason(error)}")
             else:
-                why = _mistaken(file.name, data)
-                if "\0" in text:
-                    why = why or "contains NUL characters: UTF-16 or no text at all; save it as UTF-8"
-                if why:
+                if why := _mistaken(file.name, data) or _encoding_fault(data):
                     yield Rejected(file.name, None, why)
                 else:
                     yield Row(file.name, file.name, {"text": text}, lambda: None)
+
+
+def _encoding_fault(data: bytes) -> str:
+    """What to do with bytes that are another encoding's than UTF-8; empty if nothing speaks against UTF-8."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "is UTF-16; save it as UTF-8"
+    return "contains NUL characters: UTF-16 or no text at all; save it as UTF-8" if b"\0" in data else ""
 
 
 def _mistaken(name: str, data: bytes) -> str:

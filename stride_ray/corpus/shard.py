@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from xxhash import xxh3_128_hexdigest
 
 from stride_ray.corpus.blocks import fixed_lists
 from stride_ray.corpus.chat.clock import fix_clock, fixed_time
@@ -25,8 +26,10 @@ from stride_ray.corpus.packing import KEPT_UNUSED, PADDING, Counts, make_blocks
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.corpus.tokenizing import (
+    TOKENIZER_CHECKSUMS,
     encode_stream,
     end_of_text_id,
+    load_saved_tokenizer,
     load_tokenizer,
     show_masked,
     tokenizer_fingerprint,
@@ -37,8 +40,8 @@ from stride_ray.runtime.costs import record_stage_costs
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import CorpusConfig
 from stride_ray.runtime.progress import progress, run_missing
-from stride_ray.runtime.run import Run, Stage, part_name
-from stride_ray.runtime.storage import Store, refuse_inside
+from stride_ray.runtime.run import Run, Stage, part_name, refuse_inside
+from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import allocate_workers, connected, map_dataset, map_tasks
 from stride_ray.runtime.urls import first_line, redact_url
 
@@ -128,7 +131,7 @@ def _shard(run: Run, out: TextIO) -> dict[str, Any]:
         workers = allocate_workers(run.config.compute, len(fresh))
         number = partial(map_tasks, number_part, (stage, staged), allocation=workers)
         run_missing(stage, todo, number, "number", "parts")
-    own = load_tokenizer(stage.store.child("tokenizer").url)
+    own = load_saved_tokenizer(stage.store)
     manifest = {**_manifest(stage, config, own, len(units)), "left_out": left_out, "shared_ids": shared}
     stage.finish(manifest)
     stage.store.remove("_tokenised")
@@ -202,9 +205,11 @@ def _save_tokenizer(stage: Stage, tokenizer: Any) -> None:
         except Exception as error:  # the library raises its own classes, even for a full disk
             raise StrideError(f"The tokenizer cannot be written to {folder}: {first_line(error)}.") from None
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        # Written last: its presence means that all files are complete.
-        for path in sorted(files, key=lambda path: path.name == "tokenizer_config.json"):
-            stage.store.write(f"tokenizer/{path.relative_to(folder)}", path.read_bytes())
+        content = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    stage.store.write_json(TOKENIZER_CHECKSUMS, {name: xxh3_128_hexdigest(data) for name, data in content.items()})
+    # Written last: its presence means that all files are complete.
+    for name in sorted(content, key=lambda name: name == "tokenizer_config.json"):
+        stage.store.write(f"tokenizer/{name}", content[name])
 
 
 class Tokenise:

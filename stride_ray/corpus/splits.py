@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stride_ray.corpus.files import END, SourceFile, compression, kind_of, list_files
+from stride_ray.corpus.rows.row import is_corrupt
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import filesystem, redact_url, redacted_error, with_secrets
 
@@ -152,8 +152,7 @@ def _row_group_bytes(file: SourceFile) -> list[int] | None:
             footer = pq.ParquetFile(handle).metadata
         return [footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)]
     except Exception as error:
-        # pyarrow reports corrupt content as ArrowInvalid or as an OSError without errno.
-        if isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None):
+        if is_corrupt(error):
             return None  # planned as one unit, so that reading it yields a reject and the rest continues
         raise StrideError(f"{redact_url(file.url)} cannot be read ({redacted_error(error, file.url)}).") from None
 

@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from xxhash import xxh3_128_hexdigest
 
 from stride_ray.corpus.chat.template import ChatTemplate, Ranges
 from stride_ray.corpus.documents import Document, TokenizedDocument
 from stride_ray.corpus.readers import Rejected
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import filesystem, first_line, looks_local, redact_url, redacted_error
 
 # Characters per tokenizer call; bounds memory, since a tokenizer's record of a token takes a hundred bytes.
@@ -29,6 +31,8 @@ _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 512
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt")
 _CALL = {"add_special_tokens": False, "padding": False, "truncation": False}
+# Beside the blocks: the xxh3_128 of each file of the saved tokenizer.
+TOKENIZER_CHECKSUMS = "tokenizer/checksums.json"
 _SHOWN_COUNTED = ("⟦", "⟧")
 
 
@@ -60,6 +64,19 @@ def load_tokenizer(path: "str | os.PathLike[str] | tokenizers.Tokenizer | PreTra
         tokenizer = _load_local(place, place)
     tokenizer.model_max_length = int(1e30)
     return tokenizer
+
+
+def load_saved_tokenizer(blocks: Store) -> Any:
+    """The tokenizer that shard saved beside the blocks.
+
+    Raises:
+        StrideError: as ``load_tokenizer``, or it is not as shard saved it.
+    """
+    for name, checksum in blocks.read_json(TOKENIZER_CHECKSUMS).items():
+        if xxh3_128_hexdigest(blocks.read(f"tokenizer/{name}")) != checksum:
+            place = blocks.display_url(f"tokenizer/{name}")
+            raise StrideError(f"{place} was damaged or changed since shard saved it; restore it, or shard anew.")
+    return load_tokenizer(blocks.child("tokenizer").url)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -61,7 +61,7 @@ def read_released(store: Store) -> tuple[Operators, np.ndarray, dict[str, Any]]:
     Raises:
         StrideError: if a file is missing or would need unpickling, or its tensors do not form operators.
     """
-    facts = store.read_json(META)
+    facts = store.read_json(META, foreign=True)
     where, data = store.display_url(OPERATOR), store.read(OPERATOR)
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

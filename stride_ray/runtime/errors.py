@@ -28,6 +28,13 @@ _REASONS = {
     ),
     "clocks differ": "RequestTimeTooSkewed",
     "access denied": "AccessDenied AllAccessDisabled AuthorizationFailure AuthorizationPermissionMismatch 403",
+    "another program holds it": (
+        "LeaseAlreadyPresent LeaseIdMissing LeaseIdMismatchWithBlobOperation LeaseIdMismatchWithContainerOperation "
+        "LeaseLost OperationAborted"
+    ),
+    "it is being deleted": "ContainerBeingDeleted AccountBeingDeleted",
+    "it must not be changed": "BlobImmutableDueToPolicy BlobImmutableDueToLegalHold ObjectLocked",
+    "it is archived and must be restored first": "InvalidObjectState BlobArchived",
     "the store asks for fewer requests": "SlowDown ServerBusy TooManyRequests 429",
     "the store fails": "InternalError ServiceUnavailable 500 502 503 504",
     "timed out": (
@@ -53,6 +60,8 @@ _MESSAGES = {
     "Could not connect to the endpoint": "the connection failed",
     "connection_string or account_name": "no credentials",
     "Anonymous caller": "no credentials",
+    "Forbidden: ": "access denied",
+    "Bad Request: ": "the store does not understand the request",
     "CERTIFICATE_VERIFY_FAILED": "TLS fails, by its certificate or protocol",
 }
 
@@ -77,16 +86,17 @@ def storage_reason(error: BaseException) -> str:
         'the connection failed'
     """
     chain = _chain(error)
-    for reasons in ([_REASON.get(code) for each in chain for code in _codes(each)], map(_by_message, chain)):
-        if found := next((reason for reason in reasons if reason), None):
-            return found
-    return ""
+    # A status tells less than any name: Azure answers 403 to a wrong key, and the name stands in an outer exception.
+    codes = sorted((code for each in chain for code in _codes(each)), key=str.isdigit)
+    reasons = (*map(_REASON.get, codes), *map(_by_message, chain))
+    return next((reason for reason in reasons if reason), "")
 
 
 def is_storage_error(error: BaseException) -> bool:
     """Whether an exception is a fault of a storage or of the way there, and not a bug of this program."""
     library = type(error).__module__.partition(".")[0] in _LIBRARIES
-    return library or isinstance(error, (OSError, TimeoutError, asyncio.TimeoutError))
+    # gcsfs raises a ValueError for some answers.
+    return library or isinstance(error, (OSError, TimeoutError, asyncio.TimeoutError)) or bool(_by_message(error))
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -7,8 +7,9 @@ manifest last: with a manifest, it is finished.
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from stride_ray import __version__
@@ -76,11 +77,6 @@ class Stage:
         names = self.store.names("_done", ".json")
         unread = [name for name in names if name.removesuffix(".json") not in self._known]
         markers = self.store.read_jsons([f"_done/{name}" for name in unread])
-        for name, marker in zip(unread, markers, strict=True):
-            if not isinstance(marker, dict) or not {"unit", "config"} <= marker.keys():
-                raise StrideError(
-                    f"{self.store.display_url(f'_done/{name}')} is not a valid done marker; restore or delete it."
-                )
         self.remember(markers)
         return dict(sorted(self._known.items()))
 
@@ -252,6 +248,20 @@ def claim(opened: Stage, stage: str, keys: Mapping[str, Any]) -> Stage:
             opened.store.remove(name)
         opened.store.write_json("stage.json", {"stage": stage, "code_version": __version__, "keys": keys})
     return Stage(_OwnedStore(opened.store.url, opened.store.url, digest(keys)), opened.identity, opened.last)
+
+
+def refuse_inside(store: Store, inputs: Iterable[str], what: str) -> None:
+    """Raise StrideError if an output folder lies inside an input, where the next run would read it as text."""
+    for given in inputs:
+        if "://" in given or not store.local:
+            inside = store.url.startswith(given.rstrip("/") + "/")
+        else:
+            folder = Path(given).resolve()
+            inside = folder.is_dir() and Path(store.root).resolve().is_relative_to(folder)
+        if inside:
+            raise StrideError(
+                f"{what} {redact_url(store.url)} lies in the input {redact_url(given)}; put it elsewhere."
+            )
 
 
 def part_name(index: int) -> str:

@@ -1,7 +1,9 @@
-"""A folder at any fsspec URL: atomic publishing of whole files, small JSON records and Parquet tables.
+"""A folder at any fsspec URL: atomic publishing of whole files, small JSON records, Parquet tables and tensors.
 
-All stages store their state through this module, which guarantees that a file that can be read is complete. A local
-file is written under a temporary name, synced and renamed; an object store gets a single PUT, which is atomic.
+All stages store their state through this module, which guarantees that a file that can be read is complete and as it
+was written. A local file is written under a temporary name, synced and renamed; an object store gets a single PUT,
+which is atomic. Every file has a checksum that reading verifies: a record as a key of its own, tensors in their
+metadata, a table in its pages and, for the footer, in the bytes before it, which other readers of Parquet skip.
 """
 
 import errno
@@ -10,14 +12,14 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from stride_ray.runtime.errors import StrideError, is_storage_error, storage_reason
@@ -27,6 +29,13 @@ from stride_ray.runtime.urls import exists, filesystem, first_line, redact_url, 
 ROW_GROUP = 4096
 # Concurrent deletions on an object store.
 DELETES = 16
+# The key of a record, and of the metadata of tensors, that has the checksum of all the rest.
+CHECKSUM = "checksum"
+# What is before the footer of a Parquet file: this, the checksum of all before it, and that of the footer. pyarrow too
+# reads TAIL bytes at first.
+SEAL, SEAL_BYTES, TAIL = b"xxh3", 36, 1 << 16
+# Records whose absence means that something is yet to be done.
+OPTIONAL = ("latest.json", "units.json", "cost.json", "trust.json", "selection.json")
 
 
 class Store:
@@ -168,68 +177,101 @@ class Store:
             with ThreadPoolExecutor(DELETES) as threads:
                 list(threads.map(self.fs.rm_file, self.fs.find(self.path(name))))
 
-    def read_json(self, name: str) -> Any:
-        """A JSON record."""
-        return self._json(name, self.read(name))
+    def read_json(self, name: str, foreign: bool = False) -> dict[str, Any]:
+        """A JSON record, an object.
 
-    def _json(self, name: str, data: bytes) -> Any:
+        Args:
+            name: of the file.
+            foreign: whether other programs may have written it, without a checksum.
+
+        Raises:
+            StrideError: it is missing, or not as it was written.
+        """
+        return self._record(name, self.read(name), foreign)
+
+    def _record(self, name: str, data: bytes, foreign: bool = False) -> dict[str, Any]:
         try:
-            return json.loads(data)
-        except ValueError as error:
-            raise StrideError(f"{self.display_url(name)} is not valid JSON ({error}); restore or delete it.") from None
+            found = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(name, f"is not valid JSON: {first_line(error)}") from None
+        if not isinstance(found, dict):
+            raise self._damaged(name, "holds no JSON object")
+        checksum = found.pop(CHECKSUM, None)
+        if checksum is None and not foreign:
+            raise self._damaged(name, f"has no {CHECKSUM}: another version of stride_ray wrote it, or it was edited")
+        if not foreign and checksum != _record_checksum(found):
+            raise self._damaged(name, f"was damaged or edited: its {CHECKSUM} differs")
+        return found
 
-    def read_jsons(self, names: Sequence[str]) -> list[Any]:
+    def _damaged(self, name: str, how: str) -> StrideError:
+        alone = name.startswith("_done/") or name in OPTIONAL
+        what = "it" if alone else f"its folder {self.display_url(name).rpartition('/')[0]}"
+        return StrideError(f"{self.display_url(name)} {how}; restore it, or delete {what} and run what made it again.")
+
+    def read_jsons(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Several JSON records, fetched concurrently from a remote store."""
         if self.local or not names:
             return [self.read_json(name) for name in names]
         with self.translated_errors(names[0], "read"):
             found = self.fs.cat([self.path(name) for name in names])
-        return [self._json(name, found[self.path(name)]) for name in names]
+        return [self._record(name, found[self.path(name)]) for name in names]
 
     def read_tensors(self, name: str) -> dict[str, Any]:
-        """The torch tensors of a safetensors file.
+        """The torch tensors of a safetensors file that ``tensor_bytes`` made.
 
         Raises:
-            StrideError: the file is missing or truncated.
+            StrideError: the file is missing, or not as it was written.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load
 
+        data = self.read(name)
         try:
-            return load(self.read(name))
+            found = load(data)
         except SafetensorError as error:
-            raise StrideError(
-                f"{self.display_url(name)} cannot be read ({first_line(error)}); restore or delete it."
-            ) from None
+            raise self._damaged(name, f"cannot be read: {first_line(error)}") from None
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        if header.get("__metadata__", {}).get(CHECKSUM) != _tensor_checksum(found):
+            raise self._damaged(name, f"was damaged or changed: its {CHECKSUM} differs")
+        return found
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Publish a JSON record, keeping the order of its keys."""
-        self.write(name, (json.dumps(value, indent=1) + "\n").encode())
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Publish a JSON record, keeping the order of its keys; its last one is the checksum of the others."""
+        value = json.loads(json.dumps(value))  # keys become strings, tuples lists
+        self.write(name, (json.dumps({**value, CHECKSUM: _record_checksum(value)}, indent=1) + "\n").encode())
 
     def write_table(self, name: str, table: pa.Table) -> str:
         """Publish a Parquet file and return its SHA-256; equal tables give equal bytes."""
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, row_group_size=ROW_GROUP, compression="zstd", write_page_checksum=True)
-        data = memoryview(buffer.getvalue())
+        whole = memoryview(buffer.getvalue())
+        pages, footer = whole[: -_footer_bytes(whole)], whole[-_footer_bytes(whole) :]
+        data = b"".join([pages, _seal(xxhash.xxh3_128_digest(pages), footer), footer])
         self.write(name, data)
         return hashlib.sha256(data).hexdigest()
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A whole Parquet file, or some of its columns."""
-        with self.open_parquet(name) as file:
+        with self.open_parquet(name, whole=self.local) as file:
             return file.read(columns=list(columns) if columns else None)
 
     @contextmanager
-    def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
-        """A Parquet file, to be read by row group.
+    def open_parquet(self, name: str, whole: bool = False) -> Iterator[pq.ParquetFile]:
+        """A Parquet file, to be read by row group. The checksum of its footer is verified if it has one.
+
+        Args:
+            name: of the file.
+            whole: whether to verify all of it first, for readers that do not look at the checksums of pages.
 
         Raises:
-            StrideError: the file is missing or not Parquet.
+            StrideError: the file is missing, damaged or not Parquet.
         """
         with self.translated_errors(name, "read"):
             handle = open(self.path(name), "rb") if self.local else self.fs.open(self.path(name), "rb")  # noqa: SIM115
             with handle:
                 try:
+                    if not _is_sealed(handle, whole):
+                        raise pa.ArrowInvalid("it was damaged or changed: its checksum differs")
                     yield pq.ParquetFile(handle, page_checksum_verification=True)
                 except Exception as error:
                     if not is_corrupt(error):
@@ -255,8 +297,9 @@ class Store:
             again = "free some space and run the same command again: what is done is kept."
             return f"No room left to {deed} {place}; {again}"
         reason = storage_reason(error)
-        if isinstance(error, FileNotFoundError) and reason in ("", "there is no such file"):
-            return f"Cannot {deed} {place}: no such file or folder."
+        if reason in ("", "there is no such file") and (isinstance(error, FileNotFoundError) or reason):
+            missing = "no such file or folder" if self.local or deed != "write" else "no such bucket"
+            return f"Cannot {deed} {place}: {missing}."
         if isinstance(error, PermissionError) and not reason:
             return f"Cannot {deed} {place}: permission denied ({first_line(error)})."
         return f"Cannot {deed} {place}: {redacted_error(error, self.url)}"
@@ -272,22 +315,75 @@ def is_corrupt(error: BaseException) -> bool:
     )
 
 
-def refuse_inside(store: Store, inputs: Iterable[str], what: str) -> None:
-    """Raise StrideError if an output folder lies inside an input, where the next run would read it as text."""
-    for given in inputs:
-        if "://" in given or not store.local:
-            inside = store.url.startswith(given.rstrip("/") + "/")
-        else:
-            folder = Path(given).resolve()
-            inside = folder.is_dir() and Path(store.root).resolve().is_relative_to(folder)
-        if inside:
-            raise StrideError(
-                f"{what} {redact_url(store.url)} lies in the input {redact_url(given)}; put it elsewhere."
-            )
+def seal(path: str) -> None:
+    """Give a local Parquet file the checksums that files of ``Store.write_table`` have before their footer."""
+    with open(path, "r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        pages = file.seek(-_footer_bytes(file.read()), os.SEEK_END)
+        footer = file.read()
+        sealed = _seal(_digest(file, pages), footer) + footer
+        file.seek(pages)
+        file.write(sealed)
 
 
-def tensor_bytes(tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> bytes:
-    """Serialise torch tensors in the safetensors format."""
+def _footer_bytes(tail: bytes | memoryview) -> int:
+    """Bytes of a Parquet file's footer with its length and magic, from the file's last bytes."""
+    return int.from_bytes(tail[-8:-4], "little") + 8
+
+
+def _seal(pages: bytes, footer: bytes | memoryview) -> bytes:
+    return SEAL + pages + xxhash.xxh3_128_digest(b"".join([pages, footer]))
+
+
+def _digest(handle: Any, size: int) -> bytes:
+    """The checksum of the first bytes of a file."""
+    found = xxhash.xxh3_128()
+    handle.seek(0)
+    while chunk := handle.read(min(size, 1 << 22)):
+        found.update(chunk)
+        size -= len(chunk)
+    return found.digest()
+
+
+def _is_sealed(handle: Any, whole: bool) -> bool:
+    """Whether the checksum of a Parquet file's footer fits, if it has one, and with ``whole`` that of its pages."""
+    size = handle.seek(0, os.SEEK_END)
+    tail = b""
+    for wanted in (TAIL, 0):
+        wanted = min(size, wanted or _footer_bytes(tail) + SEAL_BYTES)
+        if len(tail) < wanted:
+            handle.seek(-wanted, os.SEEK_END)
+            tail = handle.read(wanted)
+    footer = tail[-_footer_bytes(tail) :]
+    seal = tail[: -len(footer)][-SEAL_BYTES:]
+    if not seal.startswith(SEAL):
+        return True
+    fits = seal == _seal(seal[len(SEAL) : 20], footer)
+    if fits and whole:
+        fits = _digest(handle, size - len(footer) - SEAL_BYTES) == seal[len(SEAL) : 20]
+    handle.seek(0)
+    return fits
+
+
+def _record_checksum(value: dict[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def tensor_bytes(tensors: dict[str, Any]) -> bytes:
+    """Serialise torch tensors in the safetensors format, with a checksum in the metadata."""
     from safetensors.torch import save
 
-    return save({name: value.contiguous() for name, value in tensors.items()}, metadata)
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    return save(tensors, {CHECKSUM: _tensor_checksum(tensors)})
+
+
+def _tensor_checksum(tensors: dict[str, Any]) -> str:
+    """A checksum of names, types, shapes and values."""
+    import torch
+
+    found = xxhash.xxh3_128()
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

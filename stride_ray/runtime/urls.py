@@ -1,5 +1,6 @@
 """File URLs: opening their file systems, and redacting secrets for display."""
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -11,6 +12,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from stride_ray.runtime.errors import StrideError, storage_reason
 
+# It logs the traceback of every error that it raises as well.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 # Attempts per request. Object stores throttle in bursts, which outlast boto's default number of retries.
 TRIES = 6
 # Our extras that hold the packages of protocols.

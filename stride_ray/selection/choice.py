@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import SelectConfig
-from stride_ray.runtime.storage import Store
+from stride_ray.runtime.storage import Store, seal
+from stride_ray.selection.database import PLAIN, Database
 from stride_ray.selection.duplicates import Name, NearDuplicateIndex
 
 MANIFEST = pa.schema(
@@ -39,6 +40,8 @@ MANIFEST = pa.schema(
         pa.field("round", pa.int32()),
     ]
 )
+# Sources in a summary.
+SUMMARY_SOURCES = 50
 # Reason codes: the first three are for documents that are kept. ``reasons`` has their texts in this order.
 KEPT, KEPT_SMALL, KEPT_UNNAMED, EARLIER, BELOW, BOTTOM, NO_BUDGET, QUOTA, NEAR_DUPLICATE, NOT_DRAWN = range(10)
 
@@ -49,7 +52,7 @@ class Tally:
 
     Attributes:
         documents, tokens: selected.
-        source_documents, source_tokens: the same per source.
+        sources: the same for those of the SUMMARY_SOURCES sources with the most selected tokens.
         stratum_tokens: selected tokens per stratum (ranking.rank_documents).
         reasons: number of documents per reason, as worded in the manifest.
         harmful: selected documents whose mean influence is below zero.
@@ -57,8 +60,7 @@ class Tally:
 
     documents: int = 0
     tokens: int = 0
-    source_documents: Counter[str] = field(default_factory=Counter)
-    source_tokens: Counter[str] = field(default_factory=Counter)
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
     stratum_tokens: Counter[str | None] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     harmful: int = 0
@@ -178,7 +180,7 @@ class RandomChooser:
 
 
 def write_manifest(
-    chooser: Chooser, ordered: Iterable[pa.Table], words: list[str], number: int, store: Store, scratch: str
+    chooser: Chooser, ordered: Iterable[pa.Table], words: list[str], number: int, store: Store, database: Database
 ) -> tuple[Tally, str]:
     """Decide on all documents and write ``manifest.parquet``, with rows in the order of the decisions.
 
@@ -188,12 +190,12 @@ def write_manifest(
         words: the reason text for each code.
         number: this selection's round, recorded for the documents that it takes.
         store: where the manifest goes.
-        scratch: a local folder for the temporary file.
+        database: for the temporary file, and for sums over its rows: a source may have a single document.
 
     Returns:
         The totals, and the manifest's SHA-256.
     """
-    tally, path, rank = Tally(), os.path.join(scratch, "manifest.parquet"), 0
+    tally, path, rank = Tally(), os.path.join(database.folder, "manifest.parquet"), 0
     with pq.ParquetWriter(path, MANIFEST, compression="zstd", write_page_checksum=True) as writer:
         for batch in ordered:
             codes, alike = chooser.codes(batch)
@@ -209,9 +211,15 @@ def write_manifest(
                 "near_duplicate_source": pa.array([name and name[0] for name in like], pa.string()),
                 "round": pa.array(np.where(kept, number, taken_round), from_pandas=True).cast(pa.int32()),
             }
-            found = [columns.get(name, batch[name] if name in batch.column_names else None) for name in MANIFEST.names]
-            writer.write_table(pa.table(found, schema=MANIFEST), row_group_size=max(1, len(codes)))
+            rows = [columns.get(name, batch[name] if name in batch.column_names else None) for name in MANIFEST.names]
+            writer.write_table(pa.table(rows, schema=MANIFEST), row_group_size=max(1, len(codes)))
             rank += len(codes)
+    seal(path)
+    found = database.run(
+        f"""SELECT source, count(*), sum(tokens)::BIGINT FROM read_parquet('{path}', {PLAIN}) WHERE kept
+            GROUP BY source ORDER BY sum(tokens) DESC, source LIMIT {SUMMARY_SOURCES}"""
+    )
+    tally.sources = {source: {"documents": count, "tokens": tokens} for source, count, tokens in found.fetchall()}
     return tally, store.put("manifest.parquet", path)
 
 
@@ -223,12 +231,8 @@ def _count(tally: Tally, batch: pa.Table, codes: np.ndarray, kept: np.ndarray, w
     influence = taken["mean_influence"].to_numpy(zero_copy_only=False)
     tally.harmful += int((influence < 0).sum())
     if taken.num_rows:
-        sums = taken.group_by("source").aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist()
-        for row in sums:
-            tally.tokens += row["tokens_sum"]
-            tally.source_tokens[row["source"]] += row["tokens_sum"]
-            tally.source_documents[row["source"]] += row["tokens_count"]
         for row in taken.group_by("stratum").aggregate([("tokens", "sum")]).to_pylist():
+            tally.tokens += row["tokens_sum"]
             tally.stratum_tokens[row["stratum"]] += row["tokens_sum"]
 
 

@@ -18,8 +18,8 @@ from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.progress import run_missing
-from stride_ray.runtime.run import Run, Stage, claim, part_name
-from stride_ray.runtime.storage import Store, refuse_inside
+from stride_ray.runtime.run import Run, Stage, claim, part_name, refuse_inside
+from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import WorkerAllocation, allocate_workers, connected, map_tasks
 from stride_ray.runtime.urls import redact_url
 from stride_ray.selection.choice import (
@@ -32,10 +32,9 @@ from stride_ray.selection.choice import (
     reasons,
     write_manifest,
 )
+from stride_ray.selection.database import PLAIN, Database
 from stride_ray.selection.pool import Reading, list_part, reading
 from stride_ray.selection.ranking import (
-    PLAIN,
-    Database,
     Target,
     batches,
     count_not_finite,
@@ -44,8 +43,8 @@ from stride_ray.selection.ranking import (
 )
 from stride_ray.selection.writing import marker_name, write_part
 
-# Folder of the random arm; number of sources in a summary, those with the most tokens.
-RANDOM, SUMMARY_SOURCES = "random", 50
+# Folder of the random arm.
+RANDOM = "random"
 
 
 def select(
@@ -179,11 +178,11 @@ def _choose(
         _check_quotas(database, ordered, read_quotas(options), stage)
         named = database.count(f"read_parquet('{ordered}', {PLAIN}) WHERE mean_influence IS NOT NULL")
         best = GreedyChooser(options, documents, tokens, named, folder)
-        kept, content = write_manifest(best, batches(ordered), reasons(options), number, stage.store, folder)
+        kept, content = write_manifest(best, batches(ordered), reasons(options), number, stage.store, database)
         drawn = RandomChooser(kept.stratum_tokens)
         order = batches(random_order(database, ordered, seed))
         words = reasons(options, drawn=True)
-        random, _ = write_manifest(drawn, order, words, number, stage.store.child(RANDOM), folder)
+        random, _ = write_manifest(drawn, order, words, number, stage.store.child(RANDOM), database)
     one, other = (dict(_kept(stage.store, arm)) for arm in ("", RANDOM))
     both = sum(len(np.intersect1d(places, other[part])) for part, places in one.items() if part in other)
     stage.mark(
@@ -208,14 +207,12 @@ def _check_quotas(database: Database, ordered: str, quotas: Mapping[str, float],
 
 def _totals(tally: Tally) -> dict[str, Any]:
     """Return a selection's totals for the summary."""
-    most = tally.source_tokens.most_common(SUMMARY_SOURCES)
-    sources = {name: {"documents": tally.source_documents[name], "tokens": tokens} for name, tokens in most}
     return {
         "documents": tally.documents,
         "tokens": tally.tokens,
         "harmful": tally.harmful,
         "reasons": dict(tally.reasons.most_common()),
-        "sources": sources,
+        "sources": tally.sources,
     }
 
 

@@ -101,7 +101,7 @@ def search(
         batches.setdefault(before, []).append(unit)
     missing: dict[tuple[str, ...], list[InputSplit]] = {}
     for before, units in batches.items():
-        seen = {key for batch in before for key in stage.store.read_json(f"{batch}.json")}
+        seen = {key for batch in before for key in stage.store.read_json(f"{batch}.json")["keys"]}
         left = tuple(item.key for item in items if item.key not in seen)
         if left:
             missing.setdefault(left, []).extend(units)
@@ -114,7 +114,7 @@ def search(
             fields = [field for key in left for field in fields_of(by_key[key], words, shortest)]
             index = Index(fields)
             batch = f"items-{digest(list(left))}"
-            stage.store.write_json(f"{batch}.json", list(left))
+            stage.store.write_json(f"{batch}.json", {"keys": left})
             given = (index, batch, corpus, stage)
             results = map_actors(Searcher, given, units, allocate_workers(compute, len(units)))
             stage.remember(progress(results, "search", len(units), "units"))

@@ -1,7 +1,8 @@
 """Rows of Parquet and Arrow files.
 
 Only the wanted columns are read. What cannot be read is as small as the format allows: a value, a column of a row
-group or record batch, or the group or batch with all its rows. A column that turns out not to be used costs nothing.
+group or record batch, or the group or batch with all its rows. A column that turns out not to be used costs nothing,
+or, to those who ask which of the others hold something, its first rows.
 """
 
 import struct
@@ -20,11 +21,19 @@ from stride_ray.runtime.urls import filesystem
 _BUFFER = 1 << 20
 # Rows decoded to Python objects at once; a row may be a whole book.
 _BATCH_ROWS = 256
+# Rows read at once of a column that is not wanted, to see whether it holds anything; a value may be an image.
+_PROBE_ROWS = 32
 _SCHEMA, _DICTIONARY, _RECORDS = 1, 2, 3  # MessageHeader in Arrow's Message.fbs
 
 
-def parquet_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
-    """Rows of the unit's row groups, with the checksums of pages verified where the file has them."""
+def parquet_rows(unit: InputSplit, columns: Collection[str] | None, filled: bool) -> Iterator[Row | Rejected]:
+    """Rows of the unit's row groups, with the checksums of pages verified where the file has them.
+
+    Args:
+        unit: what to read.
+        columns: columns to read; None: all.
+        filled: whether ``Row.unread`` names only columns with content, for which some of their rows are read.
+    """
     file = unit.files[0]
     fs, path = filesystem(file.url)
     with fs.open(path, "rb") as handle:
@@ -38,7 +47,9 @@ def parquet_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[
             if sum(held) != footer.num_rows:
                 raise pa.ArrowInvalid(f"its footer states {footer.num_rows} rows, and {sum(held)} in row groups")
             stop = footer.num_row_groups if unit.stop == END else min(unit.stop, footer.num_row_groups)
-            unread = _filled(footer, range(unit.start, stop), _others(schema, wanted))
+            unread = _others(schema, wanted)
+            if filled:
+                unread = frozenset(name for name in unread if _holds(table, range(unit.start, stop), name))
         except Exception as error:
             if not is_corrupt(error):
                 raise
@@ -81,19 +92,29 @@ def _others(schema: pa.Schema, wanted: Collection[str]) -> frozenset[str]:
     return frozenset(f.name for f in schema if f.name not in wanted and not pa.types.is_null(f.type))
 
 
-def _filled(footer: pq.FileMetaData, groups: range, columns: Collection[str]) -> frozenset[str]:
-    """Those of the top-level columns that hold more than nulls in some row groups, as far as statistics tell."""
-    filled = set[str]()
-    # pyarrow ends the process on some corrupt footers when asked for a column's facts: ask for no more than is needed.
-    names = [footer.schema.column(index).path.partition(".")[0] for index in range(footer.num_columns)]
-    for group in groups:
-        for index, name in enumerate(names):
-            if name in columns and name not in filled:
-                chunk = footer.row_group(group).column(index)
-                facts = chunk.statistics
-                if facts is None or not facts.has_null_count or facts.null_count < chunk.num_values:
-                    filled.add(name)
-    return frozenset(filled)
+def _holds(table: pq.ParquetFile, groups: range, name: str) -> bool:
+    """Whether a column holds more than nulls in some row groups; what cannot be read may hold something.
+
+    By its values: pyarrow ends the process if asked for the statistics of a column that a corrupt footer describes.
+    """
+    try:
+        batches = table.iter_batches(_PROBE_ROWS, row_groups=list(groups), columns=[name], use_threads=False)
+        return any(_has_values(batch.column(0)) for batch in batches)
+    except Exception as error:
+        if not is_corrupt(error):
+            raise
+        return True
+
+
+def _has_values(column: pa.Array) -> bool:
+    """Whether an array holds more than nulls; lists and structs with nothing but nulls in them do not."""
+    if column.null_count == len(column):
+        return False
+    if pa.types.is_struct(column.type):
+        return any(map(_has_values, column.flatten()))
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return _has_values(column.flatten())
+    return True
 
 
 def _readable(names: Sequence[str], read: Callable[[str], Any]) -> tuple[list[str], dict[str, Unreadable]]:
@@ -143,14 +164,14 @@ def _value(column: pa.Array) -> Any:
         return Unreadable(reason(error))
 
 
-def arrow_rows(unit: InputSplit, columns: Collection[str] | None) -> Iterator[Row | Rejected]:
-    """Rows of the record batches whose message starts in the unit's byte range."""
-    filled = set[str]()
+def arrow_rows(unit: InputSplit, columns: Collection[str] | None, filled: bool) -> Iterator[Row | Rejected]:
+    """Rows of the record batches whose message starts in the unit's byte range; arguments as in ``parquet_rows``."""
+    held = set[str]() if filled else None
     for item in _arrow_streams(unit):
         if isinstance(item, Rejected):
             yield item
         else:
-            yield from _arrow_batch(unit.files[0].name, *item, columns, filled)
+            yield from _arrow_batch(unit.files[0].name, *item, columns, held)
 
 
 def arrow_batches(unit: InputSplit) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -206,7 +227,7 @@ def _arrow_streams(unit: InputSplit) -> Iterator[tuple[int, int, bytes] | Reject
 
 
 def _arrow_batch(
-    name: str, row: int, count: int, stream: bytes, columns: Collection[str] | None, filled: set[str]
+    name: str, row: int, count: int, stream: bytes, columns: Collection[str] | None, filled: set[str] | None
 ) -> Iterator[Row | Rejected]:
     """Rows of a stream with a single batch of ``count`` rows.
 
@@ -216,10 +237,17 @@ def _arrow_batch(
         count: rows.
         stream: the schema, dictionaries and the batch.
         columns: columns to read; None: all.
-        filled: columns that are not read and hold more than nulls in the file's batches so far; added to.
+        filled: columns that are not read and hold more than nulls in the file's batches so far; added to. None: do not
+            find out.
     """
-    schema = pa.ipc.open_stream(pa.py_buffer(stream)).schema
-    names: list[str] = schema.names
+    try:
+        schema = pa.ipc.open_stream(pa.py_buffer(stream)).schema
+        names: list[str] = schema.names
+    except Exception as error:
+        if not is_corrupt(error):
+            raise
+        yield Rejected(name, row, f"the record batch is unreadable, its schema is: {reason(error)}", rows=max(1, count))
+        return
     wanted = [each for each in names if columns is None or each in columns]
 
     def batch(chosen: Sequence[str]) -> pa.RecordBatch:
@@ -232,16 +260,18 @@ def _arrow_batch(
         read.validate()
         return read.select(list(chosen))
 
-    for each in sorted(_others(schema, wanted) - filled):
-        try:
-            empty = batch([each]).column(0).null_count == count
-        except Exception as error:
-            if not is_corrupt(error):
-                raise
-            empty = False  # what cannot be read may hold something
-        if not empty:
-            filled.add(each)
-    unread = frozenset(filled)
+    unread = _others(schema, wanted)
+    if filled is not None:
+        for each in sorted(unread - filled):
+            try:
+                held = _has_values(batch([each]).column(0))
+            except Exception as error:
+                if not is_corrupt(error):
+                    raise
+                held = True  # what cannot be read may hold something
+            if held:
+                filled.add(each)
+        unread = frozenset(filled)
     try:
         yield from _batch_rows(name, batch(wanted), row, unread)
     except Exception as error:

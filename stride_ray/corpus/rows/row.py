@@ -13,6 +13,7 @@ from uuid import UUID
 import pyarrow as pa
 import zstandard
 
+from stride_ray.runtime import storage
 from stride_ray.runtime.urls import redact_message
 
 _CORRUPT = (pa.ArrowException, zlib.error, zstandard.ZstdError, EOFError, UnicodeDecodeError, struct.error)
@@ -53,7 +54,8 @@ class Row(NamedTuple):
         document_id: ``name`` for a text file, ``name#<byte offset>`` for JSON Lines, ``name#<row>`` otherwise.
         values: ``{column: value}``; ``{"text": …}`` for a text file. A value may be ``Unreadable``.
         number: returns the row or line number (``Rejected.row``); called for rejects only, since it may scan the file.
-        unread: columns with content that the file has and that were not read.
+        unread: columns that the file has and that were not read, without those of type null; with ``filled`` (see
+            ``rows``) only those with content.
     """
 
     file: str
@@ -121,9 +123,27 @@ def named(value: Any) -> Any:
     return str(value) if isinstance(value, UUID) else value
 
 
+_TYPES: dict[type, str] = {
+    type(None): "null",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number with a point",
+    list: "a list",
+    dict: "an object",
+    bytes: "bytes",
+    Decimal: "a decimal number with a fraction",
+}
+
+
+def kind_of_type(of: type) -> str:
+    """What values of a type are called in messages: "a list", "null"."""
+    return _TYPES.get(of, of.__name__)
+
+
 def is_corrupt(error: Exception) -> bool:
-    """Whether an error means corrupt content, which pyarrow often reports as an OSError without errno."""
-    return isinstance(error, _CORRUPT) or (type(error) is OSError and error.errno is None)
+    """Whether an error means corrupt content, and not a fault of the storage."""
+    return isinstance(error, _CORRUPT) or storage.is_corrupt(error)
 
 
 def reason(error: Exception) -> str:

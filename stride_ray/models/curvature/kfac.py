@@ -107,13 +107,14 @@ def save_sites(store: Store, name: str, sites: list[Site]) -> None:
     tensors = {f"{i}.{part}": getattr(site, part).cpu() for i, site in enumerate(sites) for part in TENSORS}
     tensors |= {f"{i}.{part}": getattr(site.tokens, part).cpu() for i, site in enumerate(sites) for part in TOKENS}
     store.write(f"{name}.safetensors", tensor_bytes(tensors))
-    store.write_json(f"{name}.json", [{key: getattr(site, key) for key in ("name", "scale")} for site in sites])
+    facts = [{key: getattr(site, key) for key in ("name", "scale")} for site in sites]
+    store.write_json(f"{name}.json", {"sites": facts})
 
 
 def load_sites(store: Store, name: str, device: Any) -> tuple[Site, ...]:
     """Read what save_sites wrote."""
     tensors = store.read_tensors(f"{name}.safetensors")
-    facts = store.read_json(f"{name}.json")
+    facts = store.read_json(f"{name}.json")["sites"]
     return tuple(
         Site(
             **each,

@@ -128,7 +128,7 @@ def train_rank(config: Config, blocks: Blocks, stage: Store, device: str, ranks:
     loop = Loop(config, model, blocks, membership_of(config), start, ranks)
     log = run_loop(loop, stage.child("loop"), report)
     if ranks.rank == 0:
-        stage.write_json("training.json", log)
+        stage.write_json("training.json", {"evaluations": log})
         save_operators(stage.child("trained"), loop.operators(), {"failed": sorted(loop.failed)})
 
 

@@ -362,7 +362,8 @@ def run_loop(loop: Loop, store: Store, report: Report | None = None) -> list[dic
     steps, first = loop.config.fit.steps, not loop.ranks.rank
     if names := store.names("", ".safetensors"):
         loop.load(store.read_tensors(names[-1]))
-    log = [e for e in (store.read_json("log.json") if store.exists("log.json") else []) if e["step"] <= loop.done]
+    known = store.read_json("log.json")["evaluations"] if store.exists("log.json") else []
+    log = [each for each in known if each["step"] <= loop.done]
     started, begun = time.monotonic(), loop.done
     while loop.done < steps:
         losses = loop.step()
@@ -370,7 +371,7 @@ def run_loop(loop: Loop, store: Store, report: Report | None = None) -> list[dic
             found = {"step": loop.done, **losses, **loop.evaluate()}
             log.append(found)
             if first:
-                store.write_json("log.json", log)
+                store.write_json("log.json", {"evaluations": log})
                 _print_progress(found, steps, (loop.done - begun) / (time.monotonic() - started))
             if report:
                 report(found)

@@ -24,6 +24,7 @@ from stride_ray.corpus.failures import (
 from stride_ray.corpus.queries import fingerprint
 from stride_ray.models.causal_lm import masked_mean
 from stride_ray.models.curvature.conjugate_gradients import Gradient, curvature_scale, solve
+from stride_ray.models.curvature.eigenvalues import load_eigenvalues
 from stride_ray.models.curvature.gauss_newton import GaussNewton, batch_rows
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.loading import load_measured_model, load_run_model
@@ -116,6 +117,7 @@ class DirectionWorker(ModelWorker):
         super().__init__(config, blocks, device)
         self.stage = stage
         self.sites = load_sites(curvature, SITES, self.model.device)
+        self.eigenvalues = load_eigenvalues(curvature, self.model.device)
         self.curved = int(curvature.read_json("manifest.json")["blocks"])
         self.unit = queries_per_unit(gradient_bytes(curvature))
         self.table = stage.store.read_table("queries.parquet")
@@ -143,10 +145,14 @@ class DirectionWorker(ModelWorker):
         good = [answer for answer in answers if answer["status"] == "ok"]
         options = self.config.solve
         if options.steps:
-            solved = solve(found, self.sites, self._gauss_newton, options.steps, options.damping)
+            preconditioner = self.eigenvalues or self.sites
+            solved = solve(found, preconditioner, self._gauss_newton, options.steps, options.damping)
             found = [each.y for each in solved]
             for answer, each in zip(good, solved, strict=True):
                 answer["steps"] = each.steps
+        for y in found:
+            for each in self.eigenvalues:
+                y[each.name] = each.for_kronecker(y[each.name])
         names = [site.name for site in self.sites] if found else []
         tensors = {name: torch.stack([each.pop(name) for each in found]).cpu() for name in names}
         # Marker first: here the presence of the file, which can be removed, means that the unit is done.

@@ -11,12 +11,23 @@ from torch import Tensor
 
 # Runs on the driver; one thread, so that the last digits do not depend on its number of cores.
 @threadpool_limits.wrap(limits=1)
-def inverse_root(moment: np.ndarray, damping: float = 1.0) -> Tensor:
-    """Damped inverse square root: eigenvalues λ_i become (λ_i + damping · mean λ)^−½. (D, D) float64 to float32."""
+def _damped_eigenbasis(moment: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray]:
     values, vectors = np.linalg.eigh(moment)
     values = np.clip(values, 0, None)
-    damped = (values + damping * values.mean() + 1e-30) ** -0.5
-    return torch.from_numpy((vectors * damped) @ vectors.T).float()
+    return values + damping * values.mean() + 1e-30, vectors
+
+
+def damped_eigenbasis(moment: np.ndarray, damping: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues λ_i + damping · mean λ, (D,), and eigenvectors, (D, D) in columns. (D, D) float64 to float32."""
+    values, vectors = _damped_eigenbasis(moment, damping)
+    return torch.from_numpy(values).float(), torch.from_numpy(vectors).float()
+
+
+@threadpool_limits.wrap(limits=1)
+def inverse_root(moment: np.ndarray, damping: float = 1.0) -> Tensor:
+    """Damped inverse square root: eigenvalues λ_i become (λ_i + damping · mean λ)^−½. (D, D) float64 to float32."""
+    values, vectors = _damped_eigenbasis(moment, damping)
+    return torch.from_numpy((vectors * values**-0.5) @ vectors.T).float()
 
 
 def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -101,12 +101,13 @@ def last_layers(wanted: float, n_layers: int) -> int:
     return math.ceil(wanted * n_layers) if 0 < wanted < 1 else int(wanted) or n_layers
 
 
-def find_sites(model: SplitModel, wanted: float = 0.0) -> tuple[str, ...]:
+def find_sites(model: SplitModel, wanted: float = 0.0, every: bool = False) -> tuple[str, ...]:
     """The model's own sites in order: "embedding", modules of the layers, "head".
 
     Args:
         model: to search.
         wanted: number or share of last layers (last_layers), without the embedding; 0: all layers and the embedding.
+        every: every linear map of the layers, instead of the last of each part.
 
     Raises:
         StrideError: if no layer has a linear map into the residual stream, or the model has too few layers.
@@ -117,9 +118,11 @@ def find_sites(model: SplitModel, wanted: float = 0.0) -> tuple[str, ...]:
 
     def note(layer: int, part: str) -> Callable:
         def hook(module: nn.Module, given: tuple, output: Tensor) -> None:
-            if output.shape == (1, 2, model.width):  # runs on every token; an expert of an MoE may not
-                last.pop((layer, part), None)  # re-insert: parts are ordered by their last map
-                last[layer, part] = names[id(module)]
+            # Runs on every token; an expert of an MoE may not.
+            if output.shape == (1, 2, model.width) or (every and output.shape[:-1] == (1, 2)):
+                key = (layer, names[id(module)] if every else part)
+                last.pop(key, None)  # re-insert: parts are ordered by their last map
+                last[key] = names[id(module)]
 
         return hook
 

@@ -90,7 +90,7 @@ BLOCKS_FORMAT = 2
 # fingerprints of their files, which may be moved.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "blocks": ("", ("corpus.columns", "corpus.layout", "corpus.block_tokens", "corpus.shard_mb")),
-    "curvature": ("blocks", ("seed", "model.dtype", "operators.layers")),
+    "curvature": ("blocks", ("seed", "model.dtype", "operators.sites", "operators.layers")),
     "operators": ("curvature", ("model.split", "membership", "operators", "fit")),
     "directions": ("curvature", ("solve",)),
     "responses": ("operators", ("solve", "respond", "attribute.top")),

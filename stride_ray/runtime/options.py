@@ -73,6 +73,11 @@ class OperatorConfig:
         ("auto", "blocks", "subsets"),
     )
     budget_gb: float = _option(2.0, "sites: GB that the operators may take on disk; more: more accurate", low=0.0)
+    sites: str = _option(
+        "outputs",
+        "outputs: of attention and MLP, embedding, head; all: every linear map, by EK-FAC: more accurate, dearer",
+        ("outputs", "all"),
+    )
     layers: float = _option(
         0.0, "sites of so many of the last layers, fewer are faster; below 1: a share; 0: all", low=0.0
     )

@@ -126,6 +126,11 @@ def _closed_form_ablation(name: str, **changes: Any) -> Variant:
 VARIANTS: tuple[Variant, ...] = (
     Variant("STRIDE", default=True, note="one-bit operators at every site, 10 candidates exact; no option turned"),
     Variant("STRIDE exact", {"attribute.exact": True}, note="every block exactly, a pass over the pool a batch"),
+    Variant(
+        "STRIDE exact, every map",
+        {"attribute.exact": True, "operators.sites": "all"},
+        note="every block exactly, at every linear map, by EK-FAC",
+    ),
     Variant("STRIDE, estimates alone", {"attribute.candidates": 0}, note="no candidate is rescored"),
     Variant("STRIDE, subsets", SUBSETS, note="K = 1000 operators of subsets in 25 MB, Lasso; no candidate is rescored"),
     Variant(

@@ -9,6 +9,14 @@ import torch
 
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.failures import check_failed_blocks, finite_losses, finite_rows
+from stride_ray.models.curvature.eigenvalues import (
+    Eigenvalues,
+    add_squares,
+    eigenbasis,
+    load_eigenvalues,
+    measured,
+    save_eigenvalues,
+)
 from stride_ray.models.curvature.moments import (
     KroneckerFactors,
     add_moments,
@@ -28,13 +36,13 @@ from stride_ray.runtime.costs import record_stage_costs
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store, tensor_bytes
 
-# Sample sizes: tokens for the second moments, blocks for the sites' scales.
-MOMENT_TOKENS, SCALE_BLOCKS = 131_072, 256
+# Sample sizes: tokens for the second moments, blocks for the sites' scales and for EK-FAC's eigenvalues.
+MOMENT_TOKENS, SCALE_BLOCKS, EIGENVALUE_BLOCKS = 131_072, 256, 512
 # Gradient norms are measured in a sketch of this size per side: whitening full gradients would outlast the fit.
 NORM_SKETCH_SIZE = 64
 TENSORS, TOKENS = ("W_in", "W_out", "unigram"), ("weights", "buckets", "directions")
 SIDES = ("read", "written")
-SITES, UNSCALED = "sites", "unscaled"
+SITES, UNSCALED, ALL = "sites", "unscaled", "all"
 
 
 def begin_curvature(run: Run, blocks: Blocks, weights: str) -> Stage:
@@ -76,13 +84,20 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
     positions = max(1, sum(found["positions"] for found in results))
     counted = torch.zeros(results[0]["vocabulary"], dtype=torch.long)
     counted[: len(counts)] = torch.from_numpy(counts[: len(counted)])
-    sites = []
+    sites, bases = [], list[Eigenvalues]()
     for name in list(sums):
         moments = sums.pop(name) / positions
+        if config.operators.sites == ALL:
+            bases.append(eigenbasis(name, moments))
         sites.append(preconditioned(name, moments, counted, config.seed))
         if name == HEAD and not config.model.start:
             sites.append(preconditioned(ORIGIN, moments, counted, config.seed))
     save_sites(stage.store, UNSCALED, sites)
+    if bases:
+        sound = np.setdiff1d(sample, sorted(failed))
+        save_eigenvalues(
+            stage.store, measure_eigenvalues(given, bases, sound, positions / len(sound), stage.store, actors)
+        )
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:SCALE_BLOCKS])
     found = map_sample_slices(actors, ScaleWorker, (*given, stage.store), few, "scale")
     spoilt = {ordinal for each in found for ordinal in each["not_finite"]}
@@ -100,6 +115,29 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
     bytes_of_one = 4 * sum(math.prod(whole_shape(site)) for site in sites)
     facts = {"blocks": len(blocks), "sample": len(sample), "not_finite": len(failed | spoilt)}
     stage.finish({"sites": shares, **facts, "gradient_bytes": bytes_of_one})
+
+
+def measure_eigenvalues(
+    given: tuple[Any, ...],
+    bases: list[Eigenvalues],
+    sample: np.ndarray,
+    positions: float,
+    store: Store,
+    actors: ActorPool,
+) -> list[Eigenvalues]:
+    """Measure Λ at all sites over some of the sample, whose blocks have so many positions on average."""
+    save_eigenvalues(store, bases)
+    few = np.sort(np.random.default_rng(given[0].seed).permutation(sample)[:EIGENVALUE_BLOCKS])
+    squares = dict[str, torch.Tensor]()
+
+    def add_up(found: dict[str, Any]) -> dict[str, Any]:
+        for name, each in store.read_tensors(found["file"]).items():
+            squares[name] = squares[name].add_(each) if name in squares else each
+        store.remove(found["file"])
+        return found
+
+    map_sample_slices(actors, EigenvalueWorker, (*given, store), few, "eigenvalues", add_up)
+    return [measured(basis, squares.pop(basis.name), len(few), positions) for basis in bases]
 
 
 def save_sites(store: Store, name: str, sites: list[Site]) -> None:
@@ -133,7 +171,7 @@ class MomentWorker(ModelWorker):
     def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store) -> None:
         super().__init__(config, blocks, device)
         self.store = curvature
-        self.names = find_sites(self.model, config.operators.layers)
+        self.names = find_sites(self.model, config.operators.layers, config.operators.sites == ALL)
         self.layers = last_layers(config.operators.layers, self.model.n_layers)
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
@@ -156,6 +194,28 @@ class MomentWorker(ModelWorker):
             "sites": list(totals),
             "vocabulary": self.model.vocabulary,
         }
+
+
+class EigenvalueWorker(ModelWorker):
+    """Publishes the sums of squared gradients in the eigenbases over a slice of the sample."""
+
+    load = staticmethod(load_measured_model)
+
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store) -> None:
+        super().__init__(config, blocks, device)
+        self.store = curvature
+        self.sites = load_sites(curvature, UNSCALED, self.model.device)
+        self.bases = {basis.name: basis for basis in load_eigenvalues(curvature, self.model.device)}
+
+    def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
+        """Process one unit; returns its file."""
+        index, ordinals = unit
+        totals = dict[str, torch.Tensor]()
+        for batch in self.batches_at(ordinals):
+            add_squares(totals, self.model, self.sites, self.bases, *self.trimmed(batch))
+        file = f"squares-{index:02d}.safetensors"
+        self.store.write(file, tensor_bytes({name: x.cpu() for name, x in totals.items()}))
+        return {"index": index, "blocks": len(ordinals), "file": file}
 
 
 class ScaleWorker(ModelWorker):

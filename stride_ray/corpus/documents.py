@@ -378,7 +378,7 @@ _TYPE_NAMES: dict[type, str] = {
 
 
 def _kind(value: Any) -> str:
-    return _TYPE_NAMES.get(type(value), type(value).__name__)
+    return "NaN" if value != value else _TYPE_NAMES.get(type(value), type(value).__name__)
 
 
 @dataclass(frozen=True, eq=False)

@@ -393,7 +393,12 @@ ROWS = {
     "a name": (NAMED, [{**ASKED[0], "name": "bob"}, ASKED[1]], ""),
     "a system's turn": (MISTRAL, [{"role": "system", "content": "Be brief."}, *ASKED], "content of system"),
     "parts": (CHATML, [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *ASKED], ""),
-    "numbers and flags": (CHATML, [{**ASKED[0], "n": 1, "seen": True, "tags": []}, ASKED[1]], ""),
+    "numbers and flags": (
+        CHATML,
+        [{**ASKED[0], "id": 1, "tags": []}, {**ASKED[1], "train_on_turn": False}],
+        "id of user, train_on_turn of assistant",
+    ),
+    "a number that is read": (NAMED + "{% if messages[0].n %}{% endif %}", [{**ASKED[0], "n": 1}, ASKED[1]], ""),
     "a plain one": (CHATML, ASKED, ""),
 }
 
@@ -403,7 +408,7 @@ def test_what_a_template_leaves_out_is_named(tokenizer, template, messages, told
     tokenizer.chat_template = template
     chat = ChatTemplate(tokenizer)
     for _ in range(2):
-        assert ", ".join(chat.left_out(messages, {"tools": None})) == told
+        assert ", ".join(sorted(chat.left_out(messages, {"tools": None}))) == told
 
 
 def test_arguments_that_a_template_leaves_out_are_named(tokenizer):

@@ -508,6 +508,7 @@ def test_no_credentials_in_errors(url):
         ({"instruction": "q", "input": "i", "output": "a"}, {"prompt": "q\ni", "answer": "a"}),
         ({"instruction": "q", "context": "i", "response": "a", "category": "c"}, {"prompt": "q\ni", "answer": "a"}),
         ({"prompt": None, "completion": None, "text": "t"}, {"text": "t"}),
+        ({"messages": float("nan"), "prompt": float("nan"), "answer": "a", "text": "t"}, {"text": "t"}),
         ({"input_ids": [1], "loss_mask": [1]}, {"token_ids": [1], "loss_mask": [True]}),
         ({"content": "t", "title": "x"}, {"text": "t"}),
     ],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from stride_ray.corpus.documents import Document
@@ -36,6 +36,13 @@ def _byte_level(prefix):
         pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=prefix),
         decoder=decoders.ByteLevel(),
     )
+
+
+def _trimmed():
+    """As that of RoBERTa, whose offsets leave out spaces."""
+    tokenizer = _byte_level(False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
 
 
 def _sentence_pieces(first_space=True, **parts):
@@ -82,6 +89,7 @@ def _word_pieces():
 FAMILIES = {
     "byte-level": lambda: _byte_level(False),
     "byte-level, first space": lambda: _byte_level(True),
+    "byte-level, trimmed offsets": _trimmed,
     "metaspace first": lambda: _metaspace("first"),
     "metaspace always": lambda: _metaspace("always"),
     "metaspace never": lambda: _metaspace("never"),

@@ -353,6 +353,22 @@ READ = {
         "caf&eacute;&nbsp;d&#39;Orl&#xE9;ans &amp;amp; AT&amp;T R&D; p&shy;q",
         "caf\u00e9 d orl\u00e9ans at t r d pq",
     ),
+    "entities without a semicolon": (
+        "caf&eacute au lait, don&#39t &amp co&nbsp? a&lt b AT&T; /?a=1&copy=2&para3",
+        "caf\u00e9 au lait don t co a b at t a 1 copy 2 para3",
+    ),
+    "apostrophes that are letters": (
+        "\u043f\u02bc\u044f\u0442\u044c Hawai\u02bbi",
+        "\u043f \u044f\u0442\u044c hawai i",
+    ),
+    "escapes of JSON and code": (
+        r'"It is so.\nThen caf\u00e9\\n\ud83d\ude00ended\tat \"once\""',
+        "it is so then caf\u00e9 ended at once",
+    ),
+    "reading aids": (
+        "<ruby>\u6f22<rp>(</rp><rt>\u304b\u3093</rt><rp>)</rp>\u5b57<rt>\u3058</rt></ruby>",
+        "\u6f22 \u5b57",
+    ),
     "escaped twice": ("a&amp;nbsp;b&amp;#x27;c &amp;lt;i&amp;gt;d", "a b c d"),
     "tags": ('<p class="x y">H<sub>2</sub>O<br/>is <a href=/w?a=1&b=2 hidden>wet</a></p>', "h2o is wet"),
     "escaped tags": ('&lt;b&gt;bo&lt;/b&gt;ld <a href=\\"u\\">link</a>', "bold link"),
@@ -483,7 +499,9 @@ def test_what_browsers_do_not_show_stands_apart(name):
         assert [" ".join(each.words) for each in found if each.words] == read
 
 
-@pytest.mark.parametrize("unit", ["<!-- ", "<!--a-->", "<script ", "<script>", '<style "', "<![CDATA[", "<?x ", "<"])
+@pytest.mark.parametrize(
+    "unit", ["<!-- ", "<!--a-->", "<script ", "<script>", '<style "', "<![CDATA[", "<?x ", "<", "\\"]
+)
 def test_markup_without_end_takes_linear_time(unit):
     numbering = Numbering({})
     seconds = []

@@ -177,8 +177,8 @@ def _finished_tables(run: Run, name: str) -> tuple[Stage, int]:
     here, there = (run.stage(TABLES[each], name).finished for each in (mode, other))
     if there and not here:
         raise StrideError(
-            f"Of {name!r} there is {other} influence only, and run.toml keeps attribute.exact = "
-            f"{str(mode == 'exact').lower()}: add {FLAGS[other]}, or run 'stride-ray {command} --name {name}' first."
+            f"Of {name!r} there is {other} influence only, and attribute.exact = {str(mode == 'exact').lower()}, as "
+            f"given here or kept in run.toml: add {FLAGS[other]}, or run 'stride-ray {command} --name {name}' first."
         )
     stage = run.require(table_stage(run), name)
     return stage, stage.manifest()["parts"]

@@ -17,7 +17,15 @@ import numpy.typing as npt
 
 from stride_ray.corpus.readers import Rejected, Row, rows
 from stride_ray.corpus.rows.roles import Roles, half_known, is_known, possible_columns, roles_given, roles_of
-from stride_ray.corpus.rows.row import Unreadable, has_content, kind_of_type, named, parsed, without_nulls
+from stride_ray.corpus.rows.row import (
+    Unreadable,
+    has_content,
+    kind_of_type,
+    kind_of_value,
+    named,
+    parsed,
+    without_nulls,
+)
 from stride_ray.corpus.rows.turns import tools_of, turn_of
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError
@@ -207,7 +215,7 @@ def _content(row: Row, roles: Roles) -> dict[str, Any]:
     elif "answer" in roles:
         prompt, answer = _joined(row, roles["prompt"]), _joined(row, roles["answer"])
         if isinstance(answer[0], list) and not isinstance(prompt[0], list):
-            why = f"{answer[1]!r} is a list and {prompt[1]!r} is {kind_of_type(type(prompt[0]))}"
+            why = f"{answer[1]!r} is a list and {prompt[1]!r} is {kind_of_value(prompt[0])}"
             raise InvalidRowError(f"{why}; give two texts, or messages in both")
         if isinstance(prompt[0], list):  # a conversation that the last turns complete
             before, after = _turns(*prompt), _turns(*answer)
@@ -322,7 +330,7 @@ def _name(row: Row, column: str) -> str:
 
 def _checked_text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise InvalidRowError(f"{column!r} is {kind_of_type(type(value))}, not a string")
+        raise InvalidRowError(f"{column!r} is {kind_of_value(value)}, not a string")
     try:
         value.encode()
     except UnicodeEncodeError:  # a lone surrogate: valid in JSON, but neither Parquet nor UTF-8 can store it
@@ -339,7 +347,7 @@ def _full_text(value: Any, column: str) -> str:
 def _turns(value: Any, column: str) -> list[tuple[dict[str, Any], bool]]:
     """The turns of a conversation, and whether each is to be learned."""
     if not isinstance(value, list):
-        raise InvalidRowError(f"{column!r} is {kind_of_type(type(value))}, not a list of messages")
+        raise InvalidRowError(f"{column!r} is {kind_of_value(value)}, not a list of messages")
     if not value:
         raise InvalidRowError(f"{column!r} is empty")
     try:
@@ -354,7 +362,7 @@ def _turns(value: Any, column: str) -> list[tuple[dict[str, Any], bool]]:
 
 def _integers(value: Any, column: str, booleans: bool = False) -> list[int]:
     if not isinstance(value, list):
-        raise InvalidRowError(f"{column!r} is {kind_of_type(type(value))}, not a list of whole numbers")
+        raise InvalidRowError(f"{column!r} is {kind_of_value(value)}, not a list of whole numbers")
     if not value:
         raise InvalidRowError(f"{column!r} is empty")
     # A set of types is built at C speed and, unlike isinstance, distinguishes bool from int.

@@ -288,7 +288,13 @@ def _masked_ids(passages: list[_Passage], tokenizer: Any) -> list[tuple[list[int
             for ids, passage in zip(_text_ids(texts, tokenizer), passages, strict=True)
         ]
     tokenizer("", **_CALL)  # as in _text_ids
-    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    backend = tokenizer.backend_tokenizer
+    # Without special tokens, all that remains to it is to trim the spaces from offsets (RoBERTa), which belong to them.
+    kept, backend.post_processor = backend.post_processor, None
+    try:
+        encodings = backend.encode_batch(texts, add_special_tokens=False)
+    finally:
+        backend.post_processor = kept
     return [
         (each.ids, _mask_by_offsets(each.offsets, passage.targets or []))
         for each, passage in zip(encodings, passages, strict=True)

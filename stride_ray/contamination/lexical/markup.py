@@ -1,11 +1,11 @@
 """The readable text of a raw one: what a browser would show of it, with the places of its characters in the raw text.
 
-HTML entities are decoded, also where they were escaped twice; tags, raw or escaped, and invisible characters go; words
-that a hyphen breaks at a line's end are joined. Comments, scripts, styles, declarations and processing instructions do
-not interrupt the text around them; what they hold is in the data all the same, so each is a passage of its own. The
-content of CDATA is text. An element that is not closed hides nothing: unlike in a browser, the rest stays readable, for
-documents are often cut. Item and corpus are read alike, so that code which looks like markup (``&lt;b&gt;``,
-``Set<Object>``) still equals its copies.
+HTML entities are decoded, also where they were escaped twice, and so are the escapes of strings in JSON and code. Tags,
+raw or escaped, and invisible characters go; words that a hyphen breaks at a line's end are joined. Comments, scripts,
+styles, declarations, processing instructions and the reading aids of ruby do not interrupt the text around them; what
+they hold is in the data all the same, so each is a passage of its own. The content of CDATA is text. An element that is
+not closed hides nothing: unlike in a browser, the rest stays readable, for documents are often cut. Item and corpus are
+read alike, so that code which looks like markup (``&lt;b&gt;``, ``Set<Object>``) still equals its copies.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,17 +16,23 @@ from typing import NamedTuple
 import numpy as np
 import regex
 
-_ENTITY = regex.compile(r"&(?:amp;)*(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
+# Old entities may lack their semicolon, but not in a query such as "?a=1&copy=2".
+_OLD = "|".join(sorted((name for name in html5 if not name.endswith(";")), reverse=True))
+_ENTITY = regex.compile(
+    r"&(?:amp;)*(?:(#\d{1,7}+|#[xX][0-9a-fA-F]{1,6}+);?|([a-zA-Z][a-zA-Z0-9]{1,31});|"
+    rf"({_OLD})(?![a-zA-Z0-9=;]))"
+)
+_ESCAPE = regex.compile(r"(?<!\\)\\++(?:u([0-9a-fA-F]{4})|[nrt])")
 # Elements within a line: browsers show no space where such a tag stands. Any other tag separates words.
 _INLINE = frozenset(
-    "a abbr acronym b bdi bdo big cite code del dfn em font i ins kbd mark q s samp small span strike strong sub sup "
-    "tt u var wbr".split()
+    "a abbr acronym b bdi bdo big cite code del dfn em font i ins kbd mark q rb ruby s samp small span strike strong "
+    "sub sup tt u var wbr".split()
 )
 _ELEMENTS = _INLINE | frozenset(
     "address applet area article aside audio base blockquote body br button canvas caption center col colgroup data "
     "datalist dd details dialog dir div dl dt embed fieldset figcaption figure footer form frame frameset h1 h2 h3 h4 "
     "h5 h6 head header hgroup hr html iframe img input label legend li link main map menu meta meter nav noframes "
-    "noscript object ol optgroup option output p param picture pre progress rp rt ruby script search section select "
+    "noscript object ol optgroup option output p param picture pre progress rp rt script search section select "
     "slot source style summary svg table tbody td template textarea tfoot th thead time title tr track ul video".split()
 )
 _BOOLEAN = "allowfullscreen|async|autofocus|checked|controls|defer|disabled|hidden|ismap|itemscope|loop|multiple|muted"
@@ -36,18 +42,20 @@ _VALUE = r"""\\?"[^"]*+"|\\?'[^']*+'|[^\s"'<>`]++"""
 _ATTRIBUTE = rf"\s++(?:[a-z_:@][\w:.-]*+\s*+=\s*+(?:{_VALUE})|(?:{_BOOLEAN})(?=[\s/>]))"
 _TAG = regex.compile(rf"<(/?)([a-z][\w:.-]*+)((?:{_ATTRIBUTE})*+)\s*+(/?)>", regex.IGNORECASE)
 _CLOSING = regex.compile(r"</([a-z][\w:.-]*+)\s*+>", regex.IGNORECASE)
-# What browsers do not show, or where it begins: a comment, script, style or instruction may have no end.
+# What browsers do not show, or not in its line (the reading aids of ruby): where it begins, since there may be no end.
 # Attributes may hold ">" in quotes.
 _HIDDEN = regex.compile(
     r"""<(?:(?P<comment>!--)|(?P<instruction>\?[a-z])|!\[CDATA\[|!(?:doctype|\[(?:if|endif))\b[^<>]*+>"""
-    r"""|(?P<raw>script|style)(?:[\s/](?:[^<>"']++|"[^"]*+"|'[^']*+')*+)?>)|\]\]>""",
+    r"""|(?P<raw>script|style|rt|rp)(?:[\s/](?:[^<>"']++|"[^"]*+"|'[^']*+')*+)?>)|\]\]>""",
     regex.IGNORECASE,
 )
 _END = {
     "comment": regex.compile(r"--!?>"),
     "instruction": regex.compile(r"\?>"),
-    "script": regex.compile(r"</script(?:[\s/][^<>]*+)?>", regex.IGNORECASE),
-    "style": regex.compile(r"</style(?:[\s/][^<>]*+)?>", regex.IGNORECASE),
+    **{
+        name: regex.compile(rf"</{name}(?:[\s/][^<>]*+)?>", regex.IGNORECASE)
+        for name in ("script", "style", "rt", "rp")
+    },
 }
 # Attributes whose value readers see; of at least so many words, since links have short titles in mid-sentence.
 _SHOWN = regex.compile(
@@ -61,11 +69,11 @@ _INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cf}\u0640]+")
 _BROKEN = regex.compile(
     r"(?<=([\p{L}\p{M}]++))[-\u00ad\u00ac\u2010][^\S\n]*+\n[^\S\n]*+(?=(\p{Ll}[\p{L}\p{M}]*+))", regex.V1
 )
-
-
-# Letters that compatibility form writes as two characters, between which words of Thai and Lao would be cut.
-_JOINED = {"\u0e4d\u0e32": "\u0e33", "\u0ecd\u0eb2": "\u0eb3", "\u0eab\u0e99": "\u0edc", "\u0eab\u0ea1": "\u0edd"}
-_TWO = regex.compile("|".join(_JOINED))
+# Letters that compatibility form writes as two characters, between which words of Thai and Lao would be cut; and
+# apostrophes that count as letters (of Ukrainian, Hawaiian), for which others are written as often.
+_SPELT = {"\u0e4d\u0e32": "\u0e33", "\u0ecd\u0eb2": "\u0eb3", "\u0eab\u0e99": "\u0edc", "\u0eab\u0ea1": "\u0edd"}
+_SPELT |= {"\u02bb": "'", "\u02bc": "'"}
+_OTHERWISE = regex.compile("|".join(_SPELT))
 
 
 class Readable(NamedTuple):
@@ -99,6 +107,8 @@ def readable(text: str, is_word: Callable[[str], bool] | None = None, places: bo
     now = Readable(text, numbers[:-1], numbers[1:])
     if "&" in now.text:
         now = _replaced(now, _ENTITY, _decoded)
+    if "\\" in now.text:
+        now = _replaced(now, _ESCAPE, _unescaped)
     passages = _passages(now) if "<" in now.text else [now]
     return [_read(passage, is_word) for passage in passages]
 
@@ -112,7 +122,7 @@ def _read(now: Readable, is_word: Callable[[str], bool] | None) -> Readable:
         now = _replaced(now, _TAG, lambda match: _untagged(match, closed))
     if not now.text.isascii():
         now = _replaced(now, _INVISIBLE, lambda match: "")
-        now = _replaced(now, _TWO, lambda match: _JOINED[match.group()])
+        now = _replaced(now, _OTHERWISE, lambda match: _SPELT[match.group()])
     return now
 
 
@@ -177,8 +187,16 @@ def _replaced(now: Readable, pattern: "regex.Pattern[str]", replacement: Callabl
 
 
 def _decoded(match: "regex.Match[str]") -> str:
-    name = match.group(1)
-    return unescape(f"&{name};") if name.startswith("#") else html5.get(f"{name};", f"&{name};")
+    number, *names = match.groups()
+    name = next(filter(None, names), "")
+    return unescape(f"&{number};") if number else html5.get(f"{name};", match.group())
+
+
+def _unescaped(match: "regex.Match[str]") -> str:
+    """The character that an escape stands for; a space for white space and for half of a surrogate pair."""
+    if match[1]:
+        return " " if match[1][0] in "dD" and match[1][1] > "7" else chr(int(match[1], 16))
+    return "\n" if match.group().endswith("n") else " "
 
 
 def _mended(match: "regex.Match[str]", is_word: Callable[[str], bool] | None) -> str:

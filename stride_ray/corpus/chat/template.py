@@ -14,6 +14,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from stride_ray.corpus.chat.clock import with_fixed_clock
+from stride_ray.corpus.rows.row import has_content
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What is said in conversations that try a template out. The first and last characters are for private use, so that
@@ -88,6 +89,11 @@ class ChatTemplate:
         changed: dict[str, Any] = {}
         for key in _form(message)[1:]:
             word = f"word{i}{''.join(filter(str.isalnum, key))}word"
+            if not _has_text(message[key]):  # a number or a flag, which tells a template what to do, by its name
+                words |= (
+                    {} if re.search(rf"\b{re.escape(key)}\b", self._source) else {word: f"{key} of {message['role']}"}
+                )
+                continue
             words[word] = f"{key} of {message['role']}"
             if key == "content":
                 changed |= self._content(i, {"content": word})
@@ -311,16 +317,15 @@ def _says(message: dict[str, Any]) -> bool:
 
 
 def _form(message: dict[str, Any]) -> tuple[str, ...]:
-    """A turn's role and the keys in which it says something."""
-    said = (key for key, value in message.items() if key not in ("role", "tool_call_id") and _holds(value))
-    return (message["role"], *sorted(said))
+    """A turn's role and the keys that hold something."""
+    held = (key for key, value in message.items() if key not in ("role", "tool_call_id") and has_content(value))
+    return (message["role"], *sorted(held))
 
 
-def _holds(value: Any) -> bool:
-    """Whether a value has text: a number or a flag tells a template what to do."""
+def _has_text(value: Any) -> bool:
     if isinstance(value, dict | list):
-        return any(map(_holds, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, str) and not value.isspace() and value != ""
+        return any(map(_has_text, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str)
 
 
 def _replaced(value: Any, word: str) -> Any:

@@ -120,7 +120,7 @@ def _state(value: Any) -> int:
     """What roles depend on: _NULL, _BLANK, _FILLED, or _LIST for a list with content."""
     if has_content(value):
         return _LIST if isinstance(value, list) else _FILLED
-    return _NULL if value is None else _BLANK
+    return _NULL if value is None or isinstance(value, float) else _BLANK
 
 
 @lru_cache(maxsize=1024)  # rows of a file have the same few states

@@ -72,7 +72,7 @@ class Unreadable(NamedTuple):
 
 
 def has_content(value: Any) -> bool:
-    """Whether a value holds anything: null, blank and empty values do not, nor structs of nothing but nulls.
+    """Whether a value holds anything: null, NaN, blank and empty values do not, nor structs of nothing but nulls.
 
     Merged data sets fill the columns that a row does not have with these. What cannot be read may hold something.
     """
@@ -81,7 +81,8 @@ def has_content(value: Any) -> bool:
     if isinstance(value, dict):
         # One level is enough: columnar files pad structs with nulls, and deeper ones are null as a whole.
         return any(part is not None for part in value.values())
-    return value is not None and value != []
+    # NaN, which pandas has for null and Python writes into JSON, is not equal to itself.
+    return value is not None and value != [] and (not isinstance(value, float) or value == value)
 
 
 def without_nulls(value: Any) -> Any:
@@ -139,6 +140,11 @@ _TYPES: dict[type, str] = {
 def kind_of_type(of: type) -> str:
     """What values of a type are called in messages: "a list", "null"."""
     return _TYPES.get(of, of.__name__)
+
+
+def kind_of_value(value: Any) -> str:
+    """What a value is called in messages."""
+    return "NaN" if value != value else kind_of_type(type(value))
 
 
 def is_corrupt(error: Exception) -> bool:

@@ -224,6 +224,7 @@ def test_tables_without_data_files_are_refused_by_name(tmp_path, files):
         ("a.txt", "hello".encode("utf-16-le"), "NUL characters"),
         ("a.md", b"a\0b", "NUL characters"),
         ("a.txt", "hello".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("a.txt", "hello".encode("utf-32"), "is UTF-32; save it as UTF-8"),
         ("a.txt", b"\xfe\xff" + "hello".encode("utf-16-be"), "is UTF-16; save it as UTF-8"),
         ("part-00000", b'{"text": "a"}\n{"text": "b"}\n', "holds JSON Lines; let its name end in .jsonl"),
         ("part-00000.gz", gzip.compress(b'\n{"text": "a"}', mtime=0), "holds JSON Lines"),
@@ -245,7 +246,7 @@ def test_lines_of_another_encoding_are_told_so(tmp_path, encoding, text):
     (tmp_path / "a.jsonl").write_bytes(f'{{"text": "{text}"}}\r\n{{"text": "b"}}\r\n'.encode(encoding))
     units = plan([str(tmp_path)], 1 << 20)
     with pytest.raises(
-        StrideError, match=r"the first fault: a.jsonl, row 1: (is|contains NUL.*) UTF-16.*; save it as UTF-8"
+        StrideError, match=r"the first fault: a.jsonl, row 1: (is|contains NUL.*) UTF-(16|32).*; save it as UTF-8"
     ):
         resolve_columns(units)
     assert all("save it as UTF-8" in item.reason for unit in units for item in read(unit, {}))

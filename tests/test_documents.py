@@ -225,6 +225,7 @@ def test_tables_without_data_files_are_refused_by_name(tmp_path, files):
         ("a.txt", "hello".encode("utf-16-le"), "NUL characters"),
         ("a.md", b"a\0b", "NUL characters"),
         ("a.txt", "hello".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("a.txt", "hello".encode("utf-32"), "is UTF-32; save it as UTF-8"),
         ("a.txt", b"\xfe\xff" + "hello".encode("utf-16-be"), "is UTF-16; save it as UTF-8"),
         ("part-00000", b'{"text": "a"}\n{"text": "b"}\n', "holds JSON Lines; let its name end in .jsonl"),
         ("part-00000.gz", gzip.compress(b'\n{"text": "a"}', mtime=0), "holds JSON Lines"),
@@ -246,7 +247,7 @@ def test_lines_of_another_encoding_are_told_so(tmp_path, encoding, text):
     (tmp_path / "a.jsonl").write_bytes(f'{{"text": "{text}"}}\r\n{{"text": "b"}}\r\n'.encode(encoding))
     units = plan([str(tmp_path)], 1 << 20)
     with pytest.raises(
-        StrideError, match=r"the first fault: a.jsonl, row 1: (is|contains NUL.*) UTF-16.*; save it as UTF-8"
+        StrideError, match=r"the first fault: a.jsonl, row 1: (is|contains NUL.*) UTF-(16|32).*; save it as UTF-8"
     ):
         resolve_columns(units)
     assert all("save it as UTF-8" in item.reason for unit in units for item in read(unit, {}))
@@ -861,6 +862,24 @@ def test_values_that_python_has_no_type_for_are_no_matter_if_not_used(tmp_path):
     (first, second) = read_all([str(tmp_path)], {"text": "text", "id": "messages"})
     assert "'messages' is unreadable" in first.reason
     assert second.document_id == "1970-01-01T00:00:00.001000"
+
+
+def test_a_record_batch_that_is_gone_from_an_arrow_file_is_told(tmp_path):
+    table = pa.table({"text": [f"text {i}" for i in range(9)]})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    whole = (tmp_path / "a.arrow").read_bytes()
+    assert len(read_all([str(tmp_path)])) == 9
+    starts = [match.start() for match in re.finditer(b"\xff\xff\xff\xff", whole)]  # schema, three batches, the end
+    one, two = whole[starts[2] : starts[3]], whole[starts[1] : starts[2]]
+    assert len(starts) == 5
+    for middle, count, told in ((b"", 6, "has 2 record batches"), (one + two, 12, "has 4 record batches")):
+        (tmp_path / "a.arrow").write_bytes(whole[: starts[2]] + middle + whole[starts[3] :])
+        for shard in (1 << 20, 300):
+            items = read_all([str(tmp_path)], shard_bytes=shard)
+            assert len(items) == count + 1
+            (lost,) = (item for item in items if isinstance(item, Rejected))
+            assert f"row {count}: the file {told} up to here, and its footer states 3" in lost.sentence()
 
 
 def test_columns_of_nulls_are_not_unused_in_arrow(tmp_path):

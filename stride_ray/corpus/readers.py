@@ -278,7 +278,7 @@ def _text_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
 def _encoding_fault(data: bytes) -> str:
     """What to do with bytes that are another encoding's than UTF-8; empty if nothing speaks against UTF-8."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "is UTF-16; save it as UTF-8"
+        return f"is UTF-{32 if data[2:4] == bytes(2) else 16}; save it as UTF-8"
     return "contains NUL characters: UTF-16 or no text at all; save it as UTF-8" if b"\0" in data else ""
 
 

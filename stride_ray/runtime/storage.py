@@ -276,8 +276,7 @@ class Store:
                 except Exception as error:
                     if not is_corrupt(error):
                         raise
-                    place = self.display_url(name)
-                    raise StrideError(f"{place} cannot be read as Parquet: {first_line(error)}") from None
+                    raise self._damaged(name, f"cannot be read as Parquet: {first_line(error)}") from None
 
     @contextmanager
     def translated_errors(self, name: str, deed: str) -> Iterator[None]:

@@ -195,7 +195,7 @@ def _arrow_streams(unit: InputSplit) -> Iterator[tuple[int, int, bytes] | Reject
     """
     file = unit.files[0]
     fs, path = filesystem(file.url)
-    row = 0
+    row = batches = 0
     with fs.open(path, "rb") as handle:
         try:
             framed = handle.read(6) == b"ARROW1"  # the file format: a stream between magic and footer
@@ -206,6 +206,10 @@ def _arrow_streams(unit: InputSplit) -> Iterator[tuple[int, int, bytes] | Reject
                 if message is None:
                     if not framed and file.size not in (END, position + 8):
                         raise pa.ArrowInvalid("bytes follow the end of the stream")
+                    stated = _stated_batches(handle) if framed and position >= unit.start else batches
+                    if stated != batches:
+                        why = f"the file has {batches} record batches up to here, and its footer states {stated}"
+                        yield Rejected(file.name, row, why)
                     return
                 kind, count, size = message
                 if file.size != END and size > file.size - position:
@@ -217,6 +221,7 @@ def _arrow_streams(unit: InputSplit) -> Iterator[tuple[int, int, bytes] | Reject
                     if position >= unit.start:
                         yield row, count, head + handle.read(size)
                     row += count
+                    batches += 1
                 position += size
         except Exception as error:
             if not is_corrupt(error):
@@ -224,6 +229,17 @@ def _arrow_streams(unit: InputSplit) -> Iterator[tuple[int, int, bytes] | Reject
             # A corrupt header fails all later units of the file; only the unit that owns its position reports it.
             if position >= unit.start:
                 yield Rejected(file.name, row, f"unreadable from here to the end of the file: {reason(error)}")
+
+
+def _stated_batches(handle: Any) -> int:
+    """Record batches that the footer of a file in Arrow's file format states.
+
+    Raises:
+        pa.ArrowInvalid: the footer is not valid.
+    """
+    handle.seek(0)
+    with pa.ipc.open_file(handle) as file:
+        return int(file.num_record_batches)
 
 
 def _arrow_batch(

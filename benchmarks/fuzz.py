@@ -33,7 +33,8 @@ from stride_ray.corpus.documents import Document, read, resolve_columns
 from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import plan
-from stride_ray.corpus.tokenizing import encode, load_saved_tokenizer, load_tokenizer
+from stride_ray.corpus.tokenization.encoding import encode
+from stride_ray.corpus.tokenization.tokenizer import load_saved_tokenizer, load_tokenizer
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.operators.row_store import RowStore
 from stride_ray.runtime.config import dumps, loads

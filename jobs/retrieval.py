@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from stride_ray.cli.quickstart import BLOCK_TOKENS, EPOCHS
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.shard import shard
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.retrieval import as_table, source_retrieval
 from stride_ray.models.toy import train_model, train_tokenizer
 from stride_ray.operators.fit import fit

@@ -13,11 +13,12 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.corpus.chat import clock
-from stride_ray.corpus.chat.clock import FIXED, fix_clock, fixed_time, with_fixed_clock
 from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.shard import shard
-from stride_ray.corpus.tokenizing import load_tokenizer, show_masked
+from stride_ray.corpus.tokenization import clock
+from stride_ray.corpus.tokenization.clock import FIXED, fix_clock, fixed_time, with_fixed_clock
+from stride_ray.corpus.tokenization.encoding import show_masked
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 

@@ -4,7 +4,7 @@ import pytest
 from test_tokens import CHAT, FORGETFUL, backend, turns
 from transformers import PreTrainedTokenizerFast
 
-from stride_ray.corpus.chat.template import ChatTemplate
+from stride_ray.corpus.tokenization.template import ChatTemplate
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

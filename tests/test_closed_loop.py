@@ -15,7 +15,7 @@ from test_select import with_options
 from transformers import AutoModelForCausalLM
 
 from stride_ray.attribution.attribute import stored_queries
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate import answer_f1 as unigram
 from stride_ray.evaluate.answer_f1 import answer_f1, has_answers, unigram_f1
 from stride_ray.evaluate.closed_loop import ARMS, F1, LOSS, arm_benchmark, closed_loop, compare_arms

@@ -20,7 +20,7 @@ from conftest import TOKENS, documents
 from test_faults import await_markers, kill_family
 
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.comparison import compare as comparison
 from stride_ray.evaluate.comparison import stride_variants
 from stride_ray.evaluate.comparison.compare import (

@@ -27,7 +27,7 @@ from stride_ray.corpus.numbering import (
 from stride_ray.corpus.packing import Counts, block_id, block_schema, iter_blocks, make_blocks
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import InputSplit, plan
-from stride_ray.corpus.tokenizing import encode_stream
+from stride_ray.corpus.tokenization.encoding import encode_stream
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Stage, part_name
 from stride_ray.runtime.storage import Store

@@ -19,7 +19,7 @@ from stride_ray.cli.main import main
 from stride_ray.cli.status import status
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.shard import shard
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.models.loading import load_measured_model, load_run_model
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError

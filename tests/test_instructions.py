@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from stride_ray.attribution.attribute import read_influence, stored_queries
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate import instruction_tuning
 from stride_ray.evaluate.instruction_tuning import (
     CHANCE,

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from stride_ray.corpus.documents import Document
-from stride_ray.corpus.tokenizing import encode, load_tokenizer, show_masked
+from stride_ray.corpus.tokenization.encoding import encode, show_masked
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 
 LINES = ["the cat sat on the mat", "is two and two four", "2+2=4", "def loads(s): return", "a\nb é 日本"] * 20
 ALPHABET = "the catis2+=4\né日"

@@ -28,7 +28,7 @@ from stride_ray.cli.status import status
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.shard import shard
-from stride_ray.corpus.tokenizing import load_saved_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_saved_tokenizer
 from stride_ray.operators.fit import fit
 from stride_ray.operators.stored import load_operators
 from stride_ray.runtime.errors import StrideError

@@ -151,7 +151,7 @@ def test_prompts_and_chats_lose_spans_and_token_ids_are_refused(scanned, parts):
     (line,) = (root / "clean/chat.jsonl").read_text().splitlines()
     assert json.loads(line)["messages"][0] == {"role": "user", "content": "Hm, ?"}
 
-    from stride_ray.corpus.tokenizing import load_tokenizer
+    from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(parts.tokenizer))
     (root / "ids").mkdir()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stride_ray.attribution.attribute import attribute
 from stride_ray.cli.main import main
 from stride_ray.corpus.shard import shard
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.models.causal_lm import load_model
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run

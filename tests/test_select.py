@@ -19,7 +19,7 @@ from stride_ray.attribution import rescore
 from stride_ray.attribution.attribute import read_influence
 from stride_ray.cli.main import main
 from stride_ray.corpus import shard
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store

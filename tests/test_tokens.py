@@ -12,14 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from stride_ray.corpus.documents import Document, TokenizedDocument
 from stride_ray.corpus.readers import Rejected
-from stride_ray.corpus.tokenizing import (
-    encode,
-    encode_stream,
-    end_of_text_id,
-    load_tokenizer,
-    show_masked,
-    vocabulary_size,
-)
+from stride_ray.corpus.tokenization.encoding import encode, encode_stream, show_masked
+from stride_ray.corpus.tokenization.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 from stride_ray.runtime.errors import StrideError
 
 LINES = ["the cat sat on the mat", "what is two and two", "the answer is four", "user assistant system"] * 20
@@ -154,7 +148,7 @@ def test_token_ids_pass_through_unless_outside_the_vocabulary(tokenizer):
 
 
 def test_the_stream_keeps_its_order_and_its_rejects(tokenizer, monkeypatch):
-    monkeypatch.setattr("stride_ray.corpus.tokenizing._BATCH_CHARACTERS", 30)
+    monkeypatch.setattr("stride_ray.corpus.tokenization.encoding._BATCH_CHARACTERS", 30)
     items = [Rejected("f", i, "bad") if i % 3 == 0 else Document(str(i), "s", text="cat " * (i + 1)) for i in range(20)]
     results = list(encode_stream(items, tokenizer))
     assert len(results) == len(items)

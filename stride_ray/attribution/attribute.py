@@ -18,7 +18,7 @@ from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.documents import shown_name
 from stride_ray.corpus.failures import FAILED_BLOCKS_FILE, failed_blocks_note
 from stride_ray.corpus.queries import read_queries
-from stride_ray.corpus.tokenizing import load_saved_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_saved_tokenizer
 from stride_ray.operators.fit import fit
 from stride_ray.report.page import attribution_page
 from stride_ray.runtime.actor_pool import shared_actor_pool

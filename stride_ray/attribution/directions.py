@@ -151,8 +151,8 @@ class DirectionWorker(ModelWorker):
             for answer, each in zip(good, solved, strict=True):
                 answer["steps"] = each.steps
         for y in found:
-            for each in self.eigenvalues:
-                y[each.name] = each.for_kronecker(y[each.name])
+            for site in self.eigenvalues:
+                y[site.name] = site.for_kronecker(y[site.name])
         names = [site.name for site in self.sites] if found else []
         tensors = {name: torch.stack([each.pop(name) for each in found]).cpu() for name in names}
         # Marker first: here the presence of the file, which can be removed, means that the unit is done.

@@ -28,7 +28,7 @@ from stride_ray.corpus.failures import (
     write_failed_blocks,
 )
 from stride_ray.corpus.queries import check_name, fingerprint, read_queries
-from stride_ray.corpus.tokenizing import load_saved_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_saved_tokenizer
 from stride_ray.models.batch_size import rows_at_once
 from stride_ray.models.loading import load_run_model, measured_model_fingerprint
 from stride_ray.models.query_batches import batches, padded, validate_query

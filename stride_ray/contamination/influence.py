@@ -28,7 +28,8 @@ from stride_ray.corpus.documents import Document
 from stride_ray.corpus.queries import SCHEMA as QUERIES
 from stride_ray.corpus.queries import failed, row
 from stride_ray.corpus.readers import Rejected
-from stride_ray.corpus.tokenizing import encode, load_saved_tokenizer
+from stride_ray.corpus.tokenization.encoding import encode
+from stride_ray.corpus.tokenization.tokenizer import load_saved_tokenizer
 from stride_ray.models.loading import measured_model_fingerprint
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError

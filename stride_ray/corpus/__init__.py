@@ -1,1 +1,1 @@
-"""From documents and queries to token blocks: files, splits, readers, tokenizing, packing, numbering."""
+"""From documents and queries to token blocks: files, splits, readers, tokenization, packing, numbering."""

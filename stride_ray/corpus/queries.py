@@ -16,7 +16,7 @@ from stride_ray.corpus.documents import Document, TokenizedDocument, read_with_r
 from stride_ray.corpus.readers import Rejected, Row
 from stride_ray.corpus.rows.row import Unreadable, named
 from stride_ray.corpus.splits import plan
-from stride_ray.corpus.tokenizing import encode
+from stride_ray.corpus.tokenization.encoding import encode
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import redact_url
 

@@ -19,19 +19,18 @@ import numpy as np
 from xxhash import xxh3_128_hexdigest
 
 from stride_ray.corpus.blocks import fixed_lists
-from stride_ray.corpus.chat.clock import fix_clock, fixed_time
 from stride_ray.corpus.documents import TokenizedDocument, read, resolve_columns
 from stride_ray.corpus.numbering import document_hashes, number_part, repeats, write_staged
 from stride_ray.corpus.packing import KEPT_UNUSED, PADDING, Counts, make_blocks
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import InputSplit, plan
-from stride_ray.corpus.tokenizing import (
+from stride_ray.corpus.tokenization.clock import fix_clock, fixed_time
+from stride_ray.corpus.tokenization.encoding import encode_stream, show_masked
+from stride_ray.corpus.tokenization.tokenizer import (
     TOKENIZER_CHECKSUMS,
-    encode_stream,
     end_of_text_id,
     load_saved_tokenizer,
     load_tokenizer,
-    show_masked,
     tokenizer_fingerprint,
     vocabulary_size,
 )

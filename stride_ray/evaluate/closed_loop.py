@@ -18,7 +18,7 @@ from stride_ray.attribution.attribute import read_influence, stored_queries
 from stride_ray.attribution.tables import DOCUMENTS
 from stride_ray.corpus.blocks import Blocks, document_shares, fixed_lists
 from stride_ray.corpus.queries import fingerprint
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.answer_f1 import answer_f1, has_answers
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.retraining.benchmark import Benchmark

@@ -29,7 +29,7 @@ from stride_ray.corpus.documents import Document, read, resolve_columns
 from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.shard import shard
 from stride_ray.corpus.splits import plan
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.planting import disguised
 from stride_ray.evaluate.retraining.benchmark import Benchmark

@@ -20,7 +20,7 @@ from stride_ray.contamination.items import Item, read_set
 from stride_ray.contamination.nightly import scan
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.shard import shard
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.baselines.gradient.logra import scores as logra
 from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.evaluate.planting import KINDS

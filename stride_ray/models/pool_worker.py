@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from stride_ray.corpus.blocks import Batch, Blocks
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.models.batch_size import rows_at_once
 from stride_ray.models.download import local_model
 from stride_ray.models.loading import load_run_model

@@ -72,7 +72,7 @@ def marker_name(arm: str, part: int) -> str:
 def _blocks(how: Reading, part: int, wanted: set[int], path: str) -> int:
     """Pack the selected documents of a part into new blocks in the run's layout; returns the number of blocks."""
     # Imported here because most selections write rows, which takes less time than importing the tokenizer libraries.
-    from stride_ray.corpus.tokenizing import end_of_text_id, load_tokenizer
+    from stride_ray.corpus.tokenization.tokenizer import end_of_text_id, load_tokenizer
 
     tokenizer = load_tokenizer(how.blocks.child("tokenizer").url)
     kept = (

@@ -20,7 +20,7 @@ from stride_ray.contamination.lexical.words import passages
 from stride_ray.corpus.documents import Document, read
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import InputSplit
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.runtime.actor_pool import map_actors
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.options import ComputeConfig

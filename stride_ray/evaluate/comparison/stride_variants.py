@@ -21,7 +21,7 @@ from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.queries import SCHEMA, row
 from stride_ray.corpus.shard import shard
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.operators.fit import fit

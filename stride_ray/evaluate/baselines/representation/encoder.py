@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stride_ray.corpus.tokenizing import load_tokenizer
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import first_line

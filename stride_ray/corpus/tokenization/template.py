@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from stride_ray.corpus.chat.clock import with_fixed_clock
 from stride_ray.corpus.rows.row import has_content
+from stride_ray.corpus.tokenization.clock import with_fixed_clock
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What is said in conversations that try a template out. The first and last characters are for private use, so that

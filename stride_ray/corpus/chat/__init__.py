@@ -1,1 +1,0 @@
-"""Chat templates: conversations to text with marked targets, at a fixed time."""

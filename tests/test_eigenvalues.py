@@ -12,6 +12,7 @@ from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.curvature.eigenvalues import EIGENVALUE_DAMPING, add_squares, eigenbasis, measured
 from stride_ray.models.curvature.moments import preconditioned
 from stride_ray.models.sites import EMBEDDING, HEAD, find_sites, site_gradients
+from stride_ray.models.vocabulary import TokenSide
 from stride_ray.runtime.storage import Store
 
 
@@ -36,7 +37,11 @@ def known(model, texts):  # noqa: F811
     squares = {}
     for row in range(B):
         add_squares(squares, model, sites, bases, ids[row : row + 1], mask[row : row + 1])
-    return sites, {name: measured(basis, squares[name], B, count / B) for name, basis in bases.items()}, count
+    return (
+        sites,
+        {site.name: measured(bases[site.name], site, squares[site.name], B, count / B) for site in sites},
+        count,
+    )
 
 
 def test_every_linear_map_is_a_site(model):
@@ -60,8 +65,16 @@ def test_eigenvalues_are_mean_squares_of_gradients_in_the_basis(model, texts, kn
             rotated = (each.Q_in.T @ G if len(each.Q_in) else G) @ each.Q_out
             total = total + rotated.double().square()
         values = total / B / (count / B)
-        expected = 1 / (values + EIGENVALUE_DAMPING * values.mean())
+        # The damping is the same for all weights of the matrix itself.
+        factor = site.tokens.weights.double().square().unsqueeze(1) if site.name in (EMBEDDING, HEAD) else 1.0
+        expected = 1 / (values + EIGENVALUE_DAMPING * (values / factor).mean() * factor)
         torch.testing.assert_close(each.inverse.double(), expected, rtol=2e-3, atol=0)
+
+
+def test_folded_coordinates_have_their_tokens_mean_squared_weight():
+    side = TokenSide(torch.tensor([1.0, -2.0, 3.0, -1.0]), torch.tensor([0, 1, 0, 1]))
+    assert side.squared_weights().tolist() == [5.0, 2.5]
+    assert TokenSide(side.weights).squared_weights().tolist() == [1.0, 4.0, 9.0, 1.0]
 
 
 def test_a_direction_passed_on_to_the_kronecker_factors_is_the_one_solved_for(model, texts, known):  # noqa: F811

@@ -54,6 +54,15 @@ class TokenSide:
             x = x.new_zeros(*x.shape[:-1], self.folded).index_add_(-1, self.buckets[:V], x)
         return x @ self.directions[: x.shape[-1]] if len(self.directions) else x
 
+    def squared_weights(self) -> Tensor:
+        """(v,): the squared weight of each coordinate, a mean over the tokens of a bucket."""
+        squares = self.weights.square()
+        if not len(self.buckets):
+            return squares
+        zeros = squares.new_zeros(self.folded)
+        counts = zeros.index_add(0, self.buckets, torch.ones_like(squares))
+        return zeros.index_add(0, self.buckets, squares) / counts
+
     def to_tokens(self, x: Tensor) -> Tensor:
         """The transpose of ``of`` without a projection: coordinates (…, v) to per-token values (…, V)."""
         return (x[..., self.buckets] if len(self.buckets) else x) * self.weights

@@ -85,17 +85,21 @@ def eigenbasis(name: str, moments: KroneckerFactors) -> Eigenvalues:
     return Eigenvalues(name, Q_in, Q_out, inner, outer, _none())
 
 
-def measured(basis: Eigenvalues, squares: Tensor, blocks: int, positions: float) -> Eigenvalues:
+def measured(basis: Eigenvalues, site: Site, squares: Tensor, blocks: int, positions: float) -> Eigenvalues:
     """The eigenvalues, from the sum over blocks of squared gradients in the basis.
 
     Args:
         basis: from ``eigenbasis``.
+        site: the same one's.
         squares: (F, D), the sum.
         blocks: number of blocks in the sum.
         positions: a block's mean number of positions. A block's J is a sum over them, and H a mean.
     """
     values = squares.double() / max(1, blocks) / max(1.0, positions)
-    return replace(basis, inverse=(values + EIGENVALUE_DAMPING * values.mean() + 1e-30).reciprocal().float())
+    # All weights of a matrix are damped alike; the vocabulary's coordinates of J have a factor each.
+    factor = site.tokens.squared_weights().double().unsqueeze(1) if len(site.tokens.weights) else torch.ones(1).double()
+    damping = EIGENVALUE_DAMPING * (values / factor).mean() * factor
+    return replace(basis, inverse=(values + damping + 1e-30).reciprocal().float())
 
 
 def add_squares(

@@ -137,7 +137,8 @@ def measure_eigenvalues(
         return found
 
     map_sample_slices(actors, EigenvalueWorker, (*given, store), few, "eigenvalues", add_up)
-    return [measured(basis, squares.pop(basis.name), len(few), positions) for basis in bases]
+    known = {site.name: site for site in load_sites(store, UNSCALED, "cpu")}
+    return [measured(basis, known[basis.name], squares.pop(basis.name), len(few), positions) for basis in bases]
 
 
 def save_sites(store: Store, name: str, sites: list[Site]) -> None:

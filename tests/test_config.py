@@ -122,7 +122,7 @@ DEPENDING = {
     },
     "attribute.top": {"responses", "estimates", "influence", "exact"},
     "attribute.candidates": {"influence"},
-    "operators.layers": {*FITTED, *EXACT},
+    **{name: {*FITTED, *EXACT} for name in ("operators.layers", "operators.sites")},
 }
 
 

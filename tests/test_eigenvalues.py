@@ -71,7 +71,8 @@ def test_eigenvalues_are_mean_squares_of_gradients_in_the_basis(model, texts, kn
         torch.testing.assert_close(each.inverse.double(), expected, rtol=2e-3, atol=0)
 
 
-def test_folded_coordinates_have_their_tokens_mean_squared_weight():
+def test_folded_coordinates_have_their_tokens_mean_squared_weight(monkeypatch):
+    monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", 2)
     side = TokenSide(torch.tensor([1.0, -2.0, 3.0, -1.0]), torch.tensor([0, 1, 0, 1]))
     assert side.squared_weights().tolist() == [5.0, 2.5]
     assert TokenSide(side.weights).squared_weights().tolist() == [1.0, 4.0, 9.0, 1.0]

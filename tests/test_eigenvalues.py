@@ -9,7 +9,12 @@ from transformers.pytorch_utils import Conv1D
 
 from stride_ray.attribution.attribute import read_influence
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.models.curvature.eigenvalues import EIGENVALUE_DAMPING, add_squares, eigenbasis, measured
+from stride_ray.models.curvature.eigenvalues import (
+    EIGENVALUE_DAMPING,
+    add_squares,
+    kronecker_eigenbasis,
+    with_eigenvalues,
+)
 from stride_ray.models.curvature.moments import preconditioned
 from stride_ray.models.sites import EMBEDDING, HEAD, find_sites, site_gradients
 from stride_ray.models.vocabulary import TokenSide
@@ -33,13 +38,13 @@ def known(model, texts):  # noqa: F811
     moments, count = site_moments(model, names, ids, mask)
     counts = torch.bincount(ids.flatten(), minlength=V)
     sites = tuple(preconditioned(name, each / count, counts, 0) for name, each in moments.items())
-    bases = {name: eigenbasis(name, each / count) for name, each in moments.items()}
+    bases = {name: kronecker_eigenbasis(name, each / count) for name, each in moments.items()}
     squares = {}
     for row in range(B):
         add_squares(squares, model, sites, bases, ids[row : row + 1], mask[row : row + 1])
     return (
         sites,
-        {site.name: measured(bases[site.name], site, squares[site.name], B, count / B) for site in sites},
+        {site.name: with_eigenvalues(bases[site.name], site, squares[site.name], B, count / B) for site in sites},
         count,
     )
 
@@ -62,13 +67,13 @@ def test_eigenvalues_are_mean_squares_of_gradients_in_the_basis(model, texts, kn
                 G = G.T * site.tokens.weights.unsqueeze(1)
             if site.name == EMBEDDING:
                 G = G * site.tokens.weights.unsqueeze(1)
-            rotated = (each.Q_in.T @ G if len(each.Q_in) else G) @ each.Q_out
+            rotated = (each.Q_first.T @ G if len(each.Q_first) else G) @ each.Q_second
             total = total + rotated.double().square()
         values = total / B / (count / B)
         # The damping is the same for all weights of the matrix itself.
         factor = site.tokens.weights.double().square().unsqueeze(1) if site.name in (EMBEDDING, HEAD) else 1.0
         expected = 1 / (values + EIGENVALUE_DAMPING * (values / factor).mean() * factor)
-        torch.testing.assert_close(each.inverse.double(), expected, rtol=2e-3, atol=0)
+        torch.testing.assert_close(each.inverse_eigenvalues.double(), expected, rtol=2e-3, atol=0)
 
 
 def test_folded_coordinates_have_their_tokens_mean_squared_weight(monkeypatch):
@@ -84,9 +89,9 @@ def test_a_direction_passed_on_to_the_kronecker_factors_is_the_one_solved_for(mo
         each = found[site.name]
         solved = each.solved(J)
         torch.testing.assert_close(
-            site.solved(each.for_kronecker(J)), solved, rtol=1e-3, atol=1e-4 * solved.abs().max()
+            site.solved(each.kronecker_preimage(J)), solved, rtol=1e-3, atol=1e-4 * solved.abs().max()
         )
-        back = each.rotated(solved) / each.inverse
+        back = each.rotated(solved) / each.inverse_eigenvalues
         torch.testing.assert_close(back, each.rotated(J), rtol=1e-3, atol=1e-5)
 
 

@@ -136,7 +136,7 @@ def test_a_query_gets_the_same_rows_alone_and_in_company(estimated, parts, shard
 
 def test_units_and_slices_decide_nothing(estimated, parts, sharded, plain, monkeypatch):
     monkeypatch.setattr(site_responses, "SLICES", 3)
-    monkeypatch.setattr(rescore, "CANDIDATES", 4)
+    monkeypatch.setattr(rescore, "MAX_CANDIDATES_PER_UNIT", 4)
     run, _, _ = asked(sharded("slices"), parts)
     mine, others = (by_block(read_influence(each, "asked")) for each in (run, estimated[1]))
     assert {key: row["exact"] for key, row in mine.items()} == {key: row["exact"] for key, row in others.items()}

@@ -24,7 +24,7 @@ from stride_ray.corpus.failures import (
 from stride_ray.corpus.queries import fingerprint
 from stride_ray.models.causal_lm import masked_mean
 from stride_ray.models.curvature.conjugate_gradients import Gradient, curvature_scale, solve
-from stride_ray.models.curvature.eigenvalues import load_eigenvalues
+from stride_ray.models.curvature.eigenvalues import EIGENVALUES, load_ekfac
 from stride_ray.models.curvature.gauss_newton import GaussNewton, batch_rows
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.loading import load_measured_model, load_run_model
@@ -117,7 +117,8 @@ class DirectionWorker(ModelWorker):
         super().__init__(config, blocks, device)
         self.stage = stage
         self.sites = load_sites(curvature, SITES, self.model.device)
-        self.eigenvalues = load_eigenvalues(curvature, self.model.device)
+        every = config.operators.sites == "all"
+        self.ekfac = load_ekfac(curvature, EIGENVALUES, self.model.device) if every else ()
         self.curved = int(curvature.read_json("manifest.json")["blocks"])
         self.unit = queries_per_unit(gradient_bytes(curvature))
         self.table = stage.store.read_table("queries.parquet")
@@ -145,14 +146,14 @@ class DirectionWorker(ModelWorker):
         good = [answer for answer in answers if answer["status"] == "ok"]
         options = self.config.solve
         if options.steps:
-            preconditioner = self.eigenvalues or self.sites
+            preconditioner = self.ekfac or self.sites
             solved = solve(found, preconditioner, self._gauss_newton, options.steps, options.damping)
             found = [each.y for each in solved]
             for answer, each in zip(good, solved, strict=True):
                 answer["steps"] = each.steps
         for y in found:
-            for site in self.eigenvalues:
-                y[site.name] = site.for_kronecker(y[site.name])
+            for site in self.ekfac:
+                y[site.name] = site.kronecker_preimage(y[site.name])
         names = [site.name for site in self.sites] if found else []
         tensors = {name: torch.stack([each.pop(name) for each in found]).cpu() for name in names}
         # Marker first: here the presence of the file, which can be removed, means that the unit is done.

@@ -1,4 +1,4 @@
-"""Stage rescore: exact influence for a query's shortlist, estimates for the rest, and the ranked tables.
+"""Stages rescore and exact: exact influence for a query's shortlist, estimates for the rest, and the ranked tables.
 
 Exact influence is J(x)ᵀ H⁻¹ J_i (sites.py), a K-FAC influence function at layer outputs (Grosse et al. 2023, arXiv
 2308.03296). It costs a forward and a backward pass per candidate. Scoring every block (``exact_influence``) needs no
@@ -38,8 +38,8 @@ from stride_ray.runtime.progress import run_missing
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store
 
-# Maximum queries per pass over the pool; maximum candidates per work unit, and the units aimed at per group.
-MAX_QUERIES_PER_PASS, CANDIDATES, MIN_UNITS = 256, 128, 8
+# Maximum queries per pass over the pool; maximum candidates per work unit, and target number of units per group.
+MAX_QUERIES_PER_PASS, MAX_CANDIDATES_PER_UNIT, TARGET_UNITS = 256, 128, 8
 # Candidates that hold 95 % of the exact top ten: BASE + FACTOR · N^⅓ / KiB^EXPONENT, with the operators' KiB per block
 # (RESULTS.md, Shortlists; fitted at 1,600 to 25,600 blocks). The last is the cap.
 BASE_CANDIDATES, CANDIDATE_FACTOR, BYTES_EXPONENT, MAX_CANDIDATES = 10, 55.0, 1.75, 1600
@@ -183,12 +183,12 @@ class _Scoring:
             for part, at in enumerate(range(0, n_queries, unit))
         }
 
-        def invert(missing: list[Any]) -> Iterator[dict[str, Any]]:
+        def compute(missing: list[Any]) -> Iterator[dict[str, Any]]:
             directions = begin_directions(self.run, table, self.name)
             compute_directions(config, self.blocks, curvature, directions, n_queries, self.actors)
             return self.actors.map(QueryWorker, (directions, self.actors.device, curvature, stage), missing)
 
-        markers, following = run_missing(stage, parts, invert, "invert", "parts"), iter(before)
+        markers, following = run_missing(stage, parts, compute, "invert", "parts"), iter(before)
         queries = [[{**next(following), **row} for row in marker["answers"]] for marker in markers]
         check_failed_queries(row for part in queries for row in part)
         passes = passes_over(size, n_queries, config.compute.query_gb)
@@ -251,24 +251,24 @@ def candidate_count(config: Config, operators: dict[str, Any]) -> int:
     return 100 if wanted < 0 else wanted
 
 
-def candidates_needed(n_blocks: int, bytes_a_block: float) -> int:
+def candidates_needed(n_blocks: int, bytes_per_block: float) -> int:
     """Number of candidates that hold 95 % of a query's exact top ten, fitted (RESULTS.md, Shortlists).
 
     Example: 1,000,000 blocks with 8 KiB (8,192 bytes) each need 10 + 55 · 100 / 8^1.75 = 155.
     """
-    return round(BASE_CANDIDATES + CANDIDATE_FACTOR * n_blocks ** (1 / 3) / (bytes_a_block / 1024) ** BYTES_EXPONENT)
+    return round(BASE_CANDIDATES + CANDIDATE_FACTOR * n_blocks ** (1 / 3) / (bytes_per_block / 1024) ** BYTES_EXPONENT)
 
 
 def candidate_units(group: Group, queries: Parts, candidates: int) -> list[ScoreUnit]:
-    """Cut the union of a group's candidates into units of at most CANDIDATES blocks; a query keeps only its own scores.
+    """Cut the union of a group's candidates into units of blocks; a query keeps only its own scores.
 
-    Example: two queries with candidates [5, 9] and [5, 7] have the union [5, 7, 9]. At most MIN_UNITS in number, each
-    gets its own unit: ``ordinals`` [5] with ``wanted`` [[0, 1], [0, 0]], [7] with [[1], [0]], and [9] with [[0], [0]].
+    Example: two queries with candidates [5, 9] and [5, 7] have the union [5, 7, 9]. Fewer than TARGET_UNITS, each gets
+    its own unit: ``ordinals`` [5] with ``wanted`` [[0, 1], [0, 0]], [7] with [[1], [0]], and [9] with [[0], [0]].
     """
     valid = [row for part in group for row in queries[part] if row["status"] == "ok"]
     chosen = [_largest(row["ordinals"], row["estimates"], candidates) for row in valid]
     union = np.unique(np.concatenate([np.zeros(0, np.int64), *chosen]))
-    units, size = [], max(1, min(CANDIDATES, -(-len(union) // MIN_UNITS)))
+    units, size = [], max(1, min(MAX_CANDIDATES_PER_UNIT, -(-len(union) // TARGET_UNITS)))
     for index, start in enumerate(range(0, len(union), size)):
         chunk = union[start : start + size]
         pairs = [(row, np.flatnonzero(np.isin(chunk, candidates_of))) for row, candidates_of in enumerate(chosen)]

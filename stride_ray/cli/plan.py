@@ -11,7 +11,7 @@ from typing import Any
 
 from stride_ray.attribution.directions import queries_per_unit
 from stride_ray.attribution.recover import PARTS_PER_UNIT
-from stride_ray.attribution.rescore import CANDIDATES, candidate_count, candidates_needed, passes_over
+from stride_ray.attribution.rescore import MAX_CANDIDATES_PER_UNIT, candidate_count, candidates_needed, passes_over
 from stride_ray.attribution.respond import QUERIES_PER_UNIT
 from stride_ray.attribution.site_responses import SLICE
 from stride_ray.attribution.site_responses import SLICES as SLICED
@@ -186,7 +186,7 @@ UNITS: dict[str, Callable[[Size], int]] = {
     "sums": lambda size: shard_count(size.blocks),
     "fit": lambda size: unit_count(size.blocks),
     "score": lambda size: size.passes * unit_count(size.blocks),
-    "influence/score": lambda size: -(-size.queries * size.candidates // CANDIDATES),
+    "influence/score": lambda size: -(-size.queries * size.candidates // MAX_CANDIDATES_PER_UNIT),
     "multiply": lambda size: max(SLICED, -(-int(size.store) // SLICE)),
     "reduce": lambda _: 1,
     "judge": lambda _: 1,

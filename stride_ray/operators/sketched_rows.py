@@ -47,9 +47,11 @@ def subset_rows(given: tuple[Any, ...], subsets: int, actors: ActorPool) -> tupl
     waves = [slice(at, at + WAVE) for at in range(0, len(names), WAVE)]
 
     def add(wave: int, left: list[Any]) -> Iterator[dict[str, Any]]:
-        units = waves[wave]
-        map_block_ranges(SumWorker, names[units], ranges[units], given, stage, actors)
-        arguments = (config, blocks, stage, names[units], wave, units == waves[-1])
+        map_block_ranges(SumWorker, names[waves[wave]], ranges[waves[wave]], given, stage, actors)
+        return added_up(wave, left)
+
+    def added_up(wave: int, left: list[Any]) -> Iterator[dict[str, Any]]:
+        arguments = (config, blocks, stage, names[waves[wave]], wave, waves[wave] == waves[-1])
         yield from actors.map_function(add_sums, arguments, left)
         # Later waves have not started, so only this wave's sums exist.
         stage.clear_tensors("sum-")

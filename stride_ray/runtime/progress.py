@@ -44,12 +44,12 @@ def run_missing(
     ``work([1])`` and returns both markers.
 
     Args:
-        stage: begun.
+        stage: from Run.begin.
         units: what the worker takes, by the unit's name, which is that of its done marker.
         work: maps a worker over units, and yields their done markers; not called if nothing is missing.
         label: of the progress bar.
         noun: what the progress bar counts.
-        size: how many of these a unit has.
+        size: number of ``noun`` per unit; one unless given.
     """
     done = stage.done()
     missing = {name: unit for name, unit in units.items() if name not in done}

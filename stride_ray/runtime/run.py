@@ -71,6 +71,7 @@ class Stage:
         except StrideError:
             if not self.finished:
                 raise
+            self.store.check_claim()  # else it is another command's manifest, made with other settings
 
     def done(self) -> dict[str, dict[str, Any]]:
         """Done markers by unit name, sorted by name."""
@@ -102,11 +103,15 @@ class Stage:
         self.remember([marker])
         return marker
 
-    def clear_tensors(self, beginning: str = "") -> None:
-        """Remove the safetensors files with this name prefix, which a finished stage no longer needs."""
-        for name in self.store.names(ending=".safetensors"):
+    def clear(self, beginning: str, ending: str = "") -> None:
+        """Remove the files with this beginning and ending of their names, which the stage no longer needs."""
+        for name in self.store.names(ending=ending):
             if name.startswith(beginning):
                 self.store.remove(name)
+
+    def clear_tensors(self, beginning: str = "") -> None:
+        """Remove the safetensors files with this beginning of their names."""
+        self.clear(beginning, ".safetensors")
 
 
 class Run:
@@ -211,18 +216,19 @@ class _OwnedStore(Store):
         return _OwnedStore(super().child(name).url, self._at, self._keys)
 
     def write(self, name: str, data: bytes | memoryview) -> None:
-        self._check()
+        self.check_claim()
         super().write(name, data)
 
     def put(self, name: str, path: str) -> str:
-        self._check()
+        self.check_claim()
         return super().put(name, path)
 
     def remove(self, name: str) -> None:
-        self._check()
+        self.check_claim()
         super().remove(name)
 
-    def _check(self) -> None:
+    def check_claim(self) -> None:
+        """Raise StrideError if another command has claimed the folder."""
         if digest(Store(self._at).read_json("stage.json")["keys"]) != self._keys:
             raise StrideError(
                 f"{redact_url(self._at)} was taken by another command, with other settings, while this one worked; "

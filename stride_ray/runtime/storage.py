@@ -84,6 +84,9 @@ class Store:
         if ".." in name.replace("\\", "/").split("/"):
             raise StrideError(f"{name!r} leads out of {redact_url(self.url)}; rename it in the input.")
 
+    def check_claim(self) -> None:
+        """Raise StrideError if the folder was claimed and the claim is lost (run.claim)."""
+
     def exists(self, name: str) -> bool:
         """Whether the file exists."""
         with self.translated_errors(name, "read"):

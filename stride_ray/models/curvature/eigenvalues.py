@@ -1,11 +1,11 @@
 """EK-FAC's eigenvalues of the sites' curvature (George et al. 2018, arXiv 1806.03884), for the queries' solve.
 
-K-FAC's H has the eigenvalues λ_i μ_j in the eigenbasis of its factors, for inputs u and output gradients g as if these
-were independent. EK-FAC keeps the basis and measures Λ_ij, the mean square of the blocks' gradients in it. H stays what
-blocks are whitened with: a query's direction x = Λ⁻¹ J(x) is passed on as y with H⁻¹ y = x.
+In the eigenbasis Q of its factors, K-FAC's H has the eigenvalues λ_i μ_j, as if inputs u and output gradients g were
+independent. EK-FAC keeps the basis and measures the eigenvalues Λ_ij, the mean squares of the blocks' gradients in it:
+F = Q Λ Qᵀ. Blocks are still whitened with H, whose factors act on single tokens, so a query's direction x = F⁻¹ J(x) is
+passed on as y with H⁻¹ y = x. An H⁻¹ J takes four matrix products, F⁻¹ J too.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,121 +19,116 @@ from stride_ray.models.matrices import damped_eigenbasis
 from stride_ray.models.sites import EMBEDDING, HEAD, Site, site_gradients
 from stride_ray.runtime.storage import Store, tensor_bytes
 
-EIGENVALUES = "eigenvalues"
+BASES, EIGENVALUES = "bases", "eigenvalues"
 # Λ is damped by this share of its mean at each site (Grosse et al. 2023, arXiv 2308.03296).
 EIGENVALUE_DAMPING = 0.1
-PARTS = ("Q_in", "Q_out", "factors_in", "factors_out", "inverse")
-
-
-def _none() -> Tensor:
-    return torch.empty(0)
+PARTS = ("Q_first", "Q_second", "kfac_eigenvalues_first", "kfac_eigenvalues_second", "inverse_eigenvalues")
 
 
 @dataclass(frozen=True)
-class Eigenvalues:
-    """The eigenvalues of one site's curvature; J is laid out as in sites.py.
+class EKFACSite:
+    """EK-FAC's curvature at one site. All tensors are float32; J (F, D) is laid out as in sites.py.
 
     Attributes:
         name: the site's.
-        Q_in: (F, F) float32, eigenvectors of the first side of J; empty for embedding and head, whose first side is the
-            vocabulary's.
-        Q_out: (D, D) float32, eigenvectors of the second side.
-        factors_in, factors_out: (F,) and (D,), the damped eigenvalues λ and μ of K-FAC's factors.
-        inverse: (F, D), 1 / (Λ + damping).
+        Q_first: (F, F), eigenvectors of the first side of J: a map's inputs. Empty for embedding and head, whose first
+            side is the vocabulary's n coordinates (F = n).
+        Q_second: (D, D), eigenvectors of the second side: a map's output gradients, the head's inputs.
+        kfac_eigenvalues_first, kfac_eigenvalues_second: (F,) or empty, and (D,): damped eigenvalues of K-FAC's factors.
+        inverse_eigenvalues: (F, D), 1 / (Λ + damping); empty until they are measured.
     """
 
     name: str
-    Q_in: Tensor
-    Q_out: Tensor
-    factors_in: Tensor
-    factors_out: Tensor
-    inverse: Tensor
+    Q_first: Tensor
+    Q_second: Tensor
+    kfac_eigenvalues_first: Tensor
+    kfac_eigenvalues_second: Tensor
+    inverse_eigenvalues: Tensor
 
-    def to(self, device: Any) -> "Eigenvalues":
+    def to(self, device: Any) -> "EKFACSite":
         """A copy on a device."""
         return replace(self, **{part: getattr(self, part).to(device) for part in PARTS})
 
     def rotated(self, J: Tensor) -> Tensor:
         """J (…, F, D) in the eigenbasis."""
-        return (self.Q_in.T @ J if len(self.Q_in) else J) @ self.Q_out
+        return (self.Q_first.T @ J if len(self.Q_first) else J) @ self.Q_second
 
     def _back(self, J: Tensor) -> Tensor:
-        return (self.Q_in @ J if len(self.Q_in) else J) @ self.Q_out.T
+        return (self.Q_first @ J if len(self.Q_first) else J) @ self.Q_second.T
 
     def solved(self, J: Tensor) -> Tensor:
-        """Λ⁻¹ J."""
-        return self._back(self.rotated(J).mul_(self.inverse))
+        """F⁻¹ J = Q ((Qᵀ J Q) / (Λ + damping)) Qᵀ."""
+        return self._back(self.rotated(J).mul_(self.inverse_eigenvalues))
 
-    def for_kronecker(self, J: Tensor) -> Tensor:
-        """y with H⁻¹ y = Λ⁻¹ J.
+    def kronecker_preimage(self, J: Tensor) -> Tensor:
+        """y with H⁻¹ y = F⁻¹ J.
 
         Example: with F = D = 1, λ = 2, μ = 3 and Λ = 12, H = 6 and J = 4 gives y = 2: 2 / 6 = 4 / 12.
         """
-        inner = self.factors_in.unsqueeze(1) if len(self.factors_in) else 1.0
-        return self._back(self.rotated(J).mul_(self.inverse * inner * self.factors_out))
+        inner = self.kfac_eigenvalues_first.unsqueeze(1) if len(self.kfac_eigenvalues_first) else 1.0
+        return self._back(self.rotated(J).mul_(self.inverse_eigenvalues * inner * self.kfac_eigenvalues_second))
 
 
-def eigenbasis(name: str, moments: KroneckerFactors) -> Eigenvalues:
-    """The basis of a site's Kronecker factors (means over positions), with Λ still to be measured."""
-    if name == EMBEDDING:
-        values, vectors = damped_eigenbasis(moments.written, END_DAMPING)
-        return Eigenvalues(name, _none(), vectors, _none(), values, _none())
-    if name == HEAD:
-        values, vectors = damped_eigenbasis(moments.read, END_DAMPING)
-        return Eigenvalues(name, _none(), vectors, _none(), values, _none())
-    (inner, Q_in), (outer, Q_out) = (damped_eigenbasis(each, DAMPING) for each in (moments.read, moments.written))
-    return Eigenvalues(name, Q_in, Q_out, inner, outer, _none())
+def kronecker_eigenbasis(name: str, moments: KroneckerFactors) -> EKFACSite:
+    """The eigenbasis of a site's Kronecker factors (means over positions)."""
+    none = torch.empty(0)
+    if name in (EMBEDDING, HEAD):
+        values, vectors = damped_eigenbasis(moments.written if name == EMBEDDING else moments.read, END_DAMPING)
+        return EKFACSite(name, none, vectors, none, values, none)
+    (first, Q_first), (second, Q_second) = (damped_eigenbasis(x, DAMPING) for x in (moments.read, moments.written))
+    return EKFACSite(name, Q_first, Q_second, first, second, none)
 
 
-def measured(basis: Eigenvalues, site: Site, squares: Tensor, blocks: int, positions: float) -> Eigenvalues:
-    """The eigenvalues, from the sum over blocks of squared gradients in the basis.
+def with_eigenvalues(basis: EKFACSite, site: Site, squares: Tensor, blocks: int, positions: float) -> EKFACSite:
+    """Complete a site with its measured eigenvalues.
 
     Args:
-        basis: from ``eigenbasis``.
-        site: the same one's.
-        squares: (F, D), the sum.
+        basis: from ``kronecker_eigenbasis``.
+        site: the site of this basis.
+        squares: (F, D), the sum over blocks of squared gradients in the basis (add_squares).
         blocks: number of blocks in the sum.
-        positions: a block's mean number of positions. A block's J is a sum over them, and H a mean.
+        positions: mean positions per block: a block's J is a sum over them, H a mean.
     """
     values = squares.double() / max(1, blocks) / max(1.0, positions)
     # All weights of a matrix are damped alike; the vocabulary's coordinates of J have a factor each.
     factor = site.tokens.squared_weights().double().unsqueeze(1) if len(site.tokens.weights) else torch.ones(1).double()
     damping = EIGENVALUE_DAMPING * (values / factor).mean() * factor
-    return replace(basis, inverse=(values + damping + 1e-30).reciprocal().float())
+    return replace(basis, inverse_eigenvalues=(values + damping + 1e-30).reciprocal().float())
 
 
 def add_squares(
     totals: dict[str, Tensor],
     model: SplitModel,
     sites: tuple[Site, ...],
-    bases: dict[str, Eigenvalues],
+    bases: dict[str, EKFACSite],
     ids_BT: Tensor,
     mask_BT: Tensor,
-) -> None:
+) -> Tensor:
     """Add the blocks' squared gradients in the bases to ``totals``, (F, D) by site, in place.
 
-    A gradient that is not finite, though its block was so in ``add_moments``, adds nothing.
+    Returns:
+        Which gradients are finite, (sites, B) bool, in the order of ``bases``; the others are not added.
     """
-    gradients, _ = site_gradients(model, sites, ids_BT, mask_BT)
-    for site, J in gradients:
+    good = dict[str, Tensor]()
+    for site, J in site_gradients(model, sites, ids_BT, mask_BT)[0]:
         if site.name in bases:
-            found = bases[site.name].rotated(J[finite_rows([J])]).square_().sum(0)
+            good[site.name] = finite_rows([J])
+            found = bases[site.name].rotated(J[good[site.name]]).square_().sum(0)
             totals[site.name] = totals[site.name].add_(found) if site.name in totals else found
+    return torch.stack([good[name] for name in bases])
 
 
-def save_eigenvalues(store: Store, found: list[Eigenvalues]) -> None:
-    """Publish the eigenvalues of all sites."""
-    tensors = {f"{i}.{part}": getattr(each, part).cpu() for i, each in enumerate(found) for part in PARTS}
-    store.write(f"{EIGENVALUES}.safetensors", tensor_bytes(tensors))
-    store.write_json(f"{EIGENVALUES}.json", {"sites": [each.name for each in found]})
+def save_ekfac(store: Store, name: str, sites: list[EKFACSite]) -> None:
+    """Publish EK-FAC's sites as ``name``.safetensors and ``name``.json."""
+    tensors = {f"{i}.{part}": getattr(site, part).cpu() for i, site in enumerate(sites) for part in PARTS}
+    store.write(f"{name}.safetensors", tensor_bytes(tensors))
+    store.write_json(f"{name}.json", {"sites": [site.name for site in sites]})
 
 
-def load_eigenvalues(store: Store, device: Any) -> tuple[Eigenvalues, ...]:
-    """Read what save_eigenvalues wrote; nothing if it was not called."""
-    return tuple(_load(store, device)) if store.exists(f"{EIGENVALUES}.json") else ()
-
-
-def _load(store: Store, device: Any) -> Iterator[Eigenvalues]:
-    tensors = store.read_tensors(f"{EIGENVALUES}.safetensors")
-    for i, name in enumerate(store.read_json(f"{EIGENVALUES}.json")["sites"]):
-        yield Eigenvalues(name, **{part: tensors[f"{i}.{part}"] for part in PARTS}).to(device)
+def load_ekfac(store: Store, name: str, device: Any) -> tuple[EKFACSite, ...]:
+    """Read what save_ekfac wrote."""
+    tensors = store.read_tensors(f"{name}.safetensors")
+    return tuple(
+        EKFACSite(site, **{part: tensors[f"{i}.{part}"] for part in PARTS}).to(device)
+        for i, site in enumerate(store.read_json(f"{name}.json")["sites"])
+    )

@@ -1,6 +1,11 @@
-"""Stage curvature: K-FAC preconditioner and scale of every site, once per run, from a sample of the pool."""
+"""Stage curvature: K-FAC preconditioner and scale of every site, once per run, from a sample of the pool.
+
+With ``operators.sites`` = all, EK-FAC's eigenvalues too (eigenvalues.py). The stage has no units of work: a rerun
+begins anew.
+"""
 
 import math
+import uuid
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +15,14 @@ import torch
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.failures import check_failed_blocks, finite_losses, finite_rows
 from stride_ray.models.curvature.eigenvalues import (
-    Eigenvalues,
+    BASES,
+    EIGENVALUES,
+    EKFACSite,
     add_squares,
-    eigenbasis,
-    load_eigenvalues,
-    measured,
-    save_eigenvalues,
+    kronecker_eigenbasis,
+    load_ekfac,
+    save_ekfac,
+    with_eigenvalues,
 )
 from stride_ray.models.curvature.moments import (
     KroneckerFactors,
@@ -38,11 +45,13 @@ from stride_ray.runtime.storage import Store, tensor_bytes
 
 # Sample sizes: tokens for the second moments, blocks for the sites' scales and for EK-FAC's eigenvalues.
 MOMENT_TOKENS, SCALE_BLOCKS, EIGENVALUE_BLOCKS = 131_072, 256, 512
-# Gradient norms are measured in a sketch of this size per side: whitening full gradients would outlast the fit.
+# Gradient norms are measured in a sketch of this size per side: whitening full gradients would take longer than fit.
 NORM_SKETCH_SIZE = 64
 TENSORS, TOKENS = ("W_in", "W_out", "unigram"), ("weights", "buckets", "directions")
 SIDES = ("read", "written")
-SITES, UNSCALED, ALL = "sites", "unscaled", "all"
+SITES, UNSCALED = "sites", "unscaled"
+# Files that a finished stage does not need.
+INTERIM = (UNSCALED, BASES, "moments-", "squares-")
 
 
 def begin_curvature(run: Run, blocks: Blocks, weights: str) -> Stage:
@@ -53,8 +62,11 @@ def begin_curvature(run: Run, blocks: Blocks, weights: str) -> Stage:
 def finish_curvature(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:
     """Compute the preconditioner unless the stage is finished."""
     if not stage.finished:
-        with record_stage_costs(stage):
+        with stage.unless_finished(), record_stage_costs(stage):
             measure_curvature(config, blocks, stage, actors)
+    # Only now: another command may be at the same work.
+    for prefix in INTERIM:
+        stage.clear(prefix)
 
 
 def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:
@@ -68,6 +80,7 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
     counts = token_counts(blocks, actors)
     sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
     given = (config, blocks, actors.device)
+    attempt = uuid.uuid4().hex[:8]  # in names of files that are removed once read
     sums = dict[str, KroneckerFactors]()
 
     def add_up(found: dict[str, Any]) -> dict[str, Any]:
@@ -78,26 +91,24 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
         stage.store.remove(found["file"])
         return found
 
-    results = map_sample_slices(actors, MomentWorker, (*given, stage.store), sample, "precondition", add_up)
+    results = map_sample_slices(actors, MomentWorker, (*given, stage.store, attempt), sample, "precondition", add_up)
     failed = {ordinal for found in results for ordinal in found["not_finite"]}
     check_failed_blocks(sorted(failed), len(sample))
     positions = max(1, sum(found["positions"] for found in results))
     counted = torch.zeros(results[0]["vocabulary"], dtype=torch.long)
     counted[: len(counts)] = torch.from_numpy(counts[: len(counted)])
-    sites, bases = [], list[Eigenvalues]()
+    sites, bases = [], list[EKFACSite]()
     for name in list(sums):
         moments = sums.pop(name) / positions
-        if config.operators.sites == ALL:
-            bases.append(eigenbasis(name, moments))
+        if config.operators.sites == "all":
+            bases.append(kronecker_eigenbasis(name, moments))
         sites.append(preconditioned(name, moments, counted, config.seed))
         if name == HEAD and not config.model.start:
             sites.append(preconditioned(ORIGIN, moments, counted, config.seed))
     save_sites(stage.store, UNSCALED, sites)
     if bases:
         sound = np.setdiff1d(sample, sorted(failed))
-        save_eigenvalues(
-            stage.store, measure_eigenvalues(given, bases, sound, positions / len(sound), stage.store, actors)
-        )
+        failed |= measure_eigenvalues(given, bases, sound, positions / max(1, len(sound)), stage.store, attempt, actors)
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:SCALE_BLOCKS])
     found = map_sample_slices(actors, ScaleWorker, (*given, stage.store), few, "scale")
     spoilt = {ordinal for each in found for ordinal in each["not_finite"]}
@@ -109,8 +120,6 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
     squares = {name: sum(each["squares"][name] for each in found) / max(1, len(few) - len(spoilt)) for name in weights}
     total = max(1e-30, sum(weight * squares[name] for name, weight in weights.items()))
     save_sites(stage.store, SITES, [replace(site, scale=total / weights[site.name]) for site in sites])
-    for ending in ("json", "safetensors"):
-        stage.store.remove(f"{UNSCALED}.{ending}")
     shares = {name: weight * squares[name] / total for name, weight in weights.items()}
     bytes_of_one = 4 * sum(math.prod(whole_shape(site)) for site in sites)
     facts = {"blocks": len(blocks), "sample": len(sample), "not_finite": len(failed | spoilt)}
@@ -119,26 +128,47 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
 
 def measure_eigenvalues(
     given: tuple[Any, ...],
-    bases: list[Eigenvalues],
+    bases: list[EKFACSite],
     sample: np.ndarray,
     positions: float,
     store: Store,
+    attempt: str,
     actors: ActorPool,
-) -> list[Eigenvalues]:
-    """Measure Λ at all sites over some of the sample, whose blocks have so many positions on average."""
-    save_eigenvalues(store, bases)
+) -> set[int]:
+    """Measure and publish EK-FAC's eigenvalues at all sites, over some of the sample.
+
+    Args:
+        given: configuration, blocks and device.
+        bases: of all sites.
+        sample: ordinals of finite blocks.
+        positions: mean positions per block.
+        store: of the curvature, with the unscaled sites.
+        attempt: in the names of interim files.
+        actors: the actor pool.
+
+    Returns:
+        Ordinals of blocks with a gradient that is not finite at some site; it is left out there.
+    """
+    save_ekfac(store, BASES, bases)
     few = np.sort(np.random.default_rng(given[0].seed).permutation(sample)[:EIGENVALUE_BLOCKS])
-    squares = dict[str, torch.Tensor]()
+    squares, counts = dict[str, torch.Tensor](), np.zeros(len(bases), np.int64)
 
     def add_up(found: dict[str, Any]) -> dict[str, Any]:
+        nonlocal counts
         for name, each in store.read_tensors(found["file"]).items():
             squares[name] = squares[name].add_(each) if name in squares else each
+        counts = counts + found["counts"]
         store.remove(found["file"])
         return found
 
-    map_sample_slices(actors, EigenvalueWorker, (*given, store), few, "eigenvalues", add_up)
-    known = {site.name: site for site in load_sites(store, UNSCALED, "cpu")}
-    return [measured(basis, known[basis.name], squares.pop(basis.name), len(few), positions) for basis in bases]
+    results = map_sample_slices(actors, EigenvalueWorker, (*given, store, attempt), few, "eigenvalues", add_up)
+    sites = {site.name: site for site in load_sites(store, UNSCALED, "cpu")}
+    found = [
+        with_eigenvalues(basis, sites[basis.name], squares.pop(basis.name), int(count), positions)
+        for basis, count in zip(bases, counts, strict=True)
+    ]
+    save_ekfac(store, EIGENVALUES, found)
+    return {ordinal for each in results for ordinal in each["not_finite"]}
 
 
 def save_sites(store: Store, name: str, sites: list[Site]) -> None:
@@ -169,14 +199,14 @@ class MomentWorker(ModelWorker):
 
     load = staticmethod(load_measured_model)
 
-    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store) -> None:
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, attempt: str) -> None:
         super().__init__(config, blocks, device)
-        self.store = curvature
-        self.names = find_sites(self.model, config.operators.layers, config.operators.sites == ALL)
+        self.store, self.attempt = curvature, attempt
+        self.names = find_sites(self.model, config.operators.layers, config.operators.sites == "all")
         self.layers = last_layers(config.operators.layers, self.model.n_layers)
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """Process one unit; returns its sums."""
+        """Process one unit; returns the name of the file with its sums, and what else it found."""
         index, ordinals = unit
         totals, positions, failed = dict[str, tuple[torch.Tensor, torch.Tensor]](), 0, list[int]()
         for batch in self.batches_at(ordinals):
@@ -184,7 +214,7 @@ class MomentWorker(ModelWorker):
             positions += count
             failed += batch.ordinals[~good.cpu().numpy()].tolist()
         # Through a file: 0.4 GB at 135 million parameters, and Ray would keep the moments of all slices in memory.
-        file = f"moments-{index:02d}.safetensors"
+        file = f"moments-{self.attempt}-{index:02d}.safetensors"
         sides = {f"{name}.{side}": x for name, both in totals.items() for side, x in zip(SIDES, both, strict=True)}
         self.store.write(file, tensor_bytes({name: x.cpu() for name, x in sides.items()}))
         facts = {"index": index, "blocks": len(ordinals), "positions": positions, "not_finite": failed}
@@ -202,21 +232,23 @@ class EigenvalueWorker(ModelWorker):
 
     load = staticmethod(load_measured_model)
 
-    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store) -> None:
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, attempt: str) -> None:
         super().__init__(config, blocks, device)
-        self.store = curvature
+        self.store, self.attempt = curvature, attempt
         self.sites = load_sites(curvature, UNSCALED, self.model.device)
-        self.bases = {basis.name: basis for basis in load_eigenvalues(curvature, self.model.device)}
+        self.bases = {basis.name: basis for basis in load_ekfac(curvature, BASES, self.model.device)}
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """Process one unit; returns its file."""
+        """Process one unit; returns the name of its file, and the number of blocks in it by site."""
         index, ordinals = unit
-        totals = dict[str, torch.Tensor]()
+        totals, counts, failed = dict[str, torch.Tensor](), np.zeros(len(self.bases), np.int64), list[int]()
         for batch in self.batches_at(ordinals):
-            add_squares(totals, self.model, self.sites, self.bases, *self.trimmed(batch))
-        file = f"squares-{index:02d}.safetensors"
+            good = add_squares(totals, self.model, self.sites, self.bases, *self.trimmed(batch)).cpu().numpy()
+            counts += good.sum(1)
+            failed += batch.ordinals[~good.all(0)].tolist()
+        file = f"squares-{self.attempt}-{index:02d}.safetensors"
         self.store.write(file, tensor_bytes({name: x.cpu() for name, x in totals.items()}))
-        return {"index": index, "blocks": len(ordinals), "file": file}
+        return {"index": index, "blocks": len(ordinals), "counts": counts, "file": file, "not_finite": failed}
 
 
 class ScaleWorker(ModelWorker):

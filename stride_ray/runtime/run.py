@@ -103,8 +103,8 @@ class Stage:
         self.remember([marker])
         return marker
 
-    def clear(self, beginning: str, ending: str = "") -> None:
-        """Remove the files with this beginning and ending of their names, which the stage no longer needs."""
+    def clear(self, beginning: str | tuple[str, ...], ending: str = "") -> None:
+        """Remove the files with this beginning (or one of these) and ending, which the stage no longer needs."""
         for name in self.store.names(ending=ending):
             if name.startswith(beginning):
                 self.store.remove(name)

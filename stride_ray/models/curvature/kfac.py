@@ -65,8 +65,7 @@ def finish_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Actor
         with stage.unless_finished(), record_stage_costs(stage):
             measure_curvature(config, blocks, stage, actors)
     # Only now: another command may be at the same work.
-    for prefix in INTERIM:
-        stage.clear(prefix)
+    stage.clear(INTERIM)
 
 
 def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:

@@ -107,6 +107,7 @@ FORMS: dict[str, Any] = {
     "recover.nonnegative": False,
     "attribute.candidates": 0,
 }
+EVERY_MAP: dict[str, Any] = {"attribute.exact": True, "operators.sites": "all", "solve.damping": 25.0}
 SUBSETS: dict[str, Any] = {"operators.rows": "subsets", "operators.budget_gb": 0.0232, "attribute.candidates": 0}
 
 
@@ -126,11 +127,7 @@ def _closed_form_ablation(name: str, **changes: Any) -> Variant:
 VARIANTS: tuple[Variant, ...] = (
     Variant("STRIDE", default=True, note="one-bit operators at every site, 10 candidates exact; no option turned"),
     Variant("STRIDE exact", {"attribute.exact": True}, note="every block exactly, a pass over the pool a batch"),
-    Variant(
-        "STRIDE exact, every map",
-        {"attribute.exact": True, "operators.sites": "all"},
-        note="every block exactly, at every linear map, by EK-FAC",
-    ),
+    Variant("STRIDE exact, every map", EVERY_MAP, note="every block exactly, at every linear map, with EK-FAC"),
     Variant("STRIDE, estimates alone", {"attribute.candidates": 0}, note="no candidate is rescored"),
     Variant("STRIDE, subsets", SUBSETS, note="K = 1000 operators of subsets in 25 MB, Lasso; no candidate is rescored"),
     Variant(
@@ -154,6 +151,7 @@ VARIANTS: tuple[Variant, ...] = (
     _exact("bfloat16", model__dtype="bfloat16"),
     _exact("unsolved", solve__steps=0),
     _exact("solved further", solve__steps=2, solve__tokens=18_432),
+    _exact("every map, solved further", **EVERY_MAP, **{"solve.steps": 2, "solve.tokens": 18_432}),
     Variant("STRIDE, unsolved", {"solve.steps": 0}, ablation=True, note="the Kronecker factors alone"),
     *(
         Variant(

@@ -223,18 +223,18 @@ def test_the_same_command_twice_at_once(parts, tmp_path, monkeypatch, plain):
     changes = settings(parts, compute__workers=1)
     run, plain_map, ran = Run(str(tmp_path / "run"), changes=changes), sharding.map_tasks, []
 
-    def slower(*arguments):
+    def slower(*arguments, **named):
         if not ran:
             ran.append(None)
             ran[0] = shard(Run(str(tmp_path / "run"), changes=changes), io.StringIO())
-        return plain_map(*arguments)
+        return plain_map(*arguments, **named)
 
     monkeypatch.setattr(sharding, "map_tasks", slower)
     assert shard(run, io.StringIO()) == ran[0]
     # An error that the other command does not explain stays one.
     more = write_lines(tmp_path / "more.jsonl", [{"text": "the tide met the gull"}])
 
-    def failing(*arguments):
+    def failing(*arguments, **named):
         raise StrideError("a part is lost")
 
     monkeypatch.setattr(sharding, "map_tasks", failing)

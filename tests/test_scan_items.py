@@ -374,6 +374,16 @@ READ = {
     "escaped tags": ('&lt;b&gt;bo&lt;/b&gt;ld <a href=\\"u\\">link</a>', "bold link"),
     "unknown tags": ("<seg id='1'>one</seg> <q1>two</q1> <x/>", "one two"),
     "what tags show": ('<img src="a b" alt="the cat sat on a mat">', "the cat sat on a mat"),
+    "attributes without a value": (
+        "<p data-v-7ba5>Which <b data-v-7ba5>hi</b>ll <img alt src=a><a download href=x>st</a>a<i v-cloak>nds</i>"
+        "<video playsinline>by <table border>the <li value>two <a href=>la</a>k<b contenteditable>es</b> <x-y z>here",
+        "which hill stands by the two lakes here",
+    ),
+    "attributes without a space": ('s<a href="x"class="y">ho</a><b id=\'x\'hidden>r</b>e', "shore"),
+    "no tags": (
+        "a < b and c > d vector<int> <noinput> if x <y and z> w or x <b we see c> y <i or j> <your-name> Set<A in B>",
+        "a b and c d vector int noinput if x y and z w or x b we see c y i or j your name set a in b",
+    ),
     "code": ("if a<b and c>d: List<int> &lt; Map<K, V> x <y", "if a b and c d list int map k v x y"),
     "broken lines": ("exam-\nple well-\r\n  known so\u00ad\nft A-\nB", "example wellknown soft a b"),
 }

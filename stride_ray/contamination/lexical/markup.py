@@ -35,12 +35,16 @@ _ELEMENTS = _INLINE | frozenset(
     "noscript object ol optgroup option output p param picture pre progress rp rt script search section select "
     "slot source style summary svg table tbody td template textarea tfoot th thead time title tr track ul video".split()
 )
-_BOOLEAN = "allowfullscreen|async|autofocus|checked|controls|defer|disabled|hidden|ismap|itemscope|loop|multiple|muted"
-_BOOLEAN += "|noshade|novalidate|nowrap|open|readonly|required|reversed|selected"
-# An attribute is a name with a value, or one of the few that have none: "a <b and c> d" is not a tag.
+# An attribute may lack its value, and white space before it after a quote. The limit keeps time linear.
 _VALUE = r"""\\?"[^"]*+"|\\?'[^']*+'|[^\s"'<>`]++"""
-_ATTRIBUTE = rf"\s++(?:[a-z_:@][\w:.-]*+\s*+=\s*+(?:{_VALUE})|(?:{_BOOLEAN})(?=[\s/>]))"
-_TAG = regex.compile(rf"<(/?)([a-z][\w:.-]*+)((?:{_ATTRIBUTE})*+)\s*+(/?)>", regex.IGNORECASE)
+_ATTRIBUTE = rf"""(?:\s++|(?<=["']))[a-z_:@#*\[(][^\s"'<>/=,;&|`]*+(?:\s*+=(?:\s*+(?:{_VALUE}))?)?"""
+_TAG = regex.compile(rf"<(/?)([a-z][\w:.-]*+)((?:{_ATTRIBUTE}){{0,100}}+)\s*+(/?)>", regex.IGNORECASE)
+# What tells "a <b and c> d" from a tag of one letter: its attributes have a value, a mark in the name, or one of these.
+_BARE = frozenset(
+    "border class compact contenteditable dir download draggable hidden href id inert itemscope lang name nonce "
+    "noshade nowrap ping popover rel spellcheck style tabindex target title translate value".split()
+)
+_OPERATORS = frozenset(("and", "or", "not", "xor", "then"))
 _CLOSING = regex.compile(r"</([a-z][\w:.-]*+)\s*+>", regex.IGNORECASE)
 # What browsers do not show, or not in its line (the reading aids of ruby): where it begins, since there may be no end.
 # Attributes may hold ">" in quotes.
@@ -206,12 +210,19 @@ def _mended(match: "regex.Match[str]", is_word: Callable[[str], bool] | None) ->
 def _untagged(match: "regex.Match[str]", closed: set[str]) -> str:
     """What a tag leaves: nothing, a space, or the text in one of its attributes; itself if it may be code.
 
-    An unknown name (``List<int>``) is a tag's only if the tag is closed or has quoted attributes.
+    The name decides. An unknown one (``List<int>``, ``<your-name>``) is a tag's only if the tag is closed or has quoted
+    attributes, or others in a custom element, whose name has a dash.
     """
     slash, name, attributes, alone = match.groups()
     name = name.lower()
-    if not (name in _ELEMENTS or name in closed or slash or alone or '"' in attributes or "'" in attributes):
+    known = name in _ELEMENTS or ("-" in name and attributes)
+    if not (known or name in closed or slash or alone or '"' in attributes or "'" in attributes):
         return match.group()
+    if attributes and "=" not in attributes:
+        bare = attributes.lower().split()
+        marked = len(name) > 1 or all(each in _BARE or not each.isalpha() for each in bare)
+        if not marked or not _OPERATORS.isdisjoint(bare):
+            return match.group()
     shown = [value for _, value in _SHOWN.findall(attributes) if len(value.split()) >= _SHOWN_WORDS]
     if shown:
         return f" {' '.join(shown)} "

@@ -5,6 +5,7 @@ import json
 import time
 import unicodedata
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -384,6 +385,8 @@ READ = {
         "a < b and c > d vector<int> <noinput> if x <y and z> w or x <b we see c> y <i or j> <your-name> Set<A in B>",
         "a b and c d vector int noinput if x y and z w or x b we see c y i or j your name set a in b",
     ),
+    "fractions": ("Take ½ cup, 3½ spoons, 2⅓cups, ⅟8", "take 1 2 cup 3 1 2 spoons 2 1 3 cups 1 8"),
+    "symbols of letters": ("5㎏ on 9㎢ Ⓐⓑ ㍿ 20℃ x² ⒈one ™ Foo™ ★ ☺", "5kg on 9km2 ab 株 式 会 社 20 c x2 1 one foo"),
     "code": ("if a<b and c>d: List<int> &lt; Map<K, V> x <y", "if a b and c d list int map k v x y"),
     "broken lines": ("exam-\nple well-\r\n  known so\u00ad\nft A-\nB", "example wellknown soft a b"),
 }
@@ -525,10 +528,13 @@ def test_markup_without_end_takes_linear_time(unit):
 @given(st.text(max_size=200))
 def test_every_span_is_its_word_and_numbers_agree(text):
     found = split(text)
-    assert [split(text[start:stop]).words for start, stop in found.spans] == [[word] for word in found.words]
+    for word, (start, stop) in zip(found.words, found.spans, strict=True):
+        again = split(text[start:stop]).words
+        several = any(len(unicodedata.normalize("NFKC", each)) > 1 for each in text[start:stop])  # words in a symbol
+        assert again == [word] or (several and word in again)
     assert [normalised(word) for word in found.words] == found.words
     assert all(a < b for a, b in found.spans)
-    assert (found.spans[1:, 0] >= found.spans[:-1, 1]).all()
+    assert (np.diff(found.spans, axis=0) >= 0).all()  # the words of a symbol have the same place
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(found.words), 1)}
     assert Numbering(vocabulary).numbers(text)[0].tolist() == [vocabulary[word] for word in found.words]
 

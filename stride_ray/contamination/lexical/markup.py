@@ -1,17 +1,20 @@
 """The readable text of a raw one: what a browser would show of it, with the places of its characters in the raw text.
 
 HTML entities are decoded, also where they were escaped twice, and so are the escapes of strings in JSON and code. Tags,
-raw or escaped, and invisible characters go; words that a hyphen breaks at a line's end are joined. Comments, scripts,
-styles, declarations, processing instructions and the reading aids of ruby do not interrupt the text around them; what
-they hold is in the data all the same, so each is a passage of its own. The content of CDATA is text. An element that is
-not closed hides nothing: unlike in a browser, the rest stays readable, for documents are often cut. Item and corpus are
-read alike, so that code which looks like markup (``&lt;b&gt;``, ``Set<Object>``) still equals its copies.
+raw or escaped, and invisible characters go; fractions and letters in one symbol (½, ㎏) are spelt out; words that a
+hyphen breaks at a line's end are joined. Comments, scripts, styles, declarations, processing instructions and the
+reading aids of ruby do not interrupt the text around them; what they hold is in the data all the same, so each is a
+passage of its own. The content of CDATA is text. An element that is not closed hides nothing: unlike in a browser, the
+rest stays readable, for documents are often cut. Item and corpus are read alike, so that code which looks like markup
+(``&lt;b&gt;``, ``Set<Object>``) still equals its copies.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from html import unescape
 from html.entities import html5
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import regex
@@ -78,6 +81,8 @@ _BROKEN = regex.compile(
 _SPELT = {"\u0e4d\u0e32": "\u0e33", "\u0ecd\u0eb2": "\u0eb3", "\u0eab\u0e99": "\u0edc", "\u0eab\u0ea1": "\u0edd"}
 _SPELT |= {"\u02bb": "'", "\u02bc": "'"}
 _OTHERWISE = regex.compile("|".join(_SPELT))
+# Characters that stand for several words, or for letters though they count as symbols: ½, ⒈, ㎏, Ⓐ, ㍿. (™ is no word.)
+_COMPOSED = regex.compile(r"[[\p{No}\p{So}\p{Sc}\ufdfa\ufdfb]--[\u2120\u2122]]", regex.V1)
 
 
 class Readable(NamedTuple):
@@ -127,6 +132,7 @@ def _read(now: Readable, is_word: Callable[[str], bool] | None) -> Readable:
     if not now.text.isascii():
         now = _replaced(now, _INVISIBLE, lambda match: "")
         now = _replaced(now, _OTHERWISE, lambda match: _SPELT[match.group()])
+        now = _replaced(now, _COMPOSED, lambda match: _spelt_out(match.group()))
     return now
 
 
@@ -201,6 +207,15 @@ def _unescaped(match: "regex.Match[str]") -> str:
     if match[1]:
         return " " if match[1][0] in "dD" and match[1][1] > "7" else chr(int(match[1], 16))
     return "\n" if match.group().endswith("n") else " "
+
+
+@cache
+def _spelt_out(character: str) -> str:
+    """The compatibility form of a character if it has letters or digits; a fraction stands apart, as 1/2 does in 3½."""
+    form = normalize("NFKC", character)
+    if "\u2044" in form:
+        return f" {form} "
+    return form if any(map(str.isalnum, form)) else character
 
 
 def _mended(match: "regex.Match[str]", is_word: Callable[[str], bool] | None) -> str:

@@ -29,6 +29,7 @@ from stride_ray.corpus import readers
 from stride_ray.corpus.documents import Document, read, resolve_columns
 from stride_ray.corpus.files import SourceFile, list_files
 from stride_ray.corpus.readers import Rejected
+from stride_ray.corpus.rows.turns import content_key
 from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import redact_message, redact_url, redacted_error
@@ -658,6 +659,7 @@ def test_ready_ids_count_where_masks_and_labels_let_them(tmp_path, row, ids, mas
         ({"loss": False}, False),
         ({"train_detail": [HOLE]}, "holds a message with train_detail"),
         ({"weight": 0.5}, "whose weight is 0.5; only 0 and 1"),
+        ({"weight": float("nan"), "name": float("nan")}, True),
     ],
 )
 def test_turns_may_be_marked_as_not_to_be_learned(tmp_path, turn, learned):
@@ -669,6 +671,40 @@ def test_turns_may_be_marked_as_not_to_be_learned(tmp_path, turn, learned):
         else:
             assert item.messages == [*CHAT, CHAT[1]]
             assert item.learned == (None if learned else [True, True, False])
+
+
+PRINTED = {"type": "text", "text": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("turn", "read"),
+    [
+        ({"from": "gpt", "value": "yes", "content": ""}, "yes"),
+        ({"from": "gpt", "value": "yes", "content": None}, "yes"),
+        ({"from": "gpt", "value": " ", "content": "yes"}, "yes"),
+        ({"from": "gpt", "content": "yes"}, "yes"),
+        ({"from": "gpt", "value": "yes", "content": "no"}, "holds a message with a value and a content; keep one"),
+        ({"role": "assistant", "content": [PRINTED, "so"]}, [PRINTED, "so"]),
+        ({"role": "assistant", "content": float("nan")}, "whose content is NaN, neither a string nor a list of parts"),
+        ({"role": "assistant", "content": 4}, "whose content is a number, neither a string nor"),
+        ({"role": "assistant", "content": True}, "whose content is a boolean, neither a string nor"),
+        ({"role": "assistant", "content": {"text": "hi"}}, "whose content is an object, neither a string nor"),
+        ({"from": "gpt", "value": {"text": "hi"}}, "whose content is an object, neither a string nor"),
+        (
+            {"role": "assistant", "content": ["a", None]},
+            "a part of its content that is null, not a string or an object",
+        ),
+        ({"role": "assistant", "content": [{**PRINTED, "text": 3}]}, "whose text is a number, not a string"),
+        ({"role": "assistant", "content": "yes", "tool_calls": 5}, "whose tool_calls are a number, not a list"),
+    ],
+)
+def test_what_a_turn_says_is_a_string_or_parts(tmp_path, turn, read):
+    item, _ = one(tmp_path, {"messages": [CHAT[0], turn]})
+    if isinstance(read, str) and " " in read:
+        assert read in item.reason
+    else:
+        assert item.messages == [CHAT[0], {"role": "assistant", "content": read}]
+        assert turn[content_key(turn)] == read
 
 
 @pytest.mark.parametrize(

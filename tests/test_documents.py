@@ -457,6 +457,14 @@ X-Auth-Token: secret; X-Subject-Token: x; password=secret, PGPASSWORD='secret'; 
 Invalid user token hf_secretsecretsecret; HF_TOKEN=secret; token=secret; ghp_secretsecretsecret; glpat-secretsecretse
 The key AKIASECRETSECRETSECR does not exist; eyJhbGciOisecret.eyJzdWIiOisecret.secret has expired
 -----BEGIN RSA PRIVATE KEY-----secret
+{"token": "secret"} and token: secret and X-Token: secret and {'token': 'secret'} and {\\"token\\": \\"secret\\"}
+Authorization: ApiKey secret was refused; X-Api-Authorization: Hawk secret
+GET ?key=secret&a=1 auth=secret pass=secret; {"auth": "secret", "pass" : "secret"}
+run --password secret --api-key secret --token secret --client-password "secret"
+"password"  :  "secret", <Token>secret</Token> and <pass>secret</pass>
+no host in //me:secret@h/x; to=s3%3A%2F%2Fkey%3Asecret%40b%2Fa; to=https%3A%2F%2Fh%2Fa%3Fsig%3Dsecret%26token%3Dsecret
+npm_secretsecretsecretsecret pypi-secretsecretsecretsecret sk_live_secretsecret xapp-1-secretsecret
+to https://hooks.slack.com/services/secret/secret or hooks.slack.com/services/secret
 """.strip().splitlines()
 
 
@@ -473,6 +481,9 @@ def test_no_credentials_in_messages(text):
     "text",
     [
         "eos_token: </s>, pad_token=<pad>, token id 2048 is outside the vocabulary, 'token_ids' holds null",
+        "token: 3, token ids, the key 'text', token_ids = 3, key=3 'token': null, tokens: 9, token=None, eos_token: x",
+        "give --token or --password to log in, npm_config_registry, pypi-simple, pass: 3, <token> is no word, auth: ok",
+        "//comment: a b@c, unexpected token 'x', expected token ':', got '}', per token: 12, bypass=1, author=me",
         "a.jsonl#1024: Bearer authentication is required; the signature does not match: check the key",
         "no file /data/part-?/lang=en/x.jsonl, [Errno 2] No such file or directory: '/a/b?c'",
         "Unable to locate credentials; Basic authentication, key: 3, https://huggingface.co/gpt2/resolve/main/a.json",
@@ -482,7 +493,30 @@ def test_messages_without_credentials_stay(text):
     assert redact_message(text) == text
 
 
-@pytest.mark.parametrize("unit", ["://a:", "https://", "a-", "a:b@", 'password="', "/a?"])
+def test_what_follows_a_credential_stays():
+    shown = redact_message(
+        '{"secret": "a\\"S", "file": "x"} and //me:S@h/x and <Token>S</Token> of s3%3A%2F%2Fk%3AS%40b'
+    )
+    assert shown == '{"secret": …, "file": "x"} and //h/x and <Token>…</Token> of s3%3A%2F%2Fb'
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "%3A%2F%2F",
+        "//a:",
+        "--token ",
+        "%3Ftoken%3D",
+        "<token>",
+        "x-",
+        "://a:",
+        "https://",
+        "a-",
+        "a:b@",
+        'password="',
+        "/a?",
+    ],
+)
 def test_messages_of_any_length_are_redacted_at_once(unit):
     started = time.process_time()
     assert len(redact_message(unit * 10**6)) < 10_000

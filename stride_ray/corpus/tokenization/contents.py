@@ -47,7 +47,7 @@ def reworded_content(i: int, message: dict[str, Any], tags: Collection[str], wor
 
     if isinstance(content, str):
         return reworded(0, content)
-    changed = []
+    changed: list[Any] = []
     for n, part in enumerate(content):
         if isinstance(part, str):
             changed.append(reworded(n, part))

@@ -123,12 +123,12 @@ class ChatTemplate:
         """The parts, other than text, of reworded contents that the text is the same without."""
         lost = set[str]()
         for i, message in enumerate(messages):
-            content = message.get("content")
-            for n, part in enumerate(content if isinstance(content, list) else ()):
+            parts: list[Any] = message["content"] if isinstance(message.get("content"), list) else []
+            for n, part in enumerate(parts):
                 said = f"{type_of(part)} of {message['role']}"
                 if type_of(part) == "text" or said in lost or f"word{i}part{n}word" in text:
                     continue
-                without = {**message, "content": [*content[:n], *content[n + 1 :]]}
+                without = {**message, "content": [*parts[:n], *parts[n + 1 :]]}
                 with contextlib.suppress(Exception):  # as render: it may need the part
                     same = self._text([*messages[:i], without, *messages[i + 1 :]], arguments) == text
                     lost |= {said} if same else set()

@@ -264,6 +264,21 @@ def test_other_texts_are_kept_and_what_is_not_searched_is_named(name, tmp_path):
     assert (item.others, item.left_out) == (others, left_out)
 
 
+@pytest.mark.parametrize(
+    ("own", "read"), [(7.0, "7"), (7, "7"), ("a", "a"), (None, "set.jsonl#0"), (float("nan"), "set.jsonl#0")]
+)
+def test_ids_are_text_and_what_is_not_filled_is_none(own, read, tmp_path):
+    for key, fields in (("id", None), ("my", {"id": "my"})):
+        path = write(tmp_path / "set.jsonl", [{"question": "Was it so?", "answer": "yes", key: own}])
+        assert read_set(path, fields=fields or {}).items[0].item_id == read
+
+
+def test_an_answer_of_nan_is_refused(tmp_path):
+    path = write(tmp_path / "set.jsonl", [{"question": "Was it?", "answer": float("nan")}, {"question": "Is it so?"}])
+    (reject,) = read_set(path).rejects
+    assert "'answer' holds NaN, not a text" in reject.reason
+
+
 def test_the_others_to_search_can_be_named(tmp_path):
     row = {"question": "Was it?", "article": "It was so.", "notice": "All rights are reserved."}
     path = write(tmp_path / "set.jsonl", [row])

@@ -365,6 +365,12 @@ def test_a_turn_that_is_not_found_is_named(tokenizer, template, messages, words)
         shown(tokenizer, template, messages)
 
 
+PART = [{"type": "text", "text": "a"}]
+TYPED = (
+    "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}"
+    "{% endfor %}</s>{% endfor %}"
+)
+THOUGHT = [ASKED[0], {"role": "assistant", "content": "<think>secret</think>first"}, *ASKED[2:]]
 ROWS = {
     "a call beside a content": (
         CHATML,
@@ -400,7 +406,55 @@ ROWS = {
     ),
     "a number that is read": (NAMED + "{% if messages[0].n %}{% endif %}", [{**ASKED[0], "n": 1}, ASKED[1]], ""),
     "a plain one": (CHATML, ASKED, ""),
+    "thoughts in the content of earlier turns": (QWEN3, THOUGHT, "thoughts of assistant"),
+    "thoughts in the content of R1": (R1, THOUGHT[:2], "thoughts of assistant"),
+    "thoughts that only end": (R1, [ASKED[0], {**ASKED[1], "content": "Hm</think>4"}], "thoughts of assistant"),
+    "thoughts in the last content": (QWEN3, THOUGHT[:2], ""),
+    "thoughts that the template does not know": (CHATML, THOUGHT, ""),
+    "no thoughts": (QWEN3, [ASKED[0], {**ASKED[1], "content": "<think>\n\n</think>\n\n4"}, *ASKED[2:]], ""),
+    "the second of two calls": (
+        LLAMA3,
+        [ASKED[0], {"role": "assistant", "tool_calls": [*CALLED[1]["tool_calls"]] * 2}, *CALLED[2:]],
+        "tool_calls of assistant",
+    ),
+    **{
+        f"a part: {part['type']} of {role}": (
+            TYPED,
+            [{"role": each, "content": [*([part] if each == role else ()), *PART]} for each in ("user", "assistant")],
+            f"{part['type']} of {role}",
+        )
+        for role, part in (
+            ("assistant", {"type": "thinking", "thinking": "T", "signature": "x"}),
+            ("assistant", {"type": "tool_use", "name": "f", "input": {"a": 1}}),
+            ("user", {"type": "image"}),
+            ("user", {"type": "tool_result", "content": [{"type": "text", "text": "4"}]}),
+        )
+    },
+    "a part that is printed": (
+        TYPED.replace("{% endif %}{% endfor %}</s>", "{% else %}<{{ p.type }}>{% endif %}{% endfor %}</s>"),
+        [
+            {"role": "user", "content": [{"type": "image", "image": "a.png"}, *PART]},
+            {"role": "assistant", "content": PART},
+        ],
+        "",
+    ),
+    "a second text": (
+        TYPED.replace("in m.content", "in m.content[:1]"),
+        [{"role": "user", "content": PART * 2}, {"role": "assistant", "content": PART}],
+        "content of user",
+    ),
 }
+
+
+def test_an_answer_of_parts_that_the_template_skips_is_refused(tokenizer):
+    tokenizer.chat_template = TYPED
+    for part in (
+        {"type": "tool_use", "name": "f", "input": {}},
+        {"type": "thinking", "thinking": "T"},
+        {"type": "image"},
+    ):
+        with pytest.raises(ValueError, match="message 1 is not found, since the template leaves out what it says"):
+            ChatTemplate(tokenizer).render([ASKED[0] | {"content": PART}, {"role": "assistant", "content": [part]}])
 
 
 @pytest.mark.parametrize(("template", "messages", "told"), ROWS.values(), ids=ROWS)

@@ -29,6 +29,7 @@ from stride_ray.corpus import readers
 from stride_ray.corpus.documents import Document, read, resolve_columns
 from stride_ray.corpus.files import SourceFile, list_files
 from stride_ray.corpus.readers import Rejected
+from stride_ray.corpus.rows.turns import content_key
 from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import redact_message, redact_url, redacted_error
@@ -456,6 +457,14 @@ X-Auth-Token: secret; X-Subject-Token: x; password=secret, PGPASSWORD='secret'; 
 Invalid user token hf_secretsecretsecret; HF_TOKEN=secret; token=secret; ghp_secretsecretsecret; glpat-secretsecretse
 The key AKIASECRETSECRETSECR does not exist; eyJhbGciOisecret.eyJzdWIiOisecret.secret has expired
 -----BEGIN RSA PRIVATE KEY-----secret
+{"token": "secret"} and token: secret and X-Token: secret and {'token': 'secret'} and {\\"token\\": \\"secret\\"}
+Authorization: ApiKey secret was refused; X-Api-Authorization: Hawk secret
+GET ?key=secret&a=1 auth=secret pass=secret; {"auth": "secret", "pass" : "secret"}
+run --password secret --api-key secret --token secret --client-password "secret"
+"password"  :  "secret", <Token>secret</Token> and <pass>secret</pass>
+no host in //me:secret@h/x; to=s3%3A%2F%2Fkey%3Asecret%40b%2Fa; to=https%3A%2F%2Fh%2Fa%3Fsig%3Dsecret%26token%3Dsecret
+npm_secretsecretsecretsecret pypi-secretsecretsecretsecret sk_live_secretsecret xapp-1-secretsecret
+to https://hooks.slack.com/services/secret/secret or hooks.slack.com/services/secret
 """.strip().splitlines()
 
 
@@ -472,6 +481,9 @@ def test_no_credentials_in_messages(text):
     "text",
     [
         "eos_token: </s>, pad_token=<pad>, token id 2048 is outside the vocabulary, 'token_ids' holds null",
+        "token: 3, token ids, the key 'text', token_ids = 3, key=3 'token': null, tokens: 9, token=None, eos_token: x",
+        "give --token or --password to log in, npm_config_registry, pypi-simple, pass: 3, <token> is no word, auth: ok",
+        "//comment: a b@c, unexpected token 'x', expected token ':', got '}', per token: 12, bypass=1, author=me",
         "a.jsonl#1024: Bearer authentication is required; the signature does not match: check the key",
         "no file /data/part-?/lang=en/x.jsonl, [Errno 2] No such file or directory: '/a/b?c'",
         "Unable to locate credentials; Basic authentication, key: 3, https://huggingface.co/gpt2/resolve/main/a.json",
@@ -481,7 +493,30 @@ def test_messages_without_credentials_stay(text):
     assert redact_message(text) == text
 
 
-@pytest.mark.parametrize("unit", ["://a:", "https://", "a-", "a:b@", 'password="', "/a?"])
+def test_what_follows_a_credential_stays():
+    shown = redact_message(
+        '{"secret": "a\\"S", "file": "x"} and //me:S@h/x and <Token>S</Token> of s3%3A%2F%2Fk%3AS%40b'
+    )
+    assert shown == '{"secret": …, "file": "x"} and //h/x and <Token>…</Token> of s3%3A%2F%2Fb'
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "%3A%2F%2F",
+        "//a:",
+        "--token ",
+        "%3Ftoken%3D",
+        "<token>",
+        "x-",
+        "://a:",
+        "https://",
+        "a-",
+        "a:b@",
+        'password="',
+        "/a?",
+    ],
+)
 def test_messages_of_any_length_are_redacted_at_once(unit):
     started = time.process_time()
     assert len(redact_message(unit * 10**6)) < 10_000
@@ -658,6 +693,7 @@ def test_ready_ids_count_where_masks_and_labels_let_them(tmp_path, row, ids, mas
         ({"loss": False}, False),
         ({"train_detail": [HOLE]}, "holds a message with train_detail"),
         ({"weight": 0.5}, "whose weight is 0.5; only 0 and 1"),
+        ({"weight": float("nan"), "name": float("nan")}, True),
     ],
 )
 def test_turns_may_be_marked_as_not_to_be_learned(tmp_path, turn, learned):
@@ -669,6 +705,40 @@ def test_turns_may_be_marked_as_not_to_be_learned(tmp_path, turn, learned):
         else:
             assert item.messages == [*CHAT, CHAT[1]]
             assert item.learned == (None if learned else [True, True, False])
+
+
+PRINTED = {"type": "text", "text": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("turn", "read"),
+    [
+        ({"from": "gpt", "value": "yes", "content": ""}, "yes"),
+        ({"from": "gpt", "value": "yes", "content": None}, "yes"),
+        ({"from": "gpt", "value": " ", "content": "yes"}, "yes"),
+        ({"from": "gpt", "content": "yes"}, "yes"),
+        ({"from": "gpt", "value": "yes", "content": "no"}, "holds a message with a value and a content; keep one"),
+        ({"role": "assistant", "content": [PRINTED, "so"]}, [PRINTED, "so"]),
+        ({"role": "assistant", "content": float("nan")}, "whose content is NaN, neither a string nor a list of parts"),
+        ({"role": "assistant", "content": 4}, "whose content is a number, neither a string nor"),
+        ({"role": "assistant", "content": True}, "whose content is a boolean, neither a string nor"),
+        ({"role": "assistant", "content": {"text": "hi"}}, "whose content is an object, neither a string nor"),
+        ({"from": "gpt", "value": {"text": "hi"}}, "whose content is an object, neither a string nor"),
+        (
+            {"role": "assistant", "content": ["a", None]},
+            "a part of its content that is null, not a string or an object",
+        ),
+        ({"role": "assistant", "content": [{**PRINTED, "text": 3}]}, "whose text is a number, not a string"),
+        ({"role": "assistant", "content": "yes", "tool_calls": 5}, "whose tool_calls are a number, not a list"),
+    ],
+)
+def test_what_a_turn_says_is_a_string_or_parts(tmp_path, turn, read):
+    item, _ = one(tmp_path, {"messages": [CHAT[0], turn]})
+    if isinstance(read, str) and " " in read:
+        assert read in item.reason
+    else:
+        assert item.messages == [CHAT[0], {"role": "assistant", "content": read}]
+        assert turn[content_key(turn)] == read
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import time
 import unicodedata
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -263,6 +264,21 @@ def test_other_texts_are_kept_and_what_is_not_searched_is_named(name, tmp_path):
     assert (item.others, item.left_out) == (others, left_out)
 
 
+@pytest.mark.parametrize(
+    ("own", "read"), [(7.0, "7"), (7, "7"), ("a", "a"), (None, "set.jsonl#0"), (float("nan"), "set.jsonl#0")]
+)
+def test_ids_are_text_and_what_is_not_filled_is_none(own, read, tmp_path):
+    for key, fields in (("id", None), ("my", {"id": "my"})):
+        path = write(tmp_path / "set.jsonl", [{"question": "Was it so?", "answer": "yes", key: own}])
+        assert read_set(path, fields=fields or {}).items[0].item_id == read
+
+
+def test_an_answer_of_nan_is_refused(tmp_path):
+    path = write(tmp_path / "set.jsonl", [{"question": "Was it?", "answer": float("nan")}, {"question": "Is it so?"}])
+    (reject,) = read_set(path).rejects
+    assert "'answer' holds NaN, not a text" in reject.reason
+
+
 def test_the_others_to_search_can_be_named(tmp_path):
     row = {"question": "Was it?", "article": "It was so.", "notice": "All rights are reserved."}
     path = write(tmp_path / "set.jsonl", [row])
@@ -374,6 +390,18 @@ READ = {
     "escaped tags": ('&lt;b&gt;bo&lt;/b&gt;ld <a href=\\"u\\">link</a>', "bold link"),
     "unknown tags": ("<seg id='1'>one</seg> <q1>two</q1> <x/>", "one two"),
     "what tags show": ('<img src="a b" alt="the cat sat on a mat">', "the cat sat on a mat"),
+    "attributes without a value": (
+        "<p data-v-7ba5>Which <b data-v-7ba5>hi</b>ll <img alt src=a><a download href=x>st</a>a<i v-cloak>nds</i>"
+        "<video playsinline>by <table border>the <li value>two <a href=>la</a>k<b contenteditable>es</b> <x-y z>here",
+        "which hill stands by the two lakes here",
+    ),
+    "attributes without a space": ('s<a href="x"class="y">ho</a><b id=\'x\'hidden>r</b>e', "shore"),
+    "no tags": (
+        "a < b and c > d vector<int> <noinput> if x <y and z> w or x <b we see c> y <i or j> <your-name> Set<A in B>",
+        "a b and c d vector int noinput if x y and z w or x b we see c y i or j your name set a in b",
+    ),
+    "fractions": ("Take ½ cup, 3½ spoons, 2⅓cups, ⅟8", "take 1 2 cup 3 1 2 spoons 2 1 3 cups 1 8"),
+    "symbols of letters": ("5㎏ on 9㎢ Ⓐⓑ ㍿ 20℃ x² ⒈one ™ Foo™ ★ ☺", "5kg on 9km2 ab 株 式 会 社 20 c x2 1 one foo"),
     "code": ("if a<b and c>d: List<int> &lt; Map<K, V> x <y", "if a b and c d list int map k v x y"),
     "broken lines": ("exam-\nple well-\r\n  known so\u00ad\nft A-\nB", "example wellknown soft a b"),
 }
@@ -515,10 +543,13 @@ def test_markup_without_end_takes_linear_time(unit):
 @given(st.text(max_size=200))
 def test_every_span_is_its_word_and_numbers_agree(text):
     found = split(text)
-    assert [split(text[start:stop]).words for start, stop in found.spans] == [[word] for word in found.words]
+    for word, (start, stop) in zip(found.words, found.spans, strict=True):
+        again = split(text[start:stop]).words
+        several = any(len(unicodedata.normalize("NFKC", each)) > 1 for each in text[start:stop])  # words in a symbol
+        assert again == [word] or (several and word in again)
     assert [normalised(word) for word in found.words] == found.words
     assert all(a < b for a, b in found.spans)
-    assert (found.spans[1:, 0] >= found.spans[:-1, 1]).all()
+    assert (np.diff(found.spans, axis=0) >= 0).all()  # the words of a symbol have the same place
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(found.words), 1)}
     assert Numbering(vocabulary).numbers(text)[0].tolist() == [vocabulary[word] for word in found.words]
 

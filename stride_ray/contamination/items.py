@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stride_ray.corpus.readers import Rejected, Row, rows
+from stride_ray.corpus.rows.row import has_content, named
 from stride_ray.corpus.splits import plan
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import redact_url
@@ -220,8 +221,8 @@ def _item(row: Row, name: str, given: Mapping[str, str], shapes: Sequence[dict[s
             raise _InvalidRowError(f"{shape['question']!r} is empty")
     except _InvalidRowError as error:
         return Rejected(row.file, number, str(error))
-    own = given.get("id") or next((key for key in _IDS if isinstance(values.get(key), str | int)), "")
-    item_id = str(values[own]) if own in values else row.document_id
+    own = given.get("id") or next((key for key in _IDS if isinstance(values.get(key), str | int | float)), "")
+    item_id = str(named(values[own])) if has_content(values.get(own)) else row.document_id
     others, left_out = _others(values, shape, own, [question, *choices, answer])
     content = json.dumps([name, question, choices, answer, *others], ensure_ascii=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -241,8 +242,7 @@ def _others(
     used = {part for role, field in shape.items() if role != "others" for part in field.split(",")} | {own}
     chosen = shape["others"].split(",") if "others" in shape else None
     seen: set[str] = set()
-    others: dict[str, str] = {}
-    left_out: dict[str, None] = {}
+    others, left_out = dict[str, str](), dict[str, None]()
     for field, value in values.items():
         for path, text in strings(field, value):
             if text in seen or any(text.strip() in each for each in known):
@@ -361,8 +361,8 @@ def _answer(
     if not choices:
         if isinstance(value, bool):  # BoolQ: the question stands alone
             return ""
-        if not isinstance(value, str | int | float):
-            raise _InvalidRowError(f"{field!r} holds {type(value).__name__}, not a text")
+        if not isinstance(value, str | int | float) or value != value:
+            raise _InvalidRowError(f"{field!r} holds {type(value).__name__ if value == value else 'NaN'}, not a text")
         return _whole(str(value), field)
     place = _place(value, choices, labels, int(shape["choices"].startswith(_FROM_ONE)))
     if place is None:

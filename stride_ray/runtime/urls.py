@@ -86,8 +86,15 @@ _NAMES = (
     r"(?:access|refresh|auth|session|security|api|bearer|oauth|hf|sas|csrf|subject)[-_]?token)|sig|id[-_]token"
 )
 _VALUE = (
-    r"""(?:"[^"]*"|'[^']*'|(?:(?:bearer|basic|token|digest|negotiate|sharedkey(?:lite)?|aws)\s+)?[^\s"'<>,;&)\]}]+)"""
+    r"""(?:\\"[^"\\]*\\"|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|"""
+    r"""(?:(?:bearer|basic|token|digest|negotiate|sharedkey(?:lite)?|aws|apikey)\s+)?[^\s"'<>,;&)\]}]+)"""
 )
+_IS = r"""\\?["']?\s{0,8}(?::|=>?)\s{0,8}"""
+# "token" and short names are ordinary words too: numbers and nothing are no secrets.
+_TOKEN = r"(?:x-[\w-]{0,40})?token"
+_SHORT = r"auth|pass|key"
+_NOTHING = r"(?!\\?[\"']?(?:\d{1,7}|none|null|true|false|undefined)\b)"
+_WORDS = r"(?:to|is|or|and|was|for|needs?|with|in|as|must|has|holds|not|cannot|which|of)\b"
 _REDACTED = [
     (re.compile(pattern), kept)
     for pattern, kept in (
@@ -98,14 +105,27 @@ _REDACTED = [
         (r"(://[^\s?]*)\?[^\s'\"]*=[^\s'\"]*", r"\1"),
         (rf"(?i)(://[^\s#]*)#(?:[^\s'\"]*&)?(?:{_NAMES}|token)=[^\s'\"]*", r"\1"),
         (r"((?<![\w?/])/[^\s?'\"]*)\?[\w%.~-]+=[^\s'\"]*", r"\1"),  # a URL without its host
-        (rf"""(?i)(?<![\w-])((?:{_NAMES})["']?\s?(?::|=>?)\s?){_VALUE}""", r"\1…"),
+        (r"(?<![\w:/])(//)[^/\s:@'\"]+:[^/\s@]*@", r"\1"),
+        (r"(?i)(%3a%2f%2f)(?:(?!%2f|%40)[^\s/'\"])*%40", r"\1"),  # URLs in queries
+        (rf"(?i)((?:%3f|%26)(?:{_NAMES}|token|{_SHORT})%3d)(?:(?!%26)[^\s'\"&])+", r"\1…"),
+        (rf"""(?i)(?<![\w-])((?:[\w-]{{0,40}})authorization{_IS}["']?)(?:[\w-]+\s)?[^\s"'<>,;&)\]}}]+""", r"\1…"),
+        (rf"""(?i)(?<![\w-])((?:{_NAMES}){_IS}){_VALUE}""", r"\1…"),
+        (rf"(?i)(?<![\w-])({_TOKEN}{_IS}){_NOTHING}{_VALUE}", r"\1…"),
+        (
+            rf"""(?i)((?<![\w-])(?:auth|pass)=|[?&](?:{_SHORT})=|["'](?:auth|pass)["']\s{{0,8}}:\s{{0,8}}){_NOTHING}{_VALUE}""",
+            r"\1…",
+        ),
+        (rf"(?i)(?<![\w-])(--(?:{_NAMES}|token|pass)\s+)(?!-|{_WORDS}){_VALUE}", r"\1…"),
+        (rf"(?i)(<(token|{_SHORT})>)[^<]+(?=</\2>)", r"\1…"),
         (r"(?i)\b(cookie[\"']?\s?[:=]\s?).*", r"\1…"),
-        (r"(?i)(?<![\w-])(token=)[^\s\"'<>,;&)\]}]+", r"\1…"),
         (rf"(?i)(<({_NAMES})>)[^<]*", r"\1…"),
         (r"(?i)\b(bearer\s+)(?!(?:auth\w*|tokens?|realm|scheme|header|error)\b)[^\s\"'<>,;)]+", r"\1…"),
         (r"\b(Basic\s+)[A-Za-z0-9+/_-]{8,}={0,2}(?<=[\d=])", r"\1…"),
-        # What tokens and keys look like: Hugging Face, AWS, GitHub, GitLab, OpenAI, Slack, Google, JSON Web Tokens.
-        (r"\b(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[a-z]-|ya29\.|AIza|dapi)[\w.-]{10,}", r"\1…"),
+        # What tokens and keys look like: Hugging Face, AWS, GitHub, GitLab, OpenAI, Slack, Google, Stripe, npm, PyPI,
+        # JSON Web Tokens; and addresses that are secret as a whole.
+        (r"\b(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[a-z]-|xapp-|ya29\.|AIza|dapi)[\w.-]{10,}", r"\1…"),
+        (r"\b([sr]k_(?:live|test)_|whsec_|npm_(?=[A-Za-z0-9]{10})|pypi-(?=[\w-]{16}))[\w-]{8,}", r"\1…"),
+        (r"(?i)\b(hooks\.slack\.com/\w+/|discord(?:app)?\.com/api/webhooks/)[^\s'\"]+", r"\1…"),
         (r"\b(?:AKIA|ASIA|GOOG)[0-9A-Z]{12,}\b", "…"),
         (r"\beyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?", "…"),
     )

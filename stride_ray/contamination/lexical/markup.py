@@ -1,17 +1,20 @@
 """The readable text of a raw one: what a browser would show of it, with the places of its characters in the raw text.
 
 HTML entities are decoded, also where they were escaped twice, and so are the escapes of strings in JSON and code. Tags,
-raw or escaped, and invisible characters go; words that a hyphen breaks at a line's end are joined. Comments, scripts,
-styles, declarations, processing instructions and the reading aids of ruby do not interrupt the text around them; what
-they hold is in the data all the same, so each is a passage of its own. The content of CDATA is text. An element that is
-not closed hides nothing: unlike in a browser, the rest stays readable, for documents are often cut. Item and corpus are
-read alike, so that code which looks like markup (``&lt;b&gt;``, ``Set<Object>``) still equals its copies.
+raw or escaped, and invisible characters go; fractions and letters in one symbol (½, ㎏) are spelt out; words that a
+hyphen breaks at a line's end are joined. Comments, scripts, styles, declarations, processing instructions and the
+reading aids of ruby do not interrupt the text around them; what they hold is in the data all the same, so each is a
+passage of its own. The content of CDATA is text. An element that is not closed hides nothing: unlike in a browser, the
+rest stays readable, for documents are often cut. Item and corpus are read alike, so that code which looks like markup
+(``&lt;b&gt;``, ``Set<Object>``) still equals its copies.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from html import unescape
 from html.entities import html5
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import regex
@@ -35,12 +38,16 @@ _ELEMENTS = _INLINE | frozenset(
     "noscript object ol optgroup option output p param picture pre progress rp rt script search section select "
     "slot source style summary svg table tbody td template textarea tfoot th thead time title tr track ul video".split()
 )
-_BOOLEAN = "allowfullscreen|async|autofocus|checked|controls|defer|disabled|hidden|ismap|itemscope|loop|multiple|muted"
-_BOOLEAN += "|noshade|novalidate|nowrap|open|readonly|required|reversed|selected"
-# An attribute is a name with a value, or one of the few that have none: "a <b and c> d" is not a tag.
+# An attribute may lack its value, and white space before it after a quote. The limit keeps time linear.
 _VALUE = r"""\\?"[^"]*+"|\\?'[^']*+'|[^\s"'<>`]++"""
-_ATTRIBUTE = rf"\s++(?:[a-z_:@][\w:.-]*+\s*+=\s*+(?:{_VALUE})|(?:{_BOOLEAN})(?=[\s/>]))"
-_TAG = regex.compile(rf"<(/?)([a-z][\w:.-]*+)((?:{_ATTRIBUTE})*+)\s*+(/?)>", regex.IGNORECASE)
+_ATTRIBUTE = rf"""(?:\s++|(?<=["']))[a-z_:@#*\[(][^\s"'<>/=,;&|`]*+(?:\s*+=(?:\s*+(?:{_VALUE}))?)?"""
+_TAG = regex.compile(rf"<(/?)([a-z][\w:.-]*+)((?:{_ATTRIBUTE}){{0,100}}+)\s*+(/?)>", regex.IGNORECASE)
+# What tells "a <b and c> d" from a tag of one letter: its attributes have a value, a mark in the name, or one of these.
+_BARE = frozenset(
+    "border class compact contenteditable dir download draggable hidden href id inert itemscope lang name nonce "
+    "noshade nowrap ping popover rel spellcheck style tabindex target title translate value".split()
+)
+_OPERATORS = frozenset(("and", "or", "not", "xor", "then"))
 _CLOSING = regex.compile(r"</([a-z][\w:.-]*+)\s*+>", regex.IGNORECASE)
 # What browsers do not show, or not in its line (the reading aids of ruby): where it begins, since there may be no end.
 # Attributes may hold ">" in quotes.
@@ -74,6 +81,8 @@ _BROKEN = regex.compile(
 _SPELT = {"\u0e4d\u0e32": "\u0e33", "\u0ecd\u0eb2": "\u0eb3", "\u0eab\u0e99": "\u0edc", "\u0eab\u0ea1": "\u0edd"}
 _SPELT |= {"\u02bb": "'", "\u02bc": "'"}
 _OTHERWISE = regex.compile("|".join(_SPELT))
+# Characters that stand for several words, or for letters though they count as symbols: ½, ⒈, ㎏, Ⓐ, ㍿. (™ is no word.)
+_COMPOSED = regex.compile(r"[[\p{No}\p{So}\p{Sc}\ufdfa\ufdfb]--[\u2120\u2122]]", regex.V1)
 
 
 class Readable(NamedTuple):
@@ -123,6 +132,7 @@ def _read(now: Readable, is_word: Callable[[str], bool] | None) -> Readable:
     if not now.text.isascii():
         now = _replaced(now, _INVISIBLE, lambda match: "")
         now = _replaced(now, _OTHERWISE, lambda match: _SPELT[match.group()])
+        now = _replaced(now, _COMPOSED, lambda match: _spelt_out(match.group()))
     return now
 
 
@@ -199,6 +209,15 @@ def _unescaped(match: "regex.Match[str]") -> str:
     return "\n" if match.group().endswith("n") else " "
 
 
+@cache
+def _spelt_out(character: str) -> str:
+    """The compatibility form of a character if it has letters or digits; a fraction stands apart, as 1/2 does in 3½."""
+    form = normalize("NFKC", character)
+    if "\u2044" in form:
+        return f" {form} "
+    return form if any(map(str.isalnum, form)) else character
+
+
 def _mended(match: "regex.Match[str]", is_word: Callable[[str], bool] | None) -> str:
     return "" if is_word is None or is_word(match.group(1) + match.group(2)) else match.group()
 
@@ -206,12 +225,19 @@ def _mended(match: "regex.Match[str]", is_word: Callable[[str], bool] | None) ->
 def _untagged(match: "regex.Match[str]", closed: set[str]) -> str:
     """What a tag leaves: nothing, a space, or the text in one of its attributes; itself if it may be code.
 
-    An unknown name (``List<int>``) is a tag's only if the tag is closed or has quoted attributes.
+    The name decides. An unknown one (``List<int>``, ``<your-name>``) is a tag's only if the tag is closed or has quoted
+    attributes, or others in a custom element, whose name has a dash.
     """
     slash, name, attributes, alone = match.groups()
     name = name.lower()
-    if not (name in _ELEMENTS or name in closed or slash or alone or '"' in attributes or "'" in attributes):
+    known = name in _ELEMENTS or ("-" in name and attributes)
+    if not (known or name in closed or slash or alone or '"' in attributes or "'" in attributes):
         return match.group()
+    if attributes and "=" not in attributes:
+        bare = attributes.lower().split()
+        marked = len(name) > 1 or all(each in _BARE or not each.isalpha() for each in bare)
+        if not marked or not _OPERATORS.isdisjoint(bare):
+            return match.group()
     shown = [value for _, value in _SHOWN.findall(attributes) if len(value.split()) >= _SHOWN_WORDS]
     if shown:
         return f" {' '.join(shown)} "

@@ -17,7 +17,7 @@ import regex
 from stride_ray.contamination.lexical.markup import Readable, readable
 
 # Changes with the words of any text: what was found by other rules is not found again by these.
-RULES = 4
+RULES = 5
 _SPACELESS = r"[[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Line_Break=Complex_Context}\u30fc\uff70]&&[\p{L}\p{N}]]"
 # In half-width katakana the voicing marks are letters.
 _LETTER = rf"{_SPACELESS}[\p{{M}}\uff9e\uff9f]*+"

@@ -13,8 +13,19 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from stride_ray.corpus.rows.row import has_content
 from stride_ray.corpus.tokenization.clock import with_fixed_clock
+from stride_ray.corpus.tokenization.contents import (
+    has_text,
+    renamed,
+    replaced,
+    reworded_content,
+    role_and_keys,
+    says,
+    tags_of,
+    text_parts,
+    type_of,
+    whole_form,
+)
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What is said in conversations that try a template out. The first and last characters are for private use, so that
@@ -40,6 +51,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, tools: bool = False) -> None:
         self._tokenizer = tokenizer
         self._source = with_fixed_clock(tokenizer.get_chat_template(tools=[] if tools else None))
+        self._tags = tags_of(self._source)
         self._left_out: dict[tuple[Any, ...], frozenset[str]] = {}
 
     def render(self, messages: Messages, arguments: Arguments | None = None) -> tuple[str, Ranges]:
@@ -60,10 +72,11 @@ class ChatTemplate:
     def left_out(self, messages: Messages, arguments: Arguments | None = None) -> frozenset[str]:
         """What a conversation holds and its text does not: "tool_calls of assistant", "content of tool", "tools".
 
-        It follows from which turns have which keys, so each such form is rendered once, with other words in it.
+        It follows from which turns have which keys, parts and tags, so each such form is rendered once, with other
+        words in it. Thoughts in tags within a content are "thoughts of assistant", other parts go by their type.
         """
         given = {name: value for name, value in (arguments or {}).items() if isinstance(value, str | list | dict)}
-        form = (*(_form(message) for message in messages), *sorted(given))
+        form = (*(whole_form(message, self._tags) for message in messages), *sorted(given))
         if all(part in (("user", "content"), ("assistant", "content")) for part in form):
             return frozenset()  # the answers are looked for anyway, and without a question there is no conversation
         if form not in self._left_out and len(self._left_out) < _FORMS:
@@ -78,6 +91,7 @@ class ChatTemplate:
         except Exception:  # as render: it takes no other words
             return frozenset()
         lost = {said for word, said in words.items() if word not in text}
+        lost |= self._lost_parts(others, text, arguments)
         for name in given:
             rest = {key: value for key, value in arguments.items() if key != name}
             with contextlib.suppress(Exception):  # as render: it may need what is left out
@@ -87,21 +101,38 @@ class ChatTemplate:
     def _reworded(self, i: int, message: dict[str, Any], words: dict[str, str]) -> dict[str, Any]:
         """The keys of a turn with other words, each of which is added to ``words`` with what it stands for."""
         changed: dict[str, Any] = {}
-        for key in _form(message)[1:]:
+        for key in role_and_keys(message)[1:]:
             word = f"word{i}{''.join(filter(str.isalnum, key))}word"
-            if not _has_text(message[key]):  # a number or a flag, which tells a template what to do, by its name
+            if not has_text(message[key]):  # a number or a flag, which tells a template what to do, by its name
                 words |= (
                     {} if re.search(rf"\b{re.escape(key)}\b", self._source) else {word: f"{key} of {message['role']}"}
                 )
                 continue
-            words[word] = f"{key} of {message['role']}"
             if key == "content":
-                changed |= self._content(i, {"content": word})
-            elif key == "tool_calls":
-                changed[key] = [_renamed(call, word) for call in message[key]]
-            else:
-                changed[key] = _replaced(message[key], word)
+                changed |= self._content(i, {"content": reworded_content(i, message, self._tags, words)})
+                continue
+            if key == "tool_calls":
+                changed[key] = [renamed(call, f"{word}{n}.") for n, call in enumerate(message[key])]
+                words |= {f"{word}{n}.": f"{key} of {message['role']}" for n in range(len(message[key]))}
+                continue
+            words[word] = f"{key} of {message['role']}"
+            changed[key] = replaced(message[key], word)
         return changed
+
+    def _lost_parts(self, messages: Messages, text: str, arguments: Arguments) -> set[str]:
+        """The parts, other than text, of reworded contents that the text is the same without."""
+        lost = set[str]()
+        for i, message in enumerate(messages):
+            parts: list[Any] = message["content"] if isinstance(message.get("content"), list) else []
+            for n, part in enumerate(parts):
+                said = f"{type_of(part)} of {message['role']}"
+                if type_of(part) == "text" or said in lost or f"word{i}part{n}word" in text:
+                    continue
+                without = {**message, "content": [*parts[:n], *parts[n + 1 :]]}
+                with contextlib.suppress(Exception):  # as render: it may need the part
+                    same = self._text([*messages[:i], without, *messages[i + 1 :]], arguments) == text
+                    lost |= {said} if same else set()
+        return lost
 
     def _marked(self, messages: Messages, arguments: Arguments) -> tuple[str, Ranges]:
         """The text and what the template marks."""
@@ -146,7 +177,7 @@ class ChatTemplate:
                 reason = "what it says stands in more than one place, or changes what stands before it"
             elif after - kept > max(map(len, self._endings)):
                 reason = "what it says changes what stands after it"
-            elif not text[start : len(text) - kept].strip() and _says(messages[i]):
+            elif not text[start : len(text) - kept].strip() and says(messages[i]):
                 reason = "the template leaves out what it says"
             else:
                 end = self._closed(text, len(text) - kept, whole, last=i + 1 == len(messages))
@@ -162,7 +193,7 @@ class ChatTemplate:
             return [(plain, True)]
         return [
             (plain, True),
-            ({**message, **content, "tool_calls": [_renamed(call, _ANSWER) for call in calls]}, False),
+            ({**message, **content, "tool_calls": [renamed(call, _ANSWER) for call in calls]}, False),
         ]
 
     def _closed(self, text: str, end: int, whole: bool, last: bool) -> int:
@@ -235,14 +266,14 @@ class ChatTemplate:
         content = message.get("content")
         as_text, as_parts = self._probes
         if isinstance(content, str):
-            return {"content": _parts(content) if _ANSWER in as_parts and _ANSWER not in as_text else content}
+            return {"content": text_parts(content) if _ANSWER in as_parts and _ANSWER not in as_text else content}
         if not isinstance(content, list):
             return {}
         # Columnar files pad every part with the keys of all others; templates ask whether a part has a key.
         parts = [
             {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else part
             for each in content
-            for part in (_parts(each) if isinstance(each, str) else [each])
+            for part in (text_parts(each) if isinstance(each, str) else [each])
         ]
         if _ANSWER not in as_text or as_parts == as_text:
             return {"content": parts}
@@ -258,7 +289,7 @@ class ChatTemplate:
         Many templates print a list of parts as Python would, or an answer that is a string not at all.
         """
         rendered = []
-        for form in (str, _parts):
+        for form in (str, text_parts):
             turns = [{"role": "user", "content": form("-")}, {"role": "assistant", "content": form(_ANSWER)}]
             try:
                 rendered.append(self._text(turns))
@@ -306,45 +337,3 @@ def _common(a: str, b: str) -> int:
 
 def _common_end(a: str, b: str) -> int:
     return _common(a[max(0, len(a) - len(b)) :][::-1], b[::-1])
-
-
-def _says(message: dict[str, Any]) -> bool:
-    """Whether a turn calls a tool or has a content of more than white space."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    return bool(message.get("tool_calls")) or any(str(text).strip() for text in texts if text is not None)
-
-
-def _form(message: dict[str, Any]) -> tuple[str, ...]:
-    """A turn's role and the keys that hold something."""
-    held = (key for key, value in message.items() if key not in ("role", "tool_call_id") and has_content(value))
-    return (message["role"], *sorted(held))
-
-
-def _has_text(value: Any) -> bool:
-    if isinstance(value, dict | list):
-        return any(map(_has_text, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, str)
-
-
-def _replaced(value: Any, word: str) -> Any:
-    """A value with the same word for every string."""
-    if isinstance(value, dict):
-        return {key: _replaced(part, word) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_replaced(part, word) for part in value]
-    return word if isinstance(value, str) else value
-
-
-def _renamed(call: Any, name: str) -> Any:
-    """A tool call of another name."""
-    if not isinstance(call, dict):
-        return call
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": {**call["function"], "name": name}}
-    return {**call, "name": name}
-
-
-def _parts(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]

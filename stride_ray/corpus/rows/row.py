@@ -150,6 +150,11 @@ def kind_of_value(value: Any) -> str:
     return "NaN" if value != value else kind_of_type(type(value))
 
 
+def escaped(text: str) -> str:
+    """A text that can be stored and printed: lone surrogates are written as JSON writes them, escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def is_corrupt(error: Exception) -> bool:
     """Whether an error means corrupt content, and not a fault of the storage."""
     return isinstance(error, _CORRUPT) or storage.is_corrupt(error)

@@ -334,6 +334,9 @@ def test_a_saved_dataset_and_a_dictionary_of_them(tmp_path):
     (tmp_path / "one/data-00001-of-00002.arrow").unlink()
     with pytest.raises(StrideError, match="data-00001-of-00002"):
         plan([str(tmp_path / "one")], 100)
+    (tmp_path / "one/state.json").write_text("[" * 100_000)
+    with pytest.raises(StrideError, match=r"state.json does not list a dataset's files \(RecursionError\)"):
+        plan([str(tmp_path / "one")], 100)
 
 
 def test_identity_does_not_depend_on_the_place(tmp_path):

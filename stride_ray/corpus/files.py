@@ -308,7 +308,7 @@ def _resolve_datasets(fs: Any, names: list[str], path_of: Callable[[str], str]) 
         state = path_of(folder + "state.json")
         try:
             parts = [folder + entry["filename"] for entry in json.loads(fs.cat_file(state))["_data_files"]]
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise StrideError(
                 f"{redact_url(state)} does not list a dataset's files ({type(error).__name__}); save it anew."
             ) from None

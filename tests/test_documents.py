@@ -983,6 +983,39 @@ def test_below_the_card_of_a_data_set_only_data_and_texts_are_documents(tmp_path
         assert list_files(f"{tmp_path}/{deep}*/x.py")  # so is what a pattern names
 
 
+@pytest.mark.parametrize("name", ["README.md", "readme.md", "Readme.MD"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "viewer: false",
+        "extra_gated_prompt: x",
+        "extra_gated_fields:\n  Name: text",
+        "source_datasets:\n- original",
+        "licenses:\n- mit",
+        "task_ids: []",
+        "modalities:\n- text",
+        '"language": en',
+        "'license' : mit",
+        "language_creators:\n- found",
+        "multilinguality: monolingual",
+        "train-eval-index: []",
+    ],
+)
+def test_any_key_of_the_hub_and_any_case_of_the_name_make_a_card(tmp_path, name, line):
+    for each, text in {name: f"---\n{line}\n---\n# Data\n", "data/a.jsonl": "x", "scripts/prep.py": "x"}.items():
+        (tmp_path / each).parent.mkdir(exist_ok=True)
+        (tmp_path / each).write_text(text)
+    (tmp_path / "top.jsonl").write_text("x")
+    assert [file.name for file in list_files(str(tmp_path))] == ["data/a.jsonl", "top.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["_b.jsonl", ".b.jsonl", "_SUCCESS"])
+def test_a_folder_of_which_nothing_is_read_names_what_it_holds(tmp_path, name):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(StrideError, match=f"matches no file that is read: {name} is left out by its name"):
+        list_files(str(tmp_path))
+
+
 def test_zstd_with_long_windows_is_read(tmp_path):
     data = b"".join(b'{"text": "row %d"}\n' % i for i in range(50))
     parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)

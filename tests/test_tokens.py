@@ -174,6 +174,13 @@ def test_token_ids_pass_through_unless_outside_the_vocabulary(tokenizer):
         encode([Document("d", "s", text="x")], None)
 
 
+@pytest.mark.parametrize("mask", [[True, False, False], [False, False, False]])
+def test_a_mask_that_leaves_nothing_to_predict_is_rejected(tokenizer, mask):
+    (result,) = encode([Document("d", "s", token_ids=[5, 6, 7], loss_mask=mask)], tokenizer)
+    assert isinstance(result, Rejected)
+    assert result.reason.startswith("no token counts: its loss mask is ")
+
+
 def test_the_stream_keeps_its_order_and_its_rejects(tokenizer, monkeypatch):
     monkeypatch.setattr("stride_ray.corpus.tokenization.encoding._BATCH_CHARACTERS", 30)
     items = [Rejected("f", i, "bad") if i % 3 == 0 else Document(str(i), "s", text="cat " * (i + 1)) for i in range(20)]

@@ -211,6 +211,9 @@ def _checked(document: Document, ids: Sequence[int], mask: Sequence[bool] | None
         )
     if not any(mask):
         return Rejected(document.document_id, None, "no token counts: its loss mask is false throughout")
+    if len(mask) > 1 and not any(mask[1:]):  # trainers shift labels by one
+        why = "no token counts: its loss mask is true for the first token only, which is predicted from none"
+        return Rejected(document.document_id, None, why)
     return TokenizedDocument(
         document.document_id, document.source, np.asarray(ids, np.int32), np.asarray(mask, np.bool_), document.place
     )

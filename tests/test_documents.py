@@ -4,12 +4,16 @@ import bz2
 import datetime
 import decimal
 import gzip
+import io
 import json
+import lzma
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import uuid
 import zipfile
@@ -301,6 +305,40 @@ def test_files_packed_in_other_ways_are_named_so(tmp_path):
     (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(b'{"text": "a"}'))
     (item,) = read_all([str(tmp_path)])
     assert item.sentence() == ("a.jsonl.bz2: packed in a way that is not read; unpack it, or pack it with gzip or zstd")
+
+
+def tar(data):
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w") as archive:
+        (entry := tarfile.TarInfo("a.jsonl")).size = len(data)
+        archive.addfile(entry, io.BytesIO(data))
+    return target.getvalue()
+
+
+PACKS = {
+    "gzip data": gzip.compress,
+    "zstd data": zstandard.ZstdCompressor().compress,
+    "bzip2 data": bz2.compress,
+    "xz data": lzma.compress,
+    "a tar archive": tar,
+}
+
+
+@pytest.mark.parametrize("what", PACKS)
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.txt.gz", "a.json", "a.jsonl.gzip", "a.jsonl.zstd"]
+)
+def test_packed_data_of_another_name_is_told_once(tmp_path, what, name):
+    rows = [{"text": random.Random(i).randbytes(400).hex()} for i in range(5)]
+    data = PACKS[what](b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (item,) = read_all([str(tmp_path)], shard_bytes=700)
+    assert item.sentence() == f"{name}: holds {what}, not text; {readers._UNPACK}"
+
+
+def test_text_that_begins_as_packed_data_might_is_text(tmp_path):
+    (tmp_path / "a.txt").write_text("BZh is short for it; PK too.")
+    assert [item.text for item in read_all([str(tmp_path)])] == ["BZh is short for it; PK too."]
 
 
 def test_a_broken_arrow_file_keeps_its_whole_batches_and_is_told_once(tmp_path):

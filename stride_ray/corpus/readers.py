@@ -29,6 +29,7 @@ ZSTD_WINDOW = 1 << 31
 _ARRAY_BYTES = 1 << 28
 _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*[{\]]")
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
+_STRING_OR_END = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*")|[\r\n]', re.DOTALL)
 # How packed data begins. What to do with it where neither the name says so nor the packing inside another.
 _PACKINGS = {
     "gzip data": rb"\x1f\x8b",
@@ -191,9 +192,9 @@ def _elements(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     depth, start = -1, 0  # before the array
 
     def element(stop: int) -> tuple[int, bytes]:
-        # A line end inside a string is escaped, so these are white space.
         found = data[start:stop].lstrip()
-        return stop - len(found), found.rstrip().replace(b"\r", b" ").replace(b"\n", b" ")
+        # Line ends are white space; inside a string, where they have to be escaped, they stay, to be rejected.
+        return stop - len(found), _STRING_OR_END.sub(lambda part: part[1] or b" ", found.rstrip())
 
     for token in _TOKEN.finditer(data):
         sign = token[0]

@@ -288,6 +288,8 @@ def test_a_json_array_is_read_as_its_elements(tmp_path, form, shard):
         ('[{"text": "a"},\n{"text": bad},\n{"text": "c"},]', ["a", "c"], ["not a line"]),
         ('[\n]\n{"text": "b"}', ["b"], []),
         ('["a"]\n{"text": "b"}', ["b"], ["holds a JSON list"]),
+        ('[\n{"text": "a\nb"},\n{"text":\r\n"c"}]', ["c"], ["Invalid control character"]),
+        ('[{"text": "a\rb", "n": "\\""},{"te\nxt": "c"},\n{"text": "d"}]', ["d"], ["Invalid control"] * 2),
         ('[{"text": "' + "a" * 100 + '"}]', [], ["write one JSON object a line"]),
     ],
 )
@@ -334,6 +336,19 @@ def test_packed_data_of_another_name_is_told_once(tmp_path, what, name):
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     (item,) = read_all([str(tmp_path)], shard_bytes=700)
     assert item.sentence() == f"{name}: holds {what}, not text; {readers._UNPACK}"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("name", ["text", "other"])
+def test_two_columns_of_one_name_are_refused(tmp_path, kind, name):
+    table = pa.table([["a", "b"], ["c", "d"], ["e", "f"]], names=["text" if name != "text" else "z", name, name])
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+            writer.write_table(table)
+    (item,) = read_all([str(tmp_path)])
+    assert f"it has two columns named '{name}'; rename one" in item.reason
 
 
 def test_text_that_begins_as_packed_data_might_is_text(tmp_path):

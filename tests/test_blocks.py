@@ -77,6 +77,18 @@ def test_blocks_outside_the_pool_are_named(pool, ordinals):
         pool.take(ordinals, ["ordinal"])
 
 
+@pytest.mark.parametrize("read", [lambda pool: list(pool.batches(0, len(pool), 9)), lambda pool: pool.batch([0])])
+def test_parts_that_were_swapped_are_named(pool, read):
+    pool.take([0], ["ordinal"])
+    first, other = (pool.manifest["parts"][i]["name"] for i in (0, 3))
+    data = pool.store.read(first), pool.store.read(other)
+    pool.store.write(first, data[1])
+    pool.store.write(other, data[0])
+    begins = int(pool._first[3])
+    with pytest.raises(StrideError, match=rf"part-00000.parquet begins with block {begins}, .* with block 0: it is"):
+        read(pool)
+
+
 def test_a_file_is_opened_once_for_all_its_blocks(pool, monkeypatch):
     opened, real = [], Store.open_parquet
     monkeypatch.setattr(Store, "open_parquet", lambda self, name: opened.append(name) or real(self, name))

@@ -77,6 +77,8 @@ def test_lists_and_pairs_as_typed():
         ("[corpus]\ninput = 3", "must be a list of paths"),
         ("[model]\npath = 3", "must be text"),
         ("[fit", "is not valid TOML"),
+        ("a = " + "[" * 100_000, "is not valid TOML: its lists or tables are nested too deeply"),
+        ("a = " + "{b = " * 100_000, "is not valid TOML: its lists or tables are nested too deeply"),
     ],
 )
 def test_a_sentence_for_what_is_wrong(text, told):

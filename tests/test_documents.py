@@ -4,12 +4,16 @@ import bz2
 import datetime
 import decimal
 import gzip
+import io
 import json
+import lzma
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import uuid
 import zipfile
@@ -285,6 +289,8 @@ def test_a_json_array_is_read_as_its_elements(tmp_path, form, shard):
         ('[{"text": "a"},\n{"text": bad},\n{"text": "c"},]', ["a", "c"], ["not a line"]),
         ('[\n]\n{"text": "b"}', ["b"], []),
         ('["a"]\n{"text": "b"}', ["b"], ["holds a JSON list"]),
+        ('[\n{"text": "a\nb"},\n{"text":\r\n"c"}]', ["c"], ["Invalid control character"]),
+        ('[{"text": "a\rb", "n": "\\""},{"te\nxt": "c"},\n{"text": "d"}]', ["d"], ["Invalid control"] * 2),
         ('[{"text": "' + "a" * 100 + '"}]', [], ["write one JSON object a line"]),
     ],
 )
@@ -302,6 +308,53 @@ def test_files_packed_in_other_ways_are_named_so(tmp_path):
     (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(b'{"text": "a"}'))
     (item,) = read_all([str(tmp_path)])
     assert item.sentence() == ("a.jsonl.bz2: packed in a way that is not read; unpack it, or pack it with gzip or zstd")
+
+
+def tar(data):
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w") as archive:
+        (entry := tarfile.TarInfo("a.jsonl")).size = len(data)
+        archive.addfile(entry, io.BytesIO(data))
+    return target.getvalue()
+
+
+PACKS = {
+    "gzip data": gzip.compress,
+    "zstd data": zstandard.ZstdCompressor().compress,
+    "bzip2 data": bz2.compress,
+    "xz data": lzma.compress,
+    "a tar archive": tar,
+}
+
+
+@pytest.mark.parametrize("what", PACKS)
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.txt.gz", "a.json", "a.jsonl.gzip", "a.jsonl.zstd"]
+)
+def test_packed_data_of_another_name_is_told_once(tmp_path, what, name):
+    rows = [{"text": random.Random(i).randbytes(400).hex()} for i in range(5)]
+    data = PACKS[what](b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (item,) = read_all([str(tmp_path)], shard_bytes=700)
+    assert item.sentence() == f"{name}: holds {what}, not text; {readers._UNPACK}"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("name", ["text", "other"])
+def test_two_columns_of_one_name_are_refused(tmp_path, kind, name):
+    table = pa.table([["a", "b"], ["c", "d"], ["e", "f"]], names=["text" if name != "text" else "z", name, name])
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+            writer.write_table(table)
+    (item,) = read_all([str(tmp_path)])
+    assert f"it has two columns named '{name}'; rename one" in item.reason
+
+
+def test_text_that_begins_as_packed_data_might_is_text(tmp_path):
+    (tmp_path / "a.txt").write_text("BZh is short for it; PK too.")
+    assert [item.text for item in read_all([str(tmp_path)])] == ["BZh is short for it; PK too."]
 
 
 def test_a_broken_arrow_file_keeps_its_whole_batches_and_is_told_once(tmp_path):
@@ -334,6 +387,9 @@ def test_a_saved_dataset_and_a_dictionary_of_them(tmp_path):
     }
     (tmp_path / "one/data-00001-of-00002.arrow").unlink()
     with pytest.raises(StrideError, match="data-00001-of-00002"):
+        plan([str(tmp_path / "one")], 100)
+    (tmp_path / "one/state.json").write_text("[" * 100_000)
+    with pytest.raises(StrideError, match=r"state.json does not list a dataset's files \(RecursionError\)"):
         plan([str(tmp_path / "one")], 100)
 
 
@@ -1048,6 +1104,39 @@ def test_below_the_card_of_a_data_set_only_data_and_texts_are_documents(tmp_path
     assert list_files(str(tmp_path / deep / files.split()[-1]))  # named alone, it is read
     if "x.py" in files:
         assert list_files(f"{tmp_path}/{deep}*/x.py")  # so is what a pattern names
+
+
+@pytest.mark.parametrize("name", ["README.md", "readme.md", "Readme.MD"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "viewer: false",
+        "extra_gated_prompt: x",
+        "extra_gated_fields:\n  Name: text",
+        "source_datasets:\n- original",
+        "licenses:\n- mit",
+        "task_ids: []",
+        "modalities:\n- text",
+        '"language": en',
+        "'license' : mit",
+        "language_creators:\n- found",
+        "multilinguality: monolingual",
+        "train-eval-index: []",
+    ],
+)
+def test_any_key_of_the_hub_and_any_case_of_the_name_make_a_card(tmp_path, name, line):
+    for each, text in {name: f"---\n{line}\n---\n# Data\n", "data/a.jsonl": "x", "scripts/prep.py": "x"}.items():
+        (tmp_path / each).parent.mkdir(exist_ok=True)
+        (tmp_path / each).write_text(text)
+    (tmp_path / "top.jsonl").write_text("x")
+    assert [file.name for file in list_files(str(tmp_path))] == ["data/a.jsonl", "top.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["_b.jsonl", ".b.jsonl", "_SUCCESS"])
+def test_a_folder_of_which_nothing_is_read_names_what_it_holds(tmp_path, name):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(StrideError, match=f"matches no file that is read: {name} is left out by its name"):
+        list_files(str(tmp_path))
 
 
 def test_zstd_with_long_windows_is_read(tmp_path):

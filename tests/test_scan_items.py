@@ -309,6 +309,23 @@ def test_fields_searched_and_left_out_for_their_length():
         ({"question": " ", "answer": ""}, "'question' is empty"),
         ({"question": "half \ud800"}, "a lone surrogate"),
         ({"question": "a", "answer": {"b": 1}}, "'answer' holds dict"),
+        (
+            {"question": "a", "choices": ["x", "y"], "answer": "\u00df"},
+            "'answer' is '\u00df', which names none of the 2",
+        ),
+        ({"question": "a", "choices": ["x", "y"], "answer": "\u0149"}, "names none of the 2 choices"),
+        ({"question": "a", "choices": ["x", "y"], "answer": "1" * 5000}, "111, which names none of the 2 choices"),
+        ({"question": "a", "choices": ["x", "y"], "answer": int("1" * 4300)}, "names none of the 2 choices"),
+        ({"question": "a", "choices": {"text": ["x", "y"], "label": 5}, "answerKey": "A"}, "a label for each of its 2"),
+        (
+            {"question": "a", "choices": {"text": ["x", "y"], "label": "AB"}, "answerKey": "A"},
+            "a label for each of its 2",
+        ),
+        (
+            {"question": "a", "choices": {"text": ["x"], "label": ["A", "B"]}, "answerKey": "B"},
+            "a label for each of its 1",
+        ),
+        ({"question": "a", "mc1_targets": {"choices": ["x"], "labels": [0, 1]}}, "a label for each of its 1 choices"),
     ],
 )
 def test_what_is_not_understood_is_told_with_file_and_row(row, why, tmp_path):
@@ -317,6 +334,26 @@ def test_what_is_not_understood_is_told_with_file_and_row(row, why, tmp_path):
     assert len(found.items) == 1
     assert found.rejects[0].sentence().startswith("bad.jsonl, row 2: ")
     assert why in found.rejects[0].sentence()
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"mc1_targets": {"choices": ["x", "y"], "labels": ["\u00b2", 1]}}, "y"),
+        ({"mc1_targets": {"choices": ["x", "y"], "labels": ["1" * 5000, 1]}}, "y"),
+        ({"choices": [{"text": "x"}, {"text": "y"}], "answerKey": ""}, ""),  # hidden, and the choices have no labels
+    ],
+)
+def test_labels_that_are_no_numbers_point_to_no_choice(row, answer, tmp_path):
+    (item,) = read_set(write(tmp_path / "set.jsonl", [{"question": "Was it?", **row}])).items
+    assert item.answer == answer
+
+
+def test_lone_surrogates_in_ids_and_names_of_fields_are_escaped(tmp_path):
+    row = {"id": "\ud800", "half \udc00 a": "Was it so?", "b": {"\ud800": "It was not so."}, "\ud801": "a_b"}
+    (item,) = read_set(write(tmp_path / "set.jsonl", [row]), fields={"others": "b"}).items
+    assert (item.item_id, item.asked) == ("\\ud800", "half \\udc00 a")
+    assert (item.others, item.left_out) == ((("b.\\ud800", "It was not so."),), ("\\ud801",))
 
 
 def test_folders_parts_repeated_items_and_names(tmp_path):

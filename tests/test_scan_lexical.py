@@ -68,6 +68,23 @@ def test_runs_are_those_of_a_plain_search(item, text, n):
     assert covered == plain
 
 
+def test_a_copy_beside_a_lone_surrogate_is_found(found):
+    user, copy = {"role": "user", "content": "Well?"}, f"half \ud800 {QUESTION}"
+    rows = [
+        {"messages": [user, {"role": "assistant", "content": [{"type": "text", "text": copy}]}]},
+        {"messages": [user, {"role": "assistant", "content": "No.", "\ud800": QUESTION}]},
+        {"messages": [user, {"role": "assistant", "content": "No."}], "tools": [{"name": "f", "description": copy}]},
+    ]
+    found = found({"a.jsonl": rows}, [{"question": QUESTION}]).matches.to_pylist()
+    assert [(row["part"], row["finding"]) for row in found] == [
+        ("messages.1.content.0.text", True),
+        ("messages.1.\\ud800", True),
+        ("template.tools.0.description", True),
+    ]
+    assert found[0]["excerpt"] == "half \ufffd " + QUESTION
+    assert copy[found[0]["start"] : found[0]["stop"]] == QUESTION[:-1]
+
+
 def test_a_copy_is_found_with_its_place_in_both_texts(found):
     copied = QUESTION.upper().replace(",", " --").replace(" ", "\n  ")
     text = f"Import this. {copied} The end."

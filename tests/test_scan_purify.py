@@ -219,6 +219,10 @@ LEFT = {
         [chat([{"type": "text", "text": f"x {COPY}"}, {"type": "image", "a.b": COPY}])],
         [chat([{"type": "text", "text": "x "}, {"type": "image", "a.b": ""}])],
     ),
+    "beside and below lone surrogates": (
+        [chat([{"type": "text", "text": f"\ud800 {COPY}"}, {"type": "image", "\ud800.b": COPY}])],
+        [chat([{"type": "text", "text": "\ud800 "}, {"type": "image", "\ud800.b": ""}])],
+    ),
     "tools": (
         [
             chat("a") | {"tools": [{"function": {"name": "f", "description": f"x {COPY}"}}]},

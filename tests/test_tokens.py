@@ -125,6 +125,33 @@ def test_conversations_that_the_template_does_not_take(tokenizer):
         chat(tokenizer, None, turns("a", "b"))
 
 
+@pytest.mark.parametrize(
+    ("message", "arguments", "why"),
+    [
+        ({"content": [{"type": "text", "text": "a\ud83d b"}]}, {}, "a lone surrogate"),
+        ({"content": "b", "name": "half \udc00"}, {}, "a lone surrogate"),
+        ({"content": "b", "tool_calls": [{"function": {"name": "f", "arguments": {"\ud800": 1}}}]}, {}, "surrogate"),
+        ({"content": "b"}, {"tools": [{"function": {"name": "\ud800"}}]}, "a lone surrogate"),
+        ({"content": "b", "refused": "half \ud800"}, {}, "does not take it: half ?"),
+        ({"content": "b", "unprinted": "half \ud800"}, {}, None),
+    ],
+)
+def test_a_lone_surrogate_that_would_be_encoded_costs_its_conversation_alone(tokenizer, message, arguments, why):
+    tokenizer.chat_template = (
+        "{{ tools | tojson if tools }}{% for m in messages %}"
+        "{% if m.refused %}{{ raise_exception(m.refused) }}{% endif %}"
+        "{{ m.role }}{{ m.name }}{{ m.tool_calls | tojson if m.tool_calls }}:"
+        "{% generation %}{{ m.content if m.content is string else m.content[0].text }}{% endgeneration %}\n{% endfor %}"
+    )
+    fine = turns("what is two", "four")
+    odd = [fine[0], {"role": "assistant", **message}]
+    lists = ((odd, arguments), (fine, {}))
+    documents = [Document(f"d{i}", "s", messages=m, template_arguments=a) for i, (m, a) in enumerate(lists)]
+    result, other = encode(documents, tokenizer, set())
+    assert isinstance(other, TokenizedDocument)
+    assert isinstance(result, TokenizedDocument) if why is None else why in result.sentence().encode().decode()
+
+
 def test_token_ids_pass_through_unless_outside_the_vocabulary(tokenizer):
     size = vocabulary_size(tokenizer)
     given_ids = [[0, size - 1], [size], [3, -1], [1, 2], [1, 2], [1 << 40]]
@@ -145,6 +172,13 @@ def test_token_ids_pass_through_unless_outside_the_vocabulary(tokenizer):
     assert "32 bits" in without[5].reason
     with pytest.raises(StrideError, match="tokenizer is needed"):
         encode([Document("d", "s", text="x")], None)
+
+
+@pytest.mark.parametrize("mask", [[True, False, False], [False, False, False]])
+def test_a_mask_that_leaves_nothing_to_predict_is_rejected(tokenizer, mask):
+    (result,) = encode([Document("d", "s", token_ids=[5, 6, 7], loss_mask=mask)], tokenizer)
+    assert isinstance(result, Rejected)
+    assert result.reason.startswith("no token counts: its loss mask is ")
 
 
 def test_the_stream_keeps_its_order_and_its_rejects(tokenizer, monkeypatch):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stride_ray.corpus.readers import Rejected, Row, rows
-from stride_ray.corpus.rows.row import has_content, named
+from stride_ray.corpus.rows.row import LONE_SURROGATE, escaped, has_content, named
 from stride_ray.corpus.splits import plan
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import redact_url
@@ -71,7 +71,6 @@ _IDS = ("id", "item_id", "query_id", "question_id", "task_id", "ind", "uid", "do
 _SPOKEN = {True: ("true", "yes"), False: ("false", "no")}
 # Not a text: an identifier, link or number.
 _TOKEN = re.compile(r"\s*[!-~]*\s*")
-_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 _SUFFIXES = re.compile(r"(-\d{5}-of-\d{5})?(\.(jsonl|json|ndjson|parquet|txt))?(\.(gz|zst))?$", re.I)
 
 
@@ -222,12 +221,13 @@ def _item(row: Row, name: str, given: Mapping[str, str], shapes: Sequence[dict[s
     except _InvalidRowError as error:
         return Rejected(row.file, number, str(error))
     own = given.get("id") or next((key for key in _IDS if isinstance(values.get(key), str | int | float)), "")
-    item_id = str(named(values[own])) if has_content(values.get(own)) else row.document_id
+    item_id = escaped(str(named(values[own]))) if has_content(values.get(own)) else row.document_id
     others, left_out = _others(values, shape, own, [question, *choices, answer])
     content = json.dumps([name, question, choices, answer, *others], ensure_ascii=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     line = -1 if number is None else number
-    return Item(key, name, item_id, row.file, line, question, choices, answer, others, left_out, shape["question"])
+    asked = escaped(shape["question"])
+    return Item(key, name, item_id, row.file, line, question, choices, answer, others, left_out, asked)
 
 
 def field_name(path: str) -> str:
@@ -248,10 +248,10 @@ def _others(
             if text in seen or any(text.strip() in each for each in known):
                 continue
             seen.add(text)
-            if (chosen is None or field in chosen or field in used) and not _TOKEN.fullmatch(text) and _encodes(text):
-                others[path] = text
+            if (chosen is None or field in chosen or field in used) and _readable(text):
+                others[escaped(path)] = text
             elif field not in used:
-                left_out[field_name(path)] = None
+                left_out[escaped(field_name(path))] = None
     return tuple(others.items()), tuple(left_out)
 
 
@@ -266,10 +266,6 @@ def strings(path: str, value: Any) -> Iterator[tuple[str, str]]:
             waiting += [(f"{path}.{key}", value[key]) for key in reversed(value)]
         elif isinstance(value, list):
             waiting += [(f"{path}.{i}", value[i]) for i in reversed(range(len(value)))]
-
-
-def _encodes(text: str) -> bool:
-    return _HALF.search(text) is None
 
 
 def _shape(values: Mapping[str, Any], given: Mapping[str, str], shapes: Sequence[dict[str, str]]) -> dict[str, str]:
@@ -299,7 +295,11 @@ def _shape(values: Mapping[str, Any], given: Mapping[str, str], shapes: Sequence
 
 
 def _readable_texts(value: Any) -> list[str]:  # no identifiers, links or numbers
-    return [text for _, text in strings("", value) if not _TOKEN.fullmatch(text) and _encodes(text)]
+    return [text for _, text in strings("", value) if _readable(text)]
+
+
+def _readable(text: str) -> bool:
+    return not _TOKEN.fullmatch(text) and not LONE_SURROGATE.search(text)
 
 
 def _text(values: Mapping[str, Any], field: str) -> str:
@@ -318,7 +318,7 @@ def _text(values: Mapping[str, Any], field: str) -> str:
 
 
 def _whole(value: str, field: str) -> str:
-    if not _encodes(value):
+    if LONE_SURROGATE.search(value):
         raise _InvalidRowError(f"{field!r} contains an invalid character (a lone surrogate)")
     return value
 
@@ -337,6 +337,8 @@ def _choices(values: Mapping[str, Any], field: str) -> tuple[tuple[str, ...], tu
         value = [each.get("text", each.get("value")) for each in value]
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         raise _InvalidRowError(f"{field!r} does not hold a list of texts")
+    if labels and not (isinstance(labels, list) and len(labels) == len(value)):
+        raise _InvalidRowError(f"{field!r} does not hold a label for each of its {len(value)} choices")
     return tuple(_whole(each, field) for each in value), tuple(str(label) for label in labels)
 
 
@@ -345,8 +347,8 @@ def _answer(
 ) -> str:
     """Return the correct answer's text: the field's own, or the choice that it points to."""
     if "answer" not in shape:
-        if shape.get("choices", "").endswith("_targets") and 1 in labels_of(labels):
-            return choices[labels_of(labels).index(1)]
+        if shape.get("choices", "").endswith("_targets") and "1" in labels:  # TruthfulQA's: 1 for a correct choice
+            return choices[labels.index("1")]
         return ""
     field = shape["answer"]
     value = values[field]
@@ -368,30 +370,26 @@ def _answer(
     if place is None:
         if value in ("", -1, "-1"):  # test splits hide their answers
             return ""
-        raise _InvalidRowError(f"{field!r} is {value!r}, which names none of the {len(choices)} choices")
+        raise _InvalidRowError(f"{field!r} is {value!r:.80}, which names none of the {len(choices)} choices")
     return choices[place]
-
-
-def labels_of(labels: tuple[str, ...]) -> list[int]:
-    """Parse TruthfulQA's labels, 1 for a correct choice; 0 for labels that are not numbers."""
-    return [int(label) if label.isdigit() else 0 for label in labels]
 
 
 def _place(value: Any, choices: tuple[str, ...], labels: tuple[str, ...], first: int) -> int | None:
     """Resolve an answer to a choice: by label, text, number counted from ``first`` (WinoGrande: 1), or letter."""
     value = int(value) if isinstance(value, float) and value.is_integer() else value
     word = str(value).strip()
-    if word in labels:
+    if word and word in labels:
         return labels.index(word)
     if value in choices:
         return choices.index(value)
     if isinstance(value, bool):
         spoken = [choice.strip().lower() for choice in choices]
         return next((spoken.index(each) for each in _SPOKEN[value] if each in spoken), None)
-    if isinstance(value, int) or (isinstance(value, str) and word.isdecimal()):
+    # Python makes no number of 5,000 digits.
+    if len(word) < 20 and (isinstance(value, int) or (isinstance(value, str) and word.isdecimal())):
         place = int(word) - first
         return place if 0 <= place < len(choices) else None
-    if len(word) == 1 and word.isalpha() and ord(word.upper()) - ord("A") < len(choices):
+    if len(word) == 1 and word.isascii() and word.isalpha() and ord(word.upper()) - ord("A") < len(choices):
         return ord(word.upper()) - ord("A")
     return None
 

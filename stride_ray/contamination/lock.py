@@ -296,7 +296,7 @@ class Lock:
             except StrideError:
                 if not left:
                     raise
-            except (AttributeError, KeyError, TypeError, ValueError):
+            except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
                 if self.store.local:
                     break
             time.sleep(SETTLE / 4)

@@ -1,11 +1,13 @@
 """Read access to the pool: N blocks by ordinal, in batches or individually, and fixed shards of it."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
@@ -110,7 +112,7 @@ class Blocks:
         """Columns of some blocks of one part, given their ascending ordinals."""
         rows = ordinals - int(self._first[index])
         tables = []
-        with self.store.open_parquet(self.manifest["parts"][index]["name"]) as file:
+        with self._open(index) as file:
             for group in np.unique(rows // ROW_GROUP):
                 inside = rows[rows // ROW_GROUP == group] - group * ROW_GROUP
                 table = file.read_row_group(int(group), columns=columns) if group < file.num_row_groups else None
@@ -121,6 +123,19 @@ class Blocks:
                     )
                 tables.append(table.take(pa.array(inside)))
         return pa.concat_tables(tables)
+
+    @contextmanager
+    def _open(self, index: int) -> Iterator[pq.ParquetFile]:
+        """A part, checked by the ordinal of its first block, which its footer has: parts may have been swapped."""
+        name = self.manifest["parts"][index]["name"]
+        with self.store.open_parquet(name) as file:
+            first = _first_ordinal(file.metadata)
+            if first not in (None, self._first[index]):
+                raise StrideError(
+                    f"{self.store.display_url(name)} begins with block {first}, and by the manifest with block "
+                    f"{self._first[index]}: it is another part, or of another run; restore it."
+                )
+            yield file
 
     def batch(self, ordinals: Sequence[int] | np.ndarray) -> Batch:
         """Arbitrary blocks as one batch."""
@@ -150,11 +165,11 @@ class Blocks:
 
     def _groups(self, start: int, stop: int, columns: list[str]) -> Iterator[tuple[pa.Table, int]]:
         """Row groups restricted to ordinals start…stop, each with the ordinal of its first row."""
-        for index, part in enumerate(self.manifest["parts"]):
+        for index in range(len(self.manifest["parts"])):
             low, high = int(self._first[index]), int(self._first[index + 1])
             if high <= start or low >= stop:
                 continue
-            with self.store.open_parquet(part["name"]) as file:
+            with self._open(index) as file:
                 for group in range(file.num_row_groups):
                     first = low + group * ROW_GROUP
                     last = min(first + ROW_GROUP, high)
@@ -167,6 +182,16 @@ class Blocks:
     def _empty(self, columns: Sequence[str]) -> pa.Table:
         with self.store.open_parquet(self.manifest["parts"][0]["name"]) as file:
             return file.schema_arrow.empty_table().select(list(columns))
+
+
+def _first_ordinal(footer: pq.FileMetaData) -> int | None:
+    """The ordinal of a part's first block, the smallest of its first row group; None without blocks."""
+    if not footer.num_row_groups:
+        return None
+    group = footer.row_group(0)
+    columns = map(group.column, range(group.num_columns))
+    found = next(column for column in columns if column.path_in_schema == "ordinal").statistics
+    return int(found.min) if found is not None and found.has_min_max else None
 
 
 def document_shares(table: pa.Table) -> tuple[np.ndarray, list[tuple[str, str]], np.ndarray]:

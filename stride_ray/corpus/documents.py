@@ -18,6 +18,7 @@ import numpy.typing as npt
 from stride_ray.corpus.readers import Rejected, Row, rows
 from stride_ray.corpus.rows.roles import Roles, half_known, is_known, possible_columns, roles_given, roles_of
 from stride_ray.corpus.rows.row import (
+    LONE_SURROGATE,
     Unreadable,
     has_content,
     kind_of_type,
@@ -331,10 +332,8 @@ def _name(row: Row, column: str) -> str:
 def _checked_text(value: Any, column: str) -> str:
     if not isinstance(value, str):
         raise InvalidRowError(f"{column!r} is {kind_of_value(value)}, not a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # a lone surrogate: valid in JSON, but neither Parquet nor UTF-8 can store it
-        raise InvalidRowError(f"{column!r} contains an invalid character (a lone surrogate)") from None
+    if LONE_SURROGATE.search(value):
+        raise InvalidRowError(f"{column!r} contains an invalid character (a lone surrogate)")
     return value
 
 

@@ -36,11 +36,13 @@ _COMPANIONS = re.compile(
     re.IGNORECASE,
 )
 # The card at the top of a data set of the Hub begins with YAML that has some of these keys.
-_CARD = "README.md"
+_CARD = "readme.md"
 _CARD_BYTES = 1 << 14
 _CARD_KEYS = re.compile(
     rb"\A(\xef\xbb\xbf)?---\r?\n(?:(?!---).*\n)*?"
-    rb"(annotations_creators|configs|dataset_info|language|license|pretty_name|size_categories|tags|task_categories)\s*:"
+    rb"([\"']?)(annotations_creators|configs|dataset_info|extra_gated_\w+|language_bcp47|language_creators|languages?"
+    rb"|licenses?|license_\w+|modalities|multilinguality|paperswithcode_id|pretty_name|size_categories|source_datasets|tags"
+    rb"|task_categories|task_ids|train-eval-index|viewer|arxiv|doi|library_name)\2\s*:"
 )
 # Keys under which file systems report a file's version; the first one present is used.
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -142,7 +144,10 @@ def list_files(given: str, left_out: list[str] | None = None) -> list[SourceFile
         left_out += _left_out(named, set(kept))
     files = [_source_file(fs, given, named[name], name, found[named[name]]) for name in sorted(kept)]
     if not files:
-        raise StrideError(f"Input {redact_url(given)} matches no file; check the folder or pattern.")
+        gone = sorted(name for name in named if _leaf(name))
+        others = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+        why = f" that is read: {gone[0]}{others} is left out by its name (hidden, private or a marker)" if gone else ""
+        raise StrideError(f"Input {redact_url(given)} matches no file{why}; check the folder or pattern.")
     if isinstance(fs, LocalFileSystem):
         for name in kept:
             _check_regular_file(named[name])
@@ -215,8 +220,8 @@ def _documents(names: list[str], is_card: Callable[[str], bool]) -> list[str]:
     loose = [name for name in kept if not _is_data_or_text(name)]
     carded = [
         folder
-        for folder in sorted(above.intersection(name.removesuffix(_CARD) for name in names if _leaf(name) == _CARD))
-        if any(name.startswith(folder) for name in loose) and is_card(folder + _CARD)
+        for card in sorted(name for name in names if _leaf(name).lower() == _CARD)
+        if (folder := _folders(card)[-1]) in above and any(name.startswith(folder) for name in loose) and is_card(card)
     ]
     return [name for name in kept if _is_data_or_text(name) or not any(map(name.startswith, carded))]
 
@@ -308,7 +313,7 @@ def _resolve_datasets(fs: Any, names: list[str], path_of: Callable[[str], str]) 
         state = path_of(folder + "state.json")
         try:
             parts = [folder + entry["filename"] for entry in json.loads(fs.cat_file(state))["_data_files"]]
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise StrideError(
                 f"{redact_url(state)} does not list a dataset's files ({type(error).__name__}); save it anew."
             ) from None

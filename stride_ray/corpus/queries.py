@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from stride_ray.corpus.documents import Document, TokenizedDocument, read_with_rows, resolve_columns
 from stride_ray.corpus.readers import Rejected, Row
-from stride_ray.corpus.rows.row import Unreadable, named
+from stride_ray.corpus.rows.row import LONE_SURROGATE, Unreadable, named
 from stride_ray.corpus.splits import plan
 from stride_ray.corpus.tokenization.encoding import encode
 from stride_ray.runtime.errors import StrideError
@@ -108,9 +108,7 @@ def _given_id(row: Row) -> str | Rejected | None:
             return Rejected(row.file, row.number(), f"{column!r} is unreadable: {value.reason}")
         if not isinstance(value, str):
             return Rejected(row.file, row.number(), f"{column!r} is neither a string nor a number")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
+        if LONE_SURROGATE.search(value):
             return Rejected(row.file, row.number(), f"{column!r} contains an invalid character (a lone surrogate)")
         if value.strip():
             return value

@@ -29,6 +29,19 @@ ZSTD_WINDOW = 1 << 31
 _ARRAY_BYTES = 1 << 28
 _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*[{\]]")
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
+_STRING_OR_END = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*")|[\r\n]', re.DOTALL)
+# How packed data begins. What to do with it where neither the name says so nor the packing inside another.
+_PACKINGS = {
+    "gzip data": rb"\x1f\x8b",
+    "zstd data": rb"\x28\xb5\x2f\xfd",
+    "bzip2 data": rb"BZh[1-9]1AY&SY",
+    "xz data": rb"\xfd7zXZ\0",
+    "lz4 data": rb"\x04\x22M\x18",
+    "a zip archive": rb"PK\x03\x04",
+    "a 7z archive": rb"7z\xbc\xaf\x27\x1c",
+    "a tar archive": rb"(?s:.{257})ustar",
+}
+_UNPACK = "unpack it, or, if it is text packed once with gzip or zstd, let its name end in .gz or .zst"
 # Small text files fetched at once: a remote file system runs these requests concurrently.
 _FETCH_FILES = 64
 
@@ -179,9 +192,9 @@ def _elements(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     depth, start = -1, 0  # before the array
 
     def element(stop: int) -> tuple[int, bytes]:
-        # A line end inside a string is escaped, so these are white space.
         found = data[start:stop].lstrip()
-        return stop - len(found), found.rstrip().replace(b"\r", b" ").replace(b"\n", b" ")
+        # Line ends are white space; inside a string, where they have to be escaped, they stay, to be rejected.
+        return stop - len(found), _STRING_OR_END.sub(lambda part: part[1] or b" ", found.rstrip())
 
     for token in _TOKEN.finditer(data):
         sign = token[0]
@@ -202,6 +215,11 @@ def _elements(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 
 def _json_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
     file = unit.files[0]
+    head = _head(file)
+    if _packing(head):  # a file is rejected as a whole, with its first unit
+        if not unit.start:
+            yield Rejected(file.name, None, _encoding_fault(head))
+        return
     first = 0  # offset of the unit's first line
     index = -1
 
@@ -277,9 +295,16 @@ def _text_rows(unit: InputSplit) -> Iterator[Row | Rejected]:
 
 def _encoding_fault(data: bytes) -> str:
     """What to do with bytes that are another encoding's than UTF-8; empty if nothing speaks against UTF-8."""
+    if packed := _packing(data):
+        return f"holds {packed}, not text; {_UNPACK}"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return f"is UTF-{32 if data[2:4] == bytes(2) else 16}; save it as UTF-8"
     return "contains NUL characters: UTF-16 or no text at all; save it as UTF-8" if b"\0" in data else ""
+
+
+def _packing(data: bytes) -> str:
+    """What packed data is, by its beginning; empty if it is not known as such."""
+    return next((name for name, magic in _PACKINGS.items() if re.match(magic, data)), "")
 
 
 def _mistaken(name: str, data: bytes) -> str:

@@ -131,6 +131,8 @@ def loads(text: str, where: str = "the configuration") -> Config:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise StrideError(f"{where} is not valid TOML: {error}.") from None
+    except RecursionError:
+        raise StrideError(f"{where} is not valid TOML: its lists or tables are nested too deeply.") from None
     flat: dict[str, Any] = {}
     tree.pop("run", None)  # added by Run.save: facts, not options
     for name, value in tree.items():

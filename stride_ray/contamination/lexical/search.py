@@ -19,6 +19,7 @@ from stride_ray.contamination.lexical.ngrams import Index, Run, fields_of, numbe
 from stride_ray.contamination.lexical.words import passages
 from stride_ray.corpus.documents import Document, read
 from stride_ray.corpus.readers import Rejected
+from stride_ray.corpus.rows.row import LONE_SURROGATE, escaped
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.runtime.actor_pool import map_actors
@@ -201,6 +202,7 @@ class Searcher:
                 stop = int(words.spans[run.place + run.stop - run.first - 1, 1])
                 before = max(0, start - AROUND)
                 shown = kept[run.field] <= MOST
+                excerpt = LONE_SURROGATE.sub("\ufffd", text[before : min(stop + AROUND, before + LONGEST)])
                 yield {
                     "key": field.key,
                     "field": field.name,
@@ -211,10 +213,10 @@ class Searcher:
                     "document_id": document.document_id,
                     "source": document.source,
                     **where,
-                    "part": part,
+                    "part": escaped(part),
                     "start": start,
                     "stop": stop,
-                    "excerpt": text[before : min(stop + AROUND, before + LONGEST)] if shown else "",
+                    "excerpt": excerpt if shown else "",
                     "excerpt_start": before,
                 }
 

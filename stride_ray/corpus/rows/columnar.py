@@ -6,6 +6,7 @@ or, to those who ask which of the others hold something, its first rows.
 """
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -41,6 +42,7 @@ def parquet_rows(unit: InputSplit, columns: Collection[str] | None, filled: bool
             # With a buffer size, columns are read page by page instead of by row group.
             table = pq.ParquetFile(handle, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
             schema = table.schema_arrow
+            _check_names(schema.names)
             wanted = [name for name in schema.names if columns is None or name in columns]
             footer = table.metadata
             held = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
@@ -85,6 +87,13 @@ def parquet_rows(unit: InputSplit, columns: Collection[str] | None, filled: bool
                 why = f"row group {group} ends here, {end - row} rows before the end that the file's footer states"
                 yield Rejected(file.name, row, why, rows=end - row)
             row = end
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raise ArrowInvalid for two columns of one name, of which readers would take one or the other."""
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise pa.ArrowInvalid(f"it has two columns named {twice!r}; rename one")
 
 
 def _others(schema: pa.Schema, wanted: Collection[str]) -> frozenset[str]:
@@ -259,10 +268,11 @@ def _arrow_batch(
     try:
         schema = pa.ipc.open_stream(pa.py_buffer(stream)).schema
         names: list[str] = schema.names
+        _check_names(names)
     except Exception as error:
         if not is_corrupt(error):
             raise
-        yield Rejected(name, row, f"the record batch is unreadable, its schema is: {reason(error)}", rows=max(1, count))
+        yield Rejected(name, row, f"the record batch is unreadable by its schema: {reason(error)}", rows=max(1, count))
         return
     wanted = [each for each in names if columns is None or each in columns]
 

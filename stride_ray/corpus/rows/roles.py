@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from stride_ray.corpus.rows.json_strings import with_strings
-from stride_ray.corpus.rows.row import has_content, parsed
+from stride_ray.corpus.rows.row import escaped, has_content, parsed
 from stride_ray.corpus.rows.turns import content_key
 from stride_ray.runtime.errors import StrideError
 
@@ -223,10 +223,11 @@ def _keys_along(value: Any, path: list[str]) -> list[Any]:
     """The keys that a path of names follows; a key may contain dots, at which the path was split."""
     keys: list[Any] = []
     while path:
-        size = 1
+        size, named = 1, {}
         if isinstance(value, dict):
-            size = next(size for size in range(1, len(path) + 1) if ".".join(path[:size]) in value)
-        keys.append(int(path[0]) if isinstance(value, list) else ".".join(path[:size]))
+            named = {escaped(key): key for key in value}  # as the scan names them
+            size = next(size for size in range(1, len(path) + 1) if ".".join(path[:size]) in named)
+        keys.append(int(path[0]) if isinstance(value, list) else named[".".join(path[:size])])
         value, path = value[keys[-1]], path[size:]
     return keys
 

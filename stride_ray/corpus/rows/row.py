@@ -1,6 +1,7 @@
 """A row as read, a reject, and the difference between corrupt content and a file that cannot be fetched."""
 
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from stride_ray.runtime import storage
 from stride_ray.runtime.urls import redact_message
 
 _CORRUPT = (pa.ArrowException, zlib.error, zstandard.ZstdError, EOFError, UnicodeDecodeError, struct.error)
+# Half of a surrogate pair: valid in JSON, but neither tokenizers nor Parquet nor UTF-8 take it.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,11 @@ def kind_of_type(of: type) -> str:
 def kind_of_value(value: Any) -> str:
     """What a value is called in messages."""
     return "NaN" if value != value else kind_of_type(type(value))
+
+
+def escaped(text: str) -> str:
+    """A text that can be stored and printed: lone surrogates are written as JSON writes them, escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def is_corrupt(error: Exception) -> bool:

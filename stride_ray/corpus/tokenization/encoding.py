@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from stride_ray.corpus.documents import Document, TokenizedDocument
 from stride_ray.corpus.readers import Rejected
+from stride_ray.corpus.rows.row import LONE_SURROGATE, reason
 from stride_ray.corpus.tokenization.template import ChatTemplate, Ranges
 from stride_ray.corpus.tokenization.tokenizer import end_of_text_id, vocabulary_size
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.urls import first_line
 
 # Characters per tokenizer call; bounds memory, since a tokenizer's record of a token takes a hundred bytes.
 _BATCH_CHARACTERS = 1 << 20
@@ -211,6 +211,9 @@ def _checked(document: Document, ids: Sequence[int], mask: Sequence[bool] | None
         )
     if not any(mask):
         return Rejected(document.document_id, None, "no token counts: its loss mask is false throughout")
+    if len(mask) > 1 and not any(mask[1:]):  # trainers shift labels by one
+        why = "no token counts: its loss mask is true for the first token only, which is predicted from none"
+        return Rejected(document.document_id, None, why)
     return TokenizedDocument(
         document.document_id, document.source, np.asarray(ids, np.int32), np.asarray(mask, np.bool_), document.place
     )
@@ -257,8 +260,10 @@ def _conversation(document: Document, template: ChatTemplate) -> _Passage | Reje
                 raise ValueError(f"it marks {len(ranges)} parts for {len(learned)} turns, so that none can be left out")
             ranges = list(compress(ranges, learned))
     except Exception as error:  # a template is a program and may raise anything
-        reason = first_line(error)
-        return Rejected(document.document_id, None, f"the chat template does not take it: {reason}")
+        return Rejected(document.document_id, None, f"the chat template does not take it: {reason(error)}")
+    if LONE_SURROGATE.search(text):  # of what the template does not print, nothing is encoded
+        why = "its messages or tools contain an invalid character (a lone surrogate)"
+        return Rejected(document.document_id, None, why)
     return _Passage(text, ranges)
 
 

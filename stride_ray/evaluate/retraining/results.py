@@ -149,7 +149,7 @@ def truth_from_jsonl(data: bytes, where: str) -> RetrainingResults:
         at = f"{where}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StrideError(f"{at}, is not valid JSON ({error}); was the file cut short?") from None
         if not isinstance(row, dict):
             raise StrideError(f"{at}, is not a JSON object.")

@@ -60,7 +60,8 @@ QUERIES = [
 
 
 # What stages print about their progress, beside which a sentence stands on its own line.
-PROGRESS = ("it/s]", "units/s]", "blocks/s]", "parts/s]", "queries/s]", "/s]", "Writing model")
+# Lines that are no message: progress, and what a library's lock in a worker of an earlier test prints.
+PROGRESS = ("it/s]", "units/s]", "blocks/s]", "parts/s]", "queries/s]", "/s]", "Writing model", "[mutex.cc : ")
 
 
 def pytest_collection_modifyitems(items):

@@ -77,7 +77,7 @@ def start(big, folder, log):
         return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
 
 
-def await_markers(folder, count, driver, log, limit=120):
+def await_markers(folder, count, driver, log, limit=300):
     """Until a stage has so many done-markers; the driver must not end before."""
     until = time.monotonic() + limit
     while len(list(folder.glob("*.json"))) < count:

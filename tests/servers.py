@@ -196,12 +196,17 @@ class FaultProxy(_Serving):
             return due
 
 
-class _Forward(BaseHTTPRequestHandler):
+class QuietHandler(BaseHTTPRequestHandler):
+    """A handler that keeps connections open and logs nothing."""
+
     protocol_version = "HTTP/1.1"
-    owner: FaultProxy
 
     def log_message(self, *_):
         pass
+
+
+class _Forward(QuietHandler):
+    owner: FaultProxy
 
     def _serve(self):
         owner = self.owner
@@ -262,12 +267,7 @@ class SecretFiles(_Serving):
     def handler(self):
         owner = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_):
-                pass
-
+        class Handler(QuietHandler):
             def do_GET(self):
                 path, _, query = self.path.partition("?")
                 known = query == f"sig={owner.signature}" or self.headers.get("Authorization") == owner.authorization
@@ -328,8 +328,7 @@ class ObjectStore(_Serving):
         self.objects[path] = (content, tag, written - seconds)
 
 
-class _Objects(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Objects(QuietHandler):
     owner: ObjectStore
     CODES: ClassVar = {
         404: "NoSuchKey",
@@ -339,9 +338,6 @@ class _Objects(BaseHTTPRequestHandler):
         403: "AccessDenied",
         503: "SlowDown",
     }
-
-    def log_message(self, *_):
-        pass
 
     def do_PUT(self):
         owner, path = self.owner, self.path.partition("?")[0]

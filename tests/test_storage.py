@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import uuid
-from http.server import BaseHTTPRequestHandler
 
 import botocore.exceptions
 import fsspec
@@ -351,13 +350,8 @@ class Refusing(servers._Serving):
     def handler(self):
         owner = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_):
-                pass
-
-            def do_GET(self):
+        class Handler(servers.QuietHandler):
+            def do_GET(self):  # noqa: N802
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 reason = {"code": owner.status, "message": f"words {owner.code}"}
                 xml = f"<Error><Code>{owner.code}</Code><Message>Some words.</Message></Error>"

@@ -267,9 +267,8 @@ def _cleaned_table(table: pa.Table, first: int, cleaner: _Cleaner) -> pa.Table:
     pieces, last = [table.schema.empty_table()], 0
     for n in touched:
         row = table.slice(n, 1)
-        values = row.select(names).to_pylist(maps_as_pydicts="strict")[
-            0
-        ]  # as the readers do: a place is a path of keys
+        # As the readers do: a place is a path of keys.
+        (values,) = row.select(names).to_pylist(maps_as_pydicts="strict")
         cleaned = cleaner.cleaned(first + n, values)
         pieces.append(table.slice(last, n - last))
         last = n + 1

@@ -14,7 +14,6 @@ from stride_ray.models.curvature.moments import (
     UNIGRAM_DAMPING,
     KroneckerFactors,
     add_moments,
-    moments_of,
     origin_weight,
     preconditioned,
 )
@@ -89,7 +88,7 @@ def site_moments(model, names, ids, mask):
     """Sums of a batch's moments by site, and positions."""
     totals = {}
     count, _ = add_moments(totals, model, names, ids, mask)
-    return moments_of(totals), count
+    return {name: KroneckerFactors.of(*both) for name, both in totals.items()}, count
 
 
 def weight_gradient(model, name, ids, mask):

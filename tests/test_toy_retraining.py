@@ -15,7 +15,7 @@ from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.evaluate.retraining.lds import evaluate, subset_sums
 from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.models.curvature.moments import add_moments, moments_of, preconditioned
+from stride_ray.models.curvature.moments import KroneckerFactors, add_moments, preconditioned
 from stride_ray.models.sites import EMBEDDING, HEAD, NEGATIVE_SCORE_FACTOR, find_sites, influence, site_gradients
 
 V, T, N, Q, S = 50, 12, 60, 8, 40
@@ -76,7 +76,7 @@ def test_exact_influence_foretells_preconditioned_steps(toy):
     names, mask = find_sites(model), torch.ones_like(blocks, dtype=torch.bool)
     totals = {}
     positions, _ = add_moments(totals, model, names, blocks, mask)
-    sums = moments_of(totals)
+    sums = {name: KroneckerFactors.of(*both) for name, both in totals.items()}
     counts = torch.bincount(blocks.flatten(), minlength=V)
     sites = {name: preconditioned(name, sums[name] / positions, counts, 0) for name in names}
 

@@ -41,8 +41,10 @@ class KroneckerFactors:
     read: np.ndarray
     written: np.ndarray
 
-    def __add__(self, other: "KroneckerFactors") -> "KroneckerFactors":
-        return KroneckerFactors(self.read + other.read, self.written + other.written)
+    @classmethod
+    def of(cls, read: Tensor, written: Tensor) -> "KroneckerFactors":
+        """The factors as float64."""
+        return cls(*(each.double().cpu().numpy() for each in (read, written)))
 
     def __truediv__(self, positions: int) -> "KroneckerFactors":
         return KroneckerFactors(self.read / positions, self.written / positions)
@@ -99,11 +101,6 @@ def add_moments(
         for total, x in zip(totals[name], (u, g), strict=True):
             total.addmm_(x.T, x)
     return int(counted.sum()), good
-
-
-def moments_of(totals: dict[str, tuple[Tensor, Tensor]]) -> dict[str, KroneckerFactors]:
-    """The sums of ``add_moments``, in float64."""
-    return {name: KroneckerFactors(*(each.double().cpu().numpy() for each in both)) for name, both in totals.items()}
 
 
 def preconditioned(name: str, moments: KroneckerFactors, counts: Tensor, seed: int) -> Site:

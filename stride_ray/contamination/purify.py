@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from stride_ray.contamination.items import strings
 from stride_ray.contamination.nightly import corpus_of
+from stride_ray.contamination.schemas.texts import strings
 from stride_ray.corpus.files import END, SourceFile, compression
 from stride_ray.corpus.readers import inflated, is_array, raw_lines
 from stride_ray.corpus.rows.json_strings import with_strings

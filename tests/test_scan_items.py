@@ -461,11 +461,16 @@ READ = {
     ),
     "points and strokes": (
         "\u05e9\u05b8\u05c1\u05dc \u0643\u0640\u0640\u062a\u064e\u0628",
-        "\u05e9\u05b8\u05c1\u05dc \u0643\u062a\u064e\u0628",
+        "\u05e9\u05dc \u0643\u062a\u0628",
     ),
     "letters without spaces": (
         "\u6771\u4eac\u3067 \u0e19\u0e49\u0e32 \U00020000",
         "\u6771 \u4eac \u3067 \u0e19\u0e49 \u0e32 \U00020000",
+    ),
+    "points and letters in one, hamza and madda": (
+        "\ufb2a\u05b8\u05dc\u05d5\u05b9\u05dd \u0623\u064e\u0643\u064e\u0644\u064e "
+        "\u0627\u064e\u0653\u0646 \u0643\u064e\u0651\u0648",
+        "\u05e9\u05dc\u05d5\u05dd \u0623\u0643\u0644 \u0622\u0646 \u0643\u0648",
     ),
     "half-width kana": ("\uff76\uff9e\uff70 \u304b\u3099", "\u30ac \u30fc \u304c"),
     "case beyond ASCII": (
@@ -484,6 +489,10 @@ READ = {
     "apostrophes that are letters": (
         "\u043f\u02bc\u044f\u0442\u044c Hawai\u02bbi",
         "\u043f \u044f\u0442\u044c hawai i",
+    ),
+    "escapes of URLs": (
+        "So%20it%20was%2C%0Acaf%C3%A9%2520%E6%9D%B1 %3Cb%3Ex%3C/b%3E%26amp%3By; 100%, %02d 5%ff %C3%20 100%25",
+        "so it was caf\u00e9 \u6771 x y 100 02d 5 ff c3 100",
     ),
     "escapes of JSON and code": (
         r'"It is so.\nThen caf\u00e9\\n\ud83d\ude00ended\tat \"once\""',

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stride_ray.contamination.items import Item, check_names, read_folder, read_set
@@ -303,6 +303,39 @@ def test_fields_searched_and_left_out_for_their_length():
     assert searched_fields(item, 13, 6) == ({"code", "question", "tests"}, {"choices", "topic"})
     joined = Item("k", "s", "i", "f", 0, "Is this a short one?", (), "It is", ())
     assert searched_fields(joined, 13, 6) == ({"question", "answer"}, set())
+
+
+NESTED = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "B", "(B)", "a b", "\ud800", "[1", "{}"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["A", "text", "label", "index", "so it is"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(NESTED, NESTED, NESTED)
+def test_no_row_with_a_text_is_rejected_whatever_its_fields_hold(tmp_path, question, choices, answer):
+    names = ("question", "choices", "answer")
+    row = {**dict(zip(names, (question, choices, answer), strict=True)), "note": "It was so."}
+    found = read_set(write(tmp_path / "set.jsonl", [row]))
+    assert (len(found.items), found.rejects) == (1, ())
+    (item,) = found.items
+    texts = [item.question, *item.choices, item.answer, *(text for _, text in item.others)]
+    assert any("It was so." in text for text in texts)
+
+
+def test_texts_that_are_stored_as_bytes_are_texts(tmp_path):
+    rows = [{"question": b"Why was it so?", "choices": [None, "a b", "c d"], "answer": 2.0, "image": b"\xff\xd8"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set.parquet")
+    (item,) = read_set(str(tmp_path / "set.parquet")).items
+    assert (item.question, item.choices, item.answer) == ("Why was it so?", ("a b", "c d"), "c d")
 
 
 # Answers and choices as data sets write them: fields, the choices and the answer that a person reads there.

@@ -371,6 +371,16 @@ TYPED = (
     "{% endfor %}</s>{% endfor %}"
 )
 THOUGHT = [ASKED[0], {"role": "assistant", "content": "<think>secret</think>first"}, *ASKED[2:]]
+# As gpt-oss's: of a content with channels only the last one is printed.
+CHANNEL, MESSAGE = "<|channel|>", "<|message|>"
+FINAL = f"<|start|>assistant{CHANNEL}final{MESSAGE}"
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>"
+    "{{ m.content.split('<|channel|>final<|message|>')[-1] }}<|return|>"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
 ROWS = {
     "a call beside a content": (
         CHATML,
@@ -429,6 +439,42 @@ ROWS = {
             ("user", {"type": "image"}),
             ("user", {"type": "tool_result", "content": [{"type": "text", "text": "4"}]}),
         )
+    },
+    **{
+        f"{what} of messages with channels": (
+            HARMONY,
+            [ASKED[0], {"role": "assistant", "content": f"{CHANNEL}analysis{MESSAGE}Hm.<|end|>{FINAL}4"}][: 2 + more]
+            + [{"role": "assistant", "content": f"{CHANNEL}commentary{MESSAGE}So it is.<|end|>{FINAL}5"}] * more,
+            told,
+        )
+        for what, more, told in (
+            ("thoughts", 0, "thoughts of assistant"),
+            ("comments", 1, "content of assistant, thoughts of assistant"),
+        )
+    },
+    "messages with the last channel alone": (
+        HARMONY,
+        [ASKED[0], {"role": "assistant", "content": f"{CHANNEL}final{MESSAGE}4"}],
+        "",
+    ),
+    **{
+        f"arguments of calls, {given!r}, {printed}": (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+            "<call>{{ c.function.name }}" + printed + "</call>{% endfor %}</s>{% endfor %}",
+            [
+                ASKED[0],
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": given}}],
+                },
+                {"role": "tool", "content": "5"},
+                ASKED[1],
+            ],
+            told if given else "",
+        )
+        for printed, told in (("", "arguments of tool_calls of assistant"), ("{{ c.function.arguments | tojson }}", ""))
+        for given in ({"q": "x y"}, '{"q": "x y"}', {"n": 3}, {})
+        if not (printed and not given)
     },
     "a part that is printed": (
         TYPED.replace("{% endif %}{% endfor %}</s>", "{% else %}<{{ p.type }}>{% endif %}{% endfor %}</s>"),

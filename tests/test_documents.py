@@ -33,6 +33,7 @@ from stride_ray.corpus import readers
 from stride_ray.corpus.documents import Document, read, resolve_columns
 from stride_ray.corpus.files import SourceFile, list_files
 from stride_ray.corpus.readers import Rejected
+from stride_ray.corpus.rows.row import has_content
 from stride_ray.corpus.rows.turns import content_key
 from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.runtime.errors import StrideError
@@ -964,6 +965,30 @@ def test_columns_of_nulls_are_not_unused_in_parquet(tmp_path):
         unused = set()
         assert len(list(read(unit, {}, unused))) == len(rows) + len(last)
         assert unused == found
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        *((blank, pa.string()) for blank in ("", " \n")),
+        *((float("nan"), pa.float32()), ([], pa.list_(pa.int8())), ([None, None], pa.list_(pa.string()))),
+        *(({"k": None}, pa.struct({"k": pa.int8()})), ({"k": ""}, pa.struct({"k": pa.string()}))),
+        *(([{"k": None}], pa.list_(pa.struct({"k": pa.int8()}))), (0, pa.int8()), ("x", pa.string())),
+    ],
+)
+def test_a_column_is_unused_by_one_rule_in_every_format(value, kind, tmp_path):
+    rows = [{"text": str(i), "c": value if i % 2 else None} for i in range(70)]
+    table = pa.table({"text": [row["text"] for row in rows], "c": pa.array([row["c"] for row in rows], kind)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for name in ("a.parquet", "a.arrow", "a.jsonl"):
+        (unit,) = plan([str(tmp_path / name)], 1 << 20)
+        found.append(set())
+        assert len(list(read(unit, {}, found[-1]))) == len(rows)
+    assert found == [{"c"} if has_content(value) else set()] * 3
 
 
 def test_an_arrow_column_that_is_not_used_may_be_unreadable(tmp_path):

@@ -21,7 +21,7 @@ from stride_ray.evaluate.retraining.benchmark import read_benchmark
 from stride_ray.evaluate.retraining.finetune import FineTune, checkpoints
 from stride_ray.evaluate.retraining.recipe import load_recipe, recipe_identity
 from stride_ray.evaluate.retraining.results import read_truth
-from stride_ray.evaluate.retraining.retrain import retrain, subset_rows
+from stride_ray.evaluate.retraining.retrain import read_array, retrain, subset_rows, write_array
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.storage import Store
@@ -188,6 +188,25 @@ def test_checkpoints_are_whole_and_made_once(made, tmp_path, monkeypatch):
         checkpoints(made.benchmark, str(out), 0, {**SHORT, "batch": 8})
     with pytest.raises(StrideError, match="'size' is not a hyperparameter of FineTune"):
         checkpoints(made.benchmark, str(out), 0, {"size": 8})
+    settings = (out / "settings.json").read_text()
+    (out / "settings.json").write_text(settings.replace('"batch": 4', '"batch": 6'))
+    with pytest.raises(StrideError, match=r"settings\.json was damaged or edited: its checksum differs"):
+        checkpoints(made.benchmark, str(out), 0, SHORT)
+
+
+def test_an_array_that_was_damaged_is_refused(tmp_path):
+    store, values = Store(str(tmp_path)), np.arange(6, dtype=np.float32)
+    write_array(store, "losses/a-1.npy", values)
+    path = tmp_path / "losses/a-1.npy"
+    np.testing.assert_array_equal(read_array(store, "losses/a-1.npy"), values)
+    np.testing.assert_array_equal(np.load(path), values)
+    whole = path.read_bytes()
+    for damaged in (whole[:-20] + b"\xff" + whole[-19:], whole[:-3], whole[:9], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(
+            StrideError, match=r"a-1\.npy was damaged or changed: .*delete it and its marker, _done/a-1"
+        ):
+            read_array(store, "losses/a-1.npy")
 
 
 def test_results_are_those_of_the_recipe_in_a_plain_loop(made, retrained):

@@ -291,6 +291,26 @@ def test_all_of_a_line_but_what_leaked_keeps_its_bytes(array, scanned):
     assert (root / "clean/a.json").read_bytes().decode() == lines("x é \n")
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_byte_order_marks_and_ends_of_lines_are_as_they_were(mark, scanned):
+    root, scan_of = scanned
+    (root / "odd").mkdir()
+    kept, leaked = b'{"text": "one"}', json.dumps({"text": f"x {COPY}"}).encode()
+    files = {
+        "first.jsonl": (leaked + b"\n" + kept, b'{"text": "x "}\n' + kept),
+        "last.jsonl": (kept + b"\r\n\n" + leaked, kept + b'\r\n\n{"text": "x "}'),
+        "gone.jsonl": (leaked.replace(b"x ", b"") + b"\n" + kept + b"\n", kept + b"\n"),
+        "gone last.jsonl": (kept + b"\n" + leaked.replace(b"x ", b""), kept + b"\n"),
+        "a.txt": (f"x\r\n{COPY}".encode(), b"x\r\n"),
+    }
+    for name, (before, _) in files.items():
+        (root / "odd" / name).write_bytes(mark + before)
+    run, _ = scan_of("odd", "n1")
+    assert purify(run, str(root / "scans-odd"), "n1", str(root / "clean"))["documents"] == len(files)
+    for name, (_, after) in files.items():
+        assert (root / "clean" / name).read_bytes() == mark + after
+
+
 def test_more_copies_than_have_excerpts_are_cut_too(scanned, monkeypatch):
     monkeypatch.setattr(search, "MOST", 2)
     root, scan_of = scanned

@@ -82,6 +82,8 @@ def manifest(name, sets, before="", influence=INFLUENCE):
             "searched_fields": ["question"],
             "question_fields": ["question"],
             "left_out_fields": [f"answer{HOSTILE}"],
+            "not_understood": 1,
+            "first_not_understood": [f"a.jsonl, row 1: 'answer' is {HOSTILE}"],
             "rejected": 0,
             "new": 0,
             "resolved": 0,

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import servers
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import save
 
 from stride_ray.corpus.splits import plan
@@ -274,6 +275,31 @@ def web_error(status):
 def raised_from(error, inner):
     error.__cause__ = inner
     return error
+
+
+class AzureStore(MemoryFileSystem):
+    """Answers as adlfs does where the store refuses: exists() with yes, info() with the refusal."""
+
+    protocol, cachable, refusal = ("abfs", "az"), False, None
+
+    def exists(self, path, **kwargs):
+        return True
+
+    def info(self, path, **kwargs):
+        if self.refusal:
+            raise self.refusal
+        return super().info(path, **kwargs)
+
+
+def test_what_an_azure_store_refuses_to_say_is_no_yes(tmp_path):
+    store = Store(str(tmp_path))
+    store.fs, store.local = AzureStore(), False
+    assert not store.exists("a.json")
+    store.write("a.json", b"{}")
+    assert store.exists("a.json")
+    AzureStore.refusal = named("ResourceExistsError", "azure.core.exceptions", error_code="ContainerBeingDeleted")
+    with pytest.raises(StrideError, match=r"Cannot read .*a\.json: .*it is being deleted"):
+        store.exists("a.json")
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,8 @@ def run_scan(run: Run, parsed: argparse.Namespace) -> int:
         print(f"{each['name']}: {each['items']} items, {told}; {each['new']} new")
         for reject in each["rejects"]:
             print(f"  not parsed: {reject}")
+        for field in each["first_not_understood"]:
+            print(f"  not understood, searched as plain text: {field}")
     print(headline(done))
     print(f"Report: {done['folder']}/report.md")
     if parsed.purify:

@@ -2,75 +2,31 @@
 
 Detected schemas: GSM8K (question, answer), ARC (question, choices {text, label}, answerKey), MMLU (question, choices,
 answer as index or letter), HellaSwag (ctx, endings, label), TruthfulQA (question, best_answer; mc1_targets), PIQA-like
-(goal, sol1, sol2), prompt with completion or target, and plain text, among others (_SHAPES). Any other schema can be
-read by naming its fields; otherwise a row's longest text is the question. The row's other texts (RACE's article, MBPP's
-code, nested or in lists) are kept beside them.
+(goal, sol1, sol2), prompt with completion or target, and plain text, among others (schemas/shapes.py). Any other schema
+can be read by naming its fields; otherwise a row's longest text is the question. The row's other texts (RACE's article,
+MBPP's code, nested or in lists) are kept beside them, with those of a field that is not understood, which is named.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stride_ray.contamination.schemas.choices import Choices, free_answer, read_answer, read_choices
+from stride_ray.contamination.schemas.shapes import first_number, longest_field, shape_of
+from stride_ray.contamination.schemas.texts import as_text, field_text, is_readable, strings
 from stride_ray.corpus.readers import Rejected, Row, rows
-from stride_ray.corpus.rows.row import LONE_SURROGATE, escaped, has_content, named
+from stride_ray.corpus.rows.row import LONE_SURROGATE, escaped, has_content, kind_of_value, named
 from stride_ray.corpus.splits import plan
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import redact_url
 
 ROLES = ("question", "choices", "answer", "id", "others")
-# Known schemas, the most specific first; the first one whose fields are all present, in any case, applies.
-_SHAPES: tuple[dict[str, str], ...] = (
-    {"question": "ctx", "choices": "endings", "answer": "label"},  # HellaSwag
-    {"question": "question", "choices": "choices", "answer": "answerKey"},  # ARC, OpenBookQA, CommonsenseQA
-    {"question": "question_stem", "choices": "choices", "answer": "answerKey"},  # OpenBookQA on the hub
-    {"question": "question", "choices": "choices", "answer": "answer"},  # MMLU
-    {"question": "question", "choices": "options", "answer": "answer"},  # MMLU-Pro, AQuA
-    {"question": "question", "choices": "mc1_targets"},  # TruthfulQA, multiple choice
-    {"question": "question", "answer": "best_answer"},  # TruthfulQA, generation
-    {"question": "question", "answer": "answers"},  # SQuAD, TriviaQA, Natural Questions
-    {"question": "question", "answer": "answer"},  # GSM8K
-    {"question": "problem", "answer": "solution"},  # MATH
-    {"question": "problem", "answer": "answer"},  # AIME
-    {  # GPQA
-        "question": "question",
-        "choices": "correct answer,incorrect answer 1,incorrect answer 2,incorrect answer 3",
-        "answer": "correct answer",
-    },
-    {"question": "goal", "choices": "sol1,sol2", "answer": "label"},  # PIQA
-    {"question": "sentence", "choices": "option1,option2", "answer": "answer"},  # WinoGrande
-    {  # StoryCloze
-        "question": "input_sentence_1,input_sentence_2,input_sentence_3,input_sentence_4",
-        "choices": "sentence_quiz1,sentence_quiz2",
-        "answer": "answer_right_ending",
-    },
-    {"question": "prompt", "answer": "canonical_solution"},  # HumanEval
-    {"question": "complete_prompt", "answer": "canonical_solution"},  # BigCodeBench
-    {"question": "prompt", "answer": "completion"},
-    {"question": "prompt", "answer": "answer"},
-    {"question": "prompt", "answer": "target"},
-    {"question": "input", "answer": "target"},  # BIG-bench
-    {"question": "instruction", "answer": "output"},
-    {"question": "problem_statement", "answer": "patch"},  # SWE-bench
-    {"question": "query", "answer": "answer"},
-    {"question": "question"},
-    {"question": "problem"},
-    {"question": "prompt"},  # IFEval; MT-bench's is a list
-    {"question": "query"},
-    {"question": "question_content"},  # LiveCodeBench
-    {"question": "premise"},  # with a hypothesis
-    {"question": "sentence"},
-    {"question": "text"},
-    {"question": "content"},
-)
-_FROM_ONE = ("option1,", "sentence_quiz1,")  # choices that answers count from 1
 _IDS = ("id", "item_id", "query_id", "question_id", "task_id", "ind", "uid", "doc_id")
-_SPOKEN = {True: ("true", "yes"), False: ("false", "no")}
-# Not a text: an identifier, link or number.
-_TOKEN = re.compile(r"\s*[!-~]*\s*")
 _SUFFIXES = re.compile(r"(-\d{5}-of-\d{5})?(\.(jsonl|json|ndjson|parquet|txt))?(\.(gz|zst))?$", re.I)
 
 
@@ -90,6 +46,7 @@ class Item:
         others: the row's other texts, each with its field's name ("code", "meta.evidence.0.text").
         left_out: names of fields with strings that are not searched: identifiers and links, or not among those named.
         asked: name of the field (or of several, with commas) that holds the question.
+        not_understood: what of the row was not understood, a sentence for each field; its text is with the others.
     """
 
     key: str
@@ -103,6 +60,7 @@ class Item:
     others: tuple[tuple[str, str], ...] = ()
     left_out: tuple[str, ...] = ()
     asked: str = "question"
+    not_understood: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,6 +78,11 @@ class EvaluationSet:
     items: tuple[Item, ...]
     repeated: int
     rejects: tuple[Rejected, ...]
+
+    @property
+    def not_understood(self) -> list[Rejected]:
+        """Fields that were not understood, each with file, row and reason; the rest of their rows was."""
+        return [Rejected(it.file, it.row, why) for it in self.items for why in it.not_understood]
 
 
 def read_folder(folder: str, fields: Mapping[str, str] | None = None) -> list[EvaluationSet]:
@@ -159,9 +122,10 @@ def read_set(
             f"{unknown[0]!r} is not a role of an evaluation set's fields; the roles are {_listed(ROLES)}."
         )
     name = name or _SUFFIXES.sub("", os.path.basename(redact_url(path).rstrip("/")))
-    items, rejects, count = _read(path, name, fields or {}, only)
-    if not items and not fields:  # fields of known names that hold something else
-        items, rejects, count = _read(path, name, {}, only, ())
+    items, rejects, count, missing = _read(path, name, fields or {}, only)
+    absent = [why for each in items.values() for why in each.not_understood if why.startswith("it has no field")]
+    if missing and absent:
+        raise StrideError(f"The evaluation set {name} ({redact_url(path)}) is not read by these fields: {absent[0]}.")
     if not items:
         why = f"; the first row that could not be parsed: {rejects[0].sentence()}" if rejects else ""
         raise StrideError(f"The evaluation set {name} ({redact_url(path)}) has no items{why}.")
@@ -169,25 +133,27 @@ def read_set(
 
 
 def _read(
-    path: str, name: str, fields: Mapping[str, str], only: str | None, shapes: Sequence[dict[str, str]] = _SHAPES
-) -> tuple[dict[str, Item], list[Rejected], int]:
-    """Return the distinct items by key, the rejects and the number of rows."""
+    path: str, name: str, fields: Mapping[str, str], only: str | None
+) -> tuple[dict[str, Item], list[Rejected], int, set[str]]:
+    """Return the distinct items by key, the rejects, the number of rows, and the given fields that no row has."""
     items: dict[str, Item] = {}
     rejects: list[Rejected] = []
     count = 0
+    missing = {part for role, field in fields.items() if role != "id" for part in field.split(",")}
     for unit in plan([path], 2**30):
         if only is not None and all(_SUFFIXES.sub("", file.name) != only for file in unit.files):
             continue
         for row in rows(unit, None):
             count += 1
-            found = row if isinstance(row, Rejected) else _item(row, name, fields, shapes)
+            found = row if isinstance(row, Rejected) else _item(row, name, fields)
+            missing -= set(row.values) if isinstance(row, Row) else set()
             if only is not None and isinstance(row, Row) and _SUFFIXES.sub("", row.file) != only:
                 count -= 1
             elif isinstance(found, Rejected):
                 rejects.append(found)
             else:
                 items.setdefault(found.key, found)
-    return items, rejects, count
+    return items, rejects, count, missing
 
 
 def check_names(sets: Sequence[EvaluationSet]) -> None:
@@ -203,31 +169,73 @@ def check_names(sets: Sequence[EvaluationSet]) -> None:
         seen.add(each.name)
 
 
-class _InvalidRowError(Exception):
-    """The reason why a row is not an item; turned into a reject."""
-
-
-def _item(row: Row, name: str, given: Mapping[str, str], shapes: Sequence[dict[str, str]]) -> Item | Rejected:
-    number, values = row.number(), row.values
+def _item(row: Row, name: str, given: Mapping[str, str]) -> Item | Rejected:
+    number, values = row.number(), {key: _decoded(value) for key, value in row.values.items()}
     if not given and isinstance(values.get("doc"), dict):  # a sample log of the evaluation harness
         values = {**values["doc"], **{key: values[key] for key in _IDS if key in values and key not in values["doc"]}}
-    try:
-        shape = _shape(values, given, shapes)
-        question = _text(values, shape["question"])
-        choices, labels = _choices(values, shape["choices"]) if "choices" in shape else ((), ())
-        answer = _answer(values, shape, choices, labels)
-        if not question.strip() and not answer.strip():
-            raise _InvalidRowError(f"{shape['question']!r} is empty")
-    except _InvalidRowError as error:
-        return Rejected(row.file, number, str(error))
+    notes: list[str] = []
+    shape = shape_of(values, {role: field for role, field in given.items() if role != "id"}, notes.append)
+    asked, question = _question(values, shape, notes)
+    choices, answer = _choices_and_answer(values, shape, notes)
+    if LONE_SURROGATE.search("".join((question, *choices, answer))):
+        notes.append("it contains an invalid character (a lone surrogate)")
+    question, answer, *texts = (LONE_SURROGATE.sub("\ufffd", text) for text in (question, answer, *choices))
     own = given.get("id") or next((key for key in _IDS if isinstance(values.get(key), str | int | float)), "")
     item_id = escaped(str(named(values[own]))) if has_content(values.get(own)) else row.document_id
-    others, left_out = _others(values, shape, own, [question, *choices, answer])
-    content = json.dumps([name, question, choices, answer, *others], ensure_ascii=True)
+    others, left_out = _others(values, {**shape, "question": asked}, own, [question, *texts, answer])
+    if not any(text.strip() for text in (question, answer, *texts, *(text for _, text in others))):
+        names = _listed(sorted(map(str, values)))
+        why = f"none of its fields {names} holds a text; say which holds the question, as in --fields question=FIELD"
+        return Rejected(row.file, number, escaped(notes[0] if notes else f"{why},answer=FIELD"))
+    content = json.dumps([name, question, texts, answer, *others], ensure_ascii=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     line = -1 if number is None else number
-    asked = escaped(shape["question"])
-    return Item(key, name, item_id, row.file, line, question, choices, answer, others, left_out, asked)
+    rest = (others, left_out, escaped(asked), tuple(map(escaped, notes)))
+    return Item(key, name, item_id, row.file, line, question, tuple(texts), answer, *rest)
+
+
+def _question(values: Mapping[str, Any], shape: Mapping[str, str], notes: list[str]) -> tuple[str, str]:
+    """Return the question's field and text: the longest text elsewhere if that field has none."""
+    field = shape.get("question", "")
+    text = field_text(values, field) or ""
+    if text.strip():
+        return field, text
+    used = {part for role in ("choices", "answer") for part in shape.get(role, "").split(",")}
+    other = longest_field({name: value for name, value in values.items() if name not in used})
+    if has_content(values.get(field)):
+        notes.append(f"{field!r} holds {kind_of_value(values[field])}, not a text")
+    return (other, field_text(values, other) or "") if other else (field, text or as_text(values.get(field)) or "")
+
+
+def _choices_and_answer(
+    values: Mapping[str, Any], shape: Mapping[str, str], notes: list[str]
+) -> tuple[tuple[str, ...], str]:
+    """Return the texts of the choices that are not blank, and that of the correct answer."""
+
+    def note(role: str) -> Callable[[str], None]:
+        return lambda what: notes.append(f"{shape[role]!r} {what}")
+
+    choices = Choices()
+    if "choices" in shape:
+        names = [shape["choices"]] if shape["choices"] in values else shape["choices"].split(",")
+        choices = read_choices(
+            [values[part] for part in names] if names[1:] else values[names[0]], names, note("choices")
+        )
+    held = values.get(shape.get("answer", ""))
+    answer = "" if choices.right is None else choices.texts[choices.right]
+    if has_content(held):
+        if any(choices.texts):
+            answer = read_answer(held, choices, first_number(shape["choices"]), note("answer"))
+        else:
+            answer = free_answer(held, note("answer"))
+    return tuple(text for text in choices.texts if text.strip()), answer
+
+
+def _decoded(value: Any) -> Any:
+    """A text that is stored as bytes, as text; anything else as it is."""
+    with contextlib.suppress(UnicodeDecodeError):
+        return value.decode() if isinstance(value, bytes) else value
+    return value
 
 
 def field_name(path: str) -> str:
@@ -248,150 +256,11 @@ def _others(
             if text in seen or any(text.strip() in each for each in known):
                 continue
             seen.add(text)
-            if (chosen is None or field in chosen or field in used) and _readable(text):
+            if (chosen is None or field in chosen or field in used) and is_readable(text):
                 others[escaped(path)] = text
             elif field not in used:
                 left_out[escaped(field_name(path))] = None
     return tuple(others.items()), tuple(left_out)
-
-
-def strings(path: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yield the strings in a value of JSON, each with its path: ``path.key.0``."""
-    waiting = [(path, value)]
-    while waiting:
-        path, value = waiting.pop()
-        if isinstance(value, str):
-            yield path, value
-        elif isinstance(value, dict):
-            waiting += [(f"{path}.{key}", value[key]) for key in reversed(value)]
-        elif isinstance(value, list):
-            waiting += [(f"{path}.{i}", value[i]) for i in reversed(range(len(value)))]
-
-
-def _shape(values: Mapping[str, Any], given: Mapping[str, str], shapes: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Return role to field(s): the given ones, else the first matching schema's, else the longest text's."""
-    there = {key for key, value in values.items() if value is not None}
-    named = {role: field for role, field in given.items() if role != "id"}
-    for role, field in named.items():
-        missing = [part for part in field.split(",") if part not in (values if role == "others" else there)]
-        if missing:
-            raise _InvalidRowError(f"it has no field {missing[0]!r}; its fields are {_listed(sorted(there))}")
-    if "question" in named:
-        return named
-    spelt = {key.lower(): key for key in there} | {key: key for key in there}
-    for shape in shapes:
-        fields = {role: [spelt.get(part) for part in field.split(",")] for role, field in shape.items()}
-        if all(None not in parts for parts in fields.values()):
-            return {**{role: ",".join(map(str, parts)) for role, parts in fields.items()}, **named}
-    texts = {field: max(map(len, _readable_texts(values[field])), default=0) for field in there}
-    plain = [field for field in texts if texts[field] and isinstance(values[field], str)]
-    longest = max(sorted(plain or texts), key=texts.__getitem__, default="")
-    if longest and texts[longest]:
-        return {"question": longest, **named}
-    raise _InvalidRowError(
-        f"none of its fields {_listed(sorted(there))} holds a text; say which holds the question, as in "
-        "--fields question=FIELD,answer=FIELD"
-    )
-
-
-def _readable_texts(value: Any) -> list[str]:  # no identifiers, links or numbers
-    return [text for _, text in strings("", value) if _readable(text)]
-
-
-def _readable(text: str) -> bool:
-    return not _TOKEN.fullmatch(text) and not LONE_SURROGATE.search(text)
-
-
-def _text(values: Mapping[str, Any], field: str) -> str:
-    if field not in values:  # several
-        return "\n".join(_text(values, part) for part in field.split(","))
-    value = values[field]
-    if isinstance(value, dict):  # MMLU-like {"stem": …}, TriviaQA's {"value": …}
-        value = next((value[key] for key in ("stem", "text", "value") if isinstance(value.get(key), str)), value)
-    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):  # the turns of a dialogue
-        value = "\n".join(value)
-    if isinstance(value, dict | list):  # XNLI's premise in all languages: one of them; the rest is with the others
-        value = max(_readable_texts(value), key=len, default=value)
-    if not isinstance(value, str):
-        raise _InvalidRowError(f"{field!r} holds {type(value).__name__}, not a text")
-    return _whole(value, field)
-
-
-def _whole(value: str, field: str) -> str:
-    if LONE_SURROGATE.search(value):
-        raise _InvalidRowError(f"{field!r} contains an invalid character (a lone surrogate)")
-    return value
-
-
-def _choices(values: Mapping[str, Any], field: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the choices' texts and their labels (empty if there are none)."""
-    value = values[field] if "," not in field else [values[part] for part in field.split(",")]
-    labels: Sequence[Any] = ()
-    if isinstance(value, dict) and value and all(isinstance(each, str) for each in value.values()):
-        labels, value = list(value), list(value.values())  # MedQA's {"A": …, "B": …}
-    elif isinstance(value, dict):
-        labels = value.get("label") or value.get("labels") or ()
-        value = value.get("text", value.get("choices"))
-    elif isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
-        labels = [each.get("label", each.get("key", "")) for each in value]
-        value = [each.get("text", each.get("value")) for each in value]
-    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise _InvalidRowError(f"{field!r} does not hold a list of texts")
-    if labels and not (isinstance(labels, list) and len(labels) == len(value)):
-        raise _InvalidRowError(f"{field!r} does not hold a label for each of its {len(value)} choices")
-    return tuple(_whole(each, field) for each in value), tuple(str(label) for label in labels)
-
-
-def _answer(
-    values: Mapping[str, Any], shape: Mapping[str, str], choices: tuple[str, ...], labels: tuple[str, ...]
-) -> str:
-    """Return the correct answer's text: the field's own, or the choice that it points to."""
-    if "answer" not in shape:
-        if shape.get("choices", "").endswith("_targets") and "1" in labels:  # TruthfulQA's: 1 for a correct choice
-            return choices[labels.index("1")]
-        return ""
-    field = shape["answer"]
-    value = values[field]
-    if isinstance(value, dict):  # SQuAD's {"text": […]}, TriviaQA's {"value": …}
-        value = value.get("value", value.get("text", value))
-    if isinstance(value, list):
-        value = value[0] if value else ""  # SQuAD 2 has questions without an answer
-        if isinstance(value, dict):
-            value = value.get("text", value.get("value"))
-        if not isinstance(value, str):
-            raise _InvalidRowError(f"{field!r} does not hold a list of texts")
-    if not choices:
-        if isinstance(value, bool):  # BoolQ: the question stands alone
-            return ""
-        if not isinstance(value, str | int | float) or value != value:
-            raise _InvalidRowError(f"{field!r} holds {type(value).__name__ if value == value else 'NaN'}, not a text")
-        return _whole(str(value), field)
-    place = _place(value, choices, labels, int(shape["choices"].startswith(_FROM_ONE)))
-    if place is None:
-        if value in ("", -1, "-1"):  # test splits hide their answers
-            return ""
-        raise _InvalidRowError(f"{field!r} is {value!r:.80}, which names none of the {len(choices)} choices")
-    return choices[place]
-
-
-def _place(value: Any, choices: tuple[str, ...], labels: tuple[str, ...], first: int) -> int | None:
-    """Resolve an answer to a choice: by label, text, number counted from ``first`` (WinoGrande: 1), or letter."""
-    value = int(value) if isinstance(value, float) and value.is_integer() else value
-    word = str(value).strip()
-    if word and word in labels:
-        return labels.index(word)
-    if value in choices:
-        return choices.index(value)
-    if isinstance(value, bool):
-        spoken = [choice.strip().lower() for choice in choices]
-        return next((spoken.index(each) for each in _SPOKEN[value] if each in spoken), None)
-    # Python makes no number of 5,000 digits.
-    if len(word) < 20 and (isinstance(value, int) or (isinstance(value, str) and word.isdecimal())):
-        place = int(word) - first
-        return place if 0 <= place < len(choices) else None
-    if len(word) == 1 and word.isascii() and word.isalpha() and ord(word.upper()) - ord("A") < len(choices):
-        return ord(word.upper()) - ord("A")
-    return None
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -269,6 +269,8 @@ def _set_facts(
         "repeated": each.repeated,
         "rejected": sum(reject.rows for reject in each.rejects),
         "rejects": [reject.sentence() for reject in each.rejects[:5]],
+        "not_understood": sum(bool(item.not_understood) for item in each.items),
+        "first_not_understood": [field.sentence() for field in each.not_understood[:5]],
         "short": sum(item.key in lexical.short for item in each.items),
         "searched_fields": searched,
         "question_fields": sorted({item.asked for item in each.items}),

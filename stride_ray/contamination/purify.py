@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import time
+from codecs import BOM_UTF8
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
@@ -23,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from stride_ray.contamination.items import strings
 from stride_ray.contamination.nightly import corpus_of
+from stride_ray.contamination.schemas.texts import strings
 from stride_ray.corpus.files import END, SourceFile, compression
 from stride_ray.corpus.readers import inflated, is_array, raw_lines
 from stride_ray.corpus.rows.json_strings import with_strings
@@ -181,13 +182,17 @@ def _write_text(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner
     number = [each.name for each in unit.files].index(file.name)
     cleaned = cleaner.cleaned(number, {"text": data.decode("utf-8-sig")})
     if cleaned is not None:
+        mark = BOM_UTF8 if data.startswith(BOM_UTF8) else b""
         with open(path, "wb") as target:
-            _through(packing, target, iter([cleaned["text"].encode()]))
+            _through(packing, target, iter([mark, cleaned["text"].encode()]))
 
 
 def _write_lines(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
     def lines() -> Iterator[bytes]:
-        for offset, line in raw_lines(InputSplit(unit.key, "jsonl", (file,), 0, END)):
+        for offset, line in raw_lines(InputSplit(unit.key, "jsonl", (file,), 0, END), whole=True):
+            if offset == 0 and line.startswith(BOM_UTF8):  # the file's, whatever becomes of its first line
+                yield BOM_UTF8
+                line = line.removeprefix(BOM_UTF8)
             if offset not in cleaner.leaks:
                 yield line
                 continue
@@ -205,7 +210,7 @@ def _write_lines(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleane
         yield b"\n]\n" if mark == b"," else b"[]\n"
 
     with open(path, "wb") as target:
-        pieces = array() if is_array(file) else (line + b"\n" for line in lines())
+        pieces = array() if is_array(file) else lines()
         _through(compression(file.name), target, pieces)
 
 

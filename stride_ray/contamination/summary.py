@@ -85,6 +85,9 @@ def about(facts: dict[str, Any]) -> list[str]:
             lines[-1] += f", with {_names(each['question_fields'])} as the question"
         if each["left_out_fields"]:
             lines[-1] += f"; not for {_names(each['left_out_fields'])} (too short, identifiers, or not named)"
+        if each["not_understood"]:
+            lines.append(f"  of {each['not_understood']} items a field was not understood and searched as plain text:")
+            lines += [f"  {field}" for field in each["first_not_understood"]]
     influence = facts["influence"]
     if influence is None:
         return [*lines, "influence: not asked (scan.influence = false)"]

@@ -9,6 +9,7 @@ rejected documents.
 import json
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache, partial
 from typing import Any
@@ -126,25 +127,29 @@ def inflated(raw: Iterable[bytes], packing: str) -> Iterator[bytes]:
         raise EOFError("the compressed file ends too early")
 
 
-def _lines(chunks: Iterable[bytes], offset: int) -> Iterator[tuple[int, bytes]]:
-    """``(offset, line without newline)`` of each line; ``offset`` is that of the first chunk."""
+def _lines(chunks: Iterable[bytes], offset: int, end: bytes = b"") -> Iterator[tuple[int, bytes]]:
+    """``(offset, line)`` of each line, its newline replaced by ``end``; ``offset`` is that of the first chunk."""
     parts: list[bytes] = []
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
         parts.append(first)
         for following in others:
             line = b"".join(parts)
-            yield offset, line
+            yield offset, line + end
             offset += len(line) + 1
             parts = [following]
     if rest := b"".join(parts):
         yield offset, rest
 
 
-def raw_lines(unit: InputSplit) -> Iterator[tuple[int, bytes]]:
+def raw_lines(unit: InputSplit, whole: bool = False) -> Iterator[tuple[int, bytes]]:
     """``(offset in the decompressed file, line)`` of the lines that start in a JSON Lines unit.
 
     Of a file that is one JSON array, its elements, each as one line; the first unit of the file has them all.
+
+    Args:
+        unit: what to read.
+        whole: whether lines, but not elements of an array, keep their newlines and the file's byte-order mark.
 
     Raises:
         EOFError: a compressed file is truncated; an array has no end, or is larger than 256 MiB.
@@ -156,13 +161,13 @@ def raw_lines(unit: InputSplit) -> Iterator[tuple[int, bytes]]:
     # Start one byte early and skip the first line: if that byte is a newline, a line starts at ``start`` exactly;
     # otherwise the rest of a line of the previous unit is skipped.
     early = unit.start - 1 if unit.start else 0
-    found = _lines(_chunks(unit.files[0], early), early)
+    found = _lines(_chunks(unit.files[0], early), early, b"\n" if whole else b"")
     if unit.start:
         next(found, None)
     for offset, line in found:
         if unit.stop != END and offset >= unit.stop:
             return
-        yield offset, line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
+        yield offset, line.removeprefix(BOM_UTF8) if offset == 0 and not whole else line
 
 
 def is_array(file: SourceFile) -> bool:

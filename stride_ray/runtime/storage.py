@@ -171,7 +171,7 @@ class Store:
     def remove(self, name: str) -> None:
         """Delete a file, or a folder recursively, if it exists."""
         with self.translated_errors(name, "delete"):
-            if not self.fs.exists(self.path(name)):
+            if not exists(self.fs, self.path(name)):
                 return
             if self.local:
                 self.fs.rm(self.path(name), recursive=True)

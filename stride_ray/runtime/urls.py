@@ -167,9 +167,13 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def exists(fs: Any, path: str) -> bool:
-    """Whether there is a file or folder; a web server that cannot be asked is an error, where fsspec says no."""
+    """Whether there is a file or folder; a store that cannot be asked is an error.
+
+    Of a web server that fails, fsspec says no; of an Azure store that refuses (409: the container is being deleted),
+    adlfs says yes.
+    """
     protocols = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
-    if "http" not in protocols:
+    if "http" not in protocols and "abfs" not in protocols:
         return bool(fs.exists(path))
     try:
         fs.info(path)

@@ -1,6 +1,7 @@
 """The readable text of a raw one: what a browser would show of it, with the places of its characters in the raw text.
 
-HTML entities are decoded, also where they were escaped twice, and so are the escapes of strings in JSON and code. Tags,
+HTML entities and the percent escapes of URLs are decoded, also where they were escaped twice, and so are the escapes of
+strings in JSON and code. Tags,
 raw or escaped, and invisible characters go; fractions and letters in one symbol (½, ㎏) are spelt out; words that a
 hyphen breaks at a line's end are joined. Comments, scripts, styles, declarations, processing instructions and the
 reading aids of ruby do not interrupt the text around them; what they hold is in the data all the same, so each is a
@@ -24,6 +25,12 @@ _OLD = "|".join(sorted((name for name in html5 if not name.endswith(";")), rever
 _ENTITY = regex.compile(
     r"&(?:amp;)*(?:(#\d{1,7}+|#[xX][0-9a-fA-F]{1,6}+);?|([a-zA-Z][a-zA-Z0-9]{1,31});|"
     rf"({_OLD})(?![a-zA-Z0-9=;]))"
+)
+# A character in a URL, in UTF-8, also where its percent sign was escaped again; no control character ("%02d" of code).
+_HEX, _SIGN = "[0-9a-fA-F]", "%(?:25)*"
+_MORE = f"{_SIGN}[89abAB]{_HEX}"
+_PERCENT = regex.compile(
+    f"{_SIGN}(?:[2-7]{_HEX}|0[aAdD9]|[cCdD]{_HEX}{_MORE}|[eE]{_HEX}(?:{_MORE}){{2}}|[fF][0-4](?:{_MORE}){{3}})"
 )
 _ESCAPE = regex.compile(r"(?<!\\)\\++(?:u([0-9a-fA-F]{4})|[nrt])")
 # Elements within a line: browsers show no space where such a tag stands. Any other tag separates words.
@@ -114,6 +121,8 @@ def readable(text: str, is_word: Callable[[str], bool] | None = None, places: bo
     """
     numbers = np.arange(len(text) + 1 if places else 1, dtype=np.int64)
     now = Readable(text, numbers[:-1], numbers[1:])
+    if "%" in now.text:
+        now = _replaced(now, _PERCENT, _unquoted)
     if "&" in now.text:
         now = _replaced(now, _ENTITY, _decoded)
     if "\\" in now.text:
@@ -194,6 +203,15 @@ def _replaced(now: Readable, pattern: "regex.Pattern[str]", replacement: Callabl
         return now
     text = "".join([*pieces, now.text[last:]])
     return Readable(text, np.concatenate([*starts, now.starts[last:]]), np.concatenate([*stops, now.stops[last:]]))
+
+
+def _unquoted(match: "regex.Match[str]") -> str:
+    """The character that a percent escape stands for; the escape itself if it stands for none."""
+    pairs = match.group().replace("%", " %").split()
+    try:
+        return bytes(int(pair[-2:], 16) for pair in pairs).decode()
+    except UnicodeDecodeError:
+        return match.group()
 
 
 def _decoded(match: "regex.Match[str]") -> str:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.contamination.items import Item, strings
+from stride_ray.contamination.items import Item
 from stride_ray.contamination.lexical.ngrams import Index, Run, fields_of, numbering
 from stride_ray.contamination.lexical.words import passages
+from stride_ray.contamination.schemas.texts import strings
 from stride_ray.corpus.documents import Document, read
 from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.rows.row import LONE_SURROGATE, escaped

@@ -2,6 +2,7 @@
 
 A word is a run of letters, digits and combining marks (vowel signs, points, accents) of the readable text (markup.py),
 case-folded and in Unicode compatibility form (ligatures, full-width letters), with the digits of any script as 0 to 9.
+The vowel points of Hebrew and Arabic do not count: most texts, and most copies, leave them out.
 In a script without spaces (Chinese, Japanese, Thai and others) each letter with its marks is a word of its own.
 Punctuation and white space are ignored. What a browser does not show is split apart from the text that it stands in.
 """
@@ -17,7 +18,7 @@ import regex
 from stride_ray.contamination.lexical.markup import Readable, readable
 
 # Changes with the words of any text: what was found by other rules is not found again by these.
-RULES = 5
+RULES = 6
 _SPACELESS = r"[[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Line_Break=Complex_Context}\u30fc\uff70]&&[\p{L}\p{N}]]"
 # In half-width katakana the voicing marks are letters.
 _LETTER = rf"{_SPACELESS}[\p{{M}}\uff9e\uff9f]*+"
@@ -34,6 +35,14 @@ _ALPHABETIC = regex.compile(r"\p{Line_Break=Complex_Context}")
 _REMEMBERED = 1_000_000
 # Characters per chunk, which bounds the words held as strings at once.
 _CHUNK = 1 << 20
+
+
+# Vowel points and other reading aids of Hebrew and Arabic, which most texts leave out; not the marks by which some
+# letters are told from others (hamza, madda), nor those of scripts that cannot be written without.
+_POINTS = regex.compile(
+    r"[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u064b-\u0652\u0670\u06d6-\u06dc\u06df-\u06e4"
+    r"\u06e7\u06e8\u06ea-\u06ed]"
+)
 
 
 class Words(NamedTuple):
@@ -62,6 +71,9 @@ def normalised(word: str) -> str:
     plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold())
     # The Turkish letters: capital dotted and small dotless i have no other fold that all writers share.
     plain = plain.replace("i\u0307", "i").replace("\u0131", "i")
+    plain = plain.replace("\u0671", "\u0627")  # alef wasla, the plain alef of pointed texts
+    if _POINTS.search(plain):
+        plain = unicodedata.normalize("NFKC", _POINTS.sub("", plain))
     return "".join(_plain(character) for character in plain)
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stride_ray.corpus.files import END
-from stride_ray.corpus.rows.row import Rejected, Row, Unreadable, is_corrupt, reason
+from stride_ray.corpus.rows.row import Rejected, Row, Unreadable, has_content, is_corrupt, reason
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.urls import filesystem
 
@@ -102,7 +102,7 @@ def _others(schema: pa.Schema, wanted: Collection[str]) -> frozenset[str]:
 
 
 def _holds(table: pq.ParquetFile, groups: range, name: str) -> bool:
-    """Whether a column holds more than nulls in some row groups; what cannot be read may hold something.
+    """Whether a column has content in some row groups; what cannot be read may hold something.
 
     By its values: pyarrow ends the process if asked for the statistics of a column that a corrupt footer describes.
     """
@@ -116,14 +116,14 @@ def _holds(table: pq.ParquetFile, groups: range, name: str) -> bool:
 
 
 def _has_values(column: pa.Array) -> bool:
-    """Whether an array holds more than nulls; lists and structs with nothing but nulls in them do not."""
+    """Whether an array has a value with content, by the rule for rows of JSON; what is not valid may hold something."""
     if column.null_count == len(column):
         return False
-    if pa.types.is_struct(column.type):
-        return any(map(_has_values, column.flatten()))
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        return _has_values(column.flatten())
-    return True
+    try:
+        column.validate(full=True)
+        return any(has_content(value.as_py(maps_as_pydicts="strict")) for value in column)
+    except (ValueError, OverflowError, KeyError):
+        return True
 
 
 def _readable(names: Sequence[str], read: Callable[[str], Any]) -> tuple[list[str], dict[str, Unreadable]]:
@@ -262,7 +262,7 @@ def _arrow_batch(
         count: rows.
         stream: the schema, dictionaries and the batch.
         columns: columns to read; None: all.
-        filled: columns that are not read and hold more than nulls in the file's batches so far; added to. None: do not
+        filled: columns that are not read and have content in the file's batches so far; added to. None: do not
             find out.
     """
     try:

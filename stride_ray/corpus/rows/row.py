@@ -75,17 +75,17 @@ class Unreadable(NamedTuple):
 
 
 def has_content(value: Any) -> bool:
-    """Whether a value holds anything: null, NaN, blank and empty values do not, nor structs of nothing but nulls.
+    """Whether a value holds anything: null, NaN, blank and empty values do not, nor those of nothing but nulls.
 
     Merged data sets fill the columns that a row does not have with these. What cannot be read may hold something.
     """
     if isinstance(value, str):
         return bool(value) and not value.isspace()
-    if isinstance(value, dict):
+    if isinstance(value, dict | list):
         # One level is enough: columnar files pad structs with nulls, and deeper ones are null as a whole.
-        return any(part is not None for part in value.values())
+        return any(part is not None for part in (value.values() if isinstance(value, dict) else value))
     # NaN, which pandas has for null and Python writes into JSON, is not equal to itself.
-    return value is not None and value != [] and (not isinstance(value, float) or value == value)
+    return value is not None and (not isinstance(value, float) or value == value)
 
 
 def without_nulls(value: Any) -> Any:

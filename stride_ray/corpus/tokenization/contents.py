@@ -7,12 +7,16 @@ from typing import Any
 from stride_ray.corpus.rows.row import has_content
 
 # Tags by which templates tell thoughts from the rest of a content, as far as a template knows them.
-_TAG = re.compile(r"</?[a-z_]+>|\[/?[A-Z_]+\]")
+_TAG = re.compile(r"</?[a-z_]+>|\[/?[A-Z_]+\]|<\|[a-z_]+\|>")
+# Those of Harmony (gpt-oss): a header, with a channel such as "analysis", ends with <|message|>.
+_CHANNEL, _MESSAGE = "<|channel|>", "<|message|>"
+_HARMONY = frozenset((_CHANNEL, _MESSAGE, "<|start|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>"))
 
 
 def tags_of(source: str) -> frozenset[str]:
     """The tags that a template knows."""
-    return frozenset(_TAG.findall(source))
+    tags = frozenset(_TAG.findall(source))
+    return tags | _HARMONY if _CHANNEL in tags else tags
 
 
 def whole_form(message: dict[str, Any], tags: Collection[str]) -> tuple[Any, ...]:
@@ -21,14 +25,11 @@ def whole_form(message: dict[str, Any], tags: Collection[str]) -> tuple[Any, ...
     parts = content if isinstance(content, list) else [content] if content else []
     types = tuple(map(type_of, parts))
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    cut = [
-        [(bool(piece.strip()), piece * (k % 2)) for k, piece in enumerate(_pieces(text, tags))]
-        for text in texts
-        if isinstance(text, str)
-    ]
+    cut = [_outline(_pieces(text, tags)) for text in texts if isinstance(text, str)]
     tagged = tuple(map(tuple, cut)) if any(len(each) > 1 for each in cut) else ()
     several = len(calls) if isinstance(calls, list) and len(calls) > 1 else 0
-    whole = (several, types if types not in ((), ("text",)) else (), tagged)
+    given = tuple(bool(arguments_of(call)) for call in calls) if isinstance(calls, list) else ()
+    whole = (several, types if types not in ((), ("text",)) else (), tagged, given if any(given) else ())
     return (*role_and_keys(message), *((whole,) if any(whole) else ()))
 
 
@@ -38,11 +39,14 @@ def reworded_content(i: int, message: dict[str, Any], tags: Collection[str], wor
 
     def reworded(n: int, text: str) -> str:
         pieces = _pieces(text, tags)
+        channel = ""
         for k, piece in enumerate(pieces[::2]):
-            if piece.strip():
+            if _is_header(pieces, 2 * k):
+                channel = piece.strip()
+            elif piece.strip():
                 word = pieces[2 * k] = f"word{i}content{n}piece{k}word"
                 closing = pieces[2 * k + 1 : 2 * k + 2] and "/" in pieces[2 * k + 1]
-                words[word] = f"{'thoughts' if closing else 'content'} of {role}"
+                words[word] = f"{'thoughts' if closing or channel == 'analysis' else 'content'} of {role}"
         return "".join(pieces)
 
     if isinstance(content, str):
@@ -62,6 +66,31 @@ def _pieces(text: str, tags: Collection[str]) -> list[str]:
     """A text cut at the tags that the template knows: text, tag, text, tag, …, text."""
     known = [tag for tag in tags if tag in text]
     return re.split(f"({'|'.join(map(re.escape, known))})", text) if known else [text]
+
+
+def _outline(pieces: list[str]) -> list[tuple[bool, str]]:
+    """Which of the pieces between tags hold something, the tags, and the names of channels."""
+    return [(bool(piece.strip()), piece * (k % 2 or _is_header(pieces, k))) for k, piece in enumerate(pieces)]
+
+
+def _is_header(pieces: list[str], k: int) -> bool:
+    """Whether a piece between tags is the role or the channel of a message in Harmony's form."""
+    return pieces[k + 1 : k + 2] in ([_CHANNEL], [_MESSAGE]) and pieces[max(0, k - 1)] in _HARMONY
+
+
+def arguments_of(call: Any) -> Any:
+    """The arguments of a tool call; None if it has none."""
+    function = call.get("function") if isinstance(call, dict) else None
+    given = (function if isinstance(function, dict) else call).get("arguments") if isinstance(call, dict) else None
+    return None if given in ({}, "{}", "") else given
+
+
+def with_other_arguments(call: dict[str, Any], word: str) -> dict[str, Any]:
+    """A tool call, of those that have arguments, with others."""
+    other = {word: word} if not isinstance(arguments_of(call), str) else f'{{"{word}": "{word}"}}'
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": {**call["function"], "arguments": other}}
+    return {**call, "arguments": other}
 
 
 def says(message: dict[str, Any]) -> bool:

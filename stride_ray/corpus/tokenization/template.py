@@ -15,6 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from stride_ray.corpus.tokenization.clock import with_fixed_clock
 from stride_ray.corpus.tokenization.contents import (
+    arguments_of,
     has_text,
     renamed,
     replaced,
@@ -25,6 +26,7 @@ from stride_ray.corpus.tokenization.contents import (
     text_parts,
     type_of,
     whole_form,
+    with_other_arguments,
 )
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -73,7 +75,8 @@ class ChatTemplate:
         """What a conversation holds and its text does not: "tool_calls of assistant", "content of tool", "tools".
 
         It follows from which turns have which keys, parts and tags, so each such form is rendered once, with other
-        words in it. Thoughts in tags within a content are "thoughts of assistant", other parts go by their type.
+        words in it. Thoughts in tags within a content are "thoughts of assistant", other parts go by their type;
+        what calls of tools are given is "arguments of tool_calls of assistant".
         """
         given = {name: value for name, value in (arguments or {}).items() if isinstance(value, str | list | dict)}
         form = (*(whole_form(message, self._tags) for message in messages), *sorted(given))
@@ -92,6 +95,7 @@ class ChatTemplate:
             return frozenset()
         lost = {said for word, said in words.items() if word not in text}
         lost |= self._lost_parts(others, text, arguments)
+        lost |= self._lost_arguments(others, text, arguments, lost)
         for name in given:
             rest = {key: value for key, value in arguments.items() if key != name}
             with contextlib.suppress(Exception):  # as render: it may need what is left out
@@ -133,6 +137,21 @@ class ChatTemplate:
                     same = self._text([*messages[:i], without, *messages[i + 1 :]], arguments) == text
                     lost |= {said} if same else set()
         return lost
+
+    def _lost_arguments(self, messages: Messages, text: str, arguments: Arguments, lost: set[str]) -> set[str]:
+        """The arguments of printed calls, if the text is the same with others."""
+        found = set[str]()
+        for i, message in enumerate(messages):
+            said = f"tool_calls of {message['role']}"
+            calls: list[Any] = [] if said in lost else message.get("tool_calls") or []
+            for n, call in enumerate(calls):
+                if not arguments_of(call):
+                    continue
+                other = {**message, "tool_calls": [*calls[:n], with_other_arguments(call, "word"), *calls[n + 1 :]]}
+                with contextlib.suppress(Exception):  # as render: it may need arguments that the tool has
+                    same = self._text([*messages[:i], other, *messages[i + 1 :]], arguments) == text
+                    found |= {f"arguments of {said}"} if same else set()
+        return found
 
     def _marked(self, messages: Messages, arguments: Arguments) -> tuple[str, Ranges]:
         """The text and what the template marks."""

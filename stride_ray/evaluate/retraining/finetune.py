@@ -5,7 +5,6 @@ Methods that use several checkpoints (TracIn and similar) get them from here, to
 moments.
 """
 
-import json
 import os
 import shutil
 import uuid
@@ -23,6 +22,7 @@ from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.models.download import local_model
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import first_line
 
 IGNORE_INDEX = -100
@@ -214,9 +214,9 @@ def checkpoints(
 
 def _claim(root: Path, settings: dict[str, Any]) -> None:
     """Record the folder's settings, or refuse a folder made with others."""
-    path = root / "settings.json"
-    if path.exists():
-        made_with = json.loads(path.read_text())
+    store = Store(str(root))
+    if store.exists("settings.json"):
+        made_with = store.read_json("settings.json")
         if different := [key for key in settings if made_with.get(key) != settings[key]]:
             key = different[0]
             raise StrideError(
@@ -224,10 +224,7 @@ def _claim(root: Path, settings: dict[str, Any]) -> None:
                 "folder or delete that one."
             )
         return
-    root.mkdir(parents=True, exist_ok=True)
-    partial = root / f".settings.{uuid.uuid4().hex}"
-    partial.write_text(json.dumps(settings, indent=1) + "\n")
-    os.replace(partial, path)
+    store.write_json("settings.json", settings)
 
 
 def _save(folder: Path, model: Any, optimizer: torch.optim.AdamW) -> None:

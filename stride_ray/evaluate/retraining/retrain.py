@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from stride_ray import __version__
 from stride_ray.evaluate.retraining.benchmark import Benchmark, reread_benchmark
@@ -29,6 +30,7 @@ from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, map
 
 # Subfolder of the output folder for the losses and done markers of single trainings.
 WORK = "_retrain"
+_CHECKSUM_BYTES = 16
 
 
 def retrain(
@@ -182,10 +184,11 @@ def checked_losses(losses: Any, queries: int, told: str) -> np.ndarray:
 
 
 def write_array(store: Store, name: str, values: np.ndarray) -> None:
-    """Publish an array as a ``.npy`` file."""
+    """Publish an array as a ``.npy`` file with a checksum after its end, which other readers skip."""
     buffer = io.BytesIO()
     np.save(buffer, values)
-    store.write(name, buffer.getvalue())
+    data = buffer.getvalue()
+    store.write(name, data + xxhash.xxh3_128_digest(data))
 
 
 @functools.lru_cache(maxsize=1)
@@ -203,12 +206,17 @@ def read_array(store: Store, name: str) -> np.ndarray:
     """Read an array written by ``write_array``.
 
     Raises:
-        StrideError: if it cannot be read.
+        StrideError: if it is missing, or not as it was written.
     """
-    try:
-        return np.load(io.BytesIO(store.read(name)), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise StrideError(f"{store.display_url(name)} cannot be read ({error}); delete it and its marker.") from None
+    stored = store.read(name)
+    data = stored[:-_CHECKSUM_BYTES]
+    if xxhash.xxh3_128_digest(data) != stored[-_CHECKSUM_BYTES:]:
+        marker = f"_done/{name.rpartition('/')[2].removesuffix('.npy')}.json"
+        raise StrideError(
+            f"{store.display_url(name)} was damaged or changed: its checksum differs; restore it, or delete it and its "
+            f"marker, {marker}, and run the same command again."
+        )
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def _publish(store: Store, truth: RetrainingResults, n_blocks: int) -> None:

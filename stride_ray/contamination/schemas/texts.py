@@ -1,0 +1,58 @@
+"""Texts in the values of evaluation rows."""
+
+import re
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Any
+
+from stride_ray.corpus.rows.row import LONE_SURROGATE
+
+# Not a text: an identifier, link or number.
+_TOKEN = re.compile(r"\s*[!-~]*\s*")
+
+
+def strings(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield the strings in a value of JSON, each with its path: ``path.key.0``."""
+    waiting = [(path, value)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, str):
+            yield path, value
+        elif isinstance(value, dict):
+            waiting += [(f"{path}.{key}", value[key]) for key in reversed(value)]
+        elif isinstance(value, list):
+            waiting += [(f"{path}.{i}", value[i]) for i in reversed(range(len(value)))]
+
+
+def is_readable(text: str) -> bool:
+    """Whether a text is none of an identifier, link or number, and valid."""
+    return not _TOKEN.fullmatch(text) and not LONE_SURROGATE.search(text)
+
+
+def longest_text(value: Any) -> str:
+    """The longest text in a value that is no identifier, link or number; empty if there is none."""
+    return max((text for _, text in strings("", value) if not _TOKEN.fullmatch(text)), key=len, default="")
+
+
+def as_text(value: Any) -> str | None:
+    """A string, or a number or truth value as text; "" for null and NaN, None for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float | Decimal):
+        return str(value) if value == value and (not isinstance(value, int) or abs(value) < 10**20) else ""
+    return "" if value is None else None
+
+
+def field_text(values: Mapping[str, Any], field: str) -> str | None:
+    """The text of a field, or of several with commas between them; None if it holds a number or no text."""
+    if field not in values and "," in field:
+        texts = [field_text(values, part) for part in field.split(",")]
+        return "\n".join(filter(None, texts)) if any(texts) else None
+    value = values.get(field)
+    if isinstance(value, dict):  # MMLU-like {"stem": …}, TriviaQA's {"value": …}
+        value = next((value[key] for key in ("stem", "text", "value") if isinstance(value.get(key), str)), value)
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):  # the turns of a dialogue
+        value = "\n".join(value)
+    if isinstance(value, dict | list):  # XNLI's premise in all languages: one of them; the rest is with the others
+        value = longest_text(value) or None
+    return value if isinstance(value, str) else None

@@ -254,6 +254,8 @@ def map_dataset(
     Raises:
         StrideError: from the worker, or because a unit repeatedly killed its worker.
     """
+    # Else Ray Data starts a process of seconds that does nothing but count which of its features are used.
+    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
     import ray.data
 
     context = ray.data.DataContext.get_current()

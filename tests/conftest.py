@@ -231,7 +231,7 @@ def parts(once):
 @pytest.fixture(scope="session")
 def one_ray():
     """A local Ray that all tests share in which nothing is killed."""
-    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    tasks.start_ray(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

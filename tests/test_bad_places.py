@@ -128,13 +128,22 @@ def test_a_signal_while_ray_starts(monkeypatch):
 
 
 def test_a_ray_that_does_not_start(monkeypatch):
+    starts = []
+
     def late(*args, **kwargs):  # as a machine with too much to do makes it
-        raise Exception("The current node timed out during startup. This could happen because")
+        starts.append(kwargs)
+        if len(starts) != 4:
+            raise Exception("The current node timed out during startup. This could happen because")
 
     monkeypatch.setattr("ray.init", late)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with (
         pytest.raises(StrideError, match=r"Ray did not start here \(The current node timed out"),
         connected(ComputeConfig()),
     ):
         pass
+    assert len(starts) == 2
+    with connected(ComputeConfig()):  # the second try is in time
+        assert len(starts) == 4
+    assert starts[3] == starts[0]

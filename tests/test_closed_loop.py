@@ -23,6 +23,7 @@ from stride_ray.evaluate.retraining.finetune import FineTune
 from stride_ray.evaluate.retraining.lds import mean_interval
 from stride_ray.evaluate.word_counts import similar_blocks
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
 
 JOBS = Path(__file__).parent.parent / "jobs"
@@ -62,7 +63,8 @@ def found(attributed, one_ray, tmp_path_factory):
     """A closed loop through Ray."""
     run, recipe = attributed
     out = tmp_path_factory.mktemp("closed") / "out"
-    return out, closed_loop(with_options(run, tokens=0.3), ["asked"], str(out), seeds=2, recipe=recipe)
+    one_worker = Run(run.url, run.config, {"select.tokens": 0.3, "compute.workers": 1})
+    return out, closed_loop(one_worker, ["asked"], str(out), seeds=2, recipe=recipe)
 
 
 def test_arms_are_of_equal_size_and_measured_on_queries_that_did_not_select(found):

@@ -33,7 +33,7 @@ def scanned(parts, sharded, tmp_path_factory):
     place = tmp_path_factory.mktemp("scan")
     shutil.copytree(parts.corpus, place / "corpus")
     folder = sharded("scan")
-    changes = settings(parts, attribute__exact=True, corpus__input=[str(place / "corpus")])
+    changes = settings(parts, attribute__exact=True, corpus__input=[str(place / "corpus")], compute__workers=1)
     run = Run(str(folder), changes=changes)
     half = len(LEAKED) // 2
     rows = [

@@ -15,6 +15,7 @@ from stride_ray.evaluate import tailpatch
 from stride_ray.evaluate.retraining.lds import Interval, mean_interval
 from stride_ray.evaluate.tailpatch import TailPatchWorker, tail_patch, top_blocks
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import tailpatch as job
@@ -23,7 +24,7 @@ import tailpatch as job
 @pytest.fixture(scope="module")
 def found(exactly):
     """Measured through Ray."""
-    return tail_patch(exactly.run, "asked")
+    return tail_patch(Run(exactly.run.url, exactly.run.config, {"compute.workers": 1}), "asked")
 
 
 def test_a_step_on_the_top_blocks_helps_more_than_one_on_random_ones(found):

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from stride_ray.attribution.attribute import attribute
-from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.shard import shard
 from stride_ray.evaluate.trust import trust
 from stride_ray.models.toy import train_model, train_tokenizer
 from stride_ray.operators.fit import fit
+from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.tasks import connected
@@ -79,11 +80,12 @@ def _stages(run: Run, root: Path, began: float) -> dict[str, Any]:
     _say(4, f"a small Llama trained on these blocks -> {root / 'model'}")
     train_model(Blocks(run.stage("blocks").store), root / "tokenizer", root / "model", EPOCHS)
     _say(5, f"blocks to steering operators, one pass -> {root / 'run' / 'operators'}")
-    print(fit(run)["verdict"])
-    _say(6, f"which blocks made the model answer like this -> {root / 'run' / 'influence'}")
     queries = root / "prompts.jsonl"
     queries.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in PROMPTS.items()))
-    summary = attribute(run, str(queries), "prompts")
+    with shared_actor_pool(run.config, unit_count(manifest["blocks"])):
+        print(fit(run)["verdict"])
+        _say(6, f"which blocks made the model answer like this -> {root / 'run' / 'influence'}")
+        summary = attribute(run, str(queries), "prompts")
     print(f"\n{trust(run, 'prompts').verdict}")
     print(
         f"\nEach line above is a block of the corpus that the model was trained on: its rank, its influence on the "

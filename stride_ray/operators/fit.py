@@ -33,7 +33,7 @@ from stride_ray.operators.membership import membership_of
 from stride_ray.operators.site_fit import fit_sites
 from stride_ray.operators.stored import load_basis, load_operators, save_basis, save_operators
 from stride_ray.operators.validation import validate
-from stride_ray.runtime.actor_pool import ActorPool
+from stride_ray.runtime.actor_pool import ActorPool, shared_actor_pool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import record_separately, record_stage_costs
 from stride_ray.runtime.errors import StrideError
@@ -111,7 +111,7 @@ def pool_has_grown(facts: dict[str, Any], blocks: Blocks) -> bool:
 
 def _fit_sites(config: Config, blocks: Blocks, curvature: Stage, stage: Stage) -> None:
     """Fit at every site: the preconditioner, then the rows."""
-    with ActorPool(allocate_workers(config.compute, unit_count(len(blocks)), expected_gb(config))) as actors:
+    with shared_actor_pool(config, unit_count(len(blocks))) as actors:
         finish_curvature(config, blocks, curvature, actors)
         with record_stage_costs(stage):
             fit_sites(config, blocks, curvature.store, stage, actors)

@@ -79,7 +79,7 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
             os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
         folder: Any = {"_temp_dir": _session_folder()} if address in ("", "local") else {}
         dashboard = None if address else False
-        ray.init(address=address or "local", include_dashboard=dashboard, logging_level=logging.ERROR, **folder)
+        start_ray(address=address or "local", include_dashboard=dashboard, logging_level=logging.ERROR, **folder)
     except SystemExit:  # raised by Ray on SIGTERM during its start
         raise Terminated from None
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -90,7 +90,7 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
             "written and has room."
         ) from None
     except Exception as error:
-        if type(error) is not Exception:  # Ray raises a bare Exception if its start times out
+        if not _timed_out(error):
             raise
         raise StrideError(f"Ray did not start here ({first_line(error)}); run the same command again.") from None
     # ray.init installs a SIGTERM handler that aborts in native calls; restore that of the command line (cli/exits.py).
@@ -100,6 +100,21 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def start_ray(**options: Any) -> None:
+    """Call ray.init, and again if it times out: after half a minute, which no option of Ray's lengthens."""
+    try:
+        ray.init(**options)
+    except Exception as error:
+        if not _timed_out(error):
+            raise
+        ray.init(**options)
+
+
+def _timed_out(error: Exception) -> bool:
+    """Whether Ray's start took too long: the one case in which it raises a bare Exception."""
+    return type(error) is Exception
 
 
 def _session_folder() -> str | None:
@@ -254,6 +269,8 @@ def map_dataset(
     Raises:
         StrideError: from the worker, or because a unit repeatedly killed its worker.
     """
+    # Else Ray Data starts a process of seconds that does nothing but count which of its features are used.
+    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
     import ray.data
 
     context = ray.data.DataContext.get_current()

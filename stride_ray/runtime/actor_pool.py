@@ -7,7 +7,6 @@ Example: units 0 to 3 on actors A and B. A's node dies while A holds 0 and 2. B 
 PATIENCE seconds without a result it gets 0 and then 2. Late results from A, once Ray has restarted it, are ignored.
 """
 
-import gc
 import os
 import time
 from collections import Counter
@@ -171,15 +170,11 @@ class _PoolActor:
     """An actor of a pool; holds the worker of the current map."""
 
     def __init__(self, folder: str) -> None:
-        gc.disable()  # a sixth of the seconds that importing torch takes, which the first unit's job does
         prepare_process(folder)
         self.map_number = 0
         self.worker: Worker | None = None
 
     def work(self, map_number: int, job: tuple[Callable[..., Worker], tuple[Any, ...]], unit: Unit) -> dict[str, Any]:
-        if not gc.isenabled():
-            gc.freeze()
-            gc.enable()
         if map_number != self.map_number or self.worker is None:
             self.worker = None  # free the previous map's worker first: two models may not fit
             outcome = capture_errors(self._make_worker, *job)

@@ -198,6 +198,8 @@ def settings(root: Path) -> dict[str, Any]:
         "corpus.tokenizer": str(root / "tokenizer"),
         "corpus.block_tokens": 64,
         "corpus.shard_mb": 0.002,
+        # Half a round would be spent on solving for directions, whose units are the same with less in each.
+        "solve.tokens": 512,
         "model.path": str(root / "model"),
         "membership.subsets": 64,
         "compute.batch_tokens": 1024,

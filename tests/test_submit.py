@@ -109,9 +109,10 @@ def test_every_job_that_a_run_is_made_of(client, parts, local, tmp_path):
         assert status == (JobStatus.FAILED if name == "plant" else JobStatus.SUCCEEDED)
 
 
-def test_the_commands_of_the_readme(client, parts, tmp_path):
+def test_the_commands_of_the_cluster_page(client, parts, tmp_path):
     made, upload = client
-    (snippet,) = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+    snippets = re.findall(r"^```sh\n(.*?)^```", (ROOT / "cluster/README.md").read_text("utf-8"), re.M | re.S)
+    (snippet,) = (each for each in snippets if "ray job submit" in each)
     bucket = tmp_path / "bucket"
     bucket.mkdir()
     for name in ("corpus", "model", "queries.jsonl"):

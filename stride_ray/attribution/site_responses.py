@@ -29,7 +29,7 @@ from stride_ray.corpus.failures import NOT_FINITE, check_failed_queries, fail, f
 from stride_ray.models.curvature.kfac import load_sites
 from stride_ray.models.curvature.sketch import sketch_of, whole_shape
 from stride_ray.models.sites import NEGATIVE_SCORE_FACTOR, halve_negative
-from stride_ray.operators.one_bit import Queries, estimate_inner_products, packed_queries
+from stride_ray.operators.one_bit import Queries, estimate_inner_products, quantise_queries
 from stride_ray.operators.row_store import RowStore
 from stride_ray.operators.sketched_rows import SKETCH
 from stride_ray.runtime.actor_pool import ActorPool
@@ -136,7 +136,7 @@ class QueryCoder:
         for i, good in zip(rows, finite.tolist(), strict=True):
             if not good:
                 fail(answers[i], NOT_FINITE)
-        coded = packed_queries([section[finite].numpy() for section in sections])
+        coded = quantise_queries([section[finite].numpy() for section in sections])
         tensors = {each.name: torch.from_numpy(getattr(coded, each.name)) for each in fields(Queries)}
         self.responses.store.write(f"{code_name(part)}.safetensors", tensor_bytes(tensors))
         return self.responses.mark(code_name(part), started, answers=answers)

@@ -136,7 +136,7 @@ class Lock:
         if self.lost or not self._extend():
             raise StrideError(
                 f"{self.store.display_url(NAME)} was taken over by another scan, which did not see this one in time; "
-                "run the same command again: what is done is kept."
+                "run the same command again: finished work is kept."
             )
 
     def _content(self) -> bytes:

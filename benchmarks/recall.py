@@ -28,7 +28,7 @@ from stride_ray.models.curvature.sketch import sketch_of, sketched
 from stride_ray.models.loading import load_measured_model, measured_model_fingerprint
 from stride_ray.models.pool_worker import ModelWorker
 from stride_ray.models.sites import halve_negative, site_gradients
-from stride_ray.operators.one_bit import estimate_inner_products, packed_queries, packed_rows, word_starts
+from stride_ray.operators.one_bit import estimate_inner_products, pack_rows, quantise_queries, word_starts
 from stride_ray.operators.site_fit import coordinates_in, shapes_of
 from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.config import Config
@@ -143,7 +143,7 @@ class RecallWorker(ModelWorker):
                     sections[size][at].append((sketch_of(sketches[at], J) / sketches[at].scale).cpu().numpy())
         self.solved = {name: torch.cat(pieces) for name, pieces in solved.items()}
         self.codes = {
-            size: packed_queries([np.concatenate(pieces) for pieces in each]) for size, each in sections.items()
+            size: quantise_queries([np.concatenate(pieces) for pieces in each]) for size, each in sections.items()
         }
 
     def __call__(self, unit: tuple[str, int, int]) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class RecallWorker(ModelWorker):
             found.setdefault(EXACT, []).append(halve_negative(total).cpu())
             for size, each in sections.items():
                 starts = word_starts([z.shape[1] for z in each])
-                estimates = estimate_inner_products(packed_rows(each), self.codes[size], starts).sum(2)
+                estimates = estimate_inner_products(pack_rows(each), self.codes[size], starts).sum(2)
                 found.setdefault(str(size), []).append(halve_negative(torch.from_numpy(estimates).float()))
         self.stage.store.write(f"{name}.safetensors", tensor_bytes({k: torch.cat(v, 1) for k, v in found.items()}))
         return self.stage.mark(name, started)

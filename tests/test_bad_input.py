@@ -226,7 +226,7 @@ def test_another_query_set_of_that_name(finished, parts, tmp_path, told):
 
 def test_sizes_that_do_not_fit(copied, told, plain):
     folder = copied("blocks")
-    assert "99 blocks and membership.subsets asks for 100" in told("fit", folder, "--subsets", 100)
+    assert "99 blocks, fewer than membership.subsets = 100" in told("fit", folder, "--subsets", 100)
     assert "degree is 20 with 16 subsets" in told("fit", folder, "--degree", 20)
     assert not (folder / "operators").exists()
 

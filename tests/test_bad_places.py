@@ -84,7 +84,9 @@ def test_options_that_gave_no_block_are_not_kept(parts, tmp_path, told, plain):
 def test_a_marker_that_is_none(tmp_path):
     stage = Run(str(tmp_path)).begin("blocks")
     stage.store.write("_done/part-00000.json", b"null")
-    with pytest.raises(StrideError, match=r"part-00000\.json holds no JSON object; restore it, or delete it and run"):
+    with pytest.raises(
+        StrideError, match=r"part-00000\.json does not hold a JSON object; restore it, or delete it and rerun"
+    ):
         stage.done()
 
 

@@ -45,7 +45,7 @@ def test_batches_grow_with_the_budget(model, monkeypatch):
     monkeypatch.setattr(batch_size, "LIBRARY_BYTES", 0)
     each = batch_size.PASS_MEMORY_FACTOR * saved_activation_bytes(model, 64)
     weights = batch_size.WEIGHT_MEMORY_FACTOR * sum(p.numel() * p.element_size() for p in model.model.parameters())
-    monkeypatch.setitem(batch_size._kept[model], 64, 2**30)
+    monkeypatch.setitem(batch_size._activation_bytes[model], 64, 2**30)
     for rows in (1, 3, 7):
         room = (weights + (rows + 0.5) * batch_size.PASS_MEMORY_FACTOR * 2**30) / 2**30
         assert rows_at_once(config(worker_gb=room, query_gb=0), model, 64) == rows

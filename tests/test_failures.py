@@ -83,11 +83,11 @@ def spoil(monkeypatch):
             model.model.model.layers[1].mlp.register_forward_hook(after)
             return model
 
-        loading._loaded.cache_clear()
+        loading._load_cached.cache_clear()
         monkeypatch.setattr(loading, "load_model", load)
 
     yield start
-    loading._loaded.cache_clear()
+    loading._load_cached.cache_clear()
 
 
 @pytest.fixture(scope="module")

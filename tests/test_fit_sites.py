@@ -235,9 +235,9 @@ def curvature_flipped(folder):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (spoil(f"{FIRST}*", flipped), rf"{FIRST}-\d+.safetensors is not what fit wrote"),
-        (spoil("rows-*", lambda content: content[:100]), "cut short or changed; restore it"),
-        (spoil("rows-*", lambda content: b""), r"is not what fit wrote \(0 bytes"),
+        (spoil(f"{FIRST}*", flipped), rf"{FIRST}-\d+.safetensors \(\d+ bytes\) differs in its hash"),
+        (spoil("rows-*", lambda content: content[:100]), "truncated or modified; restore it"),
+        (spoil("rows-*", lambda content: b""), r"\(0 bytes\) differs in its hash"),
         (of_another_format, "is of format 99, and this version of stride_ray reads format 1"),
         (curvature_flipped, r"curvature/sites.safetensors was damaged or changed: its checksum differs"),
         (lambda folder: next((folder / "operators").glob("rows-*")).unlink(), "no such file"),
@@ -259,7 +259,8 @@ def test_a_budget_without_a_coordinate_a_site_is_refused(parts, sharded, told, p
     changes = [each for each in changes if "corpus.input" not in each]
     sentence = told("fit", folder, *changes, "--set", "operators.budget_gb=1e-7")
     assert (
-        "leaves 1 bytes to each of 99 rows, and a row takes at least 84, a coordinate for each of 7 sites" in sentence
+        "leaves 1 bytes for each of 99 rows, but a row needs at least 84 (one coordinate at each of 7 sites)"
+        in sentence
     )
     code, _, err = run_verb("fit", folder, *changes, "--set", "operators.budget_gb=1")
     assert code == 0, err  # nothing refuses the corrected command

@@ -92,7 +92,7 @@ def test_a_pool_without_targets_is_told(fitted, monkeypatch):
         def batch(self, ordinals):
             return super().batch(ordinals)._replace(mask=np.zeros((len(ordinals), self.block_tokens), dtype=bool))
 
-    with pytest.raises(StrideError, match="None of 64 blocks drawn from the pool has a token that counts"):
+    with pytest.raises(StrideError, match="None of 64 blocks sampled from the pool has a target token"):
         validate(model, operators, Masked(blocks.store), membership, config)
 
 

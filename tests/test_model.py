@@ -391,7 +391,7 @@ def test_unusable_checkpoints(folder, tmp_path):
     weights = load_file(tmp_path / "spoilt/model.safetensors")
     weights["model.embed_tokens.weight"][V - 1, 0] = torch.nan
     save_file(weights, tmp_path / "spoilt/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(StrideError, match=r"numbers in model\.embed_tokens\.weight that are not finite in bfloat16"):
+    with pytest.raises(StrideError, match=r"weights in model\.embed_tokens\.weight that are not finite in bfloat16"):
         load_model(tmp_path / "spoilt", dtype="bfloat16")
 
 
@@ -414,5 +414,5 @@ def test_a_model_with_a_side_channel_is_refused():
             output.logits = output.logits + self.get_input_embeddings().weight[input_ids].sum(-1, keepdim=True)
             return output
 
-    with pytest.raises(StrideError, match="Sneaky carries its stream or its logits in a way that stride_ray does not"):
+    with pytest.raises(StrideError, match="Sneaky computes its residual stream or logits in a way stride_ray does not"):
         SplitModel(Sneaky(FAMILIES["llama"]()), split=1)

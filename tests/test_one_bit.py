@@ -10,8 +10,8 @@ from stride_ray.operators.one_bit import (
     Queries,
     Rows,
     estimate_inner_products,
-    packed_queries,
-    packed_rows,
+    pack_rows,
+    quantise_queries,
     row_bytes,
     word_starts,
 )
@@ -26,7 +26,7 @@ def plainly(z, q, starts):
     total = np.zeros((len(q[0]), len(z[0])))
     for row, query in zip(z, q, strict=True):
         scale = np.square(row, dtype=np.float64).sum(1) / np.abs(row).sum(1, dtype=np.float64)
-        level, step = one_bit._levels(query)
+        level, step = one_bit._quantise(query)
         signs = np.where(row >= 0, 1.0, -1.0) * scale.astype(np.float32)[:, None]
         total += (level * step.astype(np.float64)[:, None]) @ signs.T
     return total
@@ -37,7 +37,7 @@ def plainly(z, q, starts):
 def test_products_count_bits_as_plain_arithmetic_adds(sizes, n, asked, seed):
     rng = np.random.default_rng(seed)
     z, q, starts = sections(rng, n, sizes), sections(rng, asked, sizes), word_starts(sizes)
-    rows, queries = packed_rows(z), packed_queries(q)
+    rows, queries = pack_rows(z), quantise_queries(q)
     found = estimate_inner_products(rows, queries, starts)
     assert found.shape == (asked, n, 2)
     np.testing.assert_allclose(found.sum(2), plainly(z, q, starts), rtol=1e-5, atol=1e-4)
@@ -55,7 +55,7 @@ def test_estimates_are_unbiased_and_halves_tell_how_good_they_are():
     z = sections(rng, 300, sizes)
     q = [0.1 * part[:20] + other for part, other in zip(z, sections(rng, 20, sizes), strict=True)]
     true = sum(a @ b.T for a, b in zip(q, z, strict=True))
-    halves = estimate_inner_products(packed_rows(z), packed_queries(q), word_starts(sizes))
+    halves = estimate_inner_products(pack_rows(z), quantise_queries(q), word_starts(sizes))
     found = halves.sum(2)
     own = np.eye(20, 300, dtype=bool)
     assert found[own].mean() == pytest.approx(true[own].mean(), rel=0.02)
@@ -68,20 +68,20 @@ def test_four_bits_of_a_query_cost_next_to_nothing():
     rng = np.random.default_rng(1)
     (z,), (q,) = sections(rng, 200, [3000]), sections(rng, 10, [3000])
     whole = q @ (np.where(z >= 0, 1, -1) * (np.square(z).sum(1) / np.abs(z).sum(1))[:, None]).T
-    found = estimate_inner_products(packed_rows([z]), packed_queries([q]), word_starts([3000])).sum(2)
+    found = estimate_inner_products(pack_rows([z]), quantise_queries([q]), word_starts([3000])).sum(2)
     assert np.corrcoef(whole.ravel(), found.ravel())[0, 1] > 0.99
-    assert len(packed_queries([q]).planes[0]) == 4
+    assert len(quantise_queries([q]).planes[0]) == 4
 
 
 def test_zeros_and_what_is_not_finite_have_no_influence():
     z = np.ones((4, 100), np.float32)
     z[1], z[2, 3], z[3, 4] = 0, np.nan, np.inf
-    rows = packed_rows([z])
+    rows = pack_rows([z])
     assert rows.scales.ravel().tolist() == [1, 0, 0, 0]
-    queries = packed_queries([np.ones((1, 100), np.float32) * [[1]]])
+    queries = quantise_queries([np.ones((1, 100), np.float32) * [[1]]])
     assert estimate_inner_products(rows, queries, word_starts([100])).sum(2).ravel() == pytest.approx([100, 0, 0, 0])
-    none = packed_queries([np.zeros((1, 100), np.float32)])
+    none = quantise_queries([np.zeros((1, 100), np.float32)])
     assert not estimate_inner_products(rows, none, word_starts([100])).any()
     assert estimate_inner_products(
-        rows, packed_queries([np.zeros((0, 100), np.float32)]), word_starts([100])
+        rows, quantise_queries([np.zeros((0, 100), np.float32)]), word_starts([100])
     ).shape == (0, 4, 2)

@@ -110,7 +110,7 @@ def test_new_items_meet_all_units_and_changed_files_are_read_again(place):
     write_lines(place / "fewer.jsonl", ITEMS[:2])
     found = night(place, "n5", "fewer.jsonl")
     assert found["resolved"] == 1
-    assert "the item is not evaluated any more" in (place / "scans/nights/n5/report.md").read_text()
+    assert "the item is no longer evaluated" in (place / "scans/nights/n5/report.md").read_text()
 
 
 def test_small_text_files_stay_in_their_units(place):

@@ -108,7 +108,7 @@ def test_without_enough_controls_nothing_is_claimed(scanned, plain):
     with pytest.raises(StrideError, match="control items, and 2 are given"):
         scan(run, [scanned.sets], out, [few])
     long = items_of(scanned.place, "long", [{"text": f"{i} {'tide ' * 600}"} for i in range(30)])
-    with pytest.raises(StrideError, match=r"Only 0 control items can be asked of the model .*the model's context is"):
+    with pytest.raises(StrideError, match=r"Only 0 control items could be measured .*the model's context is"):
         scan(run, [scanned.sets], out, [long])
     assert not Store(out).exists("latest.json")
 

@@ -66,7 +66,7 @@ def age(store, seconds):
 
 def after_looking(monkeypatch, deed):
     """Have something happen between a scan's first look at the lock and what it does then."""
-    look, seen = Lock._look, []
+    look, seen = Lock._read_fresh, []
 
     def slowly(lock):
         held = look(lock)
@@ -75,7 +75,7 @@ def after_looking(monkeypatch, deed):
             deed()
         return held
 
-    monkeypatch.setattr(Lock, "_look", slowly)
+    monkeypatch.setattr(Lock, "_read_fresh", slowly)
 
 
 def test_a_second_scan_is_refused_and_told_by_whom(tmp_path):
@@ -202,7 +202,7 @@ def test_a_lock_of_a_process_that_ended_on_this_machine_is_free(tmp_path):
     left = json.loads((tmp_path / NAME).read_text())
     assert left["lease"] == 900
     (tmp_path / NAME).write_text(json.dumps({**left, "machine": "another"}))
-    with pytest.raises(StrideError, match="where that one was killed"):
+    with pytest.raises(StrideError, match="if it was killed, until that time"):
         Lock(Store(str(tmp_path)), 60).__enter__()
     (tmp_path / NAME).write_text(json.dumps(left))
     with Lock(Store(str(tmp_path)), 60) as lock:

@@ -132,7 +132,7 @@ def test_input_that_changed_since_the_night_is_refused(scanned):
     root, scan_of = scanned
     run, _ = scan_of("corpus", "n1")
     write_lines(root / "corpus/a.jsonl", [{"text": "one more line"}, *LINES])
-    with pytest.raises(StrideError, match="not as the night n1 scanned it"):
+    with pytest.raises(StrideError, match="has changed since night n1"):
         purify(run, str(root / "scans-corpus"), "n1", str(root / "clean"))
     assert not (root / "clean").exists()
     scan_of("corpus", "n2")

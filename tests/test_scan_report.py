@@ -175,7 +175,7 @@ def test_marks_say_what_is_new_changed_and_resolved():
     ]
     assert rows[1]["note"] == "influence in n1"
     assert rows[3]["note"] == "lexical (90% in 1 document(s), first d) in n1"
-    assert rows[4]["note"] == "lexical; the item is not evaluated any more in n1"
+    assert rows[4]["note"] == "lexical; the item is no longer evaluated in n1"
     assert [row["short"] for row in rows] == [False] * 6 + [True]
 
 

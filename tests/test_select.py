@@ -245,7 +245,7 @@ def test_what_cannot_be_done_is_told(exactly, tmp_path, monkeypatch, capsys):
     other = ["--out", str(tmp_path / "other"), "--documents", "1", "--no-exact"]
     assert main(["select", exactly.run.url, "--name", "asked", *other]) == 1
     told = capsys.readouterr().err
-    assert "Of 'asked' there is exact influence only" in told
+    assert "Query set 'asked' has only exact influence" in told
     assert "add --exact" in told
 
 

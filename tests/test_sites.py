@@ -144,7 +144,7 @@ def test_sites_of_the_last_layers_alone_have_the_same_gradients(made, texts, wan
 
 
 def test_more_layers_than_there_are_is_told(made):
-    with pytest.raises(StrideError, match=r"operators.layers is 3, and the model has 2 layers; ask for fewer, or 0"):
+    with pytest.raises(StrideError, match=r"operators.layers is 3, but the model has 2 layers; use at most that, or 0"):
         find_sites(made[0], 3)
 
 

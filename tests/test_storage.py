@@ -90,7 +90,7 @@ def test_a_flipped_bit_in_tensors_is_noticed(tmp_path):
             assert store.read_tensors("t.safetensors").keys() == tensors.keys()
             assert all(torch.equal(x, tensors[name]) for name, x in store.read_tensors("t.safetensors").items())
     store.write("t.safetensors", save({"a": torch.ones(1)}))
-    with pytest.raises(StrideError, match=r"its checksum differs; restore it, or delete its folder .* and run what"):
+    with pytest.raises(StrideError, match=r"its checksum differs; restore it, or delete its folder .* and rerun"):
         store.read_tensors("t.safetensors")
 
 
@@ -102,8 +102,8 @@ def test_a_flipped_bit_in_tensors_is_noticed(tmp_path):
         ('{"A": 1, "b": [2], "checksum": "CHECKSUM"}', "was damaged or edited: its checksum differs"),
         ('{"a": 1, "b": [2], "c": 0, "checksum": "CHECKSUM"}', "was damaged or edited: its checksum differs"),
         ('{"a": 1, "b": [2], "checksum": ["CHECKSUM"]}', "was damaged or edited: its checksum differs"),
-        ('[{"a": 1}]', "holds no JSON object"),
-        ("null", "holds no JSON object"),
+        ('[{"a": 1}]', "does not hold a JSON object"),
+        ("null", "does not hold a JSON object"),
         ("{", "is not valid JSON: Expecting property name"),
         ("", "is not valid JSON: Expecting value"),
         ("[" * 100_000, "is not valid JSON"),
@@ -126,7 +126,9 @@ def test_a_record_that_is_not_as_it_was_written_is_refused_in_a_sentence(tmp_pat
             read("stage/manifest.json")
         place = f"{tmp_path}/run/stage"
         assert str(caught.value).startswith(f"{place}/manifest.json {told}")
-        assert str(caught.value).endswith(f"; restore it, or delete its folder {place} and run what made it again.")
+        assert str(caught.value).endswith(
+            f"; restore it, or delete its folder {place} and rerun the command that made it."
+        )
         assert "\n" not in str(caught.value)
 
 
@@ -310,7 +312,7 @@ def test_what_an_azure_store_refuses_to_say_is_no_yes(tmp_path):
         (raised_from(PermissionError("Forbidden"), client_error("403", 403)), "access denied"),
         (client_error("SignatureDoesNotMatch", 403), "credentials are not accepted"),
         (client_error("ExpiredToken", 400), "credentials have expired"),
-        (client_error("SlowDown", 503), "the store asks for fewer requests"),
+        (client_error("SlowDown", 503), "the store throttles requests"),
         (botocore.exceptions.NoCredentialsError(), "no credentials"),
         (botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"), "the connection failed"),
         (botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"), "timed out"),
@@ -348,7 +350,7 @@ def test_what_an_azure_store_refuses_to_say_is_no_yes(tmp_path):
                 named("HttpResponseError", "azure.core.exceptions", error_code="ServerBusy", status_code=503),
                 named("HttpResponseError", "azure.core.exceptions", status_code=503),
             ),
-            "the store asks for fewer requests",
+            "the store throttles requests",
         ),
         (client_error("InvalidObjectState", 403), "it is archived and must be restored first"),
     ],

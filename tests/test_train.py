@@ -23,7 +23,7 @@ from stride_ray.models.loading import load_run_model
 from stride_ray.operators.fit import fit
 from stride_ray.operators.membership import membership_of
 from stride_ray.operators.stored import load_operators
-from stride_ray.operators.training.batches import SeededShuffle, own_and_other, plan_step
+from stride_ray.operators.training.batches import SeededShuffle, plan_step, sample_pairs
 from stride_ray.operators.training.optimizers import RowAdam
 from stride_ray.operators.training.ray_trainer import train_distributed, train_rank
 from stride_ray.operators.training.trainer import Loop, Ranks, run_loop
@@ -101,8 +101,8 @@ def test_the_walk_meets_every_block_once_an_epoch_and_needs_no_history(made, mon
     monkeypatch.setattr("stride_ray.operators.training.batches.SLICE", 5)
     monkeypatch.setattr("stride_ray.operators.training.batches.HELD_SLICES", 3)
     blocks = Blocks(Store(str(made / "blocks")))
-    walk = SeededShuffle(blocks, 3, 7)
-    batches = [walk.batch(step) for step in range(2 * N // 7)]
+    shuffle = SeededShuffle(blocks, 3, 7)
+    batches = [shuffle.batch(step) for step in range(2 * N // 7)]
     ordinals = np.concatenate([batch.ordinals for batch in batches])
     assert sorted(ordinals[:N]) == list(range(N))
     assert list(ordinals[:N]) != list(range(N))
@@ -117,15 +117,15 @@ def test_the_walk_meets_every_block_once_an_epoch_and_needs_no_history(made, mon
 @pytest.mark.parametrize("form", ["regular", "bernoulli"])
 def test_a_step_pairs_blocks_with_their_own_subsets_and_with_others(made, form):
     config = config_of(made, membership__form=form)
-    membership, walk = membership_of(config), SeededShuffle(Blocks(Store(str(made / "blocks"))), 0, 6)
-    plan = plan_step(walk, membership, 0, 4)
+    membership, shuffle = membership_of(config), SeededShuffle(Blocks(Store(str(made / "blocks"))), 0, 6)
+    plan = plan_step(shuffle, membership, 0, 4)
     columns = membership.columns_at(plan.batch.ordinals)
     assert len(plan.fidelity) > 4
     assert all(plan.subsets[k] in columns[b] for b, k in plan.fidelity)
     assert all(plan.subsets[k] not in columns[b] for b, k in plan.stability)
     assert len(set(map(tuple, plan.fidelity))) == len(plan.fidelity)
     assert sorted(plan.linearity[:, 1]) == list(range(len(plan.subsets)))
-    members, others = own_and_other(membership, np.arange(5), 0, 2)
+    members, others = sample_pairs(membership, np.arange(5), 0, 2)
     assert all(k in membership.columns_at(np.array([b]))[0] for b, k in members)
     assert all(k not in membership.columns_at(np.array([b]))[0] for b, k in others)
 

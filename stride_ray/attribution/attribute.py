@@ -48,14 +48,14 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
     Args:
         run: with finished ``blocks/``.
         queries: JSON Lines or Parquet with text, prompt and completion, or messages (queries.read_queries).
-        name: of the query set; tables go to ``influence/<name>/`` or ``exact/<name>/``.
+        name: name of the query set; tables go to ``influence/<name>/`` or ``exact/<name>/``.
         out: stream for the console table; None: standard output.
 
     Returns:
         The summary of rescore or exact_influence, plus ``mode`` (exact or estimated) and ``page`` (the page's URL).
 
     Raises:
-        StrideError: blocks are missing; as read_queries and answer.
+        StrideError: blocks are missing; also as read_queries and write_tables.
     """
     out = out or sys.stdout
     run.require("blocks")
@@ -164,21 +164,21 @@ def read_influence(run: Run, name: str, table: str = "influence") -> pa.Table:
     """Read a whole table of a query set: ``influence``, ``documents`` or ``recovery``.
 
     Raises:
-        StrideError: the run's mode has no finished tables for this set, naming the command that makes them.
+        StrideError: this set has no finished tables in the run's mode; the message names the command that makes them.
     """
-    stage, parts = _finished_tables(run, name)
+    stage, parts = _finished_stage(run, name)
     return pa.concat_tables([stage.store.read_table(f"{table}-{part:05d}.parquet") for part in range(parts)])
 
 
-def _finished_tables(run: Run, name: str) -> tuple[Stage, int]:
-    """The stage with a query set's tables, and their number of parts; errors as read_influence."""
+def _finished_stage(run: Run, name: str) -> tuple[Stage, int]:
+    """Return the finished stage with a query set's tables, and its number of parts; errors as read_influence."""
     mode = mode_of(run)
     command, other = COMMANDS[table_stage(run)], OTHER_MODE[mode]
     here, there = (run.stage(TABLES[each], name).finished for each in (mode, other))
     if there and not here:
         raise StrideError(
-            f"Of {name!r} there is {other} influence only, and attribute.exact = {str(mode == 'exact').lower()}, as "
-            f"given here or kept in run.toml: add {FLAGS[other]}, or run 'stride-ray {command} --name {name}' first."
+            f"Query set {name!r} has only {other} influence, but attribute.exact = {str(mode == 'exact').lower()} (set "
+            f"here or in run.toml): add {FLAGS[other]}, or run 'stride-ray {command} --name {name}' first."
         )
     stage = run.require(table_stage(run), name)
     return stage, stage.manifest()["parts"]
@@ -202,19 +202,19 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
         influence).
     """
     tokenizer = load_saved_tokenizer(run.store.child("blocks"))
-    asked = stored_queries(run, name).slice(0, queries).to_pylist()
+    first_queries = stored_queries(run, name).slice(0, queries).to_pylist()
     shown, ordinals = [], set[int]()
-    for query, mine, told in _answers(run, name, asked):
-        values = mine["influence"].to_numpy()
+    for query, influence, recovery in _query_results(run, name, first_queries):
+        values = influence["influence"].to_numpy()
         sides = {
-            "helping": mine.slice(0, min(blocks, int((values > 0).sum()))).to_pylist(),
-            "harming": mine.slice(max(0, len(values) - min(blocks, int((values < 0).sum())))).to_pylist()[::-1],
+            "helping": influence.slice(0, min(blocks, int((values > 0).sum()))).to_pylist(),
+            "harming": influence.slice(max(0, len(values) - min(blocks, int((values < 0).sum())))).to_pylist()[::-1],
         }
         for row in (*sides["helping"], *sides["harming"]):
             row["share"] = abs(row["influence"]) / float(np.abs(values).max())
             ordinals.add(row["ordinal"])
         ids, mask = np.array(query["token_ids"], dtype=int), np.array(query["loss_mask"], dtype=bool)
-        about = {key: told[key] for key in ("error", "base_loss", "nonzeros", "gap")}
+        about = {key: recovery[key] for key in ("error", "base_loss", "nonzeros", "gap")}
         at = np.unique(np.linspace(0, len(values) - 1, CURVE).round().astype(int)) if len(values) else np.zeros(0, int)
         summed = np.cumsum(values[values > 0])
         shown.append(
@@ -226,7 +226,7 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
                 **sides,
                 "curve": [[int(rank), float(values[rank])] for rank in at],
                 "half": int(np.searchsorted(summed, summed[-1] / 2)) + 1 if len(summed) else 0,
-                "sources": _shares(mine["source"].to_pylist(), values),
+                "sources": _source_shares(influence["source"].to_pylist(), values),
             }
         )
     pool, listed = Blocks(run.stage("blocks").store), sorted(ordinals)
@@ -237,32 +237,32 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
     return shown
 
 
-def _answers(
-    run: Run, name: str, asked: list[dict[str, Any]]
+def _query_results(
+    run: Run, name: str, queries: list[dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], pa.Table, dict[str, Any]]]:
-    """Yield the first queries of a set with their rows of the influence and recovery tables.
+    """Yield each of the first queries of a set, its rows of the influence table, and its row of the recovery table.
 
     Reads part by part, so that memory holds the rows of some queries instead of the whole table.
     """
-    waiting = iter(asked)
+    waiting = iter(queries)
     for influence, recovery in influence_parts(run, name):
-        where = _rows_of(influence["query_id"])
-        # The tables have a row of ``recovery`` per query, in the order of the queries.
-        for told in recovery.to_pylist():
+        ranges = _row_ranges(influence["query_id"])
+        # The recovery table has one row per query, in the order of the queries.
+        for recovery_row in recovery.to_pylist():
             query = next(waiting, None)
             if query is None:
                 return
-            yield query, influence.slice(*where.get(query["query_id"], (0, 0))), told
+            yield query, influence.slice(*ranges.get(query["query_id"], (0, 0))), recovery_row
 
 
 def influence_parts(run: Run, name: str) -> Iterator[tuple[pa.Table, pa.Table]]:
     """Yield the influence and recovery tables of a query set, part by part; errors as read_influence."""
-    stage, parts = _finished_tables(run, name)
+    stage, parts = _finished_stage(run, name)
     for part in range(parts):
         yield tuple(stage.store.read_table(f"{table}-{part:05d}.parquet") for table in ("influence", "recovery"))
 
 
-def _rows_of(column: pa.ChunkedArray) -> dict[str, tuple[int, int]]:
+def _row_ranges(column: pa.ChunkedArray) -> dict[str, tuple[int, int]]:
     """Return each query's first row and row count in an influence table whose rows are contiguous by query."""
     if not len(column):
         return {}
@@ -274,8 +274,8 @@ def _rows_of(column: pa.ChunkedArray) -> dict[str, tuple[int, int]]:
     return {names[numbers[first]]: (int(first), int(count)) for first, count in zip(firsts, counts, strict=True)}
 
 
-def _shares(sources: list[str], values: np.ndarray) -> list[tuple[str, float]]:
-    """Shares of the positive influence by source, for the SOURCES largest."""
+def _source_shares(sources: list[str], values: np.ndarray) -> list[tuple[str, float]]:
+    """Return (source, share of the positive influence) for the SOURCES largest, largest first."""
     sums: dict[str, float] = {}
     for source, value in zip(sources, values.tolist(), strict=True):
         sums[source] = sums.get(source, 0.0) + max(value, 0.0)
@@ -285,7 +285,7 @@ def _shares(sources: list[str], values: np.ndarray) -> list[tuple[str, float]]:
 
 
 def block_texts(pool: Blocks, ordinals: list[int], tokenizer: Any) -> list[str]:
-    """Decode blocks to text, without padding."""
+    """Return the decoded text of each block, without padding, in the order of ``ordinals``."""
     if not ordinals:
         return []
     table = pool.take(ordinals, ["token_ids", "spans"])

@@ -1,4 +1,4 @@
-"""Compiled loops over columns of the membership matrix, where recovery spends its time.
+"""Compiled loops over columns of the membership matrix M, where recovery spends most of its time.
 
 A column is a row of ``ids``: the ids of the subsets that its block belongs to, padded with K for "no subset". Sums are
 taken per query and in a fixed order, so the bits of one query's result do not depend on the others.
@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from stride_ray.models.matrices import compiled
 
-# Epochs of descend between computations of the duality gap, each of which costs about an epoch.
-CHECK = 10
+# Epochs of ``descend`` between computations of the duality gap, since one computation costs about an epoch.
+GAP_EPOCHS = 10
 
 
 @compiled
@@ -28,7 +28,7 @@ def _sift_down(value: NDArray, ordinal: NDArray, at: int, size: int) -> None:
 
 
 @compiled
-def scan(
+def scan_columns(
     ids: NDArray,
     first: int,
     residual_KQ: NDArray,
@@ -39,9 +39,9 @@ def scan(
     ordinal_QC: NDArray,
     count_Q: NDArray,
 ) -> None:
-    """Push every column's correlation with every query's residual onto that query's heap of the largest.
+    """Keep, per query, the columns whose correlation with the query's residual is largest, in a min-heap.
 
-    ids (n, width) are columns first…first+n−1; residual_KQ (K+1, Q) has a zero row for the id K. Only values above
+    ids (n, width) are columns first…first+n−1 of M; residual_KQ (K+1, Q) has a zero row for the id K. Only values above
     floor_Q are pushed, and floor_Q rises once the heap of capacity_Q entries is full, so nearly all columns cost one
     comparison. Updates value_QC, ordinal_QC, count_Q and floor_Q in place.
     """
@@ -133,7 +133,7 @@ def descend(
 
     A step costs O(width), not O(K): the residual is stored as an uncentred vector plus a scalar shift, so a sparse
     column changes only a few entries. Stops when the duality gap over ½‖target‖² is within the tolerance (checked
-    every CHECK epochs), or after ``epochs`` epochs.
+    every GAP_EPOCHS epochs), or after ``epochs`` epochs.
     """
     n, width = ids.shape
     K = len(scale) - 1
@@ -148,7 +148,7 @@ def descend(
         half += 0.5 * target[k] ** 2
     shift = 0.0
     for epoch in range(epochs + 1):
-        if epoch % CHECK == 0 or epoch == epochs:
+        if epoch % GAP_EPOCHS == 0 or epoch == epochs:
             residual[:K] = target
             shift = 0.0
             for a in range(n):

@@ -1,7 +1,7 @@
 """Query directions: each query's gradient at all sites, refined by a Gauss–Newton solve (conjugate_gradients.py).
 
-``directions/<name>/gradients-*.safetensors`` hold them by site for the queries that did not fail. They are removed once
-the influence tables are written.
+``directions/<name>/gradients-*.safetensors`` hold the directions by site, for the queries that did not fail. The files
+are removed once the influence tables are written.
 """
 
 import time
@@ -43,7 +43,10 @@ MAX_QUERIES_PER_UNIT, UNIT_BYTES = 16, 2**27
 
 
 def begin_directions(run: Run, table: pa.Table, name: str) -> Stage:
-    """Open the stage's folder and store the queries in it; blocks sharded after the curvature do not invalidate it."""
+    """Open ``directions/<name>`` and store the queries in it.
+
+    Identified by the corpus and weights of the curvature stage, so blocks sharded later do not invalidate it.
+    """
     keys = run.stage("curvature").store.read_json("stage.json")["keys"]
     about = {key: keys[key] for key in ("corpus", "weights")}
     stage = run.begin("directions", name, queries=fingerprint(table), **about)
@@ -95,20 +98,20 @@ def compute_directions(
 
 
 def clear_directions(run: Run, name: str) -> None:
-    """Remove the gradients; once the tables are written they are not needed, and may be far larger."""
+    """Remove the gradients, which the finished tables do not need and which may be far larger than the tables."""
     run.stage("directions", name).clear_tensors()
 
 
 def read_directions(stage: Stage, part: int) -> tuple[list[dict[str, Any]], Gradient]:
-    """Read a part's query statuses, and by site the gradients (q, F, D) of the queries that did not fail."""
+    """Read a part's query statuses, and by site the gradients (q, F, D) float32 of the queries that did not fail."""
     answers = stage.store.read_json(f"_done/{gradient_name(part)}.json")["answers"]
     return answers, stage.store.read_tensors(f"{gradient_name(part)}.safetensors")
 
 
 class DirectionWorker(ModelWorker):
-    """Writes the gradients of a part's queries, with their losses and errors in the done marker.
+    """Writes the gradients of a part's queries; their losses and errors go into the done marker.
 
-    Gradients are taken at the measured model (checkpoint interpolation), losses at the run's own.
+    Gradients are computed on the measured model (checkpoint interpolation), losses on the run's model.
     """
 
     load = staticmethod(load_measured_model)
@@ -119,7 +122,7 @@ class DirectionWorker(ModelWorker):
         self.sites = load_sites(curvature, SITES, self.model.device)
         every = config.operators.sites == "all"
         self.ekfac = load_ekfac(curvature, EIGENVALUES, self.model.device) if every else ()
-        self.curved = int(curvature.read_json("manifest.json")["blocks"])
+        self.covered_blocks = int(curvature.read_json("manifest.json")["blocks"])
         self.unit = queries_per_unit(gradient_bytes(curvature))
         self.table = stage.store.read_table("queries.parquet")
         self.trained = load_run_model(config, device)
@@ -156,7 +159,7 @@ class DirectionWorker(ModelWorker):
                 y[site.name] = site.kronecker_preimage(y[site.name])
         names = [site.name for site in self.sites] if found else []
         tensors = {name: torch.stack([each.pop(name) for each in found]).cpu() for name in names}
-        # Marker first: here the presence of the file, which can be removed, means that the unit is done.
+        # Marker before file: a part counts as done if its file exists, and clear_directions removes only files.
         marker = self.stage.mark(gradient_name(part), started, answers=answers)
         self.stage.store.write(f"{gradient_name(part)}.safetensors", tensor_bytes(tensors))
         return marker
@@ -165,17 +168,19 @@ class DirectionWorker(ModelWorker):
     def _gauss_newton(self) -> GaussNewton:
         """The Gauss–Newton matrix over the finite blocks of a sample of the pool, read once per worker."""
         length = self.blocks.block_tokens
-        ordinals = self.blocks.sample(-(-self.config.solve.tokens // length), self.config.seed, self.curved)
+        ordinals = self.blocks.sample(-(-self.config.solve.tokens // length), self.config.seed, self.covered_blocks)
         size = batch_rows(self.rows, self.model, length)
-        good = np.concatenate([self._finite(ordinals[at : at + size]) for at in range(0, len(ordinals), size)])
+        good = np.concatenate(
+            [self._has_finite_gradients(ordinals[at : at + size]) for at in range(0, len(ordinals), size)]
+        )
         check_failed_blocks(ordinals[~good].tolist(), len(ordinals))
         ordinals = ordinals[good]
         found = [self.blocks.batch(ordinals[at : at + size]) for at in range(0, len(ordinals), size)]
         sample = [(self.tensors(batch.ids), self.tensors(batch.mask)) for batch in found]
         return GaussNewton(self.model, self.sites, sample, curvature_scale([mask for _, mask in sample]))
 
-    def _finite(self, ordinals: np.ndarray) -> np.ndarray:
-        """Which blocks are finite, (n,) bool: one that is not would spoil the products of every query."""
+    def _has_finite_gradients(self, ordinals: np.ndarray) -> np.ndarray:
+        """Return which blocks have finite losses and gradients, (n,) bool; a sum over the others would be NaN."""
         ids, mask = self.trimmed(self.blocks.batch(ordinals))
         gradients, losses = site_gradients(self.model, self.sites, ids, mask)
         return (finite_rows(J for _, J in gradients) & finite_losses(losses, mask)).cpu().numpy()

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
-from stride_ray.attribution.coordinate_descent import descend, gap_of, gram_of, predict, scan
+from stride_ray.attribution.coordinate_descent import descend, gap_of, gram_of, predict, scan_columns
 from stride_ray.operators.membership import Membership
 from stride_ray.runtime.errors import StrideError
 
@@ -48,7 +48,7 @@ class Recovery:
         gap: duality gap of the full N-column problem over ½‖y − ȳ‖². Above the tolerance only if `rounds` reached
             MAX_ROUNDS or the tolerance is finer than floating point allows.
         rounds: passes over M's columns that this query took part in.
-        seconds: its share of the time for these passes and for generating columns, the cost that grows with N.
+        seconds: this query's share of the time for passes and for generating columns, the cost that grows with N.
     """
 
     ordinals: NDArray[np.int64]
@@ -132,7 +132,7 @@ def _polish(gram: NDArray, correlation: NDArray, penalty: float, weights: NDArra
     return polished if objective(polished) <= objective(weights) else weights
 
 
-def _solve_small(problem: _Problem, query: _Query, tolerance: float, polish: bool) -> None:
+def _solve_restricted(problem: _Problem, query: _Query, tolerance: float, polish: bool) -> None:
     """Minimise over the working set from its current weights, then update the residual."""
     scale = problem.scale
     ids = problem.membership.columns_at(query.ordinals).astype(np.int64)
@@ -178,10 +178,10 @@ def _advance(problem: _Problem, query: _Query, value: NDArray, ordinal: NDArray)
     query.ordinals = np.concatenate([query.ordinals, joining])
     query.weights = np.concatenate([query.weights, np.zeros(len(joining))])
     query.growth = min(2 * query.growth, LAST_GROWTH)
-    # Early rounds need not be more precise than the full problem; without new columns only precision is missing.
+    # Early rounds need not be more precise than the full problem. If no column joins, only precision is missing.
     inner = max(0.1 * problem.tolerance, 1e-2 * query.gap if len(joining) else 0.0)
     polish = len(query.ordinals) <= POLISH_BELOW or query.gap <= POLISH_WITHIN
-    _solve_small(problem, query, min(inner, 1e-4), polish)
+    _solve_restricted(problem, query, min(inner, 1e-4), polish)
 
 
 def _recover_batch(problem: _Problem, queries: list[_Query], stored: Iterable[tuple[int, NDArray]] | None) -> None:
@@ -195,14 +195,14 @@ def _recover_batch(problem: _Problem, queries: list[_Query], stored: Iterable[tu
         ordinal = np.empty(value.shape, np.int64)
         count = np.zeros(len(active), np.int64)
         for first, ids in problem.membership.ranges(problem.n_blocks) if stored is None else stored:
-            scan(ids, first, residual_KQ, not problem.nonnegative, floor, capacity, value, ordinal, count)
+            scan_columns(ids, first, residual_KQ, not problem.nonnegative, floor, capacity, value, ordinal, count)
         share = (time.monotonic() - began) / len(active)
         for q, query in enumerate(active):
             query.seconds += share
             _advance(problem, query, value[q, : count[q]], ordinal[q, : count[q]])
 
 
-def _start(responses: NDArray) -> _Query:
+def _initial_state(responses: NDArray) -> _Query:
     """Return the state of a query before its first pass."""
     y = np.ascontiguousarray(responses)
     mean = float(y.mean())
@@ -249,22 +249,27 @@ def recover(
         result do not depend on the other queries.
 
     Raises:
-        StrideError: a response is not finite (naming the query), the shape is not (Q, K), or an option is out of range.
+        StrideError: a response is not finite (the message names the query), the shape is not (Q, K), or an option is
+            out of range.
     """
     responses = np.asarray(responses_QK)
     K = membership.subsets
     if responses.ndim != 2 or responses.shape[1] != K or responses.dtype.kind not in "fiu":
-        raise StrideError(f"recovery: responses of shape {responses.shape} are not numbers of shape (queries, {K}).")
+        raise StrideError(
+            f"recovery: responses must be numbers of shape (queries, {K}); got {responses.dtype} {responses.shape}."
+        )
     if n_blocks < 1:
-        raise StrideError(f"recovery: n_blocks is {n_blocks}; there must be a block to recover the influence of.")
+        raise StrideError(f"recovery: n_blocks is {n_blocks}; it must be at least 1.")
     if not (np.isfinite(ratio) and ratio > 0):
-        raise StrideError(f"recovery: ratio is {ratio}; the penalty must be a positive share of its largest value.")
+        raise StrideError(f"recovery: ratio is {ratio}; it must be finite and above 0.")
     if not 1e-14 <= tolerance < 1:
         raise StrideError(f"recovery: tolerance is {tolerance}; it must be from 1e-14 to below 1.")
     responses = np.asarray(responses, dtype=np.float64)
     finite = (np.abs(responses) < 1e100).all(axis=1)  # beyond, squares overflow
     if not finite.all():
-        raise StrideError(f"recovery: query {int(np.argmin(finite))} has a response that is not a finite number.")
+        raise StrideError(
+            f"recovery: query {int(np.argmin(finite))} has a response that is NaN, infinite or above 1e100."
+        )
 
     began = time.monotonic()
     scale = np.append(row_scale(membership, n_blocks) if row_scaling else np.ones(K), 0.0)
@@ -275,7 +280,7 @@ def recover(
     share = (time.monotonic() - began) / max(1, len(responses))
     results: list[Recovery] = []
     for start in range(0, len(responses), BATCH):
-        queries = [_start(row) for row in responses[start : start + BATCH]]
+        queries = [_initial_state(row) for row in responses[start : start + BATCH]]
         _recover_batch(problem, queries, stored)
         for query in queries:
             order = np.argsort(query.ordinals)

@@ -1,8 +1,8 @@
 """Stage recover: estimate every query's block influence from its responses, in parallel over queries.
 
 If operator rows are subsets, a Lasso recovers the influence of N blocks from K responses (lasso.py); if rows are
-blocks, a response already is an estimate. Estimates from operators at all sites are in the unit of exact influence, a
-block's mean influence on itself; those from the paper's forms are in the unit of their responses.
+blocks, a response already is an estimate. Estimates from operators at all sites are in the unit of exact influence, the
+mean influence of a block on itself. Estimates from the paper's forms are in the unit of the responses.
 """
 
 import time
@@ -69,8 +69,8 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
     responses = run.require("responses", name)
     parts = responses.manifest()["parts"]
     keys = responses.store.read_json("stage.json")["keys"]
-    # The number of blocks that the operators were fitted on; blocks sharded later have higher ordinals.
     operators = run.require("operators")
+    # facts["blocks"] is the number of blocks at the fit; blocks sharded later have higher ordinals.
     facts = operators.manifest()
     failed = sorted({*failed_ordinals(operators.store), *failed_ordinals(responses.store)})
     stage = run.begin("estimates", name, **{key: keys[key] for key in ("corpus", "queries", "weights")})
@@ -101,7 +101,7 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
 def estimates_of_block_rows(
     config: Config, responses: Stage, stage: Stage, n_blocks: int, failed: list[int], unit: list[int]
 ) -> dict[str, Any]:
-    """Turn responses of block rows into estimates; negative ones are halved (NEGATIVE_SCORE_FACTOR)."""
+    """Write the responses of block rows as estimates; negative ones are halved (NEGATIVE_SCORE_FACTOR)."""
     started = time.monotonic()
     tables = [responses.store.read_table(f"{part_name(part)}.parquet") for part in unit]
     rows = []
@@ -119,13 +119,13 @@ def estimates_of_block_rows(
 def solve_estimates(
     config: Config, responses: Stage, stage: Stage, n_blocks: int, failed: list[int], unit: list[int]
 ) -> dict[str, Any]:
-    """Recover estimates from responses of subset rows, with a Lasso per query; failed blocks get none."""
+    """Recover estimates from responses of subset rows with one Lasso per query; failed blocks get no estimate."""
     started = time.monotonic()
     membership = membership_of(config)
     # Warm up imports and the Numba cache, so that start-up is recorded separately from solving.
     recover(np.arange(config.membership.subsets, dtype=float)[None], membership, 64, ratio=0.9)
     record_separately(START, time.monotonic() - started)
-    rows, vectors = read_all(responses, unit)
+    rows, vectors = read_response_parts(responses, unit)
     options = config.recover
     recovered = recover(
         vectors[[row["status"] == "ok" for row in rows]],
@@ -136,20 +136,20 @@ def solve_estimates(
         row_scaling=options.row_scaling,
     )
     record_separately("columns", sum(each.seconds for each in recovered))
-    unscaled = influence_scale(config, membership, n_blocks)
+    factor = influence_scale(config, membership, n_blocks)
     found = iter(recovered)
     for row in rows:
         row |= {"ordinals": [], "estimates": []}
         if row["status"] == "ok":
             each = next(found)
             known = ~np.isin(each.ordinals, failed)
-            row |= {"ordinals": each.ordinals[known], "estimates": each.weights[known] * unscaled}
+            row |= {"ordinals": each.ordinals[known], "estimates": each.weights[known] * factor}
             row |= {"penalty": each.penalty, "intercept": each.intercept, "gap": each.gap, "rounds": each.rounds}
     return _publish(stage, unit, started, rows)
 
 
-def read_all(responses: Stage, unit: list[int]) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Read and concatenate response parts: rows without their vectors, and the vectors (rows, K)."""
+def read_response_parts(responses: Stage, unit: list[int]) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Read and concatenate response parts: rows without the vectors, and the vectors (rows, K) float32."""
     read = [read_responses(responses.store, part) for part in unit]
     return [row for rows, _ in read for row in rows], np.concatenate([found for _, found in read])
 

@@ -44,7 +44,7 @@ MAX_QUERIES_PER_PASS, MAX_CANDIDATES_PER_UNIT, TARGET_UNITS = 256, 128, 8
 # (RESULTS.md, Shortlists; fitted at 1,600 to 25,600 blocks). The last is the cap.
 BASE_CANDIDATES, CANDIDATE_FACTOR, BYTES_EXPONENT, MAX_CANDIDATES = 10, 55.0, 1.75, 1600
 
-# Consecutive parts of the queries whose H⁻¹J are in memory together; the queries of all parts.
+# Indices of consecutive query parts whose H⁻¹J are in memory together; the queries by part, one dict each.
 Group = tuple[int, ...]
 Parts = list[list[dict[str, Any]]]
 
@@ -154,10 +154,10 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Scoring:
-    """The steps that both ways of scoring a query set share, and what they need; lives in the driver.
+    """Steps that exact_influence and rescore share, with their inputs; used in the driver only.
 
-    Queries go in parts, the units of work of their gradients: a list of parts, each a list with a dict per query: its
-    fields of tables.RECOVERY and, if there are estimates, their ``ordinals`` and ``estimates``.
+    A part is the work unit of the queries' gradients: a list with one dict per query, which holds the query's fields of
+    tables.RECOVERY and, if there are estimates, ``ordinals`` and ``estimates``.
     """
 
     run: Run
@@ -170,8 +170,8 @@ class _Scoring:
         """Write H⁻¹ times the directions of all queries.
 
         Returns:
-            The queries by part (one that failed earlier or here has status "failed"), and groups of parts whose H⁻¹J
-            fit in ``compute.query_gb``.
+            The queries by part, with status "failed" for a query that failed here or in an earlier stage; and groups
+            of parts whose H⁻¹J fit in ``compute.query_gb``.
         """
         config, stage = self.run.config, self.stage
         table = stage.store.read_table("queries.parquet")
@@ -195,7 +195,7 @@ class _Scoring:
         return queries, [tuple(group.tolist()) for group in np.array_split(np.arange(len(parts)), passes) if len(group)]
 
     def score(self, curvature: Store, units: list[ScoreUnit]) -> set[int]:
-        """Score the units without a done marker; returns the ordinals of all units' blocks that are not finite.
+        """Score the units without a done marker; returns the ordinals of blocks, over all units, that are not finite.
 
         Raises:
             StrideError: as check_failed_blocks.
@@ -218,7 +218,7 @@ class _Scoring:
 
 
 def _summary(markers: list[dict[str, Any]], not_finite: int) -> dict[str, Any]:
-    """The manifest, from the markers of all parts."""
+    """Summarise the done markers of all parts into the stage's manifest."""
     rows = [count for marker in markers for count in marker["nonzeros"]]
     reliable = [value for marker in markers for value in marker["reliability"] if value is not None]
     return {
@@ -235,7 +235,7 @@ def _summary(markers: list[dict[str, Any]], not_finite: int) -> dict[str, Any]:
 
 
 def candidate_count(config: Config, operators: dict[str, Any]) -> int:
-    """Number of candidates per query: ``attribute.candidates``, or from the size of the operators if that is -1.
+    """Number of candidates per query: ``attribute.candidates`` or, if that is -1, derived from the operators' size.
 
     Example: 115,465 blocks with 18 KiB of operators per block get 27 candidates per query; a million blocks get 155
     with 8 KiB and 496 with 4 KiB.
@@ -266,7 +266,7 @@ def candidate_units(group: Group, queries: Parts, candidates: int) -> list[Score
     its own unit: ``ordinals`` [5] with ``wanted`` [[0, 1], [0, 0]], [7] with [[1], [0]], and [9] with [[0], [0]].
     """
     valid = [row for part in group for row in queries[part] if row["status"] == "ok"]
-    chosen = [_largest(row["ordinals"], row["estimates"], candidates) for row in valid]
+    chosen = [_top_candidates(row["ordinals"], row["estimates"], candidates) for row in valid]
     union = np.unique(np.concatenate([np.zeros(0, np.int64), *chosen]))
     units, size = [], max(1, min(MAX_CANDIDATES_PER_UNIT, -(-len(union) // TARGET_UNITS)))
     for index, start in enumerate(range(0, len(union), size)):
@@ -278,13 +278,13 @@ def candidate_units(group: Group, queries: Parts, candidates: int) -> list[Score
     return units
 
 
-def _largest(ordinals: np.ndarray, estimates: np.ndarray, count: int) -> np.ndarray:
+def _top_candidates(ordinals: np.ndarray, estimates: np.ndarray, count: int) -> np.ndarray:
     """Return the ordinals of largest |estimate|; ties are broken by ordinal."""
     return ordinals[np.lexsort((ordinals, -np.abs(estimates)))[:count]]
 
 
 def passes_over(gradient_bytes: int, queries: int, query_gb: float) -> int:
-    """Number of passes over the pool for queries whose H⁻¹J take ``gradient_bytes`` each; at most one per part."""
+    """Number of passes over the pool for queries whose H⁻¹J take ``gradient_bytes`` each; at most one pass per part."""
     room = math.ceil(gradient_bytes * queries / max(1, query_gb * 2**30))
     return min(
         max(1, room, -(-queries // MAX_QUERIES_PER_PASS)), max(1, -(-queries // queries_per_unit(gradient_bytes)))
@@ -292,5 +292,5 @@ def passes_over(gradient_bytes: int, queries: int, query_gb: float) -> int:
 
 
 def _unit_name(group: Group, index: int) -> str:
-    # First and last part of the group: another compute.query_gb groups the parts differently.
+    # Names include the group's first and last part, because compute.query_gb decides how parts are grouped.
     return f"scores-{group[0]:05d}-{group[-1]:05d}-{index:05d}"

@@ -43,7 +43,7 @@ from stride_ray.runtime.run import Run, Stage, part_name
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import first_line
 
-# Queries per work unit: the most that a killed worker loses.
+# Queries per work unit: a killed worker loses the results of at most this many.
 QUERIES_PER_UNIT = 16
 # For auto: queries and operators measured in both modes, and the correlation from which linear replaces exact.
 SAMPLE, SAMPLE_OPERATORS, MIN_CORRELATION = 8, 64, 0.99
@@ -64,9 +64,9 @@ def respond(run: Run, queries: str, name: str) -> dict[str, Any]:
         name: of the query set; also its folder's name.
 
     Returns:
-        ``queries``, ``failed`` and ``parts`` (counts); ``not_finite``, blocks whose stored row is not finite and which
-        have no influence, for operators at all sites; ``mode``, the one used; ``correlation`` of the two modes if
-        auto measured it; ``reliability``, the median over queries, for operators at all sites.
+        Counts ``queries``, ``failed`` and ``parts``; the ``mode`` that was used; ``correlation`` of the two modes, if
+        auto measured it. For operators at all sites also ``not_finite``, the number of blocks that get no influence
+        because their stored row is not finite, and ``reliability``, the median over queries.
 
     Raises:
         StrideError: a stage is missing or was made with other settings, another query set has this name, or the
@@ -98,7 +98,7 @@ def check_unfitted_blocks(run: Run, facts: dict[str, Any]) -> None:
     """Check for blocks that were sharded after the fit: an error if rows can be added for them, else a warning.
 
     Raises:
-        StrideError: naming these blocks and the command that adds their rows.
+        StrideError: rows can be added; the message names the blocks and the command that adds their rows.
     """
     before, now = facts["blocks"], len(Blocks(run.stage("blocks").store))
     if before == now:
@@ -106,8 +106,8 @@ def check_unfitted_blocks(run: Run, facts: dict[str, Any]) -> None:
     store = run.store.display_url("operators")
     which = f"Blocks {before:,} to {now - 1:,} were sharded after the fit and are not in {store}"
     if facts.get("rows") == "blocks":
-        raise StrideError(f"{which}; add them with 'stride-ray fit', which keeps what is there.")
-    print(f"{which}: no answer names them. To have them in, fit into a new run directory.", file=sys.stderr)
+        raise StrideError(f"{which}; add them with 'stride-ray fit', which keeps the rows that exist.")
+    print(f"{which}: they get no influence. To include them, fit into a new run directory.", file=sys.stderr)
 
 
 def _respond_sites(run: Run, operators: Store, stage: Stage, name: str, queries: int) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _respond_steered(run: Run, operators: Store, stage: Stage, table: pa.Table) 
             compare = partial(actors.map, ModeComparison, given)
             (compared,) = run_missing(stage, {"modes": (0, 0)}, compare, "compare modes", "samples")
             measured = {"correlation": compared["correlation"]}
-            # Exact if nothing could be measured.
+            # Exact if no query could be compared.
             mode = "linear" if (measured["correlation"] or 0.0) >= MIN_CORRELATION else "exact"
         respond_to = partial(actors.map, Responder, (*given, mode))
         markers = run_missing(
@@ -193,8 +193,8 @@ class Responder:
         name, schema = part_name(index), response_schema(len(self.operators.A))
         digest = self.stage.store.write_table(f"{name}.parquet", pa.Table.from_pylist(answers, schema))
         failed = sum(answer["status"] != "ok" for answer in answers)
-        told = [{key: answer[key] for key in ("query_id", "error")} for answer in answers]
-        return self.stage.mark(name, started, queries=len(rows), failed=failed, answers=told, sha256=digest)
+        statuses = [{key: answer[key] for key in ("query_id", "error")} for answer in answers]
+        return self.stage.mark(name, started, queries=len(rows), failed=failed, answers=statuses, sha256=digest)
 
     def _linear(self, rows: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
         """Fill in linear responses, in right-padded batches within the token budget."""
@@ -210,19 +210,20 @@ class Responder:
             losses = self.model.losses(self.model.trunk(ids), ids, mask)
             found = self.operators.linear(self.model, ids, mask)
             for i, loss, response in zip(batch, losses.tolist(), found.cpu().numpy(), strict=True):
-                _fill(answers[i], loss, response)
+                _set_response(answers[i], loss, response)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                fail(answers[batch[0]], _out_of_memory(error))
+                fail(answers[batch[0]], _out_of_memory_message(error))
             else:
                 halves = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-        # Here and not above: while an exception is handled, it holds the tensors of the frames that it passed.
+        # Not inside the handler: there the exception's traceback keeps the failed batch's tensors alive.
         for half in halves:
             self._linear_batch(rows, answers, half)
 
     def _exact(self, row: dict[str, Any], answer: dict[str, Any]) -> None:
+        """Fill in one query's exact responses to all operators; a query that does not fit in memory fails."""
         ids, mask = padded([row], self.model.device)
         everyone = torch.arange(len(self.operators.A), device=self.model.device)
         try:
@@ -230,9 +231,9 @@ class Responder:
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            fail(answer, _out_of_memory(error))
+            fail(answer, _out_of_memory_message(error))
             return
-        _fill(answer, base, found.cpu().numpy())
+        _set_response(answer, base, found.cpu().numpy())
 
 
 class ModeComparison(Responder):
@@ -252,13 +253,14 @@ class ModeComparison(Responder):
                 linear = self.operators.linear(self.model, ids, mask)[0, some]
                 exact = self.operators.exact(self.model, ids[0], mask[0], some, self.tokens)[1]
                 alike = float(torch.corrcoef(torch.stack([linear, exact]).double())[0, 1])
-                # nan if a response is not finite: then the query says nothing about the modes.
+                # NaN if a response is not finite; such a query is left out of the comparison.
                 found += [alike] if np.isfinite(alike) else []
         correlation = float(np.mean(found)) if found else None
         return self.stage.mark("modes", started, correlation=correlation, queries=len(found), operators=len(some))
 
 
-def _fill(answer: dict[str, Any], loss: float, response: np.ndarray) -> None:
+def _set_response(answer: dict[str, Any], loss: float, response: np.ndarray) -> None:
+    """Set a query's base loss and response (K,), or its error if one of them is not finite."""
     if not np.isfinite(loss):
         fail(answer, LOSS_NOT_FINITE)
     elif not (np.abs(response) < LARGEST_NORM).all():
@@ -268,9 +270,9 @@ def _fill(answer: dict[str, Any], loss: float, response: np.ndarray) -> None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of a GPU or, where torch raises a plain RuntimeError, of the machine."""
+    """Whether the GPU or the host ran out of memory; for the host, torch raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _out_of_memory(error: BaseException) -> str:
+def _out_of_memory_message(error: BaseException) -> str:
     return f"out of memory: {first_line(error)}; lower compute.batch_tokens"

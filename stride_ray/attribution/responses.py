@@ -1,4 +1,4 @@
-"""Responses on disk: respond writes them, recover reads them."""
+"""Response vectors on disk: written by stage respond, read by stage recover."""
 
 from typing import Any
 
@@ -12,7 +12,11 @@ from stride_ray.runtime.storage import Store
 
 
 def response_schema(subsets: int) -> pa.Schema:
-    """Schema of responses/<name>/part-*.parquet: nats (exact mode), inner products with J (linear), NaN if failed."""
+    """Schema of ``responses/<name>/part-*.parquet`` for operators of ``subsets`` subsets.
+
+    ``response`` holds K float32 per query: nats in exact mode, inner products with J in linear mode, NaN if the query
+    failed.
+    """
     return pa.schema(
         [
             pa.field("query_id", pa.string(), nullable=False),
@@ -27,7 +31,7 @@ def response_schema(subsets: int) -> pa.Schema:
 def read_responses(store: Store, part: int) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Read a response part: its rows without the vectors, and the vectors (rows, K) float32, 0 for failed queries.
 
-    A query whose stored responses are not finite is failed.
+    A query whose stored responses are not finite gets the status "failed".
     """
     table = store.read_table(f"{part_name(part)}.parquet")
     width = table.schema.field("response").type.list_size

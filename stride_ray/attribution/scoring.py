@@ -86,9 +86,9 @@ class QueryWorker:
 class ScoreWorker(ModelWorker):
     """Scores a unit's blocks for a group of queries and writes the scores to keep.
 
-    For a range of blocks these are each query's ``attribute.top`` largest, for candidates all wanted pairs:
-    ``ordinals`` (Q, n) int64 and ``influence`` (Q, n) float32, NaN for pairs that are not wanted. Scores of a block
-    whose loss or gradient is not finite are 0, and the marker lists it (``not_finite``).
+    For a range of blocks these are the ``attribute.top`` largest scores of each query, for candidates all wanted pairs.
+    The file holds ``ordinals`` (Q, n) int64 and ``influence`` (Q, n) float32, NaN for pairs that are not wanted. A
+    block whose loss or gradient is not finite scores 0 and is listed in the done marker (``not_finite``).
     """
 
     load = staticmethod(load_measured_model)
@@ -104,19 +104,19 @@ class ScoreWorker(ModelWorker):
         """Process one unit; returns its done marker."""
         started = time.monotonic()
         if unit.group != self.group:
-            self.group, self.queries = unit.group, self._load(unit.group)
+            self.group, self.queries = unit.group, self._load_group(unit.group)
         pieces, failed = [], list[int]()
         for batch in self._batches(unit) if self.queries else ():
-            found, good = self._scored(batch)
+            found, good = self._score_batch(batch)
             pieces.append(found)
             failed += batch.ordinals[~good].tolist()
         scores = torch.cat(pieces, 1) if pieces else torch.zeros(0, unit.blocks)
-        kept = self._largest(scores, unit.start) if unit.ordinals is None else _wanted(scores, unit)
+        kept = self._top_scores(scores, unit.start) if unit.ordinals is None else _wanted_scores(scores, unit)
         self.stage.store.write(f"{unit.name}.safetensors", tensor_bytes(kept))
         return self.stage.mark(unit.name, started, blocks=unit.blocks, not_finite=failed)
 
-    def _scored(self, batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
-        """Scores of a batch of blocks, (Q, B) float32, and which of the blocks are finite, (B,) bool."""
+    def _score_batch(self, batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
+        """Return the scores of a batch of blocks, (Q, B) float32, and which of the blocks are finite, (B,) bool."""
         ids, mask = self.trimmed(batch)
         gradients, losses = site_gradients(self.model, self.sites, ids, mask)
         good = finite_losses(losses, mask)
@@ -136,21 +136,22 @@ class ScoreWorker(ModelWorker):
             return self.blocks.batches(unit.start, unit.stop, self.rows)
         return self.batches_at(unit.ordinals)
 
-    def _largest(self, scores: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
+    def _top_scores(self, scores: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
         # The stable sort breaks ties by ordinal, so the order does not depend on the unit.
         order = scores.abs().argsort(dim=1, descending=True, stable=True)[:, : self.config.attribute.top]
         return {"ordinals": order + start, "influence": scores.gather(1, order)}
 
-    def _load(self, group: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    def _load_group(self, group: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """Load H⁻¹ J of a group's queries by site; empty if all of them failed."""
         stored = [self.stage.store.read_tensors(f"{query_name(part)}.safetensors") for part in group]
         full = [tensors for tensors in stored if tensors]
         names = list(full[0]) if full else []
-        # Freed as they are copied: together they may take half of the worker's memory.
+        # Free each tensor as it is copied: together they may take half of the worker's memory.
         return {name: torch.cat([tensors.pop(name) for tensors in full]).to(self.model.device) for name in names}
 
 
-def _wanted(scores: torch.Tensor, unit: ScoreUnit) -> dict[str, torch.Tensor]:
+def _wanted_scores(scores: torch.Tensor, unit: ScoreUnit) -> dict[str, torch.Tensor]:
+    """Return the tensors to store for candidates: all scores (Q, n), NaN for pairs that are not wanted."""
     kept = torch.full_like(scores, torch.nan)
     # torch.tensor copies: arrays from Ray are read-only, which torch does not support.
     rows, places = torch.tensor(unit.wanted).long()

@@ -29,7 +29,7 @@ from stride_ray.corpus.failures import NOT_FINITE, check_failed_queries, fail, f
 from stride_ray.models.curvature.kfac import load_sites
 from stride_ray.models.curvature.sketch import sketch_of, whole_shape
 from stride_ray.models.sites import NEGATIVE_SCORE_FACTOR, halve_negative
-from stride_ray.operators.one_bit import Queries, estimate_inner_products, packed_queries
+from stride_ray.operators.one_bit import Queries, estimate_inner_products, quantise_queries
 from stride_ray.operators.row_store import RowStore
 from stride_ray.operators.sketched_rows import SKETCH
 from stride_ray.runtime.actor_pool import ActorPool
@@ -109,7 +109,7 @@ def scan_name(group: list[int], index: int) -> str:
 
 
 def slice_parts(parts: list[dict[str, Any]], row_bytes: int) -> list[list[dict[str, Any]]]:
-    """Split the store's parts into consecutive slices of about SLICE bytes; at least SLICES, if there are as many."""
+    """Split the store's parts into consecutive slices of about SLICE bytes; at least SLICES, parts permitting."""
     total = sum(part["count"] for part in parts) * row_bytes
     count = min(len(parts), max(SLICES, -(-total // SLICE)))
     return [[parts[i] for i in some] for some in np.array_split(np.arange(len(parts)), count)]
@@ -136,7 +136,7 @@ class QueryCoder:
         for i, good in zip(rows, finite.tolist(), strict=True):
             if not good:
                 fail(answers[i], NOT_FINITE)
-        coded = packed_queries([section[finite].numpy() for section in sections])
+        coded = quantise_queries([section[finite].numpy() for section in sections])
         tensors = {each.name: torch.from_numpy(getattr(coded, each.name)) for each in fields(Queries)}
         self.responses.store.write(f"{code_name(part)}.safetensors", tensor_bytes(tensors))
         return self.responses.mark(code_name(part), started, answers=answers)
@@ -182,7 +182,7 @@ class RowScanner:
 
 
 def half_moments(halves: np.ndarray) -> np.ndarray:
-    """Reduce halves (Q, n, 2) to n, Σa, Σb, Σa², Σb² and Σab per query: (Q, 6)."""
+    """Reduce the two halves (a, b) of n products, (Q, n, 2), to n, Σa, Σb, Σa², Σb² and Σab per query: (Q, 6)."""
     a, b = halves[..., 0], halves[..., 1]
     n = np.full(len(a), float(a.shape[1]))
     return np.stack([n, a.sum(1), b.sum(1), (a * a).sum(1), (b * b).sum(1), (a * b).sum(1)], 1)
@@ -197,7 +197,13 @@ def reliability(moments: np.ndarray) -> np.ndarray:
 
 
 def merge_slices(stage: Stage, top: int, unit: tuple[int, list[int], int]) -> dict[str, Any]:
-    """Merge one part's responses over all slices, keeping the ``top`` largest (0: all); returns the done marker."""
+    """Merge one part's responses over all slices and write its table; returns the done marker.
+
+    Args:
+        stage: ``responses/<name>``, with the products of all slices.
+        top: number of largest responses to keep per query; 0: all.
+        unit: index of the part, the parts of its group, and the number of slices.
+    """
     started = time.monotonic()
     part, group, slices = unit
     markers = stage.done()

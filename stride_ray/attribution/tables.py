@@ -12,7 +12,7 @@ from stride_ray.corpus.blocks import Blocks, document_shares
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Stage
 
-# Stored with the columns of influence, whose name does not say it.
+# Metadata of the influence columns, whose name alone does not give the unit.
 UNITS = {
     "unit": "a block's mean influence on itself; positive: training on it lowers the query's loss",
     "negative": "multiplied by 0.5: negative scores are noisier",  # sites.NEGATIVE_SCORE_FACTOR, which imports torch
@@ -33,7 +33,7 @@ DOCUMENTS = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("rank", pa.int32(), nullable=False),
-        pa.field("document_id", pa.string(), nullable=False),  # of its source: the two together are the document
+        pa.field("document_id", pa.string(), nullable=False),  # unique within its source only
         pa.field("source", pa.string(), nullable=False),
         pa.field("blocks", pa.int32(), nullable=False),
         pa.field("influence", pa.float64(), nullable=False, metadata=UNITS),
@@ -73,7 +73,7 @@ class Influence:
 
 
 def rank_tables(queries: list[str], influences: list[Influence], blocks: Blocks) -> tuple[pa.Table, pa.Table]:
-    """Build the influence and documents tables (INFLUENCE, DOCUMENTS) of some queries."""
+    """Build the influence and documents tables (INFLUENCE, DOCUMENTS) of some queries; ``influences`` has one each."""
     everything = np.unique(np.concatenate([np.zeros(0, np.int64), *(each.ordinals for each in influences)]))
     known = blocks.take(everything, ["block_id", "spans"])
     block_ids = known["block_id"].to_numpy()
@@ -98,8 +98,8 @@ def rank_tables(queries: list[str], influences: list[Influence], blocks: Blocks)
                 "exact": each.exact[order],
             }
         )
-        summed.append(_documents(query, at, weights, (span_rows, span_documents, shares)))
-    return _concatenated(ranked, INFLUENCE), _concatenated(summed, DOCUMENTS)
+        summed.append(_sum_to_documents(query, at, weights, (span_rows, span_documents, shares)))
+    return _concat_pieces(ranked, INFLUENCE), _concat_pieces(summed, DOCUMENTS)
 
 
 def _largest_document(
@@ -110,7 +110,7 @@ def _largest_document(
     return documents[first_span[row] + int(np.argmax(shares[first_span[row] : stop]))]
 
 
-def _documents(
+def _sum_to_documents(
     query: str, at: np.ndarray, weights: np.ndarray, spans: tuple[np.ndarray, list[tuple[str, str]], np.ndarray]
 ) -> dict[str, Any]:
     """Sum one query's influence to documents, each block split by token share; in rank order."""
@@ -132,7 +132,7 @@ def _documents(
     }
 
 
-def _concatenated(pieces: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+def _concat_pieces(pieces: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     return pa.concat_tables([schema.empty_table(), *(pa.Table.from_pydict(piece, schema) for piece in pieces)])
 
 
@@ -160,23 +160,23 @@ def rank_unit(
     found = list(_influences(config, stage, scored, answers, part))
     good = [answer["query_id"] for answer in mine if answer["status"] == "ok"]
     ranked, documents = rank_tables(good, found, blocks)
-    each = iter(found)
-    told = []
+    influences = iter(found)
+    diagnostics = []
     for answer in mine:
         row = {key: answer.get(key) for key in RECOVERY.names}
         if answer["status"] == "ok":
-            influence = next(each)
+            influence = next(influences)
             row |= {"nonzeros": len(influence.ordinals), "exact": int(influence.exact.sum())}
-        told.append(row)
+        diagnostics.append(row)
     name = f"{part:05d}"
     stage.store.write_table(f"influence-{name}.parquet", ranked)
     stage.store.write_table(f"documents-{name}.parquet", documents)
-    stage.store.write_table(f"recovery-{name}.parquet", pa.Table.from_pylist(told, RECOVERY))
+    stage.store.write_table(f"recovery-{name}.parquet", pa.Table.from_pylist(diagnostics, RECOVERY))
     return stage.mark(
         name,
         started,
-        queries=len(told),
-        failed=len(told) - len(good),
+        queries=len(diagnostics),
+        failed=len(diagnostics) - len(good),
         nonzeros=[len(influence.ordinals) for influence in found],
         exact=[int(influence.exact.sum()) for influence in found],
         unsolved=sum(answer.get("steps") == 0 for answer in mine if answer["status"] == "ok"),
@@ -191,7 +191,7 @@ def _influences(
     answers: list[list[dict[str, Any]]],
     part: int,
 ) -> Any:
-    """Yield the Influence on each query of a part that did not fail."""
+    """Yield the Influence for each query of a part, leaving out failed queries."""
     good = [answer for answer in answers[part] if answer["status"] == "ok"]
     group = next((group for group, _ in scored if part in group), (part,))
     before = sum(answer["status"] == "ok" for each in group if each < part for answer in answers[each])
@@ -211,7 +211,7 @@ def merge_influence(
     """Merge a query's exact scores with estimates for the other blocks, keeping the ``top`` largest by |influence|.
 
     Args:
-        answer: with ``ordinals``, ascending, and ``estimates``, or neither.
+        answer: the query's row, with ``ordinals`` (ascending) and ``estimates`` if there are estimates.
         ordinals: (n,) scored blocks.
         scores: (n,) float64; NaN if the block was not scored for this query.
         top: maximum number of blocks kept.

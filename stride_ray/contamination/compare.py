@@ -86,7 +86,7 @@ def line(row: dict[str, Any]) -> str:
     """Format a finding in one line: item, verdict, evidence."""
     text = f"{row['set']} / {row['item_id']}: {row['verdict']}"
     if row.get("gone"):
-        return f"{text}; the item is not evaluated any more"
+        return f"{text}; the item is no longer evaluated"
     evidence = []
     if row["verdict"] in ("lexical", "both"):
         first = shown_name(row.get("first_source") or "", row["first_document"])

@@ -9,8 +9,8 @@ negative loss, each standardised by the controls: a near-relative of a leaked it
 model does not know its answer; an easy item has a low loss, but no block of its own. On development plantings
 (RESULTS.md) these two separated leaks, while concentration, the top influence and means of several contrasts did not.
 
-A finding is a suspicion: a near-relative of the item may cause one, and so may chance, at the stated rate. It is only
-as good as the controls: items of another kind, or harder ones, are not a valid comparison.
+A finding is a suspicion: a near-relative of the item may cause one, and so may chance, at the stated rate. The test is
+only as good as the controls: items of another kind, or harder ones, are not a valid comparison.
 """
 
 import time
@@ -66,7 +66,7 @@ def checkpoint(run: Run) -> str:
 
 
 def item_ties(run: Run, stage: Stage, items: Sequence[Item], controls: Sequence[Item]) -> tuple[pa.Table, int]:
-    """Return the contrasts of all items and controls (TIES), measuring those that are not in the state.
+    """Return the contrasts of all items and controls (TIES); earlier nights' results are read from the state.
 
     Args:
         run: with blocks; attribution is exact or estimated, as the run is configured.
@@ -78,24 +78,24 @@ def item_ties(run: Run, stage: Stage, items: Sequence[Item], controls: Sequence[
         The table, and the number of items measured in this call.
 
     Raises:
-        StrideError: attribution fails, or fewer than LEAST controls can be measured.
+        StrideError: attribution fails, or fewer than MIN_CONTROLS controls can be measured.
     """
     name = f"scan-{stage.identity}"
     if "controls" not in stage.done():
-        table = _ties(run, stage, f"{name}-controls", controls, True, f"{name}-controls")
-        known = table["contrast"].null_count
-        if len(table) - known < MIN_CONTROLS:
+        table = _measure_ties(run, stage, f"{name}-controls", controls, True, f"{name}-controls")
+        measured = len(table) - table["contrast"].null_count
+        if measured < MIN_CONTROLS:
             why = next((error for error in table["error"].to_pylist() if error), "too few were given")
             raise StrideError(
-                f"Only {len(table) - known} control items can be asked of the model ({why}); give at least "
-                f"{MIN_CONTROLS}."
+                f"Only {measured} control items could be measured ({why}); give at least {MIN_CONTROLS} that the model "
+                "can read."
             )
-        _publish(stage, "controls", table)
+        _publish_ties(stage, "controls", table)
     seen = {key for marker in stage.done().values() for key in stage.store.read_json(f"{marker['unit']}.json")["keys"]}
     left = [item for item in items if item.key not in seen]
     if left:
         batch = f"items-{digest([item.key for item in left])}"
-        _publish(stage, batch, _ties(run, stage, f"{name}-{batch}", left, False, f"{name}-controls"))
+        _publish_ties(stage, batch, _measure_ties(run, stage, f"{name}-{batch}", left, False, f"{name}-controls"))
     found = pa.concat_tables([stage.store.read_table(f"{unit}.parquet") for unit in stage.done()])
     wanted = {item.key for item in items}
     chosen = [
@@ -118,31 +118,30 @@ def item_p_values(ties: pa.Table) -> dict[str, float]:
     return dict(zip(keys, p.tolist(), strict=True))
 
 
-def _publish(stage: Stage, unit: str, table: pa.Table) -> None:
+def _publish_ties(stage: Stage, unit: str, table: pa.Table) -> None:
     started = time.monotonic()
     stage.store.write_table(f"{unit}.parquet", table)
     stage.store.write_json(f"{unit}.json", {"keys": table["key"].to_pylist()})
     stage.mark(unit, started, items=table.num_rows)
 
 
-def _ties(run: Run, stage: Stage, name: str, items: Sequence[Item], control: bool, controls: str) -> pa.Table:
-    """Attribute items as query set ``name``, and compare them with the controls' query set."""
+def _measure_ties(run: Run, stage: Stage, name: str, items: Sequence[Item], control: bool, controls: str) -> pa.Table:
+    """Attribute items as query set ``name`` and return their TIES, compared with the controls' query set."""
     write_tables(run, query_table(run, items), name)
     reference = _Reference(run, controls)
     rows = []
-    asked = {item.key: item for item in items}
-    for part, told in _parts(run, name):
-        mine: dict[str, list[dict[str, Any]]] = {}
-        for each in _finite(part).to_pylist():
-            mine.setdefault(each["query_id"], []).append(each)
-        for each in told.to_pylist():
+    for influence, recovery in _parts(run, name):
+        by_item: dict[str, list[dict[str, Any]]] = {}
+        for each in _finite(influence).to_pylist():
+            by_item.setdefault(each["query_id"], []).append(each)
+        for each in recovery.to_pylist():
             record = {"key": each["query_id"], "control": control, "error": each["error"], "loss": each["base_loss"]}
-            if blocks := mine.get(each["query_id"]):
+            if blocks := by_item.get(each["query_id"]):
                 record |= reference.contrast(blocks, control)
             elif not each["error"]:
                 record |= {"error": "no block has influence on it"}
             rows.append(record)
-    order = {key: place for place, key in enumerate(asked)}
+    order = {item.key: place for place, item in enumerate(items)}
     return pa.Table.from_pylist(sorted(rows, key=lambda r: order[r["key"]]), TIES)
 
 
@@ -171,7 +170,7 @@ def _parts(run: Run, name: str) -> Iterator[tuple[pa.Table, pa.Table]]:
 
 
 def _finite(part: pa.Table) -> pa.Table:
-    """Rows of an influence table whose influence is finite: another would spoil the comparison of every item."""
+    """Return the rows of an influence table whose influence is finite; one NaN would turn every comparison into NaN."""
     return part.filter(pc.is_finite(part["influence"]))
 
 
@@ -189,7 +188,7 @@ class _Reference:
                 mine = ids == query
                 influence = part["influence"].to_numpy()[mine]
                 ordinals.append(part["ordinal"].to_numpy()[mine])
-                values.append(influence / _size(influence))
+                values.append(influence / _median_magnitude(influence))
                 queries += 1
         empty = np.zeros(0)
         self.count = max(queries, 1)
@@ -209,7 +208,7 @@ class _Reference:
         """
         influence = np.array([each["influence"] for each in blocks])
         ordinals = np.array([each["ordinal"] for each in blocks], np.int64)
-        values = influence / _size(influence)
+        values = influence / _median_magnitude(influence)
         at = np.minimum(np.searchsorted(self.ordinals, ordinals), max(0, len(self.ordinals) - 1))
         known = self.ordinals[at] == ordinals if len(self.ordinals) else np.zeros(len(ordinals), bool)
         sums = np.where(known, self.sums[at], 0.0) if len(self.ordinals) else np.zeros(len(ordinals))
@@ -224,9 +223,11 @@ class _Reference:
         return {"contrast": float(contrasts[best]), "share": share, **named}
 
 
-def _size(influence: np.ndarray) -> float:
+def _median_magnitude(influence: np.ndarray) -> float:
+    """Return the median of |influence|; tiny instead of 0, since it is a divisor."""
     return float(np.median(np.abs(influence))) or 1e-30
 
 
 def _spread(sums: np.ndarray, squares: np.ndarray, count: int) -> np.ndarray:
+    """Return standard deviations from sums and sums of squares over ``count`` controls."""
     return np.sqrt(np.maximum(squares / count - (sums / count) ** 2, 0.0))

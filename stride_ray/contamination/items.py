@@ -4,7 +4,8 @@ Detected schemas: GSM8K (question, answer), ARC (question, choices {text, label}
 answer as index or letter), HellaSwag (ctx, endings, label), TruthfulQA (question, best_answer; mc1_targets), PIQA-like
 (goal, sol1, sol2), prompt with completion or target, and plain text, among others (schemas/shapes.py). Any other schema
 can be read by naming its fields; otherwise a row's longest text is the question. The row's other texts (RACE's article,
-MBPP's code, nested or in lists) are kept beside them, with those of a field that is not understood, which is named.
+MBPP's code, nested or in lists) are kept and searched too, as are those of a field that is not understood; that field
+is reported.
 """
 
 import contextlib
@@ -44,9 +45,9 @@ class Item:
         choices: the answer choices; empty for free answers.
         answer: text of the correct answer; empty if the row does not give it.
         others: the row's other texts, each with its field's name ("code", "meta.evidence.0.text").
-        left_out: names of fields with strings that are not searched: identifiers and links, or not among those named.
-        asked: name of the field (or of several, with commas) that holds the question.
-        not_understood: what of the row was not understood, a sentence for each field; its text is with the others.
+        left_out: names of fields whose strings are not searched: identifiers, links, and fields not among those named.
+        asked: name of the field (or of several, comma-separated) that holds the question.
+        not_understood: a sentence for each field that was not understood; its text is among ``others``.
     """
 
     key: str
@@ -92,8 +93,8 @@ def read_folder(folder: str, fields: Mapping[str, str] | None = None) -> list[Ev
 
     Args:
         folder: of JSON Lines (``.gz``, ``.zst``), Parquet or text files.
-        fields: role (question, choices, answer, id; others: all others to search) to field, or to several with commas
-            between them; detected where not given, with every other text among the others.
+        fields: role to field, or to several, comma-separated. Roles are question, choices, answer, id, and others (all
+            further fields to search). Roles that are not given are detected; by default every other text is searched.
 
     Raises:
         StrideError: as read_set.
@@ -119,20 +120,20 @@ def read_set(
     unknown = [role for role in fields or {} if role not in ROLES]
     if unknown:
         raise StrideError(
-            f"{unknown[0]!r} is not a role of an evaluation set's fields; the roles are {_listed(ROLES)}."
+            f"{unknown[0]!r} is not a role of an evaluation set's fields; the roles are {_quoted_list(ROLES)}."
         )
     name = name or _SUFFIXES.sub("", os.path.basename(redact_url(path).rstrip("/")))
-    items, rejects, count, missing = _read(path, name, fields or {}, only)
+    items, rejects, count, missing = _read_items(path, name, fields or {}, only)
     absent = [why for each in items.values() for why in each.not_understood if why.startswith("it has no field")]
     if missing and absent:
-        raise StrideError(f"The evaluation set {name} ({redact_url(path)}) is not read by these fields: {absent[0]}.")
+        raise StrideError(f"The evaluation set {name} ({redact_url(path)}) lacks a given field: {absent[0]}.")
     if not items:
         why = f"; the first row that could not be parsed: {rejects[0].sentence()}" if rejects else ""
         raise StrideError(f"The evaluation set {name} ({redact_url(path)}) has no items{why}.")
     return EvaluationSet(name, tuple(items.values()), count - len(items) - len(rejects), tuple(rejects))
 
 
-def _read(
+def _read_items(
     path: str, name: str, fields: Mapping[str, str], only: str | None
 ) -> tuple[dict[str, Item], list[Rejected], int, set[str]]:
     """Return the distinct items by key, the rejects, the number of rows, and the given fields that no row has."""
@@ -145,7 +146,7 @@ def _read(
             continue
         for row in rows(unit, None):
             count += 1
-            found = row if isinstance(row, Rejected) else _item(row, name, fields)
+            found = row if isinstance(row, Rejected) else _parse_item(row, name, fields)
             missing -= set(row.values) if isinstance(row, Row) else set()
             if only is not None and isinstance(row, Row) and _SUFFIXES.sub("", row.file) != only:
                 count -= 1
@@ -165,12 +166,12 @@ def check_names(sets: Sequence[EvaluationSet]) -> None:
     seen: set[str] = set()
     for each in sets:
         if each.name in seen:
-            raise StrideError(f"Two evaluation sets are called {each.name!r}; give one another name (NAME=PATH).")
+            raise StrideError(f"Two evaluation sets are called {each.name!r}; rename one of them (NAME=PATH).")
         seen.add(each.name)
 
 
-def _item(row: Row, name: str, given: Mapping[str, str]) -> Item | Rejected:
-    number, values = row.number(), {key: _decoded(value) for key, value in row.values.items()}
+def _parse_item(row: Row, name: str, given: Mapping[str, str]) -> Item | Rejected:
+    number, values = row.number(), {key: _decode_bytes(value) for key, value in row.values.items()}
     if not given and isinstance(values.get("doc"), dict):  # a sample log of the evaluation harness
         values = {**values["doc"], **{key: values[key] for key in _IDS if key in values and key not in values["doc"]}}
     notes: list[str] = []
@@ -182,10 +183,10 @@ def _item(row: Row, name: str, given: Mapping[str, str]) -> Item | Rejected:
     question, answer, *texts = (LONE_SURROGATE.sub("\ufffd", text) for text in (question, answer, *choices))
     own = given.get("id") or next((key for key in _IDS if isinstance(values.get(key), str | int | float)), "")
     item_id = escaped(str(named(values[own]))) if has_content(values.get(own)) else row.document_id
-    others, left_out = _others(values, {**shape, "question": asked}, own, [question, *texts, answer])
+    others, left_out = _other_texts(values, {**shape, "question": asked}, own, [question, *texts, answer])
     if not any(text.strip() for text in (question, answer, *texts, *(text for _, text in others))):
-        names = _listed(sorted(map(str, values)))
-        why = f"none of its fields {names} holds a text; say which holds the question, as in --fields question=FIELD"
+        names = _quoted_list(sorted(map(str, values)))
+        why = f"none of its fields {names} holds a text; name the question's field, as in --fields question=FIELD"
         return Rejected(row.file, number, escaped(notes[0] if notes else f"{why},answer=FIELD"))
     content = json.dumps([name, question, texts, answer, *others], ensure_ascii=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -231,8 +232,8 @@ def _choices_and_answer(
     return tuple(text for text in choices.texts if text.strip()), answer
 
 
-def _decoded(value: Any) -> Any:
-    """A text that is stored as bytes, as text; anything else as it is."""
+def _decode_bytes(value: Any) -> Any:
+    """Decode a text that is stored as bytes; anything else is returned unchanged."""
     with contextlib.suppress(UnicodeDecodeError):
         return value.decode() if isinstance(value, bytes) else value
     return value
@@ -243,10 +244,10 @@ def field_name(path: str) -> str:
     return ".".join(part for part in path.split(".") if not part.isdigit())
 
 
-def _others(
+def _other_texts(
     values: Mapping[str, Any], shape: Mapping[str, str], own: str, known: Sequence[str]
 ) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """Return the texts that none of the known ones holds, with their paths; and the fields of strings left out."""
+    """Return (path, text) of texts that no known text contains, and the fields whose strings are left out."""
     used = {part for role, field in shape.items() if role != "others" for part in field.split(",")} | {own}
     chosen = shape["others"].split(",") if "others" in shape else None
     seen: set[str] = set()
@@ -263,5 +264,5 @@ def _others(
     return tuple(others.items()), tuple(left_out)
 
 
-def _listed(names: Sequence[str]) -> str:
+def _quoted_list(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names) or "none"

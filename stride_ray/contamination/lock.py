@@ -29,7 +29,7 @@ from stride_ray.runtime.storage import Store
 NAME = "scan.lock"
 # Seconds between writing a lock to an object store and reading back its owner.
 SETTLE = 2.0
-# Maximum reads of a lock file if an object store is slow or returns a half-written one; tries to take it.
+# Maximum reads of a lock file if an object store is slow or returns a half-written one; maximum tries to take a lock.
 MAX_READS, TRIES = 3, 5
 # Seconds that another process may take to change the lock on a local disk.
 GUARD = 10.0
@@ -38,7 +38,7 @@ RESOLUTION = 1.0
 
 
 class _Record(NamedTuple):
-    """A lock file as read: its bytes, its ETag on S3 (else empty), and what it says; without owner if it is broken."""
+    """A lock file as read: its bytes, its ETag on S3 (else empty), and its fields; no owner if it cannot be parsed."""
 
     content: bytes
     tag: str
@@ -48,7 +48,7 @@ class _Record(NamedTuple):
     pid: Any
 
 
-def _machine() -> str:
+def _process_scope() -> str:
     """Identify the scope of a process id: this boot of this machine, and the PID namespace; empty except on Linux."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
@@ -57,9 +57,9 @@ def _machine() -> str:
         return ""
 
 
-def _ended(held: _Record) -> bool:
+def _owner_has_exited(held: _Record) -> bool:
     """Whether the owner was a process on this machine that has ended."""
-    if not _machine() or held.machine != _machine():
+    if not _process_scope() or held.machine != _process_scope():
         return False
     try:
         os.kill(int(held.pid), 0)
@@ -92,11 +92,11 @@ class Lock:
 
     def __enter__(self) -> "Lock":
         for attempt in range(TRIES):
-            held = self._look()
-            # A write whose answer was lost is refused when the client repeats it.
+            held = self._read_fresh()
+            # The lock may be ours already: a client repeats a write whose response was lost, and the store refuses it.
             if held is not None and held.owner == self.owner:
                 break
-            left = 0.0 if held is None or not held.owner or _ended(held) else self._left(held)
+            left = 0.0 if held is None or not held.owner or _owner_has_exited(held) else self._seconds_left(held)
             if held is not None and left > 0:
                 now = self._read()
                 if now is None or now.owner != held.owner:
@@ -104,15 +104,15 @@ class Lock:
                 until = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() + left))
                 raise StrideError(
                     f"{self.store.display_url(NAME)} is held by {held.owner} until {until} at the earliest: another "
-                    "scan is under way; wait for it (or, where that one was killed, until then)."
+                    "scan is under way; wait for it to end or, if it was killed, until that time."
                 )
             if self._claim(held):
                 break
             time.sleep(0 if self.store.local else SETTLE / 4 * attempt)
         else:
             raise StrideError(
-                f"{self.store.display_url(NAME)} could not be taken in {TRIES} tries: each time the store held that "
-                "another process had changed it; try again."
+                f"{self.store.display_url(NAME)} could not be taken in {TRIES} tries: each time, the store reported "
+                "that another process had changed it; run the same command again."
             )
         self._thread.start()
         return self
@@ -135,16 +135,16 @@ class Lock:
         """
         if self.lost or not self._extend():
             raise StrideError(
-                f"{self.store.display_url(NAME)} was taken over by another scan, which did not see this one in time; "
-                "run the same command again: what is done is kept."
+                f"{self.store.display_url(NAME)} was taken over by another scan, because this one did not renew it in "
+                "time; run the same command again: finished work is kept."
             )
 
-    def _content(self) -> bytes:
-        """A record that differs from every other, so that a renewal is seen."""
-        told = {"owner": self.owner, "pid": os.getpid(), "machine": _machine(), "lease": self.lease}
-        return json.dumps({**told, "version": uuid.uuid4().hex}).encode()
+    def _new_record(self) -> bytes:
+        """Return the content to write; it is unique, so that a renewal is visible to other processes."""
+        fields = {"owner": self.owner, "pid": os.getpid(), "machine": _process_scope(), "lease": self.lease}
+        return json.dumps({**fields, "version": uuid.uuid4().hex}).encode()
 
-    def _left(self, held: _Record) -> float:
+    def _seconds_left(self, held: _Record) -> float:
         """Seconds until a lock expires; not positive if it has."""
         age = self._age()
         if age is None:
@@ -180,8 +180,8 @@ class Lock:
                 return False
         return True
 
-    def _look(self) -> _Record | None:
-        """Read who holds the lock, again if an object store took so long that the answer may be stale."""
+    def _read_fresh(self) -> _Record | None:
+        """Read the lock, again if an object store took so long that the result may be stale; None if it is free."""
         for _ in range(MAX_READS):
             asked = time.monotonic()
             held = self._read()
@@ -196,7 +196,7 @@ class Lock:
                 now = self._read()
                 if (now and now.content) != (seen and seen.content):
                     return False
-                self.store.write(NAME, self._content())
+                self.store.write(NAME, self._new_record())
             elif not self._write_if(seen):
                 return False
         if not guarded:
@@ -211,23 +211,25 @@ class Lock:
             if held is None or held.owner != self.owner:
                 return False
             if self.store.local:
-                self.store.write(NAME, self._content())
-            elif not self._write_if(held):  # or our own write, whose answer was lost
+                self.store.write(NAME, self._new_record())
+            elif not self._write_if(
+                held
+            ):  # perhaps refused only because our first try, whose response was lost, worked
                 held = self._read()
             return held is not None and held.owner == self.owner
 
     def _write_if(self, seen: _Record | None) -> bool:
-        """Write to an object store if the lock is still as seen; returns False if it refuses.
+        """Write to an object store if the lock is still as seen; returns False if the store refuses.
 
-        Where the store knows no such condition, the lock is written all the same.
+        On a store without conditional writes, the lock is read again and then written unconditionally.
         """
         path = self.store.path(NAME)
         with self.store.translated_errors(NAME, "write"):
             try:
                 if seen is None:
-                    self.store.fs.pipe_file(path, self._content(), mode="create")
+                    self.store.fs.pipe_file(path, self._new_record(), mode="create")
                 elif self._s3:
-                    self.store.fs.pipe_file(path, self._content(), IfMatch=seen.tag)
+                    self.store.fs.pipe_file(path, self._new_record(), IfMatch=seen.tag)
                 else:
                     raise NotImplementedError
                 return True
@@ -241,7 +243,7 @@ class Lock:
         now = self._read()
         if (now and now.content) != (seen and seen.content):
             return False
-        self.store.write(NAME, self._content())
+        self.store.write(NAME, self._new_record())
         return True
 
     @contextlib.contextmanager
@@ -259,7 +261,7 @@ class Lock:
                     file = opened.enter_context(open(path, "ab"))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    # The one before may have removed the file that this one waited for.
+                    # The previous holder may have removed the file while this process waited for it.
                     if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                         break
                 except FileNotFoundError:
@@ -267,7 +269,7 @@ class Lock:
                 except BlockingIOError:
                     if time.monotonic() > deadline:
                         raise StrideError(
-                            f"{path} is locked by a process that does not let go; end that scan and try again."
+                            f"{path} has been locked by another process for {GUARD:g} s; end that scan and try again."
                         ) from None
                     time.sleep(0.01)
                 except OSError:  # a file system without file locks
@@ -286,7 +288,7 @@ class Lock:
             if not self.store.exists(NAME):
                 return None
             try:
-                if self._s3:  # before the content, so that it never is of a later record
+                if self._s3:  # before the content, so that the ETag is never newer than the content
                     with self.store.translated_errors(NAME, "read"):
                         tag = str(self.store.fs.info(self.store.path(NAME)).get("ETag", ""))
                 content = self.store.read(NAME)

@@ -1,4 +1,4 @@
-"""A nightly scan: evaluation sets against a corpus and the model trained on it, with the results in a dated folder.
+"""A nightly scan of a corpus and the model trained on it for evaluation sets, with the results in a dated folder.
 
 A scan folder holds ``nights/<date>/`` (verdicts.parquet, matches.parquet, report.md, report.html, then manifest.json,
 which marks the night as finished, then told.json, which marks it as reported by exit status and webhook),
@@ -51,7 +51,7 @@ def scan(
     night: str = "",
     webhook: str = "",
 ) -> dict[str, Any]:
-    """Scan, publish the night's results, post to the webhook.
+    """Scan a corpus and a model for evaluation items, publish the night's results, and post them to the webhook.
 
     Example:
         >>> from stride_ray import Run, read_set, scan
@@ -81,24 +81,24 @@ def scan(
     check_names([*sets, *controls])
     for key, share in (("overlap", run.config.scan.overlap), ("false_discovery", run.config.scan.false_discovery)):
         if not 0 <= share <= 1:
-            raise StrideError(f"scan.{key} is {share:g}; it is a share, from 0 to 1.")
+            raise StrideError(f"scan.{key} is {share:g}; it must be a share from 0 to 1.")
     if night:
         check_name(night, "night")
     if not sets:
         raise StrideError(
-            "No evaluation set is given; name a folder (--set-folder) or a file (--evaluation NAME=PATH)."
+            "No evaluation set is given; give a folder (--set-folder) or a file (--evaluation NAME=PATH)."
         )
     given = len({item.key for each in controls for item in each.items})
     if run.config.scan.influence and given < MIN_CONTROLS:
         raise StrideError(
-            f"The influence channel needs control items, and {given} are given: name items like these that nobody has "
-            f"published (--control PATH; {MIN_CONTROLS} at the least, better hundreds), or leave the channel out "
+            f"The influence channel needs control items, and {given} are given: give similar items that were never "
+            f"published (--control PATH; at least {MIN_CONTROLS}, better hundreds), or turn the channel off "
             "(--set scan.influence=false)."
         )
     store = Store(out)
     refuse_inside(store, run.config.corpus.input, "The scan's folder")
     with Lock(store, 60 * run.config.scan.lease) as lock:
-        manifest, found = _night(run, sets, store, controls, night, lock)
+        manifest, found = _scan_night(run, sets, store, controls, night, lock)
     folder = f"{redact_url(out)}/nights/{manifest['night']}"
     status = FOUND if _alarming(run, found) else CLEAN
     failure = ""
@@ -115,7 +115,7 @@ def last_night(store: Store) -> str:
     return store.read_json("latest.json")["night"] if store.exists("latest.json") else ""
 
 
-def _last_told(store: Store, night: str) -> str:
+def _last_reported(store: Store, night: str) -> str:
     """Return the last reported night up to ``night``; empty if there is none or it was deleted."""
     while night and not store.exists(f"nights/{night}/{REPORTED}"):
         manifest = f"nights/{night}/manifest.json"
@@ -141,15 +141,13 @@ def corpus_of(run: Run, state: Store) -> Corpus:
     """
     config = run.config.corpus
     if not config.input:
-        raise StrideError(
-            f"{redact_url(run.url)} names no corpus; give files, folders or URLs (--set corpus.input=...)."
-        )
+        raise StrideError(f"{redact_url(run.url)} has no corpus; give files, folders or URLs (--set corpus.input=...).")
     size = int(config.shard_mb * 1e6)
     units = plan(config.input, size)
     files = {file.name: file for unit in units for file in unit.files}
     stored = state.read_json("units.json")["units"] if state.exists("units.json") else []
     known = [InputSplit.from_dict(each, config.input) for each in stored]
-    same = [unit for unit in known if all(_same(file, files.get(file.name)) for file in unit.files)]
+    same = [unit for unit in known if all(_is_unchanged(file, files.get(file.name)) for file in unit.files)]
     if same:
         units = same + plan(config.input, size, skip={file.name for unit in same for file in unit.files})
     state.write_json("units.json", {"units": [unit.to_record() for unit in units]})
@@ -158,11 +156,11 @@ def corpus_of(run: Run, state: Store) -> Corpus:
     return Corpus(tuple(units), resolve_columns(units, given), config.tokenizer)
 
 
-def _same(a: Any, b: Any) -> bool:
+def _is_unchanged(a: Any, b: Any) -> bool:
     return b is not None and (a.content, redact_url(a.url)) == (b.content, redact_url(b.url))
 
 
-def _night(
+def _scan_night(
     run: Run, sets: Sequence[EvaluationSet], store: Store, controls: Sequence[EvaluationSet], night: str, lock: Lock
 ) -> tuple[dict[str, Any], Difference]:
     started = time.monotonic()
@@ -176,13 +174,13 @@ def _night(
     stage = Stage(state.child("lexical"), digest(["lexical", RULES, options.words, options.shortest, *RAW.names]))
     done = search(stage, corpus, items, options.words, options.shortest, run.config.compute)
     lexical = lexical_matches(stage, corpus, items, options)
-    ties, influence = _influence(run, state, items, controls) if options.influence else (None, None)
+    ties, influence = _influence_ties(run, state, items, controls) if options.influence else (None, None)
     previous = last_night(store)
-    before = _table(store, previous)
+    before = _read_verdicts(store, previous)
     known = dict(zip(before["key"].to_pylist(), before["verdict"].to_pylist(), strict=True)) if before else {}
     table = verdicts(items, lexical, ties, options.false_discovery, known)
-    since = _last_told(store, previous)
-    found = difference(before if since == previous else _table(store, since), table)
+    since = _last_reported(store, previous)
+    found = difference(before if since == previous else _read_verdicts(store, since), table)
     manifest = {
         "night": name,
         "before": previous,
@@ -218,15 +216,17 @@ def _load_unreported(store: Store, night: str) -> tuple[dict[str, Any], Differen
     manifest = store.read_json(f"nights/{night}/manifest.json")
     if last_night(store) == manifest["before"]:
         store.write_json("latest.json", {"night": night})
-    return manifest, difference(_table(store, manifest["since"]), store.read_table(f"nights/{night}/verdicts.parquet"))
+    return manifest, difference(
+        _read_verdicts(store, manifest["since"]), store.read_table(f"nights/{night}/verdicts.parquet")
+    )
 
 
-def _table(store: Store, night: str) -> pa.Table | None:
+def _read_verdicts(store: Store, night: str) -> pa.Table | None:
     return store.read_table(f"nights/{night}/verdicts.parquet") if night else None
 
 
 def _today(store: Store) -> str:
-    """Return today's first name that is not a finished night."""
+    """Return today's date (UTC), with the next number if a night of that name is finished."""
     today = time.strftime("%Y-%m-%d", time.gmtime())
     number, name = 1, today
     while store.exists(f"nights/{name}/manifest.json"):
@@ -235,10 +235,10 @@ def _today(store: Store) -> str:
     return name
 
 
-def _influence(
+def _influence_ties(
     run: Run, state: Store, items: list[Item], controls: Sequence[EvaluationSet]
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Return the ties of all items, and the influence channel's facts for the manifest."""
+    """Return TIES of all items, and the influence channel's facts for the manifest."""
     given = [item for each in controls for item in each.items]
     made_of = checkpoint(run)
     identity = digest([made_of, TIES.names, *(item.key for item in given)])

@@ -71,9 +71,11 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
         found[row["file"]][row["place"]][row["part"]].append((row["start"], row["stop"]))
     corpus = corpus_of(run, store.child("state"))
     if corpus.state != store.read_json(f"nights/{night}/manifest.json")["corpus"]["state"]:
-        raise StrideError(f"The input is not as the night {night} scanned it; scan it anew and purify by that night.")
+        raise StrideError(f"The input has changed since night {night}; scan it again and purify by the new night.")
     if not whole and any(row["part"] == "token_ids" for row in rows):
-        raise StrideError("Documents of token ids cannot lose spans; leave out whole documents (--purify-documents).")
+        raise StrideError(
+            "Spans cannot be cut from documents of token ids; leave out whole documents (--purify-documents)."
+        )
     results = Store(target)
     refuse_inside(results, run.config.corpus.input, "The cleaned corpus")
     if results.names() and not results.exists(f"{RECORD}/stage.json"):
@@ -137,7 +139,7 @@ class _Cleaner:
         # Conversations, tools and arguments of templates may be kept as JSON.
         held = {**values, **{name: opened(values[name]) for role in OPENED for name in roles.get(role, ())}}
         cleaned = copy.deepcopy(held)
-        # Places first: a text that is cut may no longer be what the row's document is made of.
+        # Find all places before cutting: a row with a cut text may be read as another kind of document.
         places = {part: text_places(part, held, self.columns) for part in spans if not self.whole}
         for part, found in places.items():
             self.counts["spans"] += len(spans[part])
@@ -184,13 +186,13 @@ def _write_text(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner
     if cleaned is not None:
         mark = BOM_UTF8 if data.startswith(BOM_UTF8) else b""
         with open(path, "wb") as target:
-            _through(packing, target, iter([mark, cleaned["text"].encode()]))
+            _write_compressed(packing, target, iter([mark, cleaned["text"].encode()]))
 
 
 def _write_lines(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
     def lines() -> Iterator[bytes]:
         for offset, line in raw_lines(InputSplit(unit.key, "jsonl", (file,), 0, END), whole=True):
-            if offset == 0 and line.startswith(BOM_UTF8):  # the file's, whatever becomes of its first line
+            if offset == 0 and line.startswith(BOM_UTF8):  # belongs to the file, even if its first line is left out
                 yield BOM_UTF8
                 line = line.removeprefix(BOM_UTF8)
             if offset not in cleaner.leaks:
@@ -199,7 +201,7 @@ def _write_lines(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleane
             values = json.loads(line.decode())
             cleaned = cleaner.cleaned(offset, values)
             if cleaned is not None:
-                # A lone surrogate beside what was cut is written as it can only be, escaped.
+                # A lone surrogate in the remaining text can only be written as an escape.
                 yield with_strings(line.decode(), values, cleaned).encode("utf-8", "backslashreplace")
 
     def array() -> Iterator[bytes]:
@@ -211,14 +213,14 @@ def _write_lines(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleane
 
     with open(path, "wb") as target:
         pieces = array() if is_array(file) else lines()
-        _through(compression(file.name), target, pieces)
+        _write_compressed(compression(file.name), target, pieces)
 
 
 def _write_parquet(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
     fs, place = filesystem(file.url)
     with fs.open(place, "rb") as source:
         table = pq.ParquetFile(source, page_checksum_verification=True)
-        # Reading raises where asking for the columns that a corrupt footer describes would end the process.
+        # Read a row first: it raises for a corrupt footer, where asking for its columns would crash the process.
         next(table.iter_batches(1, row_groups=[0], use_threads=False), None)
         with pq.ParquetWriter(path, table.schema_arrow, compression=_codecs(table.metadata)) as target:
             first = 0
@@ -229,7 +231,7 @@ def _write_parquet(unit: InputSplit, file: SourceFile, path: str, cleaner: _Clea
 
 
 def _codecs(metadata: pq.FileMetaData) -> str | dict[str, str]:
-    """The codec of a Parquet file, or the codecs of its columns, in the writer's names."""
+    """Return a Parquet file's codec, or the codecs by column if they differ, under the writer's names."""
     group = metadata.row_group(0)
     columns = [group.column(i) for i in range(group.num_columns)]
     codecs = {each.path_in_schema: each.compression.replace("UNCOMPRESSED", "NONE") for each in columns}
@@ -246,7 +248,7 @@ def _write_arrow(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleane
         batches = (opened.get_batch(i) for i in range(opened.num_record_batches)) if framed else opened
         cleaned = _cleaned_batches(batches, cleaner)
         if framed and any(pa.types.is_dictionary(field.type) for field in opened.schema):
-            # This format has one dictionary for all batches.
+            # The file format allows only one dictionary for all batches.
             tables = [opened.schema.empty_table(), *cleaned]
             cleaned = iter([pa.concat_tables(tables).unify_dictionaries()])
         make: Any = pa.ipc.new_file if framed else pa.ipc.new_stream
@@ -267,12 +269,12 @@ def _cleaned_table(table: pa.Table, first: int, cleaner: _Cleaner) -> pa.Table:
     touched = sorted(place - first for place in cleaner.leaks if first <= place < first + table.num_rows)
     if not touched:
         return table
-    # Other columns may hold what Python cannot: invalid UTF-8, dates out of range.
+    # Convert only these columns: others may hold values that Python cannot (invalid UTF-8, dates out of range).
     names = [name for name in table.schema.names if name in cleaner.read]
     pieces, last = [table.schema.empty_table()], 0
     for n in touched:
         row = table.slice(n, 1)
-        # As the readers do: a place is a path of keys.
+        # As the readers do, because a place is a path of keys.
         (values,) = row.select(names).to_pylist(maps_as_pydicts="strict")
         cleaned = cleaner.cleaned(first + n, values)
         pieces.append(table.slice(last, n - last))
@@ -286,7 +288,7 @@ def _cleaned_table(table: pa.Table, first: int, cleaner: _Cleaner) -> pa.Table:
     return pa.concat_tables([*pieces, table.slice(last)]).unify_dictionaries().combine_chunks()
 
 
-def _through(packing: str, target: IO[bytes], pieces: Iterator[bytes]) -> None:
+def _write_compressed(packing: str, target: IO[bytes], pieces: Iterator[bytes]) -> None:
     """Write pieces with the given compression, without a timestamp or file name, so bytes are reproducible."""
     if packing == ".gz":
         with gzip.GzipFile(filename="", mode="wb", fileobj=target, mtime=0) as packed:

@@ -54,12 +54,12 @@ def scan_page(
     Returns:
         Self-contained HTML.
     """
-    findings, clean = _listed(facts, table, lexical, found)
-    kept, near = _fitting(findings, FOUND_BYTES), _fitting(clean, CLEAN_BYTES)
+    findings, clean = _page_rows(facts, table, lexical, found)
+    kept, near = _rows_within(findings, FOUND_BYTES), _rows_within(clean, CLEAN_BYTES)
     rows = [[row[name] for name in _ROW] for row in (*kept, *near)]
     evidence = _Evidence(lexical, items, [row["key"] for row in (*kept, *near)], facts["options"])
     sets, trend = set_rows(facts), _trend([*history, facts])
-    shown, left_out = evidence.dealt(len(kept), ALL_BYTES - _size([rows, sets, trend]))
+    shown, left_out = evidence.within_budget(len(kept), ALL_BYTES - _json_bytes([rows, sets, trend]))
     data = {
         "columns": _ROW,
         "rows": rows,
@@ -86,7 +86,7 @@ def scan_page(
     )
 
 
-def _listed(
+def _page_rows(
     facts: dict[str, Any], table: pa.Table, lexical: Lexical, found: Difference
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return rows of findings (new, changed, unchanged, resolved) and of clean items, closest to a finding first."""
@@ -104,13 +104,13 @@ def _listed(
     clean = [row for key, row in now.items() if row["verdict"] == CLEAN and key not in resolved]
     clean.sort(key=lambda row: (-row["overlap"], 2.0 if row["q"] is None else row["q"]))
 
-    def told(row: dict[str, Any]) -> dict[str, Any]:
+    def page_row(row: dict[str, Any]) -> dict[str, Any]:
         mark, note = marks.get(row["key"], (None, ""))
         values = {name: _json_value(row.get(name)) for name in _ROW}
         extra = {"key": row["key"], "item": row["item_id"], "mark": mark, "note": note}
         return {**values, **extra, "question": row["question"][:_QUESTION], "short": row["key"] in lexical.short}
 
-    return [told(row) for row in listed], [told(row) for row in clean]
+    return [page_row(row) for row in listed], [page_row(row) for row in clean]
 
 
 def _json_value(value: Any) -> Any:
@@ -120,18 +120,18 @@ def _json_value(value: Any) -> Any:
     return value
 
 
-def _fitting(rows: list[dict[str, Any]], room: int) -> list[dict[str, Any]]:
+def _rows_within(rows: list[dict[str, Any]], room: int) -> list[dict[str, Any]]:
     """Return the leading rows that fit into ``room`` bytes."""
     kept = []
     for row in rows:
-        room -= _size([row[name] for name in _ROW])
+        room -= _json_bytes([row[name] for name in _ROW])
         if room < 0:
             break
         kept.append(row)
     return kept
 
 
-def _size(value: Any) -> int:
+def _json_bytes(value: Any) -> int:
     return len(embedded(value).encode()) + 1
 
 
@@ -146,8 +146,10 @@ class _Evidence:
         for row in chosen.filter(pc.not_equal(chosen["excerpt"], "")).to_pylist():
             self.matches.setdefault(row["key"], []).append(row)
 
-    def dealt(self, findings: int, room: int) -> tuple[dict[int, dict[str, Any]], int]:
-        """Fill the byte budget round-robin: a first document for each finding, then a second, …; clean items last.
+    def within_budget(self, findings: int, room: int) -> tuple[dict[int, dict[str, Any]], int]:
+        """Return the evidence that fits the byte budget, filled round-robin; clean items come last.
+
+        Every finding gets one document before any gets a second.
 
         Args:
             findings: number of leading rows that are findings.
@@ -163,16 +165,16 @@ class _Evidence:
             for place in range(DOCUMENTS):
                 for i, documents in waiting.items():
                     added = documents[place : place + 1]
-                    told = added if place else {"texts": self._texts(self.keys[i]), "copies": added}
-                    size = _size(told)
+                    content = added if place else {"texts": self._texts(self.keys[i]), "copies": added}
+                    size = _json_bytes(content)
                     if size > room or (place and i not in shown):
                         left_out += len(added)
                         continue
                     room -= size
-                    if isinstance(told, dict):
-                        shown[i] = told
+                    if isinstance(content, dict):
+                        shown[i] = content
                     else:
-                        shown[i]["copies"] += told
+                        shown[i]["copies"] += content
         return shown, left_out
 
     def _texts(self, key: str) -> list[list[str]]:
@@ -185,7 +187,7 @@ class _Evidence:
             fields = fields_of(item, self.options["words"], self.options["shortest"])
             copied = {row["field"] for row in self.matches[key]}
             texts |= {field.name: field.text for field in fields if field.name in copied}
-        return [[name, _cut(text, TEXT)] for name, text in texts.items() if text]
+        return [[name, _truncate(text, TEXT)] for name, text in texts.items() if text]
 
     def _documents(self, key: str) -> list[dict[str, Any]]:
         """Return the documents with the largest overlap with an item, findings first, with the matches per field."""
@@ -206,7 +208,7 @@ class _Evidence:
         first = next(iter(fields.values()))[0]
         held = []
         for name, runs in sorted(fields.items(), key=lambda each: -each[1][0]["overlap"]):
-            spans = _units(texts[name], _joined((run["item_start"], run["item_stop"]) for run in runs))
+            spans = _utf16_spans(texts[name], _merge_spans((run["item_start"], run["item_stop"]) for run in runs))
             held.append(
                 {"field": name, "overlap": _json_value(runs[0]["overlap"]), "spans": spans, "passages": _passages(runs)}
             )
@@ -232,7 +234,7 @@ def _passages(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         last["spans"].append((run["start"], min(run["stop"], stop)))
         if stop >= last["stop"]:
             last["stop"], last["goes_on"] = stop, stop - run["stop"] >= AROUND or stop < run["stop"]
-    best = sorted(pieces, key=lambda piece: -sum(b - a for a, b in _joined(piece["spans"])))[:PASSAGES]
+    best = sorted(pieces, key=lambda piece: -sum(b - a for a, b in _merge_spans(piece["spans"])))[:PASSAGES]
     return [_passage(piece) for piece in sorted(best, key=lambda piece: (piece["part"], piece["start"]))]
 
 
@@ -240,11 +242,11 @@ def _passage(piece: dict[str, Any]) -> dict[str, Any]:
     before, after = "…" if piece["start"] else "", "…" if piece["goes_on"] else ""
     text = before + piece["text"] + after
     shift = len(before) - piece["start"]
-    spans = _units(text, _joined((a + shift, b + shift) for a, b in piece["spans"]))
+    spans = _utf16_spans(text, _merge_spans((a + shift, b + shift) for a, b in piece["spans"]))
     return {"part": piece["part"], "text": text, "spans": spans}
 
 
-def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def _merge_spans(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Sort spans and merge those that overlap or touch."""
     joined: list[tuple[int, int]] = []
     for start, stop in sorted(spans):
@@ -255,27 +257,27 @@ def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _units(text: str, spans: list[tuple[int, int]]) -> list[list[int]]:
+def _utf16_spans(text: str, spans: list[tuple[int, int]]) -> list[list[int]]:
     """Convert spans from characters to UTF-16 units, as browsers count; drop spans that start beyond the text."""
     last = len(text)
-    return [[_width(text[:start]), _width(text[:stop])] for start, stop in spans if start < last]
+    return [[_utf16_length(text[:start]), _utf16_length(text[:stop])] for start, stop in spans if start < last]
 
 
-def _width(text: str) -> int:
+def _utf16_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-16-le")) // 2
 
 
-def _cut(text: str, longest: int) -> str:
+def _truncate(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[:longest]} …"
 
 
 def _trend(nights: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Count findings per night and channel for the last night's sets; None if the set or channel was not scanned."""
-    told = [{each["name"]: each["verdicts"] for each in night["sets"]} for night in nights]
+    verdicts_by_night = [{each["name"]: each["verdicts"] for each in night["sets"]} for night in nights]
     sets = []
-    for name in told[-1]:
+    for name in verdicts_by_night[-1]:
         counts: dict[str, list[int | None]] = {"lexical": [], "influence": []}
-        for night, verdicts in zip(nights, told, strict=True):
+        for night, verdicts in zip(nights, verdicts_by_night, strict=True):
             for channel, values in counts.items():
                 asked = name in verdicts and (channel == "lexical" or night["influence"] is not None)
                 values.append(verdicts[name][channel] + verdicts[name]["both"] if asked else None)

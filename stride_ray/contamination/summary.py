@@ -23,7 +23,8 @@ HEAD = (
 )
 NOTE = (
     "A lexical finding is a copy of an item's text in the corpus. Influence alone is a suspicion, never proof: the "
-    "model predicts the item better than control items, and leans on a block of its training data as for none of them."
+    "model predicts the item better than control items, and one training block has more influence on the item than on "
+    "the control items."
 )
 
 
@@ -36,12 +37,12 @@ def markdown(facts: dict[str, Any], found: Difference) -> str:
     """
     lines = [f"# Contamination scan, {facts['night']}", "", headline(facts), "", NOTE, ""]
     lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in set_rows(facts)]
+    lines += ["| " + " | ".join(map(_table_cell, row)) + " |" for row in set_rows(facts)]
     for title, rows in _sections(found):
         lines += ["", f"## {title}", ""]
-        lines += [f"- {_plain(line(row))}  \n  {_plain(row['question'])}" for row in rows[:_LISTED]] or ["None."]
+        lines += [f"- {_escape(line(row))}  \n  {_escape(row['question'])}" for row in rows[:_LISTED]] or ["None."]
         lines += [f"- and {len(rows) - _LISTED} more, see verdicts.parquet"] if len(rows) > _LISTED else []
-    lines += ["", "## How it was made", "", *(f"- {_plain(text)}" for text in about(facts))]
+    lines += ["", "## How it was made", "", *(f"- {_escape(text)}" for text in about(facts))]
     return "\n".join(lines) + "\n"
 
 
@@ -75,22 +76,22 @@ def about(facts: dict[str, Any]) -> list[str]:
     lines = [
         f"corpus: {corpus['documents']} documents in {corpus['units']} units, {corpus['rejected']} rows rejected",
         f"lexical: n = {options['words']}, overlap at least {options['overlap']:g}; {corpus['boilerplate']} n-grams "
-        f"were boilerplate, which left nothing of {corpus['filtered']} matches; {corpus['common']} n-grams of too many "
-        "items left out",
+        f"left out as boilerplate, the whole of {corpus['filtered']} matches; {corpus['common']} n-grams left out "
+        "because too many items contain them",
     ]
     lines += [f"  {reject}" for reject in corpus["rejects"]]
     for each in facts["sets"]:
-        lines.append(f"set {each['name']}: searched for {_names(each['searched_fields'])}")
+        lines.append(f"set {each['name']}: searched for {_shortened_list(each['searched_fields'])}")
         if each["question_fields"] != ["question"]:
-            lines[-1] += f", with {_names(each['question_fields'])} as the question"
+            lines[-1] += f", with {_shortened_list(each['question_fields'])} as the question"
         if each["left_out_fields"]:
-            lines[-1] += f"; not for {_names(each['left_out_fields'])} (too short, identifiers, or not named)"
+            lines[-1] += f"; not for {_shortened_list(each['left_out_fields'])} (too short, identifiers, or not named)"
         if each["not_understood"]:
-            lines.append(f"  of {each['not_understood']} items a field was not understood and searched as plain text:")
+            lines.append(f"  {each['not_understood']} items have a field that was not understood and searched as text:")
             lines += [f"  {field}" for field in each["first_not_understood"]]
     influence = facts["influence"]
     if influence is None:
-        return [*lines, "influence: not asked (scan.influence = false)"]
+        return [*lines, "influence: off (scan.influence = false)"]
     return [
         *lines,
         f"influence: model {influence['model']}, {influence['mode']}, {influence['blocks']} blocks; "
@@ -99,16 +100,16 @@ def about(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def _names(names: list[str]) -> str:
+def _shortened_list(names: list[str]) -> str:
     more = [f"{len(names) - _NAMES} more fields"] if len(names) > _NAMES else []
     return ", ".join([*names[:_NAMES], *more]) or "nothing"
 
 
-def _cell(value: Any) -> str:
-    return _plain(str(value)).replace("|", "\\|")
+def _table_cell(value: Any) -> str:
+    return _escape(str(value)).replace("|", "\\|")
 
 
-def _plain(text: str) -> str:
+def _escape(text: str) -> str:
     """Escape a text for Markdown and HTML, on one line."""
     text = html.escape(" ".join(text.split()), quote=False)
     for sign in "\\`*_[]":

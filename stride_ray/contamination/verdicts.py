@@ -60,7 +60,7 @@ def verdicts(
         false_discovery: largest q-value (significance.q_values) of a suspicion.
         before: item key to verdict in the previous scan.
     """
-    # Documents are told apart by their rows: ids may repeat, even within a source.
+    # A document is identified by its row, since ids may repeat even within a source.
     holding: dict[str, dict[tuple[str, str, str, int], float]] = {}
     finding: dict[str, set[tuple[str, int]]] = {}
     names = ["document_id", "source", "file", "place"]
@@ -71,7 +71,7 @@ def verdicts(
             held[document] = max(row["overlap"], held.get(document, 0.0))
             if row["finding"]:
                 finding.setdefault(row["key"], set()).add(document[2:])
-    tied = {} if ties is None else _tied(items, ties, false_discovery)
+    tied = {} if ties is None else _influence_columns(items, ties, false_discovery)
     rows = []
     for item in items:
         held, tie = holding.get(item.key, {}), tied.get(item.key, {})
@@ -95,14 +95,14 @@ def verdicts(
     return pa.Table.from_pylist(rows, VERDICTS)
 
 
-def _tied(items: Sequence[Item], ties: pa.Table, false_discovery: float) -> dict[str, dict[str, Any]]:
+def _influence_columns(items: Sequence[Item], ties: pa.Table, false_discovery: float) -> dict[str, dict[str, Any]]:
     """Return the influence channel's columns of VERDICTS and ``suspected``, by item key."""
     p = item_p_values(ties)
     rows = {row["key"]: row for row in ties.to_pylist() if not row["control"]}
     # An item in two sets has a key in each and is tested twice.
-    asked = [item.key for item in items if rows.get(item.key, {}).get("contrast") is not None]
-    q = dict(zip(asked, q_values(np.array([p[key] for key in asked])).tolist(), strict=True))
-    losses = [row["loss"] for row in ties.to_pylist() if row["control"] and _finite(row["loss"])]
+    measured = [item.key for item in items if rows.get(item.key, {}).get("contrast") is not None]
+    q = dict(zip(measured, q_values(np.array([p[key] for key in measured])).tolist(), strict=True))
+    losses = [row["loss"] for row in ties.to_pylist() if row["control"] and _is_finite(row["loss"])]
     low = float(np.quantile(losses, 1 - MEMORISED)) if losses else -np.inf
     found = {}
     for key, row in rows.items():
@@ -113,13 +113,13 @@ def _tied(items: Sequence[Item], ties: pa.Table, false_discovery: float) -> dict
             "tied_source": row["source"],
             "p": p[key] if key in q else None,
             "q": q.get(key),
-            "memorised": row["loss"] < low if _finite(row["loss"]) else None,
+            "memorised": row["loss"] < low if _is_finite(row["loss"]) else None,
             "suspected": q.get(key, 1.0) <= false_discovery,
         }
     return found
 
 
-def _finite(value: float | None) -> bool:
+def _is_finite(value: float | None) -> bool:
     return value is not None and bool(np.isfinite(value))
 
 

@@ -12,7 +12,7 @@ SECONDS = 10.0
 
 
 def shown_webhook(url: str) -> str:
-    """The server of a webhook, for messages and reports: of many services the path is the secret."""
+    """Return a webhook's server for messages and reports; the path is left out, as it may be a secret."""
     parts = urlsplit(redact_url(url))
     return f"{parts.scheme}://{parts.netloc}/…" if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}"
 

@@ -19,11 +19,11 @@ MAX_BATCH_TOKENS = 8192
 LIBRARY_BYTES = 2**30
 # Factor on the weights' bytes: the preconditioner is about as large as the model.
 WEIGHT_MEMORY_FACTOR = 2.0
-# Peak memory of a pass, as a multiple of what its forward saves for backward: adds gradients and the sites' inputs.
+# Peak memory of a pass over the activations saved for backward; the rest are gradients and the sites' inputs.
 PASS_MEMORY_FACTOR = 1.3
 # Usable share of a GPU's memory.
 GPU_MEMORY_SHARE = 0.7
-_kept: weakref.WeakKeyDictionary[SplitModel, dict[int, int]] = weakref.WeakKeyDictionary()
+_activation_bytes: weakref.WeakKeyDictionary[SplitModel, dict[int, int]] = weakref.WeakKeyDictionary()
 
 
 def rows_at_once(config: Config, model: SplitModel, tokens: int) -> int:
@@ -48,7 +48,7 @@ def rows_at_once(config: Config, model: SplitModel, tokens: int) -> int:
 
 def saved_activation_bytes(model: SplitModel, tokens: int) -> int:
     """Bytes that a forward pass over one text saves for its backward pass; measured once per model and length."""
-    known = _kept.setdefault(model, {})
+    known = _activation_bytes.setdefault(model, {})
     if tokens not in known:
         weights = {p.untyped_storage().data_ptr() for p in model.model.parameters()}
         storages: dict[int, int] = {}

@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from stride_ray.models.chunked_loss import FusedLosses
-from stride_ray.models.download import local_model, unloadable
+from stride_ray.models.download import loading_error, local_model
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import first_line, redact_url
 
@@ -68,7 +68,7 @@ class SplitModel:
         config = model.config.get_text_config(decoder=True)
         self._head = model.get_output_embeddings()
         if self._head is None:
-            raise StrideError(f"{name}: {type(model).__name__} has no language-model head; give a causal model")
+            raise StrideError(f"{name}: {type(model).__name__} has no language-model head; use a causal language model")
         self._layers = _decoder_layers(model, config, name)
         self.n_layers = len(self._layers)
         self.split_layer = resolve_split(split, self.n_layers)
@@ -82,26 +82,31 @@ class SplitModel:
         # Padding without an attention mask is intended: skip the warning, whose check would synchronise with the GPU.
         for module in model.modules():
             if hasattr(module, "warn_if_padding_and_no_attention_mask"):
-                module.warn_if_padding_and_no_attention_mask = _say_nothing
+                module.warn_if_padding_and_no_attention_mask = _skip_warning
         self._outputs: int | None = None  # length of the tuple that a layer returns; None if it returns a tensor
         self._body: Any = None  # output of the model below its head for one token
         self._probe()
 
     @torch.no_grad()
     def trunk(self, ids_BT: Tensor, layer: int | None = None) -> Tensor:
-        """The residual stream h_BTD after layer ℓ (or ``layer``, 1…L), in the model's dtype, without a graph.
+        """Compute the residual stream h_BTD after layer ℓ (or ``layer``, 1…L), in the model's dtype, without a graph.
 
-        Ids are integers, right-padded with any valid id. Raises StrideError if ids are not integers of shape (B, T),
-        one is outside the vocabulary, or T is 0 or exceeds the context.
+        Args:
+            ids_BT: integer token ids, right-padded with any valid id.
+            layer: the layer to stop after; default ℓ.
+
+        Raises:
+            StrideError: ids are not integers of shape (B, T), one is outside the vocabulary, or T is 0 or exceeds the
+                context.
         """
         self.check_ids(ids_BT)
         T = ids_BT.shape[-1]
         if ids_BT.dim() != 2 or T == 0:
             raise StrideError(f"{self.name}: token ids must be texts × tokens, got shape {tuple(ids_BT.shape)}")
         if self.context is not None and self.context < T:
-            raise StrideError(f"{self.name}: {T} tokens are more than the context of {self.context}; cut the texts")
+            raise StrideError(f"{self.name}: {T} tokens are more than the context of {self.context}; shorten the texts")
         last = self._trunk_layers(layer)[-1]
-        output = self._run(ids_BT.to(self.device, torch.long), [(last, _carry_out(last.forward))])
+        output = self._run(ids_BT.to(self.device, torch.long), [(last, _exit_with_output(last.forward))])
         return output[0] if isinstance(output, tuple) else output
 
     def last_stream(self, ids_BT: Tensor) -> Tensor:
@@ -117,13 +122,13 @@ class SplitModel:
             layer: the layer that the stream was taken after; default ℓ.
         """
         given = h_BTD.to(self.device, self.dtype)
-        replaced = [(module, self._constant(given)) for module in self._trunk_layers(layer)]
+        replaced = [(module, self._constant_forward(given)) for module in self._trunk_layers(layer)]
         ids_BT = torch.full(given.shape[:2], self._dummy, device=self.device)
-        return self._run(ids_BT, [*replaced, (self._head, _carry_out(lambda z_BTD: z_BTD))])
+        return self._run(ids_BT, [*replaced, (self._head, _exit_with_output(lambda z_BTD: z_BTD))])
 
     def read(self, ids_BT: Tensor) -> Tensor:
         """All layers and the final norm: ids to z_BTD, differentiable in activations that a hook made leaves."""
-        return self._run(ids_BT.to(self.device, torch.long), [(self._head, _carry_out(lambda z_BTD: z_BTD))])
+        return self._run(ids_BT.to(self.device, torch.long), [(self._head, _exit_with_output(lambda z_BTD: z_BTD))])
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -134,7 +139,7 @@ class SplitModel:
         """The head and any postprocessing such as softcaps: states (…, D) to logits (…, V), differentiable."""
         z_1nD = z_xD.reshape(1, -1, z_xD.shape[-1]).to(self.device, self.dtype)
         head = self._head.forward
-        replaced = [(module, self._constant(self._stub_11D)) for module in self._layers]
+        replaced = [(module, self._constant_forward(self._stub_11D)) for module in self._layers]
         if self._body is not None:
             replaced.append((self.model.base_model, lambda *args, **kwargs: self._body))
         replaced.append((self._head, lambda *args, **kwargs: head(z_1nD)))
@@ -162,8 +167,8 @@ class SplitModel:
             z_BTD: output of ``states``.
             ids_BT: token ids; a single row is broadcast over B.
             mask_BT: non-zero for targets; column 0 is ignored; a single row is broadcast over B.
-            shift: maps the rows and positions of a chunk (int64, n each) to (n, V), which is added to the logits
-                (method: ``logit``). Differentiable.
+            shift: differentiable function from the rows and positions of a chunk (int64, n each) to (n, V), which is
+                added to the logits (method: ``logit``).
             budget: elements in one chunk of logits (at least one position); default ``logits_budget``.
 
         Returns:
@@ -185,24 +190,32 @@ class SplitModel:
             losses_n = cast(Tensor, FusedLosses.apply(z_nD, target_n, self.logits, step))
         else:
             parts = zip(z_nD.split(step), target_n.split(step), row_n.split(step), position_n.split(step), strict=True)
-            again = functools.partial(checkpoint, self._chunk, use_reentrant=False, preserve_rng_state=False)
-            run = again if torch.is_grad_enabled() else self._chunk
+            again = functools.partial(checkpoint, self._chunk_losses, use_reentrant=False, preserve_rng_state=False)
+            run = again if torch.is_grad_enabled() else self._chunk_losses
             losses_n = torch.cat([run(*part, shift) for part in parts])
         return losses_BT1.index_put((row_n, position_n), losses_n)
 
     def losses(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Masked mean cross-entropy of each text given its stream after layer ℓ (method: CE_k).
 
-        (B,) float32, nats per token, differentiable in ``h_BTD``; nan for a row without a target. Ids and mask as in
-        ``token_losses``; the mask may hold weights ω. Columns after the batch's last target are dropped before the
-        suffix runs (paper F.4).
+        Columns after the batch's last target are dropped before the suffix runs (paper F.4).
+
+        Args:
+            h_BTD: the stream, steered or not.
+            ids_BT: as in ``token_losses``.
+            mask_BT: as in ``token_losses``; it may hold weights ω.
+
+        Returns:
+            (B,) float32, nats per token, differentiable in ``h_BTD``; NaN for a row without a target.
         """
         columns = (mask_BT[:, 1:] != 0).any(0).nonzero()
         length = int(columns.max()) + 2 if len(columns) else min(2, h_BTD.shape[1])
         z_BTD = self.states(h_BTD[:, :length])
         return masked_mean(self.token_losses(z_BTD, ids_BT[:, :length], mask_BT[:, :length]), mask_BT[:, :length])
 
-    def _chunk(self, z_nD: Tensor, target_n: Tensor, row_n: Tensor, position_n: Tensor, shift: Shift | None) -> Tensor:
+    def _chunk_losses(
+        self, z_nD: Tensor, target_n: Tensor, row_n: Tensor, position_n: Tensor, shift: Shift | None
+    ) -> Tensor:
         """Losses of n positions in float32, for any model dtype."""
         logits_nV = self.logits(z_nD).float()
         if shift is not None:
@@ -217,8 +230,8 @@ class SplitModel:
         smallest, largest = (int(x) for x in torch.aminmax(ids)) if ids.numel() else (0, 0)
         if smallest < 0 or largest >= rows:
             wrong = f"largest token id is {largest}" if largest >= rows else f"smallest token id is {smallest}"
-            told = f"the {wrong}, and the model's vocabulary has {rows} ids (0..{rows - 1})"
-            raise StrideError(f"{self.name}: {told}; tokenize with the model's own tokenizer")
+            range_of_ids = f"the model's vocabulary has {rows} ids (0..{rows - 1})"
+            raise StrideError(f"{self.name}: the {wrong}, and {range_of_ids}; tokenize with the model's own tokenizer")
 
     def _trunk_layers(self, layer: int | None) -> list[nn.Module]:
         return self._layers[: self.split_layer if layer is None else resolve_split(layer, self.n_layers)]
@@ -227,7 +240,7 @@ class SplitModel:
     def _probe(self) -> None:
         """Infer shapes from a tiny random input; check causality and that the parts reproduce the model's logits."""
         kind = type(self.model).__name__
-        strange = f"{self.name}: {kind} carries its stream or its logits in a way that stride_ray does not know"
+        unsupported = f"{self.name}: {kind} computes its residual stream or logits in a way stride_ray does not support"
         T = min(8, self.context or 8)
         random = torch.Generator().manual_seed(0)
         ids_BT = torch.randint(0, self._embedded, (2, T), generator=random).to(self.device)
@@ -237,7 +250,7 @@ class SplitModel:
             own, other = (self._run(ids, [], to_the_end=True).logits for ids in (ids_BT, ids_other))
             self.vocabulary = int(own.shape[-1])
             allowed = max(1.0, float(own.abs().max())) * (1e-4 if self.dtype == torch.float32 else 2e-2)
-            output = self._run(ids_BT, [(self._layers[0], _carry_out(self._layers[0].forward))])
+            output = self._run(ids_BT, [(self._layers[0], _exit_with_output(self._layers[0].forward))])
             self._outputs = len(output) if isinstance(output, tuple) else None
             streams = {layer: self.trunk(ids_BT, layer) for layer in (self.split_layer, self.n_layers)}
             self.width = int(streams[self.n_layers].shape[-1])
@@ -245,20 +258,20 @@ class SplitModel:
             self._stub_11D = streams[self.n_layers][:1, :1].clone()
             if (body := self.model.base_model) is not self.model:
                 with contextlib.suppress(LookupError):  # some heads bypass base_model: skip only the layers
-                    self._body = self._run(ids_BT[:1, :1], [(body, _carry_out(body.forward))])
+                    self._body = self._run(ids_BT[:1, :1], [(body, _exit_with_output(body.forward))])
             parts = [self.logits(self.states(h_BTD, layer)) for layer, h_BTD in streams.items()]
             difference = max(float((part - own).abs().max()) for part in parts)
         except Exception as error:
-            raise StrideError(f"{strange} ({first_line(error)})") from error
+            raise StrideError(f"{unsupported} ({first_line(error)})") from error
         if not own.isfinite().all():
             raise StrideError(f"{self.name}: logits are not finite in {self.dtype}; use bfloat16 or float32")
         if T > 1 and float((own - other)[:, :-1].abs().max()) > allowed:
             raise StrideError(f"{self.name}: {kind} is not causal; STRIDE needs a causal language model")
         if not difference <= allowed:
-            raise StrideError(f"{strange}: the split model's logits differ from its own by {difference:.2g}")
+            raise StrideError(f"{unsupported}: the split model's logits differ from its own by {difference:.2g}")
 
     def _run(self, ids_BT: Tensor, replaced: list[tuple[nn.Module, Callable]], to_the_end: bool = False) -> Any:
-        """Run the model with some ``forward``s replaced; returns its output, or what ``_Caught`` carries out of it."""
+        """Run the model with some ``forward``s replaced; returns its output, or what ``_EarlyExit`` carries out."""
         # Accelerate sets ``forward`` on the instance: restore that one, not the class's.
         before = [(module, module.__dict__.get("forward")) for module, _ in replaced]
         try:
@@ -273,19 +286,19 @@ class SplitModel:
                 if own is not None:
                     module.__dict__["forward"] = own
         if not to_the_end:
-            raise LookupError("its forward goes round the layer or the head that it was to go through")
+            raise LookupError("its forward does not call the replaced layer or head")
         return output
 
-    def _constant(self, h_BTD: Tensor) -> Callable:
+    def _constant_forward(self, h_BTD: Tensor) -> Callable:
         """A layer forward that ignores its input and returns the given stream, in the layer's own output format."""
         output = h_BTD if self._outputs is None else (h_BTD, *[None] * (self._outputs - 1))
         return lambda *args, **kwargs: output
 
 
-def _say_nothing(*args: Any, **kwargs: Any) -> None: ...
+def _skip_warning(*args: Any, **kwargs: Any) -> None: ...
 
 
-def _carry_out(forward: Callable) -> Callable:
+def _exit_with_output(forward: Callable) -> Callable:
     def carrying(*args: Any, **kwargs: Any) -> None:
         raise _EarlyExit(forward(*args, **kwargs))
 
@@ -317,7 +330,7 @@ def _decoder_layers(model: Any, config: Any, name: str) -> list[nn.Module]:
     found = [m for root in (model.get_decoder(), model) for m in root.modules() if isinstance(m, nn.ModuleList)]
     layers = next((list(m) for m in found if len(m) == getattr(config, "num_hidden_layers", None)), [])
     if not layers or len(set(layers)) < len(layers):
-        raise StrideError(f"{name}: {type(model).__name__} keeps its layers where stride_ray cannot find them")
+        raise StrideError(f"{name}: {type(model).__name__} has no list of decoder layers that stride_ray can find")
     return layers
 
 
@@ -354,15 +367,18 @@ def load_model(
 
     try:
         options |= {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, "output_loading_info": True}
-        model, told = cast("tuple[Any, dict[str, Any]]", Auto.from_pretrained(folder, **options))
+        model, loading_info = cast("tuple[Any, dict[str, Any]]", Auto.from_pretrained(folder, **options))
         model.to(where)
     except Exception as error:
-        raise unloadable(path, local, error) from error
-    absent = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in told.get(kind) or ()]
+        raise loading_error(path, local, error) from error
+    absent = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in loading_info.get(kind) or ()]
     if absent:
-        raise StrideError(f"model {shown} lacks {len(absent)} weights ({min(absent)}, …); give a complete causal model")
+        raise StrideError(f"model {shown} lacks {len(absent)} weights ({min(absent)}, …); use a complete causal model")
     if spoilt := next((name for name, weights in model.named_parameters() if not weights.isfinite().all()), ""):
-        raise StrideError(f"model {shown} holds numbers in {spoilt} that are not finite in {dtype}; give a sound one")
+        raise StrideError(
+            f"model {shown} has weights in {spoilt} that are not finite in {dtype}; use an intact "
+            "checkpoint, or model.dtype = float32 if the weights overflow"
+        )
     return SplitModel(model, split, shown)
 
 

@@ -18,10 +18,10 @@ LARGE, WINDOWS, WINDOW = 2**26, 256, 2**16
 
 
 def local_model(path: str | Path) -> str:
-    """The local path of a model: local paths and hub ids are returned unchanged, fsspec URLs are fetched to a cache.
+    """Return a model's local path: local paths and hub ids unchanged, fsspec URLs after fetching them to a cache.
 
-    The cache is ``$XDG_CACHE_HOME/stride_ray/models`` (default ``~/.cache``; where that cannot be written, a folder
-    under TMPDIR), with one entry per URL and version of its files, written atomically. Subfolders, such as training
+    The cache is ``$XDG_CACHE_HOME/stride_ray/models`` (default ``~/.cache``) or, if not writable, a folder under
+    TMPDIR. It has one entry per URL and version of the files, written atomically. Subfolders, such as training
     checkpoints, are not fetched.
 
     Raises:
@@ -29,7 +29,7 @@ def local_model(path: str | Path) -> str:
     """
     text = os.path.expanduser(os.fspath(path))
     if "://" in text:
-        return _fetched(text)
+        return _fetch_model(text)
     if os.path.isdir(text):
         if not os.path.exists(os.path.join(text, "config.json")):
             raise StrideError(f"{path} is not a model folder: it has no config.json")
@@ -41,31 +41,32 @@ def local_model(path: str | Path) -> str:
 
 
 def model_fingerprint(path: str | Path) -> str:
-    """A fingerprint of a model's files (WEIGHTS), independent of their location: sixteen hexadecimal digits.
+    """Return a fingerprint of a model's files (WEIGHTS), independent of their location: sixteen hexadecimal digits.
 
-    For a local model it covers names, sizes and content (large files are sampled at WINDOWS places: training changes
-    all weights, but an edit of a few bytes may go undetected), in an object store the ETags, for a hub id the commit.
+    It covers names, sizes and content of a local model, the ETags of one in an object store, and the commit of a hub
+    id. Large local files are sampled at WINDOWS places: training changes all weights, so it is detected, but an edit of
+    a few bytes may not be.
 
     Raises:
         StrideError: if there is no such model.
     """
     if "://" in (text := os.fspath(path)):
         try:
-            files, found = _listed(text)
-            return digest(sorted((n, _version(files, entry)) for n, entry in found.items() if n.endswith(WEIGHTS)))
+            files, found = _list_model_files(text)
+            return digest(sorted((n, _file_version(files, entry)) for n, entry in found.items() if n.endswith(WEIGHTS)))
         except StrideError:
             raise
         except Exception as error:
             raise StrideError(f"model {redact_url(text)} cannot be listed ({redacted_error(error, text)})") from None
     local = Path(local_model(path))
     if not local.exists():
-        return digest(_commit(text))
+        return digest(_hub_commit(text))
     beside = [local] if local.is_file() else [each for each in local.iterdir() if each.is_file()]
     weights = sorted(each for each in beside if each.name.endswith(WEIGHTS))
-    return digest([(each.name, each.stat().st_size, _content(each)) for each in weights])
+    return digest([(each.name, each.stat().st_size, _content_hash(each)) for each in weights])
 
 
-def _content(path: Path) -> str:
+def _content_hash(path: Path) -> str:
     size, found = path.stat().st_size, hashlib.sha256()
     with open(path, "rb") as file:
         if size <= LARGE:
@@ -77,23 +78,23 @@ def _content(path: Path) -> str:
     return found.hexdigest()
 
 
-def _commit(hub_id: str) -> str:
+def _hub_commit(hub_id: str) -> str:
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     try:
         return extract_commit_hash(cached_file(hub_id, "config.json"), None) or ""
     except Exception as error:  # the hub raises types of its own
-        raise unloadable(hub_id, hub_id, error) from error
+        raise loading_error(hub_id, hub_id, error) from error
 
 
-def unloadable(path: str | Path, local: str, error: Exception) -> StrideError:
-    """The error for a model that cannot be loaded from ``local``, the result of ``local_model``."""
+def loading_error(path: str | Path, local: str, error: Exception) -> StrideError:
+    """Return the StrideError for a model that cannot be loaded from ``local``, the result of ``local_model``."""
     hub = "" if os.path.exists(local) else f"no such path from {os.getcwd()}, and Hugging Face Hub error: "
     return StrideError(f"model {redact_url(str(path))} could not be loaded: {hub}{first_line(error)}")
 
 
-def _listed(url: str) -> tuple[Any, dict[str, Any]]:
-    """The file system of a model's URL and its entries by file name; StrideError if they are not a model."""
+def _list_model_files(url: str) -> tuple[Any, dict[str, Any]]:
+    """Return the file system of a model's URL and its entries by file name; StrideError if they are not a model."""
     files, root = filesystem(url)
     found = {e["name"].rsplit("/", 1)[-1]: e for e in files.ls(root, detail=True) if e["type"] == "file"}
     if "config.json" not in found and not (found and url.endswith(".gguf")):
@@ -101,18 +102,18 @@ def _listed(url: str) -> tuple[Any, dict[str, Any]]:
     return files, found
 
 
-def _version(files: Any, entry: dict[str, Any]) -> str:
+def _file_version(files: Any, entry: dict[str, Any]) -> str:
     return str(entry.get("ETag") or files.ukey(entry["name"]))
 
 
-def _cache() -> Path:
-    """The user's cache of models; where there is none to write to, a folder of this user's own under TMPDIR.
+def _cache_folder() -> Path:
+    """Return the user's model cache or, if it is not writable, a folder under TMPDIR that belongs to this user.
 
     Raises:
-        StrideError: the folder under TMPDIR is another user's, who could put files into it.
+        StrideError: the folder under TMPDIR belongs to another user, who could put files into it.
     """
     home = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "stride_ray" / "models"
-    if home.is_absolute():  # else this user has no home
+    if home.is_absolute():  # a relative path means that this user has no home
         with contextlib.suppress(OSError):
             home.mkdir(parents=True, exist_ok=True)
             if os.access(home, os.W_OK):
@@ -124,11 +125,11 @@ def _cache() -> Path:
     return folder / "models"
 
 
-def _fetched(url: str) -> str:
-    cache = _cache()
+def _fetch_model(url: str) -> str:
+    cache = _cache_folder()
     try:
-        files, found = _listed(url)
-        state = sorted((name, _version(files, entry)) for name, entry in found.items())
+        files, found = _list_model_files(url)
+        state = sorted((name, _file_version(files, entry)) for name, entry in found.items())
         target = cache / hashlib.sha256(repr((url, state)).encode()).hexdigest()[:16]
         if not target.exists():
             cache.mkdir(parents=True, exist_ok=True)

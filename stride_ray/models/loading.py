@@ -17,28 +17,28 @@ INTERPOLATION_WEIGHT = 0.75
 
 
 def load_run_model(config: Config, device: str) -> SplitModel:
-    """The run's model, split where its operators act: at ℓ, or after the last layer for the logit form.
+    """Load the run's model, split where its operators act: at ℓ, or after the last layer for the logit form.
 
-    The last one loaded stays cached in the process.
+    The process caches the model that was loaded last.
 
     Raises:
-        StrideError: as load_model, or model.split is neither a share nor a whole number.
+        StrideError: as load_model, or model.split is neither a share of the depth nor a whole number of layers.
     """
     transformers.utils.logging.disable_progress_bar()
     split = config.model.split
-    # The option is a float: 1 is the whole depth, and the first layer is a small share of it.
-    layer: int | float = 1.0 if config.operators.form == "logit" else (split if split <= 1 else _whole(split))
-    return _loaded(config.model.path, layer, config.model.dtype, device)
+    # The option is a float, so 1 means the whole depth; layer 1 is given as a small share of the depth.
+    layer: int | float = 1.0 if config.operators.form == "logit" else (split if split <= 1 else _layer_number(split))
+    return _load_cached(config.model.path, layer, config.model.dtype, device)
 
 
-def _whole(split: float) -> int:
+def _layer_number(split: float) -> int:
     if split != int(split):
         raise StrideError(f"model.split is {split:g}, neither a share of the depth, up to 1, nor a number of layers.")
     return int(split)
 
 
 def load_measured_model(config: Config, device: str) -> SplitModel:
-    """The model at which exact influence is computed: the run's, or an interpolation if ``model.start`` is set.
+    """Load the model on which exact influence is computed: the run's, or an interpolation if ``model.start`` is set.
 
     Its parameters are INTERPOLATION_WEIGHT of the way from ``model.start`` to the run's model. Influence predicts
     training on less data, and gradients slightly before the end of training predict it better (this project's LDS
@@ -101,6 +101,6 @@ def interpolated_model(start_path: str, path: str, dtype: str, device: str) -> S
 
 
 @lru_cache(maxsize=1)
-def _loaded(path: str, layer: int | float, dtype: str, device: str) -> SplitModel:
+def _load_cached(path: str, layer: int | float, dtype: str, device: str) -> SplitModel:
     _use_deterministic_kernels(device, dtype)
     return load_model(path, split=layer, dtype=dtype, device=device)

@@ -18,7 +18,7 @@ def _damped_eigenbasis(moment: np.ndarray, damping: float) -> tuple[np.ndarray, 
 
 
 def damped_eigenbasis(moment: np.ndarray, damping: float) -> tuple[Tensor, Tensor]:
-    """Eigenvalues λ_i + damping · mean λ, (D,), and eigenvectors, (D, D) in columns. (D, D) float64 to float32."""
+    """Return λ_i + damping · mean λ, (D,), and the eigenvectors in columns, (D, D); (D, D) float64 to float32."""
     values, vectors = _damped_eigenbasis(moment, damping)
     return torch.from_numpy(values).float(), torch.from_numpy(vectors).float()
 
@@ -42,10 +42,10 @@ def gaussian_sketch(vocabulary: int, sketch: int, generator: torch.Generator) ->
 
 
 def compiled(function: Any) -> Any:
-    """Compile a loop with numba when it is first called; the machine code is kept for later processes if it can be.
+    """Compile a loop with numba on its first call, and cache the machine code for later processes where possible.
 
-    numba keeps it beside the source or in the user's cache. In a container, both may be read-only; every process then
-    compiles for itself (seconds), or NUMBA_CACHE_DIR names a folder for it.
+    The cache lies beside the source or in the user's cache folder. If both are read-only, as in some containers, every
+    process compiles anew, which takes seconds, unless NUMBA_CACHE_DIR names a writable folder.
     """
     try:
         return numba.njit(cache=True, nogil=True)(function)

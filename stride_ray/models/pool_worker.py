@@ -23,7 +23,7 @@ SLICES = 16
 
 
 def check_tokenizer(config: Config, blocks: Blocks) -> None:
-    """Raise StrideError if the model is missing, or its tokenizer disagrees with the blocks' tokenizer on an id."""
+    """Raise StrideError if the model is missing, or its tokenizer and the blocks' disagree on the token of an id."""
     for path in (config.model.path, config.model.start):
         if path and "://" not in path:
             local_model(path)
@@ -39,14 +39,14 @@ def check_tokenizer(config: Config, blocks: Blocks) -> None:
     if strange:
         i, token = min(strange)
         raise StrideError(
-            f"The blocks were cut with the tokenizer {redact_url(config.corpus.tokenizer)}, to which token {i} is "
-            f"{token!r}; to the model {redact_url(config.model.path)} it is {names[i]!r}. Shard into a new run "
-            "directory with the model's own tokenizer (--model)."
+            f"Token {i} is {token!r} in the blocks' tokenizer ({redact_url(config.corpus.tokenizer)}) but {names[i]!r} "
+            f"in the model's ({redact_url(config.model.path)}); shard into a new run directory with the model's own "
+            "tokenizer (--model)."
         )
 
 
 def covered_fingerprint(stage: Stage, blocks: Blocks) -> str:
-    """Fingerprint of the blocks that a stage covers: the current pool or, if it is finished, the blocks it used."""
+    """Return the fingerprint of a stage's blocks: those that it used if it is finished, else the current pool."""
     now = blocks.manifest["fingerprint"]
     if stage.finished:
         then = stage.store.read_json("stage.json")["keys"].get("corpus")
@@ -56,7 +56,7 @@ def covered_fingerprint(stage: Stage, blocks: Blocks) -> str:
 
 
 def token_counts(blocks: Blocks, actors: ActorPool) -> np.ndarray:
-    """How often each token is a target in the pool (loss mask): (largest id + 1,) int64."""
+    """Count how often each token is a target (loss mask) in the pool: (largest id + 1,) int64."""
     parts = [part["name"] for part in blocks.manifest["parts"]]
     vocabulary = blocks.manifest["max_token_id"] + 1
     counted = progress(
@@ -108,7 +108,7 @@ def in_order(results: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 class ModelWorker:
     """Base class of workers that run the model over the pool, ``rows`` blocks at a time.
 
-    It sees a snapshot of the pool from the start of the stage: blocks added later are ignored.
+    A worker sees a snapshot of the pool from the start of the stage: blocks added later are ignored.
 
     Attributes:
         load: loads the model; by default load_run_model.
@@ -124,14 +124,14 @@ class ModelWorker:
         context, length = self.model.context, blocks.block_tokens
         if context is not None and length > context:
             raise StrideError(
-                f"Blocks of {length} tokens are longer than the context of {config.model.path}, {context}; shard with "
-                "a smaller corpus.block_tokens."
+                f"Blocks have {length} tokens, more than the context of {redact_url(config.model.path)} ({context}); "
+                "shard with a smaller corpus.block_tokens."
             )
         self.rows = rows_at_once(config, self.model, self.blocks.block_tokens)
         self.tokens = self.rows * self.blocks.block_tokens
 
     def batches_at(self, ordinals: np.ndarray) -> Iterator[Batch]:
-        """Batches of ``rows`` blocks at arbitrary ordinals."""
+        """Yield batches of up to ``rows`` blocks at arbitrary ordinals, in order."""
         for start in range(0, len(ordinals), self.rows):
             yield self.blocks.batch(ordinals[start : start + self.rows])
 

@@ -10,16 +10,16 @@ from stride_ray.runtime.errors import StrideError
 
 
 def validate_query(model: SplitModel, row: dict[str, Any]) -> dict[str, Any]:
-    """A query's id, status and error.
+    """Return a query's ``query_id``, ``status`` and ``error``.
 
-    It fails if it has no target, is longer than the context or has ids outside the vocabulary.
+    A query fails if it has no target, is longer than the context or has ids outside the vocabulary.
     """
     answer = {"query_id": row["query_id"], "status": row["status"], "error": row["error"]}
     if row["status"] == "ok":
         length, context = len(row["token_ids"]), model.context
         try:
             if length < 2 or not any(row["loss_mask"][1:]):
-                raise StrideError("has no token whose loss counts")
+                raise StrideError("has no target token (its loss mask marks none after the first token)")
             model.check_ids(torch.tensor([row["token_ids"]]))
             if context is not None and length > context:
                 raise StrideError(f"has {length} tokens; the model's context is {context}: shorten it")

@@ -97,7 +97,9 @@ def last_layers(wanted: float, n_layers: int) -> int:
         StrideError: if it exceeds the number of layers.
     """
     if wanted > n_layers:
-        raise StrideError(f"operators.layers is {wanted:g}, and the model has {n_layers} layers; ask for fewer, or 0.")
+        raise StrideError(
+            f"operators.layers is {wanted:g}, but the model has {n_layers} layers; use at most that, or 0 for all."
+        )
     return math.ceil(wanted * n_layers) if 0 < wanted < 1 else int(wanted) or n_layers
 
 
@@ -118,7 +120,7 @@ def find_sites(model: SplitModel, wanted: float = 0.0, every: bool = False) -> t
 
     def note(layer: int, part: str) -> Callable:
         def hook(module: nn.Module, given: tuple, output: Tensor) -> None:
-            # Runs on every token; an expert of an MoE may not.
+            # Two outputs for two tokens: the map runs on every token, which an expert of an MoE may not.
             if output.shape == (1, 2, model.width) or (every and output.shape[:-1] == (1, 2)):
                 key = (layer, names[id(module)] if every else part)
                 last.pop(key, None)  # re-insert: parts are ordered by their last map
@@ -139,7 +141,7 @@ def find_sites(model: SplitModel, wanted: float = 0.0, every: bool = False) -> t
             handle.remove()
     if not last:
         raise StrideError(
-            f"{model.name}: no layer ends in a linear map; influence at sites needs one; use operators.form = logit"
+            f"{model.name}: no layer ends in a linear map, which influence at sites needs; use operators.form = logit"
         )
     found = (name for (layer, _), name in last.items() if layer >= first)
     return (*(() if wanted else (EMBEDDING,)), *found, HEAD)
@@ -235,8 +237,8 @@ def head_gradients(
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """J of head and origin, (B, n, D) each, the losses (B,) and their gradient at the states; one pass over the logits.
 
-    Head: Σ_t ω_t ((p_t − y_t) W_out) ⊗ z_t; origin: π in place of p_t. Logits of a few sequences at a time or, if one
-    exceeds the budget, of some of its positions, whose J add up.
+    Head: Σ_t ω_t ((p_t − y_t) W_out) ⊗ z_t; origin: π in place of p_t. Logits are computed for a few sequences
+    at a time or, if one sequence exceeds the budget, for some of its positions at a time; the J of the pieces add up.
     """
     omega, ids = token_weights(mask_BT), ids_BT[:, 1:]
     rows, positions = model.logits_rows(ids.shape[1]), model.logits_rows(1)

@@ -29,7 +29,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # Rename when complete: save_pretrained writes file by file.
+    # Write elsewhere and rename: save_pretrained writes file by file and may be interrupted.
     partial = folder.with_name(f".{folder.name}.partial")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)

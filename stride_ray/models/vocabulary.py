@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Buckets for a larger vocabulary.
+# Number of buckets for a vocabulary larger than that.
 MAX_BUCKETS = 4096
 
 
@@ -47,7 +47,7 @@ class TokenSide:
         return TokenSide(*(each.to(device) for each in (self.weights, self.buckets, self.directions)))
 
     def of(self, x: Tensor) -> Tensor:
-        """Coordinates (…, n) of per-token values (…, V), overwriting them; fewer than V values: of the first tokens."""
+        """Map per-token values (…, V) to coordinates (…, n), in place; fewer values belong to the first tokens."""
         V = x.shape[-1]
         x = x.mul_(self.weights[:V])
         if len(self.buckets):
@@ -55,7 +55,7 @@ class TokenSide:
         return x @ self.directions[: x.shape[-1]] if len(self.directions) else x
 
     def squared_weights(self) -> Tensor:
-        """(v,): the squared weight of each coordinate, a mean over the tokens of a bucket."""
+        """Return the squared weight of each coordinate, (v,), averaged over the tokens of a bucket."""
         squares = self.weights.square()
         if not len(self.buckets):
             return squares

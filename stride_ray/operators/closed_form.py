@@ -19,17 +19,19 @@ from stride_ray.operators.forms import Basis, normalised, random_basis, stream_g
 def stream_moments(
     model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, with_gradients: bool
 ) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
-    """Sums of second moments over a batch, without blocks that are not finite.
+    """Sum second moments over the finite blocks of a batch.
 
     Args:
         model: split at the operators' layer.
         ids_BT: (B, T) token ids.
         mask_BT: (B, T) bool targets.
-        with_gradients: also of g = ∂loss/∂h, for operators in the residual stream.
+        with_gradients: sum g gᵀ too, g = ∂loss/∂h; needed by operators in the residual stream.
 
     Returns:
-        Σ z zᵀ with z = LN(h), over positions that predict a target, (D, D) float64; Σ g gᵀ over all positions, (D, D)
-        float64 (zeros without gradients); number of predicting positions; which blocks are finite, (B,) bool.
+        * Σ z zᵀ with z = LN(h), (D, D) float64, over the positions that predict a target;
+        * Σ g gᵀ, (D, D) float64, over all positions; zeros without gradients;
+        * the number of positions that predict a target;
+        * which blocks are finite, (B,) bool.
     """
     h = model.trunk(ids_BT)
     predicts = torch.zeros_like(mask_BT)
@@ -57,7 +59,7 @@ def preconditioned_basis(
     gradient: np.ndarray,
     counts: np.ndarray,
 ) -> Basis:
-    """The closed form's basis, whitened on both sides (docs/method.md).
+    """Build the closed form's basis, whitened on both sides (docs/method.md).
 
     Args:
         form: gate, matrix or logit.
@@ -102,6 +104,6 @@ def add_to_subsets(sums: Tensor, J: Tensor, subsets: np.ndarray) -> None:
 
 
 def operators_from_sums(sums: Tensor, sizes: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-    """A_k = −mean of the members' J: (K, P) sums and (K,) sizes to (K, *shape) float32."""
+    """Return the operators A_k, minus the mean J of the members: (K, P) sums and (K,) sizes to (K, *shape) float32."""
     means = sums / torch.from_numpy(np.maximum(sizes, 1)).to(sums).unsqueeze(1)
     return -means.view(len(means), *shape)

@@ -43,7 +43,7 @@ from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import tensor_bytes
 from stride_ray.runtime.tasks import allocate_workers, connected
 
-# Sample size for the second moments, in tokens.
+# Tokens in the sample for the second moments.
 MOMENT_TOKENS = 32_768
 
 
@@ -60,18 +60,19 @@ def fit(run: Run) -> dict[str, Any]:
         run: with a finished ``blocks/``.
 
     Returns:
-        The manifest: sizes, the gap and its standard error, ``learned``, a verdict.
+        The manifest, with sizes; ``gap`` and ``gap_error``, its standard error; ``learned``, whether the operators
+        respond to their members; and ``verdict``, a sentence.
 
     Raises:
-        StrideError: for a missing stage, changed settings, a model that does not match the tokens, fewer blocks than
-            subsets, or resources that the cluster does not have.
+        StrideError: a stage is missing or was made with other settings, the model does not match the tokens, the pool
+            has fewer blocks than subsets, or the cluster lacks the requested resources.
     """
     blocks = Blocks(run.require("blocks").store)
     config, of_sites = run.config, run.config.operators.form == "sites"
     if not of_sites and len(blocks) < config.membership.subsets:
         raise StrideError(
-            f"The pool has {len(blocks)} blocks and membership.subsets asks for {config.membership.subsets} subsets; "
-            "there must be at least as many blocks as subsets: lower --subsets or shard more text."
+            f"The pool has {len(blocks)} blocks, fewer than membership.subsets = {config.membership.subsets}; lower "
+            "--subsets or shard more text."
         )
     membership_of(config)  # fail early on a degree above the number of subsets
     check_tokenizer(config, blocks)
@@ -81,30 +82,30 @@ def fit(run: Run) -> dict[str, Any]:
     stage = run.begin("operators", corpus=corpus, weights=weights)
     finished = stage.finished
     if finished and not pool_has_grown(stage.manifest(), blocks):
-        _clear(stage)
+        _remove_interim_files(stage)
         return stage.manifest()
     with nullcontext() if finished else stage.unless_finished(), connected(config.compute):
         if curvature is not None:
             _fit_sites(config, blocks, curvature, stage)
         else:
             with record_stage_costs(stage):
-                _fit(config, blocks, stage)
+                _fit_paper_form(config, blocks, stage)
     return stage.manifest()
 
 
 def pool_has_grown(facts: dict[str, Any], blocks: Blocks) -> bool:
-    """Whether the pool has blocks that are not covered by operators with this manifest and can be added.
+    """Whether the pool has blocks that operators with this manifest do not cover yet, and that can be added.
 
     Raises:
-        StrideError: if it has, but the operators are of subsets and cannot be extended.
+        StrideError: the pool has such blocks, but rows are of subsets and cannot be extended.
     """
     before = facts["blocks"]
     if before == len(blocks):
         return False
     if facts.get("rows") != "blocks":
         raise StrideError(
-            f"Operators were fitted on the first {before:,} blocks, and the pool has {len(blocks):,} now; an operator "
-            "of a subset is a mean over it and cannot be extended: fit into a new run directory, or delete operators/."
+            f"Operators were fitted on the first {before:,} blocks, and the pool now has {len(blocks):,}; an operator "
+            "is a mean over its subset and cannot be extended: fit into a new run directory, or delete operators/."
         )
     return True
 
@@ -117,7 +118,7 @@ def _fit_sites(config: Config, blocks: Blocks, curvature: Stage, stage: Stage) -
             fit_sites(config, blocks, curvature.store, stage, actors)
 
 
-def _fit(config: Config, blocks: Blocks, stage: Stage) -> None:
+def _fit_paper_form(config: Config, blocks: Blocks, stage: Stage) -> None:
     """Fit the paper's form by the configured method, validate and publish."""
     if config.fit.method == "closed_form":
         with ActorPool(allocate_workers(config.compute, len(blocks.shards()), expected_gb(config))) as actors:
@@ -140,8 +141,8 @@ def _closed_form(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool
         return
     units = {f"sum-{index:03d}": (index, *shard) for index, shard in enumerate(blocks.shards())}
     if not stage.store.exists("basis.json"):
-        save_basis(stage.store, "basis", _fit_basis(config, blocks, actors))
-    sums = partial(actors.map, Accumulator, (config, blocks, stage, actors.device))
+        save_basis(stage.store, "basis", _compute_basis(config, blocks, actors))
+    sums = partial(actors.map, SubsetSumWorker, (config, blocks, stage, actors.device))
     markers = run_missing(stage, units, sums, "fit", "blocks", lambda unit: unit[2] - unit[1])
     failed = sorted(ordinal for marker in markers for ordinal in marker["not_finite"])
     check_failed_blocks(failed, len(blocks))
@@ -149,11 +150,11 @@ def _closed_form(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool
     progress(actors.map_function(reduce_sums, (config, stage, len(units)), [len(blocks)]), "reduce", 1, "")
 
 
-def _fit_basis(config: Config, blocks: Blocks, actors: ActorPool) -> Any:
-    """The basis from token counts over the whole pool (logit form only) and second moments over a sample."""
+def _compute_basis(config: Config, blocks: Blocks, actors: ActorPool) -> Any:
+    """Compute the basis from second moments over a sample and, for the logit form, token counts over the pool."""
     counts = token_counts(blocks, actors) if config.operators.form == "logit" else np.zeros(0, dtype=np.int64)
     sample = blocks.sample(max(32, MOMENT_TOKENS // blocks.block_tokens), config.seed)
-    moments = map_sample_slices(actors, Moments, (config, blocks, actors.device), sample, "precondition")
+    moments = map_sample_slices(actors, MomentWorker, (config, blocks, actors.device), sample, "precondition")
     check_failed_blocks([ordinal for m in moments for ordinal in m["not_finite"]], len(sample))
     positions = max(1, sum(m["positions"] for m in moments))
     stream, gradient = (sum(m[name] for m in moments) / positions for name in ("stream", "gradient"))
@@ -165,8 +166,8 @@ def _fit_basis(config: Config, blocks: Blocks, actors: ActorPool) -> Any:
     )
 
 
-class Moments(ModelWorker):
-    """Second moments of the stream (and its gradients) over a slice of the sample."""
+class MomentWorker(ModelWorker):
+    """Sums the second moments of the stream (and of its gradients) over a slice of the sample."""
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Process one slice; returns its sums."""
@@ -184,8 +185,8 @@ class Moments(ModelWorker):
         return {**facts, "stream": stream, "gradient": gradient, "vocabulary": self.model.vocabulary}
 
 
-class Accumulator(ModelWorker):
-    """Publishes a shard's contribution to the subsets' sums of J."""
+class SubsetSumWorker(ModelWorker):
+    """Publishes, for one shard, the sums of its blocks' J by subset."""
 
     def __init__(self, config: Config, blocks: Blocks, stage: Stage, device: str) -> None:
         super().__init__(config, blocks, device)
@@ -229,10 +230,10 @@ def _finish(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> 
     folder = "trained" if config.fit.method == "train" else "fitted"
     judged = actors.map(OperatorValidator, (config, blocks, stage, actors.device), [folder])
     progress(judged, "judge", 1, "fit")
-    _clear(stage)
+    _remove_interim_files(stage)
 
 
-def _clear(stage: Stage) -> None:
+def _remove_interim_files(stage: Stage) -> None:
     """Remove the intermediate files of a finished fit, including those of an interrupted cleanup."""
     stage.clear_tensors("sum-")
     for name in ("fitted", "trained", "loop", "basis.json", "basis.safetensors"):

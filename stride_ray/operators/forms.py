@@ -37,8 +37,8 @@ class Basis:
         W_in: (D, r) float32.
         W_out: (outputs, v) float32; see the table above.
         activation: "linear" (closed form, whitened) or "silu" (paper).
-        target: logit form: the distribution minus which y_t is taken: "model" (p_t, the true gradient of the loss) or
-            "unigram" (the pool's unigram distribution π).
+        target: logit form: the distribution that y_t is subtracted from: "model" (p_t, which gives the true gradient of
+            the loss) or "unigram" (the pool's unigram distribution π).
         centre: (v,) W_outᵀ π for target "unigram", else empty.
         unit: normalise J to unit norm.
     """
@@ -58,7 +58,7 @@ class Basis:
         return (rank,) if self.form == "gate" else (rank, self.W_out.shape[1])
 
     def to(self, device: Any) -> "Basis":
-        """A copy on a device."""
+        """Return a copy on a device."""
         moved = {name: getattr(self, name).to(device) for name in ("W_in", "W_out", "centre")}
         return replace(self, **moved)
 
@@ -98,8 +98,8 @@ def gradients(basis: Basis, model: SplitModel, ids_BT: Tensor, mask_BT: Tensor) 
         mask_BT: (B, T) bool, targets.
 
     Returns:
-        (B, *basis.shape) float32. A sequence without targets gives zeros; one whose J has no length in float32 gives
-        nan.
+        (B, *basis.shape) float32; zeros for a sequence without targets. With ``basis.unit``, NaN for a sequence whose
+        |J| overflows float32.
     """
     h_BTD = model.trunk(ids_BT)
     weights = mask_BT[:, 1:].float()
@@ -111,7 +111,7 @@ def gradients(basis: Basis, model: SplitModel, ids_BT: Tensor, mask_BT: Tensor) 
         g = stream_gradients(model, h_BTD, ids_BT, mask_BT) @ basis.W_out
     J = (u * g).sum(1) if basis.form == "gate" else u.transpose(1, 2) @ g
     if basis.unit:
-        # A length that overflows would make zeros of J.
+        # A norm that overflows to infinity would turn J into zeros; NaN marks it as not finite.
         norms = J.flatten(1).norm(dim=1).clamp(min=1e-30)
         norms = norms.masked_fill(~norms.isfinite(), torch.nan)
         J = J / norms.view(-1, *[1] * (J.ndim - 1))
@@ -160,7 +160,7 @@ class Operators:
     scale: float = 1.0
 
     def to(self, device: Any) -> "Operators":
-        """A copy on a device."""
+        """Return a copy on a device."""
         return replace(self, basis=self.basis.to(device), A=self.A.to(device))
 
     def linear(self, model: SplitModel, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The K×N membership matrix M of blocks in subsets, computed from a seed and never stored.
 
-Every stage needs M (the fit sums over subsets, the recovery scans columns), on many workers, for up to 1e9 blocks. So a
-column is a pure function of (seed, ordinal): integer hashing and Floyd's sampling, without state or floating point.
-Every worker gets bit-identical columns for any range.
+The fit sums over subsets and the recovery scans columns, on many workers and for up to 1e9 blocks. A column is a pure
+function of (seed, ordinal), computed by integer hashing and Floyd's sampling, without state or floating point: every
+worker gets bit-identical columns for any range.
 """
 
 from __future__ import annotations
@@ -312,6 +312,6 @@ class Membership:
 
 
 def membership_of(config: Config) -> Membership:
-    """The run's membership matrix."""
+    """Return the run's membership matrix."""
     wanted = config.membership
     return Membership(wanted.subsets, wanted.degree, config.seed, wanted.form)

@@ -66,7 +66,7 @@ class Queries:
 
 
 def word_starts(sizes: Sequence[int]) -> NDArray[np.int64]:
-    """Start of each section in 64-bit words, and the total number of words: (S + 1,). ``sizes`` are in coordinates."""
+    """Return each section's start in 64-bit words, then the total: (S + 1,); ``sizes`` are in coordinates."""
     return np.concatenate([[0], np.cumsum([-(-size // 64) for size in sizes])]).astype(np.int64)
 
 
@@ -75,12 +75,12 @@ def row_bytes(sizes: Sequence[int]) -> int:
     return int(8 * word_starts(sizes)[-1] + 4 * len(sizes))
 
 
-def packed_rows(sections: Sequence[NDArray[np.float32]]) -> Rows:
+def pack_rows(sections: Sequence[NDArray[np.float32]]) -> Rows:
     """Encode rows given their sections, (n, size) each; a row with a non-finite value gets zero scales."""
     starts, n = word_starts([z.shape[1] for z in sections]), len(sections[0])
     bits, sums = np.zeros((n, starts[-1]), np.uint64), np.zeros((n, len(sections), 2))
     for at, z in enumerate(sections):
-        _pack(np.ascontiguousarray(z, np.float32), bits[:, starts[at] : starts[at + 1]], sums[:, at])
+        _pack_signs(np.ascontiguousarray(z, np.float32), bits[:, starts[at] : starts[at + 1]], sums[:, at])
     first, second = sums[..., 0], sums[..., 1]
     good = np.isfinite(sums.sum(axis=(1, 2), keepdims=True)[..., 0])
     scales = np.divide(second, first, out=np.zeros_like(second), where=(first > 0) & good)
@@ -88,7 +88,7 @@ def packed_rows(sections: Sequence[NDArray[np.float32]]) -> Rows:
 
 
 @compiled
-def _pack(z: NDArray, words: NDArray, sums: NDArray) -> None:
+def _pack_signs(z: NDArray, words: NDArray, sums: NDArray) -> None:
     """Pack the signs of a section's coordinates into bits; also Σ|zⱼ| and |z|² of each row."""
     for row in range(len(z)):
         size = squares = 0.0
@@ -104,20 +104,20 @@ def _pack(z: NDArray, words: NDArray, sums: NDArray) -> None:
         sums[row, 0], sums[row, 1] = size, squares
 
 
-def packed_queries(sections: Sequence[NDArray[np.float32]]) -> Queries:
+def quantise_queries(sections: Sequence[NDArray[np.float32]]) -> Queries:
     """Quantise queries given their sections, (Q, size) each, which must be finite.
 
     Per section, the clipping point with the least squared error is used; the step is then rescaled so that
     ⟨q, quantised q⟩ = |q|².
     """
-    levels, steps = zip(*(_levels(q) for q in sections), strict=True)
+    levels, steps = zip(*(_quantise(q) for q in sections), strict=True)
     unsigned = [level.astype(np.uint8) for level in levels]  # two's complement: −1 has all low bits set
-    planes = np.stack([_words([(level >> plane) & 1 for level in unsigned]) for plane in range(QUERY_BITS)], 1)
-    return Queries(planes, np.stack([_halves(level) for level in levels], 1), np.stack(steps, 1))
+    planes = np.stack([_pack_bits([(level >> plane) & 1 for level in unsigned]) for plane in range(QUERY_BITS)], 1)
+    return Queries(planes, np.stack([_half_sums(level) for level in levels], 1), np.stack(steps, 1))
 
 
-def _levels(q: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Integer levels from −7 to 7, and the quantisation step of each row."""
+def _quantise(q: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Return integer levels from −7 to 7, (n, size) int8, and the quantisation step of each row, (n,) float32."""
     top = 2 ** (QUERY_BITS - 1) - 1
     size = np.sqrt(np.square(q, dtype=np.float64).mean(1, keepdims=True))
     best, lost = np.zeros(q.shape, np.int8), np.full(len(q), np.inf)
@@ -132,14 +132,14 @@ def _levels(q: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float3
     return best, np.divide(length, kept, out=np.zeros_like(kept), where=kept > 0).astype(np.float32)
 
 
-def _halves(levels: NDArray[np.int8]) -> NDArray[np.int64]:
-    """(n, 2): sums of the levels in the first half of the words and in the second."""
+def _half_sums(levels: NDArray[np.int8]) -> NDArray[np.int64]:
+    """Sum the levels in the first half of the words and in the second: (n, 2) int64."""
     words = -(-levels.shape[1] // 64)
     middle = 64 * (words - words // 2)
     return np.stack([levels[:, :middle].sum(1, dtype=np.int64), levels[:, middle:].sum(1, dtype=np.int64)], 1)
 
 
-def _words(sections: Sequence[NDArray]) -> NDArray[np.uint64]:
+def _pack_bits(sections: Sequence[NDArray]) -> NDArray[np.uint64]:
     """Pack sections of bits (0 or 1, or bool), each padded to whole words: (n, W) uint64."""
     pieces = []
     for bits in sections:
@@ -196,12 +196,12 @@ def _multiply(
 
 
 def estimate_inner_products(rows: Rows, queries: Queries, starts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Estimates of the inner products of queries with rows, in two independent halves.
+    """Estimate the inner products of queries with rows, in two independent halves.
 
     Args:
         rows: n rows.
         queries: Q queries with the same sections.
-        starts: of the sections (word_starts).
+        starts: (S + 1,) starts of the sections (word_starts).
 
     Returns:
         (Q, n, 2) float64: the product over the first half of every section's words, and over the second. Their sum is

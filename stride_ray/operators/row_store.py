@@ -62,7 +62,7 @@ class RowStore:
         self.facts: dict[str, Any] = store.read_json("manifest.json") if facts is None else facts
         if self.facts.get("format") != FORMAT:
             raise StrideError(
-                f"{store.display_url('manifest.json')} is of format {self.facts.get('format')!r}, and this version of "
+                f"{store.display_url('manifest.json')} has format {self.facts.get('format')!r}, but this version of "
                 f"stride_ray reads format {FORMAT}; fit again into a new run directory."
             )
         self.starts = word_starts(self.facts["sizes"])
@@ -76,17 +76,17 @@ class RowStore:
         return self.facts["rows"] == "blocks"
 
     def read(self, part: dict[str, Any]) -> Rows:
-        """The rows of one of ``facts["parts"]``.
+        """Return the rows of one of ``facts["parts"]``.
 
         Raises:
             StrideError: if the part is missing, truncated or modified.
         """
         name = f"{part['name']}.safetensors"
-        data = self._mapped(name)
+        data = self._file_bytes(name)
         if xxhash.xxh3_128_hexdigest(data) != part["hash"]:
             raise StrideError(
-                f"{self.store.display_url(name)} is not what fit wrote ({len(data)} bytes, and their hash differs): "
-                "the file was cut short or changed; restore it, or delete operators/ and fit again."
+                f"{self.store.display_url(name)} ({len(data)} bytes) differs in its hash from the file that fit wrote: "
+                "it was truncated or modified; restore it, or delete operators/ and fit again."
             )
         header = 8 + int.from_bytes(data[:8], "little")
         tensors = {}
@@ -98,10 +98,10 @@ class RowStore:
         return Rows(**tensors)
 
     def read_finite(self, part: dict[str, Any]) -> tuple[Rows, list[int]]:
-        """As ``read``; blocks whose row is not finite get a row without influence, and their numbers are returned.
+        """Like ``read``, with non-finite rows of blocks set to zero; also returns the numbers of those rows.
 
         Raises:
-            StrideError: also if the row of a subset is not finite, which would spoil every query's recovery.
+            StrideError: as ``read``, or the row of a subset is not finite, which would corrupt every query's recovery.
         """
         rows = self.read(part)
         good = np.asarray((np.abs(rows.scales) < LARGEST_NORM).all(1))
@@ -114,7 +114,7 @@ class RowStore:
         return Rows(rows.bits, np.where(good[:, None], rows.scales, np.float32(0))) if failed else rows, failed
 
     def take(self, wanted: np.ndarray) -> Rows:
-        """Rows by number, ascending; reads only the parts that contain them."""
+        """Return rows by number; ``wanted`` is ascending, and only the parts that contain it are read."""
         pieces = []
         for part in self.facts["parts"]:
             inside = wanted[(wanted >= part["first"]) & (wanted < part["first"] + part["count"])] - part["first"]
@@ -123,7 +123,8 @@ class RowStore:
                 pieces.append(Rows(rows.bits[inside], rows.scales[inside]))
         return Rows(np.concatenate([p.bits for p in pieces]), np.concatenate([p.scales for p in pieces]))
 
-    def _mapped(self, name: str) -> memoryview:
+    def _file_bytes(self, name: str) -> memoryview:
+        """Return a file's content, memory-mapped if the store is local."""
         if not self.store.local:
             return memoryview(self.store.read(name))
         with self.store.translated_errors(name, "read"), open(self.store.path(name), "rb") as file:

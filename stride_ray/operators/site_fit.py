@@ -21,10 +21,10 @@ from stride_ray.models.curvature.kfac import SITES, load_sites, save_sites
 from stride_ray.models.curvature.sketch import largest_shape, sketch_shapes, sketched
 from stride_ray.models.sites import Site
 from stride_ray.operators.membership import membership_of
-from stride_ray.operators.one_bit import Rows, estimate_inner_products, packed_queries, row_bytes, word_starts
+from stride_ray.operators.one_bit import Rows, estimate_inner_products, quantise_queries, row_bytes, word_starts
 from stride_ray.operators.row_store import FORMAT, RowStore
 from stride_ray.operators.sketched_rows import LAYOUT, SKETCH, RowWorker, SketchWorker, map_block_ranges, subset_rows
-from stride_ray.operators.validation import SAMPLE, gap, members, with_targets
+from stride_ray.operators.validation import SAMPLE, gap, membership_matrix, with_targets
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
@@ -56,7 +56,7 @@ class Layout:
 
 
 def rows_for(config: Config, n_blocks: int) -> tuple[bool, int, float]:
-    """Whether rows are of blocks, the number of rows, and the maximum bytes per row."""
+    """Return whether rows are of blocks (else of subsets), the number of rows, and the maximum bytes per row."""
     options, budget = config.operators, config.operators.budget_gb * 2**30
     if options.rows == "blocks" or (options.rows == "auto" and budget / n_blocks >= MIN_BLOCK_ROW_BYTES):
         return True, n_blocks, min(budget / n_blocks, MAX_BLOCK_ROW_BYTES)
@@ -65,24 +65,29 @@ def rows_for(config: Config, n_blocks: int) -> tuple[bool, int, float]:
 
 
 def layout_of(config: Config, n_blocks: int, sites: tuple[Site, ...], shares: dict[str, float]) -> Layout:
-    """The layout of rows within the budget.
+    """Return the layout of rows within the budget.
+
+    Args:
+        config: the run's configuration.
+        n_blocks: blocks in the pool.
+        sites: the sites, unsketched.
+        shares: site name to the site's share of the pool's influence.
 
     Raises:
-        StrideError: if the budget is below one coordinate per site, or there are fewer blocks than subsets.
+        StrideError: the budget is below one coordinate per site, or there are fewer blocks than subsets.
     """
     of_blocks, K, room = rows_for(config, n_blocks)
     if n_blocks < K:
         raise StrideError(
-            f"The pool has {n_blocks} blocks and membership.subsets asks for {K} subsets; there must be at least as "
-            "many blocks as subsets: lower --subsets or shard more text."
+            f"The pool has {n_blocks} blocks, fewer than membership.subsets = {K}; lower --subsets or shard more text."
         )
     coordinates = coordinates_in(room, len(sites))
     if coordinates < len(sites):
         fewer = "" if of_blocks else ", or lower membership.subsets"
         raise StrideError(
-            f"operators.budget_gb = {config.operators.budget_gb:g} leaves {room:.0f} bytes to each of {K} rows, and a "
-            f"row takes at least {row_bytes([1] * len(sites))}, a coordinate for each of {len(sites)} sites: "
-            f"raise it{fewer}."
+            f"operators.budget_gb = {config.operators.budget_gb:g} leaves {room:.0f} bytes for each of {K} rows, but a "
+            f"row needs at least {row_bytes([1] * len(sites))} (one coordinate at each of {len(sites)} sites): raise "
+            f"operators.budget_gb{fewer}."
         )
     shapes = shapes_of(sites, shares, coordinates)
     sizes = tuple(a * b for a, b in shapes)
@@ -91,12 +96,12 @@ def layout_of(config: Config, n_blocks: int, sites: tuple[Site, ...], shares: di
 
 
 def coordinates_in(room: float, sites: int) -> int:
-    """Coordinates in a row of ``room`` bytes; each site needs a scale (4 bytes) and up to 8 bytes of word padding."""
+    """Return how many coordinates fit in ``room`` bytes; a site also takes a 4-byte scale and 8 bytes of padding."""
     return int(8 * (room - (8 + 4) * sites))
 
 
 def shapes_of(sites: tuple[Site, ...], shares: dict[str, float], coordinates: int) -> list[tuple[int, int]]:
-    """(a, b) of each site's sketch for a total number of coordinates (sketch.sketch_shapes)."""
+    """Return (a, b) of each site's sketch for a total number of coordinates (sketch.sketch_shapes)."""
     return sketch_shapes([largest_shape(site) for site in sites], [shares[site.name] for site in sites], coordinates)
 
 
@@ -159,7 +164,7 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, ac
 class FitValidator(SketchWorker):
     """Validates that rows respond to their own blocks, and publishes the store's metadata.
 
-    It uses cosines: gradient norms differ a hundredfold between blocks, and a few would dominate a mean of products.
+    Compares cosines, because gradient norms differ a hundredfold between blocks: a few would dominate mean products.
     """
 
     def __call__(self, facts: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +179,7 @@ class FitValidator(SketchWorker):
         return {**facts, **validation}
 
     def _sample_sketches(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Ordinals of sampled blocks with finite gradients, and their sketches by site, (blocks, a·b) each."""
+        """Return the ordinals of sampled blocks with finite gradients, and their sketches by site, (n, a·b) each."""
         sample = with_targets(self.blocks, self.blocks.sample(SAMPLE, self.config.seed + 1))
         pieces, good = zip(*(self.sections(batch) for batch in self.batches_at(sample)), strict=True)
         sections = [torch.cat(each).cpu().numpy() for each in zip(*pieces, strict=True)]
@@ -184,17 +189,17 @@ class FitValidator(SketchWorker):
         return sample[finite], [each[finite] for each in sections]
 
     def _rows_and_members(self, facts: dict[str, Any], sample: np.ndarray) -> tuple[Rows, np.ndarray]:
-        """The rows of the sampled blocks, or of all subsets, and which block belongs to which row: (n, rows) bool."""
+        """Return the sampled blocks' rows, or those of all subsets, and which block is in which row: (n, rows) bool."""
         store = RowStore(self.stage.store, facts)
         if store.of_blocks:
             return store.take(sample), np.eye(len(sample), dtype=bool)
-        return store.take(np.arange(len(store))), members(membership_of(self.config), sample)
+        return store.take(np.arange(len(store))), membership_matrix(membership_of(self.config), sample)
 
     def _cosines(self, facts: dict[str, Any], sections: list[np.ndarray], rows: Rows) -> np.ndarray:
-        """Estimated cosines of the sketches with the rows: (n, rows)."""
+        """Estimate the cosines of the sketches with the rows: (n, rows)."""
         scales = [site.scale for site in self.sketches]
         scaled = [(z / scale).astype(np.float32) for z, scale in zip(sections, scales, strict=True)]
-        products = estimate_inner_products(rows, packed_queries(scaled), word_starts(facts["sizes"])).sum(2)
+        products = estimate_inner_products(rows, quantise_queries(scaled), word_starts(facts["sizes"])).sum(2)
         squares = zip(sections, scales, strict=True)
         sketch_norms_sq = sum(np.square(z, dtype=np.float64).sum(1) / scale for z, scale in squares)
         row_norms_sq = np.square(rows.scales, dtype=np.float64) @ (np.array(facts["sizes"]) / np.array(scales))

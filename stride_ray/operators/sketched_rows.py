@@ -1,4 +1,4 @@
-"""Rows of operators at every site: of blocks, each from its own gradient, or of subsets, means over their blocks.
+"""Rows of operators at every site: a block's sketched gradient, or the mean over the blocks of a subset.
 
 A subset's mean needs the whole pool, and its float32 sum is many times larger than its row. The pool is therefore
 processed in waves of up to WAVE work units. Each unit writes the sums of its blocks to disk; after a wave these are
@@ -23,7 +23,7 @@ from stride_ray.models.loading import load_measured_model
 from stride_ray.models.pool_worker import ModelWorker
 from stride_ray.operators.closed_form import add_to_subsets
 from stride_ray.operators.membership import membership_of
-from stride_ray.operators.one_bit import Rows, packed_rows
+from stride_ray.operators.one_bit import Rows, pack_rows
 from stride_ray.operators.row_store import write_rows
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
@@ -46,11 +46,11 @@ def subset_rows(given: tuple[Any, ...], subsets: int, actors: ActorPool) -> tupl
     parts = [f"rows-{index:05d}" for index in range(len(starts))]
     waves = [slice(at, at + WAVE) for at in range(0, len(names), WAVE)]
 
-    def add(wave: int, left: list[Any]) -> Iterator[dict[str, Any]]:
+    def sum_and_reduce(wave: int, left: list[Any]) -> Iterator[dict[str, Any]]:
         map_block_ranges(SumWorker, names[waves[wave]], ranges[waves[wave]], given, stage, actors)
-        return added_up(wave, left)
+        return reduce_wave(wave, left)
 
-    def added_up(wave: int, left: list[Any]) -> Iterator[dict[str, Any]]:
+    def reduce_wave(wave: int, left: list[Any]) -> Iterator[dict[str, Any]]:
         arguments = (config, blocks, stage, names[waves[wave]], wave, waves[wave] == waves[-1])
         yield from actors.map_function(add_sums, arguments, left)
         # Later waves have not started, so only this wave's sums exist.
@@ -59,8 +59,10 @@ def subset_rows(given: tuple[Any, ...], subsets: int, actors: ActorPool) -> tupl
 
     for wave, units in enumerate(waves):
         added = parts if units == waves[-1] else [total_name(wave, index) for index in range(len(starts))]
-        run_missing(stage, dict(zip(added, enumerate(starts), strict=True)), partial(add, wave), "reduce", "parts")
-    for name in ("sum-", "total-"):  # left by a killed run
+        run_missing(
+            stage, dict(zip(added, enumerate(starts), strict=True)), partial(sum_and_reduce, wave), "reduce", "parts"
+        )
+    for name in ("sum-", "total-"):  # a killed run may have left some
         stage.clear_tensors(name)
     return names, parts
 
@@ -73,7 +75,7 @@ def total_name(wave: int, part: int) -> str:
 def map_block_ranges(
     make: Any, names: list[str], ranges: list[tuple[int, int]], given: tuple[Any, ...], stage: Stage, actors: ActorPool
 ) -> None:
-    """Map a worker over the ordinal ranges that are not done yet."""
+    """Run ``make(*given)`` on the ordinal ranges whose unit in ``names`` has no done marker yet."""
     units = {name: (name, *ordinals) for name, ordinals in zip(names, ranges, strict=True)}
     run_missing(stage, units, partial(actors.map, make, given), "fit", "blocks", lambda unit: unit[2] - unit[1])
 
@@ -89,7 +91,7 @@ class SketchWorker(ModelWorker):
         self.sketches = load_sites(stage.store, SKETCH, self.model.device)
 
     def sections(self, batch: Batch) -> tuple[list[Tensor], np.ndarray]:
-        """Sketches (B, a·b) by site, and which blocks are finite, (B,) bool; sketches of the others are zero."""
+        """Return the sketches (B, a·b) by site, zero for non-finite blocks, and which blocks are finite, (B,) bool."""
         ids, mask = self.trimmed(batch)
         found, losses = sketched_gradients(self.model, self.sketches, ids, mask)
         good = finite_rows(found) & finite_losses(losses, mask)
@@ -109,7 +111,7 @@ class RowWorker(SketchWorker):
         for batch in self.blocks.batches(start, stop, self.rows):
             sections, good = self.sections(batch)
             failed += batch.ordinals[~good].tolist()
-            pieces.append(packed_rows([section.cpu().numpy() for section in sections]))
+            pieces.append(pack_rows([section.cpu().numpy() for section in sections]))
         rows = Rows(np.concatenate([p.bits for p in pieces]), np.concatenate([p.scales for p in pieces]))
         facts = {"hash": write_rows(self.stage.store, name, rows), "first": start, "count": len(rows)}
         return self.stage.mark(name, started, blocks=stop - start, not_finite=failed, **facts)
@@ -149,6 +151,6 @@ def add_sums(
     sizes = membership_of(config).sizes(len(blocks))[first : first + ROWS]
     means = total.numpy() / np.maximum(sizes, 1)[:, None].astype(np.float32)
     ends = np.cumsum(stage.store.read_json(LAYOUT)["sizes"])[:-1]
-    rows, name = packed_rows(np.split(means, ends, axis=1)), f"rows-{index:05d}"
+    rows, name = pack_rows(np.split(means, ends, axis=1)), f"rows-{index:05d}"
     facts = {"hash": write_rows(stage.store, name, rows), "first": first, "count": len(rows)}
     return stage.mark(name, started, **facts)

@@ -15,7 +15,7 @@ def save_basis(store: Store, name: str, basis: Basis) -> None:
 
 
 def load_basis(store: Store, name: str) -> Basis:
-    """Read what save_basis wrote."""
+    """Read a basis that save_basis wrote."""
     return Basis(**store.read_json(f"{name}.json"), **store.read_tensors(f"{name}.safetensors"))
 
 
@@ -28,7 +28,7 @@ def save_operators(store: Store, operators: Operators, facts: dict[str, Any]) ->
 
 
 def load_operators(store: Store, device: str = "cpu") -> tuple[Operators, dict[str, Any]]:
-    """Read what save_operators wrote; returns the operators and the metadata."""
+    """Read operators that save_operators wrote; returns them on ``device``, and the metadata."""
     metadata = store.read_json("manifest.json")
     tensors = store.read_tensors("operators.safetensors")
     A = tensors.pop("A")

@@ -35,31 +35,38 @@ def validate(
     sanity check that operators respond to their members; accuracy is measured against retraining.
 
     Returns:
-        ``scale``; ``gap`` and ``gap_error`` in nats by steered forward passes on 32 blocks; ``gap_linear`` and
-        ``gap_linear_error`` to first order on 64; ``relative_steering`` (root mean square of the steering, relative to
-        the stream, or in nats for logits); ``member_response`` (mean over members, as a share of the loss); ``learned``
-        (the first-order gap of a closed form, or the steered gap of a trained fit, exceeds two standard errors) and
-        ``verdict``, a sentence.
+        * ``scale``, the steering strength;
+        * ``gap`` and ``gap_error``, nats, from steered forward passes on 32 blocks;
+        * ``gap_linear`` and ``gap_linear_error``, nats, to first order on 64 blocks;
+        * ``relative_steering``, the root mean square of the steering over that of the stream (in nats for logits);
+        * ``member_response``, the mean response on members as a share of the loss;
+        * ``learned``, whether the gap exceeds two standard errors: the first-order gap of a closed form, the steered
+          gap of a trained fit;
+        * ``verdict``, a sentence.
 
     Raises:
-        StrideError: an operator is not finite, too many blocks of the sample are not (check_failed_blocks), or no
-            block has a target.
+        StrideError: an operator is not finite, too many blocks of the sample are not finite (check_failed_blocks), or
+            no block has a target.
     """
     check_operators(operators.A)
     sample = with_targets(blocks, blocks.sample(SAMPLE, config.seed + 1))
-    linear = torch.cat([_linear(model, operators, blocks, part) for part in np.array_split(sample, 16) if len(part)])
+    linear = torch.cat(
+        [_linear_responses(model, operators, blocks, part) for part in np.array_split(sample, 16) if len(part)]
+    )
     good = finite_rows([linear]).cpu().numpy()
     check_failed_blocks(sample[~good].tolist(), len(sample))
     sample, linear = sample[good], linear[torch.from_numpy(good).to(linear.device)]
-    inside = members(membership, sample)
+    inside = membership_matrix(membership, sample)
     gap_linear, error_linear = gap(linear.cpu().numpy(), inside)
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:STEERED])
     unit_size = _relative_steering(model, replace(operators, scale=1.0), blocks, few, membership)
     if config.fit.method == "closed_form":
         scales = [strength / max(unit_size, 1e-30) for strength in STRENGTHS]
-        means = [_steered(model, replace(operators, scale=s), blocks, few[:4], membership, config)[2] for s in scales]
+        means = [
+            _steered_gap(model, replace(operators, scale=s), blocks, few[:4], membership, config)[2] for s in scales
+        ]
         operators = replace(operators, scale=scales[int(np.argmax(np.nan_to_num(means, nan=-np.inf)))])
-    gap_nats, error_nats, response, loss = _steered(model, operators, blocks, few, membership, config)
+    gap_nats, error_nats, response, loss = _steered_gap(model, operators, blocks, few, membership, config)
     decisive = (gap_linear, error_linear) if config.fit.method == "closed_form" else (gap_nats, error_nats)
     facts = {
         "scale": operators.scale,
@@ -89,11 +96,12 @@ def gap(responses: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
     """Mean response on members minus non-members, and its standard error over blocks.
 
     Args:
-        responses: (n, K); nan if not measured.
+        responses: (n, K); NaN where not measured.
         inside: (n, K) bool, whether the block is in the subset.
 
     Returns:
-        Both over the blocks with measured members and non-members; zeros if there are fewer than two such blocks.
+        The gap and its standard error, over blocks with both a measured member and a measured non-member; zeros if
+        there are fewer than two such blocks.
     """
     measured = np.isfinite(responses)
     responses = np.where(measured, responses, 0.0)
@@ -107,18 +115,22 @@ def gap(responses: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
 
 
 def with_targets(blocks: Blocks, ordinals: np.ndarray) -> np.ndarray:
-    """The blocks that have a target (a long prompt may fill a block); StrideError if none has."""
+    """Return the ordinals of blocks that have a target; a long prompt may fill a whole block.
+
+    Raises:
+        StrideError: none of the blocks has a target.
+    """
     found = ordinals[blocks.batch(ordinals).mask[:, 1:].any(axis=1)]
     if not len(found):
         raise StrideError(
-            f"None of {len(ordinals)} blocks drawn from the pool has a token that counts; enlarge corpus.block_tokens, "
-            "so that answers share a block with their prompts' ends."
+            f"None of {len(ordinals)} blocks sampled from the pool has a target token; enlarge corpus.block_tokens, so "
+            "that an answer shares a block with the end of its prompt."
         )
     return found
 
 
-def members(membership: Membership, ordinals: np.ndarray) -> np.ndarray:
-    """Membership of blocks in subsets as a dense (n, K) bool matrix."""
+def membership_matrix(membership: Membership, ordinals: np.ndarray) -> np.ndarray:
+    """Return which blocks belong to which subsets: (n, K) bool."""
     inside = np.zeros((len(ordinals), membership.subsets + 1), dtype=bool)
     np.put_along_axis(inside, membership.columns_at(ordinals).astype(np.int64), True, axis=1)
     return inside[:, :-1]
@@ -129,7 +141,7 @@ def _tensors(model: SplitModel, blocks: Blocks, ordinals: np.ndarray) -> tuple[T
     return tuple(torch.from_numpy(np.ascontiguousarray(x)).to(model.device) for x in (batch.ids, batch.mask))  # type: ignore[return-value]
 
 
-def _linear(model: SplitModel, operators: Operators, blocks: Blocks, ordinals: np.ndarray) -> Tensor:
+def _linear_responses(model: SplitModel, operators: Operators, blocks: Blocks, ordinals: np.ndarray) -> Tensor:
     return operators.linear(model, *_tensors(model, blocks, ordinals))
 
 
@@ -149,7 +161,7 @@ def _relative_steering(
     return float(size / stream)
 
 
-def _steered(
+def _steered_gap(
     model: SplitModel,
     operators: Operators,
     blocks: Blocks,
@@ -158,7 +170,7 @@ def _steered(
     config: Config,
 ) -> tuple[float, float, float, float]:
     """Steer each block with operators of its own and of other subsets: gap, its error, member response, base loss."""
-    inside = members(membership, ordinals)
+    inside = membership_matrix(membership, ordinals)
     responses = np.full(inside.shape, np.nan)
     tokens = blocks.block_tokens * rows_at_once(config, model, blocks.block_tokens)
     losses = []

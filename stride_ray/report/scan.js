@@ -116,7 +116,7 @@ function lexical(item) {
   const node = holding("div", "lexical", make("h3", "", "Lexical: copies in the corpus"));
   const copies = item.copies || [];
   if (item.short) node.append(make("p", "soft", "Not searched for: the item has too few words."));
-  else if (item.verdict === "gone") node.append(make("p", "soft", "Not searched for: the item is not evaluated any more."));
+  else if (item.verdict === "gone") node.append(make("p", "soft", "Not searched for: the item is no longer evaluated."));
   else if (!item.overlap) node.append(make("p", "soft", "No document of the corpus shares a run of words with it."));
   else if (!item.documents) {
     node.append(make("p", "soft",
@@ -146,7 +146,7 @@ function influence(item) {
   const suspected = ["influence", "both"].includes(item.verdict);
   const rate = `at a false-discovery rate of ${percent(options.false_discovery)}`;
   node.append(make("p", "soft", suspected
-    ? `Suspected ${rate}: the model predicts it better than control items, and leans on a block as for none of them.`
+    ? `Suspected ${rate}: the model predicts it better than control items, and one training block has more influence on it than on them.`
     : `Not suspected ${rate}: some control items are predicted as well, or lean on a block as much.`));
   const facts = [
     ["tied document", named(item.tied_document, item.tied_source)], ["block", item.ordinal], ["contrast", number(item.contrast)],

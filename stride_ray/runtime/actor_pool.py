@@ -58,13 +58,21 @@ class _Call:
 
 @dataclass
 class _Progress:
-    """State of one map: indices of unsubmitted and of unfinished units, and the time of the last result."""
+    """State of one map over units.
+
+    Attributes:
+        waiting: indices of units that no actor holds; the next one is last.
+        unfinished: indices of units without a result.
+        last_result_at: time.monotonic() of the last result.
+        longest_seconds: largest time from submitting a unit to its result.
+        restarts_at_last_result: restart counts of the actors that became unreachable since the last result.
+    """
 
     waiting: list[int]
     unfinished: set[int]
     last_result_at: float = field(default_factory=time.monotonic)
     longest_seconds: float = 0.0
-    restarts_at_last_result: dict[Any, int] = field(default_factory=dict)  # of actors found unreachable since then
+    restarts_at_last_result: dict[Any, int] = field(default_factory=dict)
 
     @property
     def stalled(self) -> bool:
@@ -155,12 +163,12 @@ class ActorPool:
     def _retry(self, call: _Call, progress: _Progress) -> None:
         """Resubmit a unit whose actor is unreachable: usually its node is lost and Ray has not noticed yet.
 
-        If Ray has restarted the actor more than RETRIES times without a single result, the unit itself kills it.
+        If Ray has restarted the actor more than RETRIES times since the last result, the unit itself is killing it.
         """
         # Ray's public state API needs the dashboard, which a local Ray is started without.
         restarts = ray_state.actors(call.actor._actor_id.hex())["NumRestarts"]
         if restarts - progress.restarts_at_last_result.setdefault(call.actor, restarts) > RETRIES:
-            raise lethal_unit_error(f"Ray started the worker again {restarts} times") from None
+            raise lethal_unit_error(f"Ray restarted the worker {restarts} times.") from None
         progress.waiting.append(call.unit_index)
         count_unavailable_call()
         time.sleep(RETRY_SECONDS)
@@ -193,10 +201,10 @@ _open: list[ActorPool] = []  # the pool of the enclosing ``shared_actor_pool`` b
 
 @contextmanager
 def shared_actor_pool(config: Config, units: int) -> Iterator[ActorPool]:
-    """The actor pool of the enclosing block, or else a Ray connection and a new pool for ``units`` units.
+    """Yield the enclosing block's actor pool or, without one, connect to Ray and yield a new pool for ``units`` units.
 
-    Consecutive stages within a block share processes, which take seconds to start and load a model. The arguments are
-    ignored if there is an enclosing block.
+    Stages within one block share worker processes, which take seconds to start and to load a model. With an enclosing
+    block, the arguments are ignored.
 
     Raises:
         StrideError: see ``connected`` and ``allocate_workers``.

@@ -42,7 +42,7 @@ else:
 class Config:
     """The complete configuration of a run."""
 
-    seed: int = _option(0, "of everything random: membership, bases, sketches, the loop's order", low=0)
+    seed: int = _option(0, "seed of everything random: membership, bases, sketches, the training loop's order", low=0)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     membership: MembershipConfig = field(default_factory=MembershipConfig)
@@ -58,7 +58,7 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """All options as JSON-serialisable ``{"section.key": value}``, in order of declaration."""
-        return {name: _plain(_lookup(self, name)) for name in option_fields()}
+        return {name: _tuple_to_list(_lookup(self, name)) for name in option_fields()}
 
     def updated(self, changes: Mapping[str, Any], where: str = "the command line") -> "Config":
         """A copy with ``{"section.key": value}`` applied; values may be strings from a command line.
@@ -79,15 +79,15 @@ class Config:
                     f"{where} has the key {name!r}, which is not an option"
                     + (f"; did you mean {near[0]!r}?" if near else "; 'stride-ray config' lists them all.")
                 )
-            config = _replaced(config, name.split("."), _checked(name, value, known[name], where))
+            config = _with_value(config, name.split("."), _validated_value(name, value, known[name], where))
         return config
 
 
-# Goes up when the files of ``blocks/`` change so that no stage can go on from older ones.
+# To be raised when the files of ``blocks/`` change in a way that later stages cannot continue from older ones.
 BLOCKS_FORMAT = 2
-# Stage to its upstream stage and the options (or sections) that its output depends on besides its inputs. A stage's
-# identity includes the keys of all upstream stages. Models and tokenizers are not among them: ``Run.begin`` is given
-# fingerprints of their files, which may be moved.
+# By stage: the upstream stage, and the options (or sections) that the output depends on besides the stage's inputs. A
+# stage's identity includes the keys of all upstream stages. Paths of models and tokenizers are not among them, because
+# files may be moved: ``Run.begin`` takes fingerprints of their content instead.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "blocks": ("", ("corpus.columns", "corpus.layout", "corpus.block_tokens", "corpus.shard_mb")),
     "curvature": ("blocks", ("seed", "model.dtype", "operators.sites", "operators.layers")),
@@ -101,7 +101,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def stage_keys(config: Config, stage: str) -> dict[str, Any]:
-    """What ``stage`` depends on: options, its own and its upstream stages', and the format of the blocks."""
+    """Return what ``stage`` depends on: its own options, those of its upstream stages, and the format of the blocks."""
     prefixes: list[str] = []
     while stage:
         stage, own = STAGES[stage]
@@ -134,7 +134,7 @@ def loads(text: str, where: str = "the configuration") -> Config:
     except RecursionError:
         raise StrideError(f"{where} is not valid TOML: its lists or tables are nested too deeply.") from None
     flat: dict[str, Any] = {}
-    tree.pop("run", None)  # added by Run.save: facts, not options
+    tree.pop("run", None)  # Run.save writes facts there, not options
     for name, value in tree.items():
         if isinstance(value, dict) and is_dataclass(getattr(Config(), name, None)):
             flat.update({f"{name}.{key}": item for key, item in value.items()})
@@ -181,21 +181,21 @@ def _lookup(config: Any, name: str) -> Any:
     return config
 
 
-def _replaced(node: Any, path: list[str], value: Any) -> Any:
-    inner = value if len(path) == 1 else _replaced(getattr(node, path[0]), path[1:], value)
+def _with_value(node: Any, path: list[str], value: Any) -> Any:
+    inner = value if len(path) == 1 else _with_value(getattr(node, path[0]), path[1:], value)
     return replace(node, **{path[0]: inner})
 
 
-def _plain(value: Any) -> Any:
+def _tuple_to_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _checked(name: str, value: Any, declared: dataclasses.Field, where: str) -> Any:
+def _validated_value(name: str, value: Any, declared: dataclasses.Field, where: str) -> Any:
     """``value`` converted to the option's type and validated; StrideError if it is invalid."""
     default = _lookup(Config(), name)
     metadata = declared.metadata
     try:
-        value = _converted(value, default)
+        value = _convert_to_type(value, default)
     except (TypeError, ValueError, OverflowError, AttributeError):
         kinds = {
             dict: "role=column pairs, each role once, as in prompt=instruction+input,answer=output",
@@ -211,11 +211,11 @@ def _checked(name: str, value: Any, declared: dataclasses.Field, where: str) -> 
     if low is not None and value < low:
         raise StrideError(f"{where} sets {name} to {value}; it must be at least {low}.")
     if name == "recover.penalty_ratio" and not 0 < value <= 1:
-        raise StrideError(f"{where} sets {name} to {value}; it must lie above 0 and at most 1.")
+        raise StrideError(f"{where} sets {name} to {value}; it must be above 0 and at most 1.")
     return value
 
 
-def _converted(value: Any, default: Any) -> Any:
+def _convert_to_type(value: Any, default: Any) -> Any:
     if isinstance(default, bool):
         if isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"

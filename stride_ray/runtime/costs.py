@@ -1,7 +1,7 @@
 """Cost accounting: seconds, workers and memory of each phase, in ``cost.json`` beside a stage's data.
 
 Workers attach their time and peak memory to every result; the driver adds wall-clock time. ``plan`` extrapolates
-larger runs from these records, so a killed attempt must leave its own: they are written while results arrive. Does not
+larger runs from these records. They are written while results arrive, so that a killed attempt leaves one too. Does not
 import Ray.
 """
 
@@ -71,14 +71,14 @@ class Phase:
 
     def add(self, cost: Cost) -> None:
         """Add the cost of one result, as ``result_cost`` returns it."""
-        seconds, peak, worker, apart = cost
-        rest = seconds - sum(apart.values())
+        seconds, peak, worker, separate = cost
+        rest = seconds - sum(separate.values())
         self.busy += rest
         self.first += rest if worker not in self.seen else 0.0
         self.results += 1
         self.peak_mb = max(self.peak_mb, peak)
         self.seen.add(worker)
-        for label, part in apart.items():
+        for label, part in separate.items():
             self.separate[label] += part
 
     def facts(self, label: str) -> dict[str, dict[str, Any]]:
@@ -91,11 +91,11 @@ class Phase:
         later = self.results - len(self.seen)
         enough_later_results = later >= MIN_LATER_RESULTS * workers
         start = max(0.0, self.first - workers * (self.busy - self.first) / later) if enough_later_results else 0.0
-        apart = dict(self.separate)
+        separate = dict(self.separate)
         if start:
-            apart[START] = apart.get(START, 0.0) + start
+            separate[START] = separate.get(START, 0.0) + start
         wall = self.wall + (time.monotonic() - self.since if self.since is not None else 0.0)
-        wall = max(0.0, wall - sum(apart.values()) / workers)
+        wall = max(0.0, wall - sum(separate.values()) / workers)
 
         def phase_record(wall: float, busy: float) -> dict[str, Any]:
             seconds = {"wall": round(wall, 3), "busy": round(busy, 3)}
@@ -103,13 +103,13 @@ class Phase:
             return {**size, **seconds, "workers": workers, "peak_mb": self.peak_mb}
 
         # Start-up takes each worker the same time however many there are, so it is wall time without shared work.
-        others = {name: phase_record(took / workers, 0.0 if name == START else took) for name, took in apart.items()}
+        others = {name: phase_record(took / workers, 0.0 if name == START else took) for name, took in separate.items()}
         return {label: phase_record(wall, self.busy - start), **others}
 
 
 @dataclass
 class _Attempt:
-    """One attempt at a stage: its phases by label, on top of the record of earlier attempts."""
+    """One attempt at a stage: its phases by label, to be added to the record of earlier attempts."""
 
     stage: Stage
     phases: dict[str, Phase] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class _Attempt:
     next_save: float = 0.0
 
     def save(self, finished: bool = False) -> None:
-        """Write ``cost.json``: the earlier attempts, and this one as far as it has come."""
+        """Write ``cost.json``: the earlier attempts plus this one so far."""
         started, store = time.monotonic(), self.stage.store
         if self.earlier is None:
             nothing: dict[str, Any] = {"phases": {}, "wall": 0.0, "finished": True}
@@ -128,7 +128,9 @@ class _Attempt:
             for name, facts in each.facts(label).items():
                 if name in phases:
                     whole = self.earlier.get("finished", True)
-                    facts = _sum(phases[name], facts, kept=1.0 if whole else _kept(phases[name], facts))
+                    facts = _merge_records(
+                        phases[name], facts, kept=1.0 if whole else _reusable_share(phases[name], facts)
+                    )
                 phases[name] = facts
         wall = round(self.earlier["wall"] + started - self.began, 3)
         record = {"wall": wall, "driver_mb": peak_mb(), "finished": finished, "phases": phases}
@@ -137,7 +139,7 @@ class _Attempt:
         self.next_save = time.monotonic() + max(SAVE_SECONDS, SAVE_SHARE * took)
 
     def save_if_due(self) -> None:
-        """Save now and then; a store that fails for a moment must not end the stage for the sake of its costs."""
+        """Save if the interval has passed; a storage failure must not abort the stage over its cost record."""
         if time.monotonic() >= self.next_save:
             with suppress(StrideError):
                 self.save()
@@ -151,7 +153,7 @@ _separate_seconds: defaultdict[str, float] = defaultdict(
 
 
 def record_separately(label: str, seconds: float) -> None:
-    """In a worker: book seconds of the current result as a phase of their own, because they scale differently."""
+    """In a worker: record seconds of the current result as a separate phase, because they scale differently."""
     _separate_seconds[label] += seconds
 
 
@@ -198,9 +200,9 @@ def phase(label: str, unit: str, total: int) -> Iterator[Phase]:
 
 @contextmanager
 def record_stage_costs(stage: Stage) -> Iterator[None]:
-    """Keep the cost of the phases within the block in the stage's ``cost.json``, on top of earlier attempts.
+    """Add the cost of the phases within the block to the stage's ``cost.json``.
 
-    An attempt that fails or is interrupted keeps the cost of its results, since their units need not be done again.
+    The cost of a failed or interrupted attempt is recorded too, since the next one reuses its finished units.
     """
     _attempts.append(attempt := _Attempt(stage))
     try:
@@ -216,19 +218,19 @@ def record_stage_costs(stage: Stage) -> Iterator[None]:
         _attempts.pop()
 
 
-def _kept(interrupted: dict[str, Any], now: dict[str, Any]) -> float:
-    """The share of an interrupted attempt's results that need not be done again, as the next one's total tells.
+def _reusable_share(interrupted: dict[str, Any], now: dict[str, Any]) -> float:
+    """Return the share of an interrupted attempt's results that the next attempt reuses, judging by its total.
 
-    Of 100 blocks, 60 are scored before a kill. If their units are marked as done, the next attempt has the other 40 to
-    do, and the cost of the 60 counts; if it begins anew with 100, the 60 were for nothing.
+    Example: of 100 blocks, 60 are scored before a kill. If the next attempt has 40 left to do, the cost of the 60
+    counts (share 1); if it starts over with 100, that work was lost (share 0).
     """
     left = interrupted["total"] - interrupted["amount"]
     again = max(0, now["total"] - left)
     return max(0.0, 1 - again / interrupted["amount"]) if interrupted["amount"] else 0.0
 
 
-def _sum(one: dict[str, Any], two: dict[str, Any], kept: float) -> dict[str, Any]:
-    """The record of two attempts, of the first of which ``kept`` counts (0 to 1)."""
+def _merge_records(one: dict[str, Any], two: dict[str, Any], kept: float) -> dict[str, Any]:
+    """Merge the records of two attempts; of the first, the share ``kept`` (0 to 1) counts."""
     added = {key: round(kept * one[key] + two[key], 3) for key in ("wall", "busy")}
     amount = round(kept * one["amount"]) + two["amount"]
     most = {key: max(one[key], two[key]) for key in ("workers", "peak_mb")}

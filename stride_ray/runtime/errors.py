@@ -1,17 +1,17 @@
-"""The exception for user errors: one sentence with what is wrong, where, and how to fix it; and what ails a storage.
+"""The exception for user errors (one sentence: what is wrong, where, how to fix it), and reasons of storage failures.
 
-Object stores and web servers raise classes of many libraries (botocore, google-auth, azure-core, aiohttp), which need
-not be installed. They are told apart by their names and by the codes that they carry.
+Clients of object stores and web servers raise exceptions of many libraries (botocore, google-auth, azure-core,
+aiohttp), which need not be installed. They are recognised by the names of their classes and the codes that they carry.
 """
 
 import asyncio
 from typing import Any
 
-# Packages whose exceptions are faults of a storage or of the way there, never of this program.
+# Packages whose exceptions are failures of a store or the network, never bugs of this program.
 _LIBRARIES = frozenset(
     "botocore aiobotocore aiohttp s3fs gcsfs google adlfs azure urllib3 requests httpx paramiko smbprotocol".split()
 )
-# The reason by the code that a store gives, or by the class that a library raises before it asks a store.
+# By reason: the error codes of stores, and the classes that libraries raise before they reach a store.
 _REASONS = {
     "no such bucket": "NoSuchBucket InvalidBucketName ContainerNotFound FilesystemNotFound",
     "no such account": "ResourceNotFoundError AccountNotFound",
@@ -35,7 +35,7 @@ _REASONS = {
     "it is being deleted": "ContainerBeingDeleted AccountBeingDeleted",
     "it must not be changed": "BlobImmutableDueToPolicy BlobImmutableDueToLegalHold ObjectLocked",
     "it is archived and must be restored first": "InvalidObjectState BlobArchived",
-    "the store asks for fewer requests": "SlowDown ServerBusy TooManyRequests 429",
+    "the store throttles requests": "SlowDown ServerBusy TooManyRequests 429",
     "the store fails": "InternalError ServiceUnavailable 500 502 503 504",
     "timed out": (
         "ConnectTimeoutError ReadTimeoutError RequestTimeout ServerTimeoutError ConnectionTimeoutError TimeoutError "
@@ -79,28 +79,28 @@ class StrideError(Exception):
 
 
 def storage_reason(error: BaseException) -> str:
-    """Why a storage could not be used, as a clause for a message; empty if that is not known.
+    """Return why a store could not be used, as a clause for a message; empty if unknown.
 
     Example:
         >>> storage_reason(ConnectionRefusedError(111, "Connection refused"))
         'the connection failed'
     """
     chain = _chain(error)
-    # A status tells less than any name: Azure answers 403 to a wrong key, and the name stands in an outer exception.
+    # Names are more specific than HTTP statuses: Azure returns 403 for a wrong key and names it in an outer exception.
     codes = sorted((code for each in chain for code in _codes(each)), key=str.isdigit)
     reasons = (*map(_REASON.get, codes), *map(_by_message, chain))
     return next((reason for reason in reasons if reason), "")
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Whether an exception is a fault of a storage or of the way there, and not a bug of this program."""
+    """Whether an exception is a failure of a store or the network, not a bug of this program."""
     library = type(error).__module__.partition(".")[0] in _LIBRARIES
-    # gcsfs raises a ValueError for some answers.
+    # gcsfs raises a ValueError for some responses, which only the message identifies.
     return library or isinstance(error, (OSError, TimeoutError, asyncio.TimeoutError)) or bool(_by_message(error))
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The exception and those that it was raised from, innermost first: the outer ones tell less."""
+    """Return the exception and its causes, innermost (the most specific) first."""
     chain = [error]
     while (inner := chain[0].__cause__ or chain[0].__context__) is not None and inner not in chain:
         chain.insert(0, inner)
@@ -108,20 +108,20 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def storage_codes(error: BaseException) -> set[str]:
-    """The codes, HTTP statuses and class names of an exception and of those that it was raised from."""
+    """Return the error codes, HTTP statuses and class names of an exception and its causes."""
     chain = _chain(error)
     statuses = (_response(each).get("ResponseMetadata", {}).get("HTTPStatusCode") for each in chain)
     return {code for each in chain for code in _codes(each)} | {str(status) for status in statuses if status}
 
 
 def _response(error: BaseException) -> dict[str, Any]:
-    """What botocore keeps of a store's answer; other libraries keep an object, which is left out."""
+    """Return botocore's parsed response; empty for other libraries, whose ``response`` is not a dict."""
     response = getattr(error, "response", None)
     return response if isinstance(response, dict) else {}
 
 
 def _codes(error: BaseException) -> list[str]:
-    """A store's own code, an HTTP status and the names of the exception's classes, the most telling first."""
+    """Return the store's error code, the HTTP status and the exception's class names, the most specific first."""
     codes = [_response(error).get("Error", {}).get("Code"), getattr(error, "error_code", None)]
     codes += [getattr(error, name, None) for name in ("status", "status_code", "code")]
     names = [each.__name__ for each in type(error).__mro__]
@@ -129,4 +129,5 @@ def _codes(error: BaseException) -> list[str]:
 
 
 def _by_message(error: BaseException) -> str:
+    """Return the reason that an exception's message implies (_MESSAGES); empty if none."""
     return next((reason for part, reason in _MESSAGES.items() if part in str(error)), "")

@@ -87,9 +87,9 @@ def _lifetime_peak() -> int:
 
 
 def expected_gb(config: Config) -> float:
-    """Memory that a worker is expected to take, which bounds the number of workers.
+    """Return the memory that a worker is expected to take, in GB, which limits the number of workers.
 
-    ``compute.worker_gb``, less with a small model.
+    That is ``compute.worker_gb``, or at most SMALL_MODEL_GB with a small model.
     """
     path = config.model.path
     files = [entry for entry in os.scandir(path) if entry.is_file()] if os.path.isdir(path) else []

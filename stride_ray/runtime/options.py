@@ -21,14 +21,14 @@ class CorpusConfig:
     columns: dict[str, str] = _option(
         {},
         "role = column, or several joined by +; roles: text | prompt, answer | messages (tools, chat_template_kwargs) "
-        "| token_ids (loss_mask, labels, attention_mask); id, source (empty: found in each row)",
+        "| token_ids (loss_mask, labels, attention_mask); id, source (empty: detected in each row)",
     )
     tokenizer: str = _option("", "Hugging Face tokenizer: path or hub id (empty: the model's own)")
     layout: str = _option(
         "pack", "pack: documents joined by end-of-text; split: each document cut alone, tail padded", ("pack", "split")
     )
     block_tokens: int = _option(512, "tokens in a block", low=2)
-    shard_mb: float = _option(16.0, "input megabytes in one unit of work, one Parquet file each", low=0.001)
+    shard_mb: float = _option(16.0, "input megabytes per work unit; each unit writes one Parquet file", low=0.001)
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class ModelConfig:
     path: str = _option("", "Hugging Face causal LM: folder, hub id, fsspec URL or .gguf file")
     start: str = _option(
         "",
-        "the checkpoint that training on the pool began from; exact answers are more accurate when they know it; "
+        "the checkpoint that training on the pool started from; exact influence is more accurate if it is given; "
         "empty: random weights",
     )
     split: float = _option(
-        0.62, "layer where the operators act: a share of the depth (at most 1), or a number of layers (from 2)"
+        0.62, "layer at which the operators act: a share of the depth (at most 1), or a layer number (from 2)"
     )
     dtype: str = _option("float32", "dtype of the weights", ("float32", "bfloat16", "float16"))
 
@@ -51,10 +51,10 @@ class ModelConfig:
 class MembershipConfig:
     """Assignment of blocks to subsets (membership matrix M)."""
 
-    subsets: int = _option(1000, "K, number of subsets; the longer a response, the more can be recovered", low=2)
+    subsets: int = _option(1000, "K, number of subsets; more subsets give longer responses and recover more", low=2)
     degree: int = _option(10, "d, number of subsets that each block belongs to", low=1)
     form: str = _option(
-        "regular", "regular: exactly d subsets a block; bernoulli: d on average", ("regular", "bernoulli")
+        "regular", "regular: exactly d subsets per block; bernoulli: d on average", ("regular", "bernoulli")
     )
 
 
@@ -64,28 +64,30 @@ class OperatorConfig:
 
     form: str = _option(
         "sites",
-        "sites: at every layer, one bit a coordinate; the paper's: logit, on predictions; matrix, gate: at the split",
+        "sites: at every layer, one bit per coordinate; the paper's: logit on the logits; matrix, gate at the split",
         ("sites", "logit", "matrix", "gate"),
     )
     rows: str = _option(
         "auto",
-        "sites: an operator a block, or a subset (membership.subsets); auto: blocks, if the budget has room for them",
+        "sites: one operator per block, or per subset (membership.subsets); auto: per block if the budget allows",
         ("auto", "blocks", "subsets"),
     )
-    budget_gb: float = _option(2.0, "sites: GB that the operators may take on disk; more: more accurate", low=0.0)
+    budget_gb: float = _option(2.0, "sites: GB that the operators may take on disk; more is more accurate", low=0.0)
     sites: str = _option(
         "outputs",
-        "outputs: of attention and MLP, embedding, head; all: every linear map, by EK-FAC: more accurate, dearer",
+        "outputs: of attention and MLP, embedding, head; all: every linear map, with EK-FAC: more accurate, slower",
         ("outputs", "all"),
     )
     layers: float = _option(
-        0.0, "sites of so many of the last layers, fewer are faster; below 1: a share; 0: all", low=0.0
+        0.0,
+        "use the sites of this many last layers (fewer are faster); below 1: a share of the layers; 0: all",
+        low=0.0,
     )
     rank: int = _option(64, "r, width of the activation basis (paper: 16)", low=1)
-    sketch: int = _option(512, "v, output directions kept of the vocabulary by the logit form", low=1)
+    sketch: int = _option(512, "v, output directions that the logit form keeps of the vocabulary", low=1)
     target: str = _option(
         "unigram",
-        "logit form: the prediction that the next token is compared with: the pool's unigrams or the model's own",
+        "logit form: the prediction compared with the next token: the pool's unigram distribution or the model's",
         ("unigram", "model"),
     )
 
@@ -99,20 +101,24 @@ class FitConfig:
         "closed_form: one pass over the pool; train: the paper's loop on three losses",
         ("closed_form", "train"),
     )
-    start: str = _option("random", "train: begin from random operators or the closed form", ("random", "closed_form"))
+    start: str = _option("random", "train: start from random operators or the closed form", ("random", "closed_form"))
     steps: int = _option(
-        400, "train: optimiser steps; each subset is visited 2 blocks_per_step / K times a step; ten visits do", low=1
+        400,
+        "train: optimiser steps; a step visits each subset 2 blocks_per_step / K times, and ten visits are enough",
+        low=1,
     )
     learning_rate: float = _option(0.05, "train: peak rate, after warm-up and before linear decay", low=0.0)
     optimizer: str = _option(
         "muon", "train: Muon for the shared matrices and AdamW for the rest, or AdamW", ("muon", "adamw")
     )
-    blocks_per_step: int = _option(16, "train: blocks in a step; each serves fidelity for two of its subsets", low=2)
+    blocks_per_step: int = _option(
+        16, "train: blocks per step; each is used for fidelity with two of its subsets", low=2
+    )
     stability: float = _option(0.1, "train: weight of the stability loss (fidelity has 1)", low=0.0)
     stability_form: str = _option(
         "kl", "train: top-m KL (paper) or its ablations", ("kl", "logit_penalty", "hidden_norm")
     )
-    top_m: int = _option(64, "train: the base model's most likely tokens that stability compares", low=2)
+    top_m: int = _option(64, "train: number of the base model's most likely tokens that stability compares", low=2)
     linearity: float = _option(0.1, "train: weight of the linearity loss", low=0.0)
 
 
@@ -122,7 +128,7 @@ class RespondConfig:
 
     mode: str = _option(
         "auto",
-        "exact: steered forwards; linear: all K from one forward; auto: linear for closed_form or if a sample agrees",
+        "exact: steered forward passes; linear: all K in one pass; auto: linear if closed_form or a sample agrees",
         ("auto", "exact", "linear"),
     )
 
@@ -131,22 +137,26 @@ class RespondConfig:
 class RecoverConfig:
     """From response vectors to sparse influence (Lasso)."""
 
-    penalty_ratio: float = _option(0.05, "Lasso penalty as a share of the smallest that gives no influence at all")
+    penalty_ratio: float = _option(
+        0.05, "Lasso penalty, as a share of the smallest one that leaves no influence at all"
+    )
     nonnegative: bool = _option(True, "only helpful influence (w >= 0)")
-    row_scaling: bool = _option(True, "divide M's rows by their subset's size: operators are means over subsets")
+    row_scaling: bool = _option(
+        True, "divide the rows of M by the subset sizes, because operators are means over subsets"
+    )
 
 
 @dataclass(frozen=True)
 class SolveConfig:
     """Preconditioning query gradients with the Gauss–Newton matrix instead of its Kronecker factors (K-FAC) alone."""
 
-    steps: int = _option(
-        1, "products with the Gauss–Newton matrix for each query; 0: the Kronecker factors alone", low=0
-    )
+    steps: int = _option(1, "products with the Gauss–Newton matrix per query; 0: the Kronecker factors alone", low=0)
     tokens: int = _option(
-        4096, "tokens of the pool, in whole blocks, that the Gauss–Newton matrix is taken over", low=1
+        4096, "tokens of the pool, in whole blocks, that the Gauss–Newton matrix is computed from", low=1
     )
-    damping: float = _option(50.0, "times the damped Kronecker factors, added to the Gauss–Newton matrix", low=1e-3)
+    damping: float = _option(
+        50.0, "factor on the damped Kronecker factors that are added to the Gauss–Newton matrix", low=1e-3
+    )
 
 
 @dataclass(frozen=True)
@@ -154,60 +164,66 @@ class AttributeConfig:
     """How the influence of blocks on queries is computed."""
 
     exact: bool = _option(
-        False, "score every block exactly, in a pass over the pool for each batch of queries; needs no operators"
+        False, "score every block exactly, with one pass over the pool per batch of queries; needs no operators"
     )
     candidates: int = _option(
         -1,
-        "blocks of largest estimated influence whose influence is then computed exactly; -1: the fewer the more bytes "
-        "operators have a block, from 10 on; 0: estimates alone",
+        "blocks of largest estimated influence that are then scored exactly; -1: at least 10, fewer the more bytes the "
+        "operators have per block; 0: estimates only",
         low=-1,
     )
-    top: int = _option(2000, "blocks kept per query, those of largest influence, helpful or harmful", low=1)
+    top: int = _option(2000, "blocks kept per query: those with the largest influence, helpful or harmful", low=1)
 
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """Data selection by influence; part of a selection's identity, not of a stage's: one run serves many selections."""
+    """Data selection by influence; part of a selection's identity, not of a stage's: a run may have many selections."""
 
     by: str = _option(
         "rank",
-        "a document's score: rank, its best over the target queries (paper); mean influence; share of queries helped",
+        "a document's score: rank: its best over the target queries (paper); mean: influence; share: queries helped",
         ("rank", "mean", "share"),
     )
     documents: float = _option(0.0, "documents to take, best first; below 1: a share of the pool; 0: no limit", low=0.0)
     tokens: float = _option(0.0, "tokens to take, best first; below 1: a share of the pool; 0: no limit", low=0.0)
     drop: str = _option(
         "none",
-        "filter: drop documents whose score is below drop_at, or the share drop_at of those that have one, worst first",
+        "filter: drop documents with a score below drop_at, or the worst share drop_at of those that have a score",
         ("none", "below", "bottom"),
     )
-    drop_at: float = _option(0.0, "a score (drop = below; 0: what harms by mean) or a share (drop = bottom)")
+    drop_at: float = _option(
+        0.0, "a score (drop = below; with by = mean, 0 drops what harms) or a share (drop = bottom)"
+    )
     temperature: float = _option(
-        0.0, "Gumbel top-k: draw documents with odds place^(-1/temperature); 0: strictly in order", low=0.0
+        0.0, "Gumbel top-k: draw documents with odds rank^(-1/temperature); 0: strictly in order", low=0.0
     )
-    quotas: dict[str, str] = _option({}, "source = largest share of the size asked for; '*': every other source")
+    quotas: dict[str, str] = _option({}, "source = largest share of the requested size; '*': every other source")
     near_duplicates: float = _option(
-        0.0, "leave out what a document taken before resembles this much (Jaccard of token 5-grams); 0: off", low=0.0
+        0.0, "skip a document this similar to one already taken (Jaccard of token 5-grams); 0: off", low=0.0
     )
-    earlier: tuple[str, ...] = _option((), "folders of earlier selections, whose documents are not taken again")
+    earlier: tuple[str, ...] = _option((), "folders of earlier selections; their documents are not taken again")
 
 
 @dataclass(frozen=True)
 class ScanConfig:
     """Contamination scans; part of a scan's identity, not of a stage's."""
 
-    words: int = _option(
-        13, "n, words in an n-gram of texts compared; of shorter fields than 2n, half the words", low=2
-    )
-    shortest: int = _option(6, "fewest words of a field that is searched for by itself", low=2)
+    words: int = _option(13, "n, words per n-gram; fields shorter than 2n use half of their words", low=2)
+    shortest: int = _option(6, "minimum words of a field that is searched for on its own", low=2)
     overlap: float = _option(
-        0.3, "share of a field's words, weighted by rarity, that a document must hold to be called a copy", low=0.0
+        0.3, "share of a field's words, weighted by rarity, that a document must contain to count as a copy", low=0.0
     )
-    boilerplate: int = _option(10, "documents (of 3 sources) that an n-gram must be in without the rest to be left out")
-    influence: bool = _option(True, "whether to ask the run's model too, on the run's blocks; needs --control items")
-    false_discovery: float = _option(0.05, "expected share of false ones among the suspicions of influence", low=0.0)
-    alarm: str = _option("any", "new findings that end with status 2: all, or those with a copy", ("any", "lexical"))
-    lease: float = _option(15.0, "minutes after which a scan's lock that is not renewed may be taken over", low=0.001)
+    boilerplate: int = _option(
+        10, "an n-gram is ignored as boilerplate if this many documents (of 3 sources) contain it without the rest"
+    )
+    influence: bool = _option(
+        True, "also test the run's model for influence of the run's blocks; needs --control items"
+    )
+    false_discovery: float = _option(
+        0.05, "expected share of false suspicions among those of the influence channel", low=0.0
+    )
+    alarm: str = _option("any", "new findings that set exit status 2: all, or only copies", ("any", "lexical"))
+    lease: float = _option(15.0, "minutes after which another scan may take over a lock that is not renewed", low=0.001)
 
 
 @dataclass(frozen=True)
@@ -217,6 +233,6 @@ class ComputeConfig:
     address: str = _option("", "Ray address; empty: RAY_ADDRESS, else a local Ray started for this command")
     workers: int = _option(0, "parallel workers (0: one per CPU, or per GPU on cuda)", low=0)
     device: str = _option("auto", "auto: the GPUs that the Ray cluster has or can scale to", ("auto", "cpu", "cuda"))
-    worker_gb: float = _option(4.0, "GB of memory that a worker may take, for which batches are sized", low=0.1)
-    batch_tokens: int = _option(0, "tokens in one forward pass; 0: what worker_gb has room for, 8192 at most", low=0)
-    query_gb: float = _option(1.0, "GB of queries' whole gradients that are held at once", low=0.0)
+    worker_gb: float = _option(4.0, "GB of memory per worker; batches are sized to fit", low=0.1)
+    batch_tokens: int = _option(0, "tokens per forward pass; 0: as many as worker_gb allows, at most 8192", low=0)
+    query_gb: float = _option(1.0, "GB of the queries' full gradients in memory at once", low=0.0)

@@ -20,11 +20,11 @@ from stride_ray.runtime.run import Stage
 # Name to kind and description; Ray prefixes names with "ray_" and appends "_total" to counters.
 METRICS = {
     "stride_units": ("counter", "Units of work done."),
-    "stride_blocks": ("counter", "Blocks that a pass went over."),
-    "stride_responses": ("counter", "Queries whose response or influence was found."),
+    "stride_blocks": ("counter", "Blocks processed by passes over the pool."),
+    "stride_responses": ("counter", "Queries whose response or influence was computed."),
     "stride_failures": (
         "counter",
-        "Rows that ended with an error in their status, and calls that a lost node refused.",
+        "Rows with status failed, and calls that failed because a node was lost.",
     ),
     "stride_solver_gap": ("gauge", "Largest relative duality gap of the last unit of recover."),
 }
@@ -45,8 +45,8 @@ def run_missing(
 
     Args:
         stage: from Run.begin.
-        units: what the worker takes, by the unit's name, which is that of its done marker.
-        work: maps a worker over units, and yields their done markers; not called if nothing is missing.
+        units: the worker's input for each unit, by the unit's name, which is also the name of its done marker.
+        work: maps a worker over units and yields their done markers; not called if nothing is missing.
         label: of the progress bar.
         noun: what the progress bar counts.
         size: number of ``noun`` per unit; one unless given.

@@ -48,7 +48,7 @@ class Stage:
 
     @property
     def finished(self) -> bool:
-        """Whether the manifest is there."""
+        """Whether the manifest exists."""
         return self.store.exists(self.last)
 
     def manifest(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Stage:
         except StrideError:
             if not self.finished:
                 raise
-            self.store.check_claim()  # else it is another command's manifest, made with other settings
+            self.store.check_claim()  # raises if the manifest is that of another command with other settings
 
     def done(self) -> dict[str, dict[str, Any]]:
         """Done markers by unit name, sorted by name."""
@@ -97,14 +97,14 @@ class Stage:
             The marker: ``facts``, the unit's name, the stage's identity, seconds and peak memory.
         """
         cost = {"seconds": round(time.monotonic() - started, 3), "peak_mb": peak_mb()}
-        # A JSON round trip, so that the cached marker equals one that is read back (lists, not tuples).
+        # A JSON round trip turns tuples into lists, so that the cached marker equals the one on disk.
         marker = json.loads(json.dumps({"unit": unit, "config": self.identity, **facts, **cost}))
         self.store.write_json(f"_done/{unit}.json", marker)
         self.remember([marker])
         return marker
 
     def clear(self, beginning: str | tuple[str, ...], ending: str = "") -> None:
-        """Remove the files with this beginning (or one of these) and ending, which the stage no longer needs."""
+        """Remove the files whose names have this beginning (or one of several) and ending."""
         for name in self.store.names(ending=ending):
             if name.startswith(beginning):
                 self.store.remove(name)
@@ -171,7 +171,7 @@ class Run:
 
         Paths become absolute, so that the run can be used from any working directory; URLs lose their secrets.
         """
-        text = dumps(self.config.updated(_kept_paths(self.config)))
+        text = dumps(self.config.updated(_stored_paths(self.config)))
         text += f'\n[run]\ncode_version = "{__version__}"\n'
         if self.store.exists("blocks/manifest.json"):
             text += f'corpus_fingerprint = "{self.store.read_json("blocks/manifest.json")["fingerprint"]}"\n'
@@ -184,7 +184,7 @@ class Run:
         Args:
             stage: one of COMMANDS.
             name: as in ``begin``.
-            extra: as in ``begin``, as far as the caller knows it.
+            extra: as in ``begin``; inputs that are not given are not checked.
 
         Raises:
             StrideError: the stage is not finished (the message names the command that runs it), or was made with other
@@ -231,8 +231,8 @@ class _OwnedStore(Store):
         """Raise StrideError if another command has claimed the folder."""
         if digest(Store(self._at).read_json("stage.json")["keys"]) != self._keys:
             raise StrideError(
-                f"{redact_url(self._at)} was taken by another command, with other settings, while this one worked; "
-                "nothing more was written. Give each a run directory or name of its own."
+                f"{redact_url(self._at)} was taken by another command, with other settings, while this one ran; "
+                "nothing more was written. Give each command its own run directory or query-set name."
             )
 
 
@@ -266,17 +266,17 @@ def refuse_inside(store: Store, inputs: Iterable[str], what: str) -> None:
             inside = folder.is_dir() and Path(store.root).resolve().is_relative_to(folder)
         if inside:
             raise StrideError(
-                f"{what} {redact_url(store.url)} lies in the input {redact_url(given)}; put it elsewhere."
+                f"{what} {redact_url(store.url)} lies in the input {redact_url(given)}; choose a folder outside."
             )
 
 
 def part_name(index: int) -> str:
-    """The name of a numbered unit: of its marker and, without suffix, of its file."""
+    """Return the name of a numbered unit: of its done marker, and of its file without the suffix."""
     return f"part-{index:05d}"
 
 
-def _kept_paths(config: Config) -> dict[str, Any]:
-    """The options that name files, as run.toml keeps them."""
+def _stored_paths(config: Config) -> dict[str, Any]:
+    """Return the options that name files as run.toml stores them: absolute paths, and URLs without secrets."""
     hub_or_path = {"corpus.tokenizer": config.corpus.tokenizer, "model.path": config.model.path}
     hub_or_path["model.start"] = config.model.start
     paths = {"corpus.input": config.corpus.input, "select.earlier": config.select.earlier}
@@ -290,7 +290,7 @@ def _check_same_settings(opened: Stage, wanted: Mapping[str, Any]) -> None:
     """Raise StrideError if a folder was made with settings other than ``wanted``, naming the first key that differs."""
     made_with = opened.store.read_json("stage.json")["keys"]
     contents = {
-        "corpus": "other blocks than are there now",
+        "corpus": "other blocks than are in the pool now",
         "queries": "other queries than this command's",
         "weights": "another model than now lies at model.path (or model.start)",
         "tokenizer": "the tokens of another tokenizer than corpus.tokenizer now names",
@@ -300,5 +300,5 @@ def _check_same_settings(opened: Stage, wanted: Mapping[str, Any]) -> None:
             how = f"with {key} = {made_with.get(key)!r}, and this command has {now!r}"
             raise StrideError(
                 f"{redact_url(opened.store.url)} was made {f'from {contents[key]}' if key in contents else how}; use "
-                "another run directory or name, or delete that folder and those that came after it."
+                "another run directory or name, or delete that folder and those of later stages."
             )

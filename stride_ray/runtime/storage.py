@@ -1,9 +1,9 @@
 """A folder at any fsspec URL: atomic publishing of whole files, small JSON records, Parquet tables and tensors.
 
-All stages store their state through this module, which guarantees that a file that can be read is complete and as it
-was written. A local file is written under a temporary name, synced and renamed; an object store gets a single PUT,
-which is atomic. Every file has a checksum that reading verifies: a record as a key of its own, tensors in their
-metadata, a table in its pages and, for the footer, in the bytes before it, which other readers of Parquet skip.
+All stages store their state through this module. It guarantees that a file that can be read is complete and unchanged.
+A local file is written under a temporary name, synced and renamed; an object store gets a single PUT, which is atomic.
+Every file has a checksum that is verified on reading. A JSON record has it under a key, tensors in their metadata. A
+table has checksums in its pages and one of the footer in the bytes before it, which other Parquet readers skip.
 """
 
 import errno
@@ -29,12 +29,12 @@ from stride_ray.runtime.urls import exists, filesystem, first_line, redact_url, 
 ROW_GROUP = 4096
 # Concurrent deletions on an object store.
 DELETES = 16
-# The key of a record, and of the metadata of tensors, that has the checksum of all the rest.
+# Key of the checksum, in a JSON record and in the metadata of tensors.
 CHECKSUM = "checksum"
-# What is before the footer of a Parquet file: this, the checksum of all before it, and that of the footer. pyarrow too
-# reads TAIL bytes at first.
+# The bytes before the footer of a Parquet file: this mark, the checksum of the pages, and that of pages' checksum and
+# footer. TAIL is how many bytes at the end pyarrow, too, reads first.
 SEAL, SEAL_BYTES, TAIL = b"xxh3", 36, 1 << 16
-# Records whose absence means that something is yet to be done.
+# Records that a rerun writes again if they are missing, so a damaged one may be deleted alone.
 OPTIONAL = ("latest.json", "units.json", "cost.json", "trust.json", "selection.json")
 
 
@@ -63,7 +63,7 @@ class Store:
         return self.root if self.local else self.url
 
     def child(self, name: str) -> "Store":
-        """The subfolder ``name``, which need not exist."""
+        """Return the store of the subfolder ``name``, which need not exist."""
         self._check_inside(name)
         return Store(f"{self.url}/{name}")
 
@@ -82,7 +82,7 @@ class Store:
 
     def _check_inside(self, name: str) -> None:
         if ".." in name.replace("\\", "/").split("/"):
-            raise StrideError(f"{name!r} leads out of {redact_url(self.url)}; rename it in the input.")
+            raise StrideError(f"{name!r} leads out of {redact_url(self.url)}; rename that file in the input.")
 
     def check_claim(self) -> None:
         """Raise StrideError if the folder was claimed and the claim is lost (run.claim)."""
@@ -181,49 +181,55 @@ class Store:
                 list(threads.map(self.fs.rm_file, self.fs.find(self.path(name))))
 
     def read_json(self, name: str, foreign: bool = False) -> dict[str, Any]:
-        """A JSON record, an object.
+        """Read a JSON object.
 
         Args:
-            name: of the file.
-            foreign: whether other programs may have written it, without a checksum.
+            name: name of the file.
+            foreign: whether another program may have written the file, without a checksum.
 
         Raises:
-            StrideError: it is missing, or not as it was written.
+            StrideError: the file is missing, or was damaged or edited.
         """
-        return self._record(name, self.read(name), foreign)
+        return self._parse_record(name, self.read(name), foreign)
 
-    def _record(self, name: str, data: bytes, foreign: bool = False) -> dict[str, Any]:
+    def _parse_record(self, name: str, data: bytes, foreign: bool = False) -> dict[str, Any]:
+        """Parse a JSON record and verify its checksum; errors as read_json."""
         try:
             found = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise self._damaged(name, f"is not valid JSON: {first_line(error)}") from None
+            raise self._damage_error(name, f"is not valid JSON: {first_line(error)}") from None
         if not isinstance(found, dict):
-            raise self._damaged(name, "holds no JSON object")
+            raise self._damage_error(name, "does not hold a JSON object")
         checksum = found.pop(CHECKSUM, None)
         if checksum is None and not foreign:
-            raise self._damaged(name, f"has no {CHECKSUM}: another version of stride_ray wrote it, or it was edited")
+            raise self._damage_error(
+                name, f"has no {CHECKSUM}: another version of stride_ray wrote it, or it was edited"
+            )
         if not foreign and checksum != _record_checksum(found):
-            raise self._damaged(name, f"was damaged or edited: its {CHECKSUM} differs")
+            raise self._damage_error(name, f"was damaged or edited: its {CHECKSUM} differs")
         return found
 
-    def _damaged(self, name: str, how: str) -> StrideError:
+    def _damage_error(self, name: str, how: str) -> StrideError:
+        """Return the error for a damaged file; ``how`` is the predicate of its sentence."""
         alone = name.startswith("_done/") or name in OPTIONAL
         what = "it" if alone else f"its folder {self.display_url(name).rpartition('/')[0]}"
-        return StrideError(f"{self.display_url(name)} {how}; restore it, or delete {what} and run what made it again.")
+        return StrideError(
+            f"{self.display_url(name)} {how}; restore it, or delete {what} and rerun the command that made it."
+        )
 
     def read_jsons(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Several JSON records, fetched concurrently from a remote store."""
+        """Read several JSON records in order; those of a remote store are fetched concurrently."""
         if self.local or not names:
             return [self.read_json(name) for name in names]
         with self.translated_errors(names[0], "read"):
             found = self.fs.cat([self.path(name) for name in names])
-        return [self._record(name, found[self.path(name)]) for name in names]
+        return [self._parse_record(name, found[self.path(name)]) for name in names]
 
     def read_tensors(self, name: str) -> dict[str, Any]:
-        """The torch tensors of a safetensors file that ``tensor_bytes`` made.
+        """Read a safetensors file made with ``tensor_bytes``: torch tensors by name.
 
         Raises:
-            StrideError: the file is missing, or not as it was written.
+            StrideError: the file is missing, or was damaged or changed.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load
@@ -232,14 +238,14 @@ class Store:
         try:
             found = load(data)
         except SafetensorError as error:
-            raise self._damaged(name, f"cannot be read: {first_line(error)}") from None
+            raise self._damage_error(name, f"cannot be read: {first_line(error)}") from None
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         if header.get("__metadata__", {}).get(CHECKSUM) != _tensor_checksum(found):
-            raise self._damaged(name, f"was damaged or changed: its {CHECKSUM} differs")
+            raise self._damage_error(name, f"was damaged or changed: its {CHECKSUM} differs")
         return found
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Publish a JSON record, keeping the order of its keys; its last one is the checksum of the others."""
+        """Publish a JSON record; keys keep their order, and a checksum is added last."""
         value = json.loads(json.dumps(value))  # keys become strings, tuples lists
         self.write(name, (json.dumps({**value, CHECKSUM: _record_checksum(value)}, indent=1) + "\n").encode())
 
@@ -254,17 +260,17 @@ class Store:
         return hashlib.sha256(data).hexdigest()
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A whole Parquet file, or some of its columns."""
+        """Read a whole Parquet file, or some of its columns."""
         with self.open_parquet(name, whole=self.local) as file:
             return file.read(columns=list(columns) if columns else None)
 
     @contextmanager
     def open_parquet(self, name: str, whole: bool = False) -> Iterator[pq.ParquetFile]:
-        """A Parquet file, to be read by row group. The checksum of its footer is verified if it has one.
+        """Open a Parquet file for reading by row group; the footer's checksum is verified if the file has one.
 
         Args:
-            name: of the file.
-            whole: whether to verify all of it first, for readers that do not look at the checksums of pages.
+            name: name of the file.
+            whole: whether to verify the pages up front too, for readers that do not verify page checksums.
 
         Raises:
             StrideError: the file is missing, damaged or not Parquet.
@@ -273,17 +279,17 @@ class Store:
             handle = open(self.path(name), "rb") if self.local else self.fs.open(self.path(name), "rb")  # noqa: SIM115
             with handle:
                 try:
-                    if not _is_sealed(handle, whole):
+                    if not _checksums_match(handle, whole):
                         raise pa.ArrowInvalid("it was damaged or changed: its checksum differs")
                     yield pq.ParquetFile(handle, page_checksum_verification=True)
                 except Exception as error:
                     if not is_corrupt(error):
                         raise
-                    raise self._damaged(name, f"cannot be read as Parquet: {first_line(error)}") from None
+                    raise self._damage_error(name, f"cannot be read as Parquet: {first_line(error)}") from None
 
     @contextmanager
-    def translated_errors(self, name: str, deed: str) -> Iterator[None]:
-        """Translate exceptions of any file system into a StrideError; ``deed`` is the verb of its message."""
+    def translated_errors(self, name: str, verb: str) -> Iterator[None]:
+        """Translate exceptions of any file system into a StrideError: "Cannot <verb> <file>: …"."""
         place = self.display_url(name)
         try:
             yield
@@ -292,25 +298,25 @@ class Store:
         except Exception as error:
             if not is_storage_error(error):
                 raise
-            raise StrideError(self._failure(error, deed, place)) from None
+            raise StrideError(self._failure_message(error, verb, place)) from None
 
-    def _failure(self, error: BaseException, deed: str, place: str) -> str:
+    def _failure_message(self, error: BaseException, verb: str, place: str) -> str:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            again = "free some space and run the same command again: what is done is kept."
-            return f"No room left to {deed} {place}; {again}"
+            again = "free some space and run the same command again: finished work is kept."
+            return f"No room left to {verb} {place}; {again}"
         reason = storage_reason(error)
         if reason in ("", "there is no such file") and (isinstance(error, FileNotFoundError) or reason):
-            missing = "no such file or folder" if self.local or deed != "write" else "no such bucket"
-            return f"Cannot {deed} {place}: {missing}."
+            missing = "no such file or folder" if self.local or verb != "write" else "no such bucket"
+            return f"Cannot {verb} {place}: {missing}."
         if isinstance(error, PermissionError) and not reason:
-            return f"Cannot {deed} {place}: permission denied ({first_line(error)})."
-        return f"Cannot {deed} {place}: {redacted_error(error, self.url)}"
+            return f"Cannot {verb} {place}: permission denied ({first_line(error)})."
+        return f"Cannot {verb} {place}: {redacted_error(error, self.url)}"
 
 
 def is_corrupt(error: BaseException) -> bool:
-    """Whether pyarrow means by an exception that a file's content is not what it should be.
+    """Whether an exception from pyarrow means that a file's content is corrupt.
 
-    It raises OSError without an errno for some; those of file systems have one, or a cause.
+    pyarrow raises OSError without an errno for some corruption; an OSError of a file system has an errno or a cause.
     """
     return isinstance(error, pa.ArrowInvalid) or (
         type(error) is OSError and error.errno is None and not storage_reason(error)
@@ -318,18 +324,18 @@ def is_corrupt(error: BaseException) -> bool:
 
 
 def seal(path: str) -> None:
-    """Give a local Parquet file the checksums that files of ``Store.write_table`` have before their footer."""
+    """Insert into a local Parquet file the checksums that ``Store.write_table`` puts before the footer."""
     with open(path, "r+b") as file:
         file.seek(-8, os.SEEK_END)
         pages = file.seek(-_footer_bytes(file.read()), os.SEEK_END)
         footer = file.read()
-        sealed = _seal(_digest(file, pages), footer) + footer
+        sealed = _seal(_prefix_checksum(file, pages), footer) + footer
         file.seek(pages)
         file.write(sealed)
 
 
 def _footer_bytes(tail: bytes | memoryview) -> int:
-    """Bytes of a Parquet file's footer with its length and magic, from the file's last bytes."""
+    """Return the size of a Parquet footer including its length and magic, given the file's last bytes."""
     return int.from_bytes(tail[-8:-4], "little") + 8
 
 
@@ -337,8 +343,8 @@ def _seal(pages: bytes, footer: bytes | memoryview) -> bytes:
     return SEAL + pages + xxhash.xxh3_128_digest(b"".join([pages, footer]))
 
 
-def _digest(handle: Any, size: int) -> bytes:
-    """The checksum of the first bytes of a file."""
+def _prefix_checksum(handle: Any, size: int) -> bytes:
+    """Return the checksum of the first ``size`` bytes of a file."""
     found = xxhash.xxh3_128()
     handle.seek(0)
     while chunk := handle.read(min(size, 1 << 22)):
@@ -347,8 +353,8 @@ def _digest(handle: Any, size: int) -> bytes:
     return found.digest()
 
 
-def _is_sealed(handle: Any, whole: bool) -> bool:
-    """Whether the checksum of a Parquet file's footer fits, if it has one, and with ``whole`` that of its pages."""
+def _checksums_match(handle: Any, whole: bool) -> bool:
+    """Whether a Parquet file's footer checksum matches, if it has one, and with ``whole`` its pages' checksum too."""
     size = handle.seek(0, os.SEEK_END)
     tail = b""
     for wanted in (TAIL, 0):
@@ -362,7 +368,7 @@ def _is_sealed(handle: Any, whole: bool) -> bool:
         return True
     fits = seal == _seal(seal[len(SEAL) : 20], footer)
     if fits and whole:
-        fits = _digest(handle, size - len(footer) - SEAL_BYTES) == seal[len(SEAL) : 20]
+        fits = _prefix_checksum(handle, size - len(footer) - SEAL_BYTES) == seal[len(SEAL) : 20]
     handle.seek(0)
     return fits
 

@@ -37,7 +37,7 @@ from stride_ray.runtime.urls import first_line
 RETRIES = 5
 # Seconds without a result before a message is printed.
 PATIENCE = 60.0
-# What Ray adds to its folder in its longest socket's path, but for a process id; and the bytes such a path may have.
+# The longest path of a socket below Ray's folder, without the process id at its end; and the limit of such a path.
 RAY_SOCKET = "/ray/session_2026-01-31_12-00-00_000000_/sockets/plasma_store"
 SOCKET_BYTES = 107 if sys.platform == "linux" else 103
 # Reserved keys of a result: the message of a StrideError, and the cost (costs.Cost).
@@ -73,9 +73,9 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
     stop = signal.getsignal(signal.SIGTERM)
     try:
         if address and address not in ("auto", "local"):
-            _check_answers(address)
+            _check_reachable(address)
         elif not os.access(os.path.expanduser("~"), os.W_OK):
-            # Ray would write the secret that its processes share to the home.
+            # Ray would write the token that its processes share to the home folder.
             os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
         folder: Any = {"_temp_dir": _session_folder()} if address in ("", "local") else {}
         dashboard = None if address else False
@@ -86,8 +86,8 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         raise StrideError(f"No Ray at address {address!r}: {first_line(error)}; start one or leave it out.") from None
     except OSError as error:
         raise StrideError(
-            f"Ray cannot start here ({first_line(error)}); set RAY_TMPDIR to a folder with a short path that can be "
-            "written and has room."
+            f"Ray cannot start here ({first_line(error)}); set RAY_TMPDIR to a writable folder that has a short path "
+            "and free space."
         ) from None
     except Exception as error:
         if not _timed_out(error):
@@ -103,7 +103,7 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
 
 
 def start_ray(**options: Any) -> None:
-    """Call ray.init, and again if it times out: after half a minute, which no option of Ray's lengthens."""
+    """Call ray.init, and once more if it times out: Ray gives up after half a minute, which no option changes."""
     try:
         ray.init(**options)
     except Exception as error:
@@ -113,14 +113,14 @@ def start_ray(**options: Any) -> None:
 
 
 def _timed_out(error: Exception) -> bool:
-    """Whether Ray's start took too long: the one case in which it raises a bare Exception."""
+    """Whether Ray's start timed out, the only case in which it raises a bare Exception."""
     return type(error) is Exception
 
 
 def _session_folder() -> str | None:
-    """The folder for the session of a local Ray; None: where Ray puts it by itself.
+    """Return the folder for a local Ray's session; None for Ray's default.
 
-    Batch systems name the cluster, the user and the job in TMPDIR, which is then too long for sockets.
+    Batch systems put the names of cluster, user and job into TMPDIR, which may then be too long for sockets.
 
     Raises:
         StrideError: RAY_TMPDIR is too long.
@@ -131,16 +131,16 @@ def _session_folder() -> str | None:
     if (length := len(os.fsencode(folder))) > most:
         if given:
             raise StrideError(
-                f"RAY_TMPDIR is a path of {length} bytes, {given}, in which Ray cannot make its sockets; set it to one "
-                f"of at most {most}, or to none."
+                f"RAY_TMPDIR is a path of {length} bytes, {given}, too long for Ray's sockets; set it to a path of at "
+                f"most {most} bytes, or unset it."
             )
         folder = "/tmp"
     usual = given or os.environ.get("TMPDIR") or "/tmp"
     return None if folder == usual else os.path.join(folder, "ray")
 
 
-def _check_answers(address: str) -> None:
-    """Probe the address; Ray itself retries for minutes, a connection of our own fails within seconds."""
+def _check_reachable(address: str) -> None:
+    """Raise StrideError within seconds if no Ray listens at the address; Ray itself would retry for minutes."""
     place = address.removeprefix("ray://")
     host, _, port = place.rpartition(":")
     try:
@@ -187,7 +187,7 @@ def allocate_workers(compute: ComputeConfig, units: int, worker_gb: float = 0.0)
 
 
 def capture_errors(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Result of ``work`` with its cost. A StrideError becomes a result too: Ray would bury it in tracebacks."""
+    """Return the result of ``work`` with its cost, or a StrideError as a result: Ray would bury it in tracebacks."""
     began = costs.start_result_timer()
     try:
         return {**work(*arguments), _COST: costs.result_cost(began)}
@@ -215,7 +215,7 @@ def prepare_process(folder: str, threads: int = 1) -> None:
 
     Floating-point sums depend on the number of threads, so workers use one thread on every machine.
     """
-    import pandas  # noqa: F401 -- else pyarrow imports it with its first array and the first unit is charged for it
+    import pandas  # noqa: F401 -- else pyarrow imports it with its first array, in the first unit's time
 
     use_threads(threads)
     retain_freed_memory()
@@ -224,7 +224,7 @@ def prepare_process(folder: str, threads: int = 1) -> None:
 
 
 def hide_gpus(device: str) -> None:
-    """Hide the GPUs from a CPU worker; to be called before torch initialises CUDA."""
+    """Hide the GPUs from a CPU worker; must be called before torch initialises CUDA."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -269,7 +269,7 @@ def map_dataset(
     Raises:
         StrideError: from the worker, or because a unit repeatedly killed its worker.
     """
-    # Else Ray Data starts a process of seconds that does nothing but count which of its features are used.
+    # Otherwise Ray Data starts an actor that only collects usage statistics, which takes seconds.
     os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
     import ray.data
 
@@ -299,7 +299,7 @@ def map_dataset(
 
 
 class _AttemptCounter:
-    """An actor beside the driver that counts how often work on each row was begun."""
+    """An actor on the driver's node that counts how often work on each row was started."""
 
     def __init__(self) -> None:
         self.attempts = Counter[int]()
@@ -323,12 +323,12 @@ class _RowWorker:
         self.worker: Worker | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(capture_errors(self._counted, row["at"], json.loads(row["unit"])))}
+        return {"result": json.dumps(capture_errors(self._count_and_work, row["at"], json.loads(row["unit"])))}
 
-    def _counted(self, row: int, unit: Unit) -> dict[str, Any]:
+    def _count_and_work(self, row: int, unit: Unit) -> dict[str, Any]:
         attempt = ray.get(self.attempts.begin.remote(row))
         if attempt > RETRIES + 1:
-            raise lethal_unit_error(f"It was begun {attempt - 1} times.")
+            raise lethal_unit_error(f"The unit was started {attempt - 1} times.")
         return self._work(unit)
 
     def _work(self, unit: Unit) -> dict[str, Any]:
@@ -340,7 +340,10 @@ class _RowWorker:
 
 
 def wait_for_result(running: Collection[Any], since: float) -> list[Any]:
-    """The first finished reference; empty, with a message, after PATIENCE seconds (say, while a cluster scales up)."""
+    """Wait for a finished reference; returns an empty list, with a message, after PATIENCE seconds.
+
+    That is no error: a cluster may be scaling up. ``since`` is the time.monotonic() of the last result.
+    """
     ready, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE)
     if not ready:
         free = ray.available_resources()
@@ -367,8 +370,8 @@ def result_of(reference: Any) -> dict[str, Any]:
 def lethal_unit_error(why: str) -> StrideError:
     """The error for a unit that repeatedly kills its worker."""
     return StrideError(
-        f"A unit of work killed its worker {RETRIES} times and more (out of memory?); lower compute.worker_gb or "
-        f"compute.workers and run the same command again: what is done is kept. {why}"
+        f"A unit of work killed its worker more than {RETRIES} times (out of memory?); lower compute.worker_gb or "
+        f"compute.workers and run the same command again: finished work is kept. {why}"
     )
 
 
@@ -380,7 +383,7 @@ def translated_ray_error(error: BaseException) -> BaseException:
         return StrideError(f"Ray killed workers for lack of memory; lower compute.workers. {first_line(error)}")
     if isinstance(error, ray.exceptions.LocalRayletDiedError):
         return StrideError(
-            "Ray on the node that this command runs on has ended; run the same command again on a node that is up: "
-            "what is done is kept."
+            "Ray on this command's node has stopped; run the same command again on a running node: finished work is "
+            "kept."
         )
     return error

@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from stride_ray.runtime.errors import StrideError, storage_reason
 
-# It logs the traceback of every error that it raises as well.
+# gcsfs logs the traceback of every error that it also raises.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 # Attempts per request. Object stores throttle in bursts, which outlast boto's default number of retries.
 TRIES = 6
@@ -25,16 +25,16 @@ EXTRAS = {
 
 
 def looks_local(place: str) -> bool:
-    """Whether a text that may also be a hub id ("name" or "owner/name") can only be a path, existing or not.
+    """Whether a text that could be a hub id ("name" or "owner/name") can only be a local path, existing or not.
 
-    A hub is asked for a long time before it says that it has no such thing.
+    Such a path must not be looked up on the hub, which takes long to report a missing name.
     """
     rooted = place.startswith((".", "~", os.sep)) or place.endswith((os.sep, ".gguf", ".json"))
     return rooted or place.count("/") > 1 or ("/" in place and os.path.isdir(place.partition("/")[0]))
 
 
 def anchored(place: str, maybe_hub: bool = False) -> str:
-    """The absolute form of a local path or pattern; URLs, "" and, if there may be any, hub ids as they are."""
+    """Return the absolute form of a local path or pattern; URLs, "" and, with ``maybe_hub``, hub ids unchanged."""
     path = os.path.expanduser(place)
     if not place or "://" in place or (maybe_hub and not (os.path.exists(path) or looks_local(place))):
         return place
@@ -42,28 +42,28 @@ def anchored(place: str, maybe_hub: bool = False) -> str:
 
 
 def redact_url(url: str) -> str:
-    """A path or URL without user names, passwords, queries and fragments (which may be signatures); never raises.
+    """Remove user names, passwords, queries and fragments (which may be signatures) from a path or URL; never raises.
 
     Example:
         >>> redact_url("s3://key:secret@bucket/a b/part-?.jsonl"), redact_url("https://host/a.jsonl?signature=x")
         ('s3://bucket/a b/part-?.jsonl', 'https://host/a.jsonl')
     """
-    return "::".join(_redact_link(link) for link in url.split("::"))  # chained, as in filecache::s3://…
+    return "::".join(_redact_single_url(link) for link in url.split("::"))  # chained, as in filecache::s3://…
 
 
-def _redact_link(link: str) -> str:
+def _redact_single_url(link: str) -> str:
     link = re.sub(r"^([\w+.-]+://)[^/]*@", r"\1", link)
     link = re.sub(rf"^([\w+.-]+://){_SLASHED}.*@", r"\1", link)
     scheme, separator, rest = link.partition("://")
-    # But for the web a question mark or number sign may belong to a name; a query contains an equals sign.
-    for mark, told in ("?", r"="), ("#", rf"(?i)(?:^|&)(?:{_NAMES}|token)="):
+    # Outside HTTP, "?" and "#" may belong to a name; a query is recognised by its equals sign, a secret by its key.
+    for mark, sign in ("?", r"="), ("#", rf"(?i)(?:^|&)(?:{_NAMES}|token)="):
         before, _, after = rest.partition(mark)
-        rest = before if separator and (scheme.startswith("http") or re.search(told, after)) else rest
+        rest = before if separator and (scheme.startswith("http") or re.search(sign, after)) else rest
     return f"{scheme}{separator}{rest}"
 
 
 def redact_message(text: str) -> str:
-    """A message without credentials: those in URLs, which end at white space, and those that stand alone.
+    """Remove credentials from a message: those in URLs, which end at white space, and those that stand alone.
 
     Example:
         >>> redact_message("403 for url: /b/a?sig=x; sent Authorization: Bearer y; AccountKey=z;EndpointSuffix=w")
@@ -75,11 +75,11 @@ def redact_message(text: str) -> str:
     return shown if len(text) <= _LONGEST else f"{shown}…"
 
 
-# Characters of a message; nobody reads more, and some patterns take a time that grows with the square.
+# Maximum characters of a message: nobody reads more, and some patterns take quadratic time.
 _LONGEST = 2000
-# A user and a password with a slash, as secret keys have them; a number is a port.
+# A user and a password that contains a slash, as secret keys may; a number after the colon is a port.
 _SLASHED = r"[^/\s:@'\"]+:(?!\d+/)[^\s/@]*/"
-# Names of what is secret in queries, headers, connection strings, JSON and XML.
+# Names of secrets in queries, headers, connection strings, JSON and XML.
 _NAMES = (
     r"[\w-]{0,40}(?:password|passwd|passphrase|pwd|secret|signature(?:provided)?|[-_]sig|credential|authorization|"
     r"(?:api|access|account|private|secret|shared|subscription|client|service)[-_]?key(?:[-_]?id)?|googleaccessid|"
@@ -90,7 +90,7 @@ _VALUE = (
     r"""(?:(?:bearer|basic|token|digest|negotiate|sharedkey(?:lite)?|aws|apikey)\s+)?[^\s"'<>,;&)\]}]+)"""
 )
 _IS = r"""\\?["']?\s{0,8}(?::|=>?)\s{0,8}"""
-# "token" and short names are ordinary words too: numbers and nothing are no secrets.
+# "token" and short names are ordinary words too, so a number or an empty value after them is not a secret.
 _TOKEN = r"(?:x-[\w-]{0,40})?token"
 _SHORT = r"auth|pass|key"
 _NOTHING = r"(?!\\?[\"']?(?:\d{1,7}|none|null|true|false|undefined)\b)"
@@ -133,13 +133,13 @@ _REDACTED = [
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message without credentials, or its class name if the message is empty."""
+    """Return the first line of an exception's message without credentials, or its class name if it has no message."""
     text = str(error).strip()
     return redact_message(text.splitlines()[0]) if text else type(error).__name__
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a path or URL, and the path in it.
+    """Return the fsspec file system of a path or URL, and the path in it.
 
     Raises:
         StrideError: unknown protocol, missing package of a protocol, or failed connection.
@@ -167,17 +167,17 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def exists(fs: Any, path: str) -> bool:
-    """Whether there is a file or folder; a store that cannot be asked is an error.
+    """Whether a file or folder exists; raises if the store cannot be reached or refuses to answer.
 
-    Of a web server that fails, fsspec says no; of an Azure store that refuses (409: the container is being deleted),
-    adlfs says yes.
+    fsspec's own check returns False when a web server fails, and adlfs returns True when Azure refuses (409: the
+    container is being deleted).
     """
     protocols = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
     if "http" not in protocols and "abfs" not in protocols:
         return bool(fs.exists(path))
     try:
         fs.info(path)
-    except FileNotFoundError as error:  # of every failure
+    except FileNotFoundError as error:  # raised for every kind of failure
         if storage_reason(error) in ("", "there is no such file"):
             return False
         raise
@@ -185,19 +185,19 @@ def exists(fs: Any, path: str) -> bool:
 
 
 def with_secrets(url: str, given: Iterable[str]) -> str:
-    """A URL that was stored without its secrets, with those of the URLs that a command was given.
+    """Restore the secrets of a URL that was stored without them, from the URLs given to a command.
 
-    Of a signed URL the whole counts, of one with user and password the host.
+    A signed URL must match in full, one with user and password in its scheme and host.
 
     Example:
         >>> with_secrets("https://host/a.jsonl", ["https://me:word@host/"])
         'https://me:word@host/a.jsonl'
     """
     links = [link for each in given for link in each.split("::") if "://" in link]
-    return "::".join(_completed(link, links) for link in url.split("::"))
+    return "::".join(_with_secret_of(link, links) for link in url.split("::"))
 
 
-def _completed(stored: str, links: list[str]) -> str:
+def _with_secret_of(stored: str, links: list[str]) -> str:
     if same := next((link for link in links if redact_url(link) == stored), ""):
         return same
     at = urlsplit(stored)
@@ -209,7 +209,7 @@ def _completed(stored: str, links: list[str]) -> str:
 
 
 def redacted_error(error: BaseException, url: str) -> str:
-    """Reason, class and first line of an error about ``url``, without the secrets in the URL."""
+    """Return the reason, class and first line of an error about ``url``, without the secrets in the URL."""
     text = first_line(error)
     # The error may repeat the URL without its scheme, or parts of it.
     secrets = re.findall(r"://([^/]*)@", url) + re.findall(r"\?([^?\s]*=[^?\s]*)", url)
@@ -217,5 +217,5 @@ def redacted_error(error: BaseException, url: str) -> str:
     for known in secrets + parts:
         text = text.replace(f"{known}@", "").replace(known, "…")
     reason = storage_reason(error)
-    told = text if text == type(error).__name__ else f"{type(error).__name__}: {text}"
-    return f"{reason}; {told}" if reason else told
+    described = text if text == type(error).__name__ else f"{type(error).__name__}: {text}"
+    return f"{reason}; {described}" if reason else described

@@ -1,12 +1,13 @@
 """Lexical matches from runs of equal words: weighted by rarity, with boilerplate removed.
 
-A document's overlap with a field is the share of the field's words that the document's runs cover, each word weighted
-by its inverse document frequency in the scanned corpus, idf = log((1 + D) / (1 + d)), but no less than LEAST times that
-of a word in one document, and no more: where the leak itself makes its words common (in a small or templated corpus),
-one word changed does not outweigh twenty copied. An n-gram is boilerplate if at least ``scan.boilerplate`` documents
-from at least SOURCES sources contain it without containing the field: their overlap is below the threshold, or the
-field has fewer than ``scan.words`` words and may be a common phrase as a whole. A leak copied a thousand times is not
-boilerplate, since its documents contain all of it.
+A document's overlap with a field is the share of the field's words that the document's runs cover. Words are weighted
+by inverse document frequency in the scanned corpus, log((1 + D) / (1 + d)), relative to a word in one document, but at
+least by LEAST: where the leak itself makes its words common (in a small or templated corpus), one changed word must not
+outweigh twenty copied ones.
+
+An n-gram is boilerplate if at least ``scan.boilerplate`` documents from at least SOURCES sources contain it without
+containing the field: their overlap is below the threshold, or the field has fewer than ``scan.words`` words and may be
+a common phrase as a whole. A leak copied a thousand times is not boilerplate, since its documents contain all of it.
 """
 
 from collections import defaultdict
@@ -36,7 +37,7 @@ MATCHES = pa.schema(
         pa.field("finding", pa.bool_(), nullable=False),
     ]
 )
-# Smallest weight of a word, as a share of the largest: 20 words of 21 are a finding wherever the changed one stands.
+# Smallest weight of a word, as a share of the largest: 20 copied words of 21 are a finding, whichever word was changed.
 LEAST = 0.15
 # Minimum number of sources of boilerplate: repetition within one source may be a leak.
 SOURCES = 3
@@ -55,7 +56,7 @@ class Lexical:
         rejects: the first of them, as sentences.
         boilerplate: number of n-grams left out as boilerplate.
         filtered: number of pairs of field and document that had only boilerplate in common.
-        beyond: number of runs without an excerpt (search.py).
+        beyond: number of runs that have no excerpt (search.MOST).
         common: n-grams left out because too many fields contain them (ngrams.COMMON).
         short: keys of items with too few words to search for.
     """
@@ -73,7 +74,7 @@ class Lexical:
 
 
 def lexical_matches(stage: Stage, corpus: Corpus, items: Sequence[Item], options: ScanConfig) -> Lexical:
-    """Weigh all runs that ``search`` found of these items in this corpus."""
+    """Compute overlaps and findings from all runs that ``search`` found for these items in this corpus."""
     rows: list[dict[str, Any]] = []
     counts: dict[str, int] = defaultdict(int)
     holding: dict[str, int] = defaultdict(int)
@@ -105,8 +106,8 @@ def lexical_matches(stage: Stage, corpus: Corpus, items: Sequence[Item], options
         rejects += first["rejects"]
     fields = {(f.key, f.name): f for item in items for f in fields_of(item, options.words, options.shortest)}
     weighed = _Weighing(fields, holding, counts["documents"], options)
-    found = _table(weighed.weigh(rows), wanted)
-    beyond = [_named(weighed.findings(table), wanted) for table in further]
+    found = _matches_table(weighed.weigh(rows), wanted)
+    beyond = [_to_matches(weighed.findings(table), wanted) for table in further]
     short = frozenset(wanted.keys() - {key for key, _ in fields})
     return Lexical(
         pa.concat_tables([found, *beyond]),
@@ -132,24 +133,24 @@ class _Weighing:
         self.holding, self.documents = holding, documents
         self.overlaps: dict[str, float] = {}
         # By field: its words' weights, and the positions of its n-grams that are boilerplate.
-        self.judged: dict[tuple[str, str], tuple[np.ndarray, set[int]]] = {}
+        self.weights_and_boilerplate: dict[tuple[str, str], tuple[np.ndarray, set[int]]] = {}
         self.boilerplate = self.filtered = 0
 
     def weigh(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Add ``overlap`` and ``finding`` to rows of RAW; drops rows of boilerplate alone."""
+        """Return rows of RAW with ``overlap`` and ``finding`` added; rows that are only boilerplate are left out."""
         found: list[dict[str, Any]] = []
         by_field: dict[tuple[str, str], dict[tuple[str, str, int], list[dict[str, Any]]]] = {}
         for row in rows:
             documents = by_field.setdefault((row["key"], row["field"]), {})
             documents.setdefault((row["source"], row["file"], row["place"]), []).append(row)
         for name, documents in sorted(by_field.items()):
-            found += self._field(self.fields[name], documents)
+            found += self._weigh_field(self.fields[name], documents)
         return found
 
-    def _field(
+    def _weigh_field(
         self, field: Field, documents: dict[tuple[str, str, int], list[dict[str, Any]]]
     ) -> Iterable[dict[str, Any]]:
-        weights = np.array([self._rarity(word) for word in field.words.words])
+        weights = np.array([self._word_weight(word) for word in field.words.words])
         weights /= weights.sum()
         grams = {
             where: {place for run in runs for place in range(run["first_word"], run["stop_word"] - field.n + 1)}
@@ -157,7 +158,7 @@ class _Weighing:
         }
         common = self._boilerplate(field, grams, weights)
         self.boilerplate += len(common)
-        self.judged[field.key, field.name] = weights, common
+        self.weights_and_boilerplate[field.key, field.name] = weights, common
         found: list[dict[str, Any]] = []
         for where, runs in sorted(documents.items()):
             left = grams[where] - common
@@ -185,7 +186,7 @@ class _Weighing:
             for row, (_, _, key, name, first, stop) in document:
                 by_field.setdefault((key, name), []).append((row, first, stop))
             for (key, name), held in by_field.items():
-                field, (weights, common) = self.fields[key, name], self.judged[key, name]
+                field, (weights, common) = self.fields[key, name], self.weights_and_boilerplate[key, name]
                 left = {place for _, first, stop in held for place in range(first, stop - field.n + 1)} - common
                 self.filtered += not left
                 overlap = _overlap(left, field.n, weights)
@@ -212,7 +213,7 @@ class _Weighing:
             if len(wheres) >= self.options.boilerplate and len({source for source, *_ in wheres}) >= SOURCES
         }
 
-    def _rarity(self, word: str) -> float:
+    def _word_weight(self, word: str) -> float:
         """Return a word's weight, from LEAST to 1."""
         held = max(1, self.holding.get(word, 0))
         largest = float(np.log((1 + self.documents) / 2))
@@ -227,15 +228,16 @@ def _overlap(places: set[int], n: int, weights: np.ndarray) -> float:
     return float(min(1.0, round(weights[covered].sum(), 9)))
 
 
-def _named(found: pa.Table, items: dict[str, Item]) -> pa.Table:
-    """Bring rows with overlaps into the form of MATCHES."""
+def _to_matches(found: pa.Table, items: dict[str, Item]) -> pa.Table:
+    """Convert rows of RAW with overlaps to MATCHES."""
     keys = found["key"].to_pylist()
     found = found.append_column("set", pa.array([items[key].set_name for key in keys], pa.string()))
     found = found.append_column("item_id", pa.array([items[key].item_id for key in keys], pa.string()))
     return found.select(MATCHES.names).cast(MATCHES)
 
 
-def _table(found: list[dict[str, Any]], items: dict[str, Item]) -> pa.Table:
+def _matches_table(found: list[dict[str, Any]], items: dict[str, Item]) -> pa.Table:
+    """Build the MATCHES table, sorted by set, item, field and position."""
     named = ({**row, "set": items[row["key"]].set_name, "item_id": items[row["key"]].item_id} for row in found)
     order = ("set", "item_id", "field", "file", "place", "start", "item_start")
     rows = sorted(named, key=lambda row: tuple(row[name] for name in order))

@@ -1,13 +1,12 @@
-"""The readable text of a raw one: what a browser would show of it, with the places of its characters in the raw text.
+"""The readable text of a raw text: what a browser would show, with each character's position in the raw text.
 
-HTML entities and the percent escapes of URLs are decoded, also where they were escaped twice, and so are the escapes of
-strings in JSON and code. Tags,
-raw or escaped, and invisible characters go; fractions and letters in one symbol (½, ㎏) are spelt out; words that a
-hyphen breaks at a line's end are joined. Comments, scripts, styles, declarations, processing instructions and the
-reading aids of ruby do not interrupt the text around them; what they hold is in the data all the same, so each is a
+HTML entities, percent escapes of URLs (also those escaped twice) and escapes of strings in JSON and code are decoded.
+Tags, raw or escaped, and invisible characters are removed; fractions and letters in one symbol (½, ㎏) are spelt out;
+words hyphenated at a line's end are joined. Comments, scripts, styles, declarations, processing instructions and ruby
+annotations do not interrupt the text around them. The model trains on their content all the same, so each becomes a
 passage of its own. The content of CDATA is text. An element that is not closed hides nothing: unlike in a browser, the
-rest stays readable, for documents are often cut. Item and corpus are read alike, so that code which looks like markup
-(``&lt;b&gt;``, ``Set<Object>``) still equals its copies.
+rest stays readable, because documents are often cut. Items and corpus are read in the same way, so that code which
+looks like markup (``&lt;b&gt;``, ``Set<Object>``) still equals its copies.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,7 +48,7 @@ _ELEMENTS = _INLINE | frozenset(
 _VALUE = r"""\\?"[^"]*+"|\\?'[^']*+'|[^\s"'<>`]++"""
 _ATTRIBUTE = rf"""(?:\s++|(?<=["']))[a-z_:@#*\[(][^\s"'<>/=,;&|`]*+(?:\s*+=(?:\s*+(?:{_VALUE}))?)?"""
 _TAG = regex.compile(rf"<(/?)([a-z][\w:.-]*+)((?:{_ATTRIBUTE}){{0,100}}+)\s*+(/?)>", regex.IGNORECASE)
-# What tells "a <b and c> d" from a tag of one letter: its attributes have a value, a mark in the name, or one of these.
+# Distinguish "a <b and c> d" from a one-letter tag: attributes have a value, a mark in the name, or one of these names.
 _BARE = frozenset(
     "border class compact contenteditable dir download draggable hidden href id inert itemscope lang name nonce "
     "noshade nowrap ping popover rel spellcheck style tabindex target title translate value".split()
@@ -71,7 +70,7 @@ _END = {
         for name in ("script", "style", "rt", "rp")
     },
 }
-# Attributes whose value readers see; of at least so many words, since links have short titles in mid-sentence.
+# Attributes whose value readers see, if it has at least this many words: links have short titles in mid-sentence.
 _SHOWN = regex.compile(
     r"""\s(?:alt|title|content|label|summary|placeholder|value|aria-label)\s*=\s*\\?(["'])((?:(?!\1).)*+)""",
     regex.IGNORECASE | regex.DOTALL,
@@ -98,7 +97,7 @@ class Readable(NamedTuple):
     Attributes:
         text: m characters.
         starts, stops: (m,) int64, the range of the raw text that each character stands for, ``stops`` excluded; empty
-            if the places were not asked for.
+            without ``places``.
     """
 
     text: str
@@ -115,59 +114,59 @@ def readable(text: str, is_word: Callable[[str], bool] | None = None, places: bo
 
     Args:
         text: the raw text.
-        is_word: whether a word that a hyphen breaks at a line's end is a word; if not, its two halves stay apart, as
-            those of "well-known". None: it always is.
-        places: whether to return the places too.
+        is_word: whether the joined halves of a word hyphenated at a line's end are a word; if not, they stay apart, as
+            in "well-known". None: halves are always joined.
+        places: whether to return ``starts`` and ``stops`` too.
     """
     numbers = np.arange(len(text) + 1 if places else 1, dtype=np.int64)
     now = Readable(text, numbers[:-1], numbers[1:])
     if "%" in now.text:
-        now = _replaced(now, _PERCENT, _unquoted)
+        now = _substitute(now, _PERCENT, _percent_character)
     if "&" in now.text:
-        now = _replaced(now, _ENTITY, _decoded)
+        now = _substitute(now, _ENTITY, _entity_character)
     if "\\" in now.text:
-        now = _replaced(now, _ESCAPE, _unescaped)
+        now = _substitute(now, _ESCAPE, _escape_character)
     passages = _passages(now) if "<" in now.text else [now]
-    return [_read(passage, is_word) for passage in passages]
+    return [_without_markup(passage, is_word) for passage in passages]
 
 
-def _read(now: Readable, is_word: Callable[[str], bool] | None) -> Readable:
-    """A passage without tags, invisible characters and breaks in words."""
+def _without_markup(now: Readable, is_word: Callable[[str], bool] | None) -> Readable:
+    """Return a passage without tags, invisible characters and hyphenation."""
     if "\n" in now.text:
-        now = _replaced(now, _BROKEN, lambda match: _mended(match, is_word))
+        now = _substitute(now, _BROKEN, lambda match: _rejoined_halves(match, is_word))
     if "<" in now.text:
         closed = {name.lower() for name in _CLOSING.findall(now.text)}
-        now = _replaced(now, _TAG, lambda match: _untagged(match, closed))
+        now = _substitute(now, _TAG, lambda match: _tag_text(match, closed))
     if not now.text.isascii():
-        now = _replaced(now, _INVISIBLE, lambda match: "")
-        now = _replaced(now, _OTHERWISE, lambda match: _SPELT[match.group()])
-        now = _replaced(now, _COMPOSED, lambda match: _spelt_out(match.group()))
+        now = _substitute(now, _INVISIBLE, lambda match: "")
+        now = _substitute(now, _OTHERWISE, lambda match: _SPELT[match.group()])
+        now = _substitute(now, _COMPOSED, lambda match: _spelt_out(match.group()))
     return now
 
 
 def _passages(now: Readable) -> list[Readable]:
-    """The text without what browsers do not show, and each piece of that which is not blank."""
+    """Return the text without what browsers hide, then each hidden piece that is not blank."""
     kept, apart, last = list[Readable](), list[Readable](), 0
-    for start, stop, inner in _hidden(now.text):
-        kept.append(_cut(now, last, start))
+    for start, stop, inner in _hidden_ranges(now.text):
+        kept.append(_slice(now, last, start))
         if now.text[inner[0] : inner[1]].strip():
-            apart.append(_cut(now, *inner))
+            apart.append(_slice(now, *inner))
         last = stop
     if not kept:
         return [now]
-    kept.append(_cut(now, last, len(now.text)))
+    kept.append(_slice(now, last, len(now.text)))
     texts, starts, stops = zip(*kept, strict=True)
     return [Readable("".join(texts), np.concatenate(starts), np.concatenate(stops)), *apart]
 
 
-def _cut(now: Readable, start: int, stop: int) -> Readable:
+def _slice(now: Readable, start: int, stop: int) -> Readable:
     return Readable(now.text[start:stop], now.starts[start:stop], now.stops[start:stop])
 
 
-def _hidden(text: str) -> Iterator[tuple[int, int, tuple[int, int]]]:
-    """Where the text holds what browsers do not show: start, stop, and the range of its content; in linear time."""
+def _hidden_ranges(text: str) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """Yield what browsers do not show: start, stop, and the range of its content; in linear time."""
     at, in_data = 0, False
-    endless = set[str]()  # what has no end from here on has none further on
+    endless = set[str]()  # kinds without an end from here on: searching again for each would take quadratic time
     while match := _HIDDEN.search(text, at):
         start, at = match.span()
         kind = (match["raw"] or match.lastgroup or match.group()).lower()
@@ -186,8 +185,8 @@ def _hidden(text: str) -> Iterator[tuple[int, int, tuple[int, int]]]:
             yield start, at, (start, at)
 
 
-def _replaced(now: Readable, pattern: "regex.Pattern[str]", replacement: Callable[..., str]) -> Readable:
-    """Replace what matches; a replacement's characters stand for all of the match."""
+def _substitute(now: Readable, pattern: "regex.Pattern[str]", replacement: Callable[..., str]) -> Readable:
+    """Substitute all matches; each character of a replacement stands for the whole match."""
     if len(now.starts) != len(now.text):
         return Readable(pattern.sub(replacement, now.text), now.starts, now.stops)
     pieces, starts, stops, last = [], [], [], 0
@@ -205,8 +204,8 @@ def _replaced(now: Readable, pattern: "regex.Pattern[str]", replacement: Callabl
     return Readable(text, np.concatenate([*starts, now.starts[last:]]), np.concatenate([*stops, now.stops[last:]]))
 
 
-def _unquoted(match: "regex.Match[str]") -> str:
-    """The character that a percent escape stands for; the escape itself if it stands for none."""
+def _percent_character(match: "regex.Match[str]") -> str:
+    """Return the character that a percent escape stands for, or the escape itself if it is not valid UTF-8."""
     pairs = match.group().replace("%", " %").split()
     try:
         return bytes(int(pair[-2:], 16) for pair in pairs).decode()
@@ -214,14 +213,14 @@ def _unquoted(match: "regex.Match[str]") -> str:
         return match.group()
 
 
-def _decoded(match: "regex.Match[str]") -> str:
+def _entity_character(match: "regex.Match[str]") -> str:
     number, *names = match.groups()
     name = next(filter(None, names), "")
     return unescape(f"&{number};") if number else html5.get(f"{name};", match.group())
 
 
-def _unescaped(match: "regex.Match[str]") -> str:
-    """The character that an escape stands for; a space for white space and for half of a surrogate pair."""
+def _escape_character(match: "regex.Match[str]") -> str:
+    """Return the character that an escape stands for; a space for white space and for half of a surrogate pair."""
     if match[1]:
         return " " if match[1][0] in "dD" and match[1][1] > "7" else chr(int(match[1], 16))
     return "\n" if match.group().endswith("n") else " "
@@ -236,15 +235,15 @@ def _spelt_out(character: str) -> str:
     return form if any(map(str.isalnum, form)) else character
 
 
-def _mended(match: "regex.Match[str]", is_word: Callable[[str], bool] | None) -> str:
+def _rejoined_halves(match: "regex.Match[str]", is_word: Callable[[str], bool] | None) -> str:
     return "" if is_word is None or is_word(match.group(1) + match.group(2)) else match.group()
 
 
-def _untagged(match: "regex.Match[str]", closed: set[str]) -> str:
-    """What a tag leaves: nothing, a space, or the text in one of its attributes; itself if it may be code.
+def _tag_text(match: "regex.Match[str]", closed: set[str]) -> str:
+    """Return what replaces a tag: nothing, a space, or the text of an attribute; the tag itself if it may be code.
 
-    The name decides. An unknown one (``List<int>``, ``<your-name>``) is a tag's only if the tag is closed or has quoted
-    attributes, or others in a custom element, whose name has a dash.
+    The name decides. One that HTML does not define (``List<int>``, ``<your-name>``) counts as a tag only if closed or
+    with quoted attributes or, in a custom element (with a dash in its name), any attributes.
     """
     slash, name, attributes, alone = match.groups()
     name = name.lower()

@@ -58,25 +58,25 @@ def fields_of(item: Item, n: int, shortest: int) -> list[Field]:
     texts = [("question", item.question)]
     texts += [(f"choice {i}", choice) for i, choice in enumerate(item.choices, 1)]
     texts += [("answer", item.answer)] if item.answer and not item.choices else []
-    found = [_field(item.key, name, text, n, shortest) for name, text in texts]
+    found = [_make_field(item.key, name, text, n, shortest) for name, text in texts]
     found = [field for field in found if field.words.length >= shortest]
     if not found:
-        whole = _field(item.key, "whole", "\n".join(text for _, text in texts), n, shortest)
+        whole = _make_field(item.key, "whole", "\n".join(text for _, text in texts), n, shortest)
         found = [whole] if whole.words.length >= shortest else []
-    return found + _others(item, n, shortest)
+    return found + _other_fields(item, n, shortest)
 
 
-def _others(item: Item, n: int, shortest: int) -> list[Field]:
+def _other_fields(item: Item, n: int, shortest: int) -> list[Field]:
     """Return the fields of an item's other texts."""
     found: list[Field] = []
     short: dict[str, list[str]] = {}
     for path, text in item.others:
-        field = _field(item.key, _other_name(path), text, n, shortest)
+        field = _make_field(item.key, _other_name(path), text, n, shortest)
         if field.words.length >= shortest:
             found.append(field)
         else:
             short.setdefault(path.partition(".")[0], []).append(text)
-    joined = [_field(item.key, _other_name(path), "\n".join(texts), n, shortest) for path, texts in short.items()]
+    joined = [_make_field(item.key, _other_name(path), "\n".join(texts), n, shortest) for path, texts in short.items()]
     return found + [field for field in joined if field.words.length >= shortest]
 
 
@@ -97,9 +97,9 @@ def searched_fields(item: Item, n: int, shortest: int) -> tuple[set[str], set[st
     return searched, texts - searched
 
 
-def _field(key: str, name: str, text: str, n: int, shortest: int) -> Field:
+def _make_field(key: str, name: str, text: str, n: int, shortest: int) -> Field:
     words = joined(passages(text))
-    # In a script without spaces, as many letters as make ``shortest`` words.
+    # In a script without spaces, a word is a letter here: take as many letters as make up ``shortest`` words.
     least = -(-shortest * len(words.words) // max(1, words.length))
     return Field(key, name, text, words, min(n, max(least, len(words.words) // 2)))
 
@@ -129,7 +129,7 @@ class Index:
     def _table(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return hashes (m,) ascending, field indices (m,) and positions (m,) of the n-grams of fields with this n."""
         chosen = [i for i, field in enumerate(self.fields) if field.n == n]
-        hashes = [_hashes(self.numbers[i], n) for i in chosen]
+        hashes = [_ngram_hashes(self.numbers[i], n) for i in chosen]
         sizes = [len(each) for each in hashes]
         numbers = np.repeat(np.array(chosen, np.int32), sizes)
         places = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
@@ -149,20 +149,20 @@ class Index:
         """
         runs: list[Run] = []
         for n, (hashes, fields, places) in self._tables.items():
-            at = _known(numbers, n)
+            at = _positions_in_vocabulary(numbers, n)
             if not len(at) or not len(hashes):
                 continue
-            found = _hashes(numbers, n)[at]
+            found = _ngram_hashes(numbers, n)[at]
             low = np.searchsorted(hashes, found, side="left")
             hit = (low < len(hashes)) & (hashes[np.minimum(low, len(hashes) - 1)] == found)
             at, low = at[hit], low[hit]
             counts = np.searchsorted(hashes, found[hit], side="right") - low
             entries = np.repeat(low - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts) + np.arange(counts.sum())
             at = np.repeat(at, counts)
-            runs += self._joined(n, numbers, at, fields[entries], places[entries])
+            runs += self._merge_hits(n, numbers, at, fields[entries], places[entries])
         return sorted(runs)
 
-    def _joined(
+    def _merge_hits(
         self, n: int, numbers: np.ndarray, at: np.ndarray, fields: np.ndarray, places: np.ndarray
     ) -> Iterator[Run]:
         """Merge consecutive hits (one word further in both texts) into runs; drop hash collisions."""
@@ -184,7 +184,7 @@ def numbering(index: Index) -> Numbering:
     return Numbering(index.vocabulary)
 
 
-def _hashes(numbers: np.ndarray, n: int) -> np.ndarray:
+def _ngram_hashes(numbers: np.ndarray, n: int) -> np.ndarray:
     """Hash each n-gram: (words − n + 1,) uint64."""
     count = max(0, len(numbers) - n + 1)
     wide = numbers.astype(np.uint64)
@@ -195,7 +195,7 @@ def _hashes(numbers: np.ndarray, n: int) -> np.ndarray:
     return found
 
 
-def _known(numbers: np.ndarray, n: int) -> np.ndarray:
+def _positions_in_vocabulary(numbers: np.ndarray, n: int) -> np.ndarray:
     """Return the positions where n consecutive words are in the vocabulary."""
     if len(numbers) < n:
         return np.zeros(0, np.int64)

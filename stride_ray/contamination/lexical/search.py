@@ -50,7 +50,7 @@ RAW = pa.schema(
     ]
 )
 WORDS = pa.schema([pa.field("word", pa.string()), pa.field("documents", pa.int64())])
-# Documents per unit whose matches with one field have an excerpt; those of further ones are kept without.
+# Documents per unit whose matches with one field have an excerpt; matches of further documents have none.
 MOST = 1000
 # Characters of an excerpt on either side of a run, and in total.
 AROUND, LONGEST = 80, 600
@@ -83,7 +83,7 @@ def input_split_key(unit: InputSplit, columns: dict[str, str]) -> str:
 def search(
     stage: Stage, corpus: Corpus, items: Sequence[Item], words: int, shortest: int, compute: ComputeConfig
 ) -> dict[str, int]:
-    """Bring the state up to date: search every unit for every item.
+    """Search every unit for every item, leaving out pairs that are already in the state.
 
     Args:
         stage: the state's folder; its identity covers ``words`` and ``shortest``.
@@ -107,10 +107,10 @@ def search(
         left = tuple(item.key for item in items if item.key not in seen)
         if left:
             missing.setdefault(left, []).extend(units)
-    told = {"units": 0, "items": 0}
+    searched = {"units": 0, "items": 0}
     by_key = {item.key: item for item in items}
     if not missing:
-        return told
+        return searched
     with connected(compute):
         for left, units in sorted(missing.items()):
             fields = [field for key in left for field in fields_of(by_key[key], words, shortest)]
@@ -120,8 +120,8 @@ def search(
             given = (index, batch, corpus, stage)
             results = map_actors(Searcher, given, units, allocate_workers(compute, len(units)))
             stage.remember(progress(results, "search", len(units), "units"))
-            told = {"units": told["units"] + len(units), "items": max(told["items"], len(left))}
-    return told
+            searched = {"units": searched["units"] + len(units), "items": max(searched["items"], len(left))}
+    return searched
 
 
 def finished_searches(stage: Stage) -> dict[str, dict[str, dict[str, Any]]]:
@@ -147,7 +147,7 @@ class Searcher:
         """Process one unit; returns its done marker."""
         started = time.monotonic()
         name = input_split_key(unit, self.corpus.columns)
-        meets = f"{name}-{self.batch}"
+        search_name = f"{name}-{self.batch}"
         rows: dict[str, list[Any]] = {column: [] for column in RAW.names}
         holding = np.zeros(len(self.index.vocabulary) + 1, np.int64)
         documents: Counter[str] = Counter()
@@ -174,12 +174,12 @@ class Searcher:
                 for column, value in row.items():
                     rows[column].append(value)
             holding[list(held)] += 1
-        self.stage.store.write_table(f"{meets}.parquet", pa.Table.from_pydict(rows, RAW))
+        self.stage.store.write_table(f"{search_name}.parquet", pa.Table.from_pydict(rows, RAW))
         held_words = [(word, int(holding[i])) for word, i in self.index.vocabulary.items() if holding[i]]
         counts = pa.table([[w for w, _ in held_words], [c for _, c in held_words]], schema=WORDS)
-        self.stage.store.write_table(f"{meets}-words.parquet", counts)
+        self.stage.store.write_table(f"{search_name}-words.parquet", counts)
         return self.stage.mark(
-            meets,
+            search_name,
             started,
             of=name,
             batch=self.batch,

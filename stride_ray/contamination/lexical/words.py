@@ -17,7 +17,7 @@ import regex
 
 from stride_ray.contamination.lexical.markup import Readable, readable
 
-# Changes with the words of any text: what was found by other rules is not found again by these.
+# To be raised with every change to normalisation: results of a search under other rules are not reused.
 RULES = 6
 _SPACELESS = r"[[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Line_Break=Complex_Context}\u30fc\uff70]&&[\p{L}\p{N}]]"
 # In half-width katakana the voicing marks are letters.
@@ -37,8 +37,8 @@ _REMEMBERED = 1_000_000
 _CHUNK = 1 << 20
 
 
-# Vowel points and other reading aids of Hebrew and Arabic, which most texts leave out; not the marks by which some
-# letters are told from others (hamza, madda), nor those of scripts that cannot be written without.
+# Vowel points and other reading aids of Hebrew and Arabic, which most texts leave out; not the marks that distinguish
+# letters (hamza, madda), nor those of scripts that are never written without.
 _POINTS = regex.compile(
     r"[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u064b-\u0652\u0670\u06d6-\u06dc\u06df-\u06e4"
     r"\u06e7\u06e8\u06ea-\u06ed]"
@@ -58,7 +58,7 @@ class Words(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Number of words as people count: two Chinese or Japanese letters make one, or four Thai ones (or alike)."""
+        """Number of words as people count them: two Chinese or Japanese letters, or four Thai (or similar) ones."""
         letters = [word for word in self.words if not word.isascii() and _ANY_SPACELESS.match(word)]
         short = sum(_ALPHABETIC.match(word) is not None for word in letters)
         return len(self.words) - len(letters) + (2 * len(letters) - short) // 4
@@ -74,10 +74,10 @@ def normalised(word: str) -> str:
     plain = plain.replace("\u0671", "\u0627")  # alef wasla, the plain alef of pointed texts
     if _POINTS.search(plain):
         plain = unicodedata.normalize("NFKC", _POINTS.sub("", plain))
-    return "".join(_plain(character) for character in plain)
+    return "".join(_plain_character(character) for character in plain)
 
 
-def _plain(character: str) -> str:
+def _plain_character(character: str) -> str:
     kind = unicodedata.category(character)
     if kind == "Nd":
         return str(unicodedata.decimal(character))
@@ -97,37 +97,37 @@ def passages(text: str, is_word: Callable[[str], bool] | None = None) -> list[Wo
     for chunk in chunks(text):
         seen, *hidden = readable(chunk, is_word, places=True)
         _add_words(seen, start, words, spans)
-        apart += [_words(passage, start) for passage in hidden]
+        apart += [_passage_words(passage, start) for passage in hidden]
         start += len(chunk)
-    return [_words_of(words, spans), *apart]
+    return [_to_words(words, spans), *apart]
 
 
-def _words(now: Readable, start: int) -> Words:
+def _passage_words(now: Readable, start: int) -> Words:
     words, spans = list[str](), array("q")
     _add_words(now, start, words, spans)
-    return _words_of(words, spans)
+    return _to_words(words, spans)
 
 
-def _words_of(words: list[str], spans: "array[int]") -> Words:
+def _to_words(words: list[str], spans: "array[int]") -> Words:
     return Words(words, np.array(spans, np.int64).reshape(-1, 2))
 
 
 def _add_words(now: Readable, start: int, words: list[str], spans: "array[int]") -> None:
     """Append the words of a readable text whose raw text begins at character ``start``."""
     starts, stops = now.starts.tolist(), now.stops.tolist()
-    for match in _pattern(now.text).finditer(now.text):
+    for match in _word_pattern(now.text).finditer(now.text):
         if word := normalised(match.group()):
             words.append(word)
             spans.extend((start + starts[match.start()], start + stops[match.end() - 1]))
 
 
 def joined(passages: Sequence[Words]) -> Words:
-    """The words of several passages as those of one."""
+    """Concatenate the words of several passages."""
     return Words([word for each in passages for word in each.words], np.concatenate([each.spans for each in passages]))
 
 
-def _pattern(text: str) -> "regex.Pattern[str]":
-    """The pattern of words: one for all texts, or one that finds the same in plain ones in half the time."""
+def _word_pattern(text: str) -> "regex.Pattern[str]":
+    """Return the fastest pattern that finds all words of this text."""
     if text.isascii():
         return _ASCII
     return _WORD_OR_LETTER if _HIGH.search(text) and _ANY_SPACELESS.search(text) else _WORD
@@ -160,13 +160,13 @@ class Numbering(dict[str, int]):
         seen, apart = array("i"), list["array[int]"]()
         for chunk in chunks(text):
             first, *hidden = readable(chunk, self.is_word)
-            seen.extend(self._of(first))
-            apart += [array("i", self._of(passage)) for passage in hidden]
+            seen.extend(self._word_numbers(first))
+            apart += [array("i", self._word_numbers(passage)) for passage in hidden]
         found = [np.frombuffer(each, np.int32) if each else np.zeros(0, np.int32) for each in (seen, *apart)]
         return [numbers[numbers >= 0] for numbers in found]
 
-    def _of(self, now: Readable) -> Iterator[int]:
-        return map(self.__getitem__, _pattern(now.text).findall(now.text))
+    def _word_numbers(self, now: Readable) -> Iterator[int]:
+        return map(self.__getitem__, _word_pattern(now.text).findall(now.text))
 
 
 def chunks(text: str) -> list[str]:
@@ -175,7 +175,7 @@ def chunks(text: str) -> list[str]:
     while start < len(text):
         stop = start + _CHUNK
         if stop < len(text):
-            # Cut after white space, which ends any word; a million characters without any have no words worth finding.
+            # Cut after white space, which ends any word; a million characters without any hold no words worth finding.
             space = max(text.rfind(" ", start, stop), text.rfind("\n", start, stop))
             stop = space + 1 if space > start else stop
         pieces.append(text[start:stop])

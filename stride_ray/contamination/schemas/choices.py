@@ -1,8 +1,7 @@
 r"""Answer choices and answers of evaluation rows, in the forms in which data sets write them.
 
-What a person would take for the answer is taken: a label or letter of a choice in whatever brackets (``(B)``, ``B. two
-cats``, ``\boxed{B}``), its text, its number, its field's name, or a list with a 1 for it. What is not understood is
-noted, never refused.
+An answer may name a choice by its label or letter in any brackets (``(B)``, ``B. two cats``, ``\boxed{B}``), its text,
+its number, its field's name, or a list with a 1 at its place. A value that is not understood is noted, never rejected.
 """
 
 import ast
@@ -36,9 +35,9 @@ class Choices(NamedTuple):
     """The choices of a row.
 
     Attributes:
-        texts: of each; "" for a null one.
-        labels: of each, or ().
-        right: place of the correct one, if the choices themselves say so.
+        texts: text of each choice; "" for a null.
+        labels: label of each choice, or ().
+        right: index of the correct choice, if the choices mark it.
     """
 
     texts: tuple[str, ...] = ()
@@ -52,10 +51,10 @@ def read_choices(value: Any, names: Sequence[str], note: Callable[[str], None]) 
     Args:
         value: the field's value, or the list of the fields' values.
         names: of the fields.
-        note: takes what is not understood, as a clause that follows the field's name.
+        note: called with a clause that follows the field's name, for a value that is not understood.
     """
     if isinstance(value, str):
-        value = _parsed(value)
+        value = _parse_choices_text(value)
     labels: Any = list(names) if len(names) > 1 else ()
     right = None
     if isinstance(value, dict):
@@ -68,10 +67,10 @@ def read_choices(value: Any, names: Sequence[str], note: Callable[[str], None]) 
         else:
             labels, value = list(value), list(value.values())  # MedQA's {"A": …, "B": …}
     elif isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
-        labels = [_first(each, _LABELS) or "" for each in value]
+        labels = [_first_text(each, _LABELS) or "" for each in value]
         flags = [any(each.get(key) in (True, 1) for key in _RIGHT) for each in value]
         right = flags.index(True) if any(flags) else None
-        value = [_first(each, _TEXTS) for each in value]
+        value = [_first_text(each, _TEXTS) for each in value]
     elif isinstance(value, list) and value and all(_is_pair(each) for each in value):
         labels, value = [each[0] for each in value], [each[1] for each in value]
     texts = [as_text(each) for each in value] if isinstance(value, list) else [None]
@@ -87,8 +86,8 @@ def read_choices(value: Any, names: Sequence[str], note: Callable[[str], None]) 
     return Choices(tuple(text or "" for text in texts), spelt if any(spelt) else (), right)
 
 
-def _first(value: Mapping[str, Any], keys: Sequence[str]) -> str | None:
-    """The first of some keys with a text, or a number as text; for texts else the longest string."""
+def _first_text(value: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    """Return the first text (or number as text) under these keys; for _TEXTS, the longest string if there is none."""
     texts = (as_text(value.get(key)) for key in keys)
     longest = max((each for each in value.values() if isinstance(each, str)), key=len, default=None)
     return next(filter(None, texts), longest if keys is _TEXTS else None)
@@ -98,8 +97,8 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and len(str(value[0])) < 3 and isinstance(value[1], str)
 
 
-def _parsed(text: str) -> Any:
-    """Choices that are written as one text: JSON, Python, or after labels; the text itself if it is none of these."""
+def _parse_choices_text(text: str) -> Any:
+    """Parse choices written as one text (JSON, Python, or "A. … B. …"); any other text is returned as it is."""
     for parse in (json.loads, ast.literal_eval) if text.lstrip()[:1] in ("[", "{") else ():
         try:
             return parse(text)
@@ -120,9 +119,9 @@ def read_answer(value: Any, choices: Choices, first: int, note: Callable[[str], 
     """Return the text of the choice that an answer names; "" if it names none, or is hidden as in test splits.
 
     Args:
-        value: of the answer's field.
-        choices: at least one.
-        first: number of the first choice: 0, or 1.
+        value: value of the answer's field.
+        choices: the row's choices, at least one.
+        first: number of the first choice, 0 or 1.
         note: as in read_choices.
     """
     if (
@@ -132,8 +131,8 @@ def read_answer(value: Any, choices: Choices, first: int, note: Callable[[str], 
         and 1 in value
     ):
         return choices.texts[value.index(1)]
-    for each in _scalars(value):
-        place = _place(each, choices, first)
+    for each in _scalar_values(value):
+        place = _choice_index(each, choices, first)
         if place is not None:
             return choices.texts[place]
     if has_content(value) and value not in (-1, "-1"):
@@ -143,25 +142,25 @@ def read_answer(value: Any, choices: Choices, first: int, note: Callable[[str], 
     return ""
 
 
-def _scalars(value: Any) -> Iterator[Any]:
-    """The values by which an answer may name a choice; of an object the likeliest first."""
+def _scalar_values(value: Any) -> Iterator[Any]:
+    """Yield the values by which an answer may name a choice; those of an object in order of likelihood."""
     if isinstance(value, dict):
         keys = sorted(value, key=lambda key: key not in (*_LABELS, *_TEXTS))
         value = [value[key] for key in keys]
     for each in value if isinstance(value, list) else (value,):
         if isinstance(each, list | dict):
-            yield from _scalars(each)
+            yield from _scalar_values(each)
         elif isinstance(each, str | int | float | Decimal):
             yield each
 
 
-def _place(value: Any, choices: Choices, first: int) -> int | None:
+def _choice_index(value: Any, choices: Choices, first: int) -> int | None:
     """Resolve an answer to a choice: by label, text, number counted from ``first`` (WinoGrande: 1), or letter."""
     texts = choices.texts
     if isinstance(value, bool):
         spoken = [text.strip().lower() for text in texts]
         return next((spoken.index(each) for each in _SPOKEN[value] if each in spoken), None)
-    # Python makes no text of a number of 5,000 digits.
+    # Python refuses to convert an integer of 5,000 digits to text.
     word = str(value).strip() if isinstance(value, str) or abs(value) < 10**20 else ""
     if not word:
         return None
@@ -169,27 +168,31 @@ def _place(value: Any, choices: Choices, first: int) -> int | None:
         stripped = [text.strip() for text in texts]
         if word in stripped:
             return stripped.index(word)
-    place = _by_name(word, choices, first)
+    place = _index_by_label(word, choices, first)
     if place is None:
         said = list(_SAID.finditer(word))
         tail = (said[-1][1] or word[said[-1].end() :]) if said else word
-        found = (_by_text(word, texts), _by_mark(normalize("NFKC", tail), choices, first), _by_text(tail, texts))
+        found = (
+            _index_by_text(word, texts),
+            _index_by_marked_label(normalize("NFKC", tail), choices, first),
+            _index_by_text(tail, texts),
+        )
         place = next((each for each in found if each is not None), None)
     return place
 
 
-def _by_text(word: str, texts: Sequence[str]) -> int | None:
-    """The choice with the same text but for case and marks around it, or the only one but for its label too."""
-    plain = [_plain(text) for text in texts]
-    if _plain(word) and _plain(word) in plain:
-        return plain.index(_plain(word))
-    bare = [_plain(_unlabelled(text)) for text in texts]
-    word = _plain(_unlabelled(word))
+def _index_by_text(word: str, texts: Sequence[str]) -> int | None:
+    """Return the choice with this text, ignoring case and surrounding marks, and labels too if only one matches."""
+    plain = [_comparable(text) for text in texts]
+    if _comparable(word) and _comparable(word) in plain:
+        return plain.index(_comparable(word))
+    bare = [_comparable(_without_label(text)) for text in texts]
+    word = _comparable(_without_label(word))
     return bare.index(word) if word and bare.count(word) == 1 else None
 
 
-def _by_name(word: str, choices: Choices, first: int) -> int | None:
-    """A choice by its label, number or letter alone."""
+def _index_by_label(word: str, choices: Choices, first: int) -> int | None:
+    """Return the choice with this label, number or letter, and nothing else in the word."""
     count = len(choices.texts)
     if word in choices.labels:
         return choices.labels.index(word)
@@ -205,28 +208,28 @@ def _by_name(word: str, choices: Choices, first: int) -> int | None:
     return None
 
 
-def _by_mark(word: str, choices: Choices, first: int) -> int | None:
-    """A choice by its label in brackets or before its text, or the first of several."""
+def _index_by_marked_label(word: str, choices: Choices, first: int) -> int | None:
+    """Return the choice whose label stands in brackets or before its text; of several labels, the first."""
     marked = _LABEL.fullmatch(word)
     if marked:
-        place, rest = _by_name(marked[1], choices, first), _plain(marked[2] or "")
+        place, rest = _index_by_label(marked[1], choices, first), _comparable(marked[2] or "")
         # "A. Smith" begins like a label; "(A) since so" has one.
-        if place is not None and (not rest or _BRACKETED.match(word) or rest == _plain(choices.texts[place])):
+        if place is not None and (not rest or _BRACKETED.match(word) or rest == _comparable(choices.texts[place])):
             return place
     parts = [each and each[1] for each in map(_LABEL.fullmatch, _SEVERAL.split(word))]
     if len(parts) == 1 and word.isascii() and word.isupper() and len(word) <= len(choices.texts):
         parts = list(word)
-    places = [_by_name(part, choices, first) for part in parts if part]
+    places = [_index_by_label(part, choices, first) for part in parts if part]
     return places[0] if len(places) == len(parts) > 1 and None not in places else None
 
 
-def _unlabelled(text: str) -> str:
+def _without_label(text: str) -> str:
     marked = _LABEL.fullmatch(normalize("NFKC", text))
     return marked[2] if marked and marked[2] else text
 
 
-def _plain(text: str) -> str:
-    """A text without case and the marks around it."""
+def _comparable(text: str) -> str:
+    """Return a text without case and surrounding marks, for comparison."""
     return " ".join(normalize("NFKC", text).lower().split()).strip(" .;,:\"'`*$()")
 
 

@@ -74,7 +74,7 @@ _FROM_ONE = ("option1,", "sentence_quiz1,", "answera,")  # choices that answers 
 
 
 def first_number(choices: str) -> int:
-    """The number of the first choice by which answers count the choices in a field, or in several."""
+    """Return the number that answers use for the first choice in these fields: 0 or 1."""
     return int(choices.lower().startswith(_FROM_ONE))
 
 
@@ -82,9 +82,9 @@ def shape_of(values: Mapping[str, Any], given: Mapping[str, str], note: Callable
     """Return role to field(s): the given ones, else the first matching schema's, else the longest text's if any.
 
     Args:
-        values: of the row.
-        given: as given for the whole set, without the id; fields that the row does not have are left out.
-        note: takes a sentence for each of these.
+        values: the row's values by field.
+        given: role to field(s) as given for the whole set, without the id; fields that the row lacks are left out.
+        note: called with a sentence for each field that the row lacks.
     """
     there = {key for key, value in values.items() if has_content(value) or isinstance(value, str)}
     named = dict[str, str]()
@@ -107,7 +107,7 @@ def shape_of(values: Mapping[str, Any], given: Mapping[str, str], note: Callable
 
 
 def longest_field(values: Mapping[str, Any]) -> str:
-    """The field with the longest readable text, a plain one if there is any; "" if there is none."""
+    """Return the field with the longest readable text, preferring plain strings; "" if there is none."""
     texts = {field: len(longest_text(value)) for field, value in values.items()}
     plain = [field for field in texts if texts[field] and isinstance(values[field], str)]
     longest = max(sorted(plain or texts), key=texts.__getitem__, default="")

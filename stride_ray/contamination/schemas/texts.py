@@ -25,17 +25,17 @@ def strings(path: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def is_readable(text: str) -> bool:
-    """Whether a text is none of an identifier, link or number, and valid."""
+    """Whether a text is valid and is not just an identifier, link or number."""
     return not _TOKEN.fullmatch(text) and not LONE_SURROGATE.search(text)
 
 
 def longest_text(value: Any) -> str:
-    """The longest text in a value that is no identifier, link or number; empty if there is none."""
+    """Return the longest text in a value that is not just an identifier, link or number; empty if there is none."""
     return max((text for _, text in strings("", value) if not _TOKEN.fullmatch(text)), key=len, default="")
 
 
 def as_text(value: Any) -> str | None:
-    """A string, or a number or truth value as text; "" for null and NaN, None for anything else."""
+    """Return a string, or a number or boolean as text; "" for null and NaN, None for anything else."""
     if isinstance(value, str):
         return value
     if isinstance(value, int | float | Decimal):
@@ -44,7 +44,7 @@ def as_text(value: Any) -> str | None:
 
 
 def field_text(values: Mapping[str, Any], field: str) -> str | None:
-    """The text of a field, or of several with commas between them; None if it holds a number or no text."""
+    """Return the text of a field, or of several, comma-separated; None if it holds a number or no text."""
     if field not in values and "," in field:
         texts = [field_text(values, part) for part in field.split(",")]
         return "\n".join(filter(None, texts)) if any(texts) else None

@@ -29,7 +29,7 @@ Products = Callable[[list[Gradient]], list[Gradient]]
 
 
 class Preconditioner(Protocol):
-    """H⁻¹ at one site; implemented by sites.Site."""
+    """H⁻¹ at one site; implemented by sites.Site and eigenvalues.EKFACSite."""
 
     @property
     def name(self) -> str:
@@ -88,7 +88,9 @@ def solve(
         directions = [state.direction() for state in going]
         for state, p, product in zip(going, directions, products(directions) if going else [], strict=True):
             state.step(p, product)
-    return [SolveResult({**query, **state.found()}, state.steps) for query, state in zip(queries, states, strict=True)]
+    return [
+        SolveResult({**query, **state.solution()}, state.steps) for query, state in zip(queries, states, strict=True)
+    ]
 
 
 class _State:
@@ -106,8 +108,8 @@ class _State:
         self.size = self._residual_size()
         self.going = self.size > 0 and math.isfinite(self.size)
 
-    def found(self) -> Gradient:
-        """y; empty if no step was taken."""
+    def solution(self) -> Gradient:
+        """Return y by site name; empty if no step was taken."""
         if not self.steps:
             return {}
         if self.going and self.bound > 0:
@@ -125,7 +127,7 @@ class _State:
         return sum(_inner(self.r[site.name], site.solved(self.r[site.name])) for site in self.sites)
 
     def step(self, p: Gradient, product: Gradient) -> None:
-        """One step along p given its product with κG; terminates if the curvature is not positive or not finite."""
+        """Take a step along p, given the product κG p; stop if the curvature along p is not positive and finite."""
         add(product, self.s, self.damping)
         curvature = sum(_inner(p[name], x) for name, x in product.items())
         if not (curvature > 0 and math.isfinite(curvature)):

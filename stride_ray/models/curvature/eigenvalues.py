@@ -3,7 +3,7 @@
 In the eigenbasis Q of its factors, K-FAC's H has the eigenvalues λ_i μ_j, as if inputs u and output gradients g were
 independent. EK-FAC keeps the basis and measures the eigenvalues Λ_ij, the mean squares of the blocks' gradients in it:
 F = Q Λ Qᵀ. Blocks are still whitened with H, whose factors act on single tokens, so a query's direction x = F⁻¹ J(x) is
-passed on as y with H⁻¹ y = x. An H⁻¹ J takes four matrix products, F⁻¹ J too.
+passed on as y with H⁻¹ y = x. F⁻¹ J costs four matrix products, as many as H⁻¹ J.
 """
 
 from dataclasses import dataclass, replace
@@ -50,15 +50,15 @@ class EKFACSite:
         return replace(self, **{part: getattr(self, part).to(device) for part in PARTS})
 
     def rotated(self, J: Tensor) -> Tensor:
-        """J (…, F, D) in the eigenbasis."""
+        """Return J (…, F, D) in the eigenbasis."""
         return (self.Q_first.T @ J if len(self.Q_first) else J) @ self.Q_second
 
-    def _back(self, J: Tensor) -> Tensor:
+    def _rotated_back(self, J: Tensor) -> Tensor:
         return (self.Q_first @ J if len(self.Q_first) else J) @ self.Q_second.T
 
     def solved(self, J: Tensor) -> Tensor:
         """F⁻¹ J = Q ((Qᵀ J Q) / (Λ + damping)) Qᵀ."""
-        return self._back(self.rotated(J).mul_(self.inverse_eigenvalues))
+        return self._rotated_back(self.rotated(J).mul_(self.inverse_eigenvalues))
 
     def kronecker_preimage(self, J: Tensor) -> Tensor:
         """y with H⁻¹ y = F⁻¹ J.
@@ -66,11 +66,11 @@ class EKFACSite:
         Example: with F = D = 1, λ = 2, μ = 3 and Λ = 12, H = 6 and J = 4 gives y = 2: 2 / 6 = 4 / 12.
         """
         inner = self.kfac_eigenvalues_first.unsqueeze(1) if len(self.kfac_eigenvalues_first) else 1.0
-        return self._back(self.rotated(J).mul_(self.inverse_eigenvalues * inner * self.kfac_eigenvalues_second))
+        return self._rotated_back(self.rotated(J).mul_(self.inverse_eigenvalues * inner * self.kfac_eigenvalues_second))
 
 
 def kronecker_eigenbasis(name: str, moments: KroneckerFactors) -> EKFACSite:
-    """The eigenbasis of a site's Kronecker factors (means over positions)."""
+    """Compute the eigenbasis of a site's Kronecker factors, which must be means over positions."""
     none = torch.empty(0)
     if name in (EMBEDDING, HEAD):
         values, vectors = damped_eigenbasis(moments.written if name == EMBEDDING else moments.read, END_DAMPING)
@@ -126,7 +126,7 @@ def save_ekfac(store: Store, name: str, sites: list[EKFACSite]) -> None:
 
 
 def load_ekfac(store: Store, name: str, device: Any) -> tuple[EKFACSite, ...]:
-    """Read what save_ekfac wrote."""
+    """Read the sites that save_ekfac wrote, onto a device."""
     tensors = store.read_tensors(f"{name}.safetensors")
     return tuple(
         EKFACSite(site, **{part: tensors[f"{i}.{part}"] for part in PARTS}).to(device)

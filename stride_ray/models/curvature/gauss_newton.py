@@ -65,21 +65,21 @@ class Linearised:
         with contextlib.nullcontext() if stepped else sdpa_kernel(SDPBackend.MATH):
             self.z, self.read, self.wrote = forward_with_activations(model, [site.name for site in self.sites], ids_BT)
             self.w = torch.zeros_like(self.z, requires_grad=True)
-            self.back = {} if stepped else self._transposed()
+            self.back = {} if stepped else self._differentiable_gradients()
         self.states = self.z.detach()[:, :-1]
         # Positions whose logits are in memory at once, with their graph: about four times the logits.
         self.positions = max(1, model.logits_rows(1) // 4)
-        self.stepped = not self._differentiates() if stepped is None else stepped
+        self.stepped = not self._double_backward_works() if stepped is None else stepped
 
-    def _transposed(self) -> dict[str, Tensor]:
-        """Gradients at the sites as differentiable functions of w; empty if there is no double backward."""
+    def _differentiable_gradients(self) -> dict[str, Tensor]:
+        """Return the gradients at the sites as differentiable functions of w; empty without double backward."""
         try:
             back = torch.autograd.grad(self.z, list(self.wrote.values()), self.w, create_graph=True)
         except RuntimeError:
             return {}
         return dict(zip(self.wrote, back, strict=True))
 
-    def _differentiates(self) -> bool:
+    def _double_backward_works(self) -> bool:
         """Whether double backward gives the transpose of the backward pass, tested on a random probe.
 
         A module may raise an error, or silently drop its part of the derivative.
@@ -92,20 +92,20 @@ class Linearised:
         expected = sum((g * x).sum() for g, x in zip(written.values(), moved, strict=True))
         size = sum((g * x).square().sum() for g, x in zip(written.values(), moved, strict=True)) ** 0.5
         try:
-            change = self._differentiated(dict(zip(self.wrote, moved, strict=True)))
+            change = self._state_change(dict(zip(self.wrote, moved, strict=True)))
         except RuntimeError:
             return False
         return bool(((w * change).sum() - expected).abs() <= DOUBLE_BACKWARD_TOLERANCE * size)
 
     def product(self, v: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Σ over the blocks of G v, site by site: (name, tensor) of J's shape without the batch dimension."""
-        moved = {site.name: self._moved(site, v[site.name]) for site in self.sites if site.name != HEAD}
-        dz = (self._stepped(moved) if self.stepped else self._differentiated(moved))[:, :-1]
+        """Yield Σ G v over the blocks, site by site: (name, tensor of J's shape without the batch dimension)."""
+        moved = {site.name: self._output_change(site, v[site.name]) for site in self.sites if site.name != HEAD}
+        dz = (self._state_change_by_difference(moved) if self.stepped else self._state_change(moved))[:, :-1]
         head = next(site for site in self.sites if site.name == HEAD)
         slopes, found = [], torch.zeros_like(v[HEAD])
         parts = (x.flatten(0, 1).split(self.positions) for x in (self.states, dz, self.omega))
         for states, direction, omega in zip(*parts, strict=True):
-            h, slope = self._curved(states, direction, omega, head, v[HEAD])
+            h, slope = self._curvature_product(states, direction, omega, head, v[HEAD])
             slopes.append(slope)
             found += head.tokens.of(h).T @ states.float()
         yield HEAD, found
@@ -113,42 +113,45 @@ class Linearised:
         written = output_gradients(self.z, self.wrote, slope, keep=True)
         for site in self.sites:
             if site.name != HEAD:
-                yield site.name, self._gathered(site, written.pop(site.name))
+                yield site.name, self._weight_gradient(site, written.pop(site.name))
 
-    def _moved(self, site: Site, v: Tensor) -> Tensor:
-        """Change of a site's output for a step along v: (B, T, D)."""
+    def _output_change(self, site: Site, v: Tensor) -> Tensor:
+        """Return the change of a site's output for a step along v: (B, T, D)."""
         return site.tokens.spread(self.ids, v) if site.name == EMBEDDING else self.read[site.name] @ v
 
-    def _gathered(self, site: Site, g: Tensor) -> Tensor:
-        """Σ_t u_t ⊗ g_t, summed over the batch."""
+    def _weight_gradient(self, site: Site, g: Tensor) -> Tensor:
+        """Return Σ_t u_t ⊗ g_t, summed over the batch, for output gradients g (B, T, D)."""
         if site.name == EMBEDDING:
             return site.tokens.summed(self.ids.reshape(1, -1), g.reshape(1, -1, g.shape[-1]))[0]
         return self.read[site.name].flatten(0, 1).T @ g.flatten(0, 1)
 
-    def _differentiated(self, moved: Mapping[str, Tensor]) -> Tensor:
-        """Change of the final states for changes at the sites, (B, T, D), by double backward."""
+    def _state_change(self, moved: Mapping[str, Tensor]) -> Tensor:
+        """Return the change of the final states for changes at the sites, (B, T, D), by double backward."""
         if not self.wrote:
             return torch.zeros_like(self.z)
         total = torch.stack([(self.back[name] * x.to(self.z.dtype)).sum() for name, x in moved.items()]).sum()
         return torch.autograd.grad(total, self.w, retain_graph=True)[0]
 
     @torch.no_grad()
-    def _stepped(self, moved: Mapping[str, Tensor]) -> Tensor:
-        """``_differentiated`` by a central difference."""
+    def _state_change_by_difference(self, moved: Mapping[str, Tensor]) -> Tensor:
+        """Like ``_state_change``, by a central difference."""
         shares = [self.wrote[name].norm() / x.norm().clamp(min=1e-30) for name, x in moved.items()]
         step = STEP[self.z.dtype] * float(torch.stack(shares).min()) if shares else 1.0
         ahead, behind = (self._states_after({name: sign * step * x for name, x in moved.items()}) for sign in (1, -1))
         return (ahead - behind) / (2 * step)
 
     def _states_after(self, added: Mapping[str, Tensor]) -> Tensor:
+        """Return the final states (B, T, D) of a forward pass with tensors added to the sites' outputs."""
         with contextlib.ExitStack() as hooks:
             for name, x in added.items():
                 handle = site_module(self.model, name).register_forward_hook(partial(_add, x))
                 hooks.callback(handle.remove)
             return self.model.read(self.ids).float()
 
-    def _curved(self, states: Tensor, direction: Tensor, omega: Tensor, head: Site, v: Tensor) -> tuple[Tensor, Tensor]:
-        """ω (diag p − p pᵀ) times the change of the logits at P positions, (P, V), and its gradient at the states."""
+    def _curvature_product(
+        self, states: Tensor, direction: Tensor, omega: Tensor, head: Site, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return ω (diag p − p pᵀ) times the logits' change at P positions, (P, V), and its gradient at the states."""
         with torch.enable_grad():
             leaf = states.detach().requires_grad_(True)
             logits = self.model.logits(leaf)
@@ -181,7 +184,7 @@ class GaussNewton:
         """κ G times each direction, in order."""
         totals: list[Gradient] = [{} for _ in directions]
         sizes = [1.0] * len(directions)
-        if self.model.dtype == torch.float16:  # whose range ends at 65,504; directions are larger
+        if self.model.dtype == torch.float16:  # directions may exceed its range, 65,504
             sizes = [max(float(x.abs().max()) for x in direction.values()) or 1.0 for direction in directions]
             directions = [
                 {name: x / size for name, x in direction.items()}
@@ -202,7 +205,7 @@ class GaussNewton:
 
 
 def batch_rows(rows: int, model: SplitModel, tokens: int) -> int:
-    """Blocks per linearised batch, at most a third of the ``rows`` that fit a forward and backward pass."""
+    """Return the blocks per linearised batch: at most a third of the ``rows`` that fit a forward and backward pass."""
     return max(1, min(rows // 3, model.logits_rows(tokens)))
 
 

@@ -1,7 +1,7 @@
 """Stage curvature: K-FAC preconditioner and scale of every site, once per run, from a sample of the pool.
 
 With ``operators.sites`` = all, EK-FAC's eigenvalues too (eigenvalues.py). The stage has no units of work: a rerun
-begins anew.
+starts from the beginning.
 """
 
 import math
@@ -54,7 +54,7 @@ INTERIM = (UNSCALED, BASES, "moments-", "squares-")
 
 
 def begin_curvature(run: Run, blocks: Blocks, weights: str) -> Stage:
-    """Begin the stage. If the pool grew, a finished preconditioner is kept, so that the unit of influence is stable."""
+    """Begin the stage; a finished one is kept when the pool grows, so that the unit of influence stays the same."""
     return run.begin("curvature", corpus=covered_fingerprint(run.stage("curvature"), blocks), weights=weights)
 
 
@@ -63,7 +63,7 @@ def finish_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Actor
     if not stage.finished:
         with stage.unless_finished(), record_stage_costs(stage):
             measure_curvature(config, blocks, stage, actors)
-    # Only now: another command may be at the same work.
+    # Only after the stage is finished: a second run of the same command may still read these files.
     stage.clear(INTERIM)
 
 
@@ -105,12 +105,12 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
 def precondition(
     config: Config, names: list[str], sums: "SliceSums", positions: int, counts: torch.Tensor
 ) -> tuple[list[Site], list[EKFACSite]]:
-    """The sites with their preconditioners, and with ``operators.sites`` = all the eigenbases of their factors.
+    """Return the sites with their preconditioners and, if ``operators.sites`` = all, the eigenbases of their factors.
 
     Args:
         config: of the run.
         names: the sites, in the model's order.
-        sums: the moments; each is released once it is used.
+        sums: the moments by site and side; each is released once it is used.
         positions: number of positions that the moments are sums over.
         counts: (V,) how often each token is a target.
     """
@@ -128,12 +128,12 @@ def precondition(
 def scale(
     sites: list[Site], found: list[dict[str, Any]], blocks: int, layers: float, counts: torch.Tensor
 ) -> tuple[dict[str, float], list[Site]]:
-    """Scale the sites so that a block of the pool has an influence of 1 on itself in the mean.
+    """Scale the sites so that a block's influence on itself is 1 on average over the pool.
 
     Args:
         sites: unscaled.
-        found: what the ScaleWorkers found.
-        blocks: number of blocks in it.
+        found: results of the ScaleWorkers.
+        blocks: number of finite blocks in these results.
         layers: number of layers with sites, for the origin's weight.
         counts: (V,) how often each token is a target.
 
@@ -151,9 +151,9 @@ def scale(
 
 
 class SliceSums:
-    """Sums over slices of the sample of tensors that workers leave in files.
+    """Sums of the tensors that workers write to files, one file per slice of the sample.
 
-    In files because Ray would keep the tensors of all slices in memory: 0.4 GB a slice at 135 million parameters.
+    Ray's object store would keep the tensors of all slices in memory: 0.4 GB per slice at 135 million parameters.
 
     Attributes:
         totals: the sums by name.
@@ -172,7 +172,7 @@ class SliceSums:
 
 
 def not_finite(found: list[dict[str, Any]]) -> set[int]:
-    """Ordinals of the blocks that workers found not finite."""
+    """Return the ordinals of blocks that are not finite, from the workers' results."""
     return {ordinal for each in found for ordinal in each["not_finite"]}
 
 
@@ -197,7 +197,7 @@ def measure_eigenvalues(
         actors: the actor pool.
 
     Returns:
-        Ordinals of blocks with a gradient that is not finite at some site; it is left out there.
+        Ordinals of blocks whose gradient is not finite at some site; that site's sums leave the block out.
     """
     save_ekfac(store, BASES, bases)
     few = np.sort(np.random.default_rng(given[0].seed).permutation(sample)[:EIGENVALUE_BLOCKS])
@@ -223,7 +223,7 @@ def save_sites(store: Store, name: str, sites: list[Site]) -> None:
 
 
 def load_sites(store: Store, name: str, device: Any) -> tuple[Site, ...]:
-    """Read what save_sites wrote."""
+    """Read the sites that save_sites wrote, onto a device."""
     tensors = store.read_tensors(f"{name}.safetensors")
     facts = store.read_json(f"{name}.json")["sites"]
     return tuple(
@@ -248,7 +248,7 @@ class MomentWorker(ModelWorker):
         self.layers = last_layers(config.operators.layers, self.model.n_layers)
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """Process one unit; returns the name of the file with its sums, and what else it found."""
+        """Process one unit; returns the name of the file with its sums, its counts and the names of the sites."""
         index, ordinals = unit
         totals, positions, failed = dict[str, tuple[torch.Tensor, torch.Tensor]](), 0, list[int]()
         for batch in self.batches_at(ordinals):
@@ -293,7 +293,7 @@ class EigenvalueWorker(ModelWorker):
 
 
 class ScaleWorker(ModelWorker):
-    """Σ |H^-½ J|² by site, estimated in a random sketch, and the loss over a slice of the sample."""
+    """Measures Σ |H^-½ J|² by site, in a random sketch, and the loss over a slice of the sample."""
 
     load = staticmethod(load_measured_model)
 

@@ -51,7 +51,7 @@ class KroneckerFactors:
 
 
 def _state_gradients(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of each sequence's masked mean loss at its final states, (B, T, D), and the losses (B,)."""
+    """Return the gradient of each sequence's masked mean loss at its final states, (B, T, D), and the losses (B,)."""
     with torch.enable_grad():
         leaf = z_BTD.detach().requires_grad_(True)
         losses = masked_mean(model.token_losses(leaf, ids_BT, mask_BT), mask_BT)
@@ -61,7 +61,7 @@ def _state_gradients(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, z_BTD: 
 
 
 def _finite_blocks(values: Iterable[Tensor], counted_BT1: Tensor) -> Tensor:
-    """(B,) bool: whether all of a block's vectors (B, T, ·) are finite, at the counted of its first T − 1 positions."""
+    """Return which blocks have only finite vectors (B, T, ·) at the positions in ``counted_BT1``: (B,) bool."""
     good = torch.ones(len(counted_BT1), dtype=torch.bool, device=counted_BT1.device)
     for x in values:
         good &= ((x[:, :-1].norm(dim=2) < LARGEST_NORM) | ~counted_BT1).all(1)
@@ -104,7 +104,7 @@ def add_moments(
 
 
 def preconditioned(name: str, moments: KroneckerFactors, counts: Tensor, seed: int) -> Site:
-    """A site with the K-FAC preconditioner of its second moments.
+    """Build a site with the K-FAC preconditioner of its second moments.
 
     Args:
         name: of the site.
@@ -125,7 +125,7 @@ def preconditioned(name: str, moments: KroneckerFactors, counts: Tensor, seed: i
 
 
 def distribution(counts: Tensor) -> Tensor:
-    """The add-one unigram distribution π of token counts: (V,) in, (V,) float32 out."""
+    """Return the add-one-smoothed unigram distribution π of token counts: (V,) int64 to (V,) float32."""
     return ((counts.double() + 1) / (counts.double() + 1).sum()).float()
 
 

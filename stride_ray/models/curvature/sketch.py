@@ -34,7 +34,7 @@ MAX_LOGIT_WIDTH_RATIO = 4
 
 
 def whole_shape(site: Site) -> tuple[int, int]:
-    """(F, D): the shape of a site's whitened gradient."""
+    """Return (F, D), the shape of a site's whitened gradient."""
     inner, outer = (side.shape[-1] or len(site.tokens) for side in (site.W_in, site.W_out))
     return inner, outer
 
@@ -59,7 +59,7 @@ def sketch_shapes(whole: Sequence[tuple[int, int]], shares: Sequence[float], coo
     Args:
         whole: the largest (a, b) by site (largest_shape).
         shares: of the mean of |H^-½ J|² over blocks, by site; they sum to 1.
-        coordinates: in all sketches together; at least one per site.
+        coordinates: total over all sketches; at least one per site.
 
     Returns:
         (a, b) by site; the products sum to ``coordinates`` at most.
@@ -103,11 +103,11 @@ def sketched(sites: Sequence[Site], shapes: Sequence[tuple[int, int]], seed: int
         # Full-size sides are rotated too: one-bit codes need coordinates of similar size, not mostly absent tokens.
         P_in, P_out = (orthonormal(length, kept, generator) for length, kept in zip(whole, shape, strict=True))
         share = shape[0] * shape[1] / (whole[0] * whole[1])
-        found.append(_projected(site, P_in, P_out, site.scale * share))
+        found.append(_project_site(site, P_in, P_out, site.scale * share))
     return tuple(found)
 
 
-def _projected(site: Site, P_in: Tensor, P_out: Tensor, scale: float) -> Site:
+def _project_site(site: Site, P_in: Tensor, P_out: Tensor, scale: float) -> Site:
     if site.name == EMBEDDING:
         return replace(site, tokens=projected(site.tokens, P_in), W_out=site.W_out @ P_out, scale=scale)
     if site.name in (HEAD, ORIGIN):

@@ -67,8 +67,8 @@ def steered_losses(
     return masked_mean(model.token_losses(z_nTD, ids_nT, mask_nT, shift), mask_nT)
 
 
-def sound_blocks(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, at_once: int) -> Tensor:
-    """Which blocks have a finite stream, loss and gradient without steering: (B,) bool; ``at_once`` blocks a pass."""
+def finite_blocks(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, at_once: int) -> Tensor:
+    """Return which blocks have a finite unsteered stream, loss and gradient: (B,) bool; ``at_once`` blocks per pass."""
     found = []
     for ids, mask in zip(ids_BT.split(at_once), mask_BT.split(at_once), strict=True):
         h = model.trunk(ids)
@@ -91,7 +91,7 @@ def stability_losses(
         A_n: as in steered_states.
         top_m: number of the base model's most likely tokens to compare.
         form: ``kl``: KL(p_0 ‖ p_k) with both renormalised on those tokens, nats; ``logit_penalty``: mean squared
-            change of their logits, nats²; ``hidden_norm``: ``added_squares``.
+            change of their logits, nats²; ``hidden_norm``: ``mean_square_steering``.
 
     Returns:
         (n,) float32, the mean over positions; nan for a block without a target.
@@ -105,14 +105,14 @@ def stability_losses(
     mask_nT, h_nTD = mask_nT[:, :length], h_nTD[:, :length]
     row, position = (mask_nT[:, 1:] != 0).nonzero(as_tuple=True)
     if form == "hidden_norm":
-        found = added_squares(basis, h_nTD, A_n)[row, position]
+        found = mean_square_steering(basis, h_nTD, A_n)[row, position]
     else:
         with torch.no_grad():
             z0_nTD = model.states(h_nTD)
         z_nTD, shift = steered_states(model, basis, h_nTD, A_n)
-        compare = functools.partial(_compare, model, shift, min(top_m, model.vocabulary), form)
+        compare = functools.partial(_position_losses, model, shift, min(top_m, model.vocabulary), form)
         run = functools.partial(checkpoint, compare, use_reentrant=False, preserve_rng_state=False)
-        # Two sets of logits are alive at once, hence the half.
+        # Half of the budget, because two sets of logits are in memory at once.
         step = max(1, model.logits_budget // (2 * model.vocabulary))
         picked = (z0_nTD[row, position], z_nTD[row, position], row, position)
         parts = zip(*(tensor.split(step) for tensor in picked), strict=True)
@@ -121,7 +121,7 @@ def stability_losses(
     return torch.zeros(len(mask_nT), device=found.device).index_add(0, row, found) / counts
 
 
-def _compare(
+def _position_losses(
     model: SplitModel,
     shift: Shift | None,
     top_m: int,
@@ -145,7 +145,7 @@ def _compare(
     return (log_p0.exp() * (log_p0 - moved_pm.log_softmax(1))).sum(1)
 
 
-def added_squares(basis: Basis, h_nTD: Tensor, A_n: Tensor) -> Tensor:
+def mean_square_steering(basis: Basis, h_nTD: Tensor, A_n: Tensor) -> Tensor:
     """Mean square of each pair's steering, relative to that of the stream at the same position: (n, T) float32.
 
     For the logit form it is absolute, in nats².
@@ -205,6 +205,6 @@ def projection(membership: Membership, n_blocks: int, columns: int, seed: int) -
 
 
 def target_length(mask_nT: Tensor) -> int:
-    """Columns up to the batch's last target, at least 2; the suffix skips the rest (paper F.4)."""
+    """Return the number of columns up to the batch's last target, at least 2; the suffix skips the rest (paper F.4)."""
     columns = (mask_nT[:, 1:] != 0).any(0).nonzero()
     return int(columns.max()) + 2 if len(columns) else min(2, mask_nT.shape[1])

@@ -42,10 +42,10 @@ def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Worker
         config: the run's configuration.
         blocks: the pool.
         stage: the operators stage; with fit.start = closed_form the loop starts from its ``fitted/``.
-        pool: number and device of the workers.
+        pool: number of workers, and their device.
 
     Raises:
-        StrideError: from the loop, if its workers died repeatedly, or if the cluster has no room for them any more.
+        StrideError: the loop raised it, the workers died repeatedly, or the cluster no longer has room for them.
     """
     if stage.store.exists("trained/manifest.json"):
         return
@@ -55,8 +55,8 @@ def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Worker
     loop = stage.store.child("loop")
     loop.remove("error.json")
     backend, kind = ("nccl", "GPU") if pool.device == "cuda" else ("gloo", "CPU")
-    with tempfile.TemporaryDirectory(prefix="stride_ray-") as scratch, _own_interrupt():
-        trainer = _quiet(TorchTrainer)(
+    with tempfile.TemporaryDirectory(prefix="stride_ray-") as scratch, _sigint_handler_restored():
+        trainer = _without_dashboard_polling(TorchTrainer)(
             _worker,
             train_loop_config={
                 "config": config,
@@ -74,7 +74,7 @@ def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Worker
             run_config=RunConfig(
                 name=f"stride-{stage.identity}",
                 storage_path=scratch,
-                # Without a limit it would wait forever for a lost node.
+                # Without a limit, Ray Train would wait forever for a lost node.
                 failure_config=FailureConfig(max_failures=RETRIES, controller_failure_limit=MAX_STARTUP_RETRIES),  # type: ignore[call-arg]
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
@@ -85,14 +85,13 @@ def train_distributed(config: Config, blocks: Blocks, stage: Stage, pool: Worker
             if "startup timed out" in str(error) or "WorkerGroupStartup" in f"{error!r}{error.__cause__!r}":
                 raise StrideError(
                     f"Ray Train found no room for {pool.workers} worker(s) with a {kind} each, "
-                    f"{MAX_STARTUP_RETRIES + 1} times in a row (a node that was lost and has not come back?); its "
-                    "checkpoints are kept: run the same command again when the nodes are back, or with a lower "
-                    "compute.workers."
+                    f"{MAX_STARTUP_RETRIES + 1} times in a row (was a node lost?); the checkpoints are kept: run the "
+                    "same command again when the nodes are back, or with a lower compute.workers."
                 ) from error
             if not loop.exists("error.json"):
                 raise StrideError(
-                    f"The loop's workers failed {RETRIES} times and more; its checkpoints are kept, so the same "
-                    f"command goes on from the last one. Ray Train says: {first_line(error)}"
+                    f"The training workers failed more than {RETRIES} times (Ray Train: {first_line(error)}); the "
+                    "checkpoints are kept: run the same command again to continue from the last one."
                 ) from error
     if loop.exists("error.json"):
         raise StrideError(loop.read_json("error.json")["error"])
@@ -133,7 +132,7 @@ def train_rank(config: Config, blocks: Blocks, stage: Store, device: str, ranks:
 
 
 @contextmanager
-def _own_interrupt() -> Iterator[None]:
+def _sigint_handler_restored() -> Iterator[None]:
     """Restore the SIGINT handler, which Ray Train replaces and does not restore."""
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -143,7 +142,7 @@ def _own_interrupt() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _quiet(trainer: type) -> type:
+def _without_dashboard_polling(trainer: type) -> type:
     """Without a Ray dashboard, remove the callback that polls it for the controller's state.
 
     The callback would log an error repeatedly. It guards against a controller that dies alone; a Ray instance without a

@@ -30,15 +30,15 @@ from stride_ray.operators.training.batches import (
     BatchStates,
     SeededShuffle,
     Step,
-    own_and_other,
     plan_step,
+    sample_pairs,
     without_blocks,
 )
 from stride_ray.operators.training.objective import (
-    added_squares,
+    finite_blocks,
     linearity_loss,
+    mean_square_steering,
     projection,
-    sound_blocks,
     stability_losses,
     steered_losses,
 )
@@ -109,13 +109,13 @@ class Loop:
         ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.model, self.membership, self.ranks = config, model, membership, ranks
-        self.walk = SeededShuffle(blocks, config.seed, config.fit.blocks_per_step)
+        self.shuffle = SeededShuffle(blocks, config.seed, config.fit.blocks_per_step)
         self.done, self.failed = 0, set[int]()
         self._at_once = rows_at_once(config, self.model, blocks.block_tokens)
         self._sample = blocks.batch(blocks.sample(EVALUATED, config.seed + 2))
-        self._pairs = own_and_other(membership, self._sample.ordinals, config.seed, EVALUATED_SUBSETS)
+        self._pairs = sample_pairs(membership, self._sample.ordinals, config.seed, EVALUATED_SUBSETS)
         # Far fewer columns than rows: otherwise the projection fits any responses and the loss is uninformative.
-        self.columns = max(1, min(FIDELITY_PAIRS_PER_BLOCK * self.walk.per_step, membership.subsets) // 8)
+        self.columns = max(1, min(FIDELITY_PAIRS_PER_BLOCK * self.shuffle.per_step, membership.subsets) // 8)
         self.Z = torch.empty(0)
         if config.fit.linearity:
             self.Z = projection(membership, len(blocks), self.columns, config.seed).to(model.device)
@@ -144,7 +144,7 @@ class Loop:
         members = self._pairs[0]
         self.gain = 1 / self._steering(members, A).clamp(min=1e-30)
         if start:
-            held = self._hold(self._sample, members)
+            held = self._run_trunk(self._sample, members)
             means = [float(self._responses(held, members, A * strength).nanmean()) for strength in STRENGTHS]
             self.A = A * STRENGTHS[int(np.argmax(means))]
 
@@ -161,23 +161,23 @@ class Loop:
     def step(self) -> dict[str, float]:
         """Take one step.
 
+        If a loss or gradient is not finite, the blocks at fault go to ``failed`` and the step is repeated without them.
+
         Returns:
-            The three losses before the update, over the pairs of all ranks: fidelity in nats, stability in the units of
+            The three losses before the update, over the pairs of all ranks: fidelity in nats, stability in the unit of
             its form, linearity in nats².
 
-        If they are not finite, the step is taken again without the blocks at fault, which are added to ``failed``.
-
         Raises:
-            StrideError: if a loss or gradient is not finite though the blocks are, or too many blocks are not.
+            StrideError: a loss or gradient is not finite although all blocks are, or too many blocks are not finite.
         """
-        plan = plan_step(self.walk, self.membership, self.config.seed, self.done)
+        plan = plan_step(self.shuffle, self.membership, self.config.seed, self.done)
         plan = without_blocks(plan, np.flatnonzero(np.isin(plan.batch.ordinals, sorted(self.failed))))
         losses = self._attempt(plan)
         if losses is None:
             ids, mask = (torch.from_numpy(x).to(self.model.device) for x in plan.batch[1:])
-            failed = np.flatnonzero(~sound_blocks(self.model, ids, mask, self._at_once).cpu().numpy())
+            failed = np.flatnonzero(~finite_blocks(self.model, ids, mask, self._at_once).cpu().numpy())
             self.failed |= set(plan.batch.ordinals[failed].tolist())
-            check_failed_blocks(sorted(self.failed), len(self.walk.blocks))
+            check_failed_blocks(sorted(self.failed), len(self.shuffle.blocks))
             losses = self._attempt(without_blocks(plan, failed)) if len(failed) else None
         if losses is None:
             raise StrideError(
@@ -196,13 +196,13 @@ class Loop:
         weights = {"fidelity": 1.0, "stability": fit.stability, "linearity": fit.linearity}
         if len(rows) < 2 * self.columns or not len(plan.linearity):
             weights["linearity"] = 0.0
-        mine = {name: self._mine(found) for name, found in pairs.items() if weights[name]}
-        held = self._hold(plan.batch, np.concatenate(list(mine.values())))
+        mine = {name: self._rank_slice(found) for name, found in pairs.items() if weights[name]}
+        held = self._run_trunk(plan.batch, np.concatenate(list(mine.values())))
         losses = dict.fromkeys(pairs, torch.zeros((), device=self.A.device))
         if "linearity" in mine:
             losses["linearity"], slopes = self._linearity(held, plan, A.detach(), rows)
         for name, some in mine.items():
-            for index, part in enumerate(self._parts(some)):
+            for index, part in enumerate(self._split_batches(some)):
                 h, ids, mask = held.of(part)
                 chosen = A[part[:, 1]]
                 if name == "stability":
@@ -254,7 +254,7 @@ class Loop:
         return self.config.fit.learning_rate * share
 
     def evaluate(self) -> dict[str, float]:
-        """Compare members with non-members on a fixed sample, for the gap without the blocks of the last step.
+        """Compare members with non-members on a fixed sample; the gap leaves out the blocks of the last step.
 
         Returns:
             ``gap`` and ``gap_error`` (nats; validation.gap), ``member_response`` (nats) and ``steering``, the median
@@ -262,13 +262,13 @@ class Loop:
         """
         members, others = self._pairs
         pairs = np.concatenate([members, others])
-        y = self._responses(self._hold(self._sample, self._mine(pairs)), pairs, self.A).cpu().numpy()
+        y = self._responses(self._run_trunk(self._sample, self._rank_slice(pairs)), pairs, self.A).cpu().numpy()
         found = np.full((len(self._sample.ordinals), self.membership.subsets), np.nan)
         found[pairs[:, 0], pairs[:, 1]] = y
         inside = np.zeros(found.shape, dtype=bool)
         inside[members[:, 0], members[:, 1]] = True
         measured = np.isfinite(found)
-        seen = np.isin(self._sample.ordinals, self.walk.batch(max(0, self.done - 1)).ordinals)
+        seen = np.isin(self._sample.ordinals, self.shuffle.batch(max(0, self.done - 1)).ordinals)
         kept = ~seen & (measured & inside).any(1) & (measured & ~inside).any(1)
         difference, error = gap(found[kept], inside[kept]) if kept.sum() > 1 else (float("nan"), float("nan"))
         return {
@@ -285,12 +285,12 @@ class Loop:
         ``pairs`` index the blocks of the batch and the rows of ``A``.
         """
         y = torch.zeros(len(pairs), device=A.device)
-        mine = self._mine(pairs)
+        mine = self._rank_slice(pairs)
         places, back = np.unique(mine[:, 0], return_inverse=True)
-        base = [self.model.losses(*held.of(part)) for part in self._parts(places[:, None])]
+        base = [self.model.losses(*held.of(part)) for part in self._split_batches(places[:, None])]
         steered = [
             steered_losses(self.model, self.basis(), *held.of(part), A[torch.from_numpy(part[:, 1]).to(A.device)])
-            for part in self._parts(mine)
+            for part in self._split_batches(mine)
         ]
         if len(mine):
             y[self.ranks.share(len(pairs))] = torch.cat(base)[torch.from_numpy(back).to(A.device)] - torch.cat(steered)
@@ -300,28 +300,29 @@ class Loop:
     def _steering(self, pairs: np.ndarray, A: Tensor) -> Tensor:
         """Median size of the steering over pairs and positions, relative to the stream (in nats for logits)."""
         sizes = []
-        for part in self._parts(pairs[:EVALUATED]):
-            h, _, mask = self._hold(self._sample, part).of(part)
-            squares = added_squares(self.basis(), h, A[torch.from_numpy(part[:, 1]).to(A.device)])
+        for part in self._split_batches(pairs[:EVALUATED]):
+            h, _, mask = self._run_trunk(self._sample, part).of(part)
+            squares = mean_square_steering(self.basis(), h, A[torch.from_numpy(part[:, 1]).to(A.device)])
             sizes.append(squares[mask != 0].sqrt())
         return torch.cat(sizes).nanmedian()
 
-    def _hold(self, batch: Batch, pairs: np.ndarray) -> BatchStates:
-        """Run the trunk on the blocks of some pairs."""
+    def _run_trunk(self, batch: Batch, pairs: np.ndarray) -> BatchStates:
+        """Run the trunk on the blocks of some pairs and return their streams."""
         places = np.unique(pairs[:, 0])
         ids, mask = (torch.from_numpy(x[places]).to(self.model.device) for x in (batch.ids, batch.mask))
         streams = [self.model.trunk(some) for some in ids.split(self._at_once)] if len(places) else []
         return BatchStates(places, torch.cat(streams) if streams else torch.zeros(0, device=ids.device), ids, mask)
 
-    def _mine(self, pairs: np.ndarray) -> np.ndarray:
+    def _rank_slice(self, pairs: np.ndarray) -> np.ndarray:
+        """Return this rank's slice of the pairs of all ranks."""
         return pairs[self.ranks.share(len(pairs))]
 
-    def _parts(self, pairs: np.ndarray) -> list[np.ndarray]:
+    def _split_batches(self, pairs: np.ndarray) -> list[np.ndarray]:
         """Split pairs into batches of rows_at_once."""
         return [pairs[first : first + self._at_once] for first in range(0, len(pairs), self._at_once)]
 
     def state(self) -> dict[str, Tensor]:
-        """The checkpoint: all that resuming needs, for safetensors; a W_out that is not trained is rebuilt instead."""
+        """Return the checkpoint as tensors for safetensors; an untrained W_out is left out, since it can be rebuilt."""
         state = {"A": self.A, "gain": self.gain, "step": torch.tensor(self.done)}
         state["failed"] = torch.tensor(sorted(self.failed), dtype=torch.long)
         state |= dict(zip(("W_in", "W_out"), self.shared, strict=False))
@@ -367,7 +368,7 @@ def run_loop(loop: Loop, store: Store, report: Report | None = None) -> list[dic
     started, begun = time.monotonic(), loop.done
     while loop.done < steps:
         losses = loop.step()
-        if _due(loop.done, steps, EVALUATIONS):
+        if _is_due(loop.done, steps, EVALUATIONS):
             found = {"step": loop.done, **losses, **loop.evaluate()}
             log.append(found)
             if first:
@@ -375,7 +376,7 @@ def run_loop(loop: Loop, store: Store, report: Report | None = None) -> list[dic
                 _print_progress(found, steps, (loop.done - begun) / (time.monotonic() - started))
             if report:
                 report(found)
-        if first and _due(loop.done, steps, CHECKPOINTS):
+        if first and _is_due(loop.done, steps, CHECKPOINTS):
             older = store.names("", ".safetensors")
             store.write(f"step-{loop.done:07d}.safetensors", tensor_bytes(loop.state()))
             for name in older:
@@ -383,7 +384,7 @@ def run_loop(loop: Loop, store: Store, report: Report | None = None) -> list[dic
     return log
 
 
-def _due(done: int, steps: int, times: int) -> bool:
+def _is_due(done: int, steps: int, times: int) -> bool:
     """Whether an action that runs ``times`` times, and after the last step, is due after this step."""
     return done == steps or done % max(1, steps // times) == 0
 

@@ -31,7 +31,7 @@ from stride_ray.attribution.respond import respond
 from stride_ray.cli.quickstart import PROMPTS
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.shard import shard
-from stride_ray.models.toy import train_model, train_tokenizer
+from stride_ray.models.builtin.toy import train_model, train_tokenizer
 from stride_ray.operators.fit import fit
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig

@@ -24,7 +24,7 @@ from stride_ray.attribution.attribute import attribute
 from stride_ray.cli.plan import STAGES, plan
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.shard import shard
-from stride_ray.models.toy import VOCABULARY, train_tokenizer
+from stride_ray.models.builtin.toy import VOCABULARY, train_tokenizer
 from stride_ray.operators.fit import fit
 from stride_ray.runtime.costs import COST_FILE
 from stride_ray.runtime.errors import StrideError

@@ -24,7 +24,7 @@ from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.shard import shard
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.retrieval import as_table, source_retrieval
-from stride_ray.models.toy import train_model, train_tokenizer
+from stride_ray.models.builtin.toy import train_model, train_tokenizer
 from stride_ray.operators.fit import fit
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.tasks import connected

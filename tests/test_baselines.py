@@ -246,14 +246,16 @@ def test_every_method_keeps_the_interface(problem, encoders, name):
     np.testing.assert_allclose(run(wider), found, rtol=1e-3, atol=1e-4 * np.abs(found).max())
 
 
-@pytest.mark.parametrize("name", ["rds", "embedding", "graddot", "tracin", "logra", "trak", "less"])
+@pytest.mark.parametrize("name", ["rds", "featsim", "embedding", "graddot", "tracin", "logra", "trak", "less"])
 def test_batches_do_not_change_scores(problem, encoders, name):
     found = METHODS[name].run(problem)
     small = METHODS[name].run(replace(problem, batch_tokens=30))
     np.testing.assert_allclose(small, found, rtol=1e-3, atol=1e-4 * np.abs(found).max())
 
 
-@pytest.mark.parametrize("name", ["tfidf", "bm25", "dsir", "rds", "less", "trak", "logra", "ekfac", "embedding"])
+@pytest.mark.parametrize(
+    "name", ["tfidf", "bm25", "dsir", "rds", "featsim", "less", "trak", "logra", "ekfac", "embedding"]
+)
 def test_a_copy_of_the_query_comes_first(problem, encoders, name):
     assert METHODS[name].run(problem)[0].argmax() == 4
 

@@ -15,7 +15,7 @@ from stride_ray.attribution.attribute import attribute
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.shard import shard
 from stride_ray.evaluate.trust import trust
-from stride_ray.models.toy import train_model, train_tokenizer
+from stride_ray.models.builtin.toy import train_model, train_tokenizer
 from stride_ray.operators.fit import fit
 from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.errors import StrideError

@@ -57,6 +57,7 @@ class SplitModel:
         n_layers: L. ``split_layer``: ℓ, the number of layers in the trunk, 1…L. ``width``: D.
         vocabulary: V, the number of logits per position.
         context: maximum sequence length in tokens; None if the configuration sets no limit.
+        embedding_is_trained: False for a classifier (builtin/classifier.py), which embeds an example as its features.
         device: of the weights. ``dtype``: of the weights, the stream and the states.
         logits_budget: elements in one chunk of logits (positions × V); lower it if memory is short.
     """
@@ -73,6 +74,7 @@ class SplitModel:
         self.n_layers = len(self._layers)
         self.split_layer = resolve_split(split, self.n_layers)
         embedding = model.get_input_embeddings().weight
+        self.embedding_is_trained = isinstance(embedding, nn.Parameter)
         self.device, self.dtype = embedding.device, embedding.dtype
         self.logits_budget = LOGITS_BUDGET.get(self.device.type, LOGITS_BUDGET["cpu"])
         self.context: int | None = getattr(config, "max_position_embeddings", None)
@@ -226,7 +228,8 @@ class SplitModel:
         """Raise StrideError for ids that are not integers or not in the vocabulary (on a GPU, an opaque assert)."""
         if ids.is_floating_point() or ids.dtype == torch.bool:
             raise StrideError(f"{self.name}: token ids must be integers, got {ids.dtype}")
-        rows = min(self._embedded, self.vocabulary)
+        # A classifier's examples are ids that it reads and never predicts.
+        rows = min(self._embedded, self.vocabulary) if self.embedding_is_trained else self._embedded
         smallest, largest = (int(x) for x in torch.aminmax(ids)) if ids.numel() else (0, 0)
         if smallest < 0 or largest >= rows:
             wrong = f"largest token id is {largest}" if largest >= rows else f"smallest token id is {smallest}"
@@ -365,6 +368,9 @@ def load_model(
         folder, options["gguf_file"] = os.path.split(os.path.abspath(local))
     from transformers import AutoModelForCausalLM as Auto  # takes seconds to import
 
+    from stride_ray.models.builtin.classifier import register
+
+    register()
     try:
         options |= {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, "output_loading_info": True}
         model, loading_info = cast("tuple[Any, dict[str, Any]]", Auto.from_pretrained(folder, **options))

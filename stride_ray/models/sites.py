@@ -108,7 +108,8 @@ def find_sites(model: SplitModel, wanted: float = 0.0, every: bool = False) -> t
 
     Args:
         model: to search.
-        wanted: number or share of last layers (last_layers), without the embedding; 0: all layers and the embedding.
+        wanted: number or share of last layers (last_layers), without the embedding; 0: all layers and the embedding,
+            if it is trained.
         every: every linear map of the layers, instead of the last of each part.
 
     Raises:
@@ -144,7 +145,7 @@ def find_sites(model: SplitModel, wanted: float = 0.0, every: bool = False) -> t
             f"{model.name}: no layer ends in a linear map, which influence at sites needs; use operators.form = logit"
         )
     found = (name for (layer, _), name in last.items() if layer >= first)
-    return (*(() if wanted else (EMBEDDING,)), *found, HEAD)
+    return (*((EMBEDDING,) if model.embedding_is_trained and not wanted else ()), *found, HEAD)
 
 
 def site_module(model: SplitModel, name: str) -> Any:

@@ -159,7 +159,7 @@ def _compute_basis(config: Config, blocks: Blocks, actors: ActorPool) -> Any:
     positions = max(1, sum(m["positions"] for m in moments))
     stream, gradient = (sum(m[name] for m in moments) / positions for name in ("stream", "gradient"))
     full = np.zeros(moments[0]["vocabulary"], dtype=np.int64)
-    full[: len(counts)] = counts
+    full[: len(counts)] = counts[: len(full)]
     options = config.operators
     return preconditioned_basis(
         options.form, options.rank, options.sketch, options.target, config.seed, stream, gradient, full

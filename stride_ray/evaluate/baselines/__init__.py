@@ -10,7 +10,7 @@ from stride_ray.evaluate.baselines import chance, postprocessing
 from stride_ray.evaluate.baselines.gradient import astra, ekfac, ekfac_stages, graddot, less, logra, tracin, trak
 from stride_ray.evaluate.baselines.lexical import bm25, dsir, tfidf
 from stride_ray.evaluate.baselines.problem import Method
-from stride_ray.evaluate.baselines.representation import airrep, embedding, rds
+from stride_ray.evaluate.baselines.representation import airrep, embedding, featsim, rds
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ METHODS: dict[str, Baseline] = {
     "tfidf": Baseline("TF-IDF", tfidf.scores, True, "cosine over token uni- and bigrams, sublinear"),
     "bm25": Baseline("BM25", bm25.scores, True, "Okapi over token uni- and bigrams"),
     "rds": Baseline("RDS", rds.scores, False, "cosine of the model's mean last-layer states"),
+    "featsim": Baseline("FeatSim", featsim.scores, False, "cosine of the features that the model's head reads"),
     "embedding": Baseline("embedding", embedding.scores, False, "cosine of another model's sentence embeddings"),
     "graddot": Baseline("GradDot", graddot.scores, False, "inner product of loss gradients, all weight matrices"),
     "tracin": Baseline("TracIn", tracin.scores, False, "GradDot over the stages of training", True),

@@ -1,12 +1,14 @@
 """An accuracy benchmark: a pool, queries, the model trained on the pool, and the losses after retraining on subsets.
 
 A benchmark is a folder at any fsspec URL: ``pool.parquet`` (``token_ids``), ``queries.parquet`` (``token_ids``, and
-optionally ``kind`` and ``part``), ``model/``, ``start/`` if training on the pool began from a checkpoint, and the
+optionally ``kind`` and ``part``), ``model/``, ``start/`` if training on the pool began from a checkpoint,
+``recipe.json`` if the built-in recipe's hyperparameters differ from its defaults (finetune.FineTune), and the
 retraining results (see ``results``). Sequence lengths may vary; other columns are ignored.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +35,7 @@ class Benchmark:
         start: the folder of the checkpoint that training began from; None if it began from random weights.
         truth: the retraining results; None if there are none yet.
         fingerprint: sixteen hexadecimal digits over the tokens, the architecture, and the model files' names and sizes.
+        hyperparameters: of the built-in recipe, where they differ from its defaults.
     """
 
     url: str
@@ -44,6 +47,7 @@ class Benchmark:
     start: str | None
     truth: RetrainingResults | None
     fingerprint: str
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -124,6 +128,7 @@ def read_benchmark(url: str) -> Benchmark:
         start=f"{store.url}/start" if store.exists("start/config.json") else None,
         truth=truth,
         fingerprint=_fingerprint(store, blocks, queries),
+        hyperparameters=store.read_json("recipe.json", foreign=True) if store.exists("recipe.json") else {},
     )
 
 
@@ -181,6 +186,8 @@ def _fingerprint(store: Store, blocks: Texts, queries: Texts) -> str:
     for texts in (blocks, queries):
         digest.update(repr(texts.ids.shape).encode() + texts.ids.tobytes() + texts.mask.tobytes())
     digest.update(store.read("model/config.json"))
+    if store.exists("recipe.json"):
+        digest.update(store.read("recipe.json"))
     for folder in ("model", "start"):
         for name in store.names(folder, ".safetensors"):
             digest.update(f"{folder}/{name} {store.fs.size(store.path(f'{folder}/{name}'))}\n".encode())

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.retraining.benchmark import Benchmark
+from stride_ray.models.builtin.classifier import Classifier, register
 from stride_ray.models.download import local_model
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
@@ -142,10 +143,13 @@ class FineTune:
         auto: Any = transformers.AutoModelForCausalLM
         folder = local_model(self.benchmark.start or self.benchmark.model)
         try:
+            register()
             if self.benchmark.start:
                 model = auto.from_pretrained(folder, dtype=torch.float32)
             else:
                 model = auto.from_config(transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32)
+                if isinstance(model, Classifier):
+                    model.model.features = auto.from_pretrained(folder, dtype=torch.float32).model.features
         except (OSError, ValueError, ImportError) as error:
             raise StrideError(f"model {folder} could not be loaded: {first_line(error)}") from error
         self._check(model)
@@ -170,6 +174,19 @@ class FineTune:
                 )
 
 
+def fine_tune(benchmark: Benchmark, **hyperparameters: Any) -> FineTune:
+    """The built-in recipe with the benchmark's hyperparameters, and others in their place.
+
+    Raises:
+        StrideError: for unknown hyperparameters.
+    """
+    changes = {**benchmark.hyperparameters, **hyperparameters}
+    known = [each.name for each in fields(FineTune) if each.name != "benchmark"]
+    if unknown := sorted(set(changes) - set(known)):
+        raise StrideError(f"{unknown[0]!r} is not a hyperparameter of FineTune; it has {', '.join(known)}.")
+    return FineTune(benchmark, **changes)
+
+
 def checkpoints(
     benchmark: Benchmark, out_folder: str, seed: int = 0, hyperparameters: Mapping[str, Any] | None = None
 ) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -179,7 +196,7 @@ def checkpoints(
         benchmark: what to train on.
         out_folder: a local folder, one for each benchmark, seed and choice of hyperparameters.
         seed: for the order, and for the weights if there is no ``start/``.
-        hyperparameters: fields of ``FineTune`` that differ from its defaults.
+        hyperparameters: as in fine_tune.
 
     Returns:
         Per epoch, a Hugging Face folder ``epoch-1`` … that also holds ``optimizer.safetensors`` (AdamW's
@@ -189,17 +206,13 @@ def checkpoints(
     Raises:
         StrideError: for unknown hyperparameters, or a folder made with other settings.
     """
-    changes = dict(hyperparameters or {})
-    known = [each.name for each in fields(FineTune) if each.name != "benchmark"]
-    if unknown := sorted(set(changes) - set(known)):
-        raise StrideError(f"{unknown[0]!r} is not a hyperparameter of FineTune; it has {', '.join(known)}.")
     if "://" in out_folder:
         raise StrideError(f"Checkpoints need a local folder, not {out_folder}.")
-    recipe = FineTune(benchmark, **changes)
+    recipe = fine_tune(benchmark, **(hyperparameters or {}))
     root, n = Path(out_folder), len(benchmark.blocks)
     # The device does not count as a setting; all other fields affect the weights.
-    settings = {name: getattr(recipe, name) for name in known if name != "device"}
-    _claim(root, {"benchmark": benchmark.fingerprint, "seed": seed, **settings})
+    settings = {each.name: getattr(recipe, each.name) for each in fields(FineTune)[1:] if each.name != "device"}
+    claim(root, {"benchmark": benchmark.fingerprint, "seed": seed, **settings})
     folders = [root / f"epoch-{epoch}" for epoch in range(1, recipe.epochs + 1)]
     if not all(folder.exists() for folder in folders):
 
@@ -212,7 +225,7 @@ def checkpoints(
     return tuple(map(str, folders)), tuple(rates.tolist())
 
 
-def _claim(root: Path, settings: dict[str, Any]) -> None:
+def claim(root: Path, settings: dict[str, Any]) -> None:
     """Record the folder's settings, or refuse a folder made with others."""
     store = Store(str(root))
     if store.exists("settings.json"):

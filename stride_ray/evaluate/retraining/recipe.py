@@ -18,7 +18,7 @@ from stride_ray.runtime.urls import first_line
 if TYPE_CHECKING:
     from stride_ray.evaluate.retraining.benchmark import Benchmark
 
-DEFAULT = "stride_ray.evaluate.retraining.finetune:FineTune"
+DEFAULT = "stride_ray.evaluate.retraining.finetune:fine_tune"
 
 
 @runtime_checkable

@@ -62,7 +62,7 @@ def layers(model: SplitModel, embedding: bool) -> dict[str, nn.Module]:
 
     Args:
         model: any causal model.
-        embedding: whether to include the token embedding.
+        embedding: whether to include the token embedding, if it is trained.
 
     Returns:
         Layers by name, in the model's order.
@@ -71,7 +71,7 @@ def layers(model: SplitModel, embedding: bool) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) or (embedding and module is tokens)
+        if isinstance(module, nn.Linear | Conv1D) or (embedding and module is tokens and model.embedding_is_trained)
     }
 
 

@@ -14,13 +14,15 @@ from stride_ray.models.causal_lm import SplitModel, load_model
 def scores(problem: Problem) -> np.ndarray:
     """(Q, N) float32 cosines."""
     model = load_model(problem.model)
-    queries, blocks = (_means(model, texts, problem.batch_tokens) for texts in (problem.queries, problem.blocks))
+    queries, blocks = (mean_states(model, texts, problem.batch_tokens) for texts in (problem.queries, problem.blocks))
     return (queries @ blocks.T).cpu().numpy()
 
 
-def _means(model: SplitModel, texts: Texts, batch_tokens: int) -> torch.Tensor:
-    """Normalised mean states, (n, D) float32."""
+def mean_states(model: SplitModel, texts: Texts, batch_tokens: int, predicting: bool = False) -> torch.Tensor:
+    """Normalised mean states of the target tokens, or of the positions that predict them: (n, D) float32."""
     ids, mask = tensors(texts)
+    if predicting:
+        mask = torch.nn.functional.pad(mask[:, 1:], (0, 1))
     step = max(1, batch_tokens // ids.shape[1])
     found = []
     for ids_BT, mask_BT in zip(ids.split(step), mask.split(step), strict=True):

@@ -1,0 +1,60 @@
+"""Job: attribution of a classifier, from labelled examples to LDS: an MLP, its retrainings, every method's accuracy.
+
+Makes a benchmark of the examples (OUT/benchmark), retrains on random halves of them, and compares the methods
+(OUT/comparison, as jobs/evaluate.py does). A rerun of an interrupted command resumes where it stopped. Exit status as
+for stride-ray: 0 done, 1 failed with a message on standard error, 130 interrupted.
+
+    python jobs/classification.py --examples digits --out digits
+    python jobs/classification.py --examples parkinsons.csv --label status --drop name --out parkinsons
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from stride_ray.cli.arguments import add_compute, compute_of
+from stride_ray.cli.exits import exit_status
+
+# Methods that need a tokenizer's words, an encoder of texts, or a corpus.
+METHODS = "random,featsim,graddot,tracin,logra,trak,ekfac,ekfac_lent,astra_lent,stride,stride-exact,stride-logit"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the arguments, do what is missing, print tables and one line of JSON; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", required=True, help="digits, breast_cancer, mnist, or a CSV or Parquet file")
+    parser.add_argument("--label", default="", help="the column of a table that holds the classes")
+    parser.add_argument("--drop", default="", metavar="A,B,…", help="columns of a table that are no features")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where results go; a rerun goes on there")
+    parser.add_argument("--queries", type=int, default=100, help="examples to hold out and ask about (default: 100)")
+    parser.add_argument("--subsets", type=int, default=100, help="how many random halves to train on (default: 100)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each half (default: 3)")
+    parser.add_argument("--hidden-size", type=int, default=64, help="width of the hidden layers (default: 64)")
+    parser.add_argument("--layers", type=int, default=2, help="number of hidden layers (default: 2)")
+    parser.add_argument("--epochs", type=int, default=30, help="passes of a training (default: 30)")
+    parser.add_argument("--methods", default=METHODS, metavar="A,B,…", help=f"names of jobs/evaluate.py ({METHODS})")
+    add_compute(parser, "trainings at a time, and STRIDE's workers (default: one per CPU or GPU)")
+    parsed = parser.parse_args(arguments)
+
+    def work() -> None:
+        from stride_ray.evaluate.comparison.compare import compare
+        from stride_ray.evaluate.retraining.classification import load_examples, write_benchmark
+        from stride_ray.evaluate.retraining.recipe import DEFAULT
+        from stride_ray.evaluate.retraining.retrain import retrain
+
+        examples = load_examples(parsed.examples, parsed.label, [each for each in parsed.drop.split(",") if each])
+        sizes = (parsed.queries, parsed.hidden_size, parsed.layers)
+        benchmark = write_benchmark(examples, f"{parsed.out}/benchmark", *sizes, {"epochs": parsed.epochs})
+        compute = compute_of(parsed)
+        print(retrain(benchmark, DEFAULT, benchmark.url, parsed.subsets, 0.5, parsed.seeds, compute=compute)["summary"])
+        methods = [name.strip() for name in parsed.methods.split(",")]
+        done = compare(benchmark.url, f"{parsed.out}/comparison", methods, compute=compute)
+        print(done["summary"])
+        print(json.dumps(done["result"]))
+
+    return exit_status("classification", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Classifiers as causal language models of two tokens: losses, gradients and benchmarks against plain torch."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_plainly
+
+from stride_ray.evaluate.baselines.gradient import graddot
+from stride_ray.evaluate.baselines.representation import featsim
+from stride_ray.evaluate.comparison import stride_variants
+from stride_ray.evaluate.retraining.classification import LabelledExamples, load_examples, write_benchmark
+from stride_ray.evaluate.retraining.finetune import fine_tune
+from stride_ray.models.causal_lm import load_model
+from stride_ray.models.sites import find_sites
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.storage import Store
+
+N, Q, C, F = 40, 8, 3, 5
+SHORT = {"epochs": 12, "batch": 8, "learning_rate": 0.02, "warmup_steps": 2}
+
+
+def blobs(seed=0):
+    """Three clouds of points."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(N + Q) % C
+    centres = 2 * rng.standard_normal((C, F))
+    features = (centres[labels] + rng.standard_normal((N + Q, F))).astype(np.float32)
+    return LabelledExamples(features, labels, ("a", "b", "c"))
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    """A benchmark of the clouds; tests only read it."""
+    return write_benchmark(blobs(), str(tmp_path_factory.mktemp("clouds") / "benchmark"), Q, 8, 2, SHORT)
+
+
+@pytest.fixture(scope="module")
+def split(benchmark):
+    """Its model."""
+    return load_model(benchmark.model)
+
+
+def layers_of(split):
+    """The three linear maps."""
+    return [*(layer.map for layer in split.layers), split.model.lm_head]
+
+
+def plain_logits(split, texts):
+    """The MLP in plain torch: (n, C), and the penultimate features."""
+    h = split.model.model.features.weight[torch.from_numpy(texts.ids[:, 0].astype(np.int64))]
+    *hidden, head = layers_of(split)
+    for layer in hidden:
+        h = torch.relu(h @ layer.weight.T + layer.bias)
+    return h @ head.weight.T + head.bias, h
+
+
+def plain_losses(split, texts):
+    labels = torch.from_numpy(texts.ids[:, 1].astype(np.int64))
+    return torch.nn.functional.cross_entropy(plain_logits(split, texts)[0], labels, reduction="none")
+
+
+def test_the_next_tokens_loss_is_the_classifiers(benchmark, split):
+    ids, mask = (torch.from_numpy(each) for each in (benchmark.queries.ids, benchmark.queries.mask))
+    found = split.losses(split.trunk(ids), ids, mask)
+    torch.testing.assert_close(found, plain_losses(split, benchmark.queries))
+    assert split.vocabulary == C
+    np.testing.assert_allclose(fine_tune(benchmark).losses(split.model), found.numpy(), rtol=1e-5)
+
+
+def test_features_are_standardised_by_the_pool_and_never_trained(benchmark, split):
+    examples = benchmark.blocks.ids[:, 0]
+    features = split.model.model.features.weight[examples].numpy()
+    np.testing.assert_allclose(features.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(features.std(0), 1, atol=1e-4)
+    assert not split.model.model.features.weight[:C].any()
+    assert find_sites(split) == ("model.layers.0.map", "model.layers.1.map", "head")
+    recipe = fine_tune(benchmark)
+    one, other = (recipe.train(np.arange(4), seed) for seed in (0, 1))
+    assert torch.equal(one.model.features.weight, split.model.model.features.weight)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+def test_the_model_has_learnt_to_classify(benchmark, split):
+    labels = benchmark.queries.ids[:, 1]
+    assert (plain_logits(split, benchmark.queries)[0].argmax(1).numpy() == labels).mean() > 0.8
+    assert (len(benchmark.queries), len(benchmark.blocks)) == (Q, N)
+    assert list(benchmark.parts) == ["development"] * (Q // 2) + ["report"] * (Q // 2)
+
+
+def test_gradients_and_features_are_those_of_plain_torch(benchmark, split):
+    weights = [layer.weight.requires_grad_(True) for layer in layers_of(split)]
+    try:
+        gradients = [
+            [
+                torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, retain_graph=True)])
+                for loss in plain_losses(split, texts)
+            ]
+            for texts in (benchmark.queries, benchmark.blocks)
+        ]
+    finally:
+        split.model.requires_grad_(False)
+    queries, blocks = map(torch.stack, gradients)
+    np.testing.assert_allclose(graddot.scores(benchmark.problem()), (queries @ blocks.T).numpy(), rtol=1e-3, atol=1e-5)
+    found = [
+        torch.nn.functional.normalize(plain_logits(split, texts)[1]) for texts in (benchmark.queries, benchmark.blocks)
+    ]
+    np.testing.assert_allclose(
+        featsim.scores(benchmark.problem()), (found[0] @ found[1].T).numpy(), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("slug", ["stride-exact", "stride", "stride-logit"])
+def test_examples_of_the_querys_class_help_it_most(benchmark, slug, tmp_path, monkeypatch):
+    run_plainly(monkeypatch)
+    runs, compute = Store(str(tmp_path)), ComputeConfig(workers=1)
+    stride_variants.shard_pool(benchmark, runs, compute)
+    variant = next(each for each in stride_variants.VARIANTS if each.slug == slug)
+    scores, _, _ = stride_variants.score(benchmark, variant, runs, compute)
+    same = benchmark.queries.ids[:, 1:] == benchmark.blocks.ids[:, 1]
+    gains = [row[alike].mean() - row[~alike].mean() for row, alike in zip(scores, same, strict=True)]
+    assert np.median(gains) > 0
+    assert np.mean(np.array(gains) > 0) >= 0.75, gains
+
+
+def test_a_finished_folder_is_read_and_another_refused(benchmark, monkeypatch):
+    monkeypatch.setattr("stride_ray.evaluate.retraining.classification.fine_tune", None)  # nothing is trained
+    again = write_benchmark(blobs(), benchmark.url, Q, 8, 2, SHORT)
+    assert again.fingerprint == benchmark.fingerprint
+    with pytest.raises(StrideError, match="was made with hidden_size = 8, and now it is 16"):
+        write_benchmark(blobs(), benchmark.url, Q, 16, 2, SHORT)
+    with pytest.raises(StrideError, match="was made with examples = "):
+        write_benchmark(blobs(1), benchmark.url, Q, 8, 2, SHORT)
+    with pytest.raises(StrideError, match="48 queries of 48 examples leave none to train on"):
+        write_benchmark(blobs(), benchmark.url, N + Q)
+
+
+def test_examples_by_name_and_from_a_table(tmp_path):
+    digits = load_examples("digits")
+    assert (digits.features.shape, digits.image, digits.classes) == ((1797, 64), (8, 8), tuple("0123456789"))
+    assert load_examples("breast_cancer").classes == ("malignant", "benign")
+    (tmp_path / "t.csv").write_text("name,x,y,kind\na,1,0.5,yes\nb,2,1.5,no\n")
+    found = load_examples(str(tmp_path / "t.csv"), "kind", ["name"])
+    assert found.features.tolist() == [[1, 0.5], [2, 1.5]]
+    assert (found.labels.tolist(), found.classes) == ([1, 0], ("no", "yes"))
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "drop", "sentence"),
+    [
+        ("x,kind\n1,a\n2,b\n", "sort", [], "has no column 'sort'; its columns are x, kind"),
+        ("x,kind\n1,a\n2,b\n", "kind", ["z"], "has no column 'z'"),
+        ("x,kind\nv,a\nw,b\n", "kind", [], "column 'x' holds string, not numbers; drop it"),
+        ("x,kind\n1,a\nnan,b\n", "kind", [], "row 1: column 'x' has no finite number"),
+        ("x,kind\n1,a\n2,a\n", "kind", [], "at least two"),
+        ("x,kind\n1,\n2,a\n", "kind", [], "at least two"),
+        ("", "kind", [], "cannot be read as a table"),
+    ],
+)
+def test_tables_that_are_no_examples(tmp_path, text, label, drop, sentence):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(StrideError, match=sentence):
+        load_examples(str(tmp_path / "t.csv"), label, drop)
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(StrideError, match="none of digits, breast_cancer, mnist, and cannot be read"):
+        load_examples("iris")

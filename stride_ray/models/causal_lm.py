@@ -366,14 +366,11 @@ def load_model(
     folder, options = local, dict[str, Any]()
     if local.endswith(".gguf"):
         folder, options["gguf_file"] = os.path.split(os.path.abspath(local))
-    from transformers import AutoModelForCausalLM as Auto  # takes seconds to import
+    from stride_ray.models.builtin.classifier import auto_model  # takes seconds to import
 
-    from stride_ray.models.builtin.classifier import register
-
-    register()
     try:
         options |= {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, "output_loading_info": True}
-        model, loading_info = cast("tuple[Any, dict[str, Any]]", Auto.from_pretrained(folder, **options))
+        model, loading_info = cast("tuple[Any, dict[str, Any]]", auto_model().from_pretrained(folder, **options))
         model.to(where)
     except Exception as error:
         raise loading_error(path, local, error) from error

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.retraining.benchmark import Benchmark
-from stride_ray.models.builtin.classifier import Classifier, register
+from stride_ray.models.builtin.classifier import Classifier, auto_model
 from stride_ray.models.download import local_model
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
@@ -140,10 +140,9 @@ class FineTune:
 
         # Otherwise every model prints its own bar into the stage's progress output.
         transformers.utils.logging.disable_progress_bar()
-        auto: Any = transformers.AutoModelForCausalLM
+        auto = auto_model()
         folder = local_model(self.benchmark.start or self.benchmark.model)
         try:
-            register()
             if self.benchmark.start:
                 model = auto.from_pretrained(folder, dtype=torch.float32)
             else:

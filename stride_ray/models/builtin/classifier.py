@@ -122,7 +122,8 @@ class Classifier(PreTrainedModel):
             nn.init.zeros_(module.bias)
 
 
-def register() -> None:
-    """Let Auto classes load classifiers from their folders."""
+def auto_model() -> Any:
+    """transformers.AutoModelForCausalLM, which from then on also loads classifiers from their folders."""
     AutoConfig.register(ClassifierConfig.model_type, ClassifierConfig, exist_ok=True)
     AutoModelForCausalLM.register(ClassifierConfig, Classifier, exist_ok=True)
+    return AutoModelForCausalLM

@@ -7,13 +7,17 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 
 .PHONY: quickstart install test test-cluster lint clean
 
-quickstart: install  ## the main job on a small real corpus, ending with a page to open
+quickstart: $(VENV)/.runtime  ## the main job on a small real corpus, ending with a page to open
 	$(BIN)/stride-ray quickstart
 
 install: $(VENV)/.installed  ## a virtual environment with everything, tests and linters included
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.runtime
 	$(PIP) --editable '.[dev,gguf]'
 	touch $@
 

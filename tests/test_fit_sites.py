@@ -238,7 +238,7 @@ def curvature_flipped(folder):
         (spoil(f"{FIRST}*", flipped), rf"{FIRST}-\d+.safetensors \(\d+ bytes\) differs in its hash"),
         (spoil("rows-*", lambda content: content[:100]), "truncated or modified; restore it"),
         (spoil("rows-*", lambda content: b""), r"\(0 bytes\) differs in its hash"),
-        (of_another_format, "is of format 99, and this version of stride_ray reads format 1"),
+        (of_another_format, "has format 99, but this version of stride_ray reads format 1"),
         (curvature_flipped, r"curvature/sites.safetensors was damaged or changed: its checksum differs"),
         (lambda folder: next((folder / "operators").glob("rows-*")).unlink(), "no such file"),
     ],

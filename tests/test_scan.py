@@ -251,7 +251,7 @@ def test_the_command_line_and_its_exit_statuses(place, capsys):
     assert "0 new finding(s)" in capsys.readouterr().out
     percent = [*common, "--overlap", "30", "--evaluation", f"items={place / 'items.jsonl'}", "--night", "n3"]
     assert main(percent) == 1
-    assert "scan.overlap is 30; it is a share" in capsys.readouterr().err
+    assert "scan.overlap is 30; it must be a share" in capsys.readouterr().err
     assert main([*common, "--night", "n3"]) == 1
     assert "No evaluation set is given" in capsys.readouterr().err
     with pytest.raises(SystemExit) as bad:
@@ -295,7 +295,7 @@ def test_the_report_names_what_was_searched_and_what_was_not(place):
     assert (facts["searched_fields"], facts["left_out_fields"]) == (["article"], ["question", "topic", "url"])
     text = (place / "scans/nights/n1/report.md").read_text()
     assert "set items: searched for article; not for question, topic, url (too short," in text
-    assert "of 1 items a field was not understood" in text
+    assert "1 item(s) have a field that was not understood" in text
     assert "'choices' does not hold a list of texts" in text
 
 

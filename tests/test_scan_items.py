@@ -682,12 +682,15 @@ def test_what_browsers_do_not_show_stands_apart(name):
 )
 def test_markup_without_end_takes_linear_time(unit):
     numbering = Numbering({})
-    seconds = []
-    for size in (30_000, 240_000):
+
+    def seconds(size):
         started = time.process_time()
         numbering.numbers(unit * (size // len(unit)))
-        seconds.append(time.process_time() - started)
-    assert seconds[1] < 32 * seconds[0] + 0.1  # quadratic: 64 times
+        return time.process_time() - started
+
+    # Quadratic: 64 times. The least of three, for a collection of garbage may fall into one.
+    least = [min(seconds(size) for _ in range(3)) for size in (30_000, 240_000)]
+    assert least[1] < 32 * least[0] + 0.1
 
 
 @settings(deadline=None)

@@ -87,7 +87,9 @@ def about(facts: dict[str, Any]) -> list[str]:
         if each["left_out_fields"]:
             lines[-1] += f"; not for {_shortened_list(each['left_out_fields'])} (too short, identifiers, or not named)"
         if each["not_understood"]:
-            lines.append(f"  {each['not_understood']} items have a field that was not understood and searched as text:")
+            lines.append(
+                f"  {each['not_understood']} item(s) have a field that was not understood; it is searched as text:"
+            )
             lines += [f"  {field}" for field in each["first_not_understood"]]
     influence = facts["influence"]
     if influence is None:

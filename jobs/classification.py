@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from stride_ray.cli.arguments import add_compute, compute_of
 from stride_ray.cli.exits import exit_status
 
-# Methods that need a tokenizer's words, an encoder of texts, or a corpus.
+# Those that need no words, no encoder of texts and no corpus.
 METHODS = "random,featsim,graddot,tracin,logra,trak,ekfac,ekfac_lent,astra_lent,stride,stride-exact,stride-logit"
 
 

@@ -30,12 +30,11 @@ from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.queries import SCHEMA, row
 from stride_ray.corpus.shard import shard
 from stride_ray.evaluate.closed_loop import LOSS, ClosedLoop, compare_arms
-from stride_ray.evaluate.retraining.lds import mean_interval
+from stride_ray.evaluate.retraining.lds import DEVELOPMENT, REPORT, mean_interval
 from stride_ray.evaluate.retraining.retrain import read_array
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
 
-DEVELOPMENT, REPORT = "development", "report"
 # Name of the run's only query set; tokens in a row of a benchmark's pool.
 SET, BLOCK_TOKENS = "queries", 128
 

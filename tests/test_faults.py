@@ -21,10 +21,10 @@ from stride_ray.runtime.run import Run
 
 DRIVER = """
 import sys
-import ray
 from stride_ray.cli.main import main
+from stride_ray.runtime.tasks import start_ray
 
-ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
+start_ray(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
 folder, queries, *options = sys.argv[1:]
 # attribute is respond, recover and rescore in one pool of workers, which alone each starts anew.
 verbs = [["shard", folder, *options], ["fit", folder], ["attribute", folder, "--queries", queries, "--name", "asked"]]
@@ -76,18 +76,15 @@ def all_stages(big, folder):
 
 
 def start(command, log, markers):
-    """A driver that has left a done-marker. Ray gives its own start half a minute, too little on a loaded machine."""
-    for tries_left in (2, 1, 0):
-        with open(log, "w") as file:
-            driver = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-        try:
-            await_markers(markers, 1, driver, log)
-            return driver
-        except BaseException:
-            kill_family(driver)
-            if not tries_left or "timed out during startup" not in Path(log).read_text():
-                raise
-    return None
+    """A driver that has left a done-marker."""
+    with open(log, "w") as file:
+        driver = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    try:
+        await_markers(markers, 1, driver, log)
+    except BaseException:
+        kill_family(driver)
+        raise
+    return driver
 
 
 def await_markers(folder, count, driver, log, limit=300):

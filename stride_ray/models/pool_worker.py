@@ -65,6 +65,16 @@ def token_counts(blocks: Blocks, actors: ActorPool) -> np.ndarray:
     return sum((found["counts"] for found in counted), np.zeros(vocabulary, dtype=np.int64))
 
 
+def counts_of_logits(counts: np.ndarray, vocabulary: int) -> np.ndarray:
+    """The token counts of the ``vocabulary`` tokens that the model predicts: cut, or padded with zeros, int64.
+
+    Ids beyond the logits are those that the model only reads.
+    """
+    found = np.zeros(vocabulary, dtype=np.int64)
+    found[: len(counts)] = counts[:vocabulary]
+    return found
+
+
 def count_tokens(blocks: Blocks, vocabulary: int, part: str) -> dict[str, Any]:
     """``token_counts`` of one part of the pool: {"counts": (vocabulary,) int64}."""
     index = [p["name"] for p in blocks.manifest["parts"]].index(part)

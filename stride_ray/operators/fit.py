@@ -23,6 +23,7 @@ from stride_ray.models.loading import measured_model_fingerprint
 from stride_ray.models.pool_worker import (
     ModelWorker,
     check_tokenizer,
+    counts_of_logits,
     covered_fingerprint,
     map_sample_slices,
     token_counts,
@@ -158,8 +159,7 @@ def _compute_basis(config: Config, blocks: Blocks, actors: ActorPool) -> Any:
     check_failed_blocks([ordinal for m in moments for ordinal in m["not_finite"]], len(sample))
     positions = max(1, sum(m["positions"] for m in moments))
     stream, gradient = (sum(m[name] for m in moments) / positions for name in ("stream", "gradient"))
-    full = np.zeros(moments[0]["vocabulary"], dtype=np.int64)
-    full[: len(counts)] = counts[: len(full)]
+    full = counts_of_logits(counts, moments[0]["vocabulary"])
     options = config.operators
     return preconditioned_basis(
         options.form, options.rank, options.sketch, options.target, config.seed, stream, gradient, full

@@ -29,7 +29,7 @@ from stride_ray.evaluate.comparison.table import Entry, as_markdown, best_rival,
 from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark, reread_benchmark
 from stride_ray.evaluate.retraining.datamodels import datamodel_sums
 from stride_ray.evaluate.retraining.finetune import checkpoints
-from stride_ray.evaluate.retraining.lds import ALL, Evaluation, Interval, evaluate, subset_sums
+from stride_ray.evaluate.retraining.lds import ALL, DEVELOPMENT, REPORT, Evaluation, Interval, evaluate, subset_sums
 from stride_ray.evaluate.retraining.results import read_scores, write_scores
 from stride_ray.models.batch_size import MAX_BATCH_TOKENS
 from stride_ray.runtime.errors import StrideError
@@ -39,7 +39,6 @@ from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, prepare_process
 from stride_ray.runtime.urls import first_line
 
-DEVELOPMENT, REPORT = "development", "report"
 DATAMODELS = "datamodels"
 # Files that STRIDE's results, and the baselines', depend on.
 STRIDE_SOURCES = ("runtime/*.py", "corpus/*.py", "models/**/*.py", "operators/**/*.py", "attribution/*.py")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from stride_ray.evaluate.retraining.lds import ALL, CENTRED, RAW, TARGETS, Evaluation, Interval
+from stride_ray.evaluate.retraining.lds import ALL, CENTRED, RAW, REPORT, TARGETS, Evaluation, Interval
 from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
@@ -140,7 +140,7 @@ def plot(evaluation: Evaluation, entries: Sequence[Entry], form: str = "png", pa
         ) from None
 
     if part is None:
-        part = "report" if any(each == "report" for _, each in evaluation.cells) else ALL
+        part = REPORT if any(each == REPORT for _, each in evaluation.cells) else ALL
     kinds = [kind for kind, each in evaluation.cells if each == part]
     count = sum(entry.method in evaluation.methods for entry in entries)
     figure = Figure(figsize=(5.2 * len(kinds), 1.4 + 0.26 * max(count, 4)), layout="constrained")

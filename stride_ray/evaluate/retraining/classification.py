@@ -21,7 +21,7 @@ import torch
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark
 from stride_ray.evaluate.retraining.finetune import claim, fine_tune
-from stride_ray.evaluate.retraining.lds import ALL
+from stride_ray.evaluate.retraining.lds import ALL, DEVELOPMENT, REPORT
 from stride_ray.models.builtin.classifier import Classifier, ClassifierConfig
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
@@ -84,7 +84,7 @@ def write_benchmark(
     asked, pool = order[:queries], np.sort(order[queries:])
     tokens = np.stack([len(examples.classes) + np.arange(n), examples.labels], axis=1)
     texts = [Texts(tokens[rows].astype(np.int32), np.ones((len(rows), 2), bool)) for rows in (pool, asked)]
-    parts = np.where(np.arange(queries) < queries // 2, "development", "report")
+    parts = np.where(np.arange(queries) < queries // 2, DEVELOPMENT, REPORT)
     with tempfile.TemporaryDirectory() as scratch:
         _untrained(examples, pool, hidden_size, layers).save_pretrained(f"{scratch}/untrained")
         benchmark = Benchmark(
@@ -151,8 +151,8 @@ def load_examples(name: str, label: str = "", drop: Sequence[str] = ()) -> Label
     classes = sorted(pc.unique(table[label]).to_pylist(), key=str)
     if len(classes) < 2 or None in classes:
         raise StrideError(f"{name}: column {label!r} has to name a class in every row, and at least two in all.")
-    labels = [classes.index(each) for each in table[label].to_pylist()]
-    return LabelledExamples(features, np.array(labels), tuple(map(str, classes)))
+    labels = pc.index_in(table[label], pa.array(classes, table[label].type)).to_numpy().astype(np.int64)
+    return LabelledExamples(features, labels, tuple(map(str, classes)))
 
 
 def _read_csv(name: str) -> pa.Table:

@@ -173,6 +173,9 @@ class FineTune:
                 )
 
 
+HYPERPARAMETERS = tuple(each.name for each in fields(FineTune) if each.name != "benchmark")
+
+
 def fine_tune(benchmark: Benchmark, **hyperparameters: Any) -> FineTune:
     """The built-in recipe with the benchmark's hyperparameters, and others in their place.
 
@@ -180,9 +183,8 @@ def fine_tune(benchmark: Benchmark, **hyperparameters: Any) -> FineTune:
         StrideError: for unknown hyperparameters.
     """
     changes = {**benchmark.hyperparameters, **hyperparameters}
-    known = [each.name for each in fields(FineTune) if each.name != "benchmark"]
-    if unknown := sorted(set(changes) - set(known)):
-        raise StrideError(f"{unknown[0]!r} is not a hyperparameter of FineTune; it has {', '.join(known)}.")
+    if unknown := sorted(set(changes) - set(HYPERPARAMETERS)):
+        raise StrideError(f"{unknown[0]!r} is not a hyperparameter of FineTune; it has {', '.join(HYPERPARAMETERS)}.")
     return FineTune(benchmark, **changes)
 
 
@@ -210,7 +212,7 @@ def checkpoints(
     recipe = fine_tune(benchmark, **(hyperparameters or {}))
     root, n = Path(out_folder), len(benchmark.blocks)
     # The device does not count as a setting; all other fields affect the weights.
-    settings = {each.name: getattr(recipe, each.name) for each in fields(FineTune)[1:] if each.name != "device"}
+    settings = {name: getattr(recipe, name) for name in HYPERPARAMETERS if name != "device"}
     claim(root, {"benchmark": benchmark.fingerprint, "seed": seed, **settings})
     folders = [root / f"epoch-{epoch}" for epoch in range(1, recipe.epochs + 1)]
     if not all(folder.exists() for folder in folders):

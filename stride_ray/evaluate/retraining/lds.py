@@ -23,6 +23,8 @@ from stride_ray.runtime.errors import StrideError
 
 RAW, CENTRED = TARGETS = ("raw", "centred")
 ALL = "all"
+# The parts of a benchmark's queries: to choose on, and to report once.
+DEVELOPMENT, REPORT = "development", "report"
 # Key of the ceiling (agreement between seeds) in ``Evaluation.draws``; not a method's name.
 _CEILING = ""
 _TINY = 1e-12

@@ -33,7 +33,13 @@ from stride_ray.models.curvature.moments import (
 )
 from stride_ray.models.curvature.sketch import sketched, sketched_gradients, whole_shape
 from stride_ray.models.loading import load_measured_model
-from stride_ray.models.pool_worker import ModelWorker, covered_fingerprint, map_sample_slices, token_counts
+from stride_ray.models.pool_worker import (
+    ModelWorker,
+    counts_of_logits,
+    covered_fingerprint,
+    map_sample_slices,
+    token_counts,
+)
 from stride_ray.models.sites import HEAD, ORIGIN, Site, find_sites, last_layers
 from stride_ray.models.vocabulary import TokenSide
 from stride_ray.runtime.actor_pool import ActorPool
@@ -84,8 +90,7 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
     failed = not_finite(found)
     check_failed_blocks(sorted(failed), len(sample))
     positions = max(1, sum(each["positions"] for each in found))
-    counted = torch.zeros(found[0]["vocabulary"], dtype=torch.long)
-    counted[: len(counts)] = torch.from_numpy(counts[: len(counted)])
+    counted = torch.from_numpy(counts_of_logits(counts, found[0]["vocabulary"]))
     sites, bases = precondition(config, found[0]["sites"], sums, positions, counted)
     save_sites(stage.store, UNSCALED, sites)
     if bases:

@@ -11,14 +11,16 @@ from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.models.causal_lm import SplitModel, load_model
 
 
-def scores(problem: Problem) -> np.ndarray:
-    """(Q, N) float32 cosines."""
+def scores(problem: Problem, predicting: bool = False) -> np.ndarray:
+    """(Q, N) float32 cosines; ``predicting``: of the positions that predict target tokens, in place of these."""
     model = load_model(problem.model)
-    queries, blocks = (mean_states(model, texts, problem.batch_tokens) for texts in (problem.queries, problem.blocks))
+    queries, blocks = (
+        _mean_states(model, texts, problem.batch_tokens, predicting) for texts in (problem.queries, problem.blocks)
+    )
     return (queries @ blocks.T).cpu().numpy()
 
 
-def mean_states(model: SplitModel, texts: Texts, batch_tokens: int, predicting: bool = False) -> torch.Tensor:
+def _mean_states(model: SplitModel, texts: Texts, batch_tokens: int, predicting: bool) -> torch.Tensor:
     """Normalised mean states of the target tokens, or of the positions that predict them: (n, D) float32."""
     ids, mask = tensors(texts)
     if predicting:

@@ -24,7 +24,7 @@ from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.comparison.stride_variants import query_table, settings
 from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark
 from stride_ray.models.curvature.kfac import SITES, begin_curvature, finish_curvature, load_sites
-from stride_ray.models.curvature.sketch import sketch_of, sketched
+from stride_ray.models.curvature.sketch import sketch_of, sketch_sites
 from stride_ray.models.loading import load_measured_model, measured_model_fingerprint
 from stride_ray.models.pool_worker import ModelWorker
 from stride_ray.models.sites import halve_negative, site_gradients
@@ -125,7 +125,7 @@ class RecallWorker(ModelWorker):
         for size in row_bytes:
             coordinates = max(len(self.sites), coordinates_in(size, len(self.sites)))
             shapes = shapes_of(self.sites, shares, coordinates)
-            self.sketches[size] = sketched(self.sites, shapes, config.seed)
+            self.sketches[size] = sketch_sites(self.sites, shapes, config.seed)
         self._code(directions, part_count(curvature, len(directions.store.read_table("queries.parquet"))))
 
     def _code(self, directions: Stage, parts: int) -> None:
@@ -138,7 +138,7 @@ class RecallWorker(ModelWorker):
                 raise StrideError(f"Query {failed['query_id']} of the benchmark: {failed['error']}")
             for at, site in enumerate(self.sites):
                 J = found[site.name].to(self.model.device)
-                solved.setdefault(site.name, []).append(site.solved(J).flatten(1))
+                solved.setdefault(site.name, []).append(site.precondition(J).flatten(1))
                 for size, sketches in self.sketches.items():
                     sections[size][at].append((sketch_of(sketches[at], J) / sketches[at].scale).cpu().numpy())
         self.solved = {name: torch.cat(pieces) for name, pieces in solved.items()}

@@ -193,7 +193,7 @@ def measure_passes(setting: Setting) -> dict[str, Any]:
     # All layers last: ``bytes_per_query`` is computed from the last iteration's sites.
     for name, layers in (("exact_last_quarter", 0.25), ("exact", 0.0)):
         sites = _plain_sites(model, layers)
-        asked = {site.name: site.solved(J).flatten(1) for site, J in site_gradients(model, sites, *some)[0]}
+        asked = {site.name: site.precondition(J).flatten(1) for site, J in site_gradients(model, sites, *some)[0]}
 
         def exact(sites: Any = sites, asked: Any = asked) -> None:
             for at in batches:

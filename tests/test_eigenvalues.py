@@ -15,7 +15,7 @@ from stride_ray.models.curvature.eigenvalues import (
     kronecker_eigenbasis,
     with_eigenvalues,
 )
-from stride_ray.models.curvature.moments import preconditioned
+from stride_ray.models.curvature.moments import kfac_site
 from stride_ray.models.sites import EMBEDDING, HEAD, find_sites, site_gradients
 from stride_ray.models.vocabulary import TokenSide
 from stride_ray.runtime.storage import Store
@@ -37,7 +37,7 @@ def known(model, texts):  # noqa: F811
     names = find_sites(model, every=True)
     moments, count = site_moments(model, names, ids, mask)
     counts = torch.bincount(ids.flatten(), minlength=V)
-    sites = tuple(preconditioned(name, each / count, counts, 0) for name, each in moments.items())
+    sites = tuple(kfac_site(name, each / count, counts, 0) for name, each in moments.items())
     bases = {name: kronecker_eigenbasis(name, each / count) for name, each in moments.items()}
     squares = {}
     for row in range(B):
@@ -87,12 +87,12 @@ def test_a_direction_passed_on_to_the_kronecker_factors_is_the_one_solved_for(mo
     sites, found, _ = known
     for site, J in site_gradients(model, sites, *texts)[0]:
         each = found[site.name]
-        solved = each.solved(J)
+        solved = each.precondition(J)
         torch.testing.assert_close(
-            site.solved(each.kronecker_preimage(J)), solved, rtol=1e-3, atol=1e-4 * solved.abs().max()
+            site.precondition(each.kronecker_preimage(J)), solved, rtol=1e-3, atol=1e-4 * solved.abs().max()
         )
-        back = each.rotated(solved) / each.inverse_eigenvalues
-        torch.testing.assert_close(back, each.rotated(J), rtol=1e-3, atol=1e-5)
+        back = each.rotate(solved) / each.inverse_eigenvalues
+        torch.testing.assert_close(back, each.rotate(J), rtol=1e-3, atol=1e-5)
 
 
 def test_a_run_at_every_map_answers_in_the_same_form(exactly, parts, sharded, plain):

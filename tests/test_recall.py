@@ -10,7 +10,7 @@ from benchmarks import recall
 from benchmarks.recall import measure_recall, table
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.models.curvature.kfac import SITES, load_sites
-from stride_ray.models.curvature.sketch import sketch_of, sketched, sketched_gradients, whole_shape
+from stride_ray.models.curvature.sketch import sketch_of, sketch_sites, sketched_gradients, whole_shape
 from stride_ray.models.loading import load_measured_model
 from stride_ray.models.sites import site_gradients
 from stride_ray.runtime.errors import StrideError
@@ -52,7 +52,7 @@ def test_a_sketch_of_whole_gradients_is_the_sketch_of_a_pass(measured):
     run = Run(str(root / "out/run"))
     sites = load_sites(run.store.child("curvature"), SITES, "cpu")
     model = load_measured_model(run.config, "cpu")
-    sketches = sketched(sites, [(min(5, F), min(7, D)) for F, D in map(whole_shape, sites)], 0)
+    sketches = sketch_sites(sites, [(min(5, F), min(7, D)) for F, D in map(whole_shape, sites)], 0)
     batch = Blocks(run.stage("blocks").store).batch(np.arange(8))
     given = (torch.from_numpy(batch.ids), torch.from_numpy(batch.mask))
     pieces, _ = sketched_gradients(model, sketches, *given)

@@ -14,8 +14,8 @@ from stride_ray.models.curvature.moments import (
     UNIGRAM_DAMPING,
     KroneckerFactors,
     add_moments,
+    kfac_site,
     origin_weight,
-    preconditioned,
 )
 from stride_ray.models.matrices import inverse_root
 from stride_ray.models.sites import (
@@ -29,7 +29,7 @@ from stride_ray.models.sites import (
     influence,
     site_gradients,
 )
-from stride_ray.models.vocabulary import MAX_BUCKETS, TokenSide, projected, token_side
+from stride_ray.models.vocabulary import MAX_BUCKETS, TokenSide, project, token_side
 from stride_ray.runtime.errors import StrideError
 
 V, D, F, B, T = 60, 16, 24, 5, 9
@@ -181,9 +181,9 @@ def test_influence_is_the_preconditioned_inner_product(made, texts):
     ids, mask = texts
     sums, count = site_moments(model, names, ids, mask)
     counts = torch.bincount(ids.flatten(), minlength=V)
-    sites = tuple(replace(preconditioned(name, m / count, counts, 0), scale=2.0) for name, m in sums.items())
+    sites = tuple(replace(kfac_site(name, m / count, counts, 0), scale=2.0) for name, m in sums.items())
     assert [site.name for site in sites] == list(names)
-    solved = {site.name: site.solved(J[:1]).flatten(1) for site, J in site_gradients(model, sites, ids, mask)[0]}
+    solved = {site.name: site.precondition(J[:1]).flatten(1) for site, J in site_gradients(model, sites, ids, mask)[0]}
     asked = {name: torch.cat([J, -J]) for name, J in solved.items()}  # the second is harmed by what helps
     found = influence(asked, site_gradients(model, sites, ids, mask)[0])
     total = torch.zeros(2, B)
@@ -218,8 +218,8 @@ def test_a_large_vocabulary_is_folded(monkeypatch):
     monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", 8)
     counts = torch.arange(V)
     moments = KroneckerFactors(np.eye(D), np.eye(1))
-    one, two, three = (preconditioned(HEAD, moments, counts, seed).tokens for seed in (0, 0, 1))
-    embedding = preconditioned(EMBEDDING, KroneckerFactors(np.empty((0, 0)), np.eye(D)), counts, 0).tokens
+    one, two, three = (kfac_site(HEAD, moments, counts, seed).tokens for seed in (0, 0, 1))
+    embedding = kfac_site(EMBEDDING, KroneckerFactors(np.empty((0, 0)), np.eye(D)), counts, 0).tokens
     for part in ("weights", "buckets"):
         assert torch.equal(getattr(embedding, part), getattr(one, part))
         assert torch.equal(getattr(one, part), getattr(two, part))
@@ -250,20 +250,20 @@ def test_sums_over_tokens_are_products_with_one_hot_rows(folded, directed, texts
     ids, generator = texts[0], torch.Generator().manual_seed(1)
     side = token_side(torch.rand(V, generator=generator), 0)
     if directed:
-        side = projected(side, torch.randn(8 if folded else V, 5, generator=generator))
+        side = project(side, torch.randn(8 if folded else V, 5, generator=generator))
     x = torch.randn(*ids.shape, D, generator=generator)
     one_hot = side.of(torch.nn.functional.one_hot(ids, V).float())
     assert one_hot.shape[-1] == len(side)
     expected = one_hot.transpose(1, 2) @ x
-    torch.testing.assert_close(side.summed(ids, x), expected)
-    torch.testing.assert_close(side.summed(ids, x, torch.ones_like(expected)), expected + 1)
+    torch.testing.assert_close(side.sum_outer_products(ids, x), expected)
+    torch.testing.assert_close(side.sum_outer_products(ids, x, torch.ones_like(expected)), expected + 1)
 
 
 def test_the_origin_is_the_head_with_unigrams_for_predictions(made, texts):
     model, _ = made
     ids, mask = texts
     counts = torch.bincount(ids.flatten(), minlength=V)
-    origin = preconditioned(ORIGIN, KroneckerFactors(np.eye(D), np.eye(1) / 4), counts, 0)
+    origin = kfac_site(ORIGIN, KroneckerFactors(np.eye(D), np.eye(1) / 4), counts, 0)
     ((_, J),), _ = site_gradients(model, (origin,), ids, mask)
     z = model.read(ids)
     pi = (counts + 1) / (counts + 1).sum()
@@ -271,7 +271,7 @@ def test_the_origin_is_the_head_with_unigrams_for_predictions(made, texts):
         weights = mask[row, 1:] / mask[row, 1:].sum().clamp(min=1)
         g = (pi - torch.nn.functional.one_hot(ids[row, 1:], V)) * (pi + UNIGRAM_DAMPING).rsqrt() * 2  # 1 / √¼
         expected = g.T @ (z[row, :-1] * weights[:, None] / (1 + END_DAMPING) ** 0.5)
-        torch.testing.assert_close(origin.whitened(J)[row], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(origin.whiten(J)[row], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_the_origin_weighs_less_the_more_the_model_knows():
@@ -285,9 +285,9 @@ def test_a_folded_embedding_gives_the_fold_of_its_gradient(made, texts, monkeypa
     model, _ = made
     ids, mask = texts
     monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", 8)
-    site = preconditioned(EMBEDDING, KroneckerFactors(np.empty((0, 0)), np.eye(D)), torch.ones(V), 0)
+    site = kfac_site(EMBEDDING, KroneckerFactors(np.empty((0, 0)), np.eye(D)), torch.ones(V), 0)
     whole = Site(EMBEDDING, torch.empty(0), torch.eye(D), TokenSide(torch.ones(V)))
     ((_, J),), _ = site_gradients(model, (site,), ids, mask)
     ((_, plain),), _ = site_gradients(model, (whole,), ids, mask)
     expected = site.tokens.of(plain.transpose(1, 2).clone()).transpose(1, 2) @ site.W_out
-    torch.testing.assert_close(site.whitened(J), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(site.whiten(J), expected, atol=1e-5, rtol=1e-4)

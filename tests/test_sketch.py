@@ -9,8 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sites import B, D, V, made, site_moments, texts  # noqa: F401 -- fixtures
 
-from stride_ray.models.curvature.moments import KroneckerFactors, preconditioned
-from stride_ray.models.curvature.sketch import largest_shape, sketch_shapes, sketched, sketched_gradients, whole_shape
+from stride_ray.models.curvature.moments import KroneckerFactors, kfac_site
+from stride_ray.models.curvature.sketch import (
+    largest_shape,
+    sketch_shapes,
+    sketch_sites,
+    sketched_gradients,
+    whole_shape,
+)
 from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, site_gradients
 
 
@@ -21,19 +27,19 @@ def sites(made, texts):  # noqa: F811
     ids, mask = texts
     sums, count = site_moments(model, names, ids, mask)
     counts = torch.bincount(ids.flatten(), minlength=V)
-    found = [replace(preconditioned(name, m / count, counts, 0), scale=2.0) for name, m in sums.items()]
-    return (*found, preconditioned(ORIGIN, KroneckerFactors(np.eye(D), np.eye(1) / 4), counts, 0))
+    found = [replace(kfac_site(name, m / count, counts, 0), scale=2.0) for name, m in sums.items()]
+    return (*found, kfac_site(ORIGIN, KroneckerFactors(np.eye(D), np.eye(1) / 4), counts, 0))
 
 
 def test_whole_sketches_have_the_inner_products_of_whitened_gradients(made, texts, sites):  # noqa: F811
     model, _ = made
     whole = [whole_shape(site) for site in sites]
-    sketches = sketched(sites, whole, seed=3)
+    sketches = sketch_sites(sites, whole, seed=3)
     pieces, losses = sketched_gradients(model, sketches, *texts)
     each, expected_losses = site_gradients(model, sites, *texts)
     torch.testing.assert_close(losses, expected_losses, equal_nan=True)
     for Z, sketch, (site, J) in zip(pieces, sketches, each, strict=True):
-        W = site.whitened(J).flatten(1)
+        W = site.whiten(J).flatten(1)
         assert Z.shape == W.shape
         assert sketch.scale == site.scale
         torch.testing.assert_close(Z @ Z.T, W @ W.T, atol=1e-3, rtol=1e-3)
@@ -44,11 +50,11 @@ def test_small_sketches_estimate_inner_products(made, texts, sites):  # noqa: F8
     model, _ = made
     for site in sites:
         ((_, J),) = site_gradients(model, (site,), *texts)[0]
-        W = site.whitened(J).flatten(1)
+        W = site.whiten(J).flatten(1)
         true, found = W @ W.T / site.scale, torch.zeros(B, B)
         draws = 200
         for seed in range(draws):
-            small = sketched((site,), [(6, 5)], seed)
+            small = sketch_sites((site,), [(6, 5)], seed)
             (Z,), _ = sketched_gradients(model, small, *texts)
             assert Z.shape == (B, 30)
             found += Z @ Z.T / small[0].scale / draws
@@ -61,8 +67,8 @@ def site_tensors(site):
 
 
 def test_sites_draw_their_own_directions(sites):
-    one, two = (sketched(sites, [(4, 4)] * len(sites), seed) for seed in (0, 0))
-    other = sketched(sites, [(4, 4)] * len(sites), 1)
+    one, two = (sketch_sites(sites, [(4, 4)] * len(sites), seed) for seed in (0, 0))
+    other = sketch_sites(sites, [(4, 4)] * len(sites), 1)
     for a, b, c in zip(one, two, other, strict=True):
         for mine, same, others in zip(*(site_tensors(each) for each in (a, b, c)), strict=True):
             assert torch.equal(mine, same)

@@ -40,7 +40,7 @@ def shaped(v):
 def inverse():
     """H⁻¹ as a matrix."""
     size = F * D * len(SITES)
-    rows = [flat({s.name: s.solved(shaped(v)[s.name]) for s in SITES}) for v in torch.eye(size).double()]
+    rows = [flat({s.name: s.precondition(shaped(v)[s.name]) for s in SITES}) for v in torch.eye(size).double()]
     return torch.stack(rows)
 
 

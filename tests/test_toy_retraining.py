@@ -15,7 +15,7 @@ from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.evaluate.retraining.lds import evaluate, subset_sums
 from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.models.curvature.moments import KroneckerFactors, add_moments, preconditioned
+from stride_ray.models.curvature.moments import KroneckerFactors, add_moments, kfac_site
 from stride_ray.models.sites import EMBEDDING, HEAD, NEGATIVE_SCORE_FACTOR, find_sites, influence, site_gradients
 
 V, T, N, Q, S = 50, 12, 60, 8, 40
@@ -78,7 +78,7 @@ def test_exact_influence_foretells_preconditioned_steps(toy):
     positions, _ = add_moments(totals, model, names, blocks, mask)
     sums = {name: KroneckerFactors.of(*both) for name, both in totals.items()}
     counts = torch.bincount(blocks.flatten(), minlength=V)
-    sites = {name: preconditioned(name, sums[name] / positions, counts, 0) for name in names}
+    sites = {name: kfac_site(name, sums[name] / positions, counts, 0) for name in names}
 
     def step(gradients):
         changes = {}
@@ -96,7 +96,7 @@ def test_exact_influence_foretells_preconditioned_steps(toy):
         return changes
 
     each = site_gradients(model, tuple(sites.values()), queries, mask[:Q])[0]
-    asked = {site.name: site.solved(J).flatten(1) for site, J in each}
+    asked = {site.name: site.precondition(J).flatten(1) for site, J in each}
     scores = influence(asked, site_gradients(model, tuple(sites.values()), blocks, mask)[0])
     signed = torch.where(scores > 0, scores, scores / NEGATIVE_SCORE_FACTOR).numpy()
     truth = truth_of(model.model, toy, step, 1e-8)

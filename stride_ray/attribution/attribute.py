@@ -96,7 +96,7 @@ def write_tables(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     """
     if run.config.attribute.exact:
         return {**exact_influence(run, table, name), "mode": "exact"}
-    if not run.stage("operators").finished:
+    if not run.stage("operators").is_finished():
         fit(run)
     with shared_actor_pool(run.config, unit_count(len(Blocks(run.stage("blocks").store)))):
         respond_table(run, table, name)
@@ -174,7 +174,7 @@ def _finished_stage(run: Run, name: str) -> tuple[Stage, int]:
     """Return the finished stage with a query set's tables, and its number of parts; errors as read_influence."""
     mode = mode_of(run)
     command, other = COMMANDS[table_stage(run)], OTHER_MODE[mode]
-    here, there = (run.stage(TABLES[each], name).finished for each in (mode, other))
+    here, there = (run.stage(TABLES[each], name).is_finished() for each in (mode, other))
     if there and not here:
         raise StrideError(
             f"Query set {name!r} has only {other} influence, but attribute.exact = {str(mode == 'exact').lower()} (set "

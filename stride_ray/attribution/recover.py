@@ -74,7 +74,7 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
     facts = operators.manifest()
     failed = sorted({*failed_ordinals(operators.store), *failed_ordinals(responses.store)})
     stage = run.begin("estimates", name, **{key: keys[key] for key in ("corpus", "queries", "weights")})
-    if stage.finished:
+    if stage.is_finished():
         return stage.manifest()
     starts = range(0, parts, PARTS_PER_UNIT)
     units = {part_name(i): list(range(at, min(at + PARTS_PER_UNIT, parts))) for i, at in enumerate(starts)}

@@ -78,8 +78,8 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     stage = run.begin("exact", name, corpus=corpus, queries=fingerprint(table), weights=weights)
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", table)
-    if not stage.finished:
-        with stage.unless_finished(), shared_actor_pool(run.config, unit_count(len(blocks))) as actors:
+    if not stage.is_finished():
+        with stage.ignore_errors_if_finished(), shared_actor_pool(run.config, unit_count(len(blocks))) as actors:
             finish_curvature(run.config, blocks, curvature, actors)
             with record_stage_costs(stage):
                 scoring = _Scoring(run, blocks, stage, name, actors)
@@ -131,8 +131,8 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
     stage = run.begin("influence", name, **inputs)
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", run.stage("responses", name).store.read_table("queries.parquet"))
-    if not stage.finished:
-        with stage.unless_finished(), shared_actor_pool(run.config, unit_count(len(blocks))) as actors:
+    if not stage.is_finished():
+        with stage.ignore_errors_if_finished(), shared_actor_pool(run.config, unit_count(len(blocks))) as actors:
             if curvature is not None:
                 finish_curvature(run.config, blocks, curvature, actors)
             with record_stage_costs(stage):

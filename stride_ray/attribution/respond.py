@@ -112,9 +112,9 @@ def check_unfitted_blocks(run: Run, facts: dict[str, Any]) -> None:
 
 def _respond_sites(run: Run, operators: Store, stage: Stage, name: str, queries: int) -> dict[str, Any]:
     """Responses of operators at all sites: products of query directions with operator rows."""
-    if not stage.finished:
+    if not stage.is_finished():
         with (
-            stage.unless_finished(),
+            stage.ignore_errors_if_finished(),
             record_stage_costs(stage),
             shared_actor_pool(run.config, unit_count(len(RowStore(operators)))) as actors,
         ):
@@ -144,7 +144,7 @@ def _respond_steered(run: Run, operators: Store, stage: Stage, table: pa.Table) 
     """Responses of the paper's forms."""
     method = operators.read_json("manifest.json")["method"]
     mode = "linear" if run.config.respond.mode == "auto" and method == "closed_form" else run.config.respond.mode
-    if stage.finished:
+    if stage.is_finished():
         return stage.manifest()
     starts = range(0, table.num_rows, QUERIES_PER_UNIT)
     units = {part_name(index): (index, start) for index, start in enumerate(starts)}

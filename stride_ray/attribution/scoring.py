@@ -71,7 +71,7 @@ class QueryWorker:
         rows = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
         tensors, finite = dict[str, torch.Tensor](), torch.ones(len(rows), dtype=torch.bool)
         for site in self.sites if gradients else ():
-            x = site.solved(gradients.pop(site.name).to(self.device)).flatten(1).cpu()
+            x = site.precondition(gradients.pop(site.name).to(self.device)).flatten(1).cpu()
             tensors[site.name], finite = x, finite & finite_rows([x])
         for i, whole in zip(rows, finite.tolist(), strict=True):
             error = errors[i] or (None if whole else NOT_FINITE)

@@ -34,7 +34,7 @@ def _line(run: Run, stage: str, name: str) -> str:
     markers = opened.done().values()
     cost = f"{sum(marker['seconds'] for marker in markers):.1f} worker-seconds"
     cost += f", at most {max((marker['peak_mb'] for marker in markers), default=0)} MB a worker"
-    if not opened.finished:
+    if not opened.is_finished():
         return f"  {title:<28} under way or interrupted: {len(markers)} unit(s) done; run it again to go on"
     facts = opened.manifest()
     behind = run.stage("blocks").manifest()["blocks"] - facts["blocks"] if stage == "operators" else 0

@@ -104,7 +104,7 @@ def _shard(run: Run, out: TextIO) -> dict[str, Any]:
     numbered = stage.done()
     units, columns = _register(stage, config, units, bool(staged.done() or numbered))
     _save_tokenizer(stage, tokenizer)
-    if len(numbered) == len(units) and stage.finished:
+    if len(numbered) == len(units) and stage.is_finished():
         stage.store.remove("_tokenised")
         return stage.manifest()
     # The saved copy, as in later stages: the original may change or disappear.

@@ -48,7 +48,7 @@ def check_tokenizer(config: Config, blocks: Blocks) -> None:
 def covered_fingerprint(stage: Stage, blocks: Blocks) -> str:
     """Return the fingerprint of a stage's blocks: those that it used if it is finished, else the current pool."""
     now = blocks.manifest["fingerprint"]
-    if stage.finished:
+    if stage.is_finished():
         then = stage.store.read_json("stage.json")["keys"].get("corpus")
         if then != now and then == blocks.beginning(stage.manifest()["blocks"]):
             return then

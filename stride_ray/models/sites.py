@@ -74,7 +74,7 @@ class Site:
             self, **{name: getattr(self, name).to(device) for name in ("W_in", "W_out", "tokens", "unigram")}
         )
 
-    def whitened(self, J: Tensor) -> Tensor:
+    def whiten(self, J: Tensor) -> Tensor:
         """H^-½ J, for J from ``site_gradients``, which already includes the per-token factors of H^-½."""
         if self.name == EMBEDDING:
             return J @ self.W_out
@@ -82,12 +82,12 @@ class Site:
             return J @ self.W_in
         return self.W_in.T @ J @ self.W_out
 
-    def solved(self, J: Tensor) -> Tensor:
+    def precondition(self, J: Tensor) -> Tensor:
         """H⁻¹ J of a query; its inner product with a block's J, over ``scale``, is the site's part of the influence.
 
         Only for a site that is not sketched.
         """
-        return self.whitened(self.whitened(J))
+        return self.whiten(self.whiten(J))
 
 
 def last_layers(wanted: float, n_layers: int) -> int:
@@ -210,7 +210,7 @@ def site_gradients(
 ) -> tuple[Iterator[tuple[Site, Tensor]], Tensor]:
     """Per-example gradients J site by site, and the sequences' losses (B,) float32.
 
-    Only the per-token factors of H^-½ are applied. ``Site.whitened`` applies the rest: once for a block's norm, twice
+    Only the per-token factors of H^-½ are applied. ``Site.whiten`` applies the rest: once for a block's norm, twice
     for a query.
 
     Returns:
@@ -228,7 +228,7 @@ def site_gradients(
                 yield site, ends.pop(site.name)
                 continue
             u, g = read.pop(site.name), written.pop(site.name)
-            yield site, site.tokens.summed(u, g) if site.name == EMBEDDING else u.transpose(1, 2) @ g
+            yield site, site.tokens.sum_outer_products(u, g) if site.name == EMBEDDING else u.transpose(1, 2) @ g
 
     return each(), losses
 
@@ -283,14 +283,14 @@ def _end_gradients(site: Site, g: Tensor, z: Tensor, target: Tensor, weight: Ten
         return site.tokens.of(g).transpose(1, 2) @ z
     seen = z * weight.unsqueeze(2)
     expected = site.tokens.of(site.unigram.clone()).unsqueeze(1) * seen.sum(1, keepdim=True)
-    return site.tokens.summed(target, -seen, expected)
+    return site.tokens.sum_outer_products(target, -seen, expected)
 
 
 def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor]]) -> Tensor:
     """Influence of B blocks on Q queries.
 
     Args:
-        queries: H⁻¹ J of the queries (``Site.solved``) by site name, (Q, P) float32, P = F·D.
+        queries: H⁻¹ J of the queries (``Site.precondition``) by site name, (Q, P) float32, P = F·D.
         gradients: J of the blocks, site by site.
 
     Returns:

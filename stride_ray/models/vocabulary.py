@@ -68,11 +68,11 @@ class TokenSide:
         return (x[..., self.buckets] if len(self.buckets) else x) * self.weights
 
     def spread(self, ids_BT: Tensor, v_nD: Tensor) -> Tensor:
-        """The transpose of ``summed`` without a projection: each position's row of (v, D), as (B, T, D)."""
+        """The transpose of ``sum_outer_products`` without a projection: each position's row of (v, D), as (B, T, D)."""
         places = self.buckets[ids_BT] if len(self.buckets) else ids_BT
         return v_nD[places] * self.weights[ids_BT].unsqueeze(2)
 
-    def summed(self, ids_BT: Tensor, x_BTD: Tensor, begun: Tensor | None = None) -> Tensor:
+    def sum_outer_products(self, ids_BT: Tensor, x_BTD: Tensor, begun: Tensor | None = None) -> Tensor:
         """Σ_t coordinates(id_t) ⊗ x_t per sequence: (B, n, D), added in place to ``begun`` of that shape if given."""
         places = self.buckets[ids_BT] if len(self.buckets) else ids_BT
         x = x_BTD * self.weights[ids_BT].unsqueeze(2)
@@ -97,6 +97,6 @@ def token_side(weights: Tensor, seed: int) -> TokenSide:
     return TokenSide(weights * signs, buckets)
 
 
-def projected(side: TokenSide, directions: Tensor) -> TokenSide:
+def project(side: TokenSide, directions: Tensor) -> TokenSide:
     """A copy whose coordinates are projected with (v, b) directions."""
     return replace(side, directions=directions)

@@ -81,11 +81,11 @@ def fit(run: Run) -> dict[str, Any]:
     curvature = begin_curvature(run, blocks, weights) if of_sites else None
     corpus = covered_fingerprint(run.stage("operators"), blocks)
     stage = run.begin("operators", corpus=corpus, weights=weights)
-    finished = stage.finished
+    finished = stage.is_finished()
     if finished and not pool_has_grown(stage.manifest(), blocks):
         _remove_interim_files(stage)
         return stage.manifest()
-    with nullcontext() if finished else stage.unless_finished(), connected(config.compute):
+    with nullcontext() if finished else stage.ignore_errors_if_finished(), connected(config.compute):
         if curvature is not None:
             _fit_sites(config, blocks, curvature, stage)
         else:

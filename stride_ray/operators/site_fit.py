@@ -18,7 +18,7 @@ import torch
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.failures import check_failed_blocks, failed_ordinals, write_failed_blocks
 from stride_ray.models.curvature.kfac import SITES, load_sites, save_sites
-from stride_ray.models.curvature.sketch import largest_shape, sketch_shapes, sketched
+from stride_ray.models.curvature.sketch import largest_shape, sketch_shapes, sketch_sites
 from stride_ray.models.sites import Site
 from stride_ray.operators.membership import membership_of
 from stride_ray.operators.one_bit import Rows, estimate_inner_products, quantise_queries, row_bytes, word_starts
@@ -109,7 +109,7 @@ def make_sketch(config: Config, curvature: Store, stage: Stage, n_blocks: int) -
     """Publish the sketched sites and the layout of rows."""
     sites = load_sites(curvature, SITES, "cpu")
     layout = layout_of(config, n_blocks, sites, curvature.read_json("manifest.json")["sites"])
-    save_sites(stage.store, SKETCH, list(sketched(sites, layout.shapes, config.seed)))
+    save_sites(stage.store, SKETCH, list(sketch_sites(sites, layout.shapes, config.seed)))
     stage.store.write_json(LAYOUT, asdict(layout))
     return {"row_bytes": layout.row_bytes}
 
@@ -130,7 +130,7 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, ac
     if not stage.store.exists(LAYOUT):
         progress(actors.map_function(make_sketch, (config, curvature, stage), [len(blocks)]), "sketch", 1, "")
     layout = stage.store.read_json(LAYOUT)
-    known = stage.manifest() if stage.finished else {}
+    known = stage.manifest() if stage.is_finished() else {}
     given, first = (config, blocks, stage, actors.device), known.get("blocks", 0)
     if layout["rows"] == "blocks":
         layout["subsets"] = len(blocks)

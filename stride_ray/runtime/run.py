@@ -46,8 +46,7 @@ class Stage:
     def __reduce__(self) -> tuple[Any, ...]:
         return Stage, (self.store, self.identity, self.last)
 
-    @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether the manifest exists."""
         return self.store.exists(self.last)
 
@@ -61,7 +60,7 @@ class Stage:
         return manifest
 
     @contextmanager
-    def unless_finished(self) -> Iterator[None]:
+    def ignore_errors_if_finished(self) -> Iterator[None]:
         """Suppress a StrideError within the block if the stage is finished by then.
 
         If the same command runs twice, the faster one deletes temporary files that the slower one still needs.
@@ -69,7 +68,7 @@ class Stage:
         try:
             yield
         except StrideError:
-            if not self.finished:
+            if not self.is_finished():
                 raise
             self.store.check_claim()  # raises if the manifest is that of another command with other settings
 
@@ -191,7 +190,7 @@ class Run:
                 settings.
         """
         opened = self.stage(stage, name)
-        if not opened.finished:
+        if not opened.is_finished():
             command = f"stride-ray {COMMANDS[stage]}" + (f" --name {name}" if name else "")
             raise StrideError(f"{redact_url(opened.store.url)} is not finished; run '{command}' first.")
         _check_same_settings(opened, {**stage_keys(self.config, stage), **extra})

@@ -132,8 +132,8 @@ def select_by(run: Run, targets: Sequence[Target], out: str, blocks: bool = Fals
         "earlier": [identity for _, _, identity in earlier],
     }
     stage = claim(Stage(Store(out), digest(keys), "selection.json"), "select", keys)
-    if not stage.finished:
-        with stage.unless_finished(), connected(run.config.compute):
+    if not stage.is_finished():
+        with stage.ignore_errors_if_finished(), connected(run.config.compute):
             workers = WorkerAllocation(allocate_workers(run.config.compute, len(units)).workers, "cpu")
             _list(how, stage, units, bool(options.near_duplicates), workers)
             if "choice" not in stage.done():

@@ -35,7 +35,7 @@ class Preconditioner(Protocol):
     def name(self) -> str:
         """The site's name."""
 
-    def solved(self, J: Tensor) -> Tensor:
+    def precondition(self, J: Tensor) -> Tensor:
         """H⁻¹ J."""
 
 
@@ -120,11 +120,11 @@ class _State:
 
     def direction(self) -> Gradient:
         """p = H⁻¹ s."""
-        return {site.name: site.solved(self.s[site.name]) for site in self.sites}
+        return {site.name: site.precondition(self.s[site.name]) for site in self.sites}
 
     def _residual_size(self) -> float:
         """rᵀ H⁻¹ r."""
-        return sum(_inner(self.r[site.name], site.solved(self.r[site.name])) for site in self.sites)
+        return sum(_inner(self.r[site.name], site.precondition(self.r[site.name])) for site in self.sites)
 
     def step(self, p: Gradient, product: Gradient) -> None:
         """Take a step along p, given the product κG p; stop if the curvature along p is not positive and finite."""

@@ -49,16 +49,16 @@ class EKFACSite:
         """A copy on a device."""
         return replace(self, **{part: getattr(self, part).to(device) for part in PARTS})
 
-    def rotated(self, J: Tensor) -> Tensor:
+    def rotate(self, J: Tensor) -> Tensor:
         """Return J (…, F, D) in the eigenbasis."""
         return (self.Q_first.T @ J if len(self.Q_first) else J) @ self.Q_second
 
-    def _rotated_back(self, J: Tensor) -> Tensor:
+    def _rotate_back(self, J: Tensor) -> Tensor:
         return (self.Q_first @ J if len(self.Q_first) else J) @ self.Q_second.T
 
-    def solved(self, J: Tensor) -> Tensor:
+    def precondition(self, J: Tensor) -> Tensor:
         """F⁻¹ J = Q ((Qᵀ J Q) / (Λ + damping)) Qᵀ."""
-        return self._rotated_back(self.rotated(J).mul_(self.inverse_eigenvalues))
+        return self._rotate_back(self.rotate(J).mul_(self.inverse_eigenvalues))
 
     def kronecker_preimage(self, J: Tensor) -> Tensor:
         """y with H⁻¹ y = F⁻¹ J.
@@ -66,7 +66,7 @@ class EKFACSite:
         Example: with F = D = 1, λ = 2, μ = 3 and Λ = 12, H = 6 and J = 4 gives y = 2: 2 / 6 = 4 / 12.
         """
         inner = self.kfac_eigenvalues_first.unsqueeze(1) if len(self.kfac_eigenvalues_first) else 1.0
-        return self._rotated_back(self.rotated(J).mul_(self.inverse_eigenvalues * inner * self.kfac_eigenvalues_second))
+        return self._rotate_back(self.rotate(J).mul_(self.inverse_eigenvalues * inner * self.kfac_eigenvalues_second))
 
 
 def kronecker_eigenbasis(name: str, moments: KroneckerFactors) -> EKFACSite:
@@ -113,7 +113,7 @@ def add_squares(
     for site, J in site_gradients(model, sites, ids_BT, mask_BT)[0]:
         if site.name in bases:
             good[site.name] = finite_rows([J])
-            found = bases[site.name].rotated(J[good[site.name]]).square_().sum(0)
+            found = bases[site.name].rotate(J[good[site.name]]).square_().sum(0)
             totals[site.name] = totals[site.name].add_(found) if site.name in totals else found
     return torch.stack([good[name] for name in bases])
 

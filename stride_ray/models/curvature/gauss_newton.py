@@ -122,7 +122,7 @@ class Linearised:
     def _weight_gradient(self, site: Site, g: Tensor) -> Tensor:
         """Return Σ_t u_t ⊗ g_t, summed over the batch, for output gradients g (B, T, D)."""
         if site.name == EMBEDDING:
-            return site.tokens.summed(self.ids.reshape(1, -1), g.reshape(1, -1, g.shape[-1]))[0]
+            return site.tokens.sum_outer_products(self.ids.reshape(1, -1), g.reshape(1, -1, g.shape[-1]))[0]
         return self.read[site.name].flatten(0, 1).T @ g.flatten(0, 1)
 
     def _state_change(self, moved: Mapping[str, Tensor]) -> Tensor:

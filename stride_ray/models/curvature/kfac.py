@@ -28,10 +28,10 @@ from stride_ray.models.curvature.moments import (
     KroneckerFactors,
     add_moments,
     distribution,
+    kfac_site,
     origin_weight,
-    preconditioned,
 )
-from stride_ray.models.curvature.sketch import sketched, sketched_gradients, whole_shape
+from stride_ray.models.curvature.sketch import sketch_sites, sketched_gradients, whole_shape
 from stride_ray.models.loading import load_measured_model
 from stride_ray.models.pool_worker import (
     ModelWorker,
@@ -66,8 +66,8 @@ def begin_curvature(run: Run, blocks: Blocks, weights: str) -> Stage:
 
 def finish_curvature(config: Config, blocks: Blocks, stage: Stage, actors: ActorPool) -> None:
     """Compute the preconditioner unless the stage is finished."""
-    if not stage.finished:
-        with stage.unless_finished(), record_stage_costs(stage):
+    if not stage.is_finished():
+        with stage.ignore_errors_if_finished(), record_stage_costs(stage):
             measure_curvature(config, blocks, stage, actors)
     # Only after the stage is finished: a second run of the same command may still read these files.
     stage.clear(INTERIM)
@@ -91,7 +91,7 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
     check_failed_blocks(sorted(failed), len(sample))
     positions = max(1, sum(each["positions"] for each in found))
     counted = torch.from_numpy(counts_of_logits(counts, found[0]["vocabulary"]))
-    sites, bases = precondition(config, found[0]["sites"], sums, positions, counted)
+    sites, bases = kfac_sites(config, found[0]["sites"], sums, positions, counted)
     save_sites(stage.store, UNSCALED, sites)
     if bases:
         sound = np.setdiff1d(sample, sorted(failed))
@@ -107,7 +107,7 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
     stage.finish({"sites": shares, **facts, "gradient_bytes": bytes_of_one})
 
 
-def precondition(
+def kfac_sites(
     config: Config, names: list[str], sums: "SliceSums", positions: int, counts: torch.Tensor
 ) -> tuple[list[Site], list[EKFACSite]]:
     """Return the sites with their preconditioners and, if ``operators.sites`` = all, the eigenbases of their factors.
@@ -124,9 +124,9 @@ def precondition(
         moments = KroneckerFactors.of(*(sums.totals.pop(f"{name}.{side}") for side in SIDES)) / positions
         if config.operators.sites == "all":
             bases.append(kronecker_eigenbasis(name, moments))
-        sites.append(preconditioned(name, moments, counts, config.seed))
+        sites.append(kfac_site(name, moments, counts, config.seed))
         if name == HEAD and not config.model.start:
-            sites.append(preconditioned(ORIGIN, moments, counts, config.seed))
+            sites.append(kfac_site(ORIGIN, moments, counts, config.seed))
     return sites, bases
 
 
@@ -306,7 +306,7 @@ class ScaleWorker(ModelWorker):
         super().__init__(config, blocks, device)
         sites = load_sites(curvature, UNSCALED, "cpu")
         shapes = [(min(F, NORM_SKETCH_SIZE), min(D, NORM_SKETCH_SIZE)) for F, D in map(whole_shape, sites)]
-        self.sketches = [site.to(self.model.device) for site in sketched(sites, shapes, config.seed)]
+        self.sketches = [site.to(self.model.device) for site in sketch_sites(sites, shapes, config.seed)]
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Process one unit; returns its sums."""

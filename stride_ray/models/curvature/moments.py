@@ -103,7 +103,7 @@ def add_moments(
     return int(counted.sum()), good
 
 
-def preconditioned(name: str, moments: KroneckerFactors, counts: Tensor, seed: int) -> Site:
+def kfac_site(name: str, moments: KroneckerFactors, counts: Tensor, seed: int) -> Site:
     """Build a site with the K-FAC preconditioner of its second moments.
 
     Args:

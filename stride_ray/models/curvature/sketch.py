@@ -27,7 +27,7 @@ from stride_ray.models.sites import (
     head_gradients,
     output_gradients,
 )
-from stride_ray.models.vocabulary import projected
+from stride_ray.models.vocabulary import project
 
 # Maximum directions on the logits' side, as a multiple of the width of the stream.
 MAX_LOGIT_WIDTH_RATIO = 4
@@ -84,7 +84,7 @@ def sketch_shapes(whole: Sequence[tuple[int, int]], shares: Sequence[float], coo
     return shapes
 
 
-def sketched(sites: Sequence[Site], shapes: Sequence[tuple[int, int]], seed: int) -> tuple[Site, ...]:
+def sketch_sites(sites: Sequence[Site], shapes: Sequence[tuple[int, int]], seed: int) -> tuple[Site, ...]:
     """Multiply random projections into both sides of the sites' whitening.
 
     Args:
@@ -109,9 +109,9 @@ def sketched(sites: Sequence[Site], shapes: Sequence[tuple[int, int]], seed: int
 
 def _project_site(site: Site, P_in: Tensor, P_out: Tensor, scale: float) -> Site:
     if site.name == EMBEDDING:
-        return replace(site, tokens=projected(site.tokens, P_in), W_out=site.W_out @ P_out, scale=scale)
+        return replace(site, tokens=project(site.tokens, P_in), W_out=site.W_out @ P_out, scale=scale)
     if site.name in (HEAD, ORIGIN):
-        return replace(site, W_in=site.W_in @ P_in, tokens=projected(site.tokens, P_out), scale=scale)
+        return replace(site, W_in=site.W_in @ P_in, tokens=project(site.tokens, P_out), scale=scale)
     return replace(site, W_in=site.W_in @ P_in, W_out=site.W_out @ P_out, scale=scale)
 
 
@@ -120,7 +120,7 @@ def sketch_of(sketch: Site, J: Tensor) -> Tensor:
     if sketch.name in (EMBEDDING, HEAD, ORIGIN):
         other = sketch.W_out if sketch.name == EMBEDDING else sketch.W_in
         return (sketch.tokens.directions.T @ J @ other).flatten(1)
-    return sketch.whitened(J).flatten(1)
+    return sketch.whiten(J).flatten(1)
 
 
 def sketched_gradients(
@@ -139,6 +139,6 @@ def sketched_gradients(
             Z = ends.pop(site.name) @ site.W_in
         else:
             u, g = read.pop(site.name), written.pop(site.name) @ site.W_out
-            Z = site.tokens.summed(u, g) if site.name == EMBEDDING else (u @ site.W_in).transpose(1, 2) @ g
+            Z = site.tokens.sum_outer_products(u, g) if site.name == EMBEDDING else (u @ site.W_in).transpose(1, 2) @ g
         pieces.append(Z.flatten(1))
     return pieces, losses

@@ -39,7 +39,7 @@ class _EKFAC:
     name: str
     layer: ekfac.Layer
 
-    def solved(self, J: Tensor) -> Tensor:
+    def precondition(self, J: Tensor) -> Tensor:
         return _turned(self.name, self.layer.solve(_turned(self.name, J), ekfac.DAMPING))
 
 

@@ -89,7 +89,7 @@ def _gradient(
 ) -> Tensor:
     """Sum one weight's gradients over its uses."""
     if pair is not None and change is None:
-        return torch.stack([use.projected(*pair) for use in uses]).sum(0)
+        return torch.stack([use.project(*pair) for use in uses]).sum(0)
     whole = uses[0].full()
     for use in uses[1:]:
         whole += use.full()

@@ -51,7 +51,7 @@ class LayerCall:
         zeros = self.right.new_zeros(B * self.rows, columns)
         return zeros.index_add_(0, flat, self.right.flatten(0, 1)).view(B, self.rows, columns)
 
-    def projected(self, P_rows: Tensor, P_columns: Tensor) -> Tensor:
+    def project(self, P_rows: Tensor, P_columns: Tensor) -> Tensor:
         """P_rowsᵀ G P_columns without forming G: (rows, r) and (columns, c) give (B, r, c)."""
         left = P_rows[self.left] if self.left.dim() == 2 else self.left @ P_rows
         return left.transpose(1, 2) @ (self.right @ P_columns)

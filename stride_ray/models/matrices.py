@@ -1,6 +1,6 @@
 """Shared numerical helpers: damped inverse square roots, random orthonormal and Gaussian matrices, compiled loops."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -9,25 +9,38 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 
-# Runs on the driver; one thread, so that the last digits do not depend on its number of cores.
+class Eigenbasis(NamedTuple):
+    """Eigendecomposition of a second moment (D, D), float64.
+
+    Attributes:
+        values: (D,) eigenvalues λ, none below zero.
+        vectors: (D, D), the eigenvectors in columns.
+    """
+
+    values: np.ndarray
+    vectors: np.ndarray
+
+    def damped(self, damping: float) -> np.ndarray:
+        """λ_i + damping · mean λ, (D,)."""
+        return self.values + damping * self.values.mean() + 1e-30
+
+    # Runs on the driver; one thread, so that the last digits do not depend on its number of cores.
+    @threadpool_limits.wrap(limits=1)
+    def inverse_root(self, damping: float) -> Tensor:
+        """Damped inverse square root, (D, D) float32: eigenvalues become (λ_i + damping · mean λ)^−½."""
+        return torch.from_numpy((self.vectors * self.damped(damping) ** -0.5) @ self.vectors.T).float()
+
+
 @threadpool_limits.wrap(limits=1)
-def _damped_eigenbasis(moment: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray]:
+def eigenbasis(moment: np.ndarray) -> Eigenbasis:
+    """Decompose a second moment; eigenvalues that rounding left below zero become zero."""
     values, vectors = np.linalg.eigh(moment)
-    values = np.clip(values, 0, None)
-    return values + damping * values.mean() + 1e-30, vectors
+    return Eigenbasis(np.clip(values, 0, None), vectors)
 
 
-def damped_eigenbasis(moment: np.ndarray, damping: float) -> tuple[Tensor, Tensor]:
-    """Return λ_i + damping · mean λ, (D,), and the eigenvectors in columns, (D, D); (D, D) float64 to float32."""
-    values, vectors = _damped_eigenbasis(moment, damping)
-    return torch.from_numpy(values).float(), torch.from_numpy(vectors).float()
-
-
-@threadpool_limits.wrap(limits=1)
 def inverse_root(moment: np.ndarray, damping: float = 1.0) -> Tensor:
-    """Damped inverse square root: eigenvalues λ_i become (λ_i + damping · mean λ)^−½. (D, D) float64 to float32."""
-    values, vectors = _damped_eigenbasis(moment, damping)
-    return torch.from_numpy((vectors * values**-0.5) @ vectors.T).float()
+    """Damped inverse square root of a second moment (Eigenbasis.inverse_root)."""
+    return eigenbasis(moment).inverse_root(damping)
 
 
 def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from stride_ray.corpus.failures import finite_rows
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.curvature.moments import DAMPING, END_DAMPING, KroneckerFactors
-from stride_ray.models.matrices import damped_eigenbasis
+from stride_ray.models.matrices import Eigenbasis
 from stride_ray.models.sites import EMBEDDING, HEAD, Site, site_gradients
 from stride_ray.runtime.storage import Store, tensor_bytes
 
@@ -70,13 +70,19 @@ class EKFACSite:
 
 
 def kronecker_eigenbasis(name: str, moments: KroneckerFactors) -> EKFACSite:
-    """Compute the eigenbasis of a site's Kronecker factors, which must be means over positions."""
+    """The eigenbasis of a site's Kronecker factors, which must be means over positions."""
     none = torch.empty(0)
     if name in (EMBEDDING, HEAD):
-        values, vectors = damped_eigenbasis(moments.written if name == EMBEDDING else moments.read, END_DAMPING)
+        values, vectors = _as_tensors(moments.written_basis if name == EMBEDDING else moments.read_basis, END_DAMPING)
         return EKFACSite(name, none, vectors, none, values, none)
-    (first, Q_first), (second, Q_second) = (damped_eigenbasis(x, DAMPING) for x in (moments.read, moments.written))
+    first, Q_first = _as_tensors(moments.read_basis, DAMPING)
+    second, Q_second = _as_tensors(moments.written_basis, DAMPING)
     return EKFACSite(name, Q_first, Q_second, first, second, none)
+
+
+def _as_tensors(basis: Eigenbasis, damping: float) -> tuple[Tensor, Tensor]:
+    """Return the damped eigenvalues and the eigenvectors in float32."""
+    return torch.from_numpy(basis.damped(damping)).float(), torch.from_numpy(basis.vectors).float()
 
 
 def with_eigenvalues(basis: EKFACSite, site: Site, squares: Tensor, blocks: int, positions: float) -> EKFACSite:

@@ -6,6 +6,7 @@ vocabulary's side of embedding, head and origin is diagonal, by the pool's unigr
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from stride_ray.corpus.failures import LARGEST_NORM, finite_losses
 from stride_ray.models.causal_lm import SplitModel, masked_mean
-from stride_ray.models.matrices import inverse_root
+from stride_ray.models.matrices import Eigenbasis, eigenbasis
 from stride_ray.models.sites import (
     EMBEDDING,
     HEAD,
@@ -45,6 +46,16 @@ class KroneckerFactors:
     def of(cls, read: Tensor, written: Tensor) -> "KroneckerFactors":
         """The factors as float64."""
         return cls(*(each.double().cpu().numpy() for each in (read, written)))
+
+    @cached_property
+    def read_basis(self) -> Eigenbasis:
+        """The eigenbasis of ``read``, decomposed once."""
+        return eigenbasis(self.read)
+
+    @cached_property
+    def written_basis(self) -> Eigenbasis:
+        """The eigenbasis of ``written``, decomposed once."""
+        return eigenbasis(self.written)
 
     def __truediv__(self, positions: int) -> "KroneckerFactors":
         return KroneckerFactors(self.read / positions, self.written / positions)
@@ -113,14 +124,14 @@ def kfac_site(name: str, moments: KroneckerFactors, counts: Tensor, seed: int) -
         seed: of the count sketch of a large vocabulary.
     """
     if name not in (EMBEDDING, HEAD, ORIGIN):
-        return Site(name, inverse_root(moments.read, DAMPING), inverse_root(moments.written, DAMPING))
+        return Site(name, moments.read_basis.inverse_root(DAMPING), moments.written_basis.inverse_root(DAMPING))
     unigram = distribution(counts)
     weights = (unigram + UNIGRAM_DAMPING).rsqrt()
     if name == EMBEDDING:
-        return Site(name, torch.empty(0), inverse_root(moments.written, END_DAMPING), token_side(weights, seed))
+        return Site(name, torch.empty(0), moments.written_basis.inverse_root(END_DAMPING), token_side(weights, seed))
     # Whitening removes ω from the layers' gradients; here it has to be divided out.
     side = token_side(weights / float(moments.written[0, 0]) ** 0.5, seed)
-    W_in = inverse_root(moments.read, END_DAMPING)
+    W_in = moments.read_basis.inverse_root(END_DAMPING)
     return Site(name, W_in, torch.empty(0), side, unigram if name == ORIGIN else torch.empty(0))
 
 

@@ -142,7 +142,7 @@ def test_a_contrast_is_taken_block_by_block(monkeypatch):
         rows = [{"query_id": f"c{i}", "ordinal": j, "influence": W[i, j]} for i in range(12) for j in range(8)]
         yield pa.Table.from_pylist(rows), None
 
-    monkeypatch.setattr(influence, "_parts", parts_of)
+    monkeypatch.setattr(influence, "influence_parts", parts_of)
     reference = _Reference(None, "controls")
 
     def contrast(values, control=False):

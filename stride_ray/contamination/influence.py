@@ -14,14 +14,14 @@ only as good as the controls: items of another kind, or harder ones, are not a v
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stride_ray.attribution.attribute import mode_of, table_stage, write_tables
+from stride_ray.attribution.attribute import influence_parts, mode_of, table_stage, write_tables
 from stride_ray.contamination.items import Item
 from stride_ray.contamination.significance import p_values, standardised
 from stride_ray.corpus.documents import Document
@@ -130,7 +130,7 @@ def _measure_ties(run: Run, stage: Stage, name: str, items: Sequence[Item], cont
     write_tables(run, query_table(run, items), name)
     reference = _Reference(run, controls)
     rows = []
-    for influence, recovery in _parts(run, name):
+    for influence, recovery in influence_parts(run, name):
         by_item: dict[str, list[dict[str, Any]]] = {}
         for each in _finite(influence).to_pylist():
             by_item.setdefault(each["query_id"], []).append(each)
@@ -161,14 +161,6 @@ def query_table(run: Run, items: Sequence[Item]) -> pa.Table:
     return pa.Table.from_pylist(rows, QUERIES)
 
 
-def _parts(run: Run, name: str) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Yield the influence and recovery tables of a query set, part by part."""
-    stage = run.stage(table_stage(run), name)
-    for part in range(stage.manifest()["parts"]):
-        read = (stage.store.read_table(f"{table}-{part:05d}.parquet") for table in ("influence", "recovery"))
-        yield next(read), next(read)
-
-
 def _finite(part: pa.Table) -> pa.Table:
     """Return the rows of an influence table whose influence is finite; one NaN would turn every comparison into NaN."""
     return part.filter(pc.is_finite(part["influence"]))
@@ -182,7 +174,7 @@ class _Reference:
 
     def __init__(self, run: Run, name: str) -> None:
         ordinals, values, queries = [], [], 0
-        for part in (_finite(part) for part, _ in _parts(run, name)):
+        for part in (_finite(part) for part, _ in influence_parts(run, name)):
             ids = np.array(part["query_id"].to_pylist(), dtype=object)
             for query in dict.fromkeys(ids.tolist()):
                 mine = ids == query

@@ -7,6 +7,7 @@ operators, responses or estimates, and costs one pass over the pool per batch of
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -79,18 +80,13 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", table)
     if not stage.is_finished():
-        with stage.ignore_errors_if_finished(), shared_actor_pool(run.config, unit_count(len(blocks))) as actors:
-            finish_curvature(run.config, blocks, curvature, actors)
-            with record_stage_costs(stage):
-                scoring = _Scoring(run, blocks, stage, name, actors)
-                queries, groups = scoring.invert(curvature.store)
-                ranges = list(enumerate(blocks.cut(unit_count(len(blocks)))))
-                units = [ScoreUnit(_unit_name(g, i), g, *ordinals) for g in groups for i, ordinals in ranges]
-                failed = scoring.score(curvature.store, units)
-                scoring.rank(units, queries, failed)
-    clear_directions(run, name)
-    stage.clear_tensors()
-    return stage.manifest()
+        with _scoring(run, blocks, stage, name, curvature) as scoring:
+            queries, groups = scoring.invert(curvature.store)
+            ranges = list(enumerate(blocks.cut(unit_count(len(blocks)))))
+            units = [ScoreUnit(_unit_name(g, i), g, *ordinals) for g in groups for i, ordinals in ranges]
+            failed = scoring.score(curvature.store, units)
+            scoring.rank(units, queries, failed)
+    return _manifest_of_cleared(run, stage, name)
 
 
 def rescore(run: Run, name: str) -> dict[str, Any]:
@@ -132,24 +128,18 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
     if not stage.store.exists("queries.parquet"):
         stage.store.write_table("queries.parquet", run.stage("responses", name).store.read_table("queries.parquet"))
     if not stage.is_finished():
-        with stage.ignore_errors_if_finished(), shared_actor_pool(run.config, unit_count(len(blocks))) as actors:
-            if curvature is not None:
-                finish_curvature(run.config, blocks, curvature, actors)
-            with record_stage_costs(stage):
-                scoring = _Scoring(run, blocks, stage, name, actors)
-                rows = read_estimates(estimates)
-                units, failed = list[ScoreUnit](), set(failed_ordinals(run.stage("operators").store))
-                failed |= set(failed_ordinals(run.stage("responses", name).store))
-                if curvature is None:
-                    queries = [rows[at : at + MAX_QUERIES_PER_UNIT] for at in range(0, len(rows), MAX_QUERIES_PER_UNIT)]
-                else:
-                    queries, groups = scoring.invert(curvature.store, rows)
-                    units = [unit for group in groups for unit in candidate_units(group, queries, candidates)]
-                    failed |= scoring.score(curvature.store, units)
-                scoring.rank(units, queries, failed)
-    clear_directions(run, name)
-    stage.clear_tensors()
-    return stage.manifest()
+        with _scoring(run, blocks, stage, name, curvature) as scoring:
+            rows = read_estimates(estimates)
+            units, failed = list[ScoreUnit](), set(failed_ordinals(run.stage("operators").store))
+            failed |= set(failed_ordinals(run.stage("responses", name).store))
+            if curvature is None:
+                queries = [rows[at : at + MAX_QUERIES_PER_UNIT] for at in range(0, len(rows), MAX_QUERIES_PER_UNIT)]
+            else:
+                queries, groups = scoring.invert(curvature.store, rows)
+                units = [unit for group in groups for unit in candidate_units(group, queries, candidates)]
+                failed |= scoring.score(curvature.store, units)
+            scoring.rank(units, queries, failed)
+    return _manifest_of_cleared(run, stage, name)
 
 
 @dataclass(frozen=True)
@@ -215,6 +205,23 @@ class _Scoring:
         arguments = (self.run.config, self.blocks, stage, [(u.group, u.name) for u in units], queries)
         work = partial(self.actors.map_function, rank_unit, arguments)
         stage.finish(_summary(run_missing(stage, parts, work, "rank", "parts"), len(failed)))
+
+
+@contextmanager
+def _scoring(run: Run, blocks: Blocks, stage: Stage, name: str, curvature: Stage | None) -> Iterator[_Scoring]:
+    """The frame of both stages: actors, the preconditioner (None if nothing is scored exactly), and the costs."""
+    with stage.ignore_errors_if_finished(), shared_actor_pool(run.config, unit_count(len(blocks))) as actors:
+        if curvature is not None:
+            finish_curvature(run.config, blocks, curvature, actors)
+        with record_stage_costs(stage):
+            yield _Scoring(run, blocks, stage, name, actors)
+
+
+def _manifest_of_cleared(run: Run, stage: Stage, name: str) -> dict[str, Any]:
+    """Remove the files that only the work of a finished stage needed; returns its manifest."""
+    clear_directions(run, name)
+    stage.clear_tensors()
+    return stage.manifest()
 
 
 def _summary(markers: list[dict[str, Any]], not_finite: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
-from ray.autoscaler._private.util import fillout_defaults, validate_config
+from ray.autoscaler._private.util import validate_config
+from ray.autoscaler.sdk import fillout_defaults
 
 from stride_ray import __version__
 from stride_ray.cli.main import _parser

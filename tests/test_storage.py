@@ -22,7 +22,7 @@ from safetensors.torch import save
 
 from stride_ray.corpus.splits import plan
 from stride_ray.runtime.errors import StrideError, is_storage_error, storage_reason
-from stride_ray.runtime.run import Stage, claim
+from stride_ray.runtime.run import claim
 from stride_ray.runtime.storage import Store, seal, tensor_bytes
 from stride_ray.runtime.urls import redact_url
 
@@ -249,7 +249,7 @@ def test_a_store_travels():
 def test_a_local_folder_stays_where_it_is_in_another_working_directory(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    sent = pickle.dumps((Store("mine"), claim(Stage(Store("claimed"), "i"), "blocks", {})))
+    sent = pickle.dumps((Store("mine"), claim(Store("claimed"), "blocks", {})))
     monkeypatch.chdir(tmp_path / "elsewhere")
     store, stage = pickle.loads(sent)
     store.write("a.txt", b"a")

@@ -34,7 +34,7 @@ from stride_ray.corpus.rows.row import is_corrupt, reason
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.run import Run, Stage, claim, refuse_inside
+from stride_ray.runtime.run import Run, claim, refuse_inside
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import filesystem, redact_url
 
@@ -82,7 +82,7 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
         raise StrideError(f"{results.display_url('')} is not empty; give a new folder for the cleaned corpus.")
     # Keyed by the findings, not the night's name: repeating the scan to resume makes a new night.
     keys = {"run": redact_url(run.url), "whole": whole, "input": corpus.state, "findings": digest(rows)}
-    stage = claim(Stage(results.child(RECORD), digest(keys)), "purify", keys)
+    stage = claim(results.child(RECORD), "purify", keys)
     files = sorted((file.name, unit) for unit in corpus.units for file in unit.files)
     files = list(dict(files).items())  # one unit per file is enough: files are written whole
     done = stage.done()

@@ -211,7 +211,7 @@ def _train(
         "queries": fingerprint(questions),
         "arms": {arm: digest(facts["files"]) for arm, facts in arms.items()},
     }
-    stage = claim(Stage(store.child("_retrain"), digest(keys)), "closed loop", keys)
+    stage = claim(store.child("_retrain"), "closed loop", keys)
     tokenizer = run.stage("blocks").store.child("tokenizer").url
     load_recipe(recipe, arm_benchmark(store, ARMS[SELECTED], model, start))  # fails here with a clear error
     names = {arm: [f"{ARMS[arm].replace('/', '-')}-seed-{seed}" for seed in range(seeds)] for arm in arms}

@@ -154,7 +154,7 @@ def attribute_instructions(
     files = sample_rows(instructions, options, seed)
     keys = {**stage_keys(run.config, "blocks"), **asdict(options), "batch": BATCH, "seed": seed, "model": model}
     keys["instructions"] = digest(files)
-    stage = claim(Stage(store, digest(keys)), "sft", keys)
+    stage = claim(store, "sft", keys)
     for name, rows in files.items():
         if not store.exists(name):  # shard would take a new modification time for changed input
             store.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

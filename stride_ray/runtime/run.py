@@ -152,7 +152,7 @@ class Run:
             StrideError: the folder was made with other settings; the message names the first key that differs.
         """
         opened = self.stage(stage, name)
-        opened = claim(opened, stage, {**stage_keys(self.config, stage), **extra})
+        opened = claim(opened.store, stage, {**stage_keys(self.config, stage), **extra}, identity=opened.identity)
         self._before = self.store.read("run.toml") if self.store.exists("run.toml") else None
         self.save()
         return opened
@@ -193,7 +193,7 @@ class Run:
         if not opened.is_finished():
             command = f"stride-ray {COMMANDS[stage]}" + (f" --name {name}" if name else "")
             raise StrideError(f"{redact_url(opened.store.url)} is not finished; run '{command}' first.")
-        _check_same_settings(opened, {**stage_keys(self.config, stage), **extra})
+        _check_same_settings(opened.store, {**stage_keys(self.config, stage), **extra})
         return opened
 
 
@@ -235,24 +235,31 @@ class _OwnedStore(Store):
             )
 
 
-def claim(opened: Stage, stage: str, keys: Mapping[str, Any]) -> Stage:
-    """Claim a stage's folder for work with ``keys``, everything its output depends on; returns it for writing.
+def claim(store: Store, what: str, keys: Mapping[str, Any], last: str = "manifest.json", identity: str = "") -> Stage:
+    """Claim a folder for work with ``keys``, everything its output depends on; returns it for writing.
+
+    Args:
+        store: the folder.
+        what: the stage, or what else stride_ray keeps in this folder.
+        keys: recorded in ``stage.json``.
+        last: name of the manifest.
+        identity: of the done markers; empty: the hash of ``keys``.
 
     Raises:
         StrideError: the folder was made with other keys (the message names the first that differs), or is not a
-            folder of this stage.
+            folder of this kind.
     """
-    there = set(opened.store.names())
-    if there and "stage.json" not in there and not opened.store.exists("stage.json"):
-        raise StrideError(f"{redact_url(opened.store.url)} is not a folder of stride_ray's {stage}; use a new folder.")
+    there = set(store.names())
+    if there and "stage.json" not in there and not store.exists("stage.json"):
+        raise StrideError(f"{redact_url(store.url)} is not a folder of stride_ray's {what}; use a new folder.")
     if not there <= PREPARED:
-        _check_same_settings(opened, keys)
-    elif not there or opened.store.read_json("stage.json")["keys"] != json.loads(json.dumps(keys)):
+        _check_same_settings(store, keys)
+    elif not there or store.read_json("stage.json")["keys"] != json.loads(json.dumps(keys)):
         # No unit is done: a command that failed early (say, no such model) may be repeated with corrected settings.
         for name in sorted(there):
-            opened.store.remove(name)
-        opened.store.write_json("stage.json", {"stage": stage, "code_version": __version__, "keys": keys})
-    return Stage(_OwnedStore(opened.store.url, opened.store.url, digest(keys)), opened.identity, opened.last)
+            store.remove(name)
+        store.write_json("stage.json", {"stage": what, "code_version": __version__, "keys": keys})
+    return Stage(_OwnedStore(store.url, store.url, digest(keys)), identity or digest(keys), last)
 
 
 def refuse_inside(store: Store, inputs: Iterable[str], what: str) -> None:
@@ -285,10 +292,11 @@ def _stored_paths(config: Config) -> dict[str, Any]:
     }
 
 
-def _check_same_settings(opened: Stage, wanted: Mapping[str, Any]) -> None:
+def _check_same_settings(store: Store, wanted: Mapping[str, Any]) -> None:
     """Raise StrideError if a folder was made with settings other than ``wanted``, naming the first key that differs."""
-    made_with = opened.store.read_json("stage.json")["keys"]
+    made_with = store.read_json("stage.json")["keys"]
     contents = {
+        "benchmark": "another benchmark than is there now",
         "corpus": "other blocks than are in the pool now",
         "queries": "other queries than this command's",
         "weights": "another model than now lies at model.path (or model.start)",
@@ -298,6 +306,6 @@ def _check_same_settings(opened: Stage, wanted: Mapping[str, Any]) -> None:
         if made_with.get(key) != now:
             how = f"with {key} = {made_with.get(key)!r}, and this command has {now!r}"
             raise StrideError(
-                f"{redact_url(opened.store.url)} was made {f'from {contents[key]}' if key in contents else how}; use "
-                "another run directory or name, or delete that folder and those of later stages."
+                f"{redact_url(store.url)} was made {f'from {contents[key]}' if key in contents else how}; use "
+                "another folder or name, or delete that folder and those of later stages."
             )

@@ -131,7 +131,7 @@ def select_by(run: Run, targets: Sequence[Target], out: str, blocks: bool = Fals
         **chosen,
         "earlier": [identity for _, _, identity in earlier],
     }
-    stage = claim(Stage(Store(out), digest(keys), "selection.json"), "select", keys)
+    stage = claim(Store(out), "select", keys, "selection.json")
     if not stage.is_finished():
         with stage.ignore_errors_if_finished(), connected(run.config.compute):
             workers = WorkerAllocation(allocate_workers(run.config.compute, len(units)).workers, "cpu")

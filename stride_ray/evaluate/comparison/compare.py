@@ -35,6 +35,7 @@ from stride_ray.models.batch_size import MAX_BATCH_TOKENS
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.memory import peak_mb
 from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.run import claim
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, prepare_process
 from stride_ray.runtime.urls import first_line
@@ -95,10 +96,10 @@ def compare(
             folder of another benchmark.
     """
     compute = compute or ComputeConfig()
-    benchmark, store = read_benchmark(benchmark_url), Store(out)
+    benchmark = read_benchmark(benchmark_url)
     units = known_units(benchmark)
     chosen = chosen_methods(methods, ablations)
-    _claim(store, benchmark)
+    store = claim(Store(out), "comparison", {"benchmark": benchmark.fingerprint}).store
     shelf = _ScoreCache(benchmark, store, units, compute)
     shown, reasons = [units[slug] for slug in chosen], dict[str, str]()
     waiting = [unit for unit in shown if shelf.marker(unit) is None]
@@ -191,18 +192,6 @@ def chosen_methods(methods: Sequence[str] | None, ablations: bool) -> list[str]:
     extra = [variant.slug for variant in stride_variants.VARIANTS if variant.ablation]
     wanted = [slug for slug in known if slug not in extra] if methods is None else methods
     return list(dict.fromkeys([*wanted, *(extra if ablations else ())]))
-
-
-def _claim(store: Store, benchmark: Benchmark) -> None:
-    """Record which benchmark the folder belongs to, or refuse another's."""
-    if not store.exists("compare.json"):
-        store.write_json("compare.json", {"benchmark": benchmark.fingerprint, "name": benchmark.name})
-    claimed = store.read_json("compare.json")
-    if claimed["benchmark"] != benchmark.fingerprint:
-        raise StrideError(
-            f"{store.display_url('')} holds the comparison of another benchmark ({claimed['name']}), or this one has "
-            "changed since; use another output folder or delete that one."
-        )
 
 
 class _ScoreCache:

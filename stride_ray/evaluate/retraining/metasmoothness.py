@@ -16,7 +16,6 @@ import torch
 from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.evaluate.retraining.recipe import DEFAULT, load_recipe, recipe_identity
 from stride_ray.evaluate.retraining.retrain import load_benchmark_and_recipe, read_array, write_array
-from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.progress import run_missing
@@ -65,7 +64,7 @@ def metasmoothness(
     if "weights" not in inspect.signature(load_recipe(recipe_name, benchmark).train).parameters:
         raise StrideError(f"Recipe {recipe_name}: its train(rows, seed) takes no weights; add weights=None, one a row.")
     keys = {"benchmark": benchmark.fingerprint, "recipe": recipe_identity(recipe_name), "seed": seed, "step": step}
-    stage = claim(Stage(Store(out), digest(keys)), "metasmoothness", keys)
+    stage = claim(Store(out), "metasmoothness", keys)
     units = [(0, 0), *((draw, times) for draw in range(draws) for times in (1, 2))]
     resources = compute or ComputeConfig()
 

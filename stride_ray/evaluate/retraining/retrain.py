@@ -15,16 +15,14 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from stride_ray import __version__
 from stride_ray.evaluate.retraining.benchmark import Benchmark, reread_benchmark
 from stride_ray.evaluate.retraining.lds import evaluate
 from stride_ray.evaluate.retraining.recipe import DEFAULT, Recipe, load_recipe, recipe_identity
 from stride_ray.evaluate.retraining.results import JSONL, NPZ, RetrainingResults, write_truth
-from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.progress import run_missing
-from stride_ray.runtime.run import Stage
+from stride_ray.runtime.run import Stage, claim
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, map_tasks
 
@@ -72,7 +70,7 @@ def retrain(
     rows = [subset_rows(benchmark, number, fraction, seed, like) for number in range(subsets)]
     drawn = {"like": _subsets_hash(benchmark.retrained().subsets)} if like else {"seed": seed, "fraction": fraction}
     keys = {"benchmark": benchmark.fingerprint, "recipe": recipe_identity(recipe_name), **drawn}
-    stage = _claim(store, keys)
+    stage = _claim_work(store, keys)
     resources, trained = compute or ComputeConfig(), list[Any]()
 
     def train(missing: list[tuple[int, int, str]]) -> Iterator[dict[str, Any]]:
@@ -122,25 +120,15 @@ def _check(benchmark: Benchmark, subsets: int, fraction: float, seeds: int, like
         )
 
 
-def _claim(store: Store, keys: dict[str, Any]) -> Stage:
-    """Open the folder of single trainings, or create it; refuse other ``keys`` and results of another origin."""
+def _claim_work(store: Store, keys: dict[str, Any]) -> Stage:
+    """Claim the folder of single trainings; refuse an output folder that holds results of another origin."""
     work = store.child(WORK)
-    if work.exists("stage.json"):
-        made_with = work.read_json("stage.json")["keys"]
-        for key in dict.fromkeys([*keys, *made_with]):
-            if made_with.get(key) != keys.get(key):
-                raise StrideError(
-                    f"{work.display_url('')} was made with {key} = {made_with.get(key)!r}, and this command has "
-                    f"{keys.get(key)!r}; use another output folder or delete that one."
-                )
-    elif _results(store):
+    if (results := _results(store)) and not work.exists("stage.json"):
         raise StrideError(
-            f"{store.display_url(_results(store)[0])} is there already and was not made by this command; use another "
-            "output folder."
+            f"{store.display_url(results[0])} is there already and was not made by this command; use another output "
+            "folder."
         )
-    else:
-        work.write_json("stage.json", {"stage": "retrain", "code_version": __version__, "keys": keys})
-    return Stage(work, digest(keys))
+    return claim(work, "retrain", keys)
 
 
 def _results(store: Store) -> list[str]:

@@ -26,11 +26,11 @@ import zstandard
 
 from stride_ray.contamination.nightly import corpus_of
 from stride_ray.contamination.schemas.texts import strings
-from stride_ray.corpus.files import END, SourceFile, compression
+from stride_ray.corpus.files import END, SourceFile, compression, is_corrupt
 from stride_ray.corpus.readers import inflated, is_array, raw_lines
 from stride_ray.corpus.rows.json_strings import with_strings
 from stride_ray.corpus.rows.roles import OPENED, Roles, closed, opened, possible_columns, roles_of, text_places
-from stride_ray.corpus.rows.row import is_corrupt, reason
+from stride_ray.corpus.rows.row import reason
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError

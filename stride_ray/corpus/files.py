@@ -1,19 +1,28 @@
-"""Listing the files of an input (paths, folders, globs, URLs), with size and version to detect changes."""
+"""Listing the files of an input (paths, folders, globs, URLs), with size and version to detect changes.
+
+Also the difference between corrupt content and a file that cannot be fetched.
+"""
 
 import json
 import os
 import re
+import struct
+import zlib
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import zstandard
 from fsspec.implementations.local import LocalFileSystem
 
+from stride_ray.runtime import storage
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import exists, filesystem, redact_url, redacted_error
 
 # ``InputSplit.stop`` of a unit that extends to the end of its file; also an unknown file size.
 END = -1
 
+_CORRUPT = (pa.ArrowException, zlib.error, zstandard.ZstdError, EOFError, UnicodeDecodeError, struct.error)
 _COMPRESSIONS = (".gz", ".zst")
 # Packings and archives that are not read; such files are rejected by name.
 PACKED = (".bz2", ".xz", ".lz4", ".br", ".zip", ".7z", ".tar", ".tgz")
@@ -322,3 +331,8 @@ def _resolve_datasets(fs: Any, names: list[str], path_of: Callable[[str], str]) 
             raise StrideError(f"{redact_url(state)} lists {missing[0]}, which is missing; save the dataset anew.")
         kept += parts
     return kept
+
+
+def is_corrupt(error: Exception) -> bool:
+    """Whether an error means corrupt content, and not a fault of the storage."""
+    return isinstance(error, _CORRUPT) or storage.is_corrupt(error)

@@ -16,9 +16,9 @@ from typing import Any
 
 import zstandard
 
-from stride_ray.corpus.files import END, PACKED, SourceFile, compression
+from stride_ray.corpus.files import END, PACKED, SourceFile, compression, is_corrupt
 from stride_ray.corpus.rows.columnar import arrow_rows, parquet_rows
-from stride_ray.corpus.rows.row import Rejected, Row, is_corrupt, reason
+from stride_ray.corpus.rows.row import Rejected, Row, reason
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.errors import StrideError, is_storage_error, storage_reason
 from stride_ray.runtime.urls import filesystem, redact_url, redacted_error

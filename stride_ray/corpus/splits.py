@@ -15,8 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from stride_ray.corpus.files import END, SourceFile, compression, kind_of, list_files
-from stride_ray.corpus.rows.row import is_corrupt
+from stride_ray.corpus.files import END, SourceFile, compression, is_corrupt, kind_of, list_files
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import filesystem, redact_url, redacted_error, with_secrets
 

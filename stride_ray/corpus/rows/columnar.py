@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stride_ray.corpus.files import END
-from stride_ray.corpus.rows.row import Rejected, Row, Unreadable, has_content, is_corrupt, reason
+from stride_ray.corpus.files import END, is_corrupt
+from stride_ray.corpus.rows.row import Rejected, Row, Unreadable, has_content, reason
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.urls import filesystem
 

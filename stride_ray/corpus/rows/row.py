@@ -1,9 +1,7 @@
-"""A row as read, a reject, and the difference between corrupt content and a file that cannot be fetched."""
+"""A row as read, a reject, and what both are called in messages."""
 
 import json
 import re
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -11,13 +9,8 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 from uuid import UUID
 
-import pyarrow as pa
-import zstandard
-
-from stride_ray.runtime import storage
 from stride_ray.runtime.urls import redact_message
 
-_CORRUPT = (pa.ArrowException, zlib.error, zstandard.ZstdError, EOFError, UnicodeDecodeError, struct.error)
 # Half of a surrogate pair: valid in JSON, but neither tokenizers nor Parquet nor UTF-8 take it.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -153,11 +146,6 @@ def kind_of_value(value: Any) -> str:
 def escaped(text: str) -> str:
     """A text that can be stored and printed: lone surrogates are written as JSON writes them, escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def is_corrupt(error: Exception) -> bool:
-    """Whether an error means corrupt content, and not a fault of the storage."""
-    return isinstance(error, _CORRUPT) or storage.is_corrupt(error)
 
 
 def reason(error: Exception) -> str:

@@ -20,6 +20,7 @@ from stride_ray.operators.membership import Membership, membership_of
 from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import START, record_separately, record_stage_costs
+from stride_ray.runtime.options import RecoverConfig
 from stride_ray.runtime.progress import run_missing
 from stride_ray.runtime.run import Run, Stage, part_name
 from stride_ray.runtime.tasks import WorkerAllocation, map_tasks
@@ -126,15 +127,8 @@ def solve_estimates(
     recover(np.arange(config.membership.subsets, dtype=float)[None], membership, 64, ratio=0.9)
     record_separately(START, time.monotonic() - started)
     rows, vectors = read_response_parts(responses, unit)
-    options = config.recover
-    recovered = recover(
-        vectors[[row["status"] == "ok" for row in rows]],
-        membership,
-        n_blocks,
-        ratio=options.penalty_ratio,
-        nonnegative=options.nonnegative,
-        row_scaling=options.row_scaling,
-    )
+    good = vectors[[row["status"] == "ok" for row in rows]]
+    recovered = recover(good, membership, n_blocks, **lasso_options(config.recover))
     record_separately("columns", sum(each.seconds for each in recovered))
     factor = influence_scale(config, membership, n_blocks)
     found = iter(recovered)
@@ -194,3 +188,8 @@ def read_estimates(stage: Stage) -> list[dict[str, Any]]:
             for row, ordinals, estimates in zip(plain, *lists.values(), strict=True)
         ]
     return rows
+
+
+def lasso_options(options: RecoverConfig) -> dict[str, Any]:
+    """Return the run's options as arguments of lasso.recover."""
+    return {"ratio": options.penalty_ratio, "nonnegative": options.nonnegative, "row_scaling": options.row_scaling}

@@ -11,6 +11,7 @@ import pyarrow as pa
 from scipy.stats import binomtest, hypergeom
 
 from stride_ray.attribution.lasso import recover
+from stride_ray.attribution.recover import lasso_options
 from stride_ray.attribution.respond import respond_table
 from stride_ray.attribution.responses import read_responses
 from stride_ray.corpus.blocks import Blocks
@@ -91,15 +92,7 @@ def source_retrieval(run: Run, ids: np.ndarray, sources: list[str], kinds: list[
 
 def _lasso_top(run: Run, responses: np.ndarray, membership: Membership, n_blocks: int) -> list[np.ndarray]:
     """Ordinals of each query's ten largest positive influences."""
-    options = run.config.recover
-    recovered = recover(
-        responses,
-        membership,
-        n_blocks,
-        ratio=options.penalty_ratio,
-        nonnegative=options.nonnegative,
-        row_scaling=options.row_scaling,
-    )
+    recovered = recover(responses, membership, n_blocks, **lasso_options(run.config.recover))
     return [most_helpful(each) for each in recovered]
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from stride_ray.attribution.lasso import Recovery, recover
+from stride_ray.attribution.recover import lasso_options
 from stride_ray.attribution.responses import read_responses
 from stride_ray.operators.membership import Membership, membership_of
 from stride_ray.runtime.config import Config
@@ -107,19 +108,11 @@ def agreement(config: Config, responses: NDArray, n_blocks: int, unit: int) -> d
     """Mean agreement of halves over queries under matrix ``unit``: 0 is the run's own, others have other seeds."""
     whole = membership_of(config)
     whole = replace(whole, seed=(whole.seed + 1_000_003 * unit) % 2**64)
-    options, found = config.recover, []
+    found, options = [], {**lasso_options(config.recover), "tolerance": TOLERANCE}
     order = np.random.default_rng([config.seed, whole.subsets]).permutation(whole.subsets)
     for rows in np.array_split(order, 2):
-        recovered = recover(
-            responses[:, np.sort(rows)],
-            some_rows(whole, np.sort(rows)),
-            n_blocks,
-            ratio=options.penalty_ratio,
-            nonnegative=options.nonnegative,
-            row_scaling=options.row_scaling,
-            tolerance=TOLERANCE,
-        )
-        found.append(recovered)
+        half = np.sort(rows)
+        found.append(recover(responses[:, half], some_rows(whole, half), n_blocks, **options))
     pairs = list(zip(*found, strict=True))
     spearman = [sparse_spearman(one, two, n_blocks) for one, two in pairs]
     shared = [len(np.intersect1d(most_helpful(one), most_helpful(two))) for one, two in pairs]

@@ -296,7 +296,7 @@ def _check_same_settings(store: Store, wanted: Mapping[str, Any]) -> None:
     """Raise StrideError if a folder was made with settings other than ``wanted``, naming the first key that differs."""
     made_with = store.read_json("stage.json")["keys"]
     contents = {
-        "benchmark": "another benchmark than is there now",
+        "benchmark": "another benchmark, or this one before it changed",
         "corpus": "other blocks than are in the pool now",
         "queries": "other queries than this command's",
         "weights": "another model than now lies at model.path (or model.start)",

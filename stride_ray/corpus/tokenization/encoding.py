@@ -6,7 +6,7 @@ assistant's turns of a conversation. Influence is measured on these tokens only,
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import compress, groupby
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -254,11 +254,7 @@ def _conversation(document: Document, template: ChatTemplate) -> _Passage | Reje
     if not any(learned):
         return Rejected(document.document_id, None, "every turn of the assistant is marked as not to be learned")
     try:
-        text, ranges = template.render(messages, document.template_arguments)
-        if not all(learned):
-            if len(ranges) != len(learned):
-                raise ValueError(f"it marks {len(ranges)} parts for {len(learned)} turns, so that none can be left out")
-            ranges = list(compress(ranges, learned))
+        text, ranges = template.render(messages, document.template_arguments, None if all(learned) else learned)
     except Exception as error:  # a template is a program and may raise anything
         return Rejected(document.document_id, None, f"the chat template does not take it: {reason(error)}")
     if LONE_SURROGATE.search(text):  # of what the template does not print, nothing is encoded

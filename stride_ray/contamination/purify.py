@@ -29,6 +29,7 @@ from stride_ray.contamination.schemas.texts import strings
 from stride_ray.corpus.files import END, SourceFile, compression
 from stride_ray.corpus.readers import inflated, is_array, raw_lines
 from stride_ray.corpus.rows.json_strings import with_strings
+from stride_ray.corpus.rows.json_values import decoded, encoded, stored_as
 from stride_ray.corpus.rows.roles import OPENED, Roles, closed, opened, possible_columns, roles_of, text_places
 from stride_ray.corpus.rows.row import is_corrupt, reason
 from stride_ray.corpus.splits import InputSplit
@@ -249,7 +250,7 @@ def _write_arrow(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleane
         cleaned = _cleaned_batches(batches, cleaner)
         if framed and any(pa.types.is_dictionary(field.type) for field in opened.schema):
             # The file format allows only one dictionary for all batches.
-            tables = [opened.schema.empty_table(), *cleaned]
+            tables = [pa.Table.from_batches([], opened.schema), *cleaned]
             cleaned = iter([pa.concat_tables(tables).unify_dictionaries()])
         make: Any = pa.ipc.new_file if framed else pa.ipc.new_stream
         with make(path, opened.schema) as target:
@@ -271,21 +272,30 @@ def _cleaned_table(table: pa.Table, first: int, cleaner: _Cleaner) -> pa.Table:
         return table
     # Convert only these columns: others may hold values that Python cannot (invalid UTF-8, dates out of range).
     names = [name for name in table.schema.names if name in cleaner.read]
-    pieces, last = [table.schema.empty_table()], 0
+    pieces, last = [table.slice(0, 0)], 0
     for n in touched:
         row = table.slice(n, 1)
         # As the readers do, because a place is a path of keys.
-        (values,) = row.select(names).to_pylist(maps_as_pydicts="strict")
+        (stored,) = row.select(names).to_pylist(maps_as_pydicts="strict")
+        values = {name: _decoded(table.schema.field(name).type, stored[name]) for name in names}
         cleaned = cleaner.cleaned(first + n, values)
         pieces.append(table.slice(last, n - last))
         last = n + 1
         if cleaned is not None:
             for name in (name for name in names if cleaned[name] != values[name]):
                 field = table.schema.field(name)
-                column = pa.array([cleaned[name]], field.type)
+                changed = encoded(field.type, stored[name], values[name], cleaned[name])
+                column = pa.array([changed], stored_as(field.type)).cast(field.type)
                 row = row.set_column(table.schema.get_field_index(name), field, column)
             pieces.append(row)
     return pa.concat_tables([*pieces, table.slice(last)]).unify_dictionaries().combine_chunks()
+
+
+def _decoded(of: pa.DataType, stored: Any) -> Any:
+    try:
+        return decoded(of, stored)
+    except ValueError:  # no document is made of this column
+        return stored
 
 
 def _write_compressed(packing: str, target: IO[bytes], pieces: Iterator[bytes]) -> None:

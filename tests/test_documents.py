@@ -456,6 +456,8 @@ def test_inputs_that_cannot_be_planned_are_told_in_a_sentence(tmp_path):
     a, b = (write_lines(tmp_path / f"{x}/same.jsonl", [{"text": "x"}]) for x in "ab")
     for inputs, words in (
         ([], "No input"),
+        ([""], "The name of an input is empty"),
+        ([a, " "], "The name of an input is empty"),
         ([str(tmp_path / "missing")], "does not exist"),
         ([str(tmp_path / "*.parquet")], "matches no file"),
         ([str(tmp_path / "empty")], "matches no file"),
@@ -1173,6 +1175,14 @@ def test_a_conversation_kept_as_json_is_purified(tmp_path):
     cleaned = cleaner.cleaned(0, {"messages": json.dumps(turns), "n": 1})
     assert json.loads(cleaned["messages"]) == [{"role": "user", "content": "a c"}, turns[1]]
     assert cleaned["n"] == 1
+    calls = ['{"name":  "f"}', {"name": "g"}]
+    strings = [json.dumps(turns[0]), {**turns[1], "tool_calls": calls}]
+    leaks = {"messages.0.content": [(1, 3)], "messages.1.tool_calls.0.name": [(0, 1)]}
+    cleaned = _Cleaner({}, {0: leaks}, False, Counter()).cleaned(0, {"messages": strings})
+    assert cleaned["messages"] == [
+        json.dumps({**turns[0], "content": "a c"}),
+        {**turns[1], "tool_calls": ['{"name":  ""}', calls[1]]},
+    ]
 
 
 @pytest.mark.parametrize("stored", ["column", "turns", "contents", "calls", "arguments"])

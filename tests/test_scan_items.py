@@ -681,10 +681,21 @@ READ = {
         r'"It is so.\nThen caf\u00e9\\n\ud83d\ude00ended\tat \"once\""',
         "it is so then caf\u00e9 ended at once",
     ),
+    "letters beyond the first plane, escaped": (r"\ud840\udc00 \ud835\udc00\\ud835\\udc01 \ud840", "\U00020000 ab"),
+    "escapes of bytes and code points": (
+        r"don\x27t caf\xe9 caf\xc3\xa9 \\xd1\\x8f caf\u{e9} caf\U000000e9 \U99999999 \x3cb\x3ebo\x3c/b\x3eld",
+        "don t caf\u00e9 caf\u00e9 \u044f caf\u00e9 caf\u00e9 bold",
+    ),
+    "escapes of the old JavaScript": ("caf%u00e9%20caf%25u00E9 100%u %ud83d", "caf\u00e9 caf\u00e9 100 u"),
     "reading aids": (
         "<ruby>\u6f22<rp>(</rp><rt>\u304b\u3093</rt><rp>)</rp>\u5b57<rt>\u3058</rt></ruby>",
         "\u6f22 \u5b57",
     ),
+    "reading aids without an end": (
+        "<ruby>\u6f22<rp>(<rt>\u304b\u3093<rp>)</ruby>\u5b57 <ruby><rb>\u6771<rt>\u3068<rb>\u4eac</ruby>",
+        "\u6f22 \u5b57 \u6771 \u4eac",
+    ),
+    "lines below and through letters": ("l\u0336a\u0336rge\u0332 \u2260 c\u0327a", "large \u00e7a"),
     "escaped twice": ("a&amp;nbsp;b&amp;#x27;c &amp;lt;i&amp;gt;d", "a b c d"),
     "tags": ('<p class="x y">H<sub>2</sub>O<br/>is <a href=/w?a=1&b=2 hidden>wet</a></p>', "h2o is wet"),
     "escaped tags": ('&lt;b&gt;bo&lt;/b&gt;ld <a href=\\"u\\">link</a>', "bold link"),
@@ -703,7 +714,11 @@ READ = {
     "fractions": ("Take ½ cup, 3½ spoons, 2⅓cups, ⅟8", "take 1 2 cup 3 1 2 spoons 2 1 3 cups 1 8"),
     "symbols of letters": ("5㎏ on 9㎢ Ⓐⓑ ㍿ 20℃ x² ⒈one ™ Foo™ ★ ☺", "5kg on 9km2 ab 株 式 会 社 20 c x2 1 one foo"),
     "code": ("if a<b and c>d: List<int> &lt; Map<K, V> x <y", "if a b and c d list int map k v x y"),
-    "broken lines": ("exam-\nple well-\r\n  known so\u00ad\nft A-\nB", "example wellknown soft a b"),
+    "broken lines": ("exam-\nple well-\r\n  known so\u00ad\nft A-\nB o-\rther", "example wellknown soft a b other"),
+    "lines broken in markup": (
+        "exam-<br>\nple <span>an-</span>\n<span>other</span> <p>ex-</p>\n\n<p>ample</p> well-<b>known</b>",
+        "example another example well known",
+    ),
 }
 
 

@@ -33,8 +33,8 @@ _PERCENT = regex.compile(
     f"{_SIGN}(?:[2-7]{_HEX}|0[aAdD9]|[cCdD]{_HEX}{_MORE}|[eE]{_HEX}(?:{_MORE}){{2}}|[fF][0-4](?:{_MORE}){{3}}"
     f"|u({_HEX}{{4}}))"
 )
-# A character of a string in JSON or code: \n, \u00e9, \ud83d\ude00, \u{e9}, \U000000e9, or \xe9, which may also be a byte
-# of UTF-8.
+# A character of a string in JSON or code: \n, \u00e9, \ud83d\ude00, \u{e9}, \U000000e9, or \xe9, which may also be a
+# byte of UTF-8.
 _AGAIN = rf"\\++x[89abAB]{_HEX}"
 _ESCAPE = regex.compile(
     rf"(?<!\\)\\++(?:u(?P<high>[dD][89abAB]{_HEX}{{2}})\\++u(?P<low>[dD][c-fC-F]{_HEX}{{2}})"

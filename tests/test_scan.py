@@ -269,12 +269,20 @@ def test_what_is_no_url_of_a_webhook_is_told_as_that(url):
     assert "secret" not in why
 
 
+@pytest.mark.parametrize("name", ["../n", "a/b", ".n", "a\nb", "half \ud800"])
+def test_names_that_are_no_folders_are_refused(name, place):
+    with pytest.raises(StrideError, match="is not a valid name for a night; use letters"):
+        night(place, name)
+
+
 def test_nights_may_be_deleted(place):
     leak(place, 4)
     night(place, "n1")
     Path(place / "scans/nights/n1/verdicts.parquet").unlink()
     with pytest.raises(StrideError, match=r"n1 has no verdicts\.parquet; restore it, or delete the whole folder"):
         night(place, "n2")
+    with pytest.raises(StrideError, match=r"n1 has no verdicts\.parquet; restore it, or compare another night"):
+        compare(str(place / "scans/nights/n1"), str(place / "scans/nights/n1"))
     shutil.rmtree(place / "scans/nights/n1")
     again = night(place, "n2")
     assert (again["status"], again["new"], again["before"]) == (2, 1, "")

@@ -482,6 +482,13 @@ def test_ids_are_known_by_their_names(own, tmp_path):
     assert item.item_id == "x1"
 
 
+def test_an_answer_without_its_question_is_an_item(tmp_path):
+    rows = [{"question": "", "answer": "so"}, {"question": None, "other": ASKED, "answer": "so so"}]
+    found = read_set(write(tmp_path / "set.jsonl", rows))
+    assert [(item.question, item.answer) for item in found.items] == [("", "so"), (ASKED, "")]
+    assert found.rejects == ()
+
+
 def test_roles_that_are_not_given_are_detected(tmp_path):
     path = write(tmp_path / "set.jsonl", [{"ask": ASKED, "choices": EACH, "answer": "B"}])
     (item,) = read_set(path, fields={"question": "ask"}).items

@@ -103,7 +103,7 @@ def test_a_stale_or_broken_lock_is_taken_over(content, tmp_path):
 def test_a_lock_with_numbers_beyond_clocks_and_processes_is_told(odd, tmp_path, monkeypatch):
     held = {"owner": "other", "lease": 60, "machine": module._process_scope()}
     (tmp_path / NAME).write_text(json.dumps(held | odd))
-    with pytest.raises(StrideError, match="held by other until 20.* UTC at the earliest"):
+    with pytest.raises(StrideError, match=r"held by other until 20.* UTC at the earliest"):
         Lock(Store(str(tmp_path)), 60).__enter__()
 
 

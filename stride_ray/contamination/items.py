@@ -252,7 +252,10 @@ def _unwrapped(values: dict[str, Any]) -> dict[str, Any]:
 
 def _own_id(values: Mapping[str, Any]) -> str:
     """Return the field of a row's own id; "" if it has none."""
-    fields = {plain_name(key): key for key in reversed(values) if isinstance(values[key], str | int | float)}
+    fields: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, str | int | float):
+            fields.setdefault(plain_name(key), key)
     return next((fields[name] for name in _IDS if name in fields), "")
 
 

@@ -138,6 +138,7 @@ def shape_of(values: Mapping[str, Any], given: Mapping[str, str], note: Callable
     # Merged sets fill the columns that a row does not have with blanks.
     filled = _by_name(key for key in values if has_content(values[key]))
     shape = {"question": named["question"]} if "question" in named else _known_shape(filled)
+    shape = shape or _known_shape(_by_name(there))
     if "choices" not in shape and (choices := _choices(values, filled)):
         pointer = next((filled[name] for name in _POINTERS if name in filled), shape.pop("answer", choices))
         shape |= {"choices": choices, **({"answer": pointer} if pointer != choices else {})}

@@ -17,7 +17,7 @@ import time
 from codecs import BOM_UTF8
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from functools import reduce
+from functools import partial, reduce
 from typing import IO, Any
 
 import pyarrow as pa
@@ -206,15 +206,26 @@ def _write_lines(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleane
                 yield with_strings(line.decode(), values, cleaned).encode("utf-8", "backslashreplace")
 
     def array() -> Iterator[bytes]:
-        mark = b"["
+        begin, end = _outside(file)
+        mark = begin + b"["
         for line in filter(bytes.strip, lines()):
             yield mark + b"\n" + line
             mark = b","
-        yield b"\n]\n" if mark == b"," else b"[]\n"
+        yield (b"\n]" if mark == b"," else mark + b"]") + end
 
     with open(path, "wb") as target:
         pieces = array() if is_array(file) else lines()
         _write_compressed(compression(file.name), target, pieces)
+
+
+def _outside(file: SourceFile) -> tuple[bytes, bytes]:
+    """Return what stands around a file's one JSON array: its byte-order mark, and the white space at its end."""
+    fs, place = filesystem(file.url)
+    first, last = b"", b""
+    with fs.open(place, "rb") as source:
+        for chunk in inflated(iter(partial(source.read, 1 << 20), b""), compression(file.name)):
+            first, last = first or chunk[: len(BOM_UTF8)], (last + chunk)[-1024:]
+    return BOM_UTF8 if first == BOM_UTF8 else b"", last[len(last.rstrip()) :]
 
 
 def _write_parquet(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:

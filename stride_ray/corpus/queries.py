@@ -142,5 +142,5 @@ def fingerprint(table: pa.Table) -> str:
 
 def check_name(name: str, of: str = "query set") -> None:
     """Raise StrideError for a name (of a query set or a nightly scan) that cannot be a folder name."""
-    if not name or "/" in name or name.startswith((".", "_")):
+    if not name or "/" in name or name.startswith((".", "_")) or not name.isprintable():
         raise StrideError(f"{name!r} is not a valid name for a {of}; use letters, digits, '-' and '_'.")

@@ -293,6 +293,82 @@ COUNTED = {
 }
 
 
+# As gpt-oss's: a result repeats the name of its call, and a content beside thoughts and a call is an error.
+OSS_CALLS = (
+    "{% set ns = namespace(name=none) %}{% for m in messages %}{% if m.role == 'tool' %}"
+    "{% if ns.name is none %}{{ raise_exception('a result without its call') }}{% endif %}"
+    "{{ '<|start|>functions.' + ns.name + ' to=assistant<|channel|>commentary<|message|>' }}"
+    "{{ m.content | tojson }}<|end|>"
+    "{% elif m.role == 'user' %}{{ '<|start|>user<|message|>' + m.content + '<|end|>' }}"
+    "{% elif m.tool_calls %}{% if m.content and m.thinking %}{{ raise_exception('both') }}{% endif %}"
+    "{% if m.content or m.thinking %}{{ '<|start|>assistant<|channel|>analysis<|message|>' }}"
+    "{{ m.content or m.thinking }}<|end|>{% endif %}{% set ns.name = m.tool_calls[0].function.name %}"
+    "{{ '<|start|>assistant to=functions.' + ns.name + '<|channel|>commentary json<|message|>' }}"
+    "{{ m.tool_calls[0].function.arguments | tojson }}<|call|>{% else %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+# As Gemma 4's: results stand within the turn that called, before its content.
+GEMMA_CALLS = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|turn>user\n' + m.content + '<turn|>\n' }}"
+    "{% elif m.role == 'assistant' %}{{ '<|turn>model\n' }}{% set ns = namespace(open=true) %}"
+    "{% for c in m.tool_calls or [] %}{{ '<|tool_call>call:' + c.function.name + '<tool_call|>' }}{% endfor %}"
+    "{% for r in messages[loop.index:] if m.tool_calls %}{% if r.role != 'tool' %}{% set ns.open = false %}{% endif %}"
+    "{% if ns.open %}{{ '<|tool_response>response:' + r.content + '<tool_response|>' }}{% endif %}{% endfor %}"
+    "{{ (m.content or '') + '<turn|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn>model\n' }}{% endif %}"
+)
+THOUGHTFUL = {"role": "assistant", "thinking": "Use it.", "tool_calls": [CALL]}
+RESULTS = {
+    "gpt-oss": (
+        OSS_CALLS,
+        CALLED,
+        [
+            ' to=functions.add<|channel|>commentary json<|message|>{"a": 2}<|call|>',
+            "<|channel|>final<|message|>It is 4.<|end|>",
+            "<|channel|>final<|message|>Yes: 4.<|return|>",
+        ],
+    ),
+    "gpt-oss, a call at the end": (
+        OSS_CALLS,
+        CALLED[:2],
+        [' to=functions.add<|channel|>commentary json<|message|>{"a": 2}<|call|>'],
+    ),
+    "gpt-oss, thoughts before a call": (
+        OSS_CALLS,
+        [CALLED[0], THOUGHTFUL, *CALLED[2:4]],
+        [
+            "<|channel|>analysis<|message|>Use it.<|end|>"
+            '<|start|>assistant to=functions.add<|channel|>commentary json<|message|>{"a": 2}<|call|>',
+            "<|channel|>final<|message|>It is 4.<|return|>",
+        ],
+    ),
+    "gpt-oss, two results": (
+        OSS_CALLS,
+        [*CALLED[:3], {**CALLED[2], "content": "<b>5</b>"}, CALLED[3]],
+        [
+            ' to=functions.add<|channel|>commentary json<|message|>{"a": 2}<|call|>',
+            "<|channel|>final<|message|>It is 4.<|return|>",
+        ],
+    ),
+    "Gemma 4": (
+        GEMMA_CALLS,
+        [CALLED[0], {**CALLED[1], "content": "I add."}, CALLED[2], {**CALLED[2], "content": "5"}, *CALLED[4:]],
+        ["<|tool_call>call:add<tool_call|>", "I add.<turn|>", "Yes: 4.<turn|>"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "messages", "expected"), RESULTS.values(), ids=RESULTS)
+def test_results_of_calls_do_not_count(tokenizer, template, messages, expected):
+    found = shown(tokenizer, template, messages)
+    assert [part.partition("⟧")[0] for part in found.split("⟦")[1:]] == expected
+    assert found.replace("⟦", "").replace("⟧", "") == ChatTemplate(tokenizer).render(messages)[0]
+    answers = sum(message["role"] == "assistant" for message in messages)
+    text, ranges = ChatTemplate(tokenizer).render(messages, learned=[True] + [False] * (answers - 1))
+    assert [text[start:end] for start, end in ranges] == expected[: 2 if template == GEMMA_CALLS else 1]
+
+
 @pytest.mark.parametrize(("template", "call", "answer"), COUNTED.values(), ids=COUNTED)
 def test_calls_of_tools(tokenizer, template, call, answer):
     tools = [{"type": "function", "function": {"name": "add"}}]
@@ -326,6 +402,21 @@ def test_thoughts_and_names(tokenizer):
         "assistant\n⟦It", "assistant name=bob\n⟦Easy. It"
     )
     assert shown(tokenizer, QWEN3, named[:2]) == EXPECTED["Qwen 3"][1].replace("<think>\n\n", "<think>\nEasy. \n")
+
+
+def test_thoughts_after_a_prompt_with_empty_ones(tokenizer):
+    """As Qwen 3.5's without thinking."""
+    empty = "'<think>\n\n</think>\n\n'"
+    template = CHATML.replace(
+        "+ m['content']",
+        "+ ('<think>\n' + m.thinking + '\n</think>\n\n' if m.thinking else "
+        f"{empty} if m.role == 'assistant' else '') + m['content']",
+    ).replace("'<|im_start|>assistant\n'", f"'<|im_start|>assistant\n' + {empty}")
+    plain = shown(tokenizer, template, ASKED[:2])
+    assert plain.endswith("assistant\n<think>\n\n</think>\n\n⟦It is 4.<|im_end|>⟧\n")
+    found = shown(tokenizer, template, [ASKED[0], {**ASKED[1], "thinking": "Easy."}, *ASKED[2:]])
+    assert "assistant\n<think>\n⟦Easy.\n</think>\n\nIt is 4.<|im_end|>⟧\n" in found
+    assert found.endswith("<think>\n\n</think>\n\n⟦Yes: 4.<|im_end|>⟧\n")
 
 
 def test_arguments_of_the_template(tokenizer):

@@ -28,7 +28,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stride_ray.contamination.purify import _Cleaner
+from stride_ray.contamination.purify import _cleaned_table, _Cleaner
 from stride_ray.corpus import readers
 from stride_ray.corpus.documents import Document, read, resolve_columns
 from stride_ray.corpus.files import SourceFile, list_files
@@ -456,6 +456,8 @@ def test_inputs_that_cannot_be_planned_are_told_in_a_sentence(tmp_path):
     a, b = (write_lines(tmp_path / f"{x}/same.jsonl", [{"text": "x"}]) for x in "ab")
     for inputs, words in (
         ([], "No input"),
+        ([""], "The name of an input is empty"),
+        ([a, " "], "The name of an input is empty"),
         ([str(tmp_path / "missing")], "does not exist"),
         ([str(tmp_path / "*.parquet")], "matches no file"),
         ([str(tmp_path / "empty")], "matches no file"),
@@ -595,6 +597,8 @@ def test_no_credentials_in_errors(url):
     ("row", "expected"),
     [
         ({"text": "t", "messages": []}, {"text": "t"}),
+        *(({"text": "t", "conversations": none}, {"text": "t"}) for none in ("[]", "null", " {} ", '""')),
+        ({"text": "null", "messages": "[]"}, {"text": "null"}),
         ({"prompt": "p", "completion": "c", "text": "t"}, {"prompt": "p", "answer": "c"}),
         ({"question": "q", "answer": "a"}, {"prompt": "q", "answer": "a"}),
         ({"instruction": "q", "input": "", "output": "a"}, {"prompt": "q", "answer": "a"}),
@@ -748,6 +752,9 @@ def test_ready_ids_count_where_masks_and_labels_let_them(tmp_path, row, ids, mas
         ({"train": False}, False),
         ({"training": False}, False),
         ({"loss": False}, False),
+        ({"loss_mask": 0}, False),
+        ({"loss_mask": 1, "step_loss_mask": 0}, False),
+        ({"step_loss_mask": 0.5}, "whose step_loss_mask is 0.5; only 0 and 1"),
         ({"train_detail": [HOLE]}, "holds a message with train_detail"),
         ({"weight": 0.5}, "whose weight is 0.5; only 0 and 1"),
         ({"weight": float("nan"), "name": float("nan")}, True),
@@ -805,6 +812,9 @@ def test_what_a_turn_says_is_a_string_or_parts(tmp_path, turn, read):
         (None, None),
         ("[]", None),
         ('[{"name": "f"}]', [{"name": "f"}]),
+        ('[{"name": "f", "id": null}]', [{"name": "f"}]),
+        (['{"name": "f"}', {"name": "g"}], [{"name": "f"}, {"name": "g"}]),
+        (["f()"], "holds a message whose tool_calls are a string that is not JSON"),
         ([{"name": "f", "id": None}], [{"name": "f"}]),
         ("f()", "holds a message whose tool_calls are a string that is not JSON"),
     ],
@@ -896,6 +906,74 @@ def test_a_conversation_is_the_same_from_json_lines_and_parquet(tmp_path):
     )
     assert (lines.messages, lines.template_arguments) == (parquet.messages, parquet.template_arguments)
     assert lines.messages[1]["tool_calls"] == [{"function": {"name": "f", "arguments": {"f": 1}}}]
+
+
+def as_json(part):
+    """An array of values stored as JSON, as the library datasets stores what has no fixed type."""
+    return pa.array(list(map(json.dumps, part)), pa.json_())
+
+
+def listed(*parts):
+    """A list of such arrays as the only row of a column."""
+    return pa.ListArray.from_arrays([0, len(parts[0])], parts[0] if len(parts) == 1 else pa.concat_arrays(parts))
+
+
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"q": ["x", 1]}}}]
+JSON_CHAT = [CHAT[0], {**CHAT[1], "tool_calls": CALLS}]
+
+
+def typed_messages(stored):
+    """A column with JSON_CHAT, of whose turns the given part is stored as JSON."""
+    if stored == "turns":
+        return listed(as_json(JSON_CHAT))
+    if stored == "column":
+        return as_json([JSON_CHAT])
+    roles, contents = pa.array(["user", "assistant"]), pa.array([turn["content"] for turn in CHAT])
+    called = as_json(CALLS)
+    if stored == "arguments":
+        function = pa.StructArray.from_arrays(
+            [pa.array(["f"]), as_json([CALLS[0]["function"]["arguments"]])], ["name", "arguments"]
+        )
+        called = pa.StructArray.from_arrays([pa.array(["function"]), function], ["type", "function"])
+    if stored == "contents":
+        contents = as_json([turn["content"] for turn in CHAT])
+    calls = pa.ListArray.from_arrays(pa.array([None, 0, 1], pa.int32()), called)
+    return listed(pa.StructArray.from_arrays([roles, contents, calls], ["role", "content", "tool_calls"]))
+
+
+@pytest.mark.parametrize("stored", ["column", "turns", "contents", "calls", "arguments"])
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_values_stored_as_json_are_read_at_any_depth(tmp_path, kind, stored):
+    table = pa.table({"messages": typed_messages(stored), "note": as_json([""])})
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as file:
+            file.write_table(table)
+    unused = set()
+    (unit,) = plan([str(path)], 1 << 20)
+    (item,) = read(unit, {}, unused)
+    assert (item.messages, unused) == (JSON_CHAT, set())
+
+
+def test_what_is_not_json_among_values_stored_as_json(tmp_path):
+    values = ['"a"', "{broken", '{"a": 1}', "7", "[" * 100_000]
+    pq.write_table(pa.table({"text": pa.array(values, pa.json_())}), tmp_path / "a.parquet")
+    first, *others = read_all([str(tmp_path / "a.parquet")], {})
+    assert first.text == "a"
+    assert [other.reason.partition(":")[0] for other in others] == [
+        "'text' is unreadable",
+        "'text' is an object, not a string",
+        "'text' is a number, not a string",
+        "'text' is unreadable",
+    ]
+
+
+def test_turns_may_be_json_in_strings(tmp_path):
+    item, _ = one(tmp_path, {"messages": [json.dumps(CHAT[0]), json.dumps({**CHAT[1], "name": None})]})
+    assert item.messages == CHAT
+    assert "that is not an object with a role" in one(tmp_path, {"messages": ["hi"]})[0].reason
 
 
 def corrupted(path, table, column, group=1):
@@ -1097,6 +1175,25 @@ def test_a_conversation_kept_as_json_is_purified(tmp_path):
     cleaned = cleaner.cleaned(0, {"messages": json.dumps(turns), "n": 1})
     assert json.loads(cleaned["messages"]) == [{"role": "user", "content": "a c"}, turns[1]]
     assert cleaned["n"] == 1
+    calls = ['{"name":  "f"}', {"name": "g"}]
+    strings = [json.dumps(turns[0]), {**turns[1], "tool_calls": calls}]
+    leaks = {"messages.0.content": [(1, 3)], "messages.1.tool_calls.0.name": [(0, 1)]}
+    cleaned = _Cleaner({}, {0: leaks}, False, Counter()).cleaned(0, {"messages": strings})
+    assert cleaned["messages"] == [
+        json.dumps({**turns[0], "content": "a c"}),
+        {**turns[1], "tool_calls": ['{"name":  ""}', calls[1]]},
+    ]
+
+
+@pytest.mark.parametrize("stored", ["column", "turns", "contents", "calls", "arguments"])
+def test_a_conversation_stored_as_json_is_purified(tmp_path, stored):
+    table = pa.table({"messages": typed_messages(stored), "chat_template_kwargs": pa.array(["{broken"], pa.json_())})
+    cleaner = _Cleaner({}, {7: {"messages.0.content": [(0, 1)]}}, False, Counter())
+    cleaned = _cleaned_table(table, 7, cleaner)
+    assert cleaned.schema == table.schema
+    pq.write_table(cleaned.drop_columns("chat_template_kwargs"), tmp_path / "a.parquet")
+    (item,) = read_all([str(tmp_path / "a.parquet")], {})
+    assert item.messages == [{**CHAT[0], "content": "i"}, JSON_CHAT[1]]
 
 
 CARD = "---\nlicense: mit\nconfigs:\n- config_name: default\n---\n# A data set\n"

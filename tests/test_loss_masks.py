@@ -184,3 +184,26 @@ def test_a_character_of_prompt_and_answer_together():
     found = pair(tokenizer, accent[0], accent[1])
     assert np.flatnonzero(found.mask)[0] == 1
     assert tokenizer.decode(found.ids[:-1]) == accent
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.NFKC()], ids=["NFC", "NFKC"])
+@pytest.mark.parametrize("whole", ["é", "ệ", "한"])
+def test_a_character_that_a_normalizer_composes_of_prompt_and_answer(normalizer, whole):
+    """The tokenizer's offsets have the first part of it alone, which belongs to the prompt."""
+    text = f"2+2{whole}"
+    fast = _trained(
+        models.BPE(),
+        trainers.BpeTrainer(vocab_size=40, special_tokens=SPECIAL, initial_alphabet=list(text), show_progress=False),
+        normalizer=normalizer,
+        decoder=decoders.Fuse(),
+    )
+    tokenizer = load_tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>"))
+    parts = unicodedata.normalize("NFD", text)
+    for cut in range(4, len(parts)):
+        found = pair(tokenizer, parts[:cut], f"{parts[cut:]}4")
+        assert tokenizer.decode(found.ids[found.mask]) == f"{whole}4</s>"
+    # An accent that is taken away belongs to no token.
+    fast.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    stripped = load_tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>"))
+    found = pair(stripped, "2+2e", "\u03014")
+    assert stripped.decode(found.ids[found.mask]) == "4</s>"

@@ -1,5 +1,7 @@
 """Queries: every row's own id, whatever the others have, and made ids that no other row has."""
 
+from decimal import Decimal
+
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,6 +49,7 @@ def asked(tmp_path, tokenizer, rows):
         (pa.table({"query_id": ["a", None, ""]}), ["a", "q1", "q2"]),
         (pa.table({"id": pa.nulls(2)}), ["q0", "q1"]),
         (pa.table({"other": [1, 2]}), ["q0", "q1"]),
+        (pa.table({"id": [Decimal("2.00"), Decimal("2.50"), None]}), ["2", "2.50", "q2"]),
         (pd.DataFrame({"id": pd.Categorical(["b", "a"])}), ["b", "a"]),
     ],
 )

@@ -1,17 +1,20 @@
 """Nights of scans: what is done anew, what is new and resolved, exit statuses, killed scans, webhooks, comparisons."""
 
+import contextlib
 import http.server
 import json
 import shutil
+import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from conftest import killed_at_write, run_plainly, write_lines
 
 from stride_ray.cli.main import main
-from stride_ray.contamination import nightly
+from stride_ray.contamination import nightly, webhook
 from stride_ray.contamination.compare import compare, describe
 from stride_ray.contamination.items import read_set
 from stride_ray.contamination.nightly import scan
@@ -195,6 +198,95 @@ def test_the_webhook_is_told_and_its_failure_leaves_the_report(place, hook):
     assert "cannot be reached" in third["webhook"]
     assert "secret" not in third["webhook"]
     assert "is not an HTTP URL" in night(place, "n4", webhook="file:///etc/passwd")["webhook"]
+
+
+@contextlib.contextmanager
+def answering(*pieces, between=0.0):
+    """A server that answers any request with these bytes; yields its URL and the requests."""
+    server = socket.create_server(("127.0.0.1", 0))
+    got = []
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                connection = server.accept()[0]
+                with connection:
+                    got.append(connection.recv(1 << 16))
+                    for piece in pieces:
+                        connection.sendall(piece)
+                        time.sleep(between)
+
+    threading.Thread(target=serve, daemon=True).start()
+    with server:
+        yield f"127.0.0.1:{server.getsockname()[1]}", got
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b"HTTP/1.1 302 Found\r\nLocation: /other\r\nContent-Length: 0\r\n\r\n", "answered 302 (a redirect; give"),
+        (b"HTTP/1.1 304 Not Modified\r\n\r\n", "answered 304"),
+        (b"SSH-2.0-OpenSSH_9\r\n", "cannot be reached (BadStatusLine"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", "cannot be reached (LineTooLong"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nabc", ""),  # it accepted the summary
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", ""),
+    ],
+)
+def test_whatever_a_webhook_answers_is_a_clause(answer, told):
+    with answering(answer) as (host, got):
+        why = webhook.post(f"http://{host}/scan?token=secret", {})
+    assert told in why
+    assert bool(why) == bool(told)
+    assert "secret" not in why
+    assert len(got) == 1
+
+
+def test_a_webhook_that_answers_for_ever_is_not_waited_for():
+    started = time.monotonic()
+    with answering(b"HTTP/1.1 200 OK\r\n\r\n", *[b"x"] * 50, between=0.1) as (host, _):
+        assert webhook.post(f"http://{host}", {}) == ""
+    assert time.monotonic() - started < 2
+
+
+def test_a_webhooks_password_and_path_are_sent_as_browsers_do():
+    with answering(b"HTTP/1.1 204 No Content\r\n\r\n") as (host, got):
+        assert webhook.post(f"http://me:p%40ss@{host}/a b/\u00fc?c=d e%20f", {"a": 1}) == ""
+    head, _, body = got[0].partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /a%20b/%C3%BC?c=d%20e%20f HTTP")
+    assert b"Authorization: Basic bWU6cEBzcw==" in head
+    assert b"Host: " + host.encode() in head
+    assert body in (b"", b'{"a": 1}')  # the body may come in a packet of its own
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["host/secret", "http:///secret", "http://[::1/secret", "http://h:port/secret", "mailto:secret", "ftp://h/secret"],
+)
+def test_what_is_no_url_of_a_webhook_is_told_as_that(url):
+    why = webhook.post(url, {})
+    assert "is not an HTTP URL, such as https://host/path" in why
+    assert "secret" not in why
+
+
+@pytest.mark.parametrize("name", ["../n", "a/b", ".n", "a\nb", "half \ud800"])
+def test_names_that_are_no_folders_are_refused(name, place):
+    with pytest.raises(StrideError, match="is not a valid name for a night; use letters"):
+        night(place, name)
+
+
+def test_nights_may_be_deleted(place):
+    leak(place, 4)
+    night(place, "n1")
+    Path(place / "scans/nights/n1/verdicts.parquet").unlink()
+    with pytest.raises(StrideError, match=r"n1 has no verdicts\.parquet; restore it, or delete the whole folder"):
+        night(place, "n2")
+    with pytest.raises(StrideError, match=r"n1 has no verdicts\.parquet; restore it, or compare another night"):
+        compare(str(place / "scans/nights/n1"), str(place / "scans/nights/n1"))
+    shutil.rmtree(place / "scans/nights/n1")
+    again = night(place, "n2")
+    assert (again["status"], again["new"], again["before"]) == (2, 1, "")
+    assert night(place, "n3")["status"] == 0
 
 
 def test_what_was_not_told_is_told_the_next_night(place, hook):

@@ -338,6 +338,163 @@ def test_texts_that_are_stored_as_bytes_are_texts(tmp_path):
     assert (item.question, item.choices, item.answer) == ("Why was it so?", ("a b", "c d"), "c d")
 
 
+ASKED = "Which one of them was it?"
+LETTERS = dict(zip("ABCD", ("a b", "c d", "e f", "g h"), strict=True))
+EACH = tuple(LETTERS.values())
+# Rows of public sets, and what a person reads there: the choices and the answer.
+PUBLIC = {
+    "ARC, as published": (
+        {"question": {"stem": ASKED, "choices": [{"text": "a b", "label": "A"}, {"text": "c d", "label": "B"}]}}
+        | {"answerKey": "B"},
+        (("a b", "c d"), "c d"),
+    ),
+    "EXAMS": (
+        {"question": {"stem": ASKED, "choices": {"text": EACH[:2], "label": ["A", "B"]}}, "answerKey": "A"},
+        (("a b", "c d"), "a b"),
+    ),
+    "a log of ARC": (
+        {"doc": {"question": {"stem": ASKED, "choices": [{"text": "a b", "label": "A"}]}, "answerKey": "A"}},
+        (("a b",), "a b"),
+    ),
+    "SWAG": (
+        {"startphrase": ASKED, "sent1": "So.", **{f"ending{i}": EACH[i] for i in range(4)}, "label": 0},
+        (EACH, "a b"),
+    ),
+    "Global-MMLU": (
+        {"question": ASKED, **{f"option_{k.lower()}": LETTERS[k] for k in LETTERS}, "answer": "B"},
+        (EACH, "c d"),
+    ),
+    "ArabicMMLU": (
+        {"Question": ASKED, "Answer Key": "C", **{f"Option {i + 1}": EACH[i] for i in range(4)}, "Option 5": None},
+        (EACH, "e f"),
+    ),
+    "KMMLU": ({"question": ASKED, "answer": 4, **LETTERS, "Category": "law"}, (EACH, "g h")),
+    "Belebele": (
+        {"question": ASKED, **{f"mc_answer{i + 1}": EACH[i] for i in range(4)}, "correct_answer_num": "2"},
+        (EACH, "c d"),
+    ),
+    "LongBench v2": ({"question": ASKED, **{f"choice_{k}": LETTERS[k] for k in LETTERS}, "answer": "D"}, (EACH, "g h")),
+    "QuALITY": ({"article": "So.", "question": ASKED, "options": EACH, "gold_label": 4}, (EACH, "g h")),
+    "QuAIL": ({"context": "So.", "question": ASKED, "answers": EACH, "correct_answer_id": 1}, (EACH, "c d")),
+    "BBQ": ({"question": ASKED, "ans0": "a b", "ans1": "c d", "ans2": "e f", "label": 1}, (EACH[:3], "c d")),
+    "five letters": ({"question": ASKED, **LETTERS, "E": "i j", "answer": "E"}, ((*EACH, "i j"), "i j")),
+    "three letters": ({"question": ASKED, **LETTERS, "D": None, "answer": "C"}, (EACH[:3], "e f")),
+    "a test split": ({"question": ASKED, **LETTERS, "answer": ""}, (EACH, "")),
+    "camel case": ({"question": ASKED, "choiceA": "a b", "choiceB": "c d", "correctAnswer": "B"}, (EACH[:2], "c d")),
+    "from 0 by name": ({"question": ASKED, "option0": "a b", "option1": "c d", "label": 0}, (EACH[:2], "a b")),
+    "TruthfulQA, second": (
+        {"question": ASKED, "mc2_targets": {"choices": EACH[:2], "labels": [0, 1]}},
+        (EACH[:2], "c d"),
+    ),
+    "inspect": ({"input": ASKED, "choices": EACH, "target": "B"}, (EACH, "c d")),
+    "inspect, a chat": (
+        {
+            "input": [
+                {"role": "system", "content": "You are the most careful of all."},
+                {"role": "user", "content": ASKED},
+            ]
+        }
+        | {"target": "so so"},
+        ((), "so so"),
+    ),
+    "OpenAI's evals": (
+        {
+            "input": [
+                {"role": "system", "content": "You are the most careful of all."},
+                {"role": "user", "content": ASKED},
+            ]
+        }
+        | {"ideal": ["so so", "not so"]},
+        ((), "so so"),
+    ),
+    "HELM": (
+        {"input": {"text": ASKED}, "split": "test"}
+        | {"references": [{"output": {"text": "a b"}, "tags": []}, {"output": {"text": "c d"}, "tags": ["correct"]}]},
+        (EACH[:2], "c d"),
+    ),
+    "HELM without choices": (
+        {"input": {"text": ASKED}, "references": [{"output": {"text": "so so"}, "tags": ["correct"]}]},
+        ((), "so so"),
+    ),
+    "BIG-bench on the hub": (
+        {"inputs": ASKED, "targets": ["c d"]} | {"multiple_choice_targets": EACH[:2], "multiple_choice_scores": [0, 1]},
+        (EACH[:2], "c d"),
+    ),
+    "lighteval": ({"query": ASKED, "choices": EACH, "gold_index": 3}, (EACH, "g h")),
+    "MGSM": ({"question": ASKED, "answer": None, "answer_number": 18}, ((), "18")),
+    "DROP": (
+        {"passage": "So.", "question": ASKED, "answers_spans": {"spans": ["so so"], "types": ["span"]}},
+        ((), "so so"),
+    ),
+    "LongBench": ({"input": ASKED, "context": "So it was, once.", "answers": ["so so"]}, ((), "so so")),
+    "LiveBench": ({"turns": [ASKED], "ground_truth": "so so"}, ((), "so so")),
+    "MT-bench": ({"turns": [ASKED], "reference": ["It was longer ago than any question."]}, ((), "")),
+    "FLAN": ({"inputs": ASKED, "targets": "so so"}, ((), "so so")),
+    "ReCoRD": ({"query": ASKED, "answers": ["so so"]}, ((), "so so")),
+    "marks of Chinese": (
+        {"question": ASKED, "options": "A\u3001a b\nB\u3001c d", "answer": "\uff22"},
+        (EACH[:2], "c d"),
+    ),
+    "labels of the texts": (
+        {"question": ASKED, "options": ["(i) a b", "(ii) c d"], "answer": "(ii)"},
+        (None, "(ii) c d"),
+    ),
+    "shuffled labels": ({"question": ASKED, "options": ["B) a b", "A) c d"], "answer": "A"}, (None, "A) c d")),
+    # Merged sets fill the columns of the others with blanks.
+    "blank answers": ({"question": ASKED, "answers": "", "answer": "so so"}, ((), "so so")),
+    "blank answer": ({"question": ASKED, "options": EACH, "answer": "", "label": "B"}, (EACH, "c d")),
+    "blank letters": ({"text": ASKED, "question": "", "A": "", "B": "", "answer": ""}, ((), "")),
+    # No choices.
+    "sentences": ({"text": ASKED, "sentence1": "It is so.", "sentence2": "It is not.", "label": 1}, ((), "")),
+    "other answers": ({"question": ASKED, "answer": "so so", "answers": ["so so", "not so"]}, ((), "so so")),
+    "a class": ({"question": ASKED, "answers": ["so so", "not so"], "label": "supported"}, ((), "so so")),
+    "letters of something else": ({"question": ASKED, "answer": "so so", "a": 1, "b": 2}, ((), "so so")),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_rows_of_public_sets_have_their_choices_and_answers(name, tmp_path):
+    row, (choices, answer) = PUBLIC[name]
+    (item,) = read_set(write(tmp_path / "set.jsonl", [row])).items
+    assert (item.question, item.answer, item.not_understood) == (ASKED, answer, ())
+    assert item.choices == choices or choices is None
+
+
+@pytest.mark.parametrize(
+    ("numbers", "answers"),
+    [
+        ((1, 2, 4), ("a b", "c d", "g h")),  # none is 0, and one is the number of the choices
+        ((0, 1, 3), ("a b", "c d", "g h")),
+        (("4", "1"), ("g h", "a b")),
+        (([0], [3]), ("a b", "g h")),
+        ((1, 2), ("c d", "e f")),  # nothing shows that these count from 1
+    ],
+)
+def test_a_whole_set_shows_whether_its_answers_count_from_0_or_1(numbers, answers, tmp_path):
+    rows = [{"question": f"{ASKED} {n}", "choices": EACH, "answer": n} for n in numbers]
+    found = read_set(write(tmp_path / "set.jsonl", rows))
+    assert [(item.answer, item.not_understood) for item in found.items] == [(answer, ()) for answer in answers]
+
+
+@pytest.mark.parametrize("own", ["ID", "_id", "qID", "Record ID", "uuid", "instance_id", "unique_id", "sample_id"])
+def test_ids_are_known_by_their_names(own, tmp_path):
+    (item,) = read_set(write(tmp_path / "set.jsonl", [{"question": ASKED, "answer": "so so", own: "x1"}])).items
+    assert item.item_id == "x1"
+
+
+def test_an_answer_without_its_question_is_an_item(tmp_path):
+    rows = [{"question": "", "answer": "so"}, {"question": None, "other": ASKED, "answer": "so so"}]
+    found = read_set(write(tmp_path / "set.jsonl", rows))
+    assert [(item.question, item.answer) for item in found.items] == [("", "so"), (ASKED, "")]
+    assert found.rejects == ()
+
+
+def test_roles_that_are_not_given_are_detected(tmp_path):
+    path = write(tmp_path / "set.jsonl", [{"ask": ASKED, "choices": EACH, "answer": "B"}])
+    (item,) = read_set(path, fields={"question": "ask"}).items
+    assert (item.question, item.choices, item.answer) == (ASKED, EACH, "c d")
+
+
 # Answers and choices as data sets write them: fields, the choices and the answer that a person reads there.
 TWO = ("a b", "c d")
 SPELT = {
@@ -531,10 +688,21 @@ READ = {
         r'"It is so.\nThen caf\u00e9\\n\ud83d\ude00ended\tat \"once\""',
         "it is so then caf\u00e9 ended at once",
     ),
+    "letters beyond the first plane, escaped": (r"\ud840\udc00 \ud835\udc00\\ud835\\udc01 \ud840", "\U00020000 ab"),
+    "escapes of bytes and code points": (
+        r"don\x27t caf\xe9 caf\xc3\xa9 \\xd1\\x8f caf\u{e9} caf\U000000e9 \U99999999 \x3cb\x3ebo\x3c/b\x3eld",
+        "don t caf\u00e9 caf\u00e9 \u044f caf\u00e9 caf\u00e9 bold",
+    ),
+    "escapes of the old JavaScript": ("caf%u00e9%20caf%25u00E9 100%u %ud83d", "caf\u00e9 caf\u00e9 100 u"),
     "reading aids": (
         "<ruby>\u6f22<rp>(</rp><rt>\u304b\u3093</rt><rp>)</rp>\u5b57<rt>\u3058</rt></ruby>",
         "\u6f22 \u5b57",
     ),
+    "reading aids without an end": (
+        "<ruby>\u6f22<rp>(<rt>\u304b\u3093<rp>)</ruby>\u5b57 <ruby><rb>\u6771<rt>\u3068<rb>\u4eac</ruby>",
+        "\u6f22 \u5b57 \u6771 \u4eac",
+    ),
+    "lines below and through letters": ("l\u0336a\u0336rge\u0332 \u2260 c\u0327a", "large \u00e7a"),
     "escaped twice": ("a&amp;nbsp;b&amp;#x27;c &amp;lt;i&amp;gt;d", "a b c d"),
     "tags": ('<p class="x y">H<sub>2</sub>O<br/>is <a href=/w?a=1&b=2 hidden>wet</a></p>', "h2o is wet"),
     "escaped tags": ('&lt;b&gt;bo&lt;/b&gt;ld <a href=\\"u\\">link</a>', "bold link"),
@@ -553,7 +721,11 @@ READ = {
     "fractions": ("Take ½ cup, 3½ spoons, 2⅓cups, ⅟8", "take 1 2 cup 3 1 2 spoons 2 1 3 cups 1 8"),
     "symbols of letters": ("5㎏ on 9㎢ Ⓐⓑ ㍿ 20℃ x² ⒈one ™ Foo™ ★ ☺", "5kg on 9km2 ab 株 式 会 社 20 c x2 1 one foo"),
     "code": ("if a<b and c>d: List<int> &lt; Map<K, V> x <y", "if a b and c d list int map k v x y"),
-    "broken lines": ("exam-\nple well-\r\n  known so\u00ad\nft A-\nB", "example wellknown soft a b"),
+    "broken lines": ("exam-\nple well-\r\n  known so\u00ad\nft A-\nB o-\rther", "example wellknown soft a b other"),
+    "lines broken in markup": (
+        "exam-<br>\nple <span>an-</span>\n<span>other</span> <p>ex-</p>\n\n<p>ample</p> well-<b>known</b>",
+        "example another example well known",
+    ),
 }
 
 

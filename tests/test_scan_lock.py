@@ -90,13 +90,21 @@ def test_a_second_scan_is_refused_and_told_by_whom(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("content", [live(), b"{", b"[]", b"{}"])
+@pytest.mark.parametrize("content", [live(), b"{", b"[]", b"{}", live(lease=1e999)])
 def test_a_stale_or_broken_lock_is_taken_over(content, tmp_path):
     (tmp_path / NAME).write_bytes(content)
     age(Store(str(tmp_path)), 61)
     with Lock(Store(str(tmp_path)), 60) as lock:
         assert json.loads((tmp_path / NAME).read_text())["owner"] == lock.owner
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("odd", [{"lease": 1e18}, {"pid": 2**70}])
+def test_a_lock_with_numbers_beyond_clocks_and_processes_is_told(odd, tmp_path, monkeypatch):
+    held = {"owner": "other", "lease": 60, "machine": module._process_scope()}
+    (tmp_path / NAME).write_text(json.dumps(held | odd))
+    with pytest.raises(StrideError, match=r"held by other until 20.* UTC at the earliest"):
+        Lock(Store(str(tmp_path)), 60).__enter__()
 
 
 def test_the_lease_is_renewed_while_the_scan_is_alive(tmp_path):

@@ -302,6 +302,8 @@ def test_byte_order_marks_and_ends_of_lines_are_as_they_were(mark, scanned):
         "gone.jsonl": (leaked.replace(b"x ", b"") + b"\n" + kept + b"\n", kept + b"\n"),
         "gone last.jsonl": (kept + b"\n" + leaked.replace(b"x ", b""), kept + b"\n"),
         "a.txt": (f"x\r\n{COPY}".encode(), b"x\r\n"),
+        "array.json": (b"[\n" + leaked + b",\n" + kept + b"\n]", b'[\n{"text": "x "},\n' + kept + b"\n]"),
+        "array gone.json": (b"[\n" + leaked.replace(b"x ", b"") + b"\n]\r\n\n", b"[]\r\n\n"),
     }
     for name, (before, _) in files.items():
         (root / "odd" / name).write_bytes(mark + before)

@@ -67,6 +67,8 @@ def compare(a: str, b: str) -> Difference:
                 f"{redact_url(url)} is not a finished scan: it has no manifest.json; give the dated folders, as in "
                 "SCANS/nights/2026-01-31."
             )
+        if not store.exists("verdicts.parquet"):
+            raise StrideError(f"{redact_url(url)} has no verdicts.parquet; restore it, or compare another night.")
         tables.append(store.read_table("verdicts.parquet"))
     return difference(*tables)
 

@@ -17,8 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stride_ray.contamination.schemas.choices import Choices, free_answer, read_answer, read_choices
-from stride_ray.contamination.schemas.shapes import first_number, longest_field, shape_of
+from stride_ray.contamination.schemas.choices import (
+    Choices,
+    answer_numbers,
+    free_answer,
+    read_answer,
+    read_choices,
+)
+from stride_ray.contamination.schemas.shapes import first_number, longest_field, plain_name, shape_of
 from stride_ray.contamination.schemas.texts import as_text, field_text, is_readable, strings
 from stride_ray.corpus.readers import Rejected, Row, rows
 from stride_ray.corpus.rows.row import LONE_SURROGATE, escaped, has_content, kind_of_value, named
@@ -27,7 +33,11 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import redact_url
 
 ROLES = ("question", "choices", "answer", "id", "others")
-_IDS = ("id", "item_id", "query_id", "question_id", "task_id", "ind", "uid", "doc_id")
+# Names of identifiers, without case, spaces and marks (plain_name), the likeliest first.
+_IDS = (
+    "id itemid queryid questionid taskid ind uid docid qid uuid guid sampleid problemid instanceid uniqueid recordid "
+    "storyid pubid idstring questionuniqueid idx".split()
+)
 _SUFFIXES = re.compile(r"(-\d{5}-of-\d{5})?(\.(jsonl|json|ndjson|parquet|txt))?(\.(gz|zst))?$", re.I)
 
 
@@ -123,7 +133,10 @@ def read_set(
             f"{unknown[0]!r} is not a role of an evaluation set's fields; the roles are {_quoted_list(ROLES)}."
         )
     name = name or _SUFFIXES.sub("", os.path.basename(redact_url(path).rstrip("/")))
-    items, rejects, count, missing = _read_items(path, name, fields or {}, only)
+    counting = _Counting()
+    items, rejects, count, missing = _read_items(path, name, fields or {}, only, counting)
+    if counting.settle():
+        items, rejects, count, missing = _read_items(path, name, fields or {}, only, counting)
     absent = [why for each in items.values() for why in each.not_understood if why.startswith("it has no field")]
     if missing and absent:
         raise StrideError(f"The evaluation set {name} ({redact_url(path)}) lacks a given field: {absent[0]}.")
@@ -133,8 +146,34 @@ def read_set(
     return EvaluationSet(name, tuple(items.values()), count - len(items) - len(rejects), tuple(rejects))
 
 
+class _Counting:
+    """Whether a set's answers count its choices from 0 or from 1: the usual number, unless the set shows otherwise.
+
+    It counts from 0 if some answer is 0, and from 1 if none is 0 and some answer is the number of the choices (KMMLU).
+    """
+
+    def __init__(self) -> None:
+        self.first: dict[str, int] = {}
+        self.ends: dict[str, set[int]] = {}
+
+    def first_number(self, field: str, value: Any, choices: Choices) -> int:
+        """Return the number of the first choice, and learn from this row's answer; ``field`` holds the choices."""
+        field = field.partition(",")[0]  # of a field each; some rows have fewer
+        numbers = answer_numbers(value, choices)
+        self.ends.setdefault(field, set()).update(
+            end for end, number in ((0, 0), (1, len(choices.texts))) if number in numbers
+        )
+        return self.first.setdefault(field, first_number(field))
+
+    def settle(self) -> bool:
+        """Decide by all rows; returns whether this changes anything, so that the rows have to be read again."""
+        usual = dict(self.first)
+        self.first |= {field: 0 if 0 in ends else 1 for field, ends in self.ends.items() if ends}
+        return self.first != usual
+
+
 def _read_items(
-    path: str, name: str, fields: Mapping[str, str], only: str | None
+    path: str, name: str, fields: Mapping[str, str], only: str | None, counting: _Counting
 ) -> tuple[dict[str, Item], list[Rejected], int, set[str]]:
     """Return the distinct items by key, the rejects, the number of rows, and the given fields that no row has."""
     items: dict[str, Item] = {}
@@ -146,7 +185,7 @@ def _read_items(
             continue
         for row in rows(unit, None):
             count += 1
-            found = row if isinstance(row, Rejected) else _parse_item(row, name, fields)
+            found = row if isinstance(row, Rejected) else _parse_item(row, name, fields, counting)
             missing -= set(row.values) if isinstance(row, Row) else set()
             if only is not None and isinstance(row, Row) and _SUFFIXES.sub("", row.file) != only:
                 count -= 1
@@ -170,18 +209,18 @@ def check_names(sets: Sequence[EvaluationSet]) -> None:
         seen.add(each.name)
 
 
-def _parse_item(row: Row, name: str, given: Mapping[str, str]) -> Item | Rejected:
+def _parse_item(row: Row, name: str, given: Mapping[str, str], counting: _Counting) -> Item | Rejected:
     number, values = row.number(), {key: _decode_bytes(value) for key, value in row.values.items()}
-    if not given and isinstance(values.get("doc"), dict):  # a sample log of the evaluation harness
-        values = {**values["doc"], **{key: values[key] for key in _IDS if key in values and key not in values["doc"]}}
+    if not given:
+        values = _unwrapped(values)
     notes: list[str] = []
     shape = shape_of(values, {role: field for role, field in given.items() if role != "id"}, notes.append)
     asked, question = _question(values, shape, notes)
-    choices, answer = _choices_and_answer(values, shape, notes)
+    choices, answer = _choices_and_answer(values, shape, notes, counting)
     if LONE_SURROGATE.search("".join((question, *choices, answer))):
         notes.append("it contains an invalid character (a lone surrogate)")
     question, answer, *texts = (LONE_SURROGATE.sub("\ufffd", text) for text in (question, answer, *choices))
-    own = given.get("id") or next((key for key in _IDS if isinstance(values.get(key), str | int | float)), "")
+    own = given.get("id") or _own_id(values)
     item_id = escaped(str(named(values[own]))) if has_content(values.get(own)) else row.document_id
     others, left_out = _other_texts(values, {**shape, "question": asked}, own, [question, *texts, answer])
     if not any(text.strip() for text in (question, answer, *texts, *(text for _, text in others))):
@@ -193,6 +232,31 @@ def _parse_item(row: Row, name: str, given: Mapping[str, str]) -> Item | Rejecte
     line = -1 if number is None else number
     rest = (others, left_out, escaped(asked), tuple(map(escaped, notes)))
     return Item(key, name, item_id, row.file, line, question, tuple(texts), answer, *rest)
+
+
+def _unwrapped(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the row within a sample log of the evaluation harness; and the choices that ARC has in its question."""
+    if isinstance(values.get("doc"), dict):
+        values = {**{key: values[key] for key in values if plain_name(key) in _IDS}, **values["doc"]}
+    asked = values.get("question")
+    if (
+        isinstance(asked, dict)
+        and isinstance(asked.get("stem"), str)
+        and "choices" in asked
+        and "choices" not in values
+    ):
+        values = {**asked, **values, "question": asked["stem"]}
+        values.pop("stem")
+    return values
+
+
+def _own_id(values: Mapping[str, Any]) -> str:
+    """Return the field of a row's own id; "" if it has none."""
+    fields: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, str | int | float):
+            fields.setdefault(plain_name(key), key)
+    return next((fields[name] for name in _IDS if name in fields), "")
 
 
 def _question(values: Mapping[str, Any], shape: Mapping[str, str], notes: list[str]) -> tuple[str, str]:
@@ -209,7 +273,7 @@ def _question(values: Mapping[str, Any], shape: Mapping[str, str], notes: list[s
 
 
 def _choices_and_answer(
-    values: Mapping[str, Any], shape: Mapping[str, str], notes: list[str]
+    values: Mapping[str, Any], shape: Mapping[str, str], notes: list[str], counting: _Counting
 ) -> tuple[tuple[str, ...], str]:
     """Return the texts of the choices that are not blank, and that of the correct answer."""
 
@@ -226,7 +290,8 @@ def _choices_and_answer(
     answer = "" if choices.right is None else choices.texts[choices.right]
     if has_content(held):
         if any(choices.texts):
-            answer = read_answer(held, choices, first_number(shape["choices"]), note("answer"))
+            first = counting.first_number(shape["choices"], held, choices)
+            answer = read_answer(held, choices, first, note("answer"))
         else:
             answer = free_answer(held, note("answer"))
     return tuple(text for text in choices.texts if text.strip()), answer

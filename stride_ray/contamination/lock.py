@@ -35,6 +35,8 @@ MAX_READS, TRIES = 3, 5
 GUARD = 10.0
 # Object stores give times in whole seconds.
 RESOLUTION = 1.0
+# The longest time in seconds that is waited or shown: calendars and threads know no longer ones.
+_LONGEST = 1e9
 
 
 class _Record(NamedTuple):
@@ -65,7 +67,7 @@ def _owner_has_exited(held: _Record) -> bool:
         os.kill(int(held.pid), 0)
     except ProcessLookupError:
         return True
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, OverflowError):
         return False
     return False
 
@@ -101,7 +103,7 @@ class Lock:
                 now = self._read()
                 if now is None or now.owner != held.owner:
                     continue
-                until = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() + left))
+                until = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() + min(left, _LONGEST)))
                 raise StrideError(
                     f"{self.store.display_url(NAME)} is held by {held.owner} until {until} at the earliest: another "
                     "scan is under way; wait for it to end or, if it was killed, until that time."
@@ -293,6 +295,8 @@ class Lock:
                         tag = str(self.store.fs.info(self.store.path(NAME)).get("ETag", ""))
                 content = self.store.read(NAME)
                 held = json.loads(content)
+                if not math.isfinite(float(held["lease"])):
+                    raise ValueError("a lease without an end")
                 known = str(held.get("machine", "")), held.get("pid")
                 return _Record(content, tag, str(held["owner"]), float(held["lease"]), *known)
             except StrideError:
@@ -305,7 +309,7 @@ class Lock:
         return _Record(content, tag, "", 0.0, "", None)
 
     def _renew(self) -> None:
-        while not self._stop.wait(self.lease / 3):
+        while not self._stop.wait(min(self.lease / 3, _LONGEST)):
             # Tolerate a brief outage: the next renewal comes before the lease expires.
             with contextlib.suppress(StrideError):
                 if not self._extend():

@@ -111,8 +111,9 @@ def scan(
 
 
 def last_night(store: Store) -> str:
-    """Return the name of a scan folder's last finished night; empty if there is none."""
-    return store.read_json("latest.json")["night"] if store.exists("latest.json") else ""
+    """Return the name of a scan folder's last finished night; empty if there is none or it was deleted."""
+    night = str(store.read_json("latest.json")["night"]) if store.exists("latest.json") else ""
+    return night if night and store.names(f"nights/{night}") else ""
 
 
 def _last_reported(store: Store, night: str) -> str:
@@ -222,6 +223,16 @@ def _load_unreported(store: Store, night: str) -> tuple[dict[str, Any], Differen
 
 
 def _read_verdicts(store: Store, night: str) -> pa.Table | None:
+    """Return a night's verdicts; None without a night.
+
+    Raises:
+        StrideError: they are missing or damaged.
+    """
+    if night and not store.exists(f"nights/{night}/verdicts.parquet"):
+        raise StrideError(
+            f"{store.display_url(f'nights/{night}')} has no verdicts.parquet; restore it, or delete the whole folder: "
+            "all findings then count as new."
+        )
     return store.read_table(f"nights/{night}/verdicts.parquet") if night else None
 
 

@@ -17,7 +17,7 @@ import time
 from codecs import BOM_UTF8
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from functools import reduce
+from functools import partial, reduce
 from typing import IO, Any
 
 import pyarrow as pa
@@ -29,6 +29,7 @@ from stride_ray.contamination.schemas.texts import strings
 from stride_ray.corpus.files import END, SourceFile, compression, is_corrupt
 from stride_ray.corpus.readers import inflated, is_array, raw_lines
 from stride_ray.corpus.rows.json_strings import with_strings
+from stride_ray.corpus.rows.json_values import decoded, encoded, stored_as
 from stride_ray.corpus.rows.roles import OPENED, Roles, closed, opened, possible_columns, roles_of, text_places
 from stride_ray.corpus.rows.row import reason
 from stride_ray.corpus.splits import InputSplit
@@ -205,15 +206,26 @@ def _write_lines(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleane
                 yield with_strings(line.decode(), values, cleaned).encode("utf-8", "backslashreplace")
 
     def array() -> Iterator[bytes]:
-        mark = b"["
+        begin, end = _outside(file)
+        mark = begin + b"["
         for line in filter(bytes.strip, lines()):
             yield mark + b"\n" + line
             mark = b","
-        yield b"\n]\n" if mark == b"," else b"[]\n"
+        yield (b"\n]" if mark == b"," else mark + b"]") + end
 
     with open(path, "wb") as target:
         pieces = array() if is_array(file) else lines()
         _write_compressed(compression(file.name), target, pieces)
+
+
+def _outside(file: SourceFile) -> tuple[bytes, bytes]:
+    """Return what stands around a file's one JSON array: its byte-order mark, and the white space at its end."""
+    fs, place = filesystem(file.url)
+    first, last = b"", b""
+    with fs.open(place, "rb") as source:
+        for chunk in inflated(iter(partial(source.read, 1 << 20), b""), compression(file.name)):
+            first, last = first or chunk[: len(BOM_UTF8)], (last + chunk)[-1024:]
+    return BOM_UTF8 if first == BOM_UTF8 else b"", last[len(last.rstrip()) :]
 
 
 def _write_parquet(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleaner) -> None:
@@ -249,7 +261,7 @@ def _write_arrow(unit: InputSplit, file: SourceFile, path: str, cleaner: _Cleane
         cleaned = _cleaned_batches(batches, cleaner)
         if framed and any(pa.types.is_dictionary(field.type) for field in opened.schema):
             # The file format allows only one dictionary for all batches.
-            tables = [opened.schema.empty_table(), *cleaned]
+            tables = [pa.Table.from_batches([], opened.schema), *cleaned]
             cleaned = iter([pa.concat_tables(tables).unify_dictionaries()])
         make: Any = pa.ipc.new_file if framed else pa.ipc.new_stream
         with make(path, opened.schema) as target:
@@ -271,21 +283,30 @@ def _cleaned_table(table: pa.Table, first: int, cleaner: _Cleaner) -> pa.Table:
         return table
     # Convert only these columns: others may hold values that Python cannot (invalid UTF-8, dates out of range).
     names = [name for name in table.schema.names if name in cleaner.read]
-    pieces, last = [table.schema.empty_table()], 0
+    pieces, last = [table.slice(0, 0)], 0
     for n in touched:
         row = table.slice(n, 1)
         # As the readers do, because a place is a path of keys.
-        (values,) = row.select(names).to_pylist(maps_as_pydicts="strict")
+        (stored,) = row.select(names).to_pylist(maps_as_pydicts="strict")
+        values = {name: _decoded(table.schema.field(name).type, stored[name]) for name in names}
         cleaned = cleaner.cleaned(first + n, values)
         pieces.append(table.slice(last, n - last))
         last = n + 1
         if cleaned is not None:
             for name in (name for name in names if cleaned[name] != values[name]):
                 field = table.schema.field(name)
-                column = pa.array([cleaned[name]], field.type)
+                changed = encoded(field.type, stored[name], values[name], cleaned[name])
+                column = pa.array([changed], stored_as(field.type)).cast(field.type)
                 row = row.set_column(table.schema.get_field_index(name), field, column)
             pieces.append(row)
     return pa.concat_tables([*pieces, table.slice(last)]).unify_dictionaries().combine_chunks()
+
+
+def _decoded(of: pa.DataType, stored: Any) -> Any:
+    try:
+        return decoded(of, stored)
+    except ValueError:  # no document is made of this column
+        return stored
 
 
 def _write_compressed(packing: str, target: IO[bytes], pieces: Iterator[bytes]) -> None:

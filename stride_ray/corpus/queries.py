@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -102,8 +103,8 @@ def _given_id(row: Row) -> str | Rejected | None:
         if value is None or (isinstance(value, float) and math.isnan(value)):
             continue
         value = named(value)
-        if isinstance(value, float):
-            return str(int(value) if value.is_integer() else value)
+        if isinstance(value, float | Decimal):
+            return str(int(value) if isinstance(value, float) and value.is_integer() else value)
         if isinstance(value, Unreadable):
             return Rejected(row.file, row.number(), f"{column!r} is unreadable: {value.reason}")
         if not isinstance(value, str):
@@ -141,5 +142,5 @@ def fingerprint(table: pa.Table) -> str:
 
 def check_name(name: str, of: str = "query set") -> None:
     """Raise StrideError for a name (of a query set or a nightly scan) that cannot be a folder name."""
-    if not name or "/" in name or name.startswith((".", "_")):
+    if not name or "/" in name or name.startswith((".", "_")) or not name.isprintable():
         raise StrideError(f"{name!r} is not a valid name for a {of}; use letters, digits, '-' and '_'.")

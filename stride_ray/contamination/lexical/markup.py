@@ -2,11 +2,11 @@
 
 HTML entities, percent escapes of URLs (also those escaped twice) and escapes of strings in JSON and code are decoded.
 Tags, raw or escaped, and invisible characters are removed; fractions and letters in one symbol (½, ㎏) are spelt out;
-words hyphenated at a line's end are joined. Comments, scripts, styles, declarations, processing instructions and ruby
-annotations do not interrupt the text around them. The model trains on their content all the same, so each becomes a
-passage of its own. The content of CDATA is text. An element that is not closed hides nothing: unlike in a browser, the
-rest stays readable, because documents are often cut. Items and corpus are read in the same way, so that code which
-looks like markup (``&lt;b&gt;``, ``Set<Object>``) still equals its copies.
+words hyphenated at the end of a line, or of an element, are joined. Comments, scripts, styles, declarations, processing
+instructions and ruby annotations do not interrupt the text around them. The model trains on their content all the same,
+so each becomes a passage of its own. The content of CDATA is text. An element that is not closed hides nothing: unlike
+in a browser, the rest stays readable, because documents are often cut. Items and corpus are read in the same way, so
+that code which looks like markup (``&lt;b&gt;``, ``Set<Object>``) still equals its copies.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,12 +26,21 @@ _ENTITY = regex.compile(
     rf"({_OLD})(?![a-zA-Z0-9=;]))"
 )
 # A character in a URL, in UTF-8, also where its percent sign was escaped again; no control character ("%02d" of code).
+# And "%u00e9" of the old JavaScript.
 _HEX, _SIGN = "[0-9a-fA-F]", "%(?:25)*"
 _MORE = f"{_SIGN}[89abAB]{_HEX}"
 _PERCENT = regex.compile(
-    f"{_SIGN}(?:[2-7]{_HEX}|0[aAdD9]|[cCdD]{_HEX}{_MORE}|[eE]{_HEX}(?:{_MORE}){{2}}|[fF][0-4](?:{_MORE}){{3}})"
+    f"{_SIGN}(?:[2-7]{_HEX}|0[aAdD9]|[cCdD]{_HEX}{_MORE}|[eE]{_HEX}(?:{_MORE}){{2}}|[fF][0-4](?:{_MORE}){{3}}"
+    f"|u({_HEX}{{4}}))"
 )
-_ESCAPE = regex.compile(r"(?<!\\)\\++(?:u([0-9a-fA-F]{4})|[nrt])")
+# A character of a string in JSON or code: \n, \u00e9, \ud83d\ude00, \u{e9}, \U000000e9, or \xe9, which may also be a
+# byte of UTF-8.
+_AGAIN = rf"\\++x[89abAB]{_HEX}"
+_ESCAPE = regex.compile(
+    rf"(?<!\\)\\++(?:u(?P<high>[dD][89abAB]{_HEX}{{2}})\\++u(?P<low>[dD][c-fC-F]{_HEX}{{2}})"
+    rf"|u(?P<code>{_HEX}{{4}})|u\{{(?P<code>{_HEX}{{1,6}})\}}|U(?P<code>{_HEX}{{8}})|[nrt]"
+    rf"|(?P<bytes>x[cCdD]{_HEX}{_AGAIN}|x[eE]{_HEX}(?:{_AGAIN}){{2}}|x[fF][0-4](?:{_AGAIN}){{3}}|x{_HEX}{{2}}))"
+)
 # Elements within a line: browsers show no space where such a tag stands. Any other tag separates words.
 _INLINE = frozenset(
     "a abbr acronym b bdi bdo big cite code del dfn em font i ins kbd mark q rb ruby s samp small span strike strong "
@@ -62,11 +71,13 @@ _HIDDEN = regex.compile(
     r"""|(?P<raw>script|style|rt|rp)(?:[\s/](?:[^<>"']++|"[^"]*+"|'[^']*+')*+)?>)|\]\]>""",
     regex.IGNORECASE,
 )
+# A reading aid may lack its end tag before the next one, and before the end of the ruby.
+_OR_NEXT = r"|(?=</ruby[\s>]|</?r(?:b|tc)[\s>]|<r[tp][\s>])"
 _END = {
     "comment": regex.compile(r"--!?>"),
     "instruction": regex.compile(r"\?>"),
     **{
-        name: regex.compile(rf"</{name}(?:[\s/][^<>]*+)?>", regex.IGNORECASE)
+        name: regex.compile(rf"</{name}(?:[\s/][^<>]*+)?>{_OR_NEXT if name in ('rt', 'rp') else ''}", regex.IGNORECASE)
         for name in ("script", "style", "rt", "rp")
     },
 }
@@ -76,11 +87,11 @@ _SHOWN = regex.compile(
     regex.IGNORECASE | regex.DOTALL,
 )
 _SHOWN_WORDS = 6
-# Invisible characters, and the Arabic stroke that only stretches a word.
-_INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cf}\u0640]+")
+# Invisible characters, lines below and through letters, and the Arabic stroke that only stretches a word.
+_INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cf}\u0640\u0332\u0333\u0335-\u0338]+")
 # A hyphen at a line's end, with what is before it and after the break.
 _BROKEN = regex.compile(
-    r"(?<=([\p{L}\p{M}]++))[-\u00ad\u00ac\u2010][^\S\n]*+\n[^\S\n]*+(?=(\p{Ll}[\p{L}\p{M}]*+))", regex.V1
+    r"(?<=([\p{L}\p{M}]++))[-\u00ad\u00ac\u2010][^\S\r\n]*+[\r\n]\s*+(?=(\p{Ll}[\p{L}\p{M}]*+))", regex.V1
 )
 # Letters that compatibility form writes as two characters, between which words of Thai and Lao would be cut; and
 # apostrophes that count as letters (of Ukrainian, Hawaiian), for which others are written as often.
@@ -132,11 +143,11 @@ def readable(text: str, is_word: Callable[[str], bool] | None = None, places: bo
 
 def _without_markup(now: Readable, is_word: Callable[[str], bool] | None) -> Readable:
     """Return a passage without tags, invisible characters and hyphenation."""
-    if "\n" in now.text:
-        now = _substitute(now, _BROKEN, lambda match: _rejoined_halves(match, is_word))
     if "<" in now.text:
         closed = {name.lower() for name in _CLOSING.findall(now.text)}
         now = _substitute(now, _TAG, lambda match: _tag_text(match, closed))
+    if "\n" in now.text or "\r" in now.text:
+        now = _substitute(now, _BROKEN, lambda match: _rejoined_halves(match, is_word))
     if not now.text.isascii():
         now = _substitute(now, _INVISIBLE, lambda match: "")
         now = _substitute(now, _OTHERWISE, lambda match: _SPELT[match.group()])
@@ -206,6 +217,8 @@ def _substitute(now: Readable, pattern: "regex.Pattern[str]", replacement: Calla
 
 def _percent_character(match: "regex.Match[str]") -> str:
     """Return the character that a percent escape stands for, or the escape itself if it is not valid UTF-8."""
+    if match[1]:
+        return _code_point(match[1])
     pairs = match.group().replace("%", " %").split()
     try:
         return bytes(int(pair[-2:], 16) for pair in pairs).decode()
@@ -221,9 +234,22 @@ def _entity_character(match: "regex.Match[str]") -> str:
 
 def _escape_character(match: "regex.Match[str]") -> str:
     """Return the character that an escape stands for; a space for white space and for half of a surrogate pair."""
-    if match[1]:
-        return " " if match[1][0] in "dD" and match[1][1] > "7" else chr(int(match[1], 16))
+    if match["low"]:
+        return chr(0x10000 + (int(match["high"], 16) - 0xD800 << 10) + int(match["low"], 16) - 0xDC00)
+    if match["code"]:
+        return _code_point(match["code"])
+    if match["bytes"]:
+        data = bytes(int(pair[-2:], 16) for pair in match["bytes"].replace("\\", "").split("x")[1:])
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return data.decode("latin-1")
     return "\n" if match.group().endswith("n") else " "
+
+
+def _code_point(code: str) -> str:
+    number = int(code, 16)
+    return " " if 0xD800 <= number < 0xE000 or number > 0x10FFFF else chr(number)
 
 
 @cache
@@ -240,7 +266,7 @@ def _rejoined_halves(match: "regex.Match[str]", is_word: Callable[[str], bool] |
 
 
 def _tag_text(match: "regex.Match[str]", closed: set[str]) -> str:
-    """Return what replaces a tag: nothing, a space, or the text of an attribute; the tag itself if it may be code.
+    """Return what replaces a tag: nothing, a line's end, or the text of an attribute; the tag itself if it may be code.
 
     The name decides. One that HTML does not define (``List<int>``, ``<your-name>``) counts as a tag only if closed or
     with quoted attributes or, in a custom element (with a dash in its name), any attributes.
@@ -258,4 +284,4 @@ def _tag_text(match: "regex.Match[str]", closed: set[str]) -> str:
     shown = [value for _, value in _SHOWN.findall(attributes) if len(value.split()) >= _SHOWN_WORDS]
     if shown:
         return f" {' '.join(shown)} "
-    return "" if name in _INLINE else " "
+    return "" if name in _INLINE else "\n"

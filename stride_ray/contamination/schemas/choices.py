@@ -12,23 +12,26 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
-from stride_ray.contamination.schemas.texts import as_text, longest_text
+from stride_ray.contamination.schemas.texts import as_text, is_tagged_correct, longest_text
 from stride_ray.corpus.rows.row import has_content, kind_of_value
 
 _SPOKEN = {True: ("true", "yes"), False: ("false", "no")}
 # Keys of the text, the label and the correctness of a choice or answer that is an object, the likeliest first.
-_TEXTS = ("text", "value", "content", "option", "choice", "answer")
+_TEXTS = ("text", "value", "content", "option", "choice", "answer", "output")
 _LABELS = ("label", "key", "id", "letter", "index", "option")
 _RIGHT = ("correct", "is_correct", "isCorrect", "is_answer")
-# A label in brackets or before a mark: (B), [B], B), B., B:, **B**; what follows it is the choice's text.
-_LABEL = re.compile(r"[\s*(\[{<#]*([a-z]|\d{1,2})(?:\s?[)\]}>.:*]+(?!\d)(.*)|\s*)", re.IGNORECASE | re.DOTALL)
+# A label in brackets or before a mark: (B), [B], B), B., B:, B\u3001, **B**; what follows it is the choice's text.
+_LABEL = re.compile(r"[\s*(\[{<#]*([a-z]|\d{1,2})(?:\s?[)\]}>.:*\u3001]+(?!\d)(.*)|\s*)", re.IGNORECASE | re.DOTALL)
+# The label that a choice's own text begins with, in any script: "(ii) ...", "\u0411) ...".
+_OWN_LABEL = re.compile(r"\s*[(\[]?([^\W\d_]{1,4})\s?[)\].:\u3001]\s*\S")
 _BRACKETED = re.compile(r"\s*[(\[]?\w{1,2}\s?[)\]]")
 _SAID = re.compile(
     r"\\boxed\{\s*(?:\\text\w*\{)?([^{}]+)|\b(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*", re.IGNORECASE
 )
 _SEVERAL = re.compile(r"\s*(?:[,;/&|+]|\band\b)\s*", re.IGNORECASE)
 # The labels in a text of all choices: "a ) 38 , b ) 27" or "A. x\nB. y".
-_MARK = re.compile(r"(?:(?<=[\s,;])|^)[(\[]?([a-z])\s?[).:\]]\s*", re.IGNORECASE)
+_MARK = re.compile(r"(?:(?<=[\s,;])|^)[(\[\uff08]?([a-z])\s?[).:\]\u3001\uff0e\uff1a\uff09]\s*", re.IGNORECASE)
+_NUMBER = re.compile(r"([0-9]{1,9})(?:\.0+)?")
 
 
 class Choices(NamedTuple):
@@ -68,7 +71,7 @@ def read_choices(value: Any, names: Sequence[str], note: Callable[[str], None]) 
             labels, value = list(value), list(value.values())  # MedQA's {"A": …, "B": …}
     elif isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
         labels = [_first_text(each, _LABELS) or "" for each in value]
-        flags = [any(each.get(key) in (True, 1) for key in _RIGHT) for each in value]
+        flags = [any(each.get(key) in (True, 1) for key in _RIGHT) or is_tagged_correct(each) for each in value]
         right = flags.index(True) if any(flags) else None
         value = [_first_text(each, _TEXTS) for each in value]
     elif isinstance(value, list) and value and all(_is_pair(each) for each in value):
@@ -80,15 +83,25 @@ def read_choices(value: Any, names: Sequence[str], note: Callable[[str], None]) 
     if labels and not (isinstance(labels, list) and len(labels) == len(texts)):
         note(f"does not hold a label for each of its {len(texts)} choices")
         labels = ()
-    spelt = tuple(str(label) for label in labels)
+    spelt = tuple(str(label) for label in labels) or _own_labels(texts)
     if right is None and names[0].lower().endswith(("_targets", "_scores")) and isinstance(labels, list):
         right = next((i for i, label in enumerate(labels) if label in (1, "1")), None)
     return Choices(tuple(text or "" for text in texts), spelt if any(spelt) else (), right)
 
 
+def _own_labels(texts: Sequence[str | None]) -> tuple[str, ...]:
+    """Return the labels that the choices' texts begin with; () unless each has one of its own."""
+    marks = [_OWN_LABEL.match(normalize("NFKC", text or "")) for text in texts]
+    found = [mark[1] for mark in marks if mark]
+    return tuple(found) if len({label.lower() for label in found}) == len(texts) else ()
+
+
 def _first_text(value: Mapping[str, Any], keys: Sequence[str]) -> str | None:
     """Return the first text (or number as text) under these keys; for _TEXTS, the longest string if there is none."""
-    texts = (as_text(value.get(key)) for key in keys)
+    held = (value.get(key) for key in keys)
+    texts = (
+        as_text(each.get("text") if isinstance(each, dict) else each) for each in held
+    )  # HELM's {"output": {"text"}}
     longest = max((each for each in value.values() if isinstance(each, str)), key=len, default=None)
     return next(filter(None, texts), longest if keys is _TEXTS else None)
 
@@ -124,12 +137,7 @@ def read_answer(value: Any, choices: Choices, first: int, note: Callable[[str], 
         first: number of the first choice, 0 or 1.
         note: as in read_choices.
     """
-    if (
-        isinstance(value, list)
-        and len(value) == len(choices.texts)
-        and all(type(each) in (bool, int, float) and each in (0, 1) for each in value)
-        and 1 in value
-    ):
+    if _is_one_hot(value, choices):
         return choices.texts[value.index(1)]
     for each in _scalar_values(value):
         place = _choice_index(each, choices, first)
@@ -140,6 +148,24 @@ def read_answer(value: Any, choices: Choices, first: int, note: Callable[[str], 
         what = f"is {value!r:.80}, which" if held is not None else f"holds {kind_of_value(value)} that"
         note(f"{what} names none of the {len(choices.texts)} choices")
     return ""
+
+
+def answer_numbers(value: Any, choices: Choices) -> list[int]:
+    """Return the numbers by which an answer names choices; [] if it names them by label, text or a 1 at their place."""
+    if _is_one_hot(value, choices):
+        return []
+    found = [str(each).strip() for each in _scalar_values(value) if not isinstance(each, bool)]
+    known = {*choices.labels, *(text.strip() for text in choices.texts)} if isinstance(value, str) else choices.labels
+    return [int(float(each)) for each in found if _NUMBER.fullmatch(each) and each not in known]
+
+
+def _is_one_hot(value: Any, choices: Choices) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == len(choices.texts)
+        and all(type(each) in (bool, int, float) and each in (0, 1) for each in value)
+        and 1 in value
+    )
 
 
 def _scalar_values(value: Any) -> Iterator[Any]:
@@ -170,6 +196,9 @@ def _choice_index(value: Any, choices: Choices, first: int) -> int | None:
             return stripped.index(word)
     place = _index_by_label(word, choices, first)
     if place is None:
+        bare = _comparable(word)
+        place = _index_by_label(bare, choices, first) if bare in map(str.lower, choices.labels) else None
+    if place is None:
         said = list(_SAID.finditer(word))
         tail = (said[-1][1] or word[said[-1].end() :]) if said else word
         found = (
@@ -199,7 +228,7 @@ def _index_by_label(word: str, choices: Choices, first: int) -> int | None:
     folded = [label.lower() for label in choices.labels]
     if word.lower() in folded:
         return folded.index(word.lower())
-    number = re.fullmatch(r"(\d{1,9})(?:\.0+)?", word)
+    number = _NUMBER.fullmatch(word)
     if number:
         place = int(number[1]) - first
         return place if 0 <= place < count else None

@@ -43,6 +43,29 @@ def as_text(value: Any) -> str | None:
     return "" if value is None else None
 
 
+def has_wrong_reference(value: Any) -> bool:
+    """Whether a list of HELM's references holds choices: some are tagged as correct and some are not."""
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        return False
+    return len({is_tagged_correct(each) for each in value}) == 2
+
+
+def is_tagged_correct(value: Mapping[str, Any]) -> bool:
+    """Whether a choice has HELM's tag "correct"."""
+    return isinstance(value.get("tags"), list) and "correct" in value["tags"]
+
+
+def turns_text(value: Any) -> str | None:
+    """Return what users say in a conversation, or all that is said if they say nothing; None if it is none."""
+    if not (isinstance(value, list) and value and all(isinstance(each, dict) for each in value)):
+        return None
+    turns = [(each.get("role", each.get("from")), each.get("content", each.get("value"))) for each in value]
+    if not all(isinstance(part, str) for turn in turns for part in turn):
+        return None
+    asked = [text for role, text in turns if role in ("user", "human")]
+    return "\n".join(asked or [text for _, text in turns])
+
+
 def field_text(values: Mapping[str, Any], field: str) -> str | None:
     """Return the text of a field, or of several, comma-separated; None if it holds a number or no text."""
     if field not in values and "," in field:
@@ -53,6 +76,7 @@ def field_text(values: Mapping[str, Any], field: str) -> str | None:
         value = next((value[key] for key in ("stem", "text", "value") if isinstance(value.get(key), str)), value)
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):  # the turns of a dialogue
         value = "\n".join(value)
+    value = turns_text(value) or value
     if isinstance(value, dict | list):  # XNLI's premise in all languages: one of them; the rest is with the others
         value = longest_text(value) or None
     return value if isinstance(value, str) else None

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stride_ray.corpus.files import END, is_corrupt
+from stride_ray.corpus.rows.json_values import decoded, holds_json
 from stride_ray.corpus.rows.row import Rejected, Row, Unreadable, has_content, reason
 from stride_ray.corpus.splits import InputSplit
 from stride_ray.runtime.urls import filesystem
@@ -121,7 +122,7 @@ def _has_values(column: pa.Array) -> bool:
         return False
     try:
         column.validate(full=True)
-        return any(has_content(value.as_py(maps_as_pydicts="strict")) for value in column)
+        return any(has_content(decoded(column.type, value.as_py(maps_as_pydicts="strict"))) for value in column)
     except (ValueError, OverflowError, KeyError):
         return True
 
@@ -158,7 +159,11 @@ def _batch_rows(
 def _decoded(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     try:
         batch.validate(full=True)  # decoding offsets that lead out of the buffers would crash the process
-        return batch.to_pylist(maps_as_pydicts="strict")
+        rows = batch.to_pylist(maps_as_pydicts="strict")
+        for field in filter(lambda field: holds_json(field.type), batch.schema):
+            for row in rows:
+                row[field.name] = decoded(field.type, row[field.name])
+        return rows
     except (ValueError, OverflowError, KeyError):  # one bad value fails the batch
         if batch.num_rows > 1:
             return [_decoded(batch.slice(i, 1))[0] for i in range(batch.num_rows)]
@@ -168,7 +173,7 @@ def _decoded(batch: pa.RecordBatch) -> list[dict[str, Any]]:
 def _value(column: pa.Array) -> Any:
     try:
         column.validate(full=True)
-        return column.to_pylist(maps_as_pydicts="strict")[0]
+        return decoded(column.type, column.to_pylist(maps_as_pydicts="strict")[0])
     except (ValueError, OverflowError, KeyError) as error:
         return Unreadable(reason(error))
 

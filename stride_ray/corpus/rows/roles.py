@@ -31,6 +31,8 @@ ROLES = (*(role for content in _CONTENTS for role in content), *_COMPANIONS, "id
 # Roles whose values may be JSON in strings.
 OPENED = ("messages", "tools", "chat_template_kwargs")
 _NULL, _BLANK, _FILLED, _LIST = range(4)
+# JSON that holds nothing, in columns whose values may be JSON in strings.
+_EMPTY_JSON = frozenset(("[]", "{}", "null", '""'))
 # Roles that may be given several columns, as in prompt=instruction+input.
 _JOINED = ("text", "prompt", "answer", "loss_mask")
 
@@ -65,6 +67,7 @@ _KNOWN: tuple[_Known, ...] = (
     *(_Known({"token_ids": name}, beside=_MASKS) for name in ("token_ids", "input_ids")),
     *(_Known({"text": name}) for name in ("text", "content")),
 )
+_JSON_COLUMNS = ("messages", "conversations", "conversation", *_TEMPLATE)
 KNOWN_COLUMNS = frozenset(
     column
     for known in _KNOWN
@@ -113,11 +116,13 @@ def roles_of(values: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Rol
         values: the row.
         columns: the mapping.
     """
-    return _roles_of(tuple([(name, _state(value)) for name, value in values.items()]), tuple(columns.items()))
+    return _roles_of(tuple([(name, _state(name, value)) for name, value in values.items()]), tuple(columns.items()))
 
 
-def _state(value: Any) -> int:
+def _state(name: str, value: Any) -> int:
     """What roles depend on: _NULL, _BLANK, _FILLED, or _LIST for a list with content."""
+    if name in _JSON_COLUMNS and isinstance(value, str) and value.strip() in _EMPTY_JSON:
+        return _BLANK
     if has_content(value):
         return _LIST if isinstance(value, list) else _FILLED
     return _NULL if value is None or isinstance(value, float) else _BLANK
@@ -201,7 +206,7 @@ def opened(value: Any) -> Any:
     """A value as it is used where it may be JSON in a string, or a list with such strings; in a turn, its calls."""
     with contextlib.suppress(ValueError):
         value = parsed(value)
-    if isinstance(value, dict) and isinstance(value.get("tool_calls"), str):
+    if isinstance(value, dict) and isinstance(value.get("tool_calls"), str | list):
         return {**value, "tool_calls": opened(value["tool_calls"])}
     return [opened(part) for part in value] if isinstance(value, list) else value
 

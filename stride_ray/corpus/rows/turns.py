@@ -1,9 +1,11 @@
 """Conversations as trainers write them, in the one form that chat templates take: role, content and the tools' parts.
 
 Read are OpenAI's turns (role, content), ShareGPT's (from, value), and the marks of turns that are not to be learned:
-OpenAI's, Mistral's and ShareGPT's ``weight``, axolotl's ``train`` and ``training``, ms-swift's ``loss``.
+OpenAI's, Mistral's and ShareGPT's ``weight``, axolotl's ``train`` and ``training``, the ``loss`` of ms-swift and slime,
+verl's ``loss_mask``, slime's ``step_loss_mask``. A turn may be JSON in a string, and so may its calls or each of them.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ _SPEAKERS = {
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"},
     **{"model": "assistant", "function_call": "assistant", "tool_call": "assistant", "observation": "tool"},
 }
-_MARKS = ("weight", "train", "training", "loss", "trainable")
+_MARKS = ("weight", "train", "training", "loss", "trainable", "loss_mask", "step_loss_mask")
 _PARTIAL_MARKS = ("train_detail", "training_detail")
 
 
@@ -28,6 +30,8 @@ def turn_of(value: Any) -> tuple[dict[str, Any], bool]:
     Raises:
         ValueError: the turn is not valid; the message continues "… holds a message ".
     """
+    with contextlib.suppress(ValueError):
+        value = parsed(value)
     value = without_nulls(value)
     if not isinstance(value, dict):
         raise ValueError("that is not an object with a role")
@@ -50,6 +54,7 @@ def turn_of(value: Any) -> tuple[dict[str, Any], bool]:
     _check_content(turn.get("content"))
     try:
         calls = parsed(turn.get("tool_calls"))
+        calls = without_nulls(list(map(parsed, calls)) if isinstance(calls, list) else calls)
     except ValueError:
         raise ValueError("whose tool_calls are a string that is not JSON") from None
     if has_content(calls):

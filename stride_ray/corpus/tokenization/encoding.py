@@ -6,7 +6,7 @@ assistant's turns of a conversation. Influence is measured on these tokens only,
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import compress, groupby
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,8 @@ from stride_ray.runtime.errors import StrideError
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 512
 _CALL = {"add_special_tokens": False, "padding": False, "truncation": False}
+_COMBINING = "\u0300"  # the first combining character
+_COMPOSED = 4  # characters at most that are composed to one
 _SHOWN_COUNTED = ("⟦", "⟧")
 
 
@@ -164,7 +166,7 @@ def _masked_ids(passages: list[_Passage], tokenizer: Any) -> list[tuple[list[int
     finally:
         backend.post_processor = kept
     return [
-        (each.ids, _mask_by_offsets(each.offsets, passage.targets or []))
+        (each.ids, _mask_by_offsets(each.offsets, passage, backend.normalizer))
         for each, passage in zip(encodings, passages, strict=True)
     ]
 
@@ -174,14 +176,28 @@ def _has_offsets(tokenizer: Any) -> bool:
     return getattr(type(tokenizer), "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus
 
 
-def _mask_by_offsets(offsets: list[tuple[int, int]], targets: Ranges) -> list[bool]:
+def _mask_by_offsets(offsets: list[tuple[int, int]], passage: _Passage, normalizer: Any) -> list[bool]:
     """Which tokens carry loss, from the characters (start, end) that each stands for."""
     starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
     mask = np.zeros(len(starts), np.bool_)
-    for start, end in targets:
+    for start, end in passage.targets or []:
+        covered = passage.text[start : start + 1] < _COMBINING or np.any((starts <= start) & (start < ends))
+        start -= 0 if covered or normalizer is None else _composed_before(passage.text, start, normalizer)
         # A token of no characters, such as the space that some tokenizers put before a text, goes with the next one.
         mask |= np.maximum(starts, start) < np.minimum(np.maximum(ends, starts + 1), end)
     return mask.tolist()
+
+
+def _composed_before(text: str, place: int, normalizer: Any) -> int:
+    """How many characters before a place the normalizer makes one with that at it (an accent, the end of a syllable).
+
+    Of characters that it composes (NFC in Qwen's tokenizers), the offsets have the first alone.
+    """
+    for n in range(1, min(_COMPOSED, place + 1)):
+        before, through = (normalizer.normalize_str(text[place - n : end]) for end in (place, place + 1))
+        if before != through and len(before) == len(through):
+            return n
+    return 0
 
 
 def _mask_by_prefixes(ids: list[int], passage: _Passage, tokenizer: Any) -> list[bool]:
@@ -254,11 +270,7 @@ def _conversation(document: Document, template: ChatTemplate) -> _Passage | Reje
     if not any(learned):
         return Rejected(document.document_id, None, "every turn of the assistant is marked as not to be learned")
     try:
-        text, ranges = template.render(messages, document.template_arguments)
-        if not all(learned):
-            if len(ranges) != len(learned):
-                raise ValueError(f"it marks {len(ranges)} parts for {len(learned)} turns, so that none can be left out")
-            ranges = list(compress(ranges, learned))
+        text, ranges = template.render(messages, document.template_arguments, None if all(learned) else learned)
     except Exception as error:  # a template is a program and may raise anything
         return Rejected(document.document_id, None, f"the chat template does not take it: {reason(error)}")
     if LONE_SURROGATE.search(text):  # of what the template does not print, nothing is encoded

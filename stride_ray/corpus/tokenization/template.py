@@ -8,7 +8,9 @@ itself (``{% generation %}``) decides alone: what it marks counts.
 
 import contextlib
 import re
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -28,6 +30,7 @@ from stride_ray.corpus.tokenization.contents import (
     whole_form,
     with_other_arguments,
 )
+from stride_ray.corpus.tokenization.differences import common, common_end, markers, repeated
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What is said in conversations that try a template out. The first and last characters are for private use, so that
@@ -35,6 +38,9 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ANSWER = "\ue0a7stride-ray-answer\ue0a8"
 _QUESTION = "\ue0a7stride-ray-question\ue0a8"
 _CONTEXT = 64  # characters before an answer by which its header is recognised
+# The rest of a tag that begins as another does, such as "<|end|>" and "<|call|>".
+_REST_OF_TAG = re.compile(r"[^<>\s]{1,30}>")
+_SAID = ("role", "content", "name", "tool_calls", "tool_call_id")
 _FORMS = 1000  # forms of conversations for which it is known what the template leaves out
 
 Messages = list[dict[str, Any]]
@@ -56,12 +62,15 @@ class ChatTemplate:
         self._tags = tags_of(self._source)
         self._left_out: dict[tuple[Any, ...], frozenset[str]] = {}
 
-    def render(self, messages: Messages, arguments: Arguments | None = None) -> tuple[str, Ranges]:
+    def render(
+        self, messages: Messages, arguments: Arguments | None = None, learned: Sequence[bool] | None = None
+    ) -> tuple[str, Ranges]:
         """A conversation as text, and the ranges of characters (start, end) that carry loss.
 
         Args:
             messages: with role and content.
             arguments: further arguments of the template, such as tools.
+            learned: whether each of the assistant's turns carries loss; None: all.
 
         Raises:
             Exception: of any class, as a template is a program. ValueError: an answer is not found in the
@@ -69,7 +78,10 @@ class ChatTemplate:
         """
         messages = [{**message, **self._content(i, message)} for i, message in enumerate(messages)]
         marked = _GENERATION.search(self._source)
-        return (self._marked if marked else self._answers)(messages, arguments or {})
+        text, turns = (self._marked if marked else self._answers)(messages, arguments or {})
+        if learned is not None and len(turns) != len(learned):
+            raise ValueError(f"it marks {len(turns)} parts for {len(learned)} turns, so that none can be left out")
+        return text, [span for turn in compress(turns, learned or [True] * len(turns)) for span in turn]
 
     def left_out(self, messages: Messages, arguments: Arguments | None = None) -> frozenset[str]:
         """What a conversation holds and its text does not: "tool_calls of assistant", "content of tool", "tools".
@@ -153,8 +165,8 @@ class ChatTemplate:
                     found |= {f"arguments of {said}"} if same else set()
         return found
 
-    def _marked(self, messages: Messages, arguments: Arguments) -> tuple[str, Ranges]:
-        """The text and what the template marks."""
+    def _marked(self, messages: Messages, arguments: Arguments) -> tuple[str, list[Ranges]]:
+        """The text and each part that the template marks."""
         # The tokenizer's own mask is not used: if a marked range ends in white space that no token covers, it extends
         # to the end of the conversation.
         rendered: Any = render_jinja_template(
@@ -164,16 +176,45 @@ class ChatTemplate:
             **{**self._tokenizer.special_tokens_map, **arguments},
         )
         texts, spans = rendered
-        return texts[0], [(int(start), int(end)) for start, end in spans[0]]
+        return texts[0], [[(int(start), int(end))] for start, end in spans[0]]
 
-    def _answers(self, messages: Messages, arguments: Arguments) -> tuple[str, Ranges]:
+    def _answers(self, messages: Messages, arguments: Arguments) -> tuple[str, list[Ranges]]:
         """The text and, for each turn of the assistant, what is generated: thoughts, content, calls, end marker."""
         text = self._text(messages, arguments)
-        spans: Ranges = []
+        turns: list[Ranges] = []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                spans.append(self._located(text, spans[-1][1] if spans else 0, messages, i, arguments))
-        return text, spans
+                found = self._located(text, turns[-1][-1][1] if turns else 0, messages, i, arguments)
+                turns.append(self._without_results(text, found, messages, i, arguments))
+        return text, turns
+
+    def _without_results(
+        self, text: str, turn: tuple[int, int], messages: Messages, i: int, arguments: Arguments
+    ) -> Ranges:
+        """Where a turn stands, without the results of its calls: some templates print these within it or depend on it.
+
+        Results follow the call that they name (gpt-oss), or stand between the calls and the content (Gemma 4).
+        """
+        ranges = [turn]
+        for j in range(i + 1, len(messages)) if messages[i].get("tool_calls") else ():
+            if messages[j]["role"] in ("assistant", "user", "system"):
+                break
+            result = {**messages[j], **self._content(j, {"content": _QUESTION})}
+            before, rest = messages[:j], messages[j + 1 :]
+            try:
+                other = self._text([*before, result, *rest], arguments)
+            except Exception:  # as render: it may not take another result
+                continue
+            place = common(text, other)
+            if not any(start <= place < end for start, end in ranges):
+                continue
+            block = repeated(other, self._text([*before, result, result, *rest], arguments), place)
+            first, stop = (block[0], block[1] + len(text) - len(other)) if block else turn
+            pieces = [piece for start, end in ranges for piece in ((start, min(end, first)), (max(start, stop), end))]
+            ranges = [(start, end) for start, end in pieces if text[start:end].strip()]
+            if not ranges:
+                raise ValueError(f"message {i} is not found, since message {j} stands within it")
+        return ranges
 
     def _located(self, text: str, done: int, messages: Messages, i: int, arguments: Arguments) -> tuple[int, int]:
         """Where a turn stands in the text, of which the first ``done`` characters belong to earlier turns.
@@ -190,8 +231,8 @@ class ChatTemplate:
                 continue
             before, after = other.index(_ANSWER), len(other) - other.rindex(_ANSWER) - len(_ANSWER)
             header = self._header(other[done:before], messages, i, arguments)
-            start = _common(text, other[:before])
-            kept = _common_end(text[start:], other[len(other) - after :])
+            start = common(text, other[:before])
+            kept = common_end(text[start:], other[len(other) - after :])
             if (whole and other.count(_ANSWER) > 1) or start < done + header[0]:
                 reason = "what it says stands in more than one place, or changes what stands before it"
             elif after - kept > max(map(len, self._endings)):
@@ -199,8 +240,11 @@ class ChatTemplate:
             elif not text[start : len(text) - kept].strip() and says(messages[i]):
                 reason = "the template leaves out what it says"
             else:
-                end = self._closed(text, len(text) - kept, whole, last=i + 1 == len(messages))
-                return min(start, done + header[1]), end
+                end = len(text) - kept
+                opened = text.rfind("<", start, end) > text.rfind(">", start, end)
+                if opened and (rest := _REST_OF_TAG.match(text, end)):
+                    end = rest.end()
+                return min(start, done + header[1]), self._closed(text, end, whole, last=i + 1 == len(messages))
         raise ValueError(f"message {i} is not found, since {reason}; mark the turns with {{% generation %}}")
 
     def _others(self, i: int, message: dict[str, Any]) -> list[tuple[dict[str, Any], bool]]:
@@ -210,9 +254,11 @@ class ChatTemplate:
         calls = message.get("tool_calls")
         if not calls:
             return [(plain, True)]
+        called = {"tool_calls": [renamed(call, _ANSWER) for call in calls]}
         return [
             (plain, True),
-            ({**message, **content, "tool_calls": [renamed(call, _ANSWER) for call in calls]}, False),
+            ({**message, **content, **called}, False),
+            ({**message, **called}, False),  # gpt-oss takes no content beside thoughts and a call
         ]
 
     def _closed(self, text: str, end: int, whole: bool, last: bool) -> int:
@@ -220,48 +266,52 @@ class ChatTemplate:
         marker = self._endings[last].rstrip() or self._endings[last]  # without marker, white space ends the turn
         if not whole and marker.strip():
             end = max(end, text.find(marker, end))
-        return end + _common(text[end:], marker)
+        return end + len(markers(marker, text[end:]))
 
     def _header(self, before: str, messages: Messages, i: int, arguments: Arguments) -> tuple[int, int]:
         """Where the header of a turn begins and ends in the text between the turn before and its content."""
-        asked, header, lead = self._prompt(messages, i, arguments)
-        length = min(len(asked), _CONTEXT)
-        while length and length >= len(header):  # what was asked helps to tell headers from contents
-            found = before.rfind(asked[-length:])
-            if found >= 0:
-                return found + length - len(header), found + length
-            length = max(length // 2, len(header)) if length > len(header) else 0
+        asked, header, lead = self._prompt(messages, i, {}, arguments)
+        found = _ends_of_header(before, asked, header)
+        thoughts = {key: value for key, value in messages[i].items() if key not in _SAID}
+        if not found and thoughts:
+            # A prompt may end with empty thoughts (Qwen 3.5): where the turn has others, the header ends before these.
+            found = _ends_of_header(before, *self._prompt(messages, i, thoughts, arguments)[:2])
+        if found:
+            return found
         # Thoughts that the header begins are left out of earlier turns.
         part = next((n for n in range(len(header), 0, -1) if before.endswith(header[:n])), 0)
         end = len(before) - (len(lead) if not part and before.endswith(lead) else 0)
         return end - part, end
 
-    def _prompt(self, messages: Messages, i: int, arguments: Arguments) -> tuple[str, str, str]:
+    def _prompt(self, messages: Messages, i: int, beside: dict[str, Any], arguments: Arguments) -> tuple[str, str, str]:
         """What stands before a turn: all with the header, the header alone, and what is generated before the content.
 
-        The header is the generation prompt, as far as the answered conversation has it too.
+        The header is the generation prompt, as far as the answered conversation has it too. ``beside`` is what the turn
+        has but for its content.
         """
         named = {key: messages[i][key] for key in ("name",) if key in messages[i]}
         asked: Messages = [{"role": "user", **self._content(0, {"content": "-"})}]
         for given in [messages[:i], asked] if i else [asked]:  # templates cannot render an empty conversation
             try:
-                return self._split(given, named, arguments)
+                return self._split(given, beside, named, arguments)
             except Exception:  # as render: it may not take so short a conversation
                 continue
         return "", "", ""
 
-    def _split(self, messages: Messages, named: dict[str, Any], arguments: Arguments) -> tuple[str, str, str]:
+    def _split(
+        self, messages: Messages, beside: dict[str, Any], named: dict[str, Any], arguments: Arguments
+    ) -> tuple[str, str, str]:
         """``_prompt`` for a turn after these messages."""
         asked, prompted = self._text(messages, arguments), self._text(messages, arguments, prompted=True)
-        answer = {"role": "assistant", **self._content(0, {"content": _ANSWER})}
+        answer = {"role": "assistant", **self._content(0, {"content": _ANSWER}), **beside}
         answered = self._text([*messages, answer], arguments).rpartition(_ANSWER)[0]
-        kept, end = _common(asked, prompted), _common(prompted, answered)
+        kept, end = common(asked, prompted), common(prompted, answered)
         prompt, first = prompted[kept:], min(kept, end)
         if asked == prompted:  # no generation prompt: all is header, but for white space alone, as in Llama 2
             end = len(answered) if answered[end:].strip() else end
         elif prompt.strip():
             # What ends a conversation may stand before the prompt, so that the answered one does not begin with it.
-            found = answered.rfind(prompt, max(0, _common(asked, answered) - len(prompt)))
+            found = answered.rfind(prompt, max(0, common(asked, answered) - len(prompt)))
             part = next((n for n in range(len(prompt), 0, -1) if answered.endswith(prompt[:n])), 0)
             if found >= 0:
                 first, end = found, found + len(prompt)
@@ -270,7 +320,7 @@ class ChatTemplate:
         lead = answered[end:]
         if named:  # a header with a name ends as the one without does
             other = self._text([*messages, {**answer, **named}], arguments).rpartition(_ANSWER)[0]
-            first, answered = min(first, _common(answered, other)), other
+            first, answered = min(first, common(answered, other)), other
             end = len(answered) - len(lead)
         return answered[:end], answered[first:end], lead
 
@@ -328,31 +378,19 @@ class ChatTemplate:
             between, found, _ = self._text(turns).partition(_ANSWER)[2].partition(_QUESTION)
         except Exception:  # as render
             return last, last
-        ending = _markers(last, between)
+        ending = markers(last, between)
         if not found or ending.strip():  # what only ends the conversation does not count
             return (ending, ending) if found else (last, last)
-        other = _markers(asked, between)  # the last answer may have a marker of its own
+        other = markers(asked, between)  # the last answer may have a marker of its own
         return other if other.strip() else ending, last
 
 
-def _markers(a: str, b: str) -> str:
-    """The common beginning of two texts, without the part of a marker in which they begin to differ."""
-    common = a[: _common(a, b)]
-    opened = max(map(common.rfind, "<["))
-    return common[:opened] if common != a and opened > max(map(common.rfind, ">]")) else common
-
-
-def _common(a: str, b: str) -> int:
-    """Length of the longest common beginning."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _common_end(a: str, b: str) -> int:
-    return _common(a[max(0, len(a) - len(b)) :][::-1], b[::-1])
+def _ends_of_header(before: str, asked: str, header: str) -> tuple[int, int] | None:
+    """Where the last header stands, recognised by as much as possible of what was asked before it."""
+    length = min(len(asked), _CONTEXT)
+    while length and length >= len(header):  # what was asked helps to tell headers from contents
+        found = before.rfind(asked[-length:])
+        if found >= 0:
+            return found + length - len(header), found + length
+        length = max(length // 2, len(header)) if length > len(header) else 0
+    return None

@@ -137,9 +137,8 @@ def read_set(
     items, rejects, count, missing = _read_items(path, name, fields or {}, only, counting)
     if counting.settle():
         items, rejects, count, missing = _read_items(path, name, fields or {}, only, counting)
-    absent = [why for each in items.values() for why in each.not_understood if why.startswith("it has no field")]
-    if missing and absent:
-        raise StrideError(f"The evaluation set {name} ({redact_url(path)}) lacks a given field: {absent[0]}.")
+    if items and missing:
+        raise StrideError(f"The evaluation set {name} ({redact_url(path)}) lacks a given field: {missing[0]}.")
     if not items:
         why = f"; the first row that could not be parsed: {rejects[0].sentence()}" if rejects else ""
         raise StrideError(f"The evaluation set {name} ({redact_url(path)}) has no items{why}.")
@@ -174,26 +173,26 @@ class _Counting:
 
 def _read_items(
     path: str, name: str, fields: Mapping[str, str], only: str | None, counting: _Counting
-) -> tuple[dict[str, Item], list[Rejected], int, set[str]]:
-    """Return the distinct items by key, the rejects, the number of rows, and the given fields that no row has."""
+) -> tuple[dict[str, Item], list[Rejected], int, list[str]]:
+    """Return the distinct items by key, the rejects, the number of rows, and a sentence per given field in no row."""
     items: dict[str, Item] = {}
     rejects: list[Rejected] = []
     count = 0
-    missing = {part for role, field in fields.items() if role != "id" for part in field.split(",")}
+    missing, present = dict[str, str](), set[str]()
     for unit in plan([path], 2**30):
         if only is not None and all(_SUFFIXES.sub("", file.name) != only for file in unit.files):
             continue
         for row in rows(unit, None):
             count += 1
-            found = row if isinstance(row, Rejected) else _parse_item(row, name, fields, counting)
-            missing -= set(row.values) if isinstance(row, Row) else set()
+            found = row if isinstance(row, Rejected) else _parse_item(row, name, fields, counting, missing)
+            present |= set(row.values) if isinstance(row, Row) else set()
             if only is not None and isinstance(row, Row) and _SUFFIXES.sub("", row.file) != only:
                 count -= 1
             elif isinstance(found, Rejected):
                 rejects.append(found)
             else:
                 items.setdefault(found.key, found)
-    return items, rejects, count, missing
+    return items, rejects, count, [why for field, why in missing.items() if field not in present]
 
 
 def check_names(sets: Sequence[EvaluationSet]) -> None:
@@ -209,12 +208,20 @@ def check_names(sets: Sequence[EvaluationSet]) -> None:
         seen.add(each.name)
 
 
-def _parse_item(row: Row, name: str, given: Mapping[str, str], counting: _Counting) -> Item | Rejected:
+def _parse_item(
+    row: Row, name: str, given: Mapping[str, str], counting: _Counting, missing: dict[str, str]
+) -> Item | Rejected:
+    """Return the row's item; ``missing`` gets a sentence for each given field that this row is the first to lack."""
     number, values = row.number(), {key: _decode_bytes(value) for key, value in row.values.items()}
     if not given:
         values = _unwrapped(values)
     notes: list[str] = []
-    shape = shape_of(values, {role: field for role, field in given.items() if role != "id"}, notes.append)
+
+    def note_missing(field: str, why: str) -> None:
+        notes.append(why)
+        missing.setdefault(field, escaped(why))
+
+    shape = shape_of(values, {role: field for role, field in given.items() if role != "id"}, note_missing)
     asked, question = _question(values, shape, notes)
     choices, answer = _choices_and_answer(values, shape, notes, counting)
     if LONE_SURROGATE.search("".join((question, *choices, answer))):

@@ -117,13 +117,15 @@ def first_number(choices: str) -> int:
     return int(first == "answera" or first in _FROM_ONE)
 
 
-def shape_of(values: Mapping[str, Any], given: Mapping[str, str], note: Callable[[str], None]) -> dict[str, str]:
+def shape_of(
+    values: Mapping[str, Any], given: Mapping[str, str], note_missing: Callable[[str, str], None]
+) -> dict[str, str]:
     """Return role to field(s): the given ones, else the first matching schema's, else the longest text's if any.
 
     Args:
         values: the row's values by field.
         given: role to field(s) as given for the whole set, without the id; fields that the row lacks are left out.
-        note: called with a sentence for each field that the row lacks.
+        note_missing: called for each given field that the row lacks, with its name and a sentence.
     """
     there = {key for key, value in values.items() if has_content(value) or isinstance(value, str)}
     named = dict[str, str]()
@@ -132,7 +134,7 @@ def shape_of(values: Mapping[str, Any], given: Mapping[str, str], note: Callable
         for part in parts:
             if part not in values:
                 names = ", ".join(map(repr, sorted(map(str, there)))) or "none"
-                note(f"it has no field {part!r}; its fields are {names}")
+                note_missing(part, f"it has no field {part!r}; its fields are {names}")
         if kept := ",".join(part for part in parts if part in (values if role == "others" else there)):
             named[role] = kept
     # Merged sets fill the columns that a row does not have with blanks.

@@ -197,9 +197,9 @@ class Store:
         try:
             found = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise self._damage_error(name, f"is not valid JSON: {first_line(error)}") from None
+            raise self._damage_error(name, f"is not valid JSON: {first_line(error)}", foreign) from None
         if not isinstance(found, dict):
-            raise self._damage_error(name, "does not hold a JSON object")
+            raise self._damage_error(name, "does not hold a JSON object", foreign)
         checksum = found.pop(CHECKSUM, None)
         if checksum is None and not foreign:
             raise self._damage_error(
@@ -209,8 +209,10 @@ class Store:
             raise self._damage_error(name, f"was damaged or edited: its {CHECKSUM} differs")
         return found
 
-    def _damage_error(self, name: str, how: str) -> StrideError:
-        """Return the error for a damaged file; ``how`` is the predicate of its sentence."""
+    def _damage_error(self, name: str, how: str, foreign: bool = False) -> StrideError:
+        """Return the error for a damaged file; ``how`` is the sentence's predicate, ``foreign`` as in read_json."""
+        if foreign:
+            return StrideError(f"{self.display_url(name)} {how}; correct it.")
         alone = name.startswith("_done/") or name in OPTIONAL
         what = "it" if alone else f"its folder {self.display_url(name).rpartition('/')[0]}"
         return StrideError(

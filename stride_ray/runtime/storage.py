@@ -23,7 +23,7 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from stride_ray.runtime.errors import StrideError, is_storage_error, storage_reason
-from stride_ray.runtime.urls import exists, filesystem, first_line, redact_url, redacted_error
+from stride_ray.runtime.urls import check_folder_name, exists, filesystem, first_line, redact_url, redacted_error
 
 # Rows in a Parquet row group, the smallest part of a file that can be read.
 ROW_GROUP = 4096
@@ -46,6 +46,7 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
+        check_folder_name(str(url))
         self.url = str(url).rstrip("/") or "/"
         self.fs, self.root = filesystem(self.url)
         self.local = isinstance(self.fs, LocalFileSystem)

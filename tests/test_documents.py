@@ -456,8 +456,8 @@ def test_inputs_that_cannot_be_planned_are_told_in_a_sentence(tmp_path):
     a, b = (write_lines(tmp_path / f"{x}/same.jsonl", [{"text": "x"}]) for x in "ab")
     for inputs, words in (
         ([], "No input"),
-        ([""], "The name of an input is empty"),
-        ([a, " "], "The name of an input is empty"),
+        ([""], "An input's name is empty"),
+        ([a, " "], "An input's name is empty"),
         ([str(tmp_path / "missing")], "does not exist"),
         ([str(tmp_path / "*.parquet")], "matches no file"),
         ([str(tmp_path / "empty")], "matches no file"),

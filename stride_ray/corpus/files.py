@@ -114,8 +114,8 @@ def list_files(given: str, left_out: list[str] | None = None) -> list[SourceFile
     Raises:
         StrideError: the input is missing or cannot be read, matches no file, or has tables (CSV, Excel) and no data.
     """
-    if not given.strip():  # as from a variable of the shell that is not set; it would be the working directory
-        raise StrideError("The name of an input is empty; give a file, folder, glob or URL.")
+    if not given.strip():
+        raise StrideError("An input's name is empty, which would be the working folder; give a path or URL, or '.'.")
     fs, path = filesystem(given)
     try:
         if exists(fs, path):  # checked first, because a name may contain glob characters

@@ -38,18 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
 
     def work() -> None:
-        from stride_ray.evaluate.comparison.compare import compare
+        from stride_ray.evaluate.comparison.compare import chosen_methods, compare
         from stride_ray.evaluate.retraining.classification import load_examples, write_benchmark
         from stride_ray.evaluate.retraining.recipe import DEFAULT
         from stride_ray.evaluate.retraining.retrain import retrain
+        from stride_ray.runtime.storage import Store
 
+        methods = chosen_methods([name.strip() for name in parsed.methods.split(",")], ablations=False)
+        out = Store(parsed.out).url
         examples = load_examples(parsed.examples, parsed.label, [each for each in parsed.drop.split(",") if each])
         sizes = (parsed.queries, parsed.hidden_size, parsed.layers)
-        benchmark = write_benchmark(examples, f"{parsed.out}/benchmark", *sizes, {"epochs": parsed.epochs})
+        benchmark = write_benchmark(examples, f"{out}/benchmark", *sizes, {"epochs": parsed.epochs})
         compute = compute_of(parsed)
         print(retrain(benchmark, DEFAULT, benchmark.url, parsed.subsets, 0.5, parsed.seeds, compute=compute)["summary"])
-        methods = [name.strip() for name in parsed.methods.split(",")]
-        done = compare(benchmark.url, f"{parsed.out}/comparison", methods, compute=compute)
+        done = compare(benchmark.url, f"{out}/comparison", methods, compute=compute)
         print(done["summary"])
         print(json.dumps(done["result"]))
 

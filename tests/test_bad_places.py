@@ -10,6 +10,7 @@ import pytest
 from conftest import flags, settings, write_lines
 from test_bad_input import shard_flags
 
+from stride_ray.corpus.files import list_files
 from stride_ray.runtime.errors import StrideError, Terminated
 from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.run import Run, refuse_inside
@@ -67,6 +68,29 @@ def test_a_quickstart_that_cannot_be_written(small_disk, told, plain):
 
 def test_an_argument_that_is_no_text(told):
     assert "is not valid UTF-8" in told("shard", "run", "--input", "caf\udce9")
+
+
+@pytest.mark.parametrize("url", ["", " ", "s3://", "file:///", "memory://"])
+def test_a_folder_without_a_name(url, told):
+    assert "names no folder" in told("status", url)
+    with pytest.raises(StrideError, match="names no folder"):
+        Store(url)
+
+
+def test_an_input_or_options_without_a_name(parts, tmp_path, told, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "not-asked-for.txt").write_text("the tide met the gull")
+    assert "paths, none of them empty" in told("shard", "run", "--tokenizer", parts.tokenizer, "--input", "")
+    with pytest.raises(StrideError, match="An input's name is empty"):
+        list_files(" ")
+    assert "--config names no file" in told("fit", "run", "--config", "")
+
+
+@pytest.mark.parametrize("name", ["", "../other", "a/b", ".hidden"])
+@pytest.mark.parametrize("verb", ["recover", "rescore", "select", "plan"])
+def test_query_sets_that_cannot_be(verb, name, told, tmp_path):
+    more = {"select": ["--out", tmp_path / "out"], "plan": ["--blocks", 9, "--queries", 1, "--workers", 1]}
+    assert "is not a valid name for a query set" in told(verb, tmp_path / "run", "--name", name, *more.get(verb, []))
 
 
 def test_options_that_gave_no_block_are_not_kept(parts, tmp_path, told, plain):

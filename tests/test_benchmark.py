@@ -116,6 +116,11 @@ BAD = [
     ("pool.parquet", lists([]), "has no rows"),
     ("pool.parquet", lists([[0.5]], pa.list_(pa.float32())), "must be lists of integers, not list"),
     ("queries.parquet", lists([[1, 2]]).append_column("kind", pa.array([None], pa.string())), "row 0: kind is empty"),
+    ("queries.parquet", lists([[1, 2]]).append_column("kind", [[" "]]), "row 0: kind is empty"),
+    ("queries.parquet", lists([[1, 2]]).append_column("part", [[float("nan")]]), "row 0: part is empty"),
+    ("queries.parquet", lists([[1, 2]]).append_column("kind", [[["a"]]]), "kind must be texts, not list"),
+    ("queries.parquet", lists([[1, 2]]).append_column("kind", [["a"]]).append_column("kind", [["b"]]), "two columns"),
+    ("pool.parquet", lists([[1, 2]]).append_column("token_ids", [[1]]), "two columns named 'token_ids'; rename one"),
     ("pool.parquet", None, "pool.parquet is missing; it needs pool.parquet, queries.parquet and a model/ folder"),
     ("model/config.json", None, "model/config.json is missing"),
 ]

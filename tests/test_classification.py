@@ -1,6 +1,10 @@
 """Classifiers as causal language models of two tokens: losses, gradients and benchmarks against plain torch."""
 
+from dataclasses import replace
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import run_plainly
@@ -8,7 +12,7 @@ from conftest import run_plainly
 from stride_ray.evaluate.baselines.gradient import graddot
 from stride_ray.evaluate.baselines.representation import featsim
 from stride_ray.evaluate.comparison import stride_variants
-from stride_ray.evaluate.retraining.classification import LabelledExamples, load_examples, write_benchmark
+from stride_ray.evaluate.retraining.classification import LabelledExamples, _untrained, load_examples, write_benchmark
 from stride_ray.evaluate.retraining.finetune import fine_tune
 from stride_ray.models.causal_lm import load_model
 from stride_ray.models.sites import find_sites
@@ -152,15 +156,120 @@ def test_examples_by_name_and_from_a_table(tmp_path):
         ("x,kind\n1,a\n2,b\n", "kind", ["z"], "has no column 'z'"),
         ("x,kind\nv,a\nw,b\n", "kind", [], "column 'x' holds string, not numbers; drop it"),
         ("x,kind\n1,a\nnan,b\n", "kind", [], "row 1: column 'x' has no finite number"),
-        ("x,kind\n1,a\n2,a\n", "kind", [], "at least two"),
-        ("x,kind\n1,\n2,a\n", "kind", [], "at least two"),
+        ("x,kind\n1,a\n2,a\n", "kind", [], "column 'kind' names 1 classes; it needs at least two"),
+        ("x,kind\n1,a\n2,\n", "kind", [], "row 1: column 'kind' names no class there"),
+        ("x,kind\n1,NA\n2,b\n", "kind", [], "row 0: column 'kind' names no class there"),
+        ("x,kind\n1,a\n2,b\n", "", [], "give the column of the classes as label; its columns are x, kind"),
+        ("x,kind\n1,a\n2,b\n", "kind", ["x"], "has no features"),
+        ("x,x,kind\n1,1,a\n2,2,b\n", "kind", [], "has two columns named 'x'; rename one"),
+        ("x,kind,caf\xe9\n1,a,2\n2,b,3\n", "kind", [], "names of its columns are not UTF-8"),
+        ("x,kind\n1,\xe9\n2,b\n", "kind", [], "column 'kind' holds binary, not names of classes in UTF-8"),
         ("", "kind", [], "cannot be read as a table"),
     ],
 )
 def test_tables_that_are_no_examples(tmp_path, text, label, drop, sentence):
-    (tmp_path / "t.csv").write_text(text)
+    (tmp_path / "t.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(StrideError, match=sentence):
         load_examples(str(tmp_path / "t.csv"), label, drop)
+
+
+def parquet_examples(tmp_path, x, kind, name="t.parquet"):
+    """Examples of a Parquet file with these columns."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"x": x, "kind": kind}), path)
+    return load_examples(str(path), "kind")
+
+
+@pytest.mark.parametrize("scale", [1, 1e-8, 1e-40, 1e30, 1e300])
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_features_of_any_scale_are_standardised(tmp_path, scale, offset):
+    found = parquet_examples(tmp_path, scale * (offset + np.arange(20.0)), ["a", "b"] * 10)
+    weights = _untrained(found, np.arange(20), 4, 1).model.features.weight[2:, 0].numpy()
+    np.testing.assert_allclose(weights, (np.arange(20) - 9.5) / np.arange(20).std(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("x", [2**40 + np.arange(20), 1e8 + np.arange(20), np.arange(20, dtype=np.uint8)])
+def test_whole_numbers_beyond_float32_are_features(tmp_path, x):
+    found = parquet_examples(tmp_path, x, ["a", "b"] * 10)
+    weights = _untrained(found, np.arange(20), 4, 1).model.features.weight[2:, 0].numpy()
+    np.testing.assert_allclose(weights, (np.arange(20) - 9.5) / np.arange(20).std(), rtol=1e-3)
+
+
+def test_a_feature_that_the_pool_does_not_vary_in_is_zero(tmp_path):
+    found = parquet_examples(tmp_path, np.full(20, 14.62), ["a", "b"] * 10)
+    assert not _untrained(found, np.arange(20), 4, 1).model.features.weight.any()
+
+
+@pytest.mark.parametrize("kind", [pa.array(["a", "b"]).dictionary_encode(), [True, False], [1, 2], [1.0, 2.0]])
+@pytest.mark.parametrize("name", ["t.parquet", "T.PARQUET", "t.pq", "run=3/t.parquet"])
+def test_classes_of_any_plain_type_in_any_parquet_file(tmp_path, kind, name):
+    found = parquet_examples(tmp_path, [1.0, 2.0], kind, name)
+    assert (found.features.shape, len(found.classes), set(found.labels.tolist())) == ((2, 1), 2, {0, 1})
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ([1.0, float("nan")], "row 1: column 'kind' names no class there"),
+        (["a", " "], "row 1: column 'kind' names no class there"),
+        ([["a"], ["b"]], "column 'kind' holds list"),
+        ([b"a", b"b"], "column 'kind' holds binary"),
+    ],
+)
+def test_columns_that_name_no_classes(tmp_path, kind, sentence):
+    with pytest.raises(StrideError, match=sentence):
+        parquet_examples(tmp_path, [1.0, 2.0], kind)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "hyperparameters", "sentence"),
+    [
+        ((0, 8, 2), {}, "0 queries cannot be drawn"),
+        ((Q, 0, 2), {}, "hidden_size is 0; it must be at least 1"),
+        ((Q, 8, 0), {}, "layers is 0; it must be at least 1"),
+        ((Q, 8, 2), {"epochs": 0}, "epochs is 0; it must be a whole number of at least 1"),
+        ((Q, 8, 2), {"batch": 2.5}, "batch is 2.5; it must be a whole number"),
+        ((Q, 8, 2), {"learning_rate": float("nan")}, "learning_rate is nan; it must be a number above 0"),
+        ((Q, 8, 2), {"bfloat16": "false"}, "bfloat16 is 'false'; it must be true or false"),
+        ((Q, 8, 2), {"device": "tpu"}, "device is 'tpu'; it must be auto, cpu or cuda"),
+        ((Q, 8, 2), {"beta1": 1}, "beta1 is 1; it must be a number from 0 to below 1"),
+        ((Q, 8, 2), {"lr": 1}, "'lr' is not a hyperparameter of FineTune"),
+    ],
+)
+def test_arguments_that_make_no_model_claim_no_folder(tmp_path, sizes, hyperparameters, sentence):
+    with pytest.raises(StrideError, match=sentence):
+        write_benchmark(blobs(), str(tmp_path / "b"), *sizes, hyperparameters)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_training_that_diverges_is_told(tmp_path):
+    with pytest.raises(StrideError, match="losses are not finite; lower learning_rate"):
+        write_benchmark(blobs(), str(tmp_path / "b"), Q, 8, 2, {**SHORT, "learning_rate": 1e30})
+
+
+def test_a_recipe_that_cannot_be_is_told_with_its_file(benchmark):
+    for changes, sentence in (({"epochs": "3"}, "epochs is '3'"), ({"epoch": 3}, "'epoch' is not a hyperparameter")):
+        with pytest.raises(StrideError, match=f"{benchmark.url}/recipe.json: {sentence}"):
+            fine_tune(replace(benchmark, hyperparameters=changes))
+
+
+def test_a_folder_may_be_a_url():
+    made = write_benchmark(blobs(), "memory://clouds", Q, 8, 2, SHORT)
+    assert (len(made.queries), len(made.blocks)) == (Q, N)
+
+
+def test_a_method_that_is_none_is_told_before_anything_is_made(tmp_path, capsys):
+    from jobs.classification import main
+
+    assert main(["--examples", "digits", "--out", str(tmp_path / "out"), "--methods", "random,ekfak"]) == 1
+    assert "Unknown method 'ekfak'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_named_set_takes_no_columns():
+    with pytest.raises(StrideError, match="digits has its own classes and features; leave out label and drop"):
+        load_examples("digits", "kind")
 
 
 def test_a_name_that_is_none():

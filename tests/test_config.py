@@ -1,5 +1,7 @@
 """Options: TOML in and out, one sentence for what is wrong, and identities that change with what matters alone."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +29,7 @@ def values(name):
         return st.floats(low, allow_nan=False, allow_infinity=False)
     if isinstance(default, dict):
         return st.dictionaries(TEXT, TEXT, max_size=3)
-    return st.lists(TEXT, max_size=3) if isinstance(default, list) else TEXT
+    return st.lists(TEXT.filter(str.strip), max_size=3) if isinstance(default, list) else TEXT
 
 
 CHANGES = st.fixed_dictionaries({}, optional={name: values(name) for name in OPTIONS})
@@ -74,9 +76,18 @@ def test_lists_and_pairs_as_typed():
         ("[recover]\nnonnegative = 'maybe'", "must be true or false"),
         ("[corpus]\ncolumns = 'text'", "must be role=column pairs"),
         ("[corpus]\ncolumns = ['text']", "must be role=column pairs"),
+        ("[corpus]\ncolumns = {text = ['body']}", "must be role=column pairs"),
+        ("[corpus]\ncolumns = {text = true}", "must be role=column pairs"),
         ("[corpus]\ninput = 3", "must be a list of paths"),
+        ("[corpus]\ninput = ''", "must be a list of paths, none of them empty"),
+        ("[corpus]\ninput = ['a', ' ']", "must be a list of paths, none of them empty"),
+        ("[corpus]\ninput = [3]", "must be a list of paths"),
+        ("[corpus]\ninput = [['a']]", "must be a list of paths"),
+        ("[corpus]\ninput = {a = 'b'}", "must be a list of paths"),
+        ("[select]\nquotas = 'web'", "must be source=share pairs"),
         ("[model]\npath = 3", "must be text"),
         ("[fit", "is not valid TOML"),
+        ("seed = 1" + "0" * 5000, "is not valid TOML"),
         ("a = " + "[" * 100_000, "is not valid TOML: its lists or tables are nested too deeply"),
         ("a = " + "{b = " * 100_000, "is not valid TOML: its lists or tables are nested too deeply"),
     ],
@@ -87,6 +98,13 @@ def test_a_sentence_for_what_is_wrong(text, told):
     assert told in str(caught.value)
     assert str(caught.value).startswith("run.toml ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_mark_of_byte_order_and_paths_that_are_no_strings():
+    assert loads("\ufeffseed = 5").seed == 5
+    given = {"corpus.input": [Path("a"), "b"], "select.quotas": {"web": 0.5, "*": 1}}
+    config = Config().updated(given)
+    assert (config.corpus.input, config.select.quotas) == (("a", "b"), {"web": "0.5", "*": "1"})
 
 
 def test_what_run_adds_is_no_option():

@@ -89,6 +89,17 @@ def test_other_subsets_are_refused(tmp_path, subsets):
         read_released(saved(Store(str(tmp_path)), {"W_in": torch.ones(8, 2), "A": torch.ones(K, 2, 8)}, subsets))
 
 
+def test_broken_subsets_are_refused(tmp_path):
+    store = saved(Store(str(tmp_path)), {"W_in": torch.ones(8, 2), "A": torch.ones(K, 2, 8)})
+    good = store.read("subsets.npy")
+    archive = io.BytesIO()
+    np.savez(archive, COLUMNS)
+    for bad in (b"", good[:9] + b"\x01" + good[10:], good[:20], archive.getvalue()):
+        store.write("subsets.npy", bad)
+        with pytest.raises(StrideError, match=r"subsets\.npy"):
+            read_released(store)
+
+
 def test_nothing_is_unpickled(tmp_path):
     made = tmp_path / "made"
     with pytest.raises(StrideError, match="plain tensors"):

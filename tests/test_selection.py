@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -217,6 +218,15 @@ def test_queries_that_do_not_count_are_left_out_and_empty_tables_name_nobody(tmp
     kept = chosen(nobody, documents=10)
     assert kept["kept"].sum() == 10
     assert set(kept[kept["kept"]]["why"]) == {"taken without influence on any query"}
+
+
+@pytest.mark.parametrize("share", [0.07, 0.14, 0.28, 0.29, 0.55, 0.56, 0.57, 0.58])
+def test_a_share_of_a_hundred_is_so_many(share):
+    whole = round(100 * share)
+    options = SelectConfig(documents=share, drop="bottom", drop_at=share, quotas={"web": str(share)})
+    chooser = GreedyChooser(options, 100, 1000, 100)
+    assert (chooser.documents, chooser.spared) == (whole, 100 - whole)
+    assert GreedyChooser(replace(options, documents=100), 100, 1000, 100)._room("web") == whole
 
 
 def test_limits_are_kept_and_what_does_not_fit_is_passed_over(tmp_path):

@@ -124,7 +124,7 @@ def test_seeds_must_share_subsets_and_queries(tmp_path):
         read_truth(store)
 
 
-LOSSES = np.ones((2, 3), np.float32)
+LOSSES, ROWS = np.ones((2, 3), np.float32), np.array([[0, 1], [0, 2]])
 BAD_ARRAYS = [
     (b"no zip", "cannot be read as numpy arrays"),
     (npz(losses=LOSSES), "it holds losses; it needs the arrays subsets and losses"),
@@ -135,7 +135,13 @@ BAD_ARRAYS = [
     (npz(subsets=np.arange(4), losses=LOSSES), r"subsets has shape \(4,\)"),
     (npz(subsets=np.arange(4), offsets=np.array([0, 2, 3]), losses=LOSSES), "offsets must run from 0"),
     (npz(subsets=np.arange(4), offsets=np.array([0, 5, 4]), losses=LOSSES), "offsets decrease at subset 1"),
-    (npz(subsets=np.array([[0], [1, 2]], dtype=object), losses=LOSSES), "it cannot be read"),
+    (npz(subsets=np.array([[0], [1, 2]], dtype=object), losses=LOSSES), "it cannot be read as numpy"),
+    (npz(subsets=ROWS, losses=LOSSES.astype(str)), "losses must be numbers, not <U"),
+    (npz(subsets=ROWS, losses=LOSSES * 1j), "losses must be numbers, not complex"),
+    (npz(subsets=ROWS, losses=LOSSES.astype(float) * 1e300), "loss of query 0 after subset 0 is not finite"),
+    (npz(subsets=ROWS[:0], losses=LOSSES[:0]), "holds no subset"),
+    (npz(subsets=np.arange(4), offsets=np.array([0, 1.5, 4]), losses=LOSSES), "offsets must run from 0"),
+    (npz(subsets=np.arange(4), offsets=np.array(["0", "2", "4"]), losses=LOSSES), "offsets must run from 0"),
 ]
 
 
@@ -146,6 +152,7 @@ def test_bad_arrays_are_told(data, told):
 
 
 GOOD = '{"train_subset": [0, 1], "test_loss": [1.0, 2.0]}\n'
+POOL_OF = '{"_meta": {"pool_indices": [%s]}}\n'
 BAD_LINES = [
     ("", "holds no subset"),
     (GOOD + '{"train_sub', "line 2, is not valid JSON"),
@@ -153,7 +160,20 @@ BAD_LINES = [
     (GOOD + '{"test_loss": [1, 2]}', "line 2, has no train_subset"),
     (GOOD + '{"train_subset": [3]}', "line 2, has no test_loss"),
     (GOOD + '{"train_subset": [3], "test_loss": [1]}', "line 2: 1 losses, and 2 in the lines before"),
-    ('{"train_subset": ["a"], "test_loss": [1]}', "must be flat lists of numbers"),
+    ('{"train_subset": ["1"], "test_loss": [1]}', "line 1: train_subset must be a flat list of row numbers"),
+    ('{"train_subset": null, "test_loss": [1]}', "train_subset must be a flat list of row numbers"),
+    ('{"train_subset": [true], "test_loss": [1]}', "train_subset must be a flat list of row numbers"),
+    ('{"train_subset": [1.5], "test_loss": [1]}', "train_subset holds 1.5, which is no row number"),
+    (f'{{"train_subset": [{10**30}], "test_loss": [1]}}', "train_subset holds 1000"),
+    ('{"train_subset": [1], "test_loss": ["1.5"]}', "line 1: test_loss must be a flat list of numbers"),
+    ('{"train_subset": [1], "test_loss": [[1]]}', "test_loss must be a flat list of numbers"),
+    ('{"train_subset": [1], "test_loss": [1e300]}', "is not finite"),
+    (f'{{"train_subset": [1], "test_loss": [{10**400}]}}', "is not finite"),
+    (POOL_OF % "5, 6" + '{"train_subset_global": [[5]], "test_loss": [1]}', "line 2: train_subset_global must be a"),
+    (POOL_OF % "5, 6" + '{"train_subset_global": 5, "test_loss": [1]}', "train_subset_global must be a flat list"),
+    (POOL_OF % '"a"' + '{"train_subset_global": [5], "test_loss": [1]}', "pool of the _meta header must be a flat"),
+    (POOL_OF % "5.7" + '{"train_subset_global": [5], "test_loss": [1]}', "pool of the _meta header holds 5.7"),
+    (POOL_OF % "5, 5" + '{"train_subset_global": [5], "test_loss": [1]}', "lists corpus row 5 twice"),
     ('{"train_subset": [1], "test_loss": [NaN]}', "is not finite"),
 ]
 
@@ -186,3 +206,58 @@ def test_bad_scores_are_told(tmp_path):
     for name, told in (("two.npz", "holds a, b; it needs one array"), ("nan.npy", "finite"), ("flat.npy", r"\(4,\)")):
         with pytest.raises(StrideError, match=told):
             read_scores(store, name)
+
+
+SCORES = np.random.default_rng(0).random((3, 40))
+MATRIX = {"data": np.ones(4), "indices": np.arange(4, dtype=np.int32), "indptr": np.arange(5, dtype=np.int32)}
+MATRIX |= {"shape": np.array([4, 4]), "format": np.array(b"csr")}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "told"),
+    [
+        ({"scores": SCORES.astype(str)}, "finite numbers, queries × blocks; got <U"),
+        ({"scores": SCORES * 1j}, "got complex128"),
+        ({"scores": np.zeros((2, 2), "M8[s]")}, "got datetime64"),
+        ({**MATRIX, "indices": np.array([0, 1, 2, 9])}, "sparse matrix: indices must be < 4"),
+        ({**MATRIX, "indices": np.array([0, 1, 2, -3])}, "indices must be >= 0"),
+        ({**MATRIX, "indptr": np.array([0, 1, 2, 3, 900])}, "cannot be read as a sparse matrix"),
+        ({**MATRIX, "format": np.array(b"csc"), "indices": np.array([0, 1, 2, 9])}, "be read as a sparse matrix"),
+        ({**MATRIX, "format": np.array(b"zzz")}, "cannot be read as a sparse matrix"),
+        ({**MATRIX, "data": np.ones(2)}, "cannot be read as a sparse matrix"),
+        ({**MATRIX, "data": np.array(["a"] * 4)}, "got <U1"),
+    ],
+)
+def test_scores_of_other_types_and_broken_sparse_matrices_are_told(tmp_path, arrays, told):
+    np.savez(tmp_path / "s.npz", **arrays)
+    with pytest.raises(StrideError, match=told):
+        read_scores(Store(str(tmp_path)), "s.npz")
+
+
+@pytest.mark.parametrize("name", ["s.npz", "s.npy"])
+def test_no_changed_byte_of_scores_ends_in_a_traceback(tmp_path, name):
+    store = Store(str(tmp_path))
+    np.savez_compressed(tmp_path / "s.npz", scores=SCORES)
+    np.save(tmp_path / "s.npy", SCORES)
+    good = store.read(name)
+    told = 0
+    for place in range(0, 400, 3):
+        bad = bytearray(good)
+        bad[place] ^= 0x0F
+        store.write(name, bytes(bad))
+        try:
+            read_scores(store, name)
+        except StrideError:
+            told += 1
+    assert told > 10
+
+
+def test_an_archive_for_an_array_and_the_reverse_are_told(tmp_path):
+    np.save(tmp_path / "array.npy", SCORES)
+    np.savez(tmp_path / "archive.npz", scores=SCORES)
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    with pytest.raises(StrideError, match=r"is a single array; it must be an \.npz file"):
+        read_scores(Store(str(tmp_path)), "array.npz")
+    with pytest.raises(StrideError, match=r"is an archive of arrays; it must be an \.npy file"):
+        read_scores(Store(str(tmp_path)), "archive.npy")

@@ -17,7 +17,7 @@ from stride_ray.attribution.respond import respond_table
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.documents import shown_name
 from stride_ray.corpus.failures import FAILED_BLOCKS_FILE, failed_blocks_note
-from stride_ray.corpus.queries import read_queries
+from stride_ray.corpus.queries import check_name, read_queries
 from stride_ray.corpus.tokenization.tokenizer import load_saved_tokenizer
 from stride_ray.operators.fit import fit
 from stride_ray.report.page import attribution_page
@@ -172,6 +172,7 @@ def read_influence(run: Run, name: str, table: str = "influence") -> pa.Table:
 
 def _finished_stage(run: Run, name: str) -> tuple[Stage, int]:
     """Return the finished stage with a query set's tables, and its number of parts; errors as read_influence."""
+    check_name(name)
     mode = mode_of(run)
     command, other = COMMANDS[table_stage(run)], OTHER_MODE[mode]
     here, there = (run.stage(TABLES[each], name).is_finished() for each in (mode, other))

@@ -15,6 +15,7 @@ import pyarrow as pa
 from stride_ray.attribution.lasso import recover
 from stride_ray.attribution.responses import read_responses
 from stride_ray.corpus.failures import LARGEST_NORM, RESPONSE_NOT_FINITE, fail, failed_ordinals
+from stride_ray.corpus.queries import check_name
 from stride_ray.models.sites import NEGATIVE_SCORE_FACTOR
 from stride_ray.operators.membership import Membership, membership_of
 from stride_ray.runtime.actor_pool import shared_actor_pool
@@ -66,6 +67,7 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
     Raises:
         StrideError: a stage is missing or was made with other settings.
     """
+    check_name(name)
     responses = run.require("responses", name)
     parts = responses.manifest()["parts"]
     keys = responses.store.read_json("stage.json")["keys"]

@@ -117,6 +117,7 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
     Raises:
         StrideError: a stage is missing or was made with other settings, or the model has no sites.
     """
+    check_name(name)
     estimates = run.require("estimates", name)
     keys = estimates.store.read_json("stage.json")["keys"]
     inputs = {key: keys[key] for key in ("corpus", "queries", "weights")}

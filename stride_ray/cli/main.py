@@ -16,6 +16,7 @@ from stride_ray.cli.arguments import assignment
 from stride_ray.cli.exits import exit_status
 from stride_ray.cli.verbs import VERBS, Verb
 from stride_ray.runtime.config import Config, loads, option_fields
+from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import redact_url
@@ -90,8 +91,10 @@ def _opened(parsed: argparse.Namespace) -> Run:
 
 
 def _config(parsed: argparse.Namespace) -> Config | None:
-    if not parsed.config:
+    if parsed.config is None:
         return None
+    if not parsed.config.strip():
+        raise StrideError("--config names no file; give the path of a TOML file, or leave it out.")
     folder, slash, leaf = parsed.config.rpartition("/")
     return loads(Store(folder or slash or ".").read_text(leaf), redact_url(parsed.config))
 

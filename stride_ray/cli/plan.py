@@ -16,6 +16,7 @@ from stride_ray.attribution.respond import QUERIES_PER_UNIT
 from stride_ray.attribution.site_responses import SLICE
 from stride_ray.attribution.site_responses import SLICES as SLICED
 from stride_ray.corpus.blocks import shard_count, unit_count
+from stride_ray.corpus.queries import check_name
 from stride_ray.models.pool_worker import SLICES
 from stride_ray.operators.site_fit import rows_for
 from stride_ray.runtime.config import Config
@@ -226,6 +227,7 @@ def plan(pilot: Run, name: str, blocks: int, queries: int, workers: int) -> list
     Raises:
         StrideError: the pilot has no recorded costs, or no finished query set of that name.
     """
+    check_name(name)
     found = dict[str, tuple[Stage, dict[str, Any]]]()
     for stage, named in STAGES.items():
         found |= _costs(pilot, stage, name if named else "")

@@ -105,6 +105,8 @@ def list_files(given: str, left_out: list[str] | None = None) -> list[SourceFile
     Raises:
         StrideError: the input is missing or cannot be read, matches no file, or has tables (CSV, Excel) and no data.
     """
+    if not given.strip():
+        raise StrideError("An input's name is empty, which would be the working folder; give a path or URL, or '.'.")
     fs, path = filesystem(given)
     try:
         if exists(fs, path):  # checked first, because a name may contain glob characters

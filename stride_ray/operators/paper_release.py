@@ -68,9 +68,10 @@ def read_released(store: Store) -> tuple[Operators, np.ndarray, dict[str, Any]]:
         tensors = {name: tensor.float() for name, tensor in state.items()}
     except Exception as error:  # pickle, zipfile and torch each raise their own types
         raise StrideError(f"{where} is not a state dict of plain tensors ({first_line(error)}).") from None
+    array = store.read(SUBSETS)
     try:
-        columns = np.load(io.BytesIO(store.read(SUBSETS)), allow_pickle=False)
-    except ValueError as error:
+        columns = np.asarray(np.load(io.BytesIO(array), allow_pickle=False))
+    except Exception as error:  # of bad bytes, numpy and the modules that it uses raise a dozen classes
         raise StrideError(f"{store.display_url(SUBSETS)} is not a plain NumPy array ({first_line(error)}).") from None
     operators = _operators(tensors, str(facts.get("activation", "silu")))
     if operators is None:

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -128,8 +129,8 @@ def loads(text: str, where: str = "the configuration") -> Config:
         StrideError: invalid TOML, an unknown key or an invalid value; the message names ``where`` and the key.
     """
     try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        tree = tomllib.loads(text.removeprefix("\ufeff"))  # the byte-order mark of some editors
+    except ValueError as error:  # TOMLDecodeError, or int's of a number with too many digits
         raise StrideError(f"{where} is not valid TOML: {error}.") from None
     except RecursionError:
         raise StrideError(f"{where} is not valid TOML: its lists or tables are nested too deeply.") from None
@@ -199,11 +200,13 @@ def _validated_value(name: str, value: Any, declared: dataclasses.Field, where: 
     except (TypeError, ValueError, OverflowError, AttributeError):
         kinds = {
             dict: "role=column pairs, each role once, as in prompt=instruction+input,answer=output",
-            tuple: "a list of paths",
+            tuple: "a list of paths, none of them empty",
             bool: "true or false",
             str: "text",
         }
         kind = {**kinds, int: "a whole number", float: "a number"}[type(default)]
+        if name == "select.quotas":
+            kind = "source=share pairs, each source once, as in web=0.5,*=0.1"
         raise StrideError(f"{where} sets {name} to {value!r}; it must be {kind}.") from None
     if metadata["choices"] and value not in metadata["choices"]:
         raise StrideError(f"{where} sets {name} to {value!r}; it must be one of {', '.join(metadata['choices'])}.")
@@ -228,9 +231,15 @@ def _convert_to_type(value: Any, default: Any) -> Any:
             if not all(separator for _, separator, _ in pairs) or len({key for key, _, _ in pairs}) < len(pairs):
                 raise ValueError
             return {key.strip(): item.strip() for key, _, item in pairs}
+        if not all(type(item) in (str, int, float) for item in value.values()):
+            raise TypeError
         return {str(key): str(item) for key, item in value.items()}
     if isinstance(default, tuple):
-        return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
+        items = value if isinstance(value, (list, tuple)) else [value]
+        # An empty path would be the working folder.
+        if not all(isinstance(item, (str, os.PathLike)) and os.fspath(item).strip() for item in items):
+            raise TypeError
+        return tuple(os.fspath(item) for item in items)
     if isinstance(default, str) and not isinstance(value, str):
         raise TypeError
     if isinstance(value, bool):

@@ -23,7 +23,7 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from stride_ray.runtime.errors import StrideError, is_storage_error, storage_reason
-from stride_ray.runtime.urls import exists, filesystem, first_line, redact_url, redacted_error
+from stride_ray.runtime.urls import check_folder_name, exists, filesystem, first_line, redact_url, redacted_error
 
 # Rows in a Parquet row group, the smallest part of a file that can be read.
 ROW_GROUP = 4096
@@ -46,6 +46,7 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
+        check_folder_name(str(url))
         self.url = str(url).rstrip("/") or "/"
         self.fs, self.root = filesystem(self.url)
         self.local = isinstance(self.fs, LocalFileSystem)
@@ -197,9 +198,9 @@ class Store:
         try:
             found = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise self._damage_error(name, f"is not valid JSON: {first_line(error)}") from None
+            raise self._damage_error(name, f"is not valid JSON: {first_line(error)}", foreign) from None
         if not isinstance(found, dict):
-            raise self._damage_error(name, "does not hold a JSON object")
+            raise self._damage_error(name, "does not hold a JSON object", foreign)
         checksum = found.pop(CHECKSUM, None)
         if checksum is None and not foreign:
             raise self._damage_error(
@@ -209,8 +210,10 @@ class Store:
             raise self._damage_error(name, f"was damaged or edited: its {CHECKSUM} differs")
         return found
 
-    def _damage_error(self, name: str, how: str) -> StrideError:
-        """Return the error for a damaged file; ``how`` is the predicate of its sentence."""
+    def _damage_error(self, name: str, how: str, foreign: bool = False) -> StrideError:
+        """Return the error for a damaged file; ``how`` is the sentence's predicate, ``foreign`` as in read_json."""
+        if foreign:
+            return StrideError(f"{self.display_url(name)} {how}; correct it.")
         alone = name.startswith("_done/") or name in OPTIONAL
         what = "it" if alone else f"its folder {self.display_url(name).rpartition('/')[0]}"
         return StrideError(

@@ -166,6 +166,12 @@ def filesystem(url: str) -> tuple[Any, str]:
         ) from None
 
 
+def check_folder_name(url: str) -> None:
+    """Raise StrideError for an empty path, which would be the root, or a URL with nothing after its protocol."""
+    if not url.strip() or re.fullmatch(r"\w[\w+.-]*://+", url):
+        raise StrideError(f"{redact_url(url)!r} names no folder; give a path or URL (is a variable empty?).")
+
+
 def exists(fs: Any, path: str) -> bool:
     """Whether a file or folder exists; raises if the store cannot be reached or refuses to answer.
 

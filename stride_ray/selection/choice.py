@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Protocol
 
 import numpy as np
@@ -93,7 +94,7 @@ class GreedyChooser:
         self.quotas = read_quotas(options)
         self.left: dict[str, float] = {}
         self.taken = NearDuplicateIndex(options.near_duplicates, folder) if options.near_duplicates else None
-        self.spared = scored - math.floor(options.drop_at * scored) if options.drop == "bottom" else scored
+        self.spared = scored - _share(options.drop_at, scored) if options.drop == "bottom" else scored
         self.named = 0
         self.passed_over = False
 
@@ -150,7 +151,7 @@ class GreedyChooser:
         """Return what is left of a source's quota: tokens if tokens are limited, else documents."""
         if source not in self.left:
             share = self.quotas.get(source, self.quotas.get("*", math.inf))
-            self.left[source] = math.floor(share * self.whole) if share < math.inf else math.inf
+            self.left[source] = _share(share, self.whole) if share < math.inf else math.inf
         return self.left[source]
 
 
@@ -303,7 +304,12 @@ def read_quotas(options: SelectConfig) -> dict[str, float]:
 
 def _limit(asked: float, whole: int) -> float:
     """Resolve a size option: 0 is no limit, below 1 a share of the whole, else a number."""
-    return math.inf if not asked else math.floor(asked * whole) if asked < 1 else math.floor(asked)
+    return math.inf if not asked else _share(asked, whole) if asked < 1 else math.floor(asked)
+
+
+def _share(part: float, whole: float) -> int:
+    """The whole number of items in a share, exactly: 0.29 of 100 is 29, and the product of floats less than that."""
+    return math.floor(Decimal(repr(part)) * int(whole))
 
 
 def kept_places(manifest: pq.ParquetFile) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stride_ray.corpus.rows.row import has_content
 from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.evaluate.retraining.lds import ALL, evaluate, subset_sums
 from stride_ray.evaluate.retraining.results import RetrainingResults, read_truth
@@ -146,8 +147,11 @@ def reread_benchmark(url: str, fingerprint: str) -> Benchmark:
 
 def _texts(table: pa.Table, where: str, shortest: int) -> Texts:
     """Pad the column ``token_ids``, lists of any length."""
-    if "token_ids" not in table.column_names:
-        raise StrideError(f"{where} has no column token_ids (it has {', '.join(table.column_names)}).")
+    names = table.column_names
+    if "token_ids" not in names:
+        raise StrideError(f"{where} has no column token_ids (it has {', '.join(names)}).")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise StrideError(f"{where} has two columns named {twice!r}; rename one.")
     column = table["token_ids"].combine_chunks()
     if isinstance(column, pa.ChunkedArray):  # combine_chunks returns this for an empty column
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.list_(pa.int32()))
@@ -175,8 +179,11 @@ def _labels(table: pa.Table, column: str, where: str) -> np.ndarray:
     if column not in table.column_names:
         return np.full(table.num_rows, ALL)
     labels = table[column].to_pylist()
-    if None in labels:
-        raise StrideError(f"{where}, row {labels.index(None)}: {column} is empty; fill it or leave the column out.")
+    empty = next((row for row, label in enumerate(labels) if not has_content(label)), None)
+    if empty is not None:
+        raise StrideError(f"{where}, row {empty}: {column} is empty; fill it or leave the column out.")
+    if pa.types.is_nested(table[column].type):
+        raise StrideError(f"{where}: {column} must be texts, not {table[column].type}.")
     return np.array([str(label) for label in labels])
 
 

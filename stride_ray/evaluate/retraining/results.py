@@ -7,7 +7,6 @@ Two formats, each with one file per training seed: the benchmarks' ``retraining_
 import io
 import json
 import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +119,8 @@ def truth_from_npz(data: bytes, where: str) -> RetrainingResults:
     rows, losses = arrays["subsets"], arrays["losses"]
     if "offsets" in arrays:
         offsets = arrays["offsets"]
-        if rows.ndim != 1 or offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or offsets[-1] != len(rows):
+        whole = rows.ndim == offsets.ndim == 1 and offsets.dtype.kind in "iu" and len(offsets) > 0
+        if not whole or offsets[0] != 0 or offsets[-1] != len(rows):
             raise StrideError(f"{where}: offsets must run from 0 to the length of a flat subsets ({rows.size}).")
         if (np.diff(offsets) < 0).any():
             raise StrideError(f"{where}: offsets decrease at subset {int((np.diff(offsets) < 0).argmax())}.")
@@ -140,8 +140,9 @@ def truth_from_jsonl(data: bytes, where: str) -> RetrainingResults:
     Raises:
         StrideError: naming the invalid line.
     """
-    subsets: list[list[int]] = []
-    losses: list[list[float]] = []
+    subsets: list[np.ndarray] = []
+    losses: list[np.ndarray] = []
+    pool: list[Any] = []
     local: dict[int, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
@@ -155,16 +156,17 @@ def truth_from_jsonl(data: bytes, where: str) -> RetrainingResults:
             raise StrideError(f"{at}, is not a JSON object.")
         if "_meta" in row:
             meta = row["_meta"] if isinstance(row["_meta"], dict) else {}
-            pool: list[int] = next((meta[key] for key in POOL_KEYS if isinstance(meta.get(key), list)), [])
-            local = {int(corpus): index for index, corpus in enumerate(pool)}
+            pool, local = next((meta[key] for key in POOL_KEYS if isinstance(meta.get(key), list)), []), {}
             continue
         if "train_subset" in row:
-            chosen = row["train_subset"]
-        elif "train_subset_global" in row and local:
-            strangers = [each for each in row["train_subset_global"] if each not in local]
+            chosen = _row_numbers(row["train_subset"], f"{at}: train_subset")
+        elif "train_subset_global" in row and pool:
+            local = local or _places(pool, where)
+            corpus_rows = _row_numbers(row["train_subset_global"], f"{at}: train_subset_global").tolist()
+            strangers = [each for each in corpus_rows if each not in local]
             if strangers:
                 raise StrideError(f"{at}: corpus row {strangers[0]} is not in the pool of the _meta header.")
-            chosen = [local[each] for each in row["train_subset_global"]]
+            chosen = np.array([local[each] for each in corpus_rows], np.int64)
         else:
             raise StrideError(f"{at}, has no train_subset; each line after the _meta header needs one.")
         if not isinstance(row.get("test_loss"), list):
@@ -172,13 +174,44 @@ def truth_from_jsonl(data: bytes, where: str) -> RetrainingResults:
         if losses and len(row["test_loss"]) != len(losses[0]):
             raise StrideError(f"{at}: {len(row['test_loss'])} losses, and {len(losses[0])} in the lines before it.")
         subsets.append(chosen)
-        losses.append(row["test_loss"])
+        losses.append(_loss_values(row["test_loss"], f"{at}: test_loss"))
     if not subsets:
         raise StrideError(f"{where} holds no subset; it needs a line each.")
-    try:
-        return _one_seed([np.array(rows, dtype=np.int64) for rows in subsets], np.array(losses, np.float32), where)
-    except (TypeError, ValueError):
-        raise StrideError(f"{where}: train_subset and test_loss must be flat lists of numbers.") from None
+    return _one_seed(subsets, np.stack(losses), where)
+
+
+def _row_numbers(values: Any, what: str) -> np.ndarray:
+    """A JSON list of row numbers as int64; StrideError for anything else, and for what int64 does not hold."""
+    if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
+        raise StrideError(f"{what} must be a flat list of row numbers.")
+    odd = next((each for each in values if each != each or not -(2**63) <= each < 2**63 or each != int(each)), None)
+    if odd is not None:
+        raise StrideError(f"{what} holds {str(odd)[:30]}, which is no row number.")
+    return np.array(list(map(int, values)), np.int64)
+
+
+def _loss_values(values: list[Any], what: str) -> np.ndarray:
+    """A JSON list of losses as float64; null is nan, and a number beyond float64 infinite."""
+    if not set(map(type, values)) <= {int, float, type(None)}:
+        raise StrideError(f"{what} must be a flat list of numbers.")
+
+    def value(each: float | None) -> float:
+        try:
+            return np.nan if each is None else float(each)
+        except OverflowError:
+            return np.inf
+
+    return np.array(list(map(value, values)), np.float64)
+
+
+def _places(pool: list[Any], where: str) -> dict[int, int]:
+    """The pool row of each corpus row that a ``_meta`` header lists."""
+    corpus_rows = _row_numbers(pool, f"{where}: the pool of the _meta header").tolist()
+    found = {corpus: index for index, corpus in enumerate(corpus_rows)}
+    if len(found) < len(corpus_rows):
+        twice = next(each for index, each in enumerate(corpus_rows) if found[each] != index)
+        raise StrideError(f"{where}: the pool of the _meta header lists corpus row {twice} twice.")
+    return found
 
 
 def npz_bytes(truth: RetrainingResults, seed: int) -> bytes:
@@ -220,17 +253,18 @@ def read_scores(store: Store, name: str) -> Any:
         StrideError: for any other content, or values that are not finite.
     """
     data, where = store.read(name), store.display_url(name)
-    arrays = {"scores": _loaded(data, where)} if name.endswith(".npy") else _arrays(data, where)
+    arrays = _arrays(data, where, single=name.endswith(".npy"))
     if {"data", "indptr", "format", "shape"} <= arrays.keys():
-        scores: Any = scipy.sparse.csr_array(scipy.sparse.load_npz(io.BytesIO(data)))
+        scores: Any = _sparse(data, where)
         values = scores.data
     else:
         key = "scores" if "scores" in arrays else next(iter(arrays), "")
         if not key or (key != "scores" and len(arrays) > 1):
             raise StrideError(f"{where} holds {', '.join(arrays) or 'nothing'}; it needs one array, named scores.")
         scores = values = arrays[key]
-    if scores.ndim != 2 or not np.isfinite(values).all():
-        raise StrideError(f"{where}: scores must be finite numbers, queries × blocks; got shape {scores.shape}.")
+    if scores.ndim != 2 or values.dtype.kind not in "biuf" or not np.isfinite(values).all():
+        got = f"{scores.dtype} of shape {scores.shape}"
+        raise StrideError(f"{where}: scores must be finite numbers, queries × blocks; got {got}.")
     return scores
 
 
@@ -248,6 +282,12 @@ def _one_seed(subsets: Sequence[np.ndarray], losses: np.ndarray, where: str) -> 
     """Sort each subset's rows and validate one file's content."""
     if losses.ndim != 2 or len(losses) != len(subsets):
         raise StrideError(f"{where}: {len(subsets)} subsets, and losses of shape {losses.shape}; it must be (S, Q).")
+    if not len(subsets):
+        raise StrideError(f"{where} holds no subset; it needs at least one.")
+    if losses.dtype.kind not in "iuf":
+        raise StrideError(f"{where}: losses must be numbers, not {losses.dtype}.")
+    with np.errstate(over="ignore"):
+        losses = losses.astype(np.float32)
     if not np.isfinite(losses).all():
         row, column = (int(each[0]) for each in np.nonzero(~np.isfinite(losses)))
         raise StrideError(f"{where}: the loss of query {column} after subset {row} is not finite; train it again.")
@@ -259,7 +299,7 @@ def _one_seed(subsets: Sequence[np.ndarray], losses: np.ndarray, where: str) -> 
         if len(rows) and (ascending[0] < 0 or (np.diff(ascending) == 0).any()):
             raise StrideError(f"{where}: subset {number} has a negative or a repeated pool row.")
         tidy.append(ascending)
-    return RetrainingResults(tuple(tidy), losses.astype(np.float32)[None], ("seed0",))
+    return RetrainingResults(tuple(tidy), losses[None], ("seed0",))
 
 
 def _merge_seeds(seeds: list[RetrainingResults], tags: tuple[str, ...], where: list[str]) -> RetrainingResults:
@@ -279,21 +319,28 @@ def _merge_seeds(seeds: list[RetrainingResults], tags: tuple[str, ...], where: l
     return RetrainingResults(first.subsets, np.concatenate([each.losses for each in seeds]), tags)
 
 
-def _arrays(data: bytes, where: str) -> dict[str, np.ndarray]:
-    found = _loaded(data, where)
-    if isinstance(found, np.ndarray):
-        raise StrideError(f"{where} is a single array; it must be an .npz file.")
+def _arrays(data: bytes, where: str, single: bool = False) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` file; with ``single``, the one of an ``.npy`` file under the name scores."""
     try:
-        return {name: found[name] for name in found.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise StrideError(f"{where} cannot be read: {first_line(error)}") from None
-
-
-def _loaded(data: bytes, where: str) -> Any:
-    try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        found = np.load(io.BytesIO(data), allow_pickle=False)
+        arrays = {"": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+    except Exception as error:  # of bad bytes, numpy, zipfile and zlib raise a dozen classes
         raise StrideError(f"{where} cannot be read as numpy arrays: {first_line(error)}") from None
+    if single != ("" in arrays):
+        held, needed = ("an archive of arrays", "y") if single else ("a single array", "z")
+        raise StrideError(f"{where} is {held}; it must be an .np{needed} file.")
+    return {"scores": arrays[""]} if single else arrays
+
+
+def _sparse(data: bytes, where: str) -> scipy.sparse.csr_array:
+    """A sparse matrix of ``scipy.sparse.save_npz``, whose indices scipy itself would use unchecked."""
+    try:
+        found = scipy.sparse.load_npz(io.BytesIO(data))
+        if hasattr(found, "check_format"):
+            found.check_format(full_check=True)
+        return scipy.sparse.csr_array(found)
+    except Exception as error:  # scipy raises several classes too
+        raise StrideError(f"{where} cannot be read as a sparse matrix: {first_line(error)}") from None
 
 
 def _natural_sort_key(name: str) -> list[str]:

@@ -70,7 +70,7 @@ def test_an_argument_that_is_no_text(told):
     assert "is not valid UTF-8" in told("shard", "run", "--input", "caf\udce9")
 
 
-@pytest.mark.parametrize("url", ["", " ", "s3://", "file:///", "memory://"])
+@pytest.mark.parametrize("url", ["", " ", "s3://", "file:///", "memory://", "a\0b"])
 def test_a_folder_without_a_name(url, told):
     assert "names no folder" in told("status", url)
     with pytest.raises(StrideError, match="names no folder"):

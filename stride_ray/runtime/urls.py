@@ -167,8 +167,8 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def check_folder_name(url: str) -> None:
-    """Raise StrideError for an empty path, which would be the root, or a URL with nothing after its protocol."""
-    if not url.strip() or re.fullmatch(r"\w[\w+.-]*://+", url):
+    """Raise StrideError for an empty path, which would be the root, a bare protocol, or a name with a NUL."""
+    if not url.strip() or "\0" in url or re.fullmatch(r"\w[\w+.-]*://+", url):
         raise StrideError(f"{redact_url(url)!r} names no folder; give a path or URL (is a variable empty?).")
 
 

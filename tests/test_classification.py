@@ -131,7 +131,7 @@ def test_a_finished_folder_is_read_and_another_refused(benchmark, monkeypatch):
     monkeypatch.setattr("stride_ray.evaluate.retraining.classification.fine_tune", None)  # nothing is trained
     again = write_benchmark(blobs(), benchmark.url, Q, 8, 2, SHORT)
     assert again.fingerprint == benchmark.fingerprint
-    with pytest.raises(StrideError, match="was made with hidden_size = 8, and now it is 16"):
+    with pytest.raises(StrideError, match="was made with hidden_size = 8, and this command has 16"):
         write_benchmark(blobs(), benchmark.url, Q, 16, 2, SHORT)
     with pytest.raises(StrideError, match="was made with examples = "):
         write_benchmark(blobs(1), benchmark.url, Q, 8, 2, SHORT)

@@ -175,7 +175,7 @@ def test_checkpoints_are_whole_and_made_once(made, tmp_path, monkeypatch):
     assert {name: value.shape for name, value in moments.items()} == shapes
     assert "lm_head.weight" not in moments  # tied
     assert all((value >= 0).all() and value.any() for value in moments.values())
-    assert sorted(path.name for path in out.iterdir()) == ["epoch-1", "epoch-2", "settings.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["epoch-1", "epoch-2", "stage.json"]
     before = data_of(out)
     for path in Path(folders[1]).iterdir():
         path.unlink()
@@ -184,13 +184,13 @@ def test_checkpoints_are_whole_and_made_once(made, tmp_path, monkeypatch):
     assert data_of(out) == before
     monkeypatch.setattr(FineTune, "run", None)  # nothing is trained again
     assert checkpoints(made.benchmark, str(out), 0, SHORT) == (folders, rates)
-    with pytest.raises(StrideError, match="was made with batch = 4, and now it is 8"):
+    with pytest.raises(StrideError, match="was made with batch = 4, and this command has 8"):
         checkpoints(made.benchmark, str(out), 0, {**SHORT, "batch": 8})
     with pytest.raises(StrideError, match="'size' is not a hyperparameter of FineTune"):
         checkpoints(made.benchmark, str(out), 0, {"size": 8})
-    settings = (out / "settings.json").read_text()
-    (out / "settings.json").write_text(settings.replace('"batch": 4', '"batch": 6'))
-    with pytest.raises(StrideError, match=r"settings\.json was damaged or edited: its checksum differs"):
+    settings = (out / "stage.json").read_text()
+    (out / "stage.json").write_text(settings.replace('"batch": 4', '"batch": 6'))
+    with pytest.raises(StrideError, match=r"stage\.json was damaged or edited: its checksum differs"):
         checkpoints(made.benchmark, str(out), 0, SHORT)
 
 

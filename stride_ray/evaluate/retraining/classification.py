@@ -20,12 +20,12 @@ import pyarrow.types as pt
 import torch
 
 from stride_ray.corpus.rows.row import has_content
-from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark
-from stride_ray.evaluate.retraining.finetune import check_hyperparameters, claim, fine_tune
-from stride_ray.evaluate.retraining.lds import ALL, DEVELOPMENT, REPORT
+from stride_ray.evaluate.retraining.finetune import check_hyperparameters, fine_tune
+from stride_ray.evaluate.retraining.lds import DEVELOPMENT, REPORT
 from stride_ray.models.builtin.classifier import Classifier, ClassifierConfig
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import claim
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import first_line
 
@@ -74,7 +74,7 @@ def write_benchmark(
         StrideError: for sizes that make no model, more queries than examples, a folder made with other arguments, or
             losses that are not finite after training.
     """
-    store, n = Store(folder), len(examples.labels)
+    n = len(examples.labels)
     for size, value, least in (("hidden_size", hidden_size, 1), ("layers", layers, 1), ("seed", seed, 0)):
         if value < least:
             raise StrideError(f"{size} is {value}; it must be at least {least}.")
@@ -86,41 +86,29 @@ def write_benchmark(
     check_hyperparameters(given)
     shape = {"queries": queries, "hidden_size": hidden_size, "layers": layers, "seed": seed}
     content = hashlib.sha256(examples.features.tobytes() + examples.labels.tobytes()).hexdigest()[:16]
-    claim(store, {"examples": content, **shape, **given})
+    store = claim(Store(folder), "classification benchmark", {"examples": content, **shape, **given}).store
     if store.exists("pool.parquet"):
         return read_benchmark(folder)
     order = np.random.default_rng(seed).permutation(n)
     asked, pool = order[:queries], np.sort(order[queries:])
     tokens = np.stack([len(examples.classes) + np.arange(n), examples.labels], axis=1)
-    texts = [Texts(tokens[rows].astype(np.int32), np.ones((len(rows), 2), bool)) for rows in (pool, asked)]
     parts = np.where(np.arange(queries) < queries // 2, DEVELOPMENT, REPORT)
+    questions = pa.table({"token_ids": tokens[asked].tolist(), "part": parts, "example": asked})
     with tempfile.TemporaryDirectory() as scratch:
-        _untrained(examples, pool, hidden_size, layers).save_pretrained(f"{scratch}/untrained")
-        benchmark = Benchmark(
-            url=folder,
-            blocks=texts[0],
-            queries=texts[1],
-            kinds=np.full(queries, ALL),
-            parts=parts,
-            model=f"{scratch}/untrained",
-            start=None,
-            truth=None,
-            fingerprint="",
-            hyperparameters=given,
-        )
-        recipe = fine_tune(benchmark)
+        untrained = Store(f"{scratch}/untrained")
+        untrained.write_json("recipe.json", given)
+        untrained.write_table("queries.parquet", questions)
+        untrained.write_table("pool.parquet", pa.table({"token_ids": tokens[pool].tolist(), "example": pool}))
+        _untrained(examples, pool, hidden_size, layers).save_pretrained(f"{scratch}/untrained/model")
+        recipe = fine_tune(read_benchmark(untrained.url))
         trained = recipe.train(np.arange(len(pool)), seed)
         if not np.isfinite(recipe.losses(trained)).all():
             raise StrideError("After training, the queries' losses are not finite; lower learning_rate.")
         trained.save_pretrained(f"{scratch}/model")
         for path in sorted(Path(scratch, "model").iterdir()):
             store.put(f"model/{path.name}", str(path))
-    store.write_json("recipe.json", given)
-    store.write_table(
-        "queries.parquet", pa.table({"token_ids": tokens[asked].tolist(), "part": parts, "example": asked})
-    )
-    # Last: a folder with it is finished.
-    store.write_table("pool.parquet", pa.table({"token_ids": tokens[pool].tolist(), "example": pool}))
+        for name in ("recipe.json", "queries.parquet", "pool.parquet"):  # a folder with the last is finished
+            store.put(name, f"{scratch}/untrained/{name}")
     return read_benchmark(folder)
 
 

@@ -23,6 +23,7 @@ from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.models.builtin.classifier import Classifier, auto_model
 from stride_ray.models.download import local_model
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import claim
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import first_line, redact_url
 
@@ -248,7 +249,7 @@ def checkpoints(
     root, n = Path(out_folder), len(benchmark.blocks)
     # The device does not count as a setting; all other fields affect the weights.
     settings = {name: getattr(recipe, name) for name in HYPERPARAMETERS if name != "device"}
-    claim(Store(out_folder), {"benchmark": benchmark.fingerprint, "seed": seed, **settings})
+    claim(Store(out_folder), "checkpoints", {"benchmark": benchmark.fingerprint, "seed": seed, **settings})
     folders = [root / f"epoch-{epoch}" for epoch in range(1, recipe.epochs + 1)]
     if not all(folder.exists() for folder in folders):
 
@@ -259,20 +260,6 @@ def checkpoints(
         recipe.run(np.arange(n), seed, keep)
     rates = np.array(recipe.rates(n)).reshape(recipe.epochs, -1).mean(1)
     return tuple(map(str, folders)), tuple(rates.tolist())
-
-
-def claim(store: Store, settings: dict[str, Any]) -> None:
-    """Record the folder's settings, or refuse a folder made with others."""
-    if store.exists("settings.json"):
-        made_with = store.read_json("settings.json")
-        if different := [key for key in settings if made_with.get(key) != settings[key]]:
-            key = different[0]
-            raise StrideError(
-                f"{redact_url(store.url)} was made with {key} = {made_with.get(key)!r}, and now it is "
-                f"{settings[key]!r}; use another folder or delete that one."
-            )
-        return
-    store.write_json("settings.json", settings)
 
 
 def _save(folder: Path, model: Any, optimizer: torch.optim.AdamW) -> None:

@@ -15,8 +15,9 @@ from stride_ray.models.curvature.eigenvalues import (
     kronecker_eigenbasis,
     with_eigenvalues,
 )
-from stride_ray.models.curvature.moments import kfac_site
-from stride_ray.models.sites import EMBEDDING, HEAD, find_sites, site_gradients
+from stride_ray.models.curvature.moments import KroneckerFactors, kfac_site
+from stride_ray.models.matrices import eigenbasis
+from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, find_sites, site_gradients
 from stride_ray.models.vocabulary import TokenSide
 from stride_ray.runtime.storage import Store
 
@@ -93,6 +94,19 @@ def test_a_direction_passed_on_to_the_kronecker_factors_is_the_one_solved_for(mo
         )
         back = each.rotate(solved) / each.inverse_eigenvalues
         torch.testing.assert_close(back, each.rotate(J), rtol=1e-3, atol=1e-5)
+
+
+def test_a_factor_is_decomposed_once(monkeypatch):
+    decomposed = []
+    monkeypatch.setattr(
+        "stride_ray.models.curvature.moments.eigenbasis", lambda each: decomposed.append(len(each)) or eigenbasis(each)
+    )
+    of_layer, of_head = (KroneckerFactors(np.eye(4), np.eye(size)) for size in (3, 1))
+    for name, moments in (("layer", of_layer), (HEAD, of_head), (ORIGIN, of_head)):
+        kfac_site(name, moments, torch.ones(V), 0)
+    kronecker_eigenbasis("layer", of_layer)
+    kronecker_eigenbasis(HEAD, of_head)
+    assert decomposed == [4, 3, 4]
 
 
 def test_a_run_at_every_map_answers_in_the_same_form(exactly, parts, sharded, plain):

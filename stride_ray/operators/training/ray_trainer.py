@@ -148,7 +148,7 @@ def _without_dashboard_polling(trainer: type) -> type:
     The callback would log an error repeatedly. It guards against a controller that dies alone; a Ray instance without a
     dashboard was started for this command and ends with it.
     """
-    if ray.init(ignore_reinit_error=True).dashboard_url:  # of the connection that is open already
+    if ray._private.worker.get_dashboard_url():
         return trainer
 
     class Quiet(trainer):

@@ -240,7 +240,7 @@ def test_the_verb_says_what_it_found_and_a_rerun_trains_nothing(attributed, copy
     assert "blocks ranked first, the queries of 'asked' cost" in line
     assert "random blocks" in line
     assert "2 queries (1 failed) with 1 training each by" in out
-    assert "from random weights" in out
+    assert "from random weights (model.start is empty)" in out
     files = {path: path.read_bytes() for path in (Path(copy.url) / "verify").rglob("*") if path.is_file()}
     assert json.loads((Path(copy.url) / "verify/asked/verification.json").read_text())["removal"]["seeds"] == 1
     monkeypatch.setattr("stride_ray.evaluate.retraining.removal.map_tasks", lambda *_: pytest.fail("trained again"))

@@ -37,6 +37,7 @@ from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage, claim
 from stride_ray.runtime.storage import Store
+from stride_ray.runtime.urls import redact_url
 
 # The folder in a run; one folder per query set in it.
 FOLDER = "verify"
@@ -87,7 +88,7 @@ class Verification:
         seeds = "1 training" if found.seeds == 1 else f"{found.seeds} trainings"
         return (
             f"Measured on {found.queries} queries{failed} with {seeds} each by {self.recipe}, from "
-            f"{self.start or 'random weights'}; 95 % intervals over queries and trainings. The removed blocks are "
+            f"{self.start or 'random weights (model.start is empty)'}; 95 % intervals over queries and trainings. The removed blocks are "
             f"{found.share:.2%} of the pool and have {found.concentration:.1%} of the positive influence. The "
             f"attributed model's loss is {self.attributed:.4f}: the further from that of the whole pool, the less the "
             "recipe resembles its training."
@@ -150,7 +151,7 @@ def verify(
         failed=len(losses) - len(ids),
         per_query=len(rankings) if per_query else 0,
         recipe=recipe,
-        start=run.config.model.start,
+        start=redact_url(run.config.model.start),
         attributed=float(np.mean([losses[query] for query in measured])),
         removal=removal,
     )
@@ -199,7 +200,7 @@ def _rankings(table: pa.Table, ids: Sequence[str], n_blocks: int, per_query: int
     of_row = np.array([places[query] for query in table["query_id"].to_pylist()], np.int64)
 
     def summed(rows: NDArray[np.bool_]) -> NDArray[np.float64]:
-        return np.bincount(columns["ordinal"][rows], columns["influence"][rows], minlength=n_blocks)
+        return np.bincount(columns["ordinal"][rows], columns["influence"][rows], minlength=n_blocks).astype(np.float64)
 
     if not per_query:
         return [ranking_of(summed(np.ones(len(of_row), bool)), np.arange(len(ids)), "the queries together")]

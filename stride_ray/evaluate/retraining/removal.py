@@ -161,6 +161,12 @@ def measure_removals(retraining: Retraining, rankings: Sequence[Ranking], shares
     Raises:
         StrideError: for a share that removes no block or all, or more than have a positive influence; no seeds.
     """
+    retraining.train(trainings_for(retraining, rankings, shares))
+    return [_compare(retraining, rankings, share, blocks_removed(share, retraining.pool)) for share in shares]
+
+
+def trainings_for(retraining: Retraining, rankings: Sequence[Ranking], shares: Sequence[float]) -> list[Training]:
+    """List the trainings of measure_removals, with the same arguments and errors."""
     if retraining.seeds < 1:
         raise StrideError(f"{retraining.seeds} seeds make no model; there must be at least 1.")
     counts = [blocks_removed(share, retraining.pool) for share in shares]
@@ -169,8 +175,7 @@ def measure_removals(retraining: Retraining, rankings: Sequence[Ranking], shares
         removed = [_random_blocks(retraining.pool, count, seed) for count in counts]
         removed += [ranking.first(count) for count in counts for ranking in rankings]
         trainings += [(each, seed) for each in (NOTHING, *removed)]
-    retraining.train(trainings)
-    return [_compare(retraining, rankings, share, count) for share, count in zip(shares, counts, strict=True)]
+    return trainings
 
 
 def blocks_removed(share: float, pool: int) -> int:

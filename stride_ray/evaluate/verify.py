@@ -86,12 +86,13 @@ class Verification:
         found = self.removal
         failed = f" ({self.failed} failed)" if self.failed else ""
         seeds = "1 training" if found.seeds == 1 else f"{found.seeds} trainings"
+        start = self.start or "random weights (model.start is empty)"
         return (
-            f"Measured on {found.queries} queries{failed} with {seeds} each by {self.recipe}, from "
-            f"{self.start or 'random weights (model.start is empty)'}; 95 % intervals over queries and trainings. The removed blocks are "
-            f"{found.share:.2%} of the pool and have {found.concentration:.1%} of the positive influence. The "
-            f"attributed model's loss is {self.attributed:.4f}: the further from that of the whole pool, the less the "
-            "recipe resembles its training."
+            f"Measured on {found.queries} queries{failed} with {seeds} each by {self.recipe}, from {start}; 95 % "
+            f"intervals over queries and trainings. The removed blocks are {found.share:.2%} of the pool and have "
+            f"{found.concentration:.1%} of the positive influence. The attributed model's loss is "
+            f"{self.attributed:.4f}: the further from that of the whole pool, the less the recipe resembles its "
+            "training."
         )
 
 

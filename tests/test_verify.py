@@ -17,7 +17,7 @@ from stride_ray.attribution.attribute import attribute, read_influence
 from stride_ray.corpus.shard import shard
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.retraining.benchmark import Benchmark
-from stride_ray.evaluate.retraining.removal import Retraining, measure_removals, ranking_of
+from stride_ray.evaluate.retraining.removal import Retraining, _random_blocks, measure_removals, ranking_of
 from stride_ray.evaluate.verify import verify
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
@@ -98,6 +98,13 @@ def test_blocks_of_positive_influence_are_ranked_best_first_and_ties_by_ordinal(
     assert ranking.first(2).tolist() == [0, 3]
 
 
+def test_a_larger_random_removal_contains_a_smaller_one():
+    small, large = (_random_blocks(N, count, 1).tolist() for count in (5, 20))
+    assert set(small) < set(large) < set(range(N))
+    assert small == sorted(small)
+    assert small != _random_blocks(N, 5, 2).tolist()
+
+
 def test_the_rise_is_the_closed_form_s(retraining):
     one, two = measure_removals(retraining, [of_query_0()], [0.05, 0.1])
     assert (one.blocks, two.blocks, one.pool, one.queries, one.seeds) == (3, 6, N, 1, SEEDS)
@@ -108,6 +115,7 @@ def test_the_rise_is_the_closed_form_s(retraining):
         assert (found.first.low, found.first.high) == pytest.approx((rise, rise), abs=1e-5)
         assert found.difference.value == pytest.approx(found.first.value - found.random.value, abs=1e-6)
         assert found.random.value < rise / 2
+        assert found.random.low < found.random.high  # every seed draws its own
         assert "above zero: retraining confirms the ranking" in found.verdict
     assert two.concentration == 1.0
     assert one.concentration == pytest.approx((4 + 5 + 6) / 21)
@@ -214,8 +222,12 @@ def test_without_its_twins_a_query_costs_more(attributed, copy, plain):
     assert (removal.queries, found.per_query, found.failed, found.mode) == (1, 1, 1, "exact")
     assert removal.difference.low > 0.2
     table = read_influence(copy, "asked").to_pylist()
-    best = [row["document_id"] for row in table if row["query_id"] == "rare" and row["rank"] <= removal.blocks]
-    assert {"d20", "d21", "d22", "d23"} <= set(best)
+    best = [row for row in table if row["query_id"] == "rare" and row["rank"] <= removal.blocks]
+    assert {"d20", "d21", "d22", "d23"} <= {row["document_id"] for row in best}
+    retraining = Retraining(toy, Stage(Store(f"{copy.url}/verify/asked"), ""), removal.pool, 2, ComputeConfig())
+    ordinals = np.sort([row["ordinal"] for row in best])
+    rises = [(retraining.losses(ordinals, s) - retraining.losses(np.zeros(0, np.int64), s))[0] for s in range(2)]
+    assert removal.first.value == pytest.approx(np.mean(rises), abs=1e-6)
     losses = {row["query_id"]: row["base_loss"] for row in read_influence(copy, "asked", "recovery").to_pylist()}
     assert found.attributed == pytest.approx(losses["rare"])
 

@@ -251,6 +251,7 @@ def test_the_verb_says_what_it_found_and_a_rerun_trains_nothing(attributed, copy
     line = next(line for line in out.splitlines() if line.startswith("Without the "))
     assert "blocks ranked first, the queries of 'asked' cost" in line
     assert "random blocks" in line
+    assert "one training each does not show the noise of training: use more seeds" in out
     assert "2 queries (1 failed) with 1 training each by" in out
     assert "from random weights (model.start is empty)" in out
     files = {path: path.read_bytes() for path in (Path(copy.url) / "verify").rglob("*") if path.is_file()}

@@ -76,6 +76,9 @@ class Removal:
         first: rise of the loss over ``whole`` after training without the blocks ranked first.
         random: the same without blocks drawn at random, others for each seed.
         difference: ``first`` − ``random``, paired by query and seed.
+
+    Intervals are a bootstrap over queries and seeds. Two or three seeds show little of the noise of training, so with
+    few queries the intervals are too narrow; with one seed they are over queries alone.
     """
 
     share: float
@@ -93,6 +96,8 @@ class Removal:
     def verdict(self) -> str:
         """What the difference says about the ranking, in a sentence."""
         shown = f"{self.difference.value:.4f} ({self.difference.low:.4f} to {self.difference.high:.4f})"
+        if self.seeds == 1:
+            return f"The difference is {shown}; one training each does not show the noise of training: use more seeds."
         if self.difference.low > 0:
             return f"The difference is {shown}, above zero: retraining confirms the ranking."
         if self.difference.high < 0:

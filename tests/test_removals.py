@@ -60,6 +60,7 @@ def test_without_examples_of_its_class_a_query_costs_more(benchmark, store, monk
     assert [line.split(" | ")[1] for line in lines if line.startswith("| 0.3")] == ["oracle", "opposite"]
     plotted = store.read("removal.svg")
     assert b"uniform" in plotted
+    assert b"blocks drawn at random" in plotted
     assert b"opposite" in plotted
     # Again: nothing is trained, and the same bytes are written.
     monkeypatch.setattr("stride_ray.evaluate.retraining.removal.map_tasks", lambda *_: pytest.fail("trained again"))

@@ -185,7 +185,8 @@ def plot(found: Removals) -> bytes:
     for method, curve in curves:
         _errorbars(left, curve, [each.first for each in curve], label=method)
     if curves:
-        _errorbars(left, curves[0][1], [each.random for each in curves[0][1]], "random", color="black", linestyle="--")
+        drawn = [each.random for each in curves[0][1]]
+        _errorbars(left, curves[0][1], drawn, "blocks drawn at random", color="black", linestyle="--")
     for method, mass in found.concentration.items():
         right.plot(100 * TOP, 100 * mass, label=method)
     right.plot(100 * TOP, 100 * TOP, color="black", linestyle="--", label="uniform")

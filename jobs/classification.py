@@ -1,11 +1,12 @@
 """Job: attribution of a classifier, from labelled examples to LDS: an MLP, its retrainings, every method's accuracy.
 
 Makes a benchmark of the examples (OUT/benchmark), retrains on random halves of them, and compares the methods
-(OUT/comparison, as jobs/evaluate.py does). A rerun of an interrupted command resumes where it stopped. Exit status as
-for stride-ray: 0 done, 1 failed with a message on standard error, 130 interrupted.
+(OUT/comparison, as jobs/evaluate.py does, with --removal too). A rerun of an interrupted command resumes where it
+stopped. Exit status as for stride-ray: 0 done, 1 failed with a message on standard error, 130 interrupted.
 
     python jobs/classification.py --examples digits --out digits
     python jobs/classification.py --examples parkinsons.csv --label status --drop name --out parkinsons
+    python jobs/classification.py --examples digits --out digits --removal 0.01,0.02,0.05,0.1 --per-query 10
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from stride_ray.cli.arguments import add_compute, compute_of
+from stride_ray.cli.arguments import add_compute, add_removal, compute_of, removal_of
 from stride_ray.cli.exits import exit_status
 
 # Those that need no words, no encoder of texts and no corpus.
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=2, help="number of hidden layers (default: 2)")
     parser.add_argument("--epochs", type=int, default=30, help="passes of a training (default: 30)")
     parser.add_argument("--methods", default=METHODS, metavar="A,B,…", help=f"names of jobs/evaluate.py ({METHODS})")
+    add_removal(parser)
     add_compute(parser, "trainings at a time, and STRIDE's workers (default: one per CPU or GPU)")
     parsed = parser.parse_args(arguments)
 
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         benchmark = write_benchmark(examples, f"{out}/benchmark", *sizes, {"epochs": parsed.epochs})
         compute = compute_of(parsed)
         print(retrain(benchmark, DEFAULT, benchmark.url, parsed.subsets, 0.5, parsed.seeds, compute=compute)["summary"])
-        done = compare(benchmark.url, f"{out}/comparison", methods, compute=compute)
+        done = compare(benchmark.url, f"{out}/comparison", methods, compute=compute, removal=removal_of(parsed))
         print(done["summary"])
         print(json.dumps(done["result"]))
 

@@ -3,10 +3,13 @@
 The benchmark folder contains pool.parquet, queries.parquet, model/, retraining results (from jobs/retrain.py) and, if
 training started from a checkpoint, start/. A rerun of an interrupted command resumes where it stopped. The output, and
 the JSON object on the last line, cover the report part of the queries (all queries, if there are no parts); lds.md in
-the output folder contains the rest. Exit status as for stride-ray: 0 done, 1 failed with a message on standard error,
-130 interrupted.
+the output folder contains the rest. With --removal, the models are also retrained without the blocks that each method
+ranks first, and without random ones: a column of the table for the first share, and removal.md, removal.svg and
+removal.parquet for all. Exit status as for stride-ray: 0 done, 1 failed with a message on standard error, 130
+interrupted.
 
     python jobs/evaluate.py --benchmark FOLDER --out FOLDER [--methods tfidf,logra,stride] [--ablations]
+        [--removal 0.01,0.05]
 """
 
 import argparse
@@ -14,7 +17,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from stride_ray.cli.arguments import add_compute, compute_of
+from stride_ray.cli.arguments import add_compute, add_removal, compute_of, removal_of
 from stride_ray.cli.exits import exit_status
 from stride_ray.evaluate.comparison.compare import compare, method_names
 
@@ -30,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where results go; a rerun goes on there")
     parser.add_argument("--methods", metavar="A,B,…", help="only these (default: all but the ablations)")
     parser.add_argument("--ablations", action="store_true", help="STRIDE's ablations too")
+    add_removal(parser)
     add_compute(parser, "cores, or STRIDE's GPUs (default: all)")
     parsed = parser.parse_args(arguments)
 
@@ -40,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             methods=None if parsed.methods is None else [name.strip() for name in parsed.methods.split(",")],
             ablations=parsed.ablations,
             compute=compute_of(parsed),
+            removal=removal_of(parsed),
         )
         print(done["summary"])
         print(json.dumps(done["result"]))

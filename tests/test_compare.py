@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TOKENS, documents
+from conftest import TOKENS, documents, run_plainly
 from test_faults import await_markers, kill_family
 
 from stride_ray.corpus.blocks import Blocks
@@ -294,6 +294,21 @@ def test_variants_of_one_configuration_run_once(made, tmp_path, monkeypatch):
     assert rows["STRIDE"]["lds"] == rows["STRIDE again"]["lds"] != rows["STRIDE again + TF-IDF"]["lds"]
     assert "TF-IDF" not in rows  # made for the sum, not asked for
     assert sorted(scores_of(tmp_path / "out")) == ["stride-again-tf-idf.npz", "stride.npz", "tfidf.npz"]
+
+
+def test_the_job_has_a_column_of_removals(made, tmp_path, monkeypatch):
+    run_plainly(monkeypatch)
+    in_this_process(monkeypatch)
+    out = tmp_path / "out"
+    given = ["--benchmark", made, "--out", str(out), "--methods", "tfidf,bm25,datamodels"]
+    status, told, progress = run_job(*given, "--removal", "0.1")
+    assert status == 0, progress
+    assert "| without its first 0.1 |" in told
+    assert "after training without the 4 of 40 blocks" in told
+    rows = pq.read_table(out / "lds.parquet").to_pylist()
+    filled = {(row["method"], row["kind"], row["part"]) for row in rows if row["removal"] is not None}
+    assert filled == {("TF-IDF", "all", "report"), ("BM25", "all", "report")}
+    assert json.loads(told.splitlines()[-1])["part"] == "report"
 
 
 def test_methods_are_known_by_name():

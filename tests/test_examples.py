@@ -10,7 +10,7 @@ from conftest import documents, write_lines
 STAGES = (
     *("corpus.shard.shard", "operators.fit.fit", "attribution.respond.respond"),
     *("attribution.recover.recover_estimates", "attribution.rescore.rescore", "attribution.attribute.attribute"),
-    *("selection.select.select", "contamination.nightly.scan"),
+    *("selection.select.select", "contamination.nightly.scan", "evaluate.verify.verify"),
 )
 
 # Imported before ``plain`` patches what is imported.

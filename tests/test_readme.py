@@ -26,6 +26,11 @@ EXPECTED = [
     ("stride-ray config", ["[solve]", "steps = 1"], []),
     ("stride-ray select", ["tokens, by rank over prompts", "Random baseline"], ["chosen/random/manifest.parquet"]),
     ("mkdir -p evaluation", ["1 new finding(s)", "status 2", "0 new finding(s)"], ["scans/latest.json"]),
+    (
+        "stride-ray verify",
+        ["blocks ranked first", "random blocks"],
+        ["mine/verify/prompts/verification.json"],
+    ),
     ("stride-ray plan", ["1,000,000 blocks, 500 queries, 8 workers", "all of estimated", "a further batch"], []),
 ]
 

@@ -19,7 +19,7 @@ FACTS = {
     "how": "operators for each block",
     "rows": 16000,
     "exact": 2000,
-    "believable": ", which correlate with exact influence at about 0.97",
+    "believable": "; over all blocks, estimates correlate with exact influence at about 0.97",
     "learned": True,
     "verdict": "",
 }
@@ -61,7 +61,9 @@ def test_data_cannot_leave_its_place():
     read = json.loads(data)
     assert HOSTILE in read["texts"]["0"]
     assert read["queries"][0]["helping"][0] == [1, 8.0, 1.0, 0, f"document-0{HOSTILE}", "source-0", True]
-    assert re.search(r"2000 of\s16000 influences are exact; the others are estimates, which correlate with", page)
+    assert re.search(
+        r"2000 of\s16000 influences are exact; the others are estimates; over all blocks, estimates correlate", page
+    )
     assert "Every influence is exact." in attribution_page(shown(3), {**FACTS, "exact": 16000})
     assert "a/run &lt;b&gt;" in page
     assert "&lt;i&gt;0.1" in page

@@ -83,7 +83,8 @@ def reliability_note(summary: dict[str, Any]) -> str:
     """State the estimates' correlation with exact influence, the root of their reliability; empty if unknown."""
     if summary.get("reliability") is None:
         return ""
-    return f", which correlate with exact influence at about {summary['reliability'] ** 0.5:.2f} (split halves)"
+    correlation = summary["reliability"] ** 0.5
+    return f"; over all blocks, estimates correlate with exact influence at about {correlation:.2f} (split halves)"
 
 
 def write_tables(run: Run, table: pa.Table, name: str) -> dict[str, Any]:

@@ -1,9 +1,13 @@
-"""Shared command-line arguments: integers in scientific notation, compute resources. Imports little."""
+"""Shared command-line arguments: integers in scientific notation, compute resources, removals. Imports little."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig
+
+if TYPE_CHECKING:
+    from stride_ray.evaluate.comparison.removals import RemovalCurve
 
 
 def count(text: str) -> int:
@@ -33,6 +37,32 @@ def add_compute(parser: argparse.ArgumentParser, workers: str) -> None:
 def compute_of(parsed: argparse.Namespace) -> ComputeConfig:
     """The values of the ``add_compute`` options."""
     return ComputeConfig(address=parsed.address, workers=parsed.workers, device=parsed.device)
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """Parse comma-separated shares, each between 0 and 1; ArgumentTypeError for anything else."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < share < 1 for share in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of shares between 0 and 1, such as 0.01,0.05")
+    return found
+
+
+def add_removal(parser: argparse.ArgumentParser) -> None:
+    """Add --removal and --per-query: retraining without the blocks that each method ranks first."""
+    about = "also retrain without the top shares of the pool by each method, such as 0.01,0.02,0.05,0.1"
+    parser.add_argument("--removal", type=shares, metavar="A,B,…", help=about)
+    about = "with --removal: for each of the first N queries by itself (default: by scores summed over all queries)"
+    parser.add_argument("--per-query", type=count, default=0, metavar="N", help=about)
+
+
+def removal_of(parsed: argparse.Namespace) -> "RemovalCurve | None":
+    """The values of the ``add_removal`` options; None without --removal."""
+    from stride_ray.evaluate.comparison.removals import RemovalCurve
+
+    return RemovalCurve(parsed.removal, parsed.per_query) if parsed.removal else None
 
 
 def assignment(text: str) -> tuple[str, str]:

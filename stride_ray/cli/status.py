@@ -21,9 +21,18 @@ def status(run: Run) -> str:
         )
     lines = [f"run {redact_url(run.url)}, whose answers are {mode_of(run)} (attribute.exact)"]
     for stage in STAGES:
-        names = [""] if stage in ("blocks", "operators", "curvature") else run.store.names(stage) or ["(none)"]
-        lines += [_line(run, stage, name) for name in names]
+        lines += [_line(run, stage, name) for name in _names(run, stage)]
     return "\n".join(lines)
+
+
+def _names(run: Run, stage: str) -> list[str]:
+    """The query sets to show for a stage; a stage of the whole pool has one without a name."""
+    if stage in ("blocks", "operators", "curvature"):
+        return [""]
+    names = run.store.names(stage)
+    if stage == "directions":  # gradients on their way into tables, which remove them when finished
+        return [name for name in names if run.stage(stage, name).has_tensors()]
+    return names or ["(none)"]
 
 
 def _line(run: Run, stage: str, name: str) -> str:

@@ -73,6 +73,11 @@ def _shard(run: Run, parsed: argparse.Namespace) -> int:
         f"({manifest['tokens']} tokens, {manifest['target_tokens']} of them targets) in {len(manifest['parts'])} "
         f"part(s) under {run.stage('blocks').store.display_url('')}"
     )
+    if run.config.corpus.layout == "pack" and manifest["documents"] > manifest["blocks"] > 0:
+        print(
+            f"A block has {manifest['documents'] / manifest['blocks']:.1f} documents on average, and its influence is "
+            "divided among them by tokens; --layout split gives each document blocks of its own."
+        )
     if manifest["repeated"]:
         source, name = manifest["first_repeated"]
         print(
@@ -160,6 +165,28 @@ def _select(run: Run, parsed: argparse.Namespace) -> int:
     from stride_ray.selection.select import describe, select
 
     print(describe(select(run, parsed.name, parsed.out, parsed.blocks), parsed.out))
+    return 0
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--share", type=float, default=0.01, help="of the pool to remove (default: 0.01)")
+    parser.add_argument("--seeds", type=count, default=3, help="trainings on each choice of blocks (default: 3)")
+    parser.add_argument("--recipe", help="how to train: package.module:attribute or file.py:attribute (default: AdamW)")
+    parser.add_argument(
+        "--per-query",
+        type=count,
+        default=0,
+        metavar="N",
+        help="remove blocks for each of the first N queries alone",
+    )
+
+
+def _verify(run: Run, parsed: argparse.Namespace) -> int:
+    from stride_ray.evaluate.retraining.recipe import DEFAULT
+    from stride_ray.evaluate.verify import verify
+
+    found = verify(run, parsed.name, parsed.share, parsed.seeds, parsed.recipe or DEFAULT, parsed.per_query)
+    print(found.as_text())
     return 0
 
 
@@ -256,6 +283,12 @@ VERBS = {
         (_run, _mode, _select_arguments),
         _select,
         ("select.by", "select.documents", "select.tokens", "select.drop", "select.drop_at", "select.earlier"),
+    ),
+    "verify": Verb(
+        "train again without the blocks ranked first, and without random ones: what do the queries cost more?",
+        (_run, _name, _mode, _verify_arguments),
+        _verify,
+        ("model.start",),
     ),
     "status": Verb("what is done and what is missing in a run directory", (_run,), _status),
     "plan": Verb(

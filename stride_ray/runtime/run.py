@@ -108,6 +108,10 @@ class Stage:
             if name.startswith(beginning):
                 self.store.remove(name)
 
+    def has_tensors(self) -> bool:
+        """Whether there is any safetensors file."""
+        return any(name.endswith(".safetensors") for name in self.store.names())
+
     def clear_tensors(self, beginning: str = "") -> None:
         """Remove the safetensors files with this beginning of their names."""
         self.clear(beginning, ".safetensors")

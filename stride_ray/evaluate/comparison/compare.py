@@ -24,6 +24,7 @@ import ray.exceptions
 import stride_ray
 from stride_ray.evaluate.baselines import METHODS
 from stride_ray.evaluate.comparison import stride_variants
+from stride_ray.evaluate.comparison.removals import RemovalCurve, compare_removals
 from stride_ray.evaluate.comparison.score_statistics import ScoreStatistics, score_statistics
 from stride_ray.evaluate.comparison.table import Entry, as_markdown, best_rival, protocol, write_tables
 from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark, reread_benchmark
@@ -74,6 +75,7 @@ def compare(
     methods: Sequence[str] | None = None,
     ablations: bool = False,
     compute: ComputeConfig | None = None,
+    removal: RemovalCurve | None = None,
 ) -> dict[str, Any]:
     """Score, time and evaluate attribution methods on a benchmark.
 
@@ -85,6 +87,7 @@ def compare(
         methods: names from ``method_names``; None: all but the ablations.
         ablations: include STRIDE's ablations.
         compute: where to run; None: a local Ray with all CPUs.
+        removal: also retrain without the blocks that each method ranks first (removals.compare_removals).
 
     Returns:
         ``scored``: names of the methods scored now; ``failed``: reason by name; ``result``: the default method's
@@ -120,6 +123,10 @@ def compare(
             entries.append(entry)
             statistics += found
             _log(f"  {entry.seconds:.1f} s, {entry.peak_mb:.0f} MiB{_development_lds(benchmark, sums[name])}")
+    if removal:
+        files = {each.entry.method: f"scores/{each.slug}.npz" for each in shown if each.slug != DATAMODELS}
+        removed = compare_removals(benchmark, store, {m: files[m] for m in sums if m in files}, removal, compute)
+        entries = [replace(each, removal=removed.curves.get(each.method, [None])[0]) for each in entries]
     truth = benchmark.retrained()
     evaluation = evaluate(sums, truth, benchmark.kinds, benchmark.parts)
     notes = "\n".join(f"- {entry.method}: {entry.note}" for entry in entries if entry.method in sums)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from stride_ray.evaluate.retraining.lds import ALL, CENTRED, RAW, REPORT, TARGETS, Evaluation, Interval
+from stride_ray.evaluate.retraining.removal import Removal
 from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
@@ -36,6 +37,9 @@ SCHEMA = pa.schema(
         ("kendall", pa.float64()),
         ("seconds", pa.float64()),
         ("peak_mb", pa.float64()),
+        ("removal", pa.float64()),
+        ("removal_low", pa.float64()),
+        ("removal_high", pa.float64()),
         ("note", pa.string()),
     ]
 )
@@ -54,6 +58,7 @@ class Entry:
         seconds: time to score every query; None if not measured.
         peak_mb: largest resident memory meanwhile, MiB.
         note: the reason of a failure, or a remark.
+        removal: the effect of retraining without the blocks ranked first; None if not measured.
     """
 
     method: str
@@ -64,6 +69,7 @@ class Entry:
     seconds: float | None = None
     peak_mb: float | None = None
     note: str = ""
+    removal: Removal | None = None
 
 
 def protocol(name: str, truth: RetrainingResults, n_blocks: int, draws: int = 400) -> str:
@@ -82,10 +88,13 @@ def as_table(evaluation: Evaluation, entries: Sequence[Entry]) -> pa.Table:
     """One row per method, kind, part and target (``SCHEMA``); figures are null for a failed method."""
     rows = []
     for entry in entries:
-        known = {name: getattr(entry, name) for name in Entry.__dataclass_fields__}
+        known = {name: getattr(entry, name) for name in Entry.__dataclass_fields__ if name != "removal"}
         for kind, part in evaluation.cells:
             for target in TARGETS:
                 row = {**known, "kind": kind, "part": part, "target": target}
+                if entry.removal and (kind, part) == _removal_cell(evaluation):
+                    rise = entry.removal.difference
+                    row |= {"removal": rise.value, "removal_low": rise.low, "removal_high": rise.high}
                 figure = evaluation.figures.get((entry.method, kind, part, target))
                 if figure:
                     row |= {"lds": figure.lds.value, "lds_low": figure.lds.low, "lds_high": figure.lds.high}
@@ -103,6 +112,13 @@ def as_markdown(evaluation: Evaluation, entries: Sequence[Entry], header: str) -
         "the default is marked *. The ceiling is one seed's losses against another's. A centred target has each "
         "retraining's mean loss over all queries taken away."
     ]
+    if removal := next((entry.removal for entry in entries if entry.removal), None):
+        lines += [
+            "",
+            f"“Without its first {removal.share:.3g}”: how much more {removal.queries} queries cost, in nats, after "
+            f"training without the {removal.blocks} of {removal.pool} blocks that the method ranks first than without "
+            f"as many random ones; {removal.seeds} training(s) each, 95 % intervals over queries and trainings.",
+        ]
     for kind, part in evaluation.cells:
         lines += ["", f"## {_title(kind, part)}", "", *_cell_lines(evaluation, entries, kind, part)]
     failed = [entry for entry in entries if entry.method not in evaluation.methods]
@@ -195,6 +211,8 @@ def _cell_lines(evaluation: Evaluation, entries: Sequence[Entry], kind: str, par
     heads = ["method", "LDS", "std"]
     heads += [f"{sign} {title}" for title, _ in others for sign in ("−", "÷")]
     heads += ["centred", "Pearson", "Kendall", "seconds", "MiB"]
+    removals = [each.removal for each in entries if each.removal and (kind, part) == _removal_cell(evaluation)]
+    heads += [f"without its first {removals[0].share:.3g}"] if removals else []
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for entry in ranked:
         figure = evaluation.figure(entry.method, kind, part, RAW)
@@ -207,12 +225,20 @@ def _cell_lines(evaluation: Evaluation, entries: Sequence[Entry], kind: str, par
         cells += [f"{figure.pearson:.3f}", f"{figure.kendall:.3f}"]
         cells += ["" if entry.seconds is None else f"{entry.seconds:.1f}"]
         cells += ["" if entry.peak_mb is None else f"{entry.peak_mb:.0f}"]
+        if removals:
+            cells += [_interval(entry.removal.difference, "+", 4) if entry.removal else ""]
         lines.append("| " + " | ".join(cells) + " |")
     raw, centred = (evaluation.ceiling(kind, part, target) for target in TARGETS)
     if raw and centred:
         cells = ["ceiling", _interval(raw), "", *[""] * (2 * len(others)), _interval(centred), "", "", "", ""]
+        cells += [""] * bool(removals)
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _removal_cell(evaluation: Evaluation) -> tuple[str, str]:
+    """The kind and part of the queries that removals are measured on."""
+    return ALL, REPORT if any(part == REPORT for _, part in evaluation.cells) else ALL
 
 
 def _ranked(evaluation: Evaluation, entries: Sequence[Entry], kind: str, part: str) -> list[Entry]:

@@ -229,7 +229,7 @@ def measure_solve(setting: Setting) -> dict[str, Any]:
 
     def linearise(products: int) -> None:
         for at in batches:
-            linearised = Linearised(model, sites, ids[at], mask[at], stepped=False)
+            linearised = Linearised(model, sites, ids[at], mask[at], finite_difference=False)
             for _ in range(products):
                 dict(linearised.product(v))
 

@@ -57,7 +57,7 @@ def test_products_are_those_of_the_definition(made, texts, budget):
     sites = raw_sites(model, names)
     u, v = directions(model, sites, texts)
     linearised = Linearised(model, sites, *texts)
-    assert not linearised.stepped
+    assert not linearised.finite_difference
     Gu, Gv = dict(linearised.product(u)), dict(linearised.product(v))
     assert {name: x.shape for name, x in Gu.items()} == {name: x.shape for name, x in u.items()}
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_a_model_that_has_no_second_derivative_is_stepped_along(own, made, texts
     linearised = Linearised(model, sites, *texts)
     found = dict(linearised.product(v))
     handle.remove()
-    assert linearised.stepped
+    assert linearised.finite_difference
     for name, x in expected.items():
         torch.testing.assert_close(found[name], x, rtol=5e-3, atol=5e-3 * float(x.abs().max()))
 

@@ -4,6 +4,10 @@ Two passes over the units. The first (Ray Data) tokenises a unit's documents and
 counts are known, the second (Ray tasks) assigns dense ordinals, renames documents whose source has their id already,
 and publishes the final parts. New input continues the numbering, so existing blocks keep their ordinals and thereby
 their subsets.
+
+Example: ``a.jsonl`` gives 7 blocks and ``b.jsonl`` 5. The first pass writes ``_tokenised/part-00000.arrow`` and
+``part-00001.arrow``; the second ``part-00000.parquet`` with the ordinals 0 to 6 and ``part-00001.parquet`` with 7 to
+11. If ``c.jsonl`` is added later, its blocks are 12 and up.
 """
 
 import sys
@@ -20,6 +24,7 @@ from xxhash import xxh3_128_hexdigest
 
 from stride_ray.corpus.blocks import fixed_lists
 from stride_ray.corpus.documents import TokenizedDocument, read, resolve_columns
+from stride_ray.corpus.files import SourceFile
 from stride_ray.corpus.numbering import document_hashes, number_part, repeats, write_staged
 from stride_ray.corpus.packing import KEPT_UNUSED, PADDING, Counts, make_blocks
 from stride_ray.corpus.readers import Rejected
@@ -60,11 +65,15 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
         out: where a masked example is printed, for data with a loss mask; None: standard output.
 
     Returns:
-        ``blocks/manifest.json``: counts of documents, blocks, tokens, target tokens and rejects, the first rejects with
-        file, row and reason, columns that were not used, what the chat template leaves out, files that were left out,
-        the parts with their content hashes, and the corpus fingerprint; ``repeated``, the number of documents renamed
-        because an earlier one of their source has their id, ``first_repeated``, source and new id of the first of them,
-        and ``shared_ids``, the number of ids that occur in several sources.
+        ``blocks/manifest.json``:
+
+        * counts of documents, blocks, tokens, target tokens and rejects, and the first rejects with file, row and
+          reason;
+        * what was not used: columns, what the chat template leaves out, and files (``left_out``);
+        * ``repeated``, the number of documents renamed because an earlier one of their source has their id, and
+          ``first_repeated``, source and new id of the first of them;
+        * ``shared_ids``, the number of ids that occur in several sources;
+        * the parts with their content hashes, and the corpus fingerprint.
 
     Raises:
         StrideError: missing or empty input, or input that changed since it was sharded; no tokenizer; settings that
@@ -78,22 +87,24 @@ def shard(run: Run, out: TextIO | None = None) -> dict[str, Any]:
     refuse_inside(run.store, config.input, "The run directory")
     blocks = run.stage("blocks").store
     while True:
-        before = _published(blocks)
+        before = _manifest_bytes(blocks)
         try:
             return _shard(run, out or sys.stdout)
         except StrideError:
-            # The same command may run twice at once. The faster one finishes and deletes what the slower one still
-            # reads; this one then looks again, and finds the work done.
-            if _published(blocks) == before:
+            # If the same command runs twice, the faster one deletes temporary files that the slower one still needs;
+            # trying again finds the work done.
+            if _manifest_bytes(blocks) == before:
                 raise
 
 
-def _published(blocks: Store) -> bytes:
+def _manifest_bytes(blocks: Store) -> bytes:
     return blocks.read("manifest.json") if blocks.exists("manifest.json") else b""
 
 
 def _shard(run: Run, out: TextIO) -> dict[str, Any]:
+    """Make one attempt at ``shard``."""
     config = run.config.corpus
+    # Plan the units, those of earlier commands first.
     tokenizer = load_tokenizer(config.tokenizer)
     left_out: list[str] = []
     units = plan(config.input, int(config.shard_mb * 1e6), left_out=left_out)
@@ -102,92 +113,86 @@ def _shard(run: Run, out: TextIO) -> dict[str, Any]:
     stage = run.begin("blocks", tokenizer=tokenizer_fingerprint(tokenizer))
     staged = Stage(stage.store.child("_tokenised"), stage.identity)
     numbered = stage.done()
-    units, columns = _register(stage, config, units, bool(staged.done() or numbered))
+    units, columns = _record_units(stage, config, units, bool(staged.done() or numbered))
     _save_tokenizer(stage, tokenizer)
     if len(numbered) == len(units) and stage.is_finished():
         stage.store.remove("_tokenised")
         return stage.manifest()
-    # The saved copy, as in later stages: the original may change or disappear.
-    given = (replace(config, tokenizer=stage.store.child("tokenizer").url), columns, staged)
+    names = [part_name(i) for i in range(len(units))]
     with connected(run.config.compute), record_stage_costs(stage):
+        # First pass: tokenise the units that have no numbered part yet.
+        # The saved tokenizer, as in later stages: the original may change or disappear.
+        worker_arguments = (replace(config, tokenizer=stage.store.child("tokenizer").url), columns, staged)
 
-        def tokenised(missing: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-            return map_dataset(Tokenise, given, missing, allocate_workers(run.config.compute, len(missing)))
+        def tokenise(missing: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+            return map_dataset(Tokenise, worker_arguments, missing, allocate_workers(run.config.compute, len(missing)))
 
-        fresh = {part_name(i): {"index": i, "unit": unit.to_dict()} for i, unit in enumerate(units)}
-        fresh = {name: unit for name, unit in fresh.items() if name not in numbered}
-        _show_example(run_missing(staged, fresh, tokenised, "shard", "units"), out)
+        unnumbered = {
+            name: {"index": i, "unit": units[i].to_dict()} for i, name in enumerate(names) if name not in numbered
+        }
+        _show_example(run_missing(staged, unnumbered, tokenise, "shard", "units"), out)
         markers_by_part = {**staged.done(), **numbered}
-        counts = [markers_by_part[part_name(i)]["counts"]["blocks"] for i in range(len(units))]
+        counts = [markers_by_part[name]["counts"]["blocks"] for name in names]
         if not sum(counts):
             run.roll_back(stage)  # else the stored plan and options would reject the corrected command
             raise StrideError(_no_blocks_message(config, markers_by_part))
-        first = np.concatenate([[0], np.cumsum(counts)]).tolist()
-        repeated, shared, taken = _repeats(
-            run, (stage, staged), [part_name(i) in numbered for i in range(len(units))], columns
+
+        # Second pass: number the blocks and rename documents.
+        first_ordinals = np.concatenate([[0], np.cumsum(counts)]).tolist()
+        repeated, shared_ids, taken = _find_repeated_documents(
+            run, (stage, staged), [name in numbered for name in names], columns
         )
-        todo = {part_name(i): (i, first[i], units[i], repeated[i], taken) for i in range(len(units))}
-        workers = allocate_workers(run.config.compute, len(fresh))
+        parts = {name: (i, first_ordinals[i], units[i], repeated[i], taken) for i, name in enumerate(names)}
+        workers = allocate_workers(run.config.compute, len(unnumbered))
         number = partial(map_tasks, number_part, (stage, staged), allocation=workers)
-        run_missing(stage, todo, number, "number", "parts")
-    own = load_saved_tokenizer(stage.store)
-    manifest = {**_manifest(stage, config, own, len(units)), "left_out": left_out, "shared_ids": shared}
+        run_missing(stage, parts, number, "number", "parts")
+    saved_tokenizer = load_saved_tokenizer(stage.store)
+    manifest = {**_manifest(stage, config, saved_tokenizer, names), "left_out": left_out, "shared_ids": shared_ids}
     stage.finish(manifest)
     stage.store.remove("_tokenised")
     run.save()
     return manifest
 
 
-def _register(
+def _record_units(
     stage: Stage, config: CorpusConfig, units: list[InputSplit], begun: bool
 ) -> tuple[list[InputSplit], dict[str, str]]:
-    """The units in order of their numbering, known ones before new ones, and the columns; recorded in plan.json.
+    """Record the units and columns in plan.json; returns all units in the order of their parts, and the columns.
 
-    Until the first unit is done, the plan is replaced, so that the input may still be corrected.
+    New units follow the recorded ones. Until the first unit is done (``begun``), the plan is replaced, so that the
+    input may still be corrected.
     """
     if not begun or not stage.store.exists("plan.json"):
         columns = resolve_columns(units, config.columns)
         stage.store.write_json("plan.json", {"columns": columns, "units": [unit.to_record() for unit in units]})
         return units, columns
     record = stage.store.read_json("plan.json")
-    known = [InputSplit.from_dict(unit, config.input) for unit in record["units"]]
-    files = {file.name: file for unit in known for file in unit.files}
+    recorded = [InputSplit.from_dict(unit, config.input) for unit in record["units"]]
+    files = {file.name: file for unit in recorded for file in unit.files}
     for unit in units:
         for file in unit.files:
-            before = files.get(file.name)
-            if before and before.content != file.content:
-                if before.url != file.url:
-                    raise StrideError(
-                        f"{redact_url(file.url)} is not the {file.name!r} that was sharded, {redact_url(before.url)}: "
-                        "its size or modification time differs; give it another name or shard into a new run directory "
-                        "(there, one input, their common parent folder, takes both)."
-                    )
-                raise StrideError(
-                    f"{file.name} was changed since it was sharded; put new text into new files, or shard into a new "
-                    "run directory."
-                )
+            if file.name in files:
+                _check_unchanged(file, files[file.name])
     new = plan(config.input, int(config.shard_mb * 1e6), skip=set(files))
     if new:
-        known += new
-        stage.store.write_json("plan.json", {**record, "units": [unit.to_record() for unit in known]})
-    return known, record["columns"]
+        recorded += new
+        stage.store.write_json("plan.json", {**record, "units": [unit.to_record() for unit in recorded]})
+    return recorded, record["columns"]
 
 
-def _repeats(
-    run: Run, stages: tuple[Stage, Stage], numbered: list[bool], columns: dict[str, str]
-) -> tuple[list[np.ndarray], int, frozenset[int]]:
-    """``numbering.repeats`` of all parts, and what names are taken if any repeat.
-
-    Without an id column there is nothing to find, for ids made of places are unique.
-    """
-    if "id" not in columns:
-        return [np.zeros(0, np.int64)] * len(numbered), 0, frozenset()
-    work = list(enumerate(numbered))
-    results = map_tasks(document_hashes, stages, work, allocate_workers(run.config.compute, len(work)))
-    found = sorted(progress(results, "compare", len(work), "parts"), key=lambda result: result["part"])
-    repeated, shared = repeats([result["hashes"] for result in found])
-    marked = (name for result in found for name in result["marked"].tolist())
-    return repeated, shared, frozenset(marked if any(map(len, repeated)) else ())
+def _check_unchanged(file: SourceFile, before: SourceFile) -> None:
+    """Raise StrideError if a file is not the one of its name that was sharded."""
+    if file.content == before.content:
+        return
+    if file.url != before.url:
+        raise StrideError(
+            f"{redact_url(file.url)} is not the {file.name!r} that was sharded, {redact_url(before.url)}: "
+            "its size or modification time differs; give it another name or shard into a new run directory "
+            "(there, one input, their common parent folder, takes both)."
+        )
+    raise StrideError(
+        f"{file.name} was changed since it was sharded; put new text into new files, or shard into a new run directory."
+    )
 
 
 def _save_tokenizer(stage: Stage, tokenizer: Any) -> None:
@@ -225,7 +230,7 @@ class Tokenise:
         started = time.monotonic()
         unused, unrendered = set[str](), set[str]()
         documents = read(InputSplit.from_dict(work["unit"]), self.columns, unused)
-        encoded = self._watched(encode_stream(documents, self.tokenizer, unrendered))
+        encoded = self._keep_example(encode_stream(documents, self.tokenizer, unrendered))
         layout, tokens = self.config.layout, self.config.block_tokens
         table, counts = make_blocks(encoded, layout, tokens, self.end_of_text, PADDING)
         counts.unused, counts.unrendered = (sorted(names)[:KEPT_UNUSED] for names in (unused, unrendered))
@@ -238,33 +243,12 @@ class Tokenise:
         self.example = None
         return {**marker, "example": example}
 
-    def _watched(self, items: Iterable[TokenizedDocument | Rejected]) -> Iterator[TokenizedDocument | Rejected]:
+    def _keep_example(self, items: Iterable[TokenizedDocument | Rejected]) -> Iterator[TokenizedDocument | Rejected]:
         """Pass the items through and keep the first document with a mask as the example."""
         for item in items:
             if self.example is None and isinstance(item, TokenizedDocument) and item.mask is not None:
                 self.example = item
             yield item
-
-
-def _manifest(stage: Stage, config: CorpusConfig, tokenizer: Any, units: int) -> dict[str, Any]:
-    done = stage.done()
-    markers = [done[part_name(i)] for i in range(units)]
-    counts = sum((Counts.from_dict(marker["counts"]) for marker in markers), Counts())
-    parts = [
-        {"name": f"{part_name(i)}.parquet", "blocks": m["counts"]["blocks"], "sha256": m["sha256"]}
-        for i, m in enumerate(markers)
-    ]
-    return {
-        **counts.to_dict(),
-        "first_repeated": next((marker["renamed"] for marker in markers if marker["renamed"]), []),
-        "layout": config.layout,
-        "block_tokens": config.block_tokens,
-        "max_token_id": max(marker["max_token_id"] for marker in markers),
-        "vocabulary": vocabulary_size(tokenizer),
-        "chat_time": fixed_time(tokenizer),
-        "fingerprint": digest([part["sha256"] for part in parts]),
-        "parts": parts,
-    }
 
 
 def _show_example(markers: list[dict[str, Any]], out: TextIO) -> None:
@@ -280,3 +264,51 @@ def _no_blocks_message(config: CorpusConfig, markers: dict[str, dict[str, Any]])
     why = f"; {count} rejected, the first: {Rejected(**rejects[0]).sentence()}" if rejects else ""
     given = ", ".join(map(redact_url, config.input))
     return f"The corpus {given} produced no blocks{why}. Check the input and the columns."
+
+
+def _find_repeated_documents(
+    run: Run, stages: tuple[Stage, Stage], numbered: list[bool], columns: dict[str, str]
+) -> tuple[list[np.ndarray], int, frozenset[int]]:
+    """Find the documents to rename, over all parts.
+
+    Without an id column there are none, since ids made of file and row are unique.
+
+    Args:
+        run: for its compute options.
+        stages: the numbered and the staged parts.
+        numbered: per part, whether it is numbered.
+        columns: the resolved columns.
+
+    Returns:
+        Per part the indices of these documents, the number of ids in several sources (both from ``numbering.repeats``),
+        and the hashes of names that are taken (``numbering.with_distinct_ids``; empty if there is nothing to rename).
+    """
+    if "id" not in columns:
+        return [np.zeros(0, np.int64)] * len(numbered), 0, frozenset()
+    work = list(enumerate(numbered))
+    results = map_tasks(document_hashes, stages, work, allocate_workers(run.config.compute, len(work)))
+    parts = sorted(progress(results, "compare", len(work), "parts"), key=lambda part: part["part"])
+    repeated, shared_ids = repeats([part["hashes"] for part in parts])
+    taken = (name for part in parts for name in part["marked"].tolist())
+    return repeated, shared_ids, frozenset(taken if any(map(len, repeated)) else ())
+
+
+def _manifest(stage: Stage, config: CorpusConfig, tokenizer: Any, names: list[str]) -> dict[str, Any]:
+    done = stage.done()
+    markers = [done[name] for name in names]
+    counts = sum((Counts.from_dict(marker["counts"]) for marker in markers), Counts())
+    parts = [
+        {"name": f"{name}.parquet", "blocks": marker["counts"]["blocks"], "sha256": marker["sha256"]}
+        for name, marker in zip(names, markers, strict=True)
+    ]
+    return {
+        **counts.to_dict(),
+        "first_repeated": next((marker["renamed"] for marker in markers if marker["renamed"]), []),
+        "layout": config.layout,
+        "block_tokens": config.block_tokens,
+        "max_token_id": max(marker["max_token_id"] for marker in markers),
+        "vocabulary": vocabulary_size(tokenizer),
+        "chat_time": fixed_time(tokenizer),
+        "fingerprint": digest([part["sha256"] for part in parts]),
+        "parts": parts,
+    }

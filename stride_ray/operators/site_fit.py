@@ -130,22 +130,25 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, ac
     if not stage.store.exists(LAYOUT):
         progress(actors.map_function(make_sketch, (config, curvature, stage), [len(blocks)]), "sketch", 1, "")
     layout = stage.store.read_json(LAYOUT)
-    known = stage.manifest() if stage.is_finished() else {}
-    given, first = (config, blocks, stage, actors.device), known.get("blocks", 0)
+    worker_arguments = (config, blocks, stage, actors.device)
+    extended = stage.manifest() if stage.is_finished() else {}
+    first = extended.get("blocks", 0)
+    # The rows: units are the passes over the pool, parts the files of rows.
     if layout["rows"] == "blocks":
-        layout["subsets"] = len(blocks)
+        layout["subsets"] = len(blocks)  # the file has the number of blocks of the first fit
         ranges = blocks.cut(unit_count(len(blocks) - first), first)
         # Names contain the range: if the pool grows in the meantime, the ranges change.
-        names = [f"rows-{start:09d}-{stop:09d}" for start, stop in ranges]
-        map_block_ranges(RowWorker, names, ranges, given, stage, actors)
-        parts = names
+        units = [f"rows-{start:09d}-{stop:09d}" for start, stop in ranges]
+        map_block_ranges(RowWorker, units, ranges, worker_arguments, stage, actors)
+        parts = units
     else:
-        names, parts = subset_rows(given, layout["subsets"], actors)
-    done = stage.done()
-    failed = [ordinal for name in names for ordinal in done[name]["not_finite"]]
+        units, parts = subset_rows(worker_arguments, layout["subsets"], actors)
+    markers = stage.done()
+    failed = [ordinal for unit in units for ordinal in markers[unit]["not_finite"]]
     check_failed_blocks(failed, len(blocks) - first)
     failed = sorted({*failed, *failed_ordinals(stage.store)})
     write_failed_blocks(stage.store, blocks, failed)
+    fitted_parts = [{"name": name, **{key: markers[name][key] for key in ("first", "count", "hash")}} for name in parts]
     facts = {
         "format": FORMAT,
         "form": "sites",
@@ -154,10 +157,9 @@ def fit_sites(config: Config, blocks: Blocks, curvature: Store, stage: Stage, ac
         "blocks": len(blocks),
         "corpus": blocks.manifest["fingerprint"],
         "not_finite": len(failed),
-        "parts": known.get("parts", [])
-        + [{"name": name, **{key: done[name][key] for key in ("first", "count", "hash")}} for name in parts],
+        "parts": extended.get("parts", []) + fitted_parts,
     }
-    validated = actors.map(FitValidator, given, [facts])
+    validated = actors.map(FitValidator, worker_arguments, [facts])
     progress(validated, "judge", 1, "fit")
 
 

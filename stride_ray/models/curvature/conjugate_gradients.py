@@ -24,7 +24,9 @@ from stride_ray.models.sites import ORIGIN
 # Length of the step without a product, as a share of its bound: the full bound overshoots if G has few blocks.
 UNMEASURED_STEP_SHARE = 0.5
 
+# A gradient, or anything of its shapes, by site name.
 Gradient = dict[str, Tensor]
+# Multiplies several directions by κG, in order.
 Products = Callable[[list[Gradient]], list[Gradient]]
 
 
@@ -71,6 +73,9 @@ def solve(
 ) -> list[SolveResult]:
     """Independent conjugate gradients for several queries, in lockstep so that they share the cost of G.
 
+    Example with a single coordinate, H = 1, κG = 3, c = 1 and J(x) = 4: the first step finds x = 4 / (3 + 1) = 1, and
+    y is (1 + c) H x = 2. The curvature is thrice what H assumes, so the query's gradient counts half.
+
     Args:
         queries: J(x) by site name, without a batch dimension; the origin, which is not part of G, is left unchanged.
         sites: provide the preconditioner H⁻¹.
@@ -81,12 +86,12 @@ def solve(
     Returns:
         One result per query, in order; y is scaled by 1 + c, so that it equals J(x) if κG = H.
     """
-    known = [site for site in sites if site.name != ORIGIN]
-    states = [_State({site.name: query[site.name] for site in known}, known, damping) for query in queries]
+    sites = [site for site in sites if site.name != ORIGIN]
+    states = [_State({site.name: query[site.name] for site in sites}, sites, damping) for query in queries]
     for _ in range(steps):
-        going = [state for state in states if state.going]
-        directions = [state.direction() for state in going]
-        for state, p, product in zip(going, directions, products(directions) if going else [], strict=True):
+        active = [state for state in states if state.active]
+        directions = [state.direction() for state in active]
+        for state, p, product in zip(active, directions, products(directions) if active else [], strict=True):
             state.step(p, product)
     return [
         SolveResult({**query, **state.solution()}, state.steps) for query, state in zip(queries, states, strict=True)
@@ -97,60 +102,64 @@ class _State:
     """Conjugate-gradient state of one query: x = H⁻¹y, direction p = H⁻¹s, residual r.
 
     Peak memory is four times that of J in the first step and six times in later ones, including J, p and the product
-    with G: r and s begin as J itself, and p is computed from s when it is needed. ``bound`` is an upper bound on the
-    length of the optimal step along p.
+    with G: r and s begin as J itself, and p is computed from s when it is needed.
+
+    Attributes:
+        active: whether further steps are possible.
+        residual_norm_sq: rᵀ H⁻¹ r.
+        bound: an upper bound on the length of the optimal step along p.
     """
 
     def __init__(self, J: Gradient, sites: Sequence[Preconditioner], damping: float) -> None:
         self.sites, self.damping, self.steps, self.bound = sites, damping, 0, 1 / damping
         self.y = {name: torch.zeros_like(x) for name, x in J.items()}
         self.r, self.s = dict(J), dict(J)
-        self.size = self._residual_size()
-        self.going = self.size > 0 and math.isfinite(self.size)
-
-    def solution(self) -> Gradient:
-        """Return y by site name; empty if no step was taken."""
-        if not self.steps:
-            return {}
-        if self.going and self.bound > 0:
-            add(self.y, self.s, UNMEASURED_STEP_SHARE * self.bound)
-        for y in self.y.values():
-            y.mul_(1 + self.damping)
-        return self.y
+        self.residual_norm_sq = self._compute_residual_norm_sq()
+        self.active = self.residual_norm_sq > 0 and math.isfinite(self.residual_norm_sq)
 
     def direction(self) -> Gradient:
         """p = H⁻¹ s."""
         return {site.name: site.precondition(self.s[site.name]) for site in self.sites}
 
-    def _residual_size(self) -> float:
-        """rᵀ H⁻¹ r."""
-        return sum(_inner(self.r[site.name], site.precondition(self.r[site.name])) for site in self.sites)
-
     def step(self, p: Gradient, product: Gradient) -> None:
         """Take a step along p, given the product κG p; stop if the curvature along p is not positive and finite."""
-        add(product, self.s, self.damping)
+        _add_in_place(product, self.s, self.damping)  # now (κG + cH) p, since H p = s
         curvature = sum(_inner(p[name], x) for name, x in product.items())
         if not (curvature > 0 and math.isfinite(curvature)):
-            self.going = False
+            self.active = False
             return
         self.steps += 1
-        length = self.size / curvature
-        add(self.y, self.s, length)
+        alpha = self.residual_norm_sq / curvature
+        _add_in_place(self.y, self.s, alpha)
         # Not in place: r and s may be the caller's J.
-        self.r = {name: r.sub(product.pop(name), alpha=length) for name, r in self.r.items()}
-        size = self._residual_size()
-        ratio = size / self.size
-        self.s = {name: r.add(self.s.pop(name), alpha=ratio) for name, r in self.r.items()}
-        self.size, self.going = size, size > 0 and math.isfinite(size)
-        if self.going:
-            excess = self.bound - length
-            self.bound = excess / (self.damping * excess + ratio)
+        self.r = {name: r.sub(product.pop(name), alpha=alpha) for name, r in self.r.items()}
+        before, self.residual_norm_sq = self.residual_norm_sq, self._compute_residual_norm_sq()
+        beta = self.residual_norm_sq / before
+        self.s = {name: r.add(self.s.pop(name), alpha=beta) for name, r in self.r.items()}
+        self.active = self.residual_norm_sq > 0 and math.isfinite(self.residual_norm_sq)
+        if self.active:
+            # Gauss–Radau: the bound on the next α, from this one's.
+            excess = self.bound - alpha
+            self.bound = excess / (self.damping * excess + beta)
+
+    def solution(self) -> Gradient:
+        """Return y by site name, after the step without a product; empty if no step was taken."""
+        if not self.steps:
+            return {}
+        if self.active and self.bound > 0:
+            _add_in_place(self.y, self.s, UNMEASURED_STEP_SHARE * self.bound)
+        for y in self.y.values():
+            y.mul_(1 + self.damping)
+        return self.y
+
+    def _compute_residual_norm_sq(self) -> float:
+        return sum(_inner(self.r[site.name], site.precondition(self.r[site.name])) for site in self.sites)
 
 
-def add(x: Mapping[str, Tensor], y: Mapping[str, Tensor], times: float = 1.0) -> None:
-    """x += times · y, site by site."""
-    for name, each in x.items():
-        each.add_(y[name], alpha=times)
+def _add_in_place(x: Mapping[str, Tensor], y: Mapping[str, Tensor], factor: float) -> None:
+    """x += factor · y, site by site."""
+    for name, at_site in x.items():
+        at_site.add_(y[name], alpha=factor)
 
 
 def _inner(x: Tensor, y: Tensor) -> float:

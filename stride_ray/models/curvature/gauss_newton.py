@@ -45,10 +45,10 @@ class Linearised:
         model: determines the device.
         sites: must include the head; the origin, which stands for the start of training, is ignored.
         ids_BT, mask_BT: the blocks and their targets.
-        stepped: use central differences because the model is not twice differentiable; None: detect it.
+        finite_difference: for Z, use central differences instead of double backward; None: if the model needs it.
 
     Attributes:
-        stepped: as given or detected.
+        finite_difference: as given or detected.
     """
 
     def __init__(
@@ -57,87 +57,95 @@ class Linearised:
         sites: tuple[Site, ...],
         ids_BT: Tensor,
         mask_BT: Tensor,
-        stepped: bool | None = None,
+        finite_difference: bool | None = None,
     ) -> None:
         self.model, self.ids, self.omega = model, ids_BT.to(model.device), token_weights(mask_BT.to(model.device))
         self.sites = tuple(site for site in sites if site.name != ORIGIN)
         # Fused attention has no second derivative.
-        with contextlib.nullcontext() if stepped else sdpa_kernel(SDPBackend.MATH):
-            self.z, self.read, self.wrote = forward_with_activations(model, [site.name for site in self.sites], ids_BT)
+        with contextlib.nullcontext() if finite_difference else sdpa_kernel(SDPBackend.MATH):
+            names = [site.name for site in self.sites]
+            # Final states (B, T, D), and by site u (B, T, F) and outputs (B, T, D).
+            self.z, self.inputs, self.outputs = forward_with_activations(model, names, ids_BT)
             self.w = torch.zeros_like(self.z, requires_grad=True)
-            self.back = {} if stepped else self._differentiable_gradients()
-        self.states = self.z.detach()[:, :-1]
-        # Positions whose logits are in memory at once, with their graph: about four times the logits.
-        self.positions = max(1, model.logits_rows(1) // 4)
-        self.stepped = not self._double_backward_works() if stepped is None else stepped
+            self.gradients_of_w = {} if finite_difference else self._differentiable_gradients()
+        self.predicting_states = self.z.detach()[:, :-1]
+        # Logits and their graph take about four times the memory of the logits alone.
+        self.positions_at_once = max(1, model.logits_rows(1) // 4)
+        self.finite_difference = not self._double_backward_works() if finite_difference is None else finite_difference
 
     def _differentiable_gradients(self) -> dict[str, Tensor]:
         """Return the gradients at the sites as differentiable functions of w; empty without double backward."""
         try:
-            back = torch.autograd.grad(self.z, list(self.wrote.values()), self.w, create_graph=True)
+            gradients = torch.autograd.grad(self.z, list(self.outputs.values()), self.w, create_graph=True)
         except RuntimeError:
             return {}
-        return dict(zip(self.wrote, back, strict=True))
+        return dict(zip(self.outputs, gradients, strict=True))
 
     def _double_backward_works(self) -> bool:
         """Whether double backward gives the transpose of the backward pass, tested on a random probe.
 
         A module may raise an error, or silently drop its part of the derivative.
         """
-        if not self.back:
-            return not self.wrote
+        if not self.gradients_of_w:
+            return not self.outputs
         generator = torch.Generator().manual_seed(0)
-        w, *moved = (torch.randn(x.shape, generator=generator).to(x) for x in (self.z, *self.wrote.values()))
-        written = output_gradients(self.z, self.wrote, w, keep=True)
-        expected = sum((g * x).sum() for g, x in zip(written.values(), moved, strict=True))
-        size = sum((g * x).square().sum() for g, x in zip(written.values(), moved, strict=True)) ** 0.5
+        w, *changes = (torch.randn(x.shape, generator=generator).to(x) for x in (self.z, *self.outputs.values()))
+        gradients = output_gradients(self.z, self.outputs, w, keep=True)
+        # ⟨w, Z x⟩ = ⟨Zᵀ w, x⟩ for random w and x; the right side needs a single backward pass.
+        expected = sum((g * x).sum() for g, x in zip(gradients.values(), changes, strict=True))
+        deviation = sum((g * x).square().sum() for g, x in zip(gradients.values(), changes, strict=True)) ** 0.5
         try:
-            change = self._state_change(dict(zip(self.wrote, moved, strict=True)))
+            dz = self._state_change(dict(zip(self.outputs, changes, strict=True)))
         except RuntimeError:
             return False
-        return bool(((w * change).sum() - expected).abs() <= DOUBLE_BACKWARD_TOLERANCE * size)
+        return bool(((w * dz).sum() - expected).abs() <= DOUBLE_BACKWARD_TOLERANCE * deviation)
 
     def product(self, v: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield Σ G v over the blocks, site by site: (name, tensor of J's shape without the batch dimension)."""
-        moved = {site.name: self._output_change(site, v[site.name]) for site in self.sites if site.name != HEAD}
-        dz = (self._state_change_by_difference(moved) if self.stepped else self._state_change(moved))[:, :-1]
         head = next(site for site in self.sites if site.name == HEAD)
-        slopes, found = [], torch.zeros_like(v[HEAD])
-        parts = (x.flatten(0, 1).split(self.positions) for x in (self.states, dz, self.omega))
-        for states, direction, omega in zip(*parts, strict=True):
-            h, slope = self._curvature_product(states, direction, omega, head, v[HEAD])
-            slopes.append(slope)
-            found += head.tokens.of(h).T @ states.float()
-        yield HEAD, found
-        slope = torch.nn.functional.pad(torch.cat(slopes).view_as(self.states), (0, 0, 0, 1))
-        written = output_gradients(self.z, self.wrote, slope, keep=True)
+        # 1. Z v up to the final states: a step along v changes the sites' outputs, and these the states.
+        changes = {site.name: self._output_change(site, v[site.name]) for site in self.sites if site.name != HEAD}
+        state_change = self._state_change_by_difference if self.finite_difference else self._state_change
+        dz = state_change(changes)[:, :-1]
+        # 2. On to the logits, times ω (diag p − p pᵀ), and back to the states, some positions at a time.
+        state_gradients, head_product = [], torch.zeros_like(v[HEAD])
+        parts = (x.flatten(0, 1).split(self.positions_at_once) for x in (self.predicting_states, dz, self.omega))
+        for states_PD, dz_PD, omega_P in zip(*parts, strict=True):
+            logit_gradient, state_gradient = self._curvature_product(states_PD, dz_PD, omega_P, head, v[HEAD])
+            state_gradients.append(state_gradient)
+            head_product += head.tokens.of(logit_gradient).T @ states_PD.float()
+        yield HEAD, head_product
+        # 3. An ordinary backward pass from the states to the other sites; the last position predicts nothing.
+        w = torch.nn.functional.pad(torch.cat(state_gradients).view_as(self.predicting_states), (0, 0, 0, 1))
+        gradients = output_gradients(self.z, self.outputs, w, keep=True)
         for site in self.sites:
             if site.name != HEAD:
-                yield site.name, self._weight_gradient(site, written.pop(site.name))
+                yield site.name, self._weight_gradient(site, gradients.pop(site.name))
 
     def _output_change(self, site: Site, v: Tensor) -> Tensor:
         """Return the change of a site's output for a step along v: (B, T, D)."""
-        return site.tokens.spread(self.ids, v) if site.name == EMBEDDING else self.read[site.name] @ v
+        return site.tokens.spread(self.ids, v) if site.name == EMBEDDING else self.inputs[site.name] @ v
 
     def _weight_gradient(self, site: Site, g: Tensor) -> Tensor:
         """Return Σ_t u_t ⊗ g_t, summed over the batch, for output gradients g (B, T, D)."""
         if site.name == EMBEDDING:
             return site.tokens.sum_outer_products(self.ids.reshape(1, -1), g.reshape(1, -1, g.shape[-1]))[0]
-        return self.read[site.name].flatten(0, 1).T @ g.flatten(0, 1)
+        return self.inputs[site.name].flatten(0, 1).T @ g.flatten(0, 1)
 
-    def _state_change(self, moved: Mapping[str, Tensor]) -> Tensor:
-        """Return the change of the final states for changes at the sites, (B, T, D), by double backward."""
-        if not self.wrote:
+    def _state_change(self, changes: Mapping[str, Tensor]) -> Tensor:
+        """Return the change of the final states (B, T, D) for changes of the sites' outputs, by double backward."""
+        if not self.outputs:
             return torch.zeros_like(self.z)
-        total = torch.stack([(self.back[name] * x.to(self.z.dtype)).sum() for name, x in moved.items()]).sum()
+        products = [(self.gradients_of_w[name] * x.to(self.z.dtype)).sum() for name, x in changes.items()]
+        total = torch.stack(products).sum()
         return torch.autograd.grad(total, self.w, retain_graph=True)[0]
 
     @torch.no_grad()
-    def _state_change_by_difference(self, moved: Mapping[str, Tensor]) -> Tensor:
+    def _state_change_by_difference(self, changes: Mapping[str, Tensor]) -> Tensor:
         """Like ``_state_change``, by a central difference."""
-        shares = [self.wrote[name].norm() / x.norm().clamp(min=1e-30) for name, x in moved.items()]
+        shares = [self.outputs[name].norm() / x.norm().clamp(min=1e-30) for name, x in changes.items()]
         step = STEP[self.z.dtype] * float(torch.stack(shares).min()) if shares else 1.0
-        ahead, behind = (self._states_after({name: sign * step * x for name, x in moved.items()}) for sign in (1, -1))
+        ahead, behind = (self._states_after({name: sign * step * x for name, x in changes.items()}) for sign in (1, -1))
         return (ahead - behind) / (2 * step)
 
     def _states_after(self, added: Mapping[str, Tensor]) -> Tensor:
@@ -149,19 +157,23 @@ class Linearised:
             return self.model.read(self.ids).float()
 
     def _curvature_product(
-        self, states: Tensor, direction: Tensor, omega: Tensor, head: Site, v: Tensor
+        self, states_PD: Tensor, dz_PD: Tensor, omega_P: Tensor, head: Site, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return ω (diag p − p pᵀ) times the logits' change at P positions, (P, V), and its gradient at the states."""
+        """Return ω (diag p − p pᵀ) times the logits' change at P positions, (P, V), and its gradient at the states.
+
+        The logits change with the states (double backward, as in ``_state_change``) and with the head's own weight.
+        """
         with torch.enable_grad():
-            leaf = states.detach().requires_grad_(True)
+            leaf = states_PD.detach().requires_grad_(True)
             logits = self.model.logits(leaf)
             w = torch.zeros_like(logits, requires_grad=True)
-            back = torch.autograd.grad(logits, leaf, w, create_graph=True)[0]
-        change = torch.autograd.grad(back, w, direction.to(back.dtype), retain_graph=True)[0].float()
-        change += head.tokens.to_tokens(states.float() @ v.T)
-        p = logits.detach().float().softmax(-1)
-        h = p.mul_(change - (p * change).sum(-1, keepdim=True)).mul_(omega.unsqueeze(1))
-        return h, torch.autograd.grad(logits, leaf, h.to(logits.dtype))[0]
+            gradient_of_w = torch.autograd.grad(logits, leaf, w, create_graph=True)[0]
+        change_PV = torch.autograd.grad(gradient_of_w, w, dz_PD.to(gradient_of_w.dtype), retain_graph=True)[0].float()
+        change_PV += head.tokens.to_tokens(states_PD.float() @ v.T)
+        p_PV = logits.detach().float().softmax(-1)
+        mean_change = (p_PV * change_PV).sum(-1, keepdim=True)
+        logit_gradient = p_PV.mul_(change_PV - mean_change).mul_(omega_P.unsqueeze(1))
+        return logit_gradient, torch.autograd.grad(logits, leaf, logit_gradient.to(logits.dtype))[0]
 
 
 class GaussNewton:
@@ -178,7 +190,7 @@ class GaussNewton:
     ) -> None:
         self.model, self.sites, self.sample = model, sites, sample
         self.factor = scale / sum(len(ids) for ids, _ in sample)
-        self.stepped: bool | None = None
+        self.finite_difference: bool | None = None
 
     def __call__(self, directions: list[Gradient]) -> list[Gradient]:
         """κ G times each direction, in order."""
@@ -193,8 +205,8 @@ class GaussNewton:
         linearised: Linearised | None
         for ids, mask in self.sample:
             linearised = None  # free the last batch's graph before the next is built
-            linearised = Linearised(self.model, self.sites, ids, mask, self.stepped)
-            self.stepped = linearised.stepped
+            linearised = Linearised(self.model, self.sites, ids, mask, self.finite_difference)
+            self.finite_difference = linearised.finite_difference
             for direction, total in zip(directions, totals, strict=True):
                 for name, x in linearised.product(direction):
                     total[name] = total[name].add_(x) if name in total else x

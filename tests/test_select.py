@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -333,6 +334,9 @@ def test_every_row_is_a_document_whatever_ids_the_input_has(parts, tmp_path, mon
     told = capsys.readouterr().out
     assert "Documents with the id of an earlier one of their source: 1;" in told
     assert "documents on average" not in told
+    packed = ["--block-tokens", "64", "--columns", columns, "--model", str(parts.model)]
+    assert main(["shard", str(tmp_path / "packed"), "--input", str(tmp_path / "corpus/a.jsonl"), *packed]) == 0
+    assert re.search(r"A block has \d\.\d documents on average, .*--layout split", capsys.readouterr().out)
     assert main(["shard", where[0], "--input", str(tmp_path / "corpus")]) == 0  # input added later
     told = capsys.readouterr().out
     assert "7 documents became" in told

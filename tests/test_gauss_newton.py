@@ -10,7 +10,7 @@ import torch
 from test_sites import V, llama, made, raw_sites, texts  # noqa: F401
 
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.models.curvature.gauss_newton import Linearised
+from stride_ray.models.curvature.gauss_newton import GaussNewton, Linearised, cut_texts
 from stride_ray.models.sites import EMBEDDING, HEAD, find_sites, site_gradients
 from stride_ray.models.vocabulary import token_side
 
@@ -143,3 +143,23 @@ def test_bfloat16_gives_about_the_same(texts):
     one, two = (torch.cat([x.flatten() for x in each.values()]) for each in products)
     assert two.dtype == torch.float32
     assert torch.cosine_similarity(one, two, dim=0) > 0.995
+
+
+def test_blocks_cut_into_pieces_give_the_curvature_of_the_pieces(made, texts):
+    model, names = made
+    sites = raw_sites(model, names)
+    ids, mask = texts
+    u, v = directions(model, sites, texts)
+    half = -(-ids.shape[1] // 2)
+    pieces = cut_texts(ids, mask, half)
+    assert all(piece.shape[1] <= half and mask[:, 1:].any(1).all() for piece, mask in pieces)
+    found = GaussNewton(model, sites, pieces, 3.0)([v])[0]
+    parts = [(a[row : row + 1], b[row : row + 1]) for a, b in pieces for row in range(len(a))]
+    expected = 3.0 * sum(curvature(model, u, v, *part) for part in parts) / len(parts)
+    assert inner(u, found) == pytest.approx(expected, rel=2e-3)
+
+
+def test_blocks_that_fit_are_not_cut(texts):
+    ((ids, mask),) = cut_texts(*texts, texts[0].shape[1])
+    assert torch.equal(ids, texts[0])
+    assert torch.equal(mask, texts[1])

@@ -22,10 +22,11 @@ from stride_ray.corpus.failures import (
     finite_rows,
 )
 from stride_ray.corpus.queries import fingerprint
+from stride_ray.models.batch_size import linearised_tokens
 from stride_ray.models.causal_lm import masked_mean
 from stride_ray.models.curvature.conjugate_gradients import Gradient, curvature_scale, solve
 from stride_ray.models.curvature.eigenvalues import EIGENVALUES, load_ekfac
-from stride_ray.models.curvature.gauss_newton import GaussNewton, batch_rows
+from stride_ray.models.curvature.gauss_newton import GaussNewton, batch_rows, cut_texts
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.loading import load_measured_model, load_run_model
 from stride_ray.models.pool_worker import ModelWorker
@@ -177,7 +178,10 @@ class DirectionWorker(ModelWorker):
         ordinals = ordinals[good]
         found = [self.blocks.batch(ordinals[at : at + size]) for at in range(0, len(ordinals), size)]
         sample = [(self.tensors(batch.ids), self.tensors(batch.mask)) for batch in found]
-        return GaussNewton(self.model, self.sites, sample, curvature_scale([mask for _, mask in sample]))
+        scale = curvature_scale([mask for _, mask in sample])  # of whole blocks, as H is
+        tokens = linearised_tokens(self.config, self.model, length)
+        pieces = [piece for ids, mask in sample for piece in cut_texts(ids, mask, tokens)]
+        return GaussNewton(self.model, self.sites, pieces, scale)
 
     def _has_finite_gradients(self, ordinals: np.ndarray) -> np.ndarray:
         """Return which blocks have finite losses and gradients, (n,) bool; a sum over the others would be NaN."""

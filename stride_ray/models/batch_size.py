@@ -21,6 +21,9 @@ LIBRARY_BYTES = 2**30
 WEIGHT_MEMORY_FACTOR = 2.0
 # Peak memory of a pass over the activations saved for backward; the rest are gradients and the sites' inputs.
 PASS_MEMORY_FACTOR = 1.3
+# Peak memory of a text that is linearised (gauss_newton.py) over the activations saved for backward: the backward pass
+# is differentiated too, and its graph is kept.
+LINEARISED_MEMORY_FACTOR = 4.0
 # Usable share of a GPU's memory.
 GPU_MEMORY_SHARE = 0.7
 _activation_bytes: weakref.WeakKeyDictionary[SplitModel, dict[int, int]] = weakref.WeakKeyDictionary()
@@ -32,18 +35,33 @@ def rows_at_once(config: Config, model: SplitModel, tokens: int) -> int:
     Example: SmolLM2-135M saves 215 MiB for the backward pass of 256 tokens. Of a worker's 4 GiB, libraries take 1,
     weights and preconditioner 1, ``compute.query_gb`` 1; the remaining 1 GiB holds three texts.
     """
+    if config.compute.batch_tokens:
+        return max(1, config.compute.batch_tokens // tokens)
+    fitting = _free_bytes(config, model) / (PASS_MEMORY_FACTOR * saved_activation_bytes(model, tokens))
+    return max(1, min(MAX_BATCH_TOKENS // tokens, int(fitting)))
+
+
+def linearised_tokens(config: Config, model: SplitModel, tokens: int) -> int:
+    """The tokens of a text of ``tokens`` tokens that are linearised at once: halved until they fit, at least 64.
+
+    Example: SmolLM2-135M saves 215 MiB for 256 tokens, so that these fit in the 1 GiB of the example above, and 512,
+    with four times the attention weights, do not.
+    """
+    free = _free_bytes(config, model)
+    while tokens >= 128 and LINEARISED_MEMORY_FACTOR * saved_activation_bytes(model, tokens) > free:
+        tokens = -(-tokens // 2)
+    return tokens
+
+
+def _free_bytes(config: Config, model: SplitModel) -> float:
+    """A worker's memory besides libraries, weights, preconditioner and query gradients."""
     options = config.compute
-    if options.batch_tokens:
-        return max(1, options.batch_tokens // tokens)
     weights = WEIGHT_MEMORY_FACTOR * sum(p.numel() * p.element_size() for p in model.model.parameters())
     if model.device.type == "cuda":
         room = GPU_MEMORY_SHARE * torch.cuda.get_device_properties(model.device).total_memory
     else:
         room = options.worker_gb * 2**30 - LIBRARY_BYTES
-    room -= weights + options.query_gb * 2**30
-    return max(
-        1, min(MAX_BATCH_TOKENS // tokens, int(room / (PASS_MEMORY_FACTOR * saved_activation_bytes(model, tokens))))
-    )
+    return room - weights - options.query_gb * 2**30
 
 
 def saved_activation_bytes(model: SplitModel, tokens: int) -> int:

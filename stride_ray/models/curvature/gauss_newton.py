@@ -176,6 +176,20 @@ class Linearised:
         return logit_gradient, torch.autograd.grad(logits, leaf, logit_gradient.to(logits.dtype))[0]
 
 
+def cut_texts(ids_BT: Tensor, mask_BT: Tensor, tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Cut a batch of blocks into pieces of at most ``tokens`` tokens; pieces without a target are left out.
+
+    A piece's first token is nobody's target, and its context begins there. Blocks that need no cut stay as they are.
+
+    Example: blocks of 5 tokens become pieces of 3 and 2 with ``tokens`` = 3.
+    """
+    if tokens >= ids_BT.shape[1]:
+        return [(ids_BT, mask_BT)]
+    pieces = zip(ids_BT.split(tokens, 1), mask_BT.split(tokens, 1), strict=True)
+    with_targets = [(ids, mask, mask[:, 1:].any(1)) for ids, mask in pieces]
+    return [(ids[rows], mask[rows]) for ids, mask, rows in with_targets if rows.any()]
+
+
 class GaussNewton:
     """Products with κ times the mean of G over a sample of blocks; several directions share each linearisation.
 

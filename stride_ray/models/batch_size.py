@@ -23,7 +23,7 @@ WEIGHT_MEMORY_FACTOR = 2.0
 PASS_MEMORY_FACTOR = 1.3
 # Peak memory of a text that is linearised (gauss_newton.py) over the activations saved for backward: the backward pass
 # is differentiated too, and its graph is kept.
-LINEARISED_MEMORY_FACTOR = 4.0
+LINEARISED_MEMORY_FACTOR = 6.0
 # Usable share of a GPU's memory.
 GPU_MEMORY_SHARE = 0.7
 _activation_bytes: weakref.WeakKeyDictionary[SplitModel, dict[int, int]] = weakref.WeakKeyDictionary()
@@ -44,8 +44,8 @@ def rows_at_once(config: Config, model: SplitModel, tokens: int) -> int:
 def linearised_tokens(config: Config, model: SplitModel, tokens: int) -> int:
     """The tokens of a text of ``tokens`` tokens that are linearised at once: halved until they fit, at least 64.
 
-    Example: SmolLM2-135M saves 215 MiB for 256 tokens, so that these fit in the 1 GiB of the example above, and 512,
-    with four times the attention weights, do not.
+    Example: SmolLM2-135M saves 215 MiB for 256 tokens, six times of which is more than the 1 GiB of the example above:
+    blocks of 512 tokens are linearised in pieces of 128.
     """
     free = _free_bytes(config, model)
     while tokens >= 128 and LINEARISED_MEMORY_FACTOR * saved_activation_bytes(model, tokens) > free:

@@ -73,7 +73,7 @@ class ClosedLoop:
             lines += ["", f"| arm | tokens | {measure} | selected minus this |", "|---|---|---|---|"]
             for arm, figure in arms.items():
                 other = self.differences[measure].get(arm)
-                row = [arm, str(self.tokens[arm]), _shown(figure, ""), _shown(other, "+") if other else ""]
+                row = [arm, str(self.tokens[arm]), f"{figure:.4f}", f"{other:+.4f}" if other else ""]
                 lines.append("| " + " | ".join(row) + " |")
         return "\n".join(lines)
 
@@ -147,10 +147,6 @@ def compare_arms(
     )
     store.write_json("closed_loop.json", asdict(found))
     return found
-
-
-def _shown(figure: Interval, sign: str) -> str:
-    return f"{figure.value:{sign}.4f} ({figure.low:{sign}.4f} to {figure.high:{sign}.4f})"
 
 
 def _shuffled_successful_ids(run: Run, name: str) -> list[str]:

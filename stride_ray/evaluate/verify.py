@@ -19,7 +19,7 @@ from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.queries import fingerprint
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.retraining.benchmark import Benchmark
-from stride_ray.evaluate.retraining.lds import ALL, Interval
+from stride_ray.evaluate.retraining.lds import ALL
 from stride_ray.evaluate.retraining.recipe import DEFAULT, Recipe, load_recipe, recipe_identity
 from stride_ray.evaluate.retraining.removal import (
     SHARE,
@@ -69,16 +69,16 @@ class Verification:
         found = self.removal
         whom = "first for it, a query costs" if self.per_query else f"first, the queries of {self.name!r} cost"
         lines = [
-            f"Without the {found.blocks} blocks ranked {whom} {_shown(found.first)} nats per token more; without "
-            f"{found.blocks} random blocks, {_shown(found.random)}.",
+            f"Without the {found.blocks} blocks ranked {whom} {found.first:.4f} nats per token more; without "
+            f"{found.blocks} random blocks, {found.random:.4f}.",
             "",
             "| training on | blocks | loss, nats per token | rise |",
             "|---|---|---|---|",
-            f"| the whole pool | {found.pool} | {_shown(found.whole)} | |",
+            f"| the whole pool | {found.pool} | {found.whole:.4f} | |",
         ]
         for what, rise in (("those ranked first", found.first), ("random ones", found.random)):
             row = f"| all but {what} | {found.pool - found.blocks} | {found.whole.value + rise.value:.4f} |"
-            lines.append(f"{row} {_shown(rise, '+')} |")
+            lines.append(f"{row} {rise:+.4f} |")
         return "\n".join([*lines, "", found.verdict, self._basis()])
 
     def _basis(self) -> str:
@@ -208,7 +208,3 @@ def _rankings(table: pa.Table, ids: Sequence[str], n_blocks: int, per_query: int
         ranking_of(summed(of_row == place), [place], f"the query {ids[place]!r}")
         for place in range(min(per_query, len(ids)))
     ]
-
-
-def _shown(figure: Interval, sign: str = "") -> str:
-    return f"{figure.value:{sign}.4f} ({figure.low:{sign}.4f} to {figure.high:{sign}.4f})"

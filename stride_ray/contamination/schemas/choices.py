@@ -99,9 +99,8 @@ def _own_labels(texts: Sequence[str | None]) -> tuple[str, ...]:
 def _first_text(value: Mapping[str, Any], keys: Sequence[str]) -> str | None:
     """Return the first text (or number as text) under these keys; for _TEXTS, the longest string if there is none."""
     held = (value.get(key) for key in keys)
-    texts = (
-        as_text(each.get("text") if isinstance(each, dict) else each) for each in held
-    )  # HELM's {"output": {"text"}}
+    # HELM has {"output": {"text": …}}.
+    texts = (as_text(each.get("text") if isinstance(each, dict) else each) for each in held)
     longest = max((each for each in value.values() if isinstance(each, str)), key=len, default=None)
     return next(filter(None, texts), longest if keys is _TEXTS else None)
 

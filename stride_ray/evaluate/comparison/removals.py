@@ -5,7 +5,6 @@ several shares of the pool. Trainings without random blocks are common to all me
 """
 
 import functools
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from stride_ray.evaluate.comparison.figures import image_bytes, new_figure
+from stride_ray.evaluate.comparison.table import interval_text
 from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.evaluate.retraining.lds import REPORT, Interval
 from stride_ray.evaluate.retraining.recipe import DEFAULT, recipe_identity
@@ -83,7 +84,9 @@ class Removals:
         lines += ["|---" * 6 + "|"]
         for rows in zip(*self.curves.values(), strict=True):
             for method, each in sorted(zip(self.curves, rows, strict=True), key=lambda pair: -pair[1].difference.value):
-                shown = " | ".join(_shown(figure) for figure in (each.first, each.random, each.difference))
+                shown = " | ".join(
+                    interval_text(figure, "+", 4) for figure in (each.first, each.random, each.difference)
+                )
                 lines.append(f"| {each.share:.3g} | {method} | {shown} | {each.concentration:.1%} |")
         return "\n".join([*lines, *(f"\n{method}: {why}" for method, why in self.failed.items())]) + "\n"
 
@@ -169,16 +172,7 @@ def plot(found: Removals) -> bytes:
     Raises:
         StrideError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise StrideError(
-            "The plot needs a package that is not installed: pip install 'stride-ray[plots]'; the trainings are kept."
-        ) from None
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # never opens a display
+    figure = new_figure(11, 4, kept="the trainings")
     left, right = figure.subplots(1, 2)
     curves = list(found.curves.items())
     for method, curve in curves:
@@ -193,11 +187,7 @@ def plot(found: Removals) -> bytes:
     right.set(xlabel="top share of the pool, %", ylabel="share of the positive influence, %", xscale="log")
     for axes in (left, right):
         axes.legend(fontsize=8)
-    buffer = io.BytesIO()
-    # SVGs are only byte-identical with a fixed hash salt and without a date.
-    with matplotlib.rc_context({"svg.hashsalt": "stride_ray", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return image_bytes(figure, "svg")
 
 
 def _errorbars(axes: Any, curve: Sequence[Removal], rises: Sequence[Interval], label: str, **style: Any) -> None:
@@ -216,7 +206,3 @@ def _rankings(scores: Any, queries: NDArray[np.int64], per_query: int) -> list[R
 def _summed(scores: Any, queries: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
     """Scores (Q, N), dense or sparse, summed over some of the queries: (N,)."""
     return np.asarray(scores[np.asarray(queries)].sum(axis=0), np.float64).ravel()
-
-
-def _shown(figure: Interval) -> str:
-    return f"{figure.value:+.4f} [{figure.low:+.4f}, {figure.high:+.4f}]"

@@ -3,17 +3,16 @@
 All are generated from one ``Evaluation`` and one ``Entry`` per method; a failed method gets a row with the reason.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
+from stride_ray.evaluate.comparison.figures import image_bytes, new_figure
 from stride_ray.evaluate.retraining.lds import ALL, CENTRED, RAW, REPORT, TARGETS, Evaluation, Interval
 from stride_ray.evaluate.retraining.removal import Removal
 from stride_ray.evaluate.retraining.results import RetrainingResults
-from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
 
 LEXICAL_BASELINE = "TF-IDF"
@@ -145,22 +144,11 @@ def plot(evaluation: Evaluation, entries: Sequence[Entry], form: str = "png", pa
     Raises:
         StrideError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError:
-        raise StrideError(
-            "The plot needs a package that is not installed: pip install 'stride-ray[plots]'; the scores are kept."
-        ) from None
-
     if part is None:
         part = REPORT if any(each == REPORT for _, each in evaluation.cells) else ALL
     kinds = [kind for kind, each in evaluation.cells if each == part]
     count = sum(entry.method in evaluation.methods for entry in entries)
-    figure = Figure(figsize=(5.2 * len(kinds), 1.4 + 0.26 * max(count, 4)), layout="constrained")
-    FigureCanvasAgg(figure)  # never opens a display
+    figure = new_figure(5.2 * len(kinds), 1.4 + 0.26 * max(count, 4), kept="the scores")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         for height, entry in enumerate(reversed(_ranked(evaluation, entries, kind, part))):
             lds = evaluation.figure(entry.method, kind, part).lds
@@ -174,14 +162,12 @@ def plot(evaluation: Evaluation, entries: Sequence[Entry], form: str = "png", pa
         axes.axvline(0, color="lightgray", linewidth=1, zorder=0)
         axes.set_title(_title(kind, part), fontsize=10)
         axes.set_xlabel("LDS with 95 % interval", fontsize=8)
+    from matplotlib.lines import Line2D
+
     handles = [Line2D([], [], color=colour, marker="o", label=label) for label, colour in COLOURS.items()]
     handles.append(Line2D([], [], color="black", linestyle="--", label="ceiling: one seed against another"))
     figure.legend(handles=handles, fontsize=8, ncols=4, loc="outside lower center")
-    buffer = io.BytesIO()
-    # SVGs are only byte-identical with a fixed hash salt and without a date.
-    with matplotlib.rc_context({"svg.hashsalt": "stride_ray", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
-    return buffer.getvalue()
+    return image_bytes(figure, form)
 
 
 def write_tables(store: Store, evaluation: Evaluation, entries: Sequence[Entry], header: str) -> list[str]:
@@ -216,21 +202,21 @@ def _cell_lines(evaluation: Evaluation, entries: Sequence[Entry], kind: str, par
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for entry in ranked:
         figure = evaluation.figure(entry.method, kind, part, RAW)
-        cells = [_name(entry, bold=True), _interval(figure.lds), f"{figure.std:.3f}"]
+        cells = [_name(entry, bold=True), interval_text(figure.lds), f"{figure.std:.3f}"]
         for _, other in others:
             paired = evaluation.paired(entry.method, other or "", kind, part)
             same = entry.method == other
-            cells += ["", ""] if same else [_interval(paired.difference, "+"), _ratio(paired.ratio)]
-        cells += [_interval(evaluation.figure(entry.method, kind, part, CENTRED).lds)]
+            cells += ["", ""] if same else [interval_text(paired.difference, "+"), _ratio(paired.ratio)]
+        cells += [interval_text(evaluation.figure(entry.method, kind, part, CENTRED).lds)]
         cells += [f"{figure.pearson:.3f}", f"{figure.kendall:.3f}"]
         cells += ["" if entry.seconds is None else f"{entry.seconds:.1f}"]
         cells += ["" if entry.peak_mb is None else f"{entry.peak_mb:.0f}"]
         if removals:
-            cells += [_interval(entry.removal.difference, "+", 4) if entry.removal else ""]
+            cells += [interval_text(entry.removal.difference, "+", 4) if entry.removal else ""]
         lines.append("| " + " | ".join(cells) + " |")
     raw, centred = (evaluation.ceiling(kind, part, target) for target in TARGETS)
     if raw and centred:
-        cells = ["ceiling", _interval(raw), "", *[""] * (2 * len(others)), _interval(centred), "", "", "", ""]
+        cells = ["ceiling", interval_text(raw), "", *[""] * (2 * len(others)), interval_text(centred), "", "", "", ""]
         cells += [""] * bool(removals)
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -258,7 +244,7 @@ def _title(kind: str, part: str) -> str:
     return kinds if part == ALL else f"{kinds}, {part}"
 
 
-def _interval(given: Interval, sign: str = "", digits: int = 3) -> str:
+def interval_text(given: Interval, sign: str = "", digits: int = 3) -> str:
     """Format a figure with its interval, or alone if there were no draws."""
     form = f"{sign}.{digits}f"
     ends = "" if math.isnan(given.low) else f" [{given.low:{form}}, {given.high:{form}}]"
@@ -267,7 +253,7 @@ def _interval(given: Interval, sign: str = "", digits: int = 3) -> str:
 
 def _ratio(given: Interval) -> str:
     """Format a ratio, or – if its denominator may be zero."""
-    return "–" if math.isnan(given.low) else _interval(given, digits=2)
+    return "–" if math.isnan(given.low) else interval_text(given, digits=2)
 
 
 def _nan_to_null(value: object) -> object:

@@ -40,6 +40,10 @@ class Interval:
     low: float
     high: float
 
+    def __format__(self, form: str) -> str:
+        """As f"{figure:+.2f}": "+0.12 (+0.05 to +0.20)"."""
+        return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
+
 
 @dataclass(frozen=True)
 class LdsFigure:

@@ -95,7 +95,7 @@ class Removal:
     @property
     def verdict(self) -> str:
         """What the difference says about the ranking, in a sentence."""
-        shown = f"{self.difference.value:.4f} ({self.difference.low:.4f} to {self.difference.high:.4f})"
+        shown = f"{self.difference:.4f}"
         if self.seeds == 1:
             return f"The difference is {shown}; one training each does not show the noise of training: use more seeds."
         if self.difference.low > 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stride_ray.models.causal_lm import DTYPES, SplitModel, device_of, masked_mean
-from stride_ray.models.curvature.gauss_newton import Linearised, batch_rows
+from stride_ray.models.curvature.gauss_newton import Linearised
 from stride_ray.models.sites import EMBEDDING, HEAD, Site, find_sites, influence, site_gradients
 from stride_ray.models.vocabulary import token_side
 from stride_ray.operators.closed_form import add_to_subsets
@@ -218,7 +218,7 @@ def measure_solve(setting: Setting) -> dict[str, Any]:
     model = random_model(shape, setting.device, setting.dtype)
     ids = _tokens(shape, setting.blocks, setting.tokens, model.device)
     mask, sites = torch.ones_like(ids, dtype=torch.bool), _plain_sites(model, 0.0)
-    rows = batch_rows(max(1, setting.batch_tokens // setting.tokens), model, setting.tokens)
+    rows = max(1, setting.batch_tokens // setting.tokens // 3)
     batches = [slice(at, at + rows) for at in range(0, setting.blocks, rows)]
     v = {site.name: J[0] for site, J in site_gradients(model, sites, ids[:1], mask[:1])[0]}
 

@@ -5,7 +5,7 @@ import torch
 from test_sites import llama
 
 from stride_ray.models import batch_size
-from stride_ray.models.batch_size import linearised_tokens, rows_at_once, saved_activation_bytes
+from stride_ray.models.batch_size import linearised_at_once, rows_at_once, saved_activation_bytes
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.sites import find_sites, forward_with_activations
 from stride_ray.runtime import memory, tasks
@@ -56,10 +56,10 @@ def test_a_text_that_does_not_fit_is_linearised_in_halves(model, monkeypatch):
     monkeypatch.setattr(batch_size, "LIBRARY_BYTES", 0)
     monkeypatch.setitem(batch_size._activation_bytes, model, {512: 2**30, 256: 2**28, 128: 2**26, 64: 2**24})
     weights = batch_size.WEIGHT_MEMORY_FACTOR * sum(p.numel() * p.element_size() for p in model.model.parameters())
-    for free, expected in ((8, 512), (3.9, 256), (0.9, 128), (0.2, 64)):
+    for free, expected in ((8, (1, 512)), (20, (3, 512)), (3.9, (1, 256)), (0.9, (1, 128)), (0.2, (1, 64))):
         room = config(worker_gb=free + weights / 2**30, query_gb=0)
-        assert linearised_tokens(room, model, 512) == expected
-    assert linearised_tokens(config(), model, 100) == 100
+        assert linearised_at_once(room, model, 512) == expected
+    assert linearised_at_once(config(batch_tokens=300), model, 100) == (3, 100)
 
 
 def test_a_pass_takes_about_what_was_counted():

@@ -5,6 +5,7 @@ are removed once the influence tables are written.
 """
 
 import time
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -22,11 +23,11 @@ from stride_ray.corpus.failures import (
     finite_rows,
 )
 from stride_ray.corpus.queries import fingerprint
-from stride_ray.models.batch_size import linearised_tokens
+from stride_ray.models.batch_size import linearised_at_once
 from stride_ray.models.causal_lm import masked_mean
 from stride_ray.models.curvature.conjugate_gradients import Gradient, curvature_scale, solve
-from stride_ray.models.curvature.eigenvalues import EIGENVALUES, load_ekfac
-from stride_ray.models.curvature.gauss_newton import GaussNewton, batch_rows, cut_texts
+from stride_ray.models.curvature.eigenvalues import EIGENVALUES, DampedSite, load_ekfac
+from stride_ray.models.curvature.gauss_newton import GaussNewton, cut_texts
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.loading import load_measured_model, load_run_model
 from stride_ray.models.pool_worker import ModelWorker
@@ -120,9 +121,11 @@ class DirectionWorker(ModelWorker):
     def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
         super().__init__(config, blocks, device)
         self.stage = stage
-        self.sites = load_sites(curvature, SITES, self.model.device)
-        every = config.operators.sites == "all"
-        self.ekfac = load_ekfac(curvature, EIGENVALUES, self.model.device) if every else ()
+        # Gradients take no whitening, which is as large as the model.
+        none = torch.empty(0)
+        found = load_sites(curvature, SITES, "cpu")
+        self.sites = tuple(replace(site, W_in=none, W_out=none).to(self.model.device) for site in found)
+        self.curvature = curvature
         self.covered_blocks = int(curvature.read_json("manifest.json")["blocks"])
         self.unit = queries_per_unit(gradient_bytes(curvature))
         self.table = stage.store.read_table("queries.parquet")
@@ -148,16 +151,12 @@ class DirectionWorker(ModelWorker):
                 else:
                     fail(answers[i], NOT_FINITE if sound[at] else LOSS_NOT_FINITE)
         good = [answer for answer in answers if answer["status"] == "ok"]
-        options = self.config.solve
-        if options.steps:
-            preconditioner = self.ekfac or self.sites
-            solved = solve(found, preconditioner, self._gauss_newton, options.steps, options.damping)
-            found = [each.y for each in solved]
-            for answer, each in zip(good, solved, strict=True):
+        if self.config.solve.steps:
+            solved = solve(found, self._damped, self._gauss_newton, self.config.solve.steps)
+            for answer, y, each in zip(good, found, solved, strict=True):
                 answer["steps"] = each.steps
-        for y in found:
-            for site in self.ekfac:
-                y[site.name] = site.kronecker_preimage(y[site.name])
+                if each.steps:
+                    y.update(self._kfac_preimage(each.x))
         names = [site.name for site in self.sites] if found else []
         tensors = {name: torch.stack([each.pop(name) for each in found]).cpu() for name in names}
         # Marker before file: a part counts as done if its file exists, and clear_directions removes only files.
@@ -166,11 +165,21 @@ class DirectionWorker(ModelWorker):
         return marker
 
     @cached_property
+    def _damped(self) -> list[DampedSite]:
+        ekfac = load_ekfac(self.curvature, EIGENVALUES, self.model.device)
+        return [DampedSite(site, self.config.solve.damping) for site in ekfac]
+
+    def _kfac_preimage(self, x: Gradient) -> Gradient:
+        """Replace x by (1 + c) H x, to which H⁻¹ is applied later; it is J(x) if κG + cM = (1 + c) H."""
+        sites = {damped.name: damped.site for damped in self._damped}
+        return {name: sites[name].kfac(x.pop(name)).mul_(1 + self.config.solve.damping) for name in list(x)}
+
+    @cached_property
     def _gauss_newton(self) -> GaussNewton:
         """The Gauss–Newton matrix over the finite blocks of a sample of the pool, read once per worker."""
         length = self.blocks.block_tokens
         ordinals = self.blocks.sample(-(-self.config.solve.tokens // length), self.config.seed, self.covered_blocks)
-        size = batch_rows(self.rows, self.model, length)
+        size, tokens = linearised_at_once(self.config, self.model, length)
         good = np.concatenate(
             [self._has_finite_gradients(ordinals[at : at + size]) for at in range(0, len(ordinals), size)]
         )
@@ -179,7 +188,6 @@ class DirectionWorker(ModelWorker):
         found = [self.blocks.batch(ordinals[at : at + size]) for at in range(0, len(ordinals), size)]
         sample = [(self.tensors(batch.ids), self.tensors(batch.mask)) for batch in found]
         scale = curvature_scale([mask for _, mask in sample])  # of whole blocks, as H is
-        tokens = linearised_tokens(self.config, self.model, length)
         pieces = [piece for ids, mask in sample for piece in cut_texts(ids, mask, tokens)]
         return GaussNewton(self.model, self.sites, pieces, scale)
 

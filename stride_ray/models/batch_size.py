@@ -41,16 +41,21 @@ def rows_at_once(config: Config, model: SplitModel, tokens: int) -> int:
     return max(1, min(MAX_BATCH_TOKENS // tokens, int(fitting)))
 
 
-def linearised_tokens(config: Config, model: SplitModel, tokens: int) -> int:
-    """The tokens of a text of ``tokens`` tokens that are linearised at once: halved until they fit, at least 64.
+def linearised_at_once(config: Config, model: SplitModel, tokens: int) -> tuple[int, int]:
+    """The number of texts of ``tokens`` tokens that are linearised at once, and how many tokens of each.
+
+    Texts too long to be linearised one by one are cut in halves until they fit, down to 64 tokens.
 
     Example: SmolLM2-135M saves 215 MiB for 256 tokens, six times of which is more than the 1 GiB of the example above:
-    blocks of 512 tokens are linearised in pieces of 128.
+    blocks of 512 tokens are linearised one by one, in pieces of 128.
     """
-    free = _free_bytes(config, model)
+    if config.compute.batch_tokens:
+        return max(1, config.compute.batch_tokens // tokens), tokens
+    free, whole = _free_bytes(config, model), tokens
     while tokens >= 128 and LINEARISED_MEMORY_FACTOR * saved_activation_bytes(model, tokens) > free:
         tokens = -(-tokens // 2)
-    return tokens
+    fitting = free / (LINEARISED_MEMORY_FACTOR * saved_activation_bytes(model, whole))
+    return max(1, min(MAX_BATCH_TOKENS // whole, model.logits_rows(whole), int(fitting))), tokens
 
 
 def _free_bytes(config: Config, model: SplitModel) -> float:

@@ -150,12 +150,14 @@ class RecoverConfig:
 class SolveConfig:
     """Preconditioning query gradients with the Gauss–Newton matrix instead of its Kronecker factors (K-FAC) alone."""
 
-    steps: int = _option(1, "products with the Gauss–Newton matrix per query; 0: the Kronecker factors alone", low=0)
+    steps: int = _option(2, "products with the Gauss–Newton matrix per query; 0: the Kronecker factors alone", low=0)
     tokens: int = _option(
         4096, "tokens of the pool, in whole blocks, that the Gauss–Newton matrix is computed from", low=1
     )
     damping: float = _option(
-        50.0, "factor on the damped Kronecker factors that are added to the Gauss–Newton matrix", low=1e-3
+        2.0,
+        "trace of the optimiser's damping, added to the Gauss–Newton matrix, over that of K-FAC's factors",
+        low=1e-3,
     )
 
 

@@ -107,7 +107,7 @@ FORMS: dict[str, Any] = {
     "recover.nonnegative": False,
     "attribute.candidates": 0,
 }
-EVERY_MAP: dict[str, Any] = {"attribute.exact": True, "operators.sites": "all", "solve.damping": 25.0}
+EVERY_MAP: dict[str, Any] = {"attribute.exact": True, "operators.sites": "all"}
 SUBSETS: dict[str, Any] = {"operators.rows": "subsets", "operators.budget_gb": 0.0232, "attribute.candidates": 0}
 
 

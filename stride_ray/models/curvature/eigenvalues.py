@@ -1,11 +1,16 @@
-"""EK-FAC's eigenvalues of the sites' curvature (George et al. 2018, arXiv 1806.03884), for the queries' solve.
+"""EK-FAC's eigenvalues and the optimiser's damping at the sites, for the queries' solve (conjugate_gradients.py).
 
 In the eigenbasis Q of its factors, K-FAC's H has the eigenvalues λ_i μ_j, as if inputs u and output gradients g were
-independent. EK-FAC keeps the basis and measures the eigenvalues Λ_ij, the mean squares of the blocks' gradients in it:
-F = Q Λ Qᵀ. Blocks are still whitened with H, whose factors act on single tokens, so a query's direction x = F⁻¹ J(x) is
-passed on as y with H⁻¹ y = x. F⁻¹ J costs four matrix products, as many as H⁻¹ J.
+independent. EK-FAC (George et al. 2018, arXiv 1806.03884) keeps the basis and measures the eigenvalues Λ_ij, the mean
+squares of the blocks' gradients in it.
+
+Adam moves a weight by its gradient over √v, with v the gradient's mean square, so far as the curvature lets it. A
+model trained for a finite time therefore answers to a change of its data like (G + M)⁻¹ with M diagonal and
+proportional to √v, not to the curvature. M is kept as Adafactor keeps v (Shazeer and Stern 2018, arXiv 1804.04235): by
+the sums of the squares over a matrix's rows and columns, √v_ij ≈ √(r_i c_j / Σ r).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +25,20 @@ from stride_ray.models.sites import EMBEDDING, HEAD, Site, site_gradients
 from stride_ray.runtime.storage import Store, tensor_bytes
 
 BASES, EIGENVALUES = "bases", "eigenvalues"
-# Λ is damped by this share of its mean at each site (Grosse et al. 2023, arXiv 2308.03296).
-EIGENVALUE_DAMPING = 0.1
-PARTS = ("Q_first", "Q_second", "kfac_eigenvalues_first", "kfac_eigenvalues_second", "inverse_eigenvalues")
+# √r and √c are at least this share of their mean: tokens that the sample lacks would have no damping.
+LEAST_DAMPING = 0.1
+PARTS = (
+    "Q_first",
+    "Q_second",
+    "kfac_eigenvalues_first",
+    "kfac_eigenvalues_second",
+    "eigenvalues",
+    "damping_first",
+    "damping_second",
+)
+# Sums over blocks: of squared gradients in the basis, and of the weights' squared gradients by row and by column.
+SQUARES = ("rotated", "rows", "columns")
+_none = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -35,7 +51,8 @@ class EKFACSite:
             side is the vocabulary's n coordinates (F = n).
         Q_second: (D, D), eigenvectors of the second side: a map's output gradients, the head's inputs.
         kfac_eigenvalues_first, kfac_eigenvalues_second: (F,) or empty, and (D,): damped eigenvalues of K-FAC's factors.
-        inverse_eigenvalues: (F, D), 1 / (Λ + damping); empty until they are measured.
+        eigenvalues: (F, D), Λ.
+        damping_first, damping_second: (F,) and (D,), whose outer product is M. Empty, as Λ, until they are measured.
     """
 
     name: str
@@ -43,7 +60,9 @@ class EKFACSite:
     Q_second: Tensor
     kfac_eigenvalues_first: Tensor
     kfac_eigenvalues_second: Tensor
-    inverse_eigenvalues: Tensor
+    eigenvalues: Tensor = _none
+    damping_first: Tensor = _none
+    damping_second: Tensor = _none
 
     def to(self, device: Any) -> "EKFACSite":
         """A copy on a device."""
@@ -53,31 +72,50 @@ class EKFACSite:
         """Return J (…, F, D) in the eigenbasis."""
         return (self.Q_first.T @ J if len(self.Q_first) else J) @ self.Q_second
 
-    def _rotate_back(self, J: Tensor) -> Tensor:
+    def rotate_back(self, J: Tensor) -> Tensor:
+        """The inverse of ``rotate``."""
         return (self.Q_first @ J if len(self.Q_first) else J) @ self.Q_second.T
 
+    def kfac(self, x: Tensor) -> Tensor:
+        """H x, by K-FAC's damped factors."""
+        first = self.kfac_eigenvalues_first.unsqueeze(1) if len(self.kfac_eigenvalues_first) else 1.0
+        return self.rotate_back(self.rotate(x).mul_(first).mul_(self.kfac_eigenvalues_second))
+
+
+class DampedSite:
+    """The damping cM of a site, and the preconditioner 1 / (Λ + cM) in the eigenbasis.
+
+    Example: with F = D = 1, Λ = 2, M = 3 and c = 2, a direction x = 4 is damped to 24 and preconditioned to ½.
+
+    Args:
+        site: measured.
+        factor: c.
+    """
+
+    def __init__(self, site: EKFACSite, factor: float) -> None:
+        self.site, self.name = replace(site, eigenvalues=_none), site.name
+        self.first, self.second = (factor * site.damping_first).unsqueeze(1), site.damping_second
+        first = site.Q_first.square().T @ self.first if len(site.Q_first) else self.first
+        second = site.Q_second.square().T @ self.second
+        self.inverse = (site.eigenvalues + first * second).reciprocal_()
+
+    def damp(self, x: Tensor) -> Tensor:
+        """cM x."""
+        return x * self.first * self.second
+
     def precondition(self, J: Tensor) -> Tensor:
-        """F⁻¹ J = Q ((Qᵀ J Q) / (Λ + damping)) Qᵀ."""
-        return self._rotate_back(self.rotate(J).mul_(self.inverse_eigenvalues))
-
-    def kronecker_preimage(self, J: Tensor) -> Tensor:
-        """y with H⁻¹ y = F⁻¹ J.
-
-        Example: with F = D = 1, λ = 2, μ = 3 and Λ = 12, H = 6 and J = 4 gives y = 2: 2 / 6 = 4 / 12.
-        """
-        inner = self.kfac_eigenvalues_first.unsqueeze(1) if len(self.kfac_eigenvalues_first) else 1.0
-        return self._rotate_back(self.rotate(J).mul_(self.inverse_eigenvalues * inner * self.kfac_eigenvalues_second))
+        """Four matrix products, as many as H⁻¹ J."""
+        return self.site.rotate_back(self.site.rotate(J).mul_(self.inverse))
 
 
 def kronecker_eigenbasis(name: str, moments: KroneckerFactors) -> EKFACSite:
     """The eigenbasis of a site's Kronecker factors, which must be means over positions."""
-    none = torch.empty(0)
     if name in (EMBEDDING, HEAD):
         values, vectors = _as_tensors(moments.written_basis if name == EMBEDDING else moments.read_basis, END_DAMPING)
-        return EKFACSite(name, none, vectors, none, values, none)
+        return EKFACSite(name, _none, vectors, _none, values)
     first, Q_first = _as_tensors(moments.read_basis, DAMPING)
     second, Q_second = _as_tensors(moments.written_basis, DAMPING)
-    return EKFACSite(name, Q_first, Q_second, first, second, none)
+    return EKFACSite(name, Q_first, Q_second, first, second)
 
 
 def _as_tensors(basis: Eigenbasis, damping: float) -> tuple[Tensor, Tensor]:
@@ -85,21 +123,68 @@ def _as_tensors(basis: Eigenbasis, damping: float) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(basis.damped(damping)).float(), torch.from_numpy(basis.vectors).float()
 
 
-def with_eigenvalues(basis: EKFACSite, site: Site, squares: Tensor, blocks: int, positions: float) -> EKFACSite:
-    """Complete a site with its measured eigenvalues.
+def with_eigenvalues(
+    bases: list[EKFACSite], sites: Mapping[str, Site], sums: dict[str, Tensor], blocks: list[int], positions: float
+) -> list[EKFACSite]:
+    """Complete all sites with their eigenvalues and damping.
 
     Args:
-        basis: from ``kronecker_eigenbasis``.
-        site: the site of this basis.
-        squares: (F, D), the sum over blocks of squared gradients in the basis (add_squares).
-        blocks: number of blocks in the sum.
+        bases: from ``kronecker_eigenbasis``.
+        sites: by name.
+        sums: "name.rotated" (F, D), "name.rows" (F,) and "name.columns" (D,), from ``add_squares``; consumed.
+        blocks: number of blocks in the sums, by site.
         positions: mean positions per block: a block's J is a sum over them, H a mean.
     """
-    values = squares.double() / max(1, blocks) / max(1.0, positions)
-    # All weights of a matrix are damped alike; the vocabulary's coordinates of J have a factor each.
-    factor = site.tokens.squared_weights().double().unsqueeze(1) if len(site.tokens.weights) else torch.ones(1).double()
-    damping = EIGENVALUE_DAMPING * (values / factor).mean() * factor
-    return replace(basis, inverse_eigenvalues=(values + damping + 1e-30).reciprocal().float())
+    values, rows, columns, factors_sq = (dict[str, Tensor]() for _ in range(4))
+    for basis, count in zip(bases, blocks, strict=True):
+        name, tokens = basis.name, sites[basis.name].tokens
+        rotated, rows[name], columns[name] = (sums.pop(f"{name}.{each}").double() / max(1, count) for each in SQUARES)
+        values[name] = (rotated / max(1.0, positions)).float()
+        factors_sq[name] = torch.ones(1).double()
+        if len(tokens.weights):
+            factors_sq[name] = tokens.squared_weights().double()
+            rows[name] = token_rows(rows[name].sum(), 1 / factors_sq[name])
+    curvature = sum(float(each.sum()) for each in rows.values()) / max(1.0, positions)
+    damping = optimiser_damping(rows, columns, curvature)
+    return [
+        replace(
+            basis,
+            eigenvalues=values[basis.name],
+            # J has a factor per token, and x its inverse: what multiplies x has its square.
+            damping_first=(damping[basis.name][0] * factors_sq[basis.name]).float(),
+            damping_second=damping[basis.name][1].float(),
+        )
+        for basis in bases
+    ]
+
+
+def optimiser_damping(
+    rows: Mapping[str, Tensor], columns: Mapping[str, Tensor], trace: float
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """M of all sites: an outer product each, proportional to √v.
+
+    Example: mean squared gradients [[1, 4], [4, 16]] have the rows 5, 20 and the columns 5, 20; √v is [[1, 2], [2, 4]].
+
+    Args:
+        rows: sums of the weights' mean squared gradients over each row, (F,) by site.
+        columns: over each column, (D,).
+        trace: of M, over all sites.
+    """
+    sides = {
+        name: (_floored(r.sqrt()), _floored((columns[name] / r.sum().clamp(min=1e-30)).sqrt()))
+        for name, r in rows.items()
+    }
+    scale = trace / max(1e-30, sum(float(first.sum() * second.sum()) for first, second in sides.values()))
+    return {name: (first * scale, second) for name, (first, second) in sides.items()}
+
+
+def token_rows(total: Tensor, unigram: Tensor) -> Tensor:
+    """Divide a vocabulary's sum of squares over its tokens by their distribution: a sample lacks the rare ones."""
+    return total * unigram / unigram.sum()
+
+
+def _floored(roots: Tensor) -> Tensor:
+    return roots.clamp(min=max(1e-15, LEAST_DAMPING * float(roots.mean())))
 
 
 def add_squares(
@@ -110,7 +195,7 @@ def add_squares(
     ids_BT: Tensor,
     mask_BT: Tensor,
 ) -> Tensor:
-    """Add the blocks' squared gradients in the bases to ``totals``, (F, D) by site, in place.
+    """Add the blocks' squared gradients to ``totals`` in place: "name.rotated", "name.rows", "name.columns" (SQUARES).
 
     Returns:
         Which gradients are finite, (sites, B) bool, in the order of ``bases``; the others are not added.
@@ -119,8 +204,13 @@ def add_squares(
     for site, J in site_gradients(model, sites, ids_BT, mask_BT)[0]:
         if site.name in bases:
             good[site.name] = finite_rows([J])
-            found = bases[site.name].rotate(J[good[site.name]]).square_().sum(0)
-            totals[site.name] = totals[site.name].add_(found) if site.name in totals else found
+            J = J[good[site.name]]
+            rotated, squares = bases[site.name].rotate(J).square_().sum(0), J.square_().sum(0)
+            if len(site.tokens.weights):  # of the weights themselves: J's vocabulary coordinates have a factor each
+                squares /= site.tokens.squared_weights().unsqueeze(1)
+            for each, x in zip(SQUARES, (rotated, squares.sum(1), squares.sum(0)), strict=True):
+                name = f"{site.name}.{each}"
+                totals[name] = totals[name].add_(x) if name in totals else x
     return torch.stack([good[name] for name in bases])
 
 

@@ -230,10 +230,5 @@ class GaussNewton:
         return totals
 
 
-def batch_rows(rows: int, model: SplitModel, tokens: int) -> int:
-    """Return the blocks per linearised batch: at most a third of the ``rows`` that fit a forward and backward pass."""
-    return max(1, min(rows // 3, model.logits_rows(tokens)))
-
-
 def _add(x: Tensor, module: Any, given: tuple, output: Tensor) -> Tensor:
     return output + x.to(output.dtype)

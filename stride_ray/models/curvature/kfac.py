@@ -1,7 +1,7 @@
 """Stage curvature: K-FAC preconditioner and scale of every site, once per run, from a sample of the pool.
 
-With ``operators.sites`` = all, EK-FAC's eigenvalues too (eigenvalues.py). The stage has no units of work: a rerun
-starts from the beginning.
+For the queries' solve, EK-FAC's eigenvalues and the optimiser's damping too (eigenvalues.py). The stage has no units of
+work: a rerun starts from the beginning.
 """
 
 import math
@@ -48,8 +48,8 @@ from stride_ray.runtime.costs import record_stage_costs
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store, tensor_bytes
 
-# Sample sizes: tokens for the second moments, blocks for the sites' scales and for EK-FAC's eigenvalues.
-MOMENT_TOKENS, SCALE_BLOCKS, EIGENVALUE_BLOCKS = 131_072, 256, 512
+# Sample sizes: tokens for the second moments and for EK-FAC's eigenvalues, blocks for the sites' scales.
+MOMENT_TOKENS, EIGENVALUE_TOKENS, SCALE_BLOCKS = 131_072, 65_536, 256
 # Gradient norms are measured in a sketch of this size per side: whitening full gradients would take longer than fit.
 NORM_SKETCH_SIZE = 64
 TENSORS, TOKENS = ("W_in", "W_out", "unigram"), ("weights", "buckets", "directions")
@@ -93,9 +93,8 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
     counted = torch.from_numpy(counts_of_logits(counts, found[0]["vocabulary"]))
     sites, bases = kfac_sites(config, found[0]["sites"], sums, positions, counted)
     save_sites(stage.store, UNSCALED, sites)
-    if bases:
-        sound = np.setdiff1d(sample, sorted(failed))
-        failed |= measure_eigenvalues(given, bases, sound, positions / max(1, len(sound)), stage.store, attempt, actors)
+    sound = np.setdiff1d(sample, sorted(failed))
+    failed |= measure_eigenvalues(given, bases, sound, positions / max(1, len(sound)), stage.store, attempt, actors)
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:SCALE_BLOCKS])
     scales = map_sample_slices(actors, ScaleWorker, (*given, stage.store), few, "scale")
     spoilt = not_finite(scales)
@@ -110,7 +109,7 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
 def kfac_sites(
     config: Config, names: list[str], sums: "SliceSums", positions: int, counts: torch.Tensor
 ) -> tuple[list[Site], list[EKFACSite]]:
-    """Return the sites with their preconditioners and, if ``operators.sites`` = all, the eigenbases of their factors.
+    """Return the sites with their preconditioners, and the eigenbases of their factors.
 
     Args:
         config: of the run.
@@ -122,8 +121,7 @@ def kfac_sites(
     sites, bases = [], list[EKFACSite]()
     for name in names:
         moments = KroneckerFactors.of(*(sums.totals.pop(f"{name}.{side}") for side in SIDES)) / positions
-        if config.operators.sites == "all":
-            bases.append(kronecker_eigenbasis(name, moments))
+        bases.append(kronecker_eigenbasis(name, moments))
         sites.append(kfac_site(name, moments, counts, config.seed))
         if name == HEAD and not config.model.start:
             sites.append(kfac_site(ORIGIN, moments, counts, config.seed))
@@ -190,7 +188,7 @@ def measure_eigenvalues(
     attempt: str,
     actors: ActorPool,
 ) -> set[int]:
-    """Measure and publish EK-FAC's eigenvalues at all sites, over some of the sample.
+    """Measure and publish EK-FAC's eigenvalues and the damping at all sites, over some of the sample.
 
     Args:
         given: configuration, blocks and device.
@@ -205,16 +203,13 @@ def measure_eigenvalues(
         Ordinals of blocks whose gradient is not finite at some site; that site's sums leave the block out.
     """
     save_ekfac(store, BASES, bases)
-    few = np.sort(np.random.default_rng(given[0].seed).permutation(sample)[:EIGENVALUE_BLOCKS])
+    few = max(32, EIGENVALUE_TOKENS // given[1].block_tokens)
+    few = np.sort(np.random.default_rng(given[0].seed).permutation(sample)[:few])
     sums = SliceSums(store, torch.float32)
     results = map_sample_slices(actors, EigenvalueWorker, (*given, store, attempt), few, "eigenvalues", sums.add)
-    counts = np.sum([each["counts"] for each in results], axis=0)
+    counts = np.sum([each["counts"] for each in results], axis=0).tolist()
     sites = {site.name: site for site in load_sites(store, UNSCALED, "cpu")}
-    found = [
-        with_eigenvalues(basis, sites[basis.name], sums.totals.pop(basis.name), int(count), positions)
-        for basis, count in zip(bases, counts, strict=True)
-    ]
-    save_ekfac(store, EIGENVALUES, found)
+    save_ekfac(store, EIGENVALUES, with_eigenvalues(bases, sites, sums.totals, counts, positions))
     return not_finite(results)
 
 

@@ -14,6 +14,7 @@ LDS within 0.01, and their scores correlate by 0.99.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,11 +43,14 @@ class Layer:
         Q_rows: (rows, rows) eigenvectors; None if rows are not rotated.
         Q_columns: (columns, columns) eigenvectors.
         eigenvalues: (rows, columns) Λ.
+        rows, columns: sums of the weights' mean squared gradients over each row and column.
     """
 
     Q_rows: Tensor | None
     Q_columns: Tensor
     eigenvalues: Tensor
+    rows: Tensor
+    columns: Tensor
 
     def solve(self, G: Tensor, damping: float) -> Tensor:
         """Apply (Fisher + damping · mean Λ)⁻¹ to gradients (B, rows, columns)."""
@@ -55,7 +59,7 @@ class Layer:
         return _rotate(rotated, None if self.Q_rows is None else self.Q_rows.T, self.Q_columns.T)
 
 
-Better = Callable[[SplitModel, dict[str, Layer]], Callable[[Gradients], Gradients]]
+Inverse = Callable[[Gradients], Gradients]
 
 
 def scores(problem: Problem) -> np.ndarray:
@@ -63,19 +67,25 @@ def scores(problem: Problem) -> np.ndarray:
     return at_model(problem, problem.model)
 
 
-def at_model(problem: Problem, folder: str, better: Better | None = None) -> np.ndarray:
-    """EK-FAC influence at any model folder; ``better`` builds from the Fisher a map applied to queries' gradients."""
+def at_model(
+    problem: Problem, folder: str, better: Callable[[SplitModel, dict[str, Layer]], Inverse] | None = None
+) -> np.ndarray:
+    """EK-FAC influence at any model folder; ``better`` builds another inverse of the curvature from the Fisher."""
     model = load_model(folder)
     fisher = fit(model, problem.sample(FISHER_BLOCKS), problem.batch_tokens, problem.seed)
-    change = better(model, fisher) if better else None
+    inverse = better(model, fisher) if better else partial(_inverse, fisher)
     queries: dict[str, list[Tensor]] = {}
     for _, found in _gradients(model, problem.queries, problem.batch_tokens):
-        for name, G in (change(found) if change else found).items():
-            queries.setdefault(name, []).append(fisher[name].solve(G, DAMPING).flatten(1))
+        for name, x in inverse(found).items():
+            queries.setdefault(name, []).append(x.flatten(1))
     solved = {name: torch.cat(parts) for name, parts in queries.items()}
     blocks = _gradients(model, problem.blocks, problem.batch_tokens)
     stream = ((rows, {name: G.flatten(1) for name, G in found.items()}) for rows, found in blocks)
     return products(solved, stream, len(problem.blocks))
+
+
+def _inverse(fisher: dict[str, Layer], found: Gradients) -> Gradients:
+    return {name: fisher[name].solve(G, DAMPING) for name, G in found.items()}
 
 
 def fit(model: SplitModel, texts: Texts, batch_tokens: int, seed: int) -> dict[str, Layer]:
@@ -102,13 +112,20 @@ def fit(model: SplitModel, texts: Texts, batch_tokens: int, seed: int) -> dict[s
                 flat = values.flatten(0, 1)
                 _add(moments, (use.module, side), flat.T @ flat)
     bases = {key: torch.linalg.eigh(moment.double())[1].float() for key, moment in moments.items()}
-    squares: dict[str, Tensor] = {}
+    squares: dict[tuple[str, str], Tensor] = {}
     for _, found in _gradients(model, texts, batch_tokens, _sampled(model, seed)):
         for name, G in found.items():
-            _add(squares, name, _rotate(G, bases.get((name, "rows")), bases[name, "columns"]).square().sum(0))
+            rotated = _rotate(G, bases.get((name, "rows")), bases[name, "columns"])
+            _add(squares, (name, "rotated"), rotated.square().sum(0))
+            _add(squares, (name, "rows"), G.square().sum((0, 2)))
+            _add(squares, (name, "columns"), G.square().sum((0, 1)))
+    mean = {key: total / len(texts) for key, total in squares.items()}
     return {
-        name: Layer(bases.get((name, "rows")), bases[name, "columns"], total / len(texts))
-        for name, total in squares.items()
+        name: Layer(
+            bases.get((name, "rows")), bases[name, "columns"], values, mean[name, "rows"], mean[name, "columns"]
+        )
+        for (name, what), values in mean.items()
+        if what == "rotated"
     }
 
 

@@ -68,8 +68,9 @@ class Solve:
         for name, layer in fisher.items():
             site = self.names[name]
             first, second = (each.float() for each in damping[site])
-            at_end = site in (EMBEDDING, HEAD)
-            Q_first, Q_second = (none, layer.Q_columns) if at_end else (layer.Q_columns, layer.Q_rows)
+            Q_first, Q_second = layer.Q_columns, layer.Q_rows
+            if Q_second is None:  # embedding and head
+                Q_first, Q_second = none, layer.Q_columns
             values = _turned(site, layer.eigenvalues)
             found.append(DampedSite(EKFACSite(site, Q_first, Q_second, none, none, values, first, second), factor))
         return found

@@ -5,6 +5,7 @@ the development queries of the ``continued`` benchmark only.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from stride_ray.evaluate.baselines import chance, postprocessing
 from stride_ray.evaluate.baselines.gradient import astra, ekfac, ekfac_stages, graddot, less, logra, tracin, trak
@@ -59,6 +60,12 @@ METHODS: dict[str, Baseline] = {
         postprocessing.with_our_postprocessing(astra.scores),
         False,
         "the same, a query's gradient solved for as ours is",
+    ),
+    "astra_further": Baseline(
+        "EK-FAC, with our post-processing, solved further",
+        postprocessing.with_our_postprocessing(partial(astra.scores, steps=4, tokens=18_432)),
+        False,
+        "the same, with as many products and tokens as our most accurate setting",
     ),
     "logra_lent": Baseline(
         "LoGRA, with our post-processing",

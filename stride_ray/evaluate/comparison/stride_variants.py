@@ -108,6 +108,7 @@ FORMS: dict[str, Any] = {
     "attribute.candidates": 0,
 }
 EVERY_MAP: dict[str, Any] = {"attribute.exact": True, "operators.sites": "all"}
+FURTHER: dict[str, Any] = {"solve.steps": 4, "solve.tokens": 18_432}
 SUBSETS: dict[str, Any] = {"operators.rows": "subsets", "operators.budget_gb": 0.0232, "attribute.candidates": 0}
 
 
@@ -150,8 +151,8 @@ VARIANTS: tuple[Variant, ...] = (
     _exact("last quarter of the layers", operators__layers=0.25),
     _exact("bfloat16", model__dtype="bfloat16"),
     _exact("unsolved", solve__steps=0),
-    _exact("solved further", solve__steps=2, solve__tokens=18_432),
-    _exact("every map, solved further", **EVERY_MAP, **{"solve.steps": 2, "solve.tokens": 18_432}),
+    _exact("solved further", **FURTHER),
+    _exact("every map, solved further", **EVERY_MAP, **FURTHER),
     Variant("STRIDE, unsolved", {"solve.steps": 0}, ablation=True, note="the Kronecker factors alone"),
     *(
         Variant(

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from stride_ray.runtime.config import Config, loads
+from stride_ray.runtime.config import FORMATS, Config, loads
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 
@@ -55,6 +55,17 @@ def test_other_settings_are_refused_by_key(url):
         Run(url, changes={"seed": 2}).require("operators")
     Run(url, changes={"recover.penalty_ratio": 0.5, "compute.workers": 7}).begin("operators")
     assert Run(url).require("operators").done().keys() == {"unit"}
+
+
+@pytest.mark.parametrize(("of", "stages"), [("blocks", ("blocks", "operators")), ("curvature", ("curvature", "exact"))])
+def test_files_of_another_version_are_refused(url, of, stages, monkeypatch):
+    monkeypatch.setitem(FORMATS, of, FORMATS[of] - 1)
+    for stage in stages:
+        claimed(url, stage)
+    monkeypatch.undo()
+    for stage in stages:
+        with pytest.raises(StrideError, match=f"{stage} was made by another version of stride-ray; use another folder"):
+            Run(url).begin(stage)
 
 
 def test_other_input_is_refused(url):

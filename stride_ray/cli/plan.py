@@ -183,6 +183,7 @@ UNITS: dict[str, Callable[[Size], int]] = {
     "rank": _directions,
     "gather": _responses,
     "precondition": lambda _: SLICES,
+    "eigenvalues": lambda _: SLICES,
     "scale": lambda _: SLICES,
     "sums": lambda size: shard_count(size.blocks),
     "fit": lambda size: unit_count(size.blocks),

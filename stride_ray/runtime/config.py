@@ -84,8 +84,8 @@ class Config:
         return config
 
 
-# To be raised when the files of ``blocks/`` change in a way that later stages cannot continue from older ones.
-BLOCKS_FORMAT = 2
+# To be raised when a stage's files change in a way that later stages cannot continue from older ones.
+FORMATS = {"blocks": 2, "curvature": 2}
 # By stage: the upstream stage, and the options (or sections) that the output depends on besides the stage's inputs. A
 # stage's identity includes the keys of all upstream stages. Paths of models and tokenizers are not among them, because
 # files may be moved: ``Run.begin`` takes fingerprints of their content instead.
@@ -102,13 +102,16 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def stage_keys(config: Config, stage: str) -> dict[str, Any]:
-    """Return what ``stage`` depends on: its own options, those of its upstream stages, and the format of the blocks."""
+    """Return what ``stage`` depends on: the options and formats of its files and of those of all upstream stages."""
     prefixes: list[str] = []
+    formats: dict[str, Any] = {}
     while stage:
+        if stage in FORMATS:
+            formats[f"{stage}.format"] = FORMATS[stage]
         stage, own = STAGES[stage]
         prefixes += own
     chosen = {k: v for k, v in config.flat().items() if any(k == p or k.startswith(p + ".") for p in prefixes)}
-    return {"blocks.format": BLOCKS_FORMAT, **chosen}
+    return {**formats, **chosen}
 
 
 def stage_hash(config: Config, stage: str) -> str:

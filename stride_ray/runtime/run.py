@@ -309,6 +309,8 @@ def _check_same_settings(store: Store, wanted: Mapping[str, Any]) -> None:
     for key, now in wanted.items():
         if made_with.get(key) != now:
             how = f"with {key} = {made_with.get(key)!r}, and this command has {now!r}"
+            if key.endswith(".format"):
+                how = "by another version of stride-ray"
             raise StrideError(
                 f"{redact_url(store.url)} was made {f'from {contents[key]}' if key in contents else how}; use "
                 "another folder or name, or delete that folder and those of later stages."

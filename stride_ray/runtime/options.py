@@ -75,7 +75,7 @@ class OperatorConfig:
     budget_gb: float = _option(2.0, "sites: GB that the operators may take on disk; more is more accurate", low=0.0)
     sites: str = _option(
         "outputs",
-        "outputs: of attention and MLP, embedding, head; all: every linear map: slower, more accurate if queries are solved further",
+        "outputs: of attention and MLP, embedding, head; all: every linear map (slower; see solve.steps)",
         ("outputs", "all"),
     )
     layers: float = _option(

@@ -59,7 +59,9 @@ def test_a_text_that_does_not_fit_is_linearised_in_halves(model, monkeypatch):
     for free, expected in ((8, (1, 512)), (20, (3, 512)), (3.9, (1, 256)), (0.9, (1, 128)), (0.2, (1, 64))):
         room = config(worker_gb=free + weights / 2**30, query_gb=0)
         assert linearised_at_once(room, model, 512) == expected
-    assert linearised_at_once(config(batch_tokens=300), model, 100) == (3, 100)
+    monkeypatch.setitem(batch_size._activation_bytes, model, {100: 2**20})
+    assert linearised_at_once(config(batch_tokens=1800), model, 100) == (3, 100)  # a pass takes 18
+    assert linearised_at_once(config(batch_tokens=10), model, 100) == (1, 100)
 
 
 def test_a_pass_takes_about_what_was_counted():

@@ -1,7 +1,5 @@
 """EK-FAC's eigenvalues against autograd of the true weights and dense algebra, and a run at every linear map."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -11,18 +9,20 @@ from transformers.pytorch_utils import Conv1D
 
 from stride_ray.attribution.attribute import read_influence
 from stride_ray.models.causal_lm import SplitModel
+from stride_ray.models.curvature.conjugate_gradients import solve
+from stride_ray.models.curvature.damping import LEAST_SIDE, optimiser_damping
 from stride_ray.models.curvature.eigenvalues import (
-    LEAST_DAMPING,
     DampedSite,
+    EKFACSite,
+    SquareSums,
     add_squares,
+    complete_sites,
     kronecker_eigenbasis,
-    optimiser_damping,
-    with_eigenvalues,
 )
 from stride_ray.models.curvature.moments import KroneckerFactors, kfac_site
 from stride_ray.models.matrices import eigenbasis
-from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, find_sites, site_gradients
-from stride_ray.models.vocabulary import TokenSide
+from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, Site, find_sites, site_gradients
+from stride_ray.models.vocabulary import TokenSide, token_side
 from stride_ray.runtime.storage import Store
 
 
@@ -48,7 +48,8 @@ def known(model, texts):  # noqa: F811
     for row in range(B):
         add_squares(sums, model, sites, bases, ids[row : row + 1], mask[row : row + 1])
     by_name = {site.name: site for site in sites}
-    found = with_eigenvalues(list(bases.values()), by_name, sums, [B] * len(sites), count / B)
+    means = {name: SquareSums(*(x / B for x in each)) for name, each in sums.items()}
+    found = complete_sites(list(bases.values()), by_name, means, count / B)
     return sites, {each.name: each for each in found}, count
 
 
@@ -93,7 +94,7 @@ def test_the_damping_is_the_root_of_rows_and_columns_and_as_large_as_the_curvatu
         if site.name in (EMBEDDING, HEAD):
             frequency = 1 / site.tokens.weights.double().square()
             rows = squares.sum() * frequency / frequency.sum()
-        sides = [side.clamp(min=LEAST_DAMPING * side.mean()) for side in (rows.sqrt(), columns.sqrt())]
+        sides = [side.clamp(min=LEAST_SIDE * side.mean()) for side in (rows.sqrt(), columns.sqrt())]
         roots[site.name] = sides[0].unsqueeze(1) * sides[1] / squares.sum().sqrt()
         traces[site.name] = squares.sum() / (count / B)
     scale = sum(traces.values()) / sum(each.sum() for each in roots.values())
@@ -118,16 +119,65 @@ def test_rows_and_columns_give_back_squares_that_are_their_product():
 def test_a_side_without_gradients_is_damped_a_little():
     rows, columns = torch.tensor([0.0, 1.0]).double(), torch.tensor([1.0]).double()
     ((first, _),) = optimiser_damping({"one": rows}, {"one": columns}, 1.0).values()
-    assert first[0] / first[1] == pytest.approx(LEAST_DAMPING / 2)
-    ((first, second),) = optimiser_damping({"one": rows * 0}, {"one": columns * 0}, 0.0).values()
-    assert torch.cat([first, second]).isfinite().all()
+    assert first[0] / first[1] == pytest.approx(LEAST_SIDE / 2)
 
 
-def test_folded_coordinates_have_their_tokens_mean_squared_weight(monkeypatch):
+def test_a_bucket_s_factor_is_that_of_its_usual_tokens(monkeypatch):
     monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", 2)
     side = TokenSide(torch.tensor([1.0, -2.0, 3.0, -1.0]), torch.tensor([0, 1, 0, 1]))
-    assert side.squared_weights().tolist() == [5.0, 2.5]
-    assert TokenSide(side.weights).squared_weights().tolist() == [1.0, 4.0, 9.0, 1.0]
+    assert side.mean_squared_weights.tolist() == pytest.approx([2 / (1 + 1 / 9), 2 / (1 + 1 / 4)])
+    assert side.fold(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [4.0, 6.0]
+    assert TokenSide(side.weights).mean_squared_weights.tolist() == pytest.approx([1.0, 4.0, 9.0, 1.0])
+
+
+def test_buckets_are_damped_as_their_tokens_are(monkeypatch):
+    """A step along a bucket moves all of its tokens, each by its factor: their dampings add up."""
+    generator = torch.Generator().manual_seed(0)
+    frequency = torch.rand(4096, generator=generator).double() ** 8 + 1e-4
+    weights, width = frequency.rsqrt().float(), 3
+    gradients = torch.randn(200, 4096, width, generator=generator) * frequency.sqrt().float().unsqueeze(1)
+    none = torch.empty(0)
+    found = []
+    for buckets in (4096, 64):
+        monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", buckets)
+        side = token_side(weights, 0)
+        J = (gradients * side.weights.unsqueeze(1)).square().mean(0)
+        if buckets == 64:
+            folded = gradients.new_zeros(200, 64, width).index_add_(
+                1, side.buckets, gradients * side.weights.unsqueeze(1)
+            )
+            J = folded.square().mean(0)
+        squares = J / side.mean_squared_weights.unsqueeze(1)
+        basis = EKFACSite(HEAD, none, torch.eye(width), none, torch.ones(width))
+        means = {HEAD: SquareSums(J, squares.sum(1), squares.sum(0))}
+        (site,) = complete_sites([basis], {HEAD: Site(HEAD, torch.eye(width), none, side)}, means, 1.0)
+        found.append((side, DampedSite(site, 1.0)))
+    (tokens, exact), (_, bucketed) = found
+    direction = torch.randn(64, width, generator=generator)
+    spread = direction[found[1][0].buckets] * found[1][0].weights.unsqueeze(1) / tokens.weights.unsqueeze(1)
+    both = [float((d * site.damp(d)).sum()) for d, site in ((direction, bucketed), (spread, exact))]
+    assert both[0] == pytest.approx(both[1], rel=0.02)
+
+
+def test_a_site_without_gradients_does_not_stop_the_others():
+    sizes = {"live": (512, 8), "dead": (512, 2048)}
+    rows = {"live": torch.full((512,), 1e-6).double(), "dead": torch.zeros(512).double()}
+    columns = {"live": torch.full((8,), 64e-6).double(), "dead": torch.zeros(2048).double()}
+    sides = optimiser_damping(rows, columns, 1.0)
+    none = torch.empty(0)
+    sites = []
+    for name, (F_, D_) in sizes.items():
+        first, second = (side.float() for side in sides[name])
+        sites.append(
+            DampedSite(
+                EKFACSite(name, torch.eye(F_), torch.eye(D_), none, none, torch.zeros(F_, D_), first, second), 0.1
+            )
+        )
+    asked = {"live": torch.ones(512, 8), "dead": torch.zeros(512, 2048)}
+    (found,) = solve([asked], sites, lambda vs: [{name: x * 0.5 for name, x in v.items()} for v in vs], 1)
+    assert found.steps == 1
+    assert all(x.isfinite().all() for x in found.direction.values())
+    assert not found.direction["dead"].any()
 
 
 def test_a_direction_passed_on_is_what_the_kronecker_factors_invert(model, texts, known):  # noqa: F811
@@ -138,24 +188,22 @@ def test_a_direction_passed_on_is_what_the_kronecker_factors_invert(model, texts
         )
 
 
-def test_the_preconditioner_inverts_what_eigenvalues_and_damping_are_in_the_basis(known):
-    """Where the damping is the same along every side, the preconditioner is exactly 1 / (F + cM)."""
+def test_the_preconditioner_has_the_damping_s_diagonal_in_the_basis(known):
     sites, found, _ = known
-    generator = torch.Generator().manual_seed(3)
     for site in sites:
         each = found[site.name]
-        even = replace(
-            each,
-            damping_first=each.damping_first
-            if site.name in (EMBEDDING, HEAD)
-            else torch.full((len(each.Q_first),), 2.0),
-            damping_second=torch.full((len(each.Q_second),), 3.0),
-        )
-        damped = DampedSite(even, 5.0)
-        x = torch.randn(each.eigenvalues.shape, generator=generator)
-        back = each.rotate_back(each.rotate(x) * each.eigenvalues) + damped.damp(x)
-        torch.testing.assert_close(damped.precondition(back), x, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(damped.damp(x), 15 * even.damping_first.unsqueeze(1) * x)
+        damped = DampedSite(each, 5.0)
+        rows, columns = each.eigenvalues.shape
+        M = (each.damping_first.unsqueeze(1) * each.damping_second).double()
+        Q = [(Q if len(Q) else torch.eye(rows)).double() for Q in (each.Q_first, each.Q_second)]
+        for i, j in ((0, 0), (rows - 1, 1), (rows // 2, columns - 1)):
+            unit = Q[0][:, i].unsqueeze(1) * Q[1][:, j]  # an eigenvector
+            expected = 1 / (float(each.eigenvalues[i, j]) + 5 * float((M * unit.square()).sum()))
+            torch.testing.assert_close(
+                damped.precondition(unit.float()).double(), expected * unit, rtol=1e-3, atol=1e-4 * expected
+            )
+        x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
+        torch.testing.assert_close(damped.damp(x).double(), 5 * M * x, rtol=1e-4, atol=0)
 
 
 def test_a_factor_is_decomposed_once(monkeypatch):

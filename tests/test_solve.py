@@ -70,7 +70,7 @@ def test_many_steps_are_the_solution():
     G, asked = curvature(), queries()
     before = [flat(query) for query in asked]
     for query, was, each in zip(asked, before, solve(asked, SITES, times(G), 60), strict=True):
-        torch.testing.assert_close(flat(each.x), torch.linalg.solve(G + damping(), was), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(flat(each.direction), torch.linalg.solve(G + damping(), was), rtol=2e-3, atol=2e-3)
         assert torch.equal(flat(query), was)
 
 
@@ -81,9 +81,9 @@ def test_each_step_comes_nearer_and_is_the_same_alone():
     for steps in (1, 2, 4, 8):
         together = solve(asked, SITES, times(G), steps)
         (alone,) = solve(asked[1:2], SITES, times(G), steps)
-        assert all(torch.equal(alone.x[name], together[1].x[name]) for name in alone.x)
+        assert all(torch.equal(alone.direction[name], together[1].direction[name]) for name in alone.direction)
         assert alone.steps == steps
-        error = flat(alone.x) - torch.linalg.solve(A, flat(asked[1]))
+        error = flat(alone.direction) - torch.linalg.solve(A, flat(asked[1]))
         error = float(error @ A @ error)
         assert before is None or error < before
         before = error
@@ -93,16 +93,16 @@ def test_the_first_step_only_rescales():
     (query,) = queries(1)
     (found,) = solve([query], SITES, times(curvature()), 1)
     (expected,) = solve([query], SITES, times(curvature()), 0)
-    ratio = flat(found.x) / flat(expected.x)
+    ratio = flat(found.direction) / flat(expected.direction)
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=0)
     assert abs(float(ratio[0]) - 1) > 0.1
-    torch.testing.assert_close(expected.x, {site.name: site.precondition(query[site.name]) for site in SITES})
+    torch.testing.assert_close(expected.direction, {site.name: site.precondition(query[site.name]) for site in SITES})
 
 
 def test_the_origin_is_left_out():
     asked = [{**queries(1)[0], ORIGIN: torch.ones(F, D)}]
     (found,) = solve(asked, SITES, times(curvature()), 3)
-    assert list(found.x) == ["one", "two"]
+    assert list(found.direction) == ["one", "two"]
 
 
 @pytest.mark.parametrize("spoilt", [torch.nan, torch.inf, -1e9])
@@ -115,7 +115,7 @@ def test_a_solve_that_comes_to_nothing_is_the_preconditioned_gradient(spoilt):
 
     first, second, _ = solve(asked, SITES, products, 1)
     assert first.steps == 0
-    assert torch.equal(flat(first.x), flat({s.name: s.precondition(asked[0][s.name]) for s in SITES}))
+    assert torch.equal(flat(first.direction), flat({s.name: s.precondition(asked[0][s.name]) for s in SITES}))
     assert second.steps == 1
 
 

@@ -5,7 +5,6 @@ are removed once the influence tables are written.
 """
 
 import time
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -40,7 +39,7 @@ from stride_ray.runtime.progress import progress
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store, tensor_bytes
 
-# Maximum queries per work unit, and maximum bytes of their gradients; a solve holds seven times as much.
+# Maximum queries per work unit, and maximum bytes of their gradients; a solve holds six times as much.
 MAX_QUERIES_PER_UNIT, UNIT_BYTES = 16, 2**27
 
 
@@ -121,10 +120,7 @@ class DirectionWorker(ModelWorker):
     def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
         super().__init__(config, blocks, device)
         self.stage = stage
-        # Gradients take no whitening, which is as large as the model.
-        none = torch.empty(0)
-        found = load_sites(curvature, SITES, "cpu")
-        self.sites = tuple(replace(site, W_in=none, W_out=none).to(self.model.device) for site in found)
+        self.sites = load_sites(curvature, SITES, self.model.device, whitening=False)
         self.curvature = curvature
         self.covered_blocks = int(curvature.read_json("manifest.json")["blocks"])
         self.unit = queries_per_unit(gradient_bytes(curvature))
@@ -153,10 +149,10 @@ class DirectionWorker(ModelWorker):
         good = [answer for answer in answers if answer["status"] == "ok"]
         if self.config.solve.steps:
             solved = solve(found, self._damped, self._gauss_newton, self.config.solve.steps)
-            for answer, y, each in zip(good, found, solved, strict=True):
-                answer["steps"] = each.steps
-                if each.steps:
-                    y.update(self._kfac_preimage(each.x))
+            for answer, gradient, result in zip(good, found, solved, strict=True):
+                answer["steps"] = result.steps
+                if result.steps:
+                    gradient.update(self._kfac_preimage(result.direction))
         names = [site.name for site in self.sites] if found else []
         tensors = {name: torch.stack([each.pop(name) for each in found]).cpu() for name in names}
         # Marker before file: a part counts as done if its file exists, and clear_directions removes only files.
@@ -169,10 +165,10 @@ class DirectionWorker(ModelWorker):
         ekfac = load_ekfac(self.curvature, EIGENVALUES, self.model.device)
         return [DampedSite(site, self.config.solve.damping) for site in ekfac]
 
-    def _kfac_preimage(self, x: Gradient) -> Gradient:
-        """Replace x by (1 + c) H x, to which H⁻¹ is applied later; it is J(x) if κG + cM = (1 + c) H."""
-        sites = {damped.name: damped.site for damped in self._damped}
-        return {name: sites[name].kfac(x.pop(name)).mul_(1 + self.config.solve.damping) for name in list(x)}
+    def _kfac_preimage(self, direction: Gradient) -> Gradient:
+        """Return (1 + c) H d, to which H⁻¹ is applied later; it is J(x) if κG + cΓ = (1 + c) H."""
+        scale = 1 + self.config.solve.damping
+        return {site.name: site.basis.kfac(direction.pop(site.name)).mul_(scale) for site in self._damped}
 
     @cached_property
     def _gauss_newton(self) -> GaussNewton:

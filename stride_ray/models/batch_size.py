@@ -49,13 +49,13 @@ def linearised_at_once(config: Config, model: SplitModel, tokens: int) -> tuple[
     Example: SmolLM2-135M saves 215 MiB for 256 tokens, six times of which is more than the 1 GiB of the example above:
     blocks of 512 tokens are linearised one by one, in pieces of 128.
     """
-    if config.compute.batch_tokens:
-        return max(1, config.compute.batch_tokens // tokens), tokens
-    free, whole = _free_bytes(config, model), tokens
-    while tokens >= 128 and LINEARISED_MEMORY_FACTOR * saved_activation_bytes(model, tokens) > free:
+    rows = int(rows_at_once(config, model, tokens) * PASS_MEMORY_FACTOR / LINEARISED_MEMORY_FACTOR)
+    rows = max(1, min(rows, model.logits_rows(tokens)))
+    while tokens >= 128 and LINEARISED_MEMORY_FACTOR * saved_activation_bytes(model, tokens) > _free_bytes(
+        config, model
+    ):
         tokens = -(-tokens // 2)
-    fitting = free / (LINEARISED_MEMORY_FACTOR * saved_activation_bytes(model, whole))
-    return max(1, min(MAX_BATCH_TOKENS // whole, model.logits_rows(whole), int(fitting))), tokens
+    return rows, tokens
 
 
 def _free_bytes(config: Config, model: SplitModel) -> float:

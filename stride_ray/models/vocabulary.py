@@ -7,6 +7,7 @@ more accurate, takes 805 MB at 49,152 tokens, and costs more than the rest of a 
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,14 +55,18 @@ class TokenSide:
             x = x.new_zeros(*x.shape[:-1], self.folded).index_add_(-1, self.buckets[:V], x)
         return x @ self.directions[: x.shape[-1]] if len(self.directions) else x
 
-    def squared_weights(self) -> Tensor:
-        """Return the squared weight of each coordinate, (v,), averaged over the tokens of a bucket."""
+    def fold(self, x: Tensor) -> Tensor:
+        """Sum per-token values (V,) over the tokens of each coordinate, (v,), without weights."""
+        return x.new_zeros(self.folded).index_add(0, self.buckets, x) if len(self.buckets) else x
+
+    @cached_property
+    def mean_squared_weights(self) -> Tensor:
+        """Each coordinate's squared weight, (v,): averaged over the tokens of a bucket by their frequency.
+
+        The frequency is one over the squared weight, so this is the harmonic mean.
+        """
         squares = self.weights.square()
-        if not len(self.buckets):
-            return squares
-        zeros = squares.new_zeros(self.folded)
-        counts = zeros.index_add(0, self.buckets, torch.ones_like(squares))
-        return zeros.index_add(0, self.buckets, squares) / counts
+        return self.fold(torch.ones_like(squares)) / self.fold(1 / squares)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """The transpose of ``of`` without a projection: coordinates (…, v) to per-token values (…, V)."""

@@ -155,9 +155,7 @@ class SolveConfig:
         4096, "tokens of the pool, in whole blocks, that the Gauss–Newton matrix is computed from", low=1
     )
     damping: float = _option(
-        2.0,
-        "trace of the optimiser's damping, added to the Gauss–Newton matrix, over that of K-FAC's factors",
-        low=1e-3,
+        2.0, "trace of the damping that stands for Adam's step sizes, over that of EK-FAC's curvature", low=1e-3
     )
 
 

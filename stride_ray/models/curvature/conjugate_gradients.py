@@ -1,11 +1,12 @@
-"""Preconditioned conjugate gradients on (κG + cM) x = J(x): influence with the Gauss–Newton matrix.
+"""Preconditioned conjugate gradients on (κG + cΓ) d = J(x): influence with the Gauss–Newton matrix.
 
 Influence is J(x)ᵀ H⁻¹ J_i with H block-diagonal, the damped Kronecker factors of each site (K-FAC, sites.py). H
 approximates the Gauss–Newton matrix G (gauss_newton.py), without the interactions of sites; a few steps of conjugate
-gradients recover part of what it neglects (after ASTRA, arXiv 2507.14740). M is the optimiser's damping, and EK-FAC's
-eigenvalues are the preconditioner (eigenvalues.py).
+gradients recover part of what it neglects (after ASTRA, arXiv 2507.14740). Γ is the optimiser's damping (damping.py);
+the preconditioner P has EK-FAC's eigenvalues (eigenvalues.py).
 
-The first step only rescales the preconditioned gradient: a solve gains from its second step on.
+The first step only rescales P⁻¹ J(x), the direction by EK-FAC's eigenvalues and the damping alone; what G adds begins
+with the second.
 """
 
 import math
@@ -13,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor, zeros_like
+import torch
+from torch import Tensor
 
 # A gradient, or anything of its shapes, by site name.
 Gradient = dict[str, Tensor]
@@ -26,11 +28,11 @@ class Damped(Protocol):
 
     name: str
 
-    def damp(self, x: Tensor) -> Tensor:
-        """cM x."""
+    def damp(self, direction: Tensor) -> Tensor:
+        """Multiply a direction by cΓ."""
 
     def precondition(self, J: Tensor) -> Tensor:
-        """P⁻¹ J with P near κG + cM."""
+        """P⁻¹ J with P near κG + cΓ."""
 
 
 @dataclass
@@ -38,11 +40,11 @@ class SolveResult:
     """The result of a query's solve.
 
     Attributes:
-        x: the solution by site name; P⁻¹ J(x) if no step was taken.
+        direction: d by site name; P⁻¹ J(x) if no step was taken.
         steps: number of steps.
     """
 
-    x: Gradient
+    direction: Gradient
     steps: int
 
 
@@ -63,7 +65,7 @@ def curvature_scale(masks: Sequence[Tensor]) -> float:
 def solve(queries: list[Gradient], sites: Sequence[Damped], products: Products, steps: int) -> list[SolveResult]:
     """Independent conjugate gradients for several queries, in lockstep so that they share the cost of G.
 
-    Example with a single coordinate, κG = 3, cM = 1 and J(x) = 4: the first step finds x = 4 / (3 + 1) = 1.
+    Example with a single coordinate, κG = 3, cΓ = 1 and J(x) = 4: the first step finds d = 4 / (3 + 1) = 1.
 
     Args:
         queries: J(x) by site name, without a batch dimension; the origin, which is not part of G, is ignored.
@@ -84,9 +86,9 @@ def solve(queries: list[Gradient], sites: Sequence[Damped], products: Products, 
 
 
 class _State:
-    """Conjugate-gradient state of one query: x = P⁻¹y, direction p = P⁻¹s, residual r.
+    """Conjugate-gradient state of one query: d = P⁻¹y, step direction p = P⁻¹s, residual r.
 
-    Peak memory is four times that of J in the first step and six times in later ones, including J, p and the product
+    Peak memory is five times that of J in the first step and six times in later ones, including J, p and the product
     with G: r and s begin as J itself, and p is computed from s when it is needed.
 
     Attributes:
@@ -96,7 +98,7 @@ class _State:
 
     def __init__(self, J: Gradient, sites: Sequence[Damped]) -> None:
         self.sites, self.steps = sites, 0
-        self.y = {name: zeros_like(x) for name, x in J.items()}
+        self.y = {name: torch.zeros_like(x) for name, x in J.items()}
         self.r, self.s = dict(J), dict(J)
         self.residual_norm_sq = self._compute_residual_norm_sq()
         self.active = self.residual_norm_sq > 0 and math.isfinite(self.residual_norm_sq)
@@ -108,7 +110,7 @@ class _State:
     def step(self, p: Gradient, product: Gradient) -> None:
         """Take a step along p, given the product κG p; stop if the curvature along p is not positive and finite."""
         for site in self.sites:
-            product[site.name].add_(site.damp(p[site.name]))  # now (κG + cM) p
+            product[site.name].add_(site.damp(p[site.name]))  # now (κG + cΓ) p
         curvature = sum(_inner(p[name], x) for name, x in product.items())
         if not (curvature > 0 and math.isfinite(curvature)):
             self.active = False
@@ -124,7 +126,7 @@ class _State:
         self.active = self.residual_norm_sq > 0 and math.isfinite(self.residual_norm_sq)
 
     def solution(self) -> Gradient:
-        """Return x by site name."""
+        """Return d by site name."""
         y = self.y if self.steps else self.s
         return {site.name: site.precondition(y.pop(site.name)) for site in self.sites}
 

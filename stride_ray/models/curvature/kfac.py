@@ -18,11 +18,12 @@ from stride_ray.models.curvature.eigenvalues import (
     BASES,
     EIGENVALUES,
     EKFACSite,
+    SquareSums,
     add_squares,
+    complete_sites,
     kronecker_eigenbasis,
     load_ekfac,
     save_ekfac,
-    with_eigenvalues,
 )
 from stride_ray.models.curvature.moments import (
     KroneckerFactors,
@@ -94,7 +95,8 @@ def measure_curvature(config: Config, blocks: Blocks, stage: Stage, actors: Acto
     sites, bases = kfac_sites(config, found[0]["sites"], sums, positions, counted)
     save_sites(stage.store, UNSCALED, sites)
     sound = np.setdiff1d(sample, sorted(failed))
-    failed |= measure_eigenvalues(given, bases, sound, positions / max(1, len(sound)), stage.store, attempt, actors)
+    each = positions / max(1, len(sound))
+    failed |= measure_eigenvalues(given, sites, bases, sound, each, stage.store, attempt, actors)
     few = np.sort(np.random.default_rng(config.seed).permutation(sample)[:SCALE_BLOCKS])
     scales = map_sample_slices(actors, ScaleWorker, (*given, stage.store), few, "scale")
     spoilt = not_finite(scales)
@@ -181,6 +183,7 @@ def not_finite(found: list[dict[str, Any]]) -> set[int]:
 
 def measure_eigenvalues(
     given: tuple[Any, ...],
+    sites: list[Site],
     bases: list[EKFACSite],
     sample: np.ndarray,
     positions: float,
@@ -192,10 +195,11 @@ def measure_eigenvalues(
 
     Args:
         given: configuration, blocks and device.
-        bases: of all sites.
+        sites: unscaled.
+        bases: of all sites but the origin.
         sample: ordinals of finite blocks.
         positions: mean positions per block.
-        store: of the curvature, with the unscaled sites.
+        store: of the curvature.
         attempt: in the names of interim files.
         actors: the actor pool.
 
@@ -203,13 +207,15 @@ def measure_eigenvalues(
         Ordinals of blocks whose gradient is not finite at some site; that site's sums leave the block out.
     """
     save_ekfac(store, BASES, bases)
-    few = max(32, EIGENVALUE_TOKENS // given[1].block_tokens)
-    few = np.sort(np.random.default_rng(given[0].seed).permutation(sample)[:few])
+    size = max(32, EIGENVALUE_TOKENS // given[1].block_tokens)
+    few = np.sort(np.random.default_rng(given[0].seed).permutation(sample)[:size])
     sums = SliceSums(store, torch.float32)
     results = map_sample_slices(actors, EigenvalueWorker, (*given, store, attempt), few, "eigenvalues", sums.add)
-    counts = np.sum([each["counts"] for each in results], axis=0).tolist()
-    sites = {site.name: site for site in load_sites(store, UNSCALED, "cpu")}
-    save_ekfac(store, EIGENVALUES, with_eigenvalues(bases, sites, sums.totals, counts, positions))
+    means = dict[str, SquareSums]()
+    for basis, count in zip(bases, np.sum([each["counts"] for each in results], axis=0).tolist(), strict=True):
+        totals = (sums.totals.pop(f"{basis.name}.{part}") for part in SquareSums._fields)
+        means[basis.name] = SquareSums(*(total / max(1, count) for total in totals))
+    save_ekfac(store, EIGENVALUES, complete_sites(bases, {site.name: site for site in sites}, means, positions))
     return not_finite(results)
 
 
@@ -222,9 +228,14 @@ def save_sites(store: Store, name: str, sites: list[Site]) -> None:
     store.write_json(f"{name}.json", {"sites": facts})
 
 
-def load_sites(store: Store, name: str, device: Any) -> tuple[Site, ...]:
-    """Read the sites that save_sites wrote, onto a device."""
+def load_sites(store: Store, name: str, device: Any, whitening: bool = True) -> tuple[Site, ...]:
+    """Read the sites that save_sites wrote, onto a device.
+
+    Without ``whitening``, W_in and W_out are empty: they are as large as the model, and gradients do not take them.
+    """
     tensors = store.read_tensors(f"{name}.safetensors")
+    if not whitening:
+        tensors |= {key: torch.empty(0) for key in tensors if key.endswith((".W_in", ".W_out"))}
     facts = store.read_json(f"{name}.json")["sites"]
     return tuple(
         Site(
@@ -276,19 +287,20 @@ class EigenvalueWorker(ModelWorker):
     def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, attempt: str) -> None:
         super().__init__(config, blocks, device)
         self.store, self.attempt = curvature, attempt
-        self.sites = load_sites(curvature, UNSCALED, self.model.device)
+        self.sites = load_sites(curvature, UNSCALED, self.model.device, whitening=False)
         self.bases = {basis.name: basis for basis in load_ekfac(curvature, BASES, self.model.device)}
 
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Process one unit; returns the name of its file, and the number of blocks in it by site."""
         index, ordinals = unit
-        totals, counts, failed = dict[str, torch.Tensor](), np.zeros(len(self.bases), np.int64), list[int]()
+        totals, counts, failed = dict[str, SquareSums](), np.zeros(len(self.bases), np.int64), list[int]()
         for batch in self.batches_at(ordinals):
             good = add_squares(totals, self.model, self.sites, self.bases, *self.trimmed(batch)).cpu().numpy()
             counts += good.sum(1)
             failed += batch.ordinals[~good.all(0)].tolist()
         file = f"squares-{self.attempt}-{index:02d}.safetensors"
-        self.store.write(file, tensor_bytes({name: x.cpu() for name, x in totals.items()}))
+        named = {f"{name}.{part}": x for name, each in totals.items() for part, x in each._asdict().items()}
+        self.store.write(file, tensor_bytes({name: x.cpu() for name, x in named.items()}))
         return {"index": index, "blocks": len(ordinals), "counts": counts, "file": file, "not_finite": failed}
 
 

@@ -1,9 +1,9 @@
-"""EK-FAC with a solve: conjugate gradients on (κG + cM) x = ∇ℓ(x), preconditioned by EK-FAC's Fisher F.
+"""EK-FAC with a solve: conjugate gradients on (κG + cΓ) d = ∇ℓ(x), preconditioned by EK-FAC's Fisher F and the damping.
 
-After ASTRA (arXiv 2507.14740), which descends with momentum on fresh batches and damps all weights alike; this uses our
-own solve (conjugate_gradients.py), damping M and tokens, because they do better. A query's gradient covers every weight
-matrix, as in EK-FAC. κ is the mean of 1 / targets over blocks: F is the second moment of the gradients of blocks' mean
-losses, G the Gauss–Newton matrix of the same losses.
+After ASTRA (arXiv 2507.14740), which descends with momentum on fresh batches and damps all weights alike. This uses our
+own solve (conjugate_gradients.py), damping and sample size, because they do better. A query's gradient covers every
+weight matrix, as in EK-FAC; F and Γ use labels sampled from the model. κ is the mean of 1 / targets over blocks: F is
+the second moment of the gradients of blocks' mean losses, G the Gauss–Newton matrix of the same losses.
 """
 
 import numpy as np
@@ -16,9 +16,11 @@ from stride_ray.evaluate.baselines.gradient.per_example import tensors
 from stride_ray.evaluate.baselines.problem import Problem
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.curvature.conjugate_gradients import solve
-from stride_ray.models.curvature.eigenvalues import DampedSite, EKFACSite, optimiser_damping, token_rows
+from stride_ray.models.curvature.damping import optimiser_damping, token_rows
+from stride_ray.models.curvature.eigenvalues import DampedSite, EKFACSite
 from stride_ray.models.curvature.gauss_newton import GaussNewton
 from stride_ray.models.curvature.moments import UNIGRAM_DAMPING, distribution
+from stride_ray.models.pool_worker import counts_of_logits
 from stride_ray.models.sites import EMBEDDING, HEAD, Site
 from stride_ray.models.vocabulary import TokenSide
 from stride_ray.runtime.options import SolveConfig
@@ -42,10 +44,10 @@ class Solve:
         ends = {model.model.get_input_embeddings(): EMBEDDING, model.model.get_output_embeddings(): HEAD}
         self.names = {name: ends.get(module, name) for name, module in model.model.named_modules() if name in fisher}
         self.steps = options.steps
-        counts = np.bincount(problem.blocks.ids[problem.blocks.mask], minlength=model.vocabulary)
-        unigram = distribution(torch.from_numpy(counts)).double() + UNIGRAM_DAMPING
+        counts = counts_of_logits(np.bincount(problem.blocks.ids[problem.blocks.mask]), model.vocabulary)
+        unigram = distribution(torch.from_numpy(counts)).to(model.device).double() + UNIGRAM_DAMPING
         self.damped = self._damped(fisher, unigram, options.damping)
-        none, tokens = torch.empty(0), TokenSide(torch.ones(model.vocabulary))
+        none, tokens = torch.empty(0), TokenSide(torch.ones(model.vocabulary, device=model.device))
         sites = tuple(Site(self.names[name], none, none, tokens) for name in fisher)
         ids, mask = tensors(problem.sample(-(-options.tokens // problem.blocks.ids.shape[1]), 1))
         targets = mask[:, 1:].sum(1)
@@ -58,7 +60,7 @@ class Solve:
         rows, columns = dict[str, Tensor](), dict[str, Tensor]()
         for name, layer in fisher.items():
             site = self.names[name]
-            rows[site], columns[site] = layer.rows.double(), layer.columns.double()
+            rows[site], columns[site] = layer.row_squares.double(), layer.column_squares.double()
             if site in (EMBEDDING, HEAD):
                 rows[site] = token_rows(rows[site].sum(), unigram)
             else:
@@ -81,7 +83,8 @@ class Solve:
         asked = [{self.names[n]: _turned(self.names[n], G[row]) for n, G in found.items()} for row in range(queries)]
         done = solve(asked, self.damped, self.products, self.steps)
         return {
-            name: torch.stack([_turned(self.names[name], each.x[self.names[name]]) for each in done]) for name in found
+            name: torch.stack([_turned(self.names[name], each.direction[self.names[name]]) for each in done])
+            for name in found
         }
 
 

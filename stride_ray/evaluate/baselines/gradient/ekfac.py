@@ -43,14 +43,14 @@ class Layer:
         Q_rows: (rows, rows) eigenvectors; None if rows are not rotated.
         Q_columns: (columns, columns) eigenvectors.
         eigenvalues: (rows, columns) Λ.
-        rows, columns: sums of the weights' mean squared gradients over each row and column.
+        row_squares, column_squares: the weights' mean squared gradients, summed over each row and column.
     """
 
     Q_rows: Tensor | None
     Q_columns: Tensor
     eigenvalues: Tensor
-    rows: Tensor
-    columns: Tensor
+    row_squares: Tensor
+    column_squares: Tensor
 
     def solve(self, G: Tensor, damping: float) -> Tensor:
         """Apply (Fisher + damping · mean Λ)⁻¹ to gradients (B, rows, columns)."""
@@ -68,12 +68,12 @@ def scores(problem: Problem) -> np.ndarray:
 
 
 def at_model(
-    problem: Problem, folder: str, better: Callable[[SplitModel, dict[str, Layer]], Inverse] | None = None
+    problem: Problem, folder: str, make_inverse: Callable[[SplitModel, dict[str, Layer]], Inverse] | None = None
 ) -> np.ndarray:
-    """EK-FAC influence at any model folder; ``better`` builds another inverse of the curvature from the Fisher."""
+    """EK-FAC influence at any model folder; ``make_inverse`` builds another inverse curvature from the Fisher."""
     model = load_model(folder)
     fisher = fit(model, problem.sample(FISHER_BLOCKS), problem.batch_tokens, problem.seed)
-    inverse = better(model, fisher) if better else partial(_inverse, fisher)
+    inverse = make_inverse(model, fisher) if make_inverse else partial(_inverse, fisher)
     queries: dict[str, list[Tensor]] = {}
     for _, found in _gradients(model, problem.queries, problem.batch_tokens):
         for name, x in inverse(found).items():

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from stride_ray.attribution.tables import UNITS
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.curvature.moments import (
-    END_DAMPING,
+    DAMPING,
     UNIGRAM_DAMPING,
     KroneckerFactors,
     add_moments,
@@ -270,7 +270,7 @@ def test_the_origin_is_the_head_with_unigrams_for_predictions(made, texts):
     for row in range(B):
         weights = mask[row, 1:] / mask[row, 1:].sum().clamp(min=1)
         g = (pi - torch.nn.functional.one_hot(ids[row, 1:], V)) * (pi + UNIGRAM_DAMPING).rsqrt() * 2  # 1 / √¼
-        expected = g.T @ (z[row, :-1] * weights[:, None] / (1 + END_DAMPING) ** 0.5)
+        expected = g.T @ (z[row, :-1] * weights[:, None] / (1 + DAMPING) ** 0.5)
         torch.testing.assert_close(origin.whiten(J)[row], expected, atol=1e-5, rtol=1e-4)
 
 

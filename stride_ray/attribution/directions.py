@@ -147,12 +147,11 @@ class DirectionWorker(ModelWorker):
                 else:
                     fail(answers[i], NOT_FINITE if sound[at] else LOSS_NOT_FINITE)
         good = [answer for answer in answers if answer["status"] == "ok"]
-        if self.config.solve.steps:
-            solved = solve(found, self._damped, self._gauss_newton, self.config.solve.steps)
-            for answer, gradient, result in zip(good, found, solved, strict=True):
-                answer["steps"] = result.steps
-                if result.steps:
-                    gradient.update(self._kfac_preimage(result.direction))
+        steps = self.config.solve.steps
+        products = self._gauss_newton if steps and found else None
+        for answer, gradient, result in zip(good, found, solve(found, self._damped, products, steps), strict=True):
+            answer["steps"] = result.steps if steps else None
+            gradient.update(self._kfac_preimage(result.direction))
         names = [site.name for site in self.sites] if found else []
         tensors = {name: torch.stack([each.pop(name) for each in found]).cpu() for name in names}
         # Marker before file: a part counts as done if its file exists, and clear_directions removes only files.

@@ -63,7 +63,7 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
 
     Returns:
         ``queries``, ``failed``, ``rows`` and ``exact`` (here equal to ``rows``), ``median_nonzeros``, ``unsolved``
-        (queries whose Gauss–Newton solve took no step, leaving the direction at J), ``not_finite`` (blocks that have no
+        (queries whose Gauss–Newton solve took no step, leaving the preconditioner's direction), ``not_finite`` (blocks that have no
         influence, since a loss or gradient is not finite; ``failed-blocks.parquet`` lists them) and ``parts``.
 
     Raises:

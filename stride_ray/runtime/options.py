@@ -148,9 +148,11 @@ class RecoverConfig:
 
 @dataclass(frozen=True)
 class SolveConfig:
-    """Preconditioning query gradients with the Gauss–Newton matrix instead of its Kronecker factors (K-FAC) alone."""
+    """How a query's gradient becomes its direction: the solve with the Gauss–Newton matrix (docs/method.md)."""
 
-    steps: int = _option(2, "products with the Gauss–Newton matrix per query; 0: the Kronecker factors alone", low=0)
+    steps: int = _option(
+        2, "products with the Gauss–Newton matrix per query; 0: EK-FAC's eigenvalues and the damping alone", low=0
+    )
     tokens: int = _option(
         4096, "tokens of the pool, in whole blocks, that the Gauss–Newton matrix is computed from", low=1
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from stride_ray.corpus.failures import finite_rows
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.curvature.damping import optimiser_damping, token_rows
-from stride_ray.models.curvature.moments import DAMPING, END_DAMPING, KroneckerFactors
+from stride_ray.models.curvature.moments import DAMPING, KroneckerFactors
 from stride_ray.models.matrices import Eigenbasis
 from stride_ray.models.sites import EMBEDDING, HEAD, Site, site_gradients
 from stride_ray.runtime.storage import Store, tensor_bytes
@@ -118,7 +118,7 @@ class SquareSums(NamedTuple):
 def kronecker_eigenbasis(name: str, moments: KroneckerFactors) -> EKFACSite:
     """The eigenbasis of a site's Kronecker factors, which must be means over positions."""
     if name in (EMBEDDING, HEAD):
-        values, vectors = _as_tensors(moments.written_basis if name == EMBEDDING else moments.read_basis, END_DAMPING)
+        values, vectors = _as_tensors(moments.written_basis if name == EMBEDDING else moments.read_basis, DAMPING)
         return EKFACSite(name, _none, vectors, _none, values)
     first, Q_first = _as_tensors(moments.read_basis, DAMPING)
     second, Q_second = _as_tensors(moments.written_basis, DAMPING)

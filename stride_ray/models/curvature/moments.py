@@ -26,8 +26,9 @@ from stride_ray.models.sites import (
 )
 from stride_ray.models.vocabulary import token_side
 
-# Damping: eigenvalues λ become λ + damping · mean λ. The layers do better with less; embedding and head do not.
-DAMPING, END_DAMPING = 0.01, 0.1
+# Damping: eigenvalues λ become λ + damping · mean λ. Less makes the stored rows noisier for the directions of queries,
+# which have little of the small eigenvalues' (docs/method.md).
+DAMPING = 0.5
 # Damping of the unigram distribution: per-token weights are (π + UNIGRAM_DAMPING)^-½, so rare tokens count more.
 UNIGRAM_DAMPING = 1e-4
 
@@ -128,10 +129,10 @@ def kfac_site(name: str, moments: KroneckerFactors, counts: Tensor, seed: int) -
     unigram = distribution(counts)
     weights = (unigram + UNIGRAM_DAMPING).rsqrt()
     if name == EMBEDDING:
-        return Site(name, torch.empty(0), moments.written_basis.inverse_root(END_DAMPING), token_side(weights, seed))
+        return Site(name, torch.empty(0), moments.written_basis.inverse_root(DAMPING), token_side(weights, seed))
     # Whitening removes ω from the layers' gradients; here it has to be divided out.
     side = token_side(weights / float(moments.written[0, 0]) ** 0.5, seed)
-    W_in = moments.read_basis.inverse_root(END_DAMPING)
+    W_in = moments.read_basis.inverse_root(DAMPING)
     return Site(name, W_in, torch.empty(0), side, unigram if name == ORIGIN else torch.empty(0))
 
 

@@ -30,7 +30,7 @@ from stride_ray.models.sites import (
 from stride_ray.models.vocabulary import project
 
 # Maximum directions on the logits' side, as a multiple of the width of the stream.
-MAX_LOGIT_WIDTH_RATIO = 4
+MAX_LOGIT_WIDTH_RATIO = 16
 
 
 def whole_shape(site: Site) -> tuple[int, int]:
@@ -42,8 +42,8 @@ def whole_shape(site: Site) -> tuple[int, int]:
 def largest_shape(site: Site) -> tuple[int, int]:
     """The largest sketch of a site: full size, except on the logits' side of head and origin.
 
-    Projecting each token's V probabilities to more than four times the stream's width costs more than the forward pass
-    that computes them.
+    Projecting each token's V probabilities to more than a few times the stream's width costs more than the forward pass
+    that computes them. Only small models have so many coordinates, and there fewer cost accuracy.
     """
     inner, outer = whole_shape(site)
     return inner, min(outer, MAX_LOGIT_WIDTH_RATIO * inner) if site.name in (HEAD, ORIGIN) else outer

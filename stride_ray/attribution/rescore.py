@@ -63,8 +63,8 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
 
     Returns:
         ``queries``, ``failed``, ``rows`` and ``exact`` (here equal to ``rows``), ``median_nonzeros``, ``unsolved``
-        (queries whose Gauss–Newton solve took no step, leaving the preconditioner's direction), ``not_finite`` (blocks that have no
-        influence, since a loss or gradient is not finite; ``failed-blocks.parquet`` lists them) and ``parts``.
+        (queries whose Gauss–Newton solve took no step, leaving the preconditioner's direction), ``not_finite`` (blocks
+        without influence, since a loss or gradient is not finite; ``failed-blocks.parquet`` lists them), ``parts``.
 
     Raises:
         StrideError: a stage is missing or was made with other settings, another query set has this name, the model

@@ -77,11 +77,12 @@ def solve(queries: list[Gradient], sites: Sequence[Damped], products: Products |
         One result per query, in order.
     """
     states = [_State({site.name: query[site.name] for site in sites}, sites) for query in queries]
-    for _ in range(steps if products else 0):
+    for _ in range(steps):
         active = [state for state in states if state.active]
-        directions = [state.direction() for state in active]
-        for state, p, product in zip(active, directions, products(directions) if active else [], strict=True):
-            state.step(p, product)
+        if products and active:
+            directions = [state.direction() for state in active]
+            for state, p, product in zip(active, directions, products(directions), strict=True):
+                state.step(p, product)
     return [SolveResult(state.solution(), state.steps) for state in states]
 
 

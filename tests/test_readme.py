@@ -23,7 +23,7 @@ EXPECTED = [
     ("source .venv", [], []),
     ("from stride_ray", ["influence"], ["mine/influence/prompts/page.html"]),
     ("echo", ["influence/ask", "exact/ask"], ["mine/exact/ask/page.html"]),
-    ("stride-ray config", ["[solve]", "steps = 1"], []),
+    ("stride-ray config", ["[solve]", "steps = 2"], []),
     ("stride-ray select", ["tokens, by rank over prompts", "Random baseline"], ["chosen/random/manifest.parquet"]),
     ("mkdir -p evaluation", ["1 new finding(s)", "status 2", "0 new finding(s)"], ["scans/latest.json"]),
     (

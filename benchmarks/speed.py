@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stride_ray.models.batch_size import LINEARISED_MEMORY_FACTOR, PASS_MEMORY_FACTOR
+from stride_ray.models.batch_size import linearised_at_once
 from stride_ray.models.causal_lm import DTYPES, SplitModel, device_of, masked_mean
 from stride_ray.models.curvature.gauss_newton import Linearised
 from stride_ray.models.sites import EMBEDDING, HEAD, Site, find_sites, influence, site_gradients
@@ -22,6 +22,7 @@ from stride_ray.models.vocabulary import token_side
 from stride_ray.operators.closed_form import add_to_subsets
 from stride_ray.operators.forms import Operators, features, gradients, random_basis, steering_vectors
 from stride_ray.operators.membership import Membership
+from stride_ray.runtime.config import Config
 from stride_ray.runtime.memory import peak_bytes, restart_peak
 
 RUNS = 3
@@ -219,7 +220,8 @@ def measure_solve(setting: Setting) -> dict[str, Any]:
     model = random_model(shape, setting.device, setting.dtype)
     ids = _tokens(shape, setting.blocks, setting.tokens, model.device)
     mask, sites = torch.ones_like(ids, dtype=torch.bool), _plain_sites(model, 0.0)
-    rows = max(1, int(setting.batch_tokens // setting.tokens * PASS_MEMORY_FACTOR / LINEARISED_MEMORY_FACTOR))
+    config = Config().updated({"compute.batch_tokens": setting.batch_tokens})
+    rows, _ = linearised_at_once(config, model, setting.tokens)
     batches = [slice(at, at + rows) for at in range(0, setting.blocks, rows)]
     v = {site.name: J[0] for site, J in site_gradients(model, sites, ids[:1], mask[:1])[0]}
 

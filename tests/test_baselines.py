@@ -208,7 +208,7 @@ def test_ekfac_is_exact_where_inputs_and_gradients_are_independent():
 
 
 def test_astra_solves_what_it_states(problem):
-    """(κG + cM) x is the query's gradient again, G being that of a sample of the pool."""
+    """(κG + cΓ) d is the query's gradient again, G being that of a sample of the pool."""
     model = load_model(problem.model)
     fisher = ekfac.fit(model, problem.blocks, 10_000, seed=3)
     better = astra.Solve(model, fisher, problem, SolveConfig(steps=60, tokens=10**6))

@@ -14,7 +14,7 @@ from stride_ray.models.curvature.damping import LEAST_SIDE, optimiser_damping
 from stride_ray.models.curvature.eigenvalues import (
     DampedSite,
     EKFACSite,
-    SquareSums,
+    Squares,
     add_squares,
     complete_sites,
     kronecker_eigenbasis,
@@ -48,7 +48,7 @@ def known(model, texts):  # noqa: F811
     for row in range(B):
         add_squares(sums, model, sites, bases, ids[row : row + 1], mask[row : row + 1])
     by_name = {site.name: site for site in sites}
-    means = {name: SquareSums(*(x / B for x in each)) for name, each in sums.items()}
+    means = {name: Squares(*(x / B for x in each)) for name, each in sums.items()}
     found = complete_sites(list(bases.values()), by_name, means, count / B)
     return sites, {each.name: each for each in found}, count
 
@@ -149,7 +149,7 @@ def test_buckets_are_damped_as_their_tokens_are(monkeypatch):
             J = folded.square().mean(0)
         squares = J / side.mean_squared_weights.unsqueeze(1)
         basis = EKFACSite(HEAD, none, torch.eye(width), none, torch.ones(width))
-        means = {HEAD: SquareSums(J, squares.sum(1), squares.sum(0))}
+        means = {HEAD: Squares(J, squares.sum(1), squares.sum(0))}
         (site,) = complete_sites([basis], {HEAD: Site(HEAD, torch.eye(width), none, side)}, means, 1.0)
         found.append((side, DampedSite(site, 1.0)))
     (tokens, exact), (_, bucketed) = found

@@ -148,8 +148,8 @@ class DirectionWorker(ModelWorker):
                     fail(answers[i], NOT_FINITE if sound[at] else LOSS_NOT_FINITE)
         good = [answer for answer in answers if answer["status"] == "ok"]
         steps = self.config.solve.steps
-        products = self._gauss_newton if steps and found else None
-        for answer, gradient, result in zip(good, found, solve(found, self._damped, products, steps), strict=True):
+        solved = solve(found, self._damped, self._products, steps)
+        for answer, gradient, result in zip(good, found, solved, strict=True):
             answer["steps"] = result.steps if steps else None
             gradient.update(self._kfac_preimage(result.direction))
         names = [site.name for site in self.sites] if found else []
@@ -168,6 +168,9 @@ class DirectionWorker(ModelWorker):
         """Return (1 + c) H d, to which H⁻¹ is applied later; it is J(x) if κG + cΓ = (1 + c) H."""
         scale = 1 + self.config.solve.damping
         return {site.name: site.basis.kfac(direction.pop(site.name)).mul_(scale) for site in self._damped}
+
+    def _products(self, directions: list[Gradient]) -> list[Gradient]:
+        return self._gauss_newton(directions)
 
     @cached_property
     def _gauss_newton(self) -> GaussNewton:

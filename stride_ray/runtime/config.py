@@ -102,7 +102,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def stage_keys(config: Config, stage: str) -> dict[str, Any]:
-    """Return what ``stage`` depends on: the options and formats of its files and of those of all upstream stages."""
+    """Return what ``stage`` depends on: its options, those of its upstream stages, and the formats of their files."""
     prefixes: list[str] = []
     formats: dict[str, Any] = {}
     while stage:

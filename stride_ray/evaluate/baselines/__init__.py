@@ -63,7 +63,7 @@ METHODS: dict[str, Baseline] = {
     ),
     "astra_further": Baseline(
         "EK-FAC, with our post-processing, solved further",
-        postprocessing.with_our_postprocessing(partial(astra.scores, steps=4, tokens=18_432)),
+        postprocessing.with_our_postprocessing(partial(astra.scores, options=astra.FURTHER)),
         False,
         "the same, with as many products and tokens as our most accurate setting",
     ),

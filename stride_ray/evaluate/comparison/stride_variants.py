@@ -22,6 +22,7 @@ from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.queries import SCHEMA, row
 from stride_ray.corpus.shard import shard
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
+from stride_ray.evaluate.baselines.gradient import astra
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.operators.fit import fit
@@ -108,7 +109,7 @@ FORMS: dict[str, Any] = {
     "attribute.candidates": 0,
 }
 EVERY_MAP: dict[str, Any] = {"attribute.exact": True, "operators.sites": "all"}
-FURTHER: dict[str, Any] = {"solve.steps": 4, "solve.tokens": 18_432}
+FURTHER: dict[str, Any] = {"solve.steps": astra.FURTHER.steps, "solve.tokens": astra.FURTHER.tokens}
 SUBSETS: dict[str, Any] = {"operators.rows": "subsets", "operators.budget_gb": 0.0232, "attribute.candidates": 0}
 
 
@@ -128,7 +129,7 @@ def _closed_form_ablation(name: str, **changes: Any) -> Variant:
 VARIANTS: tuple[Variant, ...] = (
     Variant("STRIDE", default=True, note="one-bit operators at every site, 10 candidates exact; no option turned"),
     Variant("STRIDE exact", {"attribute.exact": True}, note="every block exactly, a pass over the pool a batch"),
-    Variant("STRIDE exact, every map", EVERY_MAP, note="every block exactly, at every linear map, with EK-FAC"),
+    Variant("STRIDE exact, every map", EVERY_MAP, note="every block exactly, at every linear map"),
     Variant("STRIDE, estimates alone", {"attribute.candidates": 0}, note="no candidate is rescored"),
     Variant("STRIDE, subsets", SUBSETS, note="K = 1000 operators of subsets in 25 MB, Lasso; no candidate is rescored"),
     Variant(

@@ -62,7 +62,7 @@ def curvature_scale(masks: Sequence[Tensor]) -> float:
     return weights / max(1.0, positions)
 
 
-def solve(queries: list[Gradient], sites: Sequence[Damped], products: Products | None, steps: int) -> list[SolveResult]:
+def solve(queries: list[Gradient], sites: Sequence[Damped], products: Products, steps: int) -> list[SolveResult]:
     """Independent conjugate gradients for several queries, in lockstep so that they share the cost of G.
 
     Example with a single coordinate, κG = 3, cΓ = 1 and J(x) = 4: the first step finds d = 4 / (3 + 1) = 1.
@@ -70,7 +70,7 @@ def solve(queries: list[Gradient], sites: Sequence[Damped], products: Products |
     Args:
         queries: J(x) by site name, without a batch dimension; the origin, which is not part of G, is ignored.
         sites: all sites but the origin.
-        products: multiplies directions by κG; not needed for 0 steps.
+        products: multiplies directions by κG; not called if no query needs a product.
         steps: number of steps, each with a product.
 
     Returns:
@@ -79,10 +79,9 @@ def solve(queries: list[Gradient], sites: Sequence[Damped], products: Products |
     states = [_State({site.name: query[site.name] for site in sites}, sites) for query in queries]
     for _ in range(steps):
         active = [state for state in states if state.active]
-        if products and active:
-            directions = [state.direction() for state in active]
-            for state, p, product in zip(active, directions, products(directions), strict=True):
-                state.step(p, product)
+        directions = [state.direction() for state in active]
+        for state, p, product in zip(active, directions, products(directions) if active else [], strict=True):
+            state.step(p, product)
     return [SolveResult(state.solution(), state.steps) for state in states]
 
 

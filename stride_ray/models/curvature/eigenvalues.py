@@ -101,8 +101,8 @@ class DampedSite:
         return self.basis.rotate_back(self.basis.rotate(J).mul_(self.inverse_eigenvalues))
 
 
-class SquareSums(NamedTuple):
-    """Sums over blocks of squared gradients at a site.
+class Squares(NamedTuple):
+    """Squared gradients at a site, summed or averaged over blocks.
 
     Attributes:
         rotated: (F, D), of J in the eigenbasis.
@@ -118,20 +118,20 @@ class SquareSums(NamedTuple):
 def kronecker_eigenbasis(name: str, moments: KroneckerFactors) -> EKFACSite:
     """The eigenbasis of a site's Kronecker factors, which must be means over positions."""
     if name in (EMBEDDING, HEAD):
-        values, vectors = _as_tensors(moments.written_basis if name == EMBEDDING else moments.read_basis, DAMPING)
+        values, vectors = _as_tensors(moments.written_basis if name == EMBEDDING else moments.read_basis)
         return EKFACSite(name, _none, vectors, _none, values)
-    first, Q_first = _as_tensors(moments.read_basis, DAMPING)
-    second, Q_second = _as_tensors(moments.written_basis, DAMPING)
+    first, Q_first = _as_tensors(moments.read_basis)
+    second, Q_second = _as_tensors(moments.written_basis)
     return EKFACSite(name, Q_first, Q_second, first, second)
 
 
-def _as_tensors(basis: Eigenbasis, damping: float) -> tuple[Tensor, Tensor]:
+def _as_tensors(basis: Eigenbasis) -> tuple[Tensor, Tensor]:
     """Return the damped eigenvalues and the eigenvectors in float32."""
-    return torch.from_numpy(basis.damped(damping)).float(), torch.from_numpy(basis.vectors).float()
+    return torch.from_numpy(basis.damped(DAMPING)).float(), torch.from_numpy(basis.vectors).float()
 
 
 def complete_sites(
-    bases: list[EKFACSite], sites: Mapping[str, Site], means: Mapping[str, SquareSums], positions: float
+    bases: list[EKFACSite], sites: Mapping[str, Site], means: Mapping[str, Squares], positions: float
 ) -> list[EKFACSite]:
     """Add the eigenvalues and the damping, whose trace over all sites is that of Λ in the weights themselves.
 
@@ -161,7 +161,7 @@ def complete_sites(
 
 
 def add_squares(
-    totals: dict[str, SquareSums],
+    totals: dict[str, Squares],
     model: SplitModel,
     sites: tuple[Site, ...],
     bases: dict[str, EKFACSite],
@@ -181,9 +181,9 @@ def add_squares(
             rotated, squares = bases[site.name].rotate(J).square_().sum(0), J.square_().sum(0)
             if len(site.tokens.weights):  # J's vocabulary coordinates have a factor each
                 squares /= site.tokens.mean_squared_weights.unsqueeze(1)
-            found = SquareSums(rotated, squares.sum(1), squares.sum(0))
+            found = Squares(rotated, squares.sum(1), squares.sum(0))
             for total, x in zip(
-                totals.setdefault(site.name, SquareSums(*map(torch.zeros_like, found))), found, strict=True
+                totals.setdefault(site.name, Squares(*map(torch.zeros_like, found))), found, strict=True
             ):
                 total.add_(x)
     return torch.stack([good[name] for name in bases])

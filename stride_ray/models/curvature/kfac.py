@@ -18,7 +18,7 @@ from stride_ray.models.curvature.eigenvalues import (
     BASES,
     EIGENVALUES,
     EKFACSite,
-    SquareSums,
+    Squares,
     add_squares,
     complete_sites,
     kronecker_eigenbasis,
@@ -211,10 +211,10 @@ def measure_eigenvalues(
     few = np.sort(np.random.default_rng(given[0].seed).permutation(sample)[:size])
     sums = SliceSums(store, torch.float32)
     results = map_sample_slices(actors, EigenvalueWorker, (*given, store, attempt), few, "eigenvalues", sums.add)
-    means = dict[str, SquareSums]()
+    means = dict[str, Squares]()
     for basis, count in zip(bases, np.sum([each["counts"] for each in results], axis=0).tolist(), strict=True):
-        totals = (sums.totals.pop(f"{basis.name}.{part}") for part in SquareSums._fields)
-        means[basis.name] = SquareSums(*(total / max(1, count) for total in totals))
+        totals = (sums.totals.pop(f"{basis.name}.{part}") for part in Squares._fields)
+        means[basis.name] = Squares(*(total / max(1, count) for total in totals))
     save_ekfac(store, EIGENVALUES, complete_sites(bases, {site.name: site for site in sites}, means, positions))
     return not_finite(results)
 
@@ -293,7 +293,7 @@ class EigenvalueWorker(ModelWorker):
     def __call__(self, unit: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Process one unit; returns the name of its file, and the number of blocks in it by site."""
         index, ordinals = unit
-        totals, counts, failed = dict[str, SquareSums](), np.zeros(len(self.bases), np.int64), list[int]()
+        totals, counts, failed = dict[str, Squares](), np.zeros(len(self.bases), np.int64), list[int]()
         for batch in self.batches_at(ordinals):
             good = add_squares(totals, self.model, self.sites, self.bases, *self.trimmed(batch)).cpu().numpy()
             counts += good.sum(1)

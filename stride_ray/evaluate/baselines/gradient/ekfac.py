@@ -117,8 +117,9 @@ def fit(model: SplitModel, texts: Texts, batch_tokens: int, seed: int) -> dict[s
         for name, G in found.items():
             rotated = _rotate(G, bases.get((name, "rows")), bases[name, "columns"])
             _add(squares, (name, "rotated"), rotated.square().sum(0))
-            _add(squares, (name, "rows"), G.square().sum((0, 2)))
-            _add(squares, (name, "columns"), G.square().sum((0, 1)))
+            whole = G.square().sum(0)
+            _add(squares, (name, "rows"), whole.sum(1))
+            _add(squares, (name, "columns"), whole.sum(0))
     mean = {key: total / len(texts) for key, total in squares.items()}
     return {
         name: Layer(

@@ -24,7 +24,7 @@ from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.comparison.stride_variants import query_table, settings
 from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark
 from stride_ray.models.curvature.kfac import SITES, begin_curvature, finish_curvature, load_sites
-from stride_ray.models.curvature.sketch import sketch_of, sketch_sites
+from stride_ray.models.curvature.sketch import sketch_sites
 from stride_ray.models.loading import load_measured_model, measured_model_fingerprint
 from stride_ray.models.pool_worker import ModelWorker
 from stride_ray.models.sites import halve_negative, site_gradients
@@ -140,7 +140,7 @@ class RecallWorker(ModelWorker):
                 J = found[site.name].to(self.model.device)
                 solved.setdefault(site.name, []).append(site.precondition(J).flatten(1))
                 for size, sketches in self.sketches.items():
-                    sections[size][at].append((sketch_of(sketches[at], J) / sketches[at].scale).cpu().numpy())
+                    sections[size][at].append((sketches[at].whiten(J).flatten(1) / sketches[at].scale).cpu().numpy())
         self.solved = {name: torch.cat(pieces) for name, pieces in solved.items()}
         self.codes = {
             size: quantise_queries([np.concatenate(pieces) for pieces in each]) for size, each in sections.items()
@@ -157,7 +157,7 @@ class RecallWorker(ModelWorker):
             for at, (site, J) in enumerate(site_gradients(self.model, self.sites, *self.trimmed(batch))[0]):
                 total = total + self.solved[site.name] @ J.flatten(1).T / site.scale
                 for size, sketches in self.sketches.items():
-                    sections[size].append(sketch_of(sketches[at], J).cpu().numpy())
+                    sections[size].append(sketches[at].whiten(J).flatten(1).cpu().numpy())
             found.setdefault(EXACT, []).append(halve_negative(total).cpu())
             for size, each in sections.items():
                 starts = word_starts([z.shape[1] for z in each])

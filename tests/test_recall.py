@@ -10,7 +10,7 @@ from benchmarks import recall
 from benchmarks.recall import measure_recall, table
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.models.curvature.kfac import SITES, load_sites
-from stride_ray.models.curvature.sketch import sketch_of, sketch_sites, sketched_gradients, whole_shape
+from stride_ray.models.curvature.sketch import sketch_sites, sketched_gradients, whole_shape
 from stride_ray.models.loading import load_measured_model
 from stride_ray.models.sites import site_gradients
 from stride_ray.runtime.errors import StrideError
@@ -57,7 +57,7 @@ def test_a_sketch_of_whole_gradients_is_the_sketch_of_a_pass(measured):
     given = (torch.from_numpy(batch.ids), torch.from_numpy(batch.mask))
     pieces, _ = sketched_gradients(model, sketches, *given)
     for (_, J), sketch, piece in zip(site_gradients(model, sites, *given)[0], sketches, pieces, strict=True):
-        torch.testing.assert_close(sketch_of(sketch, J), piece, rtol=1e-3, atol=1e-3 * float(piece.abs().max()))
+        torch.testing.assert_close(sketch.whiten(J).flatten(1), piece, rtol=1e-3, atol=1e-3 * float(piece.abs().max()))
 
 
 def test_too_few_texts_are_told(measured, plain):

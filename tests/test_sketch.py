@@ -11,13 +11,12 @@ from test_sites import B, D, V, made, site_moments, texts  # noqa: F401 -- fixtu
 
 from stride_ray.models.curvature.moments import KroneckerFactors, kfac_site
 from stride_ray.models.curvature.sketch import (
-    largest_shape,
     sketch_shapes,
     sketch_sites,
     sketched_gradients,
     whole_shape,
 )
-from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, site_gradients
+from stride_ray.models.sites import ORIGIN, site_gradients
 
 
 @pytest.fixture
@@ -63,7 +62,8 @@ def test_small_sketches_estimate_inner_products(made, texts, sites):  # noqa: F8
 
 def site_tensors(site):
     """What is drawn of a sketch: both sides."""
-    return [each for each in (site.W_in, site.W_out, site.tokens.directions) if each.numel()]
+    drawn = () if site.rotation is None else (site.rotation.order, site.rotation.left)
+    return [each for each in (site.W_in, site.W_out, *drawn) if each.numel()]
 
 
 def test_sites_draw_their_own_directions(sites):
@@ -95,9 +95,3 @@ def test_a_larger_share_gets_more_coordinates():
     assert a * b == pytest.approx(800, rel=0.05)
     assert c * d == pytest.approx(200, rel=0.1)
     assert abs(a - b) <= 2
-
-
-def test_the_side_of_the_logits_is_bounded(sites):
-    limits = {site.name: largest_shape(site) for site in sites}
-    assert limits[HEAD] == limits[ORIGIN] == (D, min(V, 4 * D))
-    assert limits[EMBEDDING] == (V, D)

@@ -27,7 +27,7 @@ from stride_ray.attribution.responses import response_schema
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.failures import NOT_FINITE, check_failed_queries, fail, finite_rows
 from stride_ray.models.curvature.kfac import load_sites
-from stride_ray.models.curvature.sketch import sketch_of, whole_shape
+from stride_ray.models.curvature.sketch import whole_shape
 from stride_ray.models.sites import NEGATIVE_SCORE_FACTOR, halve_negative
 from stride_ray.operators.one_bit import Queries, estimate_inner_products, quantise_queries
 from stride_ray.operators.row_store import RowStore
@@ -131,7 +131,7 @@ class QueryCoder:
         for site in self.sketches:
             J = gradients.pop(site.name, None)
             none = torch.zeros(0, math.prod(whole_shape(site)))
-            sections.append(none if J is None else sketch_of(site, J.to(self.device)).cpu() / site.scale)
+            sections.append(none if J is None else site.whiten(J.to(self.device)).flatten(1).cpu() / site.scale)
         finite = finite_rows(sections)
         for i, good in zip(rows, finite.tolist(), strict=True):
             if not good:

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stride_ray.models.causal_lm import SplitModel
+from stride_ray.models.rotation import Rotation
 from stride_ray.models.vocabulary import TokenSide
 from stride_ray.runtime.errors import StrideError
 
@@ -59,6 +60,7 @@ class Site:
         tokens: the vocabulary side of embedding, head and origin; else empty.
         unigram: (V,) π for the origin, else empty.
         scale: divisor of inner products of J: the mean of |H^-½ J_i|² summed over all sites, over the site's weight.
+        rotation: projects the coordinates of ``tokens`` in a sketch of embedding, head or origin; else None.
     """
 
     name: str
@@ -67,20 +69,19 @@ class Site:
     tokens: TokenSide = field(default_factory=lambda: TokenSide(torch.empty(0)))
     unigram: Tensor = field(default_factory=lambda: torch.empty(0))
     scale: float = 1.0
+    rotation: Rotation | None = None
 
     def to(self, device: Any) -> "Site":
         """A copy on a device."""
-        return replace(
-            self, **{name: getattr(self, name).to(device) for name in ("W_in", "W_out", "tokens", "unigram")}
-        )
+        parts = {name: getattr(self, name).to(device) for name in ("W_in", "W_out", "tokens", "unigram")}
+        return replace(self, **parts, rotation=self.rotation if self.rotation is None else self.rotation.to(device))
 
     def whiten(self, J: Tensor) -> Tensor:
-        """H^-½ J, for J from ``site_gradients``, which already includes the per-token factors of H^-½."""
-        if self.name == EMBEDDING:
-            return J @ self.W_out
-        if self.name in (HEAD, ORIGIN):
-            return J @ self.W_in
-        return self.W_in.T @ J @ self.W_out
+        """H^-½ J or its sketch, for J from ``site_gradients``, which already includes the per-token factors of H^-½."""
+        if self.name not in (EMBEDDING, HEAD, ORIGIN):
+            return self.W_in.T @ J @ self.W_out
+        J = J @ (self.W_out if self.name == EMBEDDING else self.W_in)
+        return J if self.rotation is None else self.rotation(J)
 
     def precondition(self, J: Tensor) -> Tensor:
         """H⁻¹ J of a query; its inner product with a block's J, over ``scale``, is the site's part of the influence.
@@ -234,12 +235,13 @@ def site_gradients(
 
 
 def head_gradients(
-    model: SplitModel, sites: Iterable[Site], ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor
+    model: SplitModel, sites: Iterable[Site], ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor, whiten: bool = False
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """J of head and origin, (B, n, D) each, the losses (B,) and their gradient at the states; one pass over the logits.
 
     Head: Σ_t ω_t ((p_t − y_t) W_out) ⊗ z_t; origin: π in place of p_t. Logits are computed for a few sequences
     at a time or, if one sequence exceeds the budget, for some of its positions at a time; the J of the pieces add up.
+    With ``whiten`` J is multiplied by W_in, the states before their sum: there are fewer of them than coordinates.
     """
     omega, ids = token_weights(mask_BT), ids_BT[:, 1:]
     rows, positions = model.logits_rows(ids.shape[1]), model.logits_rows(1)
@@ -254,7 +256,8 @@ def head_gradients(
             loss.append(loss_B)
             slope.append(slope_BTD)
             for site in wanted:
-                part = _end_gradients(site, g, z.detach().float(), target, weight)
+                states = z.detach().float()
+                part = _end_gradients(site, g, states @ site.W_in if whiten else states, target, weight)
                 J[site.name] = J[site.name].add_(part) if site.name in J else part
         losses.append(torch.stack(loss).sum(0))
         slopes.append(torch.cat(slope, dim=1))

@@ -6,7 +6,7 @@ noise of one over the root of the number of buckets and costs one addition per t
 more accurate, takes 805 MB at 49,152 tokens, and costs more than the rest of a small model's forward pass.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,40 +28,32 @@ class TokenSide:
     Attributes:
         weights: (V,) float32, including the count sketch's random signs if there are buckets.
         buckets: (V,) int64, each token's bucket; empty: one coordinate per token.
-        directions: (v, b) float32, random projection of the v coordinates (sketch.py); empty: none.
     """
 
     weights: Tensor
     buckets: Tensor = field(default_factory=_none)
-    directions: Tensor = field(default_factory=_none)
-
-    @property
-    def folded(self) -> int:
-        """v: the number of coordinates before the projection."""
-        return min(MAX_BUCKETS, len(self.weights)) if len(self.buckets) else len(self.weights)
 
     def __len__(self) -> int:
-        return self.directions.shape[1] if len(self.directions) else self.folded
+        """n: the number of coordinates."""
+        return min(MAX_BUCKETS, len(self.weights)) if len(self.buckets) else len(self.weights)
 
     def to(self, device: Any) -> "TokenSide":
         """A copy on a device."""
-        return TokenSide(*(each.to(device) for each in (self.weights, self.buckets, self.directions)))
+        return TokenSide(self.weights.to(device), self.buckets.to(device))
 
     def of(self, x: Tensor) -> Tensor:
         """Map per-token values (…, V) to coordinates (…, n), in place; fewer values belong to the first tokens."""
         V = x.shape[-1]
         x = x.mul_(self.weights[:V])
-        if len(self.buckets):
-            x = x.new_zeros(*x.shape[:-1], self.folded).index_add_(-1, self.buckets[:V], x)
-        return x @ self.directions[: x.shape[-1]] if len(self.directions) else x
+        return x.new_zeros(*x.shape[:-1], len(self)).index_add_(-1, self.buckets[:V], x) if len(self.buckets) else x
 
     def fold(self, x: Tensor) -> Tensor:
-        """Sum per-token values (V,) over the tokens of each coordinate, (v,), without weights."""
-        return x.new_zeros(self.folded).index_add(0, self.buckets, x) if len(self.buckets) else x
+        """Sum per-token values (V,) over the tokens of each coordinate, (n,), without weights."""
+        return x.new_zeros(len(self)).index_add(0, self.buckets, x) if len(self.buckets) else x
 
     @cached_property
     def mean_squared_weights(self) -> Tensor:
-        """Each coordinate's squared weight, (v,): averaged over the tokens of a bucket by their frequency.
+        """Each coordinate's squared weight, (n,): averaged over the tokens of a bucket by their frequency.
 
         The frequency is one over the squared weight, so this is the harmonic mean.
         """
@@ -69,11 +61,11 @@ class TokenSide:
         return self.fold(torch.ones_like(squares)) / self.fold(1 / squares)
 
     def to_tokens(self, x: Tensor) -> Tensor:
-        """The transpose of ``of`` without a projection: coordinates (…, v) to per-token values (…, V)."""
+        """The transpose of ``of``: coordinates (…, n) to per-token values (…, V)."""
         return (x[..., self.buckets] if len(self.buckets) else x) * self.weights
 
     def spread(self, ids_BT: Tensor, v_nD: Tensor) -> Tensor:
-        """The transpose of ``sum_outer_products`` without a projection: each position's row of (v, D), as (B, T, D)."""
+        """The transpose of ``sum_outer_products``: each position's row of (n, D), as (B, T, D)."""
         places = self.buckets[ids_BT] if len(self.buckets) else ids_BT
         return v_nD[places] * self.weights[ids_BT].unsqueeze(2)
 
@@ -81,10 +73,7 @@ class TokenSide:
         """Σ_t coordinates(id_t) ⊗ x_t per sequence: (B, n, D), added in place to ``begun`` of that shape if given."""
         places = self.buckets[ids_BT] if len(self.buckets) else ids_BT
         x = x_BTD * self.weights[ids_BT].unsqueeze(2)
-        if len(self.directions):
-            found = self.directions[places].transpose(1, 2) @ x
-            return found if begun is None else begun.add_(found)
-        B, n, D = len(ids_BT), self.folded, x.shape[2]
+        B, n, D = len(ids_BT), len(self), x.shape[2]
         begun = x.new_zeros(B, n, D) if begun is None else begun
         rows = (places + n * torch.arange(B, device=x.device).unsqueeze(1)).flatten()
         begun.view(B * n, D).index_add_(0, rows, x.flatten(0, 1))
@@ -100,8 +89,3 @@ def token_side(weights: Tensor, seed: int) -> TokenSide:
     buckets = torch.randperm(V, generator=generator) % MAX_BUCKETS
     signs = torch.randint(0, 2, (V,), generator=generator) * 2 - 1
     return TokenSide(weights * signs, buckets)
-
-
-def project(side: TokenSide, directions: Tensor) -> TokenSide:
-    """A copy whose coordinates are projected with (v, b) directions."""
-    return replace(side, directions=directions)

@@ -18,7 +18,7 @@ import torch
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.failures import check_failed_blocks, failed_ordinals, write_failed_blocks
 from stride_ray.models.curvature.kfac import SITES, load_sites, save_sites
-from stride_ray.models.curvature.sketch import largest_shape, sketch_shapes, sketch_sites
+from stride_ray.models.curvature.sketch import sketch_shapes, sketch_sites, whole_shape
 from stride_ray.models.sites import Site
 from stride_ray.operators.membership import membership_of
 from stride_ray.operators.one_bit import Rows, estimate_inner_products, quantise_queries, row_bytes, word_starts
@@ -102,7 +102,7 @@ def coordinates_in(room: float, sites: int) -> int:
 
 def shapes_of(sites: tuple[Site, ...], shares: dict[str, float], coordinates: int) -> list[tuple[int, int]]:
     """Return (a, b) of each site's sketch for a total number of coordinates (sketch.sketch_shapes)."""
-    return sketch_shapes([largest_shape(site) for site in sites], [shares[site.name] for site in sites], coordinates)
+    return sketch_shapes([whole_shape(site) for site in sites], [shares[site.name] for site in sites], coordinates)
 
 
 def make_sketch(config: Config, curvature: Store, stage: Stage, n_blocks: int) -> dict[str, Any]:

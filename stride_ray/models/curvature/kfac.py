@@ -6,7 +6,7 @@ work: a rerun starts from the beginning.
 
 import math
 import uuid
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ from stride_ray.models.pool_worker import (
     map_sample_slices,
     token_counts,
 )
+from stride_ray.models.rotation import Rotation
 from stride_ray.models.sites import HEAD, ORIGIN, Site, find_sites, last_layers
 from stride_ray.models.vocabulary import TokenSide
 from stride_ray.runtime.actor_pool import ActorPool
@@ -53,7 +54,7 @@ from stride_ray.runtime.storage import Store, tensor_bytes
 MOMENT_TOKENS, EIGENVALUE_TOKENS, SCALE_BLOCKS = 131_072, 65_536, 256
 # Gradient norms are measured in a sketch of this size per side: whitening full gradients would take longer than fit.
 NORM_SKETCH_SIZE = 64
-TENSORS, TOKENS = ("W_in", "W_out", "unigram"), ("weights", "buckets", "directions")
+TENSORS, TOKENS = ("W_in", "W_out", "unigram"), ("weights", "buckets")
 SIDES = ("read", "written")
 SITES, UNSCALED = "sites", "unscaled"
 # Files that a finished stage does not need.
@@ -221,8 +222,12 @@ def measure_eigenvalues(
 
 def save_sites(store: Store, name: str, sites: list[Site]) -> None:
     """Publish sites as ``name``.safetensors and ``name``.json."""
-    tensors = {f"{i}.{part}": getattr(site, part).cpu() for i, site in enumerate(sites) for part in TENSORS}
-    tensors |= {f"{i}.{part}": getattr(site.tokens, part).cpu() for i, site in enumerate(sites) for part in TOKENS}
+    tensors = dict[str, torch.Tensor]()
+    for i, site in enumerate(sites):
+        parts = {part: getattr(site, part) for part in TENSORS} | {part: getattr(site.tokens, part) for part in TOKENS}
+        if site.rotation is not None:
+            parts |= {f"rotation.{each.name}": getattr(site.rotation, each.name) for each in fields(Rotation)}
+        tensors |= {f"{i}.{part}": x.cpu() for part, x in parts.items()}
     store.write(f"{name}.safetensors", tensor_bytes(tensors))
     facts = [{key: getattr(site, key) for key in ("name", "scale")} for site in sites]
     store.write_json(f"{name}.json", {"sites": facts})
@@ -237,14 +242,14 @@ def load_sites(store: Store, name: str, device: Any, whitening: bool = True) -> 
     if not whitening:
         tensors |= {key: torch.empty(0) for key in tensors if key.endswith((".W_in", ".W_out"))}
     facts = store.read_json(f"{name}.json")["sites"]
-    return tuple(
-        Site(
-            **each,
-            **{part: tensors[f"{i}.{part}"] for part in TENSORS},
-            tokens=TokenSide(*(tensors[f"{i}.{part}"] for part in TOKENS)),
-        ).to(device)
-        for i, each in enumerate(facts)
-    )
+    sites = []
+    for i, each in enumerate(facts):
+        parts = {part: tensors[f"{i}.{part}"] for part in TENSORS}
+        tokens = TokenSide(*(tensors[f"{i}.{part}"] for part in TOKENS))
+        names = [f"{i}.rotation.{part.name}" for part in fields(Rotation)]
+        rotation = Rotation(*(tensors[part] for part in names)) if names[0] in tensors else None
+        sites.append(Site(**each, **parts, tokens=tokens, rotation=rotation).to(device))
+    return tuple(sites)
 
 
 class MomentWorker(ModelWorker):

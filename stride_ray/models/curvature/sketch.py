@@ -11,6 +11,7 @@ P_out are multiplied into the whitening, so tokens are projected first and the F
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.matrices import orthonormal
+from stride_ray.models.rotation import random_rotation
 from stride_ray.models.sites import (
     EMBEDDING,
     HEAD,
@@ -27,26 +29,13 @@ from stride_ray.models.sites import (
     head_gradients,
     output_gradients,
 )
-from stride_ray.models.vocabulary import project
-
-# Maximum directions on the logits' side, as a multiple of the width of the stream.
-MAX_LOGIT_WIDTH_RATIO = 16
 
 
 def whole_shape(site: Site) -> tuple[int, int]:
     """Return (F, D), the shape of a site's whitened gradient."""
-    inner, outer = (side.shape[-1] or len(site.tokens) for side in (site.W_in, site.W_out))
+    tokens = len(site.tokens if site.rotation is None else site.rotation)
+    inner, outer = (side.shape[-1] or tokens for side in (site.W_in, site.W_out))
     return inner, outer
-
-
-def largest_shape(site: Site) -> tuple[int, int]:
-    """The largest sketch of a site: full size, except on the logits' side of head and origin.
-
-    Projecting each token's V probabilities to more than a few times the stream's width costs more than the forward pass
-    that computes them. Only small models have so many coordinates, and there fewer cost accuracy.
-    """
-    inner, outer = whole_shape(site)
-    return inner, min(outer, MAX_LOGIT_WIDTH_RATIO * inner) if site.name in (HEAD, ORIGIN) else outer
 
 
 def sketch_shapes(whole: Sequence[tuple[int, int]], shares: Sequence[float], coordinates: int) -> list[tuple[int, int]]:
@@ -57,7 +46,7 @@ def sketch_shapes(whole: Sequence[tuple[int, int]], shares: Sequence[float], coo
     b are as equal as F and D allow.
 
     Args:
-        whole: the largest (a, b) by site (largest_shape).
+        whole: (F, D) by site (whole_shape).
         shares: of the mean of |H^-½ J|² over blocks, by site; they sum to 1.
         coordinates: total over all sketches; at least one per site.
 
@@ -98,29 +87,25 @@ def sketch_sites(sites: Sequence[Site], shapes: Sequence[tuple[int, int]], seed:
     """
     found = []
     for index, (site, shape) in enumerate(zip(sites, shapes, strict=True)):
-        whole = whole_shape(site)
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
-        # Full-size sides are rotated too: one-bit codes need coordinates of similar size, not mostly absent tokens.
-        P_in, P_out = (orthonormal(length, kept, generator) for length, kept in zip(whole, shape, strict=True))
-        share = shape[0] * shape[1] / (whole[0] * whole[1])
-        found.append(_project_site(site, P_in, P_out, site.scale * share))
+        found.append(_sketch_site(site, *shape, generator))
     return tuple(found)
 
 
-def _project_site(site: Site, P_in: Tensor, P_out: Tensor, scale: float) -> Site:
-    if site.name == EMBEDDING:
-        return replace(site, tokens=project(site.tokens, P_in), W_out=site.W_out @ P_out, scale=scale)
-    if site.name in (HEAD, ORIGIN):
-        return replace(site, W_in=site.W_in @ P_in, tokens=project(site.tokens, P_out), scale=scale)
-    return replace(site, W_in=site.W_in @ P_in, W_out=site.W_out @ P_out, scale=scale)
-
-
-def sketch_of(sketch: Site, J: Tensor) -> Tensor:
-    """Sketch gradients (B, F, D) from site_gradients: (B, a·b)."""
-    if sketch.name in (EMBEDDING, HEAD, ORIGIN):
-        other = sketch.W_out if sketch.name == EMBEDDING else sketch.W_in
-        return (sketch.tokens.directions.T @ J @ other).flatten(1)
-    return sketch.whiten(J).flatten(1)
+def _sketch_site(site: Site, a: int, b: int, generator: torch.Generator) -> Site:
+    # Full-size sides are rotated too: one-bit codes need coordinates of similar size, not mostly absent tokens.
+    (F, D), share, sides = whole_shape(site), 1.0, dict[str, Any]()
+    for side, length, kept, of_tokens in (
+        ("W_in", F, a, site.name == EMBEDDING),
+        ("W_out", D, b, site.name in (HEAD, ORIGIN)),
+    ):
+        if of_tokens:
+            sides["rotation"] = random_rotation(length, kept, generator)
+            share *= sides["rotation"].share
+        else:
+            sides[side] = getattr(site, side) @ orthonormal(length, kept, generator)
+            share *= kept / length
+    return replace(site, **sides, scale=site.scale * share)
 
 
 def sketched_gradients(
@@ -131,14 +116,14 @@ def sketched_gradients(
     One forward and one backward pass. Sketches are (B, a·b) float32 by site; zeros for a sequence without targets.
     """
     z, read, wrote = forward_with_activations(model, [site.name for site in sketches], ids_BT)
-    ends, losses, slope = head_gradients(model, sketches, ids_BT, mask_BT, z.detach())
+    ends, losses, slope = head_gradients(model, sketches, ids_BT, mask_BT, z.detach(), whiten=True)
     written = output_gradients(z, wrote, slope)
     pieces = []
     for site in sketches:
         if site.name in (HEAD, ORIGIN):
-            Z = ends.pop(site.name) @ site.W_in
+            Z = ends.pop(site.name)
         else:
             u, g = read.pop(site.name), written.pop(site.name) @ site.W_out
             Z = site.tokens.sum_outer_products(u, g) if site.name == EMBEDDING else (u @ site.W_in).transpose(1, 2) @ g
-        pieces.append(Z.flatten(1))
+        pieces.append((Z if site.rotation is None else site.rotation(Z)).flatten(1))
     return pieces, losses

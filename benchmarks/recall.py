@@ -23,7 +23,9 @@ from stride_ray.evaluate.baselines.lexical import tfidf
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.comparison.stride_variants import query_table, settings
 from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark
+from stride_ray.models.curvature.eigenvalues import EIGENVALUES, load_ekfac
 from stride_ray.models.curvature.kfac import SITES, begin_curvature, finish_curvature, load_sites
+from stride_ray.models.curvature.principal_axes import principal_axes
 from stride_ray.models.curvature.sketch import sketch_sites
 from stride_ray.models.loading import load_measured_model, measured_model_fingerprint
 from stride_ray.models.pool_worker import ModelWorker
@@ -121,11 +123,12 @@ class RecallWorker(ModelWorker):
         super().__init__(config, blocks, device)
         self.stage, self.sites = stage, load_sites(curvature, SITES, self.model.device)
         shares = curvature.read_json("manifest.json")["sites"]
+        axes = principal_axes(self.sites, {site.name: site for site in load_ekfac(curvature, EIGENVALUES, "cpu")})
         self.sketches = {}
         for size in row_bytes:
             coordinates = max(len(self.sites), coordinates_in(size, len(self.sites)))
-            shapes = shapes_of(self.sites, shares, coordinates)
-            self.sketches[size] = sketch_sites(self.sites, shapes, config.seed)
+            shapes = shapes_of(self.sites, axes, shares, coordinates)
+            self.sketches[size] = sketch_sites(self.sites, shapes, config.seed, axes)
         self._code(directions, part_count(curvature, len(directions.store.read_table("queries.parquet"))))
 
     def _code(self, directions: Stage, parts: int) -> None:

@@ -17,7 +17,9 @@ import torch
 
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.failures import check_failed_blocks, failed_ordinals, write_failed_blocks
+from stride_ray.models.curvature.eigenvalues import EIGENVALUES, load_ekfac
 from stride_ray.models.curvature.kfac import SITES, load_sites, save_sites
+from stride_ray.models.curvature.principal_axes import Axes, principal_axes
 from stride_ray.models.curvature.sketch import sketch_shapes, sketch_sites, whole_shape
 from stride_ray.models.sites import Site
 from stride_ray.operators.membership import membership_of
@@ -64,13 +66,20 @@ def rows_for(config: Config, n_blocks: int) -> tuple[bool, int, float]:
     return False, K, min(budget / K, MAX_SUBSET_ROW_BYTES)
 
 
-def layout_of(config: Config, n_blocks: int, sites: tuple[Site, ...], shares: dict[str, float]) -> Layout:
+def layout_of(
+    config: Config,
+    n_blocks: int,
+    sites: tuple[Site, ...],
+    axes: list[tuple[Axes | None, Axes | None]],
+    shares: dict[str, float],
+) -> Layout:
     """Return the layout of rows within the budget.
 
     Args:
         config: the run's configuration.
         n_blocks: blocks in the pool.
         sites: the sites, unsketched.
+        axes: their principal axes.
         shares: site name to the site's share of the pool's influence.
 
     Raises:
@@ -89,7 +98,7 @@ def layout_of(config: Config, n_blocks: int, sites: tuple[Site, ...], shares: di
             f"row needs at least {row_bytes([1] * len(sites))} (one coordinate at each of {len(sites)} sites): raise "
             f"operators.budget_gb{fewer}."
         )
-    shapes = shapes_of(sites, shares, coordinates)
+    shapes = shapes_of(sites, axes, shares, coordinates)
     sizes = tuple(a * b for a, b in shapes)
     names = tuple(site.name for site in sites)
     return Layout("blocks" if of_blocks else "subsets", K, names, tuple(shapes), sizes, row_bytes(sizes))
@@ -100,16 +109,21 @@ def coordinates_in(room: float, sites: int) -> int:
     return int(8 * (room - (8 + 4) * sites))
 
 
-def shapes_of(sites: tuple[Site, ...], shares: dict[str, float], coordinates: int) -> list[tuple[int, int]]:
+def shapes_of(
+    sites: tuple[Site, ...], axes: list[tuple[Axes | None, Axes | None]], shares: dict[str, float], coordinates: int
+) -> list[tuple[int, int]]:
     """Return (a, b) of each site's sketch for a total number of coordinates (sketch.sketch_shapes)."""
-    return sketch_shapes([whole_shape(site) for site in sites], [shares[site.name] for site in sites], coordinates)
+    return sketch_shapes(
+        [whole_shape(each) for each in sites], axes, [shares[each.name] for each in sites], coordinates
+    )
 
 
 def make_sketch(config: Config, curvature: Store, stage: Stage, n_blocks: int) -> dict[str, Any]:
     """Publish the sketched sites and the layout of rows."""
     sites = load_sites(curvature, SITES, "cpu")
-    layout = layout_of(config, n_blocks, sites, curvature.read_json("manifest.json")["sites"])
-    save_sites(stage.store, SKETCH, list(sketch_sites(sites, layout.shapes, config.seed)))
+    axes = principal_axes(sites, {site.name: site for site in load_ekfac(curvature, EIGENVALUES, "cpu")})
+    layout = layout_of(config, n_blocks, sites, axes, curvature.read_json("manifest.json")["sites"])
+    save_sites(stage.store, SKETCH, list(sketch_sites(sites, layout.shapes, config.seed, axes)))
     stage.store.write_json(LAYOUT, asdict(layout))
     return {"row_bytes": layout.row_bytes}
 

@@ -1,14 +1,13 @@
-"""Sketches of sites: two-sided random projections of per-example whitened gradients.
+"""Sketches of sites: two-sided projections of per-example whitened gradients.
 
 A site's whitened gradient H^-½ J = Σ_t (W_inᵀu_t) ⊗ (W_outᵀg_t) is an F×D matrix (sites.py), too large to keep for
-every block. Its sketch is P_inᵀ (H^-½ J) P_out with fixed random orthonormal P_in (F×a) and P_out (D×b). Inner products
-of sketches, times F·D/(a·b), estimate those of the whitened gradients with noise that shrinks with a·b
-(Johnson–Lindenstrauss; the two-sided form is LoGRA's, arXiv 2405.13954, with the preconditioner folded in). P_in and
-P_out are multiplied into the whitening, so tokens are projected first and the F×D gradient is never formed: a sketch
-*is* a ``Site`` with rectangular matrices.
+every block. Its sketch is P_inᵀ (H^-½ J) P_out with P_in (F×a) and P_out (D×b): the leading principal axes of a layer's
+inputs and output gradients (principal_axes.py), as in LoGRA's PCA form (arXiv 2405.13954) with the preconditioner
+folded in, or random directions of the vocabulary, whose inner products have noise that shrinks with their number
+(Johnson–Lindenstrauss). The axes are multiplied into the whitening, so tokens are projected first and the F×D gradient
+is never formed: a sketch *is* a ``Site`` with rectangular matrices.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stride_ray.models.causal_lm import SplitModel
+from stride_ray.models.curvature.principal_axes import Axes
 from stride_ray.models.matrices import orthonormal
 from stride_ray.models.rotation import random_rotation
 from stride_ray.models.sites import (
@@ -30,6 +30,9 @@ from stride_ray.models.sites import (
     output_gradients,
 )
 
+# Expected squared error of inner products whose vocabulary side has a coordinates, times a.
+TOKEN_NOISE = 400.0
+
 
 def whole_shape(site: Site) -> tuple[int, int]:
     """Return (F, D), the shape of a site's whitened gradient."""
@@ -38,15 +41,20 @@ def whole_shape(site: Site) -> tuple[int, int]:
     return inner, outer
 
 
-def sketch_shapes(whole: Sequence[tuple[int, int]], shares: Sequence[float], coordinates: int) -> list[tuple[int, int]]:
+def sketch_shapes(
+    whole: Sequence[tuple[int, int]],
+    axes: Sequence[tuple[Axes | None, Axes | None]],
+    shares: Sequence[float],
+    coordinates: int,
+) -> list[tuple[int, int]]:
     """Distribute a budget of coordinates over the sites: the shape a×b of each sketch.
 
     A site's coordinates are proportional to its share of the pool's mean squared whitened gradient, because the noise
-    of its inner products is that share over the root of its coordinates; capped at its full size. Within a site, a and
-    b are as equal as F and D allow.
+    of its inner products is that share over the root of its coordinates; capped at its full size.
 
     Args:
         whole: (F, D) by site (whole_shape).
+        axes: of both sides by site.
         shares: of the mean of |H^-½ J|² over blocks, by site; they sum to 1.
         coordinates: total over all sketches; at least one per site.
 
@@ -65,43 +73,75 @@ def sketch_shapes(whole: Sequence[tuple[int, int]], shares: Sequence[float], coo
         given[filled] = full[filled]
         open_sites &= ~filled
         left = coordinates - given[~open_sites].sum() - open_sites.sum()
-    shapes = []
-    for (F, D), n in zip(whole, given, strict=True):
-        b = max(1, min(D, round(math.sqrt(n)))) if n <= F * F else max(1, min(D, math.ceil(n / F)))
-        a = max(1, min(F, int(n // b)))
-        shapes.append((a, max(1, min(D, int(n // a)))))
-    return shapes
+    return [best_shape(size, sides, int(n)) for size, sides, n in zip(whole, axes, given, strict=True)]
 
 
-def sketch_sites(sites: Sequence[Site], shapes: Sequence[tuple[int, int]], seed: int) -> tuple[Site, ...]:
-    """Multiply random projections into both sides of the sites' whitening.
+def best_shape(whole: tuple[int, int], axes: tuple[Axes | None, Axes | None], coordinates: int) -> tuple[int, int]:
+    """The shape a×b of at most so many coordinates whose inner products are the most accurate.
+
+    The expected squared error, relative to that of the inner product itself, is about half the squared energy that
+    the axes leave out, plus TOKEN_NOISE·(1/a − 1/n) if a of the vocabulary's n coordinates are kept (RESULTS.md).
+    """
+    (F, D), (inner, outer) = whole, axes
+    b = np.arange(1, D + 1)
+    a = np.minimum(F, coordinates // b)
+    b = np.minimum(D, coordinates // np.maximum(a, 1))  # use what a's rounding leaves
+    energy, noise = np.ones(D), np.zeros(D)
+    for side, kept, length in ((inner, np.maximum(a, 1), F), (outer, b, D)):
+        if side:
+            energy *= side.energy[kept - 1]
+        else:
+            noise += TOKEN_NOISE * (1 / kept - 1 / length)
+    best = int(np.argmin(np.where(a > 0, 0.5 * (1 - energy) ** 2 + noise, np.inf)))
+    return int(a[best]), int(b[best])
+
+
+def sketch_sites(
+    sites: Sequence[Site],
+    shapes: Sequence[tuple[int, int]],
+    seed: int,
+    axes: Sequence[tuple[Axes | None, Axes | None]] | None = None,
+) -> tuple[Site, ...]:
+    """Multiply projections into both sides of the sites' whitening.
 
     Args:
         sites: with square whitening (kfac.py).
         shapes: (a, b) by site.
         seed: of the projections; site i is seeded with [seed, i].
+        axes: of both sides by site, of which the first a and b are kept; without them, projections are random.
 
     Returns:
-        Sites with W_in (F, a) and W_out (D, b); vocabulary sides are projected likewise. ``scale`` includes the factor
-        a·b/(F·D), so that inner products over ``scale`` estimate those of the full gradients.
+        Sites with W_in (F, a) and W_out (D, b), or a rotation of the vocabulary's coordinates. Inner products over
+        ``scale`` estimate those of the full gradients: ``scale`` includes the share of the coordinates that random
+        projections keep, and the root of the energy that the axes hold, which products turn out to be short by
+        (RESULTS.md).
     """
-    found = []
-    for index, (site, shape) in enumerate(zip(sites, shapes, strict=True)):
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
-        found.append(_sketch_site(site, *shape, generator))
-    return tuple(found)
+    given = zip(sites, shapes, axes or [(None, None)] * len(sites), strict=True)
+    return tuple(
+        _sketch_site(site, *shape, *sides, torch.Generator().manual_seed(_seed_of(seed, index)))
+        for index, (site, shape, sides) in enumerate(given)
+    )
 
 
-def _sketch_site(site: Site, a: int, b: int, generator: torch.Generator) -> Site:
-    # Full-size sides are rotated too: one-bit codes need coordinates of similar size, not mostly absent tokens.
+def _seed_of(seed: int, index: int) -> int:
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+
+
+def _sketch_site(
+    site: Site, a: int, b: int, inner: Axes | None, outer: Axes | None, generator: torch.Generator
+) -> Site:
     (F, D), share, sides = whole_shape(site), 1.0, dict[str, Any]()
-    for side, length, kept, of_tokens in (
-        ("W_in", F, a, site.name == EMBEDDING),
-        ("W_out", D, b, site.name in (HEAD, ORIGIN)),
+    for side, length, kept, axes, of_tokens in (
+        ("W_in", F, a, inner, site.name == EMBEDDING),
+        ("W_out", D, b, outer, site.name in (HEAD, ORIGIN)),
     ):
         if of_tokens:
             sides["rotation"] = random_rotation(length, kept, generator)
             share *= sides["rotation"].share
+        elif axes:
+            # Rotated, because one-bit codes need coordinates of similar size.
+            sides[side] = getattr(site, side) @ axes.vectors[:, :kept] @ orthonormal(kept, kept, generator)
+            share *= float(axes.energy[kept - 1]) ** 0.5
         else:
             sides[side] = getattr(site, side) @ orthonormal(length, kept, generator)
             share *= kept / length

@@ -1,0 +1,54 @@
+"""Principal axes of a site's whitened gradients, of which a sketch keeps the first (sketch.py).
+
+Whitening by damped factors leaves gradients the more of a direction, the larger its eigenvalue. The axes are therefore
+the eigenvectors of K-FAC's factors, and EK-FAC's eigenvalues, divided by H's, are the blocks' mean squares along them.
+The vocabulary's side has no axes: its coordinates are projected at random.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stride_ray.models.curvature.eigenvalues import EKFACSite
+from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, Site
+
+
+class Axes(NamedTuple):
+    """The principal axes of one side of a whitened gradient, by decreasing energy.
+
+    Attributes:
+        vectors: (L, L) float32, axes in columns.
+        energy: (L,) float64, the share of the mean squared gradient that the first 1, 2, … axes hold.
+    """
+
+    vectors: Tensor
+    energy: NDArray[np.float64]
+
+
+def principal_axes(sites: Sequence[Site], measured: Mapping[str, EKFACSite]) -> list[tuple[Axes | None, Axes | None]]:
+    """The axes of both sides by site: that of W_in and that of W_out; None for the vocabulary.
+
+    Args:
+        sites: whitened (kfac.py).
+        measured: EK-FAC's sites by name. The origin has the head's axes.
+    """
+    return [_axes(site.name, measured[HEAD if site.name == ORIGIN else site.name]) for site in sites]
+
+
+def _axes(name: str, site: EKFACSite) -> tuple[Axes | None, Axes | None]:
+    energies = site.eigenvalues.double() / site.kfac_eigenvalues_second.double()
+    if len(site.Q_first):
+        energies /= site.kfac_eigenvalues_first.double().unsqueeze(1)
+    second = _ordered(site.Q_second, energies.sum(0))
+    if name == EMBEDDING:
+        return None, second
+    return (second, None) if name in (HEAD, ORIGIN) else (_ordered(site.Q_first, energies.sum(1)), second)
+
+
+def _ordered(vectors: Tensor, energies: Tensor) -> Axes:
+    order = energies.argsort(descending=True, stable=True)
+    total = np.cumsum(energies[order].numpy())
+    return Axes(vectors[:, order], total / max(total[-1], 1e-300))

@@ -25,10 +25,13 @@ def test_whole_rotations_keep_lengths_and_angles(length):
         assert (P.abs() > 1e-6).float().mean() > 0.99
 
 
-def test_each_sequence_and_column_is_rotated_alike():
+@pytest.mark.parametrize("chunk", [1, 2 * 32 * 5, 1 << 18])
+def test_each_sequence_and_column_is_rotated_alike(chunk, monkeypatch):
+    monkeypatch.setattr("stride_ray.models.rotation.CHUNK", chunk)
     rotation = random_rotation(31, 10, generator())
     x = torch.randn(3, 31, 5, generator=generator(1))
     torch.testing.assert_close(rotation(x), matrix(rotation, 31).T @ x)
+    assert rotation(x[:0]).shape == (0, 10, 5)
     assert len(rotation) == 10
     assert rotation.share == 10 / 32
 

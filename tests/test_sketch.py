@@ -136,6 +136,14 @@ def test_axes_have_the_blocks_mean_squares_as_energy(made, texts, sites):  # noq
             np.testing.assert_allclose(axes.energy, squares / squares[-1], rtol=1e-3)
 
 
+def test_a_site_without_gradients_has_axes(sites):
+    basis = kronecker_eigenbasis(HEAD, KroneckerFactors(np.eye(D), np.eye(1)))
+    ((inner, outer),) = principal_axes([sites[-1]], {HEAD: replace(basis, eigenvalues=torch.zeros(V, D))})
+    assert outer is None
+    assert inner.energy.tolist() == [1.0] * D
+    assert np.isfinite(sketch_sites([sites[-1]], [(4, 4)], 0, [(inner, outer)])[0].scale)
+
+
 sides = st.tuples(st.integers(1, 90), st.booleans()).map(lambda each: (each[0], each[1] and random_axes(each[0], 0)))
 
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from stride_ray.models.matrices import orthonormal
 
+# Numbers that are rotated at once.
+CHUNK = 1 << 18
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -47,11 +50,15 @@ class Rotation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Project the coordinates of x: (B, v, D) to (B, b, D) float32."""
-        B, _, D = x.shape
-        v1, v2 = len(self.left), len(self.right)
-        placed = x.index_select(1, self.order).mul_(self.signs.unsqueeze(1))
-        turned = self.left @ placed.view(B, v1, v2 * D)
-        return (self.right @ turned.view(B, v1, v2, D)).view(B, v1 * v2, D).index_select(1, self.kept)
+        v1, v2, D = len(self.left), len(self.right), x.shape[2]
+        found = x.new_empty(len(x), len(self), D)
+        # A few sequences at a time: within the processor's cache this takes two thirds of the time.
+        rows = max(1, CHUNK // (v1 * v2 * D))
+        for some, out in zip(x.split(rows), found.split(rows), strict=True):
+            n, placed = len(some), some.index_select(1, self.order).mul_(self.signs.unsqueeze(1))
+            turned = self.right @ (self.left @ placed.view(n, v1, v2 * D)).view(n, v1, v2, D)
+            torch.index_select(turned.view(n, v1 * v2, D), 1, self.kept, out=out)
+        return found
 
 
 def random_rotation(length: int, kept: int, generator: torch.Generator) -> Rotation:

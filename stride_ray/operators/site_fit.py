@@ -19,7 +19,7 @@ from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.failures import check_failed_blocks, failed_ordinals, write_failed_blocks
 from stride_ray.models.curvature.eigenvalues import EIGENVALUES, load_ekfac
 from stride_ray.models.curvature.kfac import SITES, load_sites, save_sites
-from stride_ray.models.curvature.principal_axes import Axes, principal_axes
+from stride_ray.models.curvature.principal_axes import SiteAxes, principal_axes
 from stride_ray.models.curvature.sketch import sketch_shapes, sketch_sites, whole_shape
 from stride_ray.models.sites import Site
 from stride_ray.operators.membership import membership_of
@@ -70,7 +70,7 @@ def layout_of(
     config: Config,
     n_blocks: int,
     sites: tuple[Site, ...],
-    axes: list[tuple[Axes | None, Axes | None]],
+    axes: list[SiteAxes],
     shares: dict[str, float],
 ) -> Layout:
     """Return the layout of rows within the budget.
@@ -110,7 +110,7 @@ def coordinates_in(room: float, sites: int) -> int:
 
 
 def shapes_of(
-    sites: tuple[Site, ...], axes: list[tuple[Axes | None, Axes | None]], shares: dict[str, float], coordinates: int
+    sites: tuple[Site, ...], axes: list[SiteAxes], shares: dict[str, float], coordinates: int
 ) -> list[tuple[int, int]]:
     """Return (a, b) of each site's sketch for a total number of coordinates (sketch.sketch_shapes)."""
     return sketch_shapes(

@@ -28,8 +28,12 @@ class Axes(NamedTuple):
     energy: NDArray[np.float64]
 
 
-def principal_axes(sites: Sequence[Site], measured: Mapping[str, EKFACSite]) -> list[tuple[Axes | None, Axes | None]]:
-    """The axes of both sides by site: that of W_in and that of W_out; None for the vocabulary.
+# The axes of W_in's side and of W_out's; None for the vocabulary.
+SiteAxes = tuple[Axes | None, Axes | None]
+
+
+def principal_axes(sites: Sequence[Site], measured: Mapping[str, EKFACSite]) -> list[SiteAxes]:
+    """The axes of the sites' whitened gradients.
 
     Args:
         sites: whitened (kfac.py).
@@ -38,7 +42,7 @@ def principal_axes(sites: Sequence[Site], measured: Mapping[str, EKFACSite]) -> 
     return [_axes(site.name, measured[HEAD if site.name == ORIGIN else site.name]) for site in sites]
 
 
-def _axes(name: str, site: EKFACSite) -> tuple[Axes | None, Axes | None]:
+def _axes(name: str, site: EKFACSite) -> SiteAxes:
     energies = site.eigenvalues.double() / site.kfac_eigenvalues_second.double()
     if len(site.Q_first):
         energies /= site.kfac_eigenvalues_first.double().unsqueeze(1)
@@ -51,4 +55,5 @@ def _axes(name: str, site: EKFACSite) -> tuple[Axes | None, Axes | None]:
 def _ordered(vectors: Tensor, energies: Tensor) -> Axes:
     order = energies.argsort(descending=True, stable=True)
     total = np.cumsum(energies[order].numpy())
-    return Axes(vectors[:, order], total / max(total[-1], 1e-300))
+    # A site that no block acts on has no energy; then no axis leaves any out.
+    return Axes(vectors[:, order], total / total[-1] if total[-1] > 0 else np.ones(len(total)))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.models.curvature.principal_axes import Axes
+from stride_ray.models.curvature.principal_axes import Axes, SiteAxes
 from stride_ray.models.matrices import orthonormal
 from stride_ray.models.rotation import random_rotation
 from stride_ray.models.sites import (
@@ -43,7 +43,7 @@ def whole_shape(site: Site) -> tuple[int, int]:
 
 def sketch_shapes(
     whole: Sequence[tuple[int, int]],
-    axes: Sequence[tuple[Axes | None, Axes | None]],
+    axes: Sequence[SiteAxes],
     shares: Sequence[float],
     coordinates: int,
 ) -> list[tuple[int, int]]:
@@ -76,7 +76,7 @@ def sketch_shapes(
     return [best_shape(size, sides, int(n)) for size, sides, n in zip(whole, axes, given, strict=True)]
 
 
-def best_shape(whole: tuple[int, int], axes: tuple[Axes | None, Axes | None], coordinates: int) -> tuple[int, int]:
+def best_shape(whole: tuple[int, int], axes: SiteAxes, coordinates: int) -> tuple[int, int]:
     """The shape a×b of at most so many coordinates whose inner products are the most accurate.
 
     The expected squared error, relative to that of the inner product itself, is about half the squared energy that
@@ -100,7 +100,7 @@ def sketch_sites(
     sites: Sequence[Site],
     shapes: Sequence[tuple[int, int]],
     seed: int,
-    axes: Sequence[tuple[Axes | None, Axes | None]] | None = None,
+    axes: Sequence[SiteAxes] | None = None,
 ) -> tuple[Site, ...]:
     """Multiply projections into both sides of the sites' whitening.
 

@@ -121,14 +121,15 @@ class RecallWorker(ModelWorker):
         row_bytes: tuple[int, ...],
     ) -> None:
         super().__init__(config, blocks, device)
-        self.stage, self.sites = stage, load_sites(curvature, SITES, self.model.device)
+        sites = load_sites(curvature, SITES, "cpu")
+        self.stage, self.sites = stage, tuple(site.to(self.model.device) for site in sites)
         shares = curvature.read_json("manifest.json")["sites"]
-        axes = principal_axes(self.sites, {site.name: site for site in load_ekfac(curvature, EIGENVALUES, "cpu")})
+        axes = principal_axes(sites, {site.name: site for site in load_ekfac(curvature, EIGENVALUES, "cpu")})
         self.sketches = {}
         for size in row_bytes:
-            coordinates = max(len(self.sites), coordinates_in(size, len(self.sites)))
-            shapes = shapes_of(self.sites, axes, shares, coordinates)
-            self.sketches[size] = sketch_sites(self.sites, shapes, config.seed, axes)
+            coordinates = max(len(sites), coordinates_in(size, len(sites)))
+            sketches = sketch_sites(sites, shapes_of(sites, axes, shares, coordinates), config.seed, axes)
+            self.sketches[size] = [sketch.to(self.model.device) for sketch in sketches]
         self._code(directions, part_count(curvature, len(directions.store.read_table("queries.parquet"))))
 
     def _code(self, directions: Stage, parts: int) -> None:

@@ -57,7 +57,14 @@ def test_other_settings_are_refused_by_key(url):
     assert Run(url).require("operators").done().keys() == {"unit"}
 
 
-@pytest.mark.parametrize(("of", "stages"), [("blocks", ("blocks", "operators")), ("curvature", ("curvature", "exact"))])
+@pytest.mark.parametrize(
+    ("of", "stages"),
+    [
+        ("blocks", ("blocks", "operators")),
+        ("curvature", ("curvature", "exact")),
+        ("operators", ("operators", "responses")),
+    ],
+)
 def test_files_of_another_version_are_refused(url, of, stages, monkeypatch):
     monkeypatch.setitem(FORMATS, of, FORMATS[of] - 1)
     for stage in stages:

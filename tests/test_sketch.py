@@ -83,7 +83,8 @@ def test_sites_draw_their_own_directions(sites):
 def random_axes(length, seed):
     """Axes of a random moment with eigenvalues that halve."""
     energy = 0.5 ** np.arange(length)
-    return Axes(orthonormal(length, length, torch.Generator().manual_seed(seed)), np.cumsum(energy) / energy.sum())
+    vectors = orthonormal(length, length, torch.Generator().manual_seed(seed))
+    return Axes(vectors, torch.arange(length).flip(0), np.cumsum(energy) / energy.sum())
 
 
 def test_sketches_of_all_axes_have_the_inner_products_of_whitened_gradients(made, texts, sites):  # noqa: F811
@@ -107,7 +108,7 @@ def test_sketches_keep_the_first_axes(made, texts, sites):  # noqa: F811
     sketches = sketch_sites((site,), [(3, 2)], 0, [(inner, outer)])
     (Z,), _ = sketched_gradients(model, sketches, *texts)
     ((_, J),) = site_gradients(model, (site,), *texts)[0]
-    kept = (inner.vectors[:, :3].T @ site.whiten(J) @ outer.vectors[:, :2]).flatten(1)
+    kept = (inner.vectors[:, -3:].T @ site.whiten(J) @ outer.vectors[:, -2:]).flatten(1)
     torch.testing.assert_close(Z @ Z.T, kept @ kept.T, atol=1e-4, rtol=1e-4)
     expected = site.scale * (inner.energy[2] * outer.energy[1]) ** 0.5
     assert sketches[0].scale == pytest.approx(expected)
@@ -130,7 +131,7 @@ def test_axes_have_the_blocks_mean_squares_as_energy(made, texts, sites):  # noq
             if axes is None:
                 assert W.shape[1] == V
                 continue
-            along = W @ axes.vectors if W.shape[1] == V or side else axes.vectors.T @ W
+            along = W @ axes.first(len(axes.order)) if W.shape[1] == V or side else axes.first(len(axes.order)).T @ W
             squares = along.square().sum((0, 1) if W.shape[1] == V or side else (0, 2)).double().cumsum(0)
             assert (np.diff(axes.energy, n=2) < 1e-9).all()  # by decreasing energy
             np.testing.assert_allclose(axes.energy, squares / squares[-1], rtol=1e-3)
@@ -161,14 +162,14 @@ def test_shapes_use_up_the_budget_and_no_more(given, coordinates):
 
 
 def test_a_larger_share_gets_more_coordinates():
-    even = Axes(torch.eye(100), np.arange(1, 101) / 100)
+    even = Axes(torch.eye(100), torch.arange(100), np.arange(1, 101) / 100)
     (a, b), (c, d) = sketch_shapes([(100, 100)] * 2, [(even, even)] * 2, [0.8, 0.2], 1000)
     assert a * b == pytest.approx(800, rel=0.05)
     assert c * d == pytest.approx(200, rel=0.1)
 
 
 def test_sides_keep_what_holds_the_energy():
-    few, even = Axes(torch.eye(64), np.minimum(1.0, np.arange(1, 65) / 8)), Axes(torch.eye(64), np.arange(1, 65) / 64)
+    few, even = (Axes(torch.eye(64), torch.arange(64), np.minimum(1.0, np.arange(1, 65) / n)) for n in (8, 64))
     assert best_shape((64, 64), (few, even), 512) == (8, 64)
     assert best_shape((64, 64), (even, few), 512) == (64, 8)
     # The vocabulary: more of its random directions pay more than axes that hold little.

@@ -1,8 +1,8 @@
 """Stage recover: estimate every query's block influence from its responses, in parallel over queries.
 
 If operator rows are subsets, a Lasso recovers the influence of N blocks from K responses (lasso.py); if rows are
-blocks, a response already is an estimate. Estimates from operators at all sites are in the unit of exact influence, the
-mean influence of a block on itself. Estimates from the paper's forms are in the unit of the responses.
+blocks, a response already is an estimate. Estimates from operators at all sites are approximately in the unit of exact
+influence, the mean influence of a block on itself. Estimates from the paper's forms are in the unit of the responses.
 """
 
 import time

@@ -63,7 +63,8 @@ def respond_sites(
     ``response`` holds products with rows, in units of a block's mean influence on itself: all K products if rows are
     subsets (responses.response_schema), those with the listed ``rows`` if rows are blocks (RESPONSES). ``reliability``
     is the split-half reliability of the products over rows: with r the correlation of the two halves over all rows,
-    2r / (1 + r) (Spearman–Brown). It estimates the squared correlation with products of unsketched gradients.
+    2r / (1 + r) (Spearman–Brown). It estimates the squared correlation with products of unsketched gradients, without
+    what the axes of a sketch leave out; it was too low rather than too high where both were known (RESULTS.md).
 
     Args:
         run: the run.

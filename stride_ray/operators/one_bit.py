@@ -1,9 +1,9 @@
 """One-bit row codes and a RaBitQ-like estimator of inner products, computed with popcounts.
 
 A row is divided into sections, one per site. A section z is stored as its signs and one scale, c = |z|²/Σ|zⱼ|, so that
-⟨z, c·sign z⟩ = |z|². For approximately Gaussian coordinates, as a random sketch has them, ⟨q, c·sign z⟩ is an unbiased
-estimate of ⟨q, z⟩ (RaBitQ, Gao and Long 2024, arXiv 2405.12497; c is its 1/⟨ō, o⟩, and the sketch replaces its random
-rotation). Queries are quantised to four bits per coordinate, stored as four bit planes in two's complement, so a
+⟨z, c·sign z⟩ = |z|². For approximately Gaussian coordinates, as a randomly rotated sketch has them, ⟨q, c·sign z⟩ is an
+unbiased estimate of ⟨q, z⟩ (RaBitQ, Gao and Long 2024, arXiv 2405.12497; c is its 1/⟨ō, o⟩, and the sketch replaces its
+random rotation). Queries are quantised to four bits per coordinate, stored as four bit planes in two's complement, so a
 product is
 
     ⟨v, sign z⟩ = 2 Σ_plane weight · popcount(bits & plane) − Σⱼ vⱼ

@@ -1,8 +1,8 @@
 """Principal axes of a site's whitened gradients, of which a sketch keeps the first (sketch.py).
 
-Whitening by damped factors leaves gradients the more of a direction, the larger its eigenvalue. The axes are therefore
-the eigenvectors of K-FAC's factors, and EK-FAC's eigenvalues, divided by H's, are the blocks' mean squares along them.
-The vocabulary's side has no axes: its coordinates are projected at random.
+Damping shrinks directions with small eigenvalues, so whitened gradients are largest along the leading eigenvectors. The
+axes are therefore the eigenvectors of K-FAC's factors, and EK-FAC's eigenvalues, divided by H's, are the blocks' mean
+squares along them. The vocabulary's side has no axes: its coordinates are projected at random.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,15 +17,21 @@ from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, Site
 
 
 class Axes(NamedTuple):
-    """The principal axes of one side of a whitened gradient, by decreasing energy.
+    """The principal axes of one side of a whitened gradient.
 
     Attributes:
-        vectors: (L, L) float32, axes in columns.
+        vectors: (L, L) float32, axes in columns, in any order.
+        order: (L,) int64, the columns by decreasing energy.
         energy: (L,) float64, the share of the mean squared gradient that the first 1, 2, … axes hold.
     """
 
     vectors: Tensor
+    order: Tensor
     energy: NDArray[np.float64]
+
+    def first(self, kept: int) -> Tensor:
+        """The first ``kept`` axes, (L, kept)."""
+        return self.vectors[:, self.order[:kept]]
 
 
 # The axes of W_in's side and of W_out's; None for the vocabulary.
@@ -37,7 +43,7 @@ def principal_axes(sites: Sequence[Site], measured: Mapping[str, EKFACSite]) -> 
 
     Args:
         sites: whitened (kfac.py).
-        measured: EK-FAC's sites by name. The origin has the head's axes.
+        measured: EK-FAC's sites by name. The origin is taken to have the head's axes and energy.
     """
     return [_axes(site.name, measured[HEAD if site.name == ORIGIN else site.name]) for site in sites]
 
@@ -56,4 +62,4 @@ def _ordered(vectors: Tensor, energies: Tensor) -> Axes:
     order = energies.argsort(descending=True, stable=True)
     total = np.cumsum(energies[order].numpy())
     # A site that no block acts on has no energy; then no axis leaves any out.
-    return Axes(vectors[:, order], total / total[-1] if total[-1] > 0 else np.ones(len(total)))
+    return Axes(vectors, order, total / total[-1] if total[-1] > 0 else np.ones(len(total)))

@@ -77,7 +77,7 @@ def sketch_shapes(
 
 
 def best_shape(whole: tuple[int, int], axes: SiteAxes, coordinates: int) -> tuple[int, int]:
-    """The shape a×b of at most so many coordinates whose inner products are the most accurate.
+    """The shape a×b with at most ``coordinates`` coordinates whose inner products are the most accurate.
 
     The expected squared error, relative to that of the inner product itself, is about half the squared energy that
     the axes leave out, plus TOKEN_NOISE·(1/a − 1/n) if a of the vocabulary's n coordinates are kept (RESULTS.md).
@@ -113,7 +113,7 @@ def sketch_sites(
     Returns:
         Sites with W_in (F, a) and W_out (D, b), or a rotation of the vocabulary's coordinates. Inner products over
         ``scale`` estimate those of the full gradients: ``scale`` includes the share of the coordinates that random
-        projections keep, and the root of the energy that the axes hold, which products turn out to be short by
+        projections keep, and the root of the energy that the axes hold, because what they leave out shrinks products
         (RESULTS.md).
     """
     given = zip(sites, shapes, axes or [(None, None)] * len(sites), strict=True)
@@ -140,7 +140,7 @@ def _sketch_site(
             share *= sides["rotation"].share
         elif axes:
             # Rotated, because one-bit codes need coordinates of similar size.
-            sides[side] = getattr(site, side) @ axes.vectors[:, :kept] @ orthonormal(kept, kept, generator)
+            sides[side] = getattr(site, side) @ axes.first(kept) @ orthonormal(kept, kept, generator)
             share *= float(axes.energy[kept - 1]) ** 0.5
         else:
             sides[side] = getattr(site, side) @ orthonormal(length, kept, generator)

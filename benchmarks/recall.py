@@ -124,7 +124,7 @@ class RecallWorker(ModelWorker):
         sites = load_sites(curvature, SITES, "cpu")
         self.stage, self.sites = stage, tuple(site.to(self.model.device) for site in sites)
         shares = curvature.read_json("manifest.json")["sites"]
-        axes = principal_axes(sites, {site.name: site for site in load_ekfac(curvature, EIGENVALUES, "cpu")})
+        axes = principal_axes(sites, load_ekfac(curvature, EIGENVALUES, "cpu"))
         self.sketches = {}
         for size in row_bytes:
             coordinates = max(len(sites), coordinates_in(size, len(sites)))

@@ -116,14 +116,14 @@ def test_sketches_keep_the_first_axes(made, texts, sites):  # noqa: F811
 
 def test_axes_have_the_blocks_mean_squares_as_energy(made, texts, sites):  # noqa: F811
     model, _ = made
-    measured, energies = {}, {}
+    measured, energies = [], {}
     sums, count = site_moments(model, [site.name for site in sites if site.name != ORIGIN], *texts)
     for site in sites:
         if site.name != ORIGIN:
             basis = kronecker_eigenbasis(site.name, sums[site.name] / count)
             ((_, J),) = site_gradients(model, (site,), *texts)[0]
             J = J[finite_rows([J])]
-            measured[site.name] = replace(basis, eigenvalues=basis.rotate(J).square().mean(0))
+            measured.append(replace(basis, eigenvalues=basis.rotate(J).square().mean(0)))
             energies[site.name] = site.whiten(J)
     for site, sides in zip(sites, principal_axes(sites, measured), strict=True):
         W = energies[HEAD if site.name == ORIGIN else site.name]
@@ -139,7 +139,7 @@ def test_axes_have_the_blocks_mean_squares_as_energy(made, texts, sites):  # noq
 
 def test_a_site_without_gradients_has_axes(sites):
     basis = kronecker_eigenbasis(HEAD, KroneckerFactors(np.eye(D), np.eye(1)))
-    ((inner, outer),) = principal_axes([sites[-1]], {HEAD: replace(basis, eigenvalues=torch.zeros(V, D))})
+    ((inner, outer),) = principal_axes([sites[-1]], [replace(basis, eigenvalues=torch.zeros(V, D))])
     assert outer is None
     assert inner.energy.tolist() == [1.0] * D
     assert np.isfinite(sketch_sites([sites[-1]], [(4, 4)], 0, [(inner, outer)])[0].scale)

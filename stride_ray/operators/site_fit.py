@@ -121,7 +121,7 @@ def shapes_of(
 def make_sketch(config: Config, curvature: Store, stage: Stage, n_blocks: int) -> dict[str, Any]:
     """Publish the sketched sites and the layout of rows."""
     sites = load_sites(curvature, SITES, "cpu")
-    axes = principal_axes(sites, {site.name: site for site in load_ekfac(curvature, EIGENVALUES, "cpu")})
+    axes = principal_axes(sites, load_ekfac(curvature, EIGENVALUES, "cpu"))
     layout = layout_of(config, n_blocks, sites, axes, curvature.read_json("manifest.json")["sites"])
     save_sites(stage.store, SKETCH, list(sketch_sites(sites, layout.shapes, config.seed, axes)))
     stage.store.write_json(LAYOUT, asdict(layout))

@@ -5,7 +5,7 @@ axes are therefore the eigenvectors of K-FAC's factors, and EK-FAC's eigenvalues
 squares along them. The vocabulary's side has no axes: its coordinates are projected at random.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,14 +38,15 @@ class Axes(NamedTuple):
 SiteAxes = tuple[Axes | None, Axes | None]
 
 
-def principal_axes(sites: Sequence[Site], measured: Mapping[str, EKFACSite]) -> list[SiteAxes]:
+def principal_axes(sites: Sequence[Site], measured: Iterable[EKFACSite]) -> list[SiteAxes]:
     """The axes of the sites' whitened gradients.
 
     Args:
         sites: whitened (kfac.py).
-        measured: EK-FAC's sites by name. The origin is taken to have the head's axes and energy.
+        measured: EK-FAC's sites, all but the origin, which is taken to have the head's axes and energy.
     """
-    return [_axes(site.name, measured[HEAD if site.name == ORIGIN else site.name]) for site in sites]
+    by_name = {site.name: site for site in measured}
+    return [_axes(site.name, by_name[HEAD if site.name == ORIGIN else site.name]) for site in sites]
 
 
 def _axes(name: str, site: EKFACSite) -> SiteAxes:

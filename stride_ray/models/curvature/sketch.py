@@ -130,21 +130,19 @@ def _seed_of(seed: int, index: int) -> int:
 def _sketch_site(
     site: Site, a: int, b: int, inner: Axes | None, outer: Axes | None, generator: torch.Generator
 ) -> Site:
-    (F, D), share, sides = whole_shape(site), 1.0, dict[str, Any]()
-    for side, length, kept, axes, of_tokens in (
-        ("W_in", F, a, inner, site.name == EMBEDDING),
-        ("W_out", D, b, outer, site.name in (HEAD, ORIGIN)),
-    ):
-        if of_tokens:
-            sides["rotation"] = random_rotation(length, kept, generator)
+    share, sides = 1.0, dict[str, Any]()
+    for side, kept, axes in (("W_in", a, inner), ("W_out", b, outer)):
+        W = getattr(site, side)
+        if not len(W):  # the vocabulary's
+            sides["rotation"] = random_rotation(len(site.tokens), kept, generator)
             share *= sides["rotation"].share
         elif axes:
             # Rotated, because one-bit codes need coordinates of similar size.
-            sides[side] = getattr(site, side) @ axes.first(kept) @ orthonormal(kept, kept, generator)
+            sides[side] = W @ axes.first(kept) @ orthonormal(kept, kept, generator)
             share *= float(axes.energy[kept - 1]) ** 0.5
         else:
-            sides[side] = getattr(site, side) @ orthonormal(length, kept, generator)
-            share *= kept / length
+            sides[side] = W @ orthonormal(len(W), kept, generator)
+            share *= kept / len(W)
     return replace(site, **sides, scale=site.scale * share)
 
 

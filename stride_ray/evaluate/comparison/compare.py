@@ -24,11 +24,11 @@ import ray.exceptions
 import stride_ray
 from stride_ray.evaluate.baselines import METHODS
 from stride_ray.evaluate.comparison import stride_variants
+from stride_ray.evaluate.comparison.fitted_methods import FITTED_METHODS
 from stride_ray.evaluate.comparison.removals import RemovalCurve, compare_removals
 from stride_ray.evaluate.comparison.score_statistics import ScoreStatistics, score_statistics
 from stride_ray.evaluate.comparison.table import Entry, as_markdown, best_rival, protocol, write_tables
 from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark, reread_benchmark
-from stride_ray.evaluate.retraining.datamodels import datamodel_sums
 from stride_ray.evaluate.retraining.finetune import checkpoints
 from stride_ray.evaluate.retraining.lds import ALL, DEVELOPMENT, REPORT, Evaluation, Interval, evaluate, subset_sums
 from stride_ray.evaluate.retraining.results import read_scores, write_scores
@@ -41,7 +41,6 @@ from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, prepare_process
 from stride_ray.runtime.urls import first_line
 
-DATAMODELS = "datamodels"
 # Files that STRIDE's results, and the baselines', depend on.
 STRIDE_SOURCES = ("runtime/*.py", "corpus/*.py", "models/**/*.py", "operators/**/*.py", "attribution/*.py")
 BASELINE_SOURCES = ("evaluate/baselines/**/*.py", "models/causal_lm.py")
@@ -82,8 +81,8 @@ def compare(
     Args:
         benchmark_url: the folder, with retraining results (benchmark.read_benchmark).
         out: a path or fsspec URL; gets ``lds.parquet``, ``lds.md``, ``lds.png``, ``lds.svg``, ``statistics.parquet``,
-            ``scores/<method>.npz`` (``sums/`` for datamodels), ``runs/`` and ``checkpoints/``. Checkpoints need a local
-            path.
+            ``scores/<method>.npz`` (``sums/`` for FITTED_METHODS), ``runs/`` and ``checkpoints/``. Checkpoints need a
+            local path.
         methods: names from ``method_names``; None: all but the ablations.
         ablations: include STRIDE's ablations.
         compute: where to run; None: a local Ray with all CPUs.
@@ -124,7 +123,7 @@ def compare(
             statistics += found
             _log(f"  {entry.seconds:.1f} s, {entry.peak_mb:.0f} MiB{_development_lds(benchmark, sums[name])}")
     if removal:
-        files = {each.entry.method: f"scores/{each.slug}.npz" for each in shown if each.slug != DATAMODELS}
+        files = {each.entry.method: f"scores/{each.slug}.npz" for each in shown if each.slug not in FITTED_METHODS}
         removed = compare_removals(benchmark, store, {m: files[m] for m in sums if m in files}, removal, compute)
         entries = [replace(each, removal=removed.curves.get(each.method, [None])[0]) for each in entries]
     truth = benchmark.retrained()
@@ -145,7 +144,7 @@ def compare(
 
 def method_names() -> list[str]:
     """Return every method's name on the command line."""
-    return [*METHODS, DATAMODELS, *(variant.slug for variant in stride_variants.VARIANTS)]
+    return [*METHODS, *FITTED_METHODS, *(variant.slug for variant in stride_variants.VARIANTS)]
 
 
 def known_units(benchmark: Benchmark) -> dict[str, Unit]:
@@ -159,11 +158,11 @@ def known_units(benchmark: Benchmark) -> dict[str, Unit]:
         needs = (CHECKPOINTS,) if baseline.checkpoints else ()
         keys = {**fingerprint, "method": slug, "code": theirs, **({"recipe": recipe["code"]} if needs else {})}
         units.append(Unit(slug, entry, keys, needs))
-    note = "Lasso on the retraining results themselves, cross-fitted; no other method reads them"
-    results = hashlib.sha256(b"".join(rows.tobytes() + b";" for rows in benchmark.retrained().subsets))
-    results.update(benchmark.retrained().losses.tobytes())
-    keys = {**fingerprint, "method": DATAMODELS, "code": code_version("evaluate/retraining/datamodels.py")}
-    units.append(Unit(DATAMODELS, Entry("datamodels", note=note), {**keys, "truth": results.hexdigest()[:16]}))
+    truth = hashlib.sha256(b"".join(rows.tobytes() + b";" for rows in benchmark.retrained().subsets))
+    truth.update(benchmark.retrained().losses.tobytes())
+    for slug, fitted in FITTED_METHODS.items():
+        keys = {**fingerprint, "method": slug, "code": code_version(*fitted.sources), "truth": truth.hexdigest()[:16]}
+        units.append(Unit(slug, Entry(fitted.name, note=fitted.note), keys))
     found = {unit.slug: unit for unit in units}
     for variant in stride_variants.VARIANTS:
         alone = next(each for each in stride_variants.VARIANTS if each.identity == variant.identity and not each.plus)
@@ -244,7 +243,7 @@ class _ScoreCache:
 
     def sums(self, unit: Unit) -> tuple[np.ndarray, list[dict[str, Any]]]:
         """(Q, S) subset sums of a finished unit, and a row of score statistics if it has scores."""
-        if unit.slug == DATAMODELS:
+        if unit.slug in FITTED_METHODS:
             return read_scores(self.store, f"sums/{unit.slug}.npz"), []
         scores = read_scores(self.store, f"scores/{unit.slug}.npz")
         row = {"method": unit.entry.method, **asdict(score_statistics(scores))}
@@ -311,15 +310,15 @@ def _in_worker(
         facts: dict[str, Any] = {}
         if slug == CHECKPOINTS:
             facts = dict(zip(("folders", "rates"), checkpoints(benchmark, f"{store.url}/{slug}"), strict=True))
-        elif slug == DATAMODELS:
+        elif slug in FITTED_METHODS:
             truth = benchmark.retrained()
-            found, shape = datamodel_sums(truth, shape[1]), (shape[0], len(truth.subsets))
+            found, shape = FITTED_METHODS[slug].run(benchmark.problem(**given), truth), (shape[0], len(truth.subsets))
         else:
             found = METHODS[slug].run(benchmark.problem(**given))
         facts["seconds"] = time.monotonic() - started
         facts["peak_mb"] = peak_mb()
         if slug != CHECKPOINTS:
-            _publish(store, f"{'sums' if slug == DATAMODELS else 'scores'}/{slug}.npz", found, shape)
+            _publish(store, f"{'sums' if slug in FITTED_METHODS else 'scores'}/{slug}.npz", found, shape)
         return facts
     except Exception as error:
         return {"failed": _reason(error)}

@@ -1,7 +1,9 @@
-"""AirRep (Sun et al. 2025): an encoder trained so that inner products of its embeddings predict influence.
+"""AirRep (Sun et al. 2025, arXiv 2505.18513): an encoder trained so that inner products of embeddings are influence.
+
+This is the pretrained form; ``retraining/fitted_airrep.py`` fits an encoder to retraining results.
 
 Its encoders are on the Hugging Face Hub (the paper uses sunweiwei/AirRep-Flan-Small unchanged). No package carries one,
-so its path must be given. Texts are embedded by mean pooling, like the paper's own GTE.
+so its path must be given.
 """
 
 import os
@@ -9,7 +11,7 @@ import os
 import numpy as np
 
 from stride_ray.evaluate.baselines.problem import Problem
-from stride_ray.evaluate.baselines.representation.encoder import embedded
+from stride_ray.evaluate.baselines.representation.encoder import SentenceEncoder, decoded
 from stride_ray.runtime.errors import StrideError
 
 VARIABLE = "STRIDE_RAY_AIRREP"
@@ -34,5 +36,6 @@ def scores(problem: Problem, path: str | None = None) -> np.ndarray:
             f"AirRep needs its trained encoder, which no package carries: set {VARIABLE} to its folder or to its hub "
             "id, sunweiwei/AirRep-Flan-Small"
         )
-    queries, blocks = embedded(problem, where)
+    encoder = SentenceEncoder(where)
+    queries, blocks = (encoder.embed(texts).numpy() for texts in decoded(problem))
     return queries @ blocks.T

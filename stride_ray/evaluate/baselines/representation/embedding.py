@@ -7,9 +7,10 @@ import importlib.util
 import os
 
 import numpy as np
+from torch.nn.functional import normalize
 
 from stride_ray.evaluate.baselines.problem import Problem
-from stride_ray.evaluate.baselines.representation.encoder import embedded
+from stride_ray.evaluate.baselines.representation.encoder import SentenceEncoder, decoded
 from stride_ray.runtime.errors import StrideError
 
 VARIABLE = "STRIDE_RAY_ENCODER"
@@ -29,12 +30,20 @@ def scores(problem: Problem, path: str | None = None) -> np.ndarray:
     Raises:
         StrideError: if there is no encoder.
     """
-    queries, blocks = embedded(problem, path or os.environ.get(VARIABLE) or _packaged())
+    encoder = SentenceEncoder(path or default_encoder())
+    queries, blocks = (normalize(encoder.embed(texts), dim=1).numpy() for texts in decoded(problem))
     return queries @ blocks.T
 
 
-def _packaged() -> str:
-    """Find the package's model folder without importing it, which would require sentence-transformers."""
+def default_encoder() -> str:
+    """``STRIDE_RAY_ENCODER``, else the folder of the installed package's model.
+
+    Raises:
+        StrideError: if there is neither.
+    """
+    if chosen := os.environ.get(VARIABLE):
+        return chosen
+    # Without importing the package, which would require sentence-transformers.
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise StrideError(

@@ -25,15 +25,14 @@ from scipy.stats import binomtest, hypergeom
 
 from stride_ray.attribution.attribute import attribute, mode_of, read_influence, stored_queries
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.corpus.documents import Document, read, resolve_columns
 from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.shard import shard
-from stride_ray.corpus.splits import plan
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.planting import disguised
 from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.evaluate.retraining.finetune import FineTune
+from stride_ray.evaluate.retraining.instructions import read_instructions
 from stride_ray.evaluate.retraining.lds import ALL, Interval, mean_interval
 from stride_ray.evaluate.tailpatch import INFLUENCE, LEXICAL, tail_patch
 from stride_ray.evaluate.word_counts import tfidf, words
@@ -216,12 +215,7 @@ def sample_rows(instructions: str, options: Options, seed: int) -> dict[str, lis
     """
     if min(options.examples, options.queries - 1, options.held_out, options.epochs) < 1:
         raise StrideError("There must be an example to train on, one held out, two queries and an epoch at least.")
-    units = plan([instructions], 2**26)
-    columns = resolve_columns(units)
-    items = [item for unit in units for item in read(unit, columns) if isinstance(item, Document)]
-    if items and all(item.answer is None for item in items):
-        raise StrideError(f"{instructions} has no prompts with answers; instructions need both.")
-    items = [item for item in items if item.answer is not None]
+    items = read_instructions(instructions)
     wanted = options.examples + options.queries + options.held_out
     if len(items) < wanted:
         raise StrideError(f"{instructions} has {len(items)} instructions with a prompt and an answer, not {wanted}.")

@@ -18,23 +18,29 @@ class Texts:
     """Token sequences, padded to one length.
 
     Attributes:
-        ids: (n, T) int32, padded with 0.
+        ids: (n, T) int32, padded with 0 on the right.
         mask: (n, T) bool, True for real tokens that count as targets (the first token is never one).
+        lengths: (n,) int, the number of real tokens, where some of them are no targets (prompts); None: the mask tells.
     """
 
     ids: np.ndarray
     mask: np.ndarray
+    lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of sequences."""
         return len(self.ids)
 
     def tokens(self, row: int) -> np.ndarray:
-        """One sequence's tokens where the mask is True."""
-        return self.ids[row][self.mask[row]]
+        """One sequence's real tokens, prompts included."""
+        return self.ids[row][self.mask[row]] if self.lengths is None else self.ids[row, : self.lengths[row]]
+
+    def take(self, rows: np.ndarray) -> "Texts":
+        """Some of the sequences, in the order of ``rows``."""
+        return Texts(self.ids[rows], self.mask[rows], None if self.lengths is None else self.lengths[rows])
 
     def words(self) -> list[str]:
-        """Each sequence's masked-in tokens in the format of word_counts.words."""
+        """Each sequence's real tokens in the format of word_counts.words."""
         return [words(self.tokens(row).tolist()) for row in range(len(self))]
 
 
@@ -66,8 +72,7 @@ class Problem:
     def sample(self, count: int, *draw: int) -> Texts:
         """Draw ``count`` blocks (or all) at random, in the pool's order; each ``draw`` gives another sample."""
         order = np.random.default_rng([self.seed, *draw]).permutation(len(self.blocks))
-        drawn = np.sort(order[:count])
-        return Texts(self.blocks.ids[drawn], self.blocks.mask[drawn])
+        return self.blocks.take(np.sort(order[:count]))
 
 
 Method = Callable[[Problem], np.ndarray]

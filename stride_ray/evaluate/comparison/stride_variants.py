@@ -240,9 +240,10 @@ def score(benchmark: Benchmark, variant: Variant, runs: Store, compute: ComputeC
 def settings(benchmark: Benchmark, runs: Store, compute: ComputeConfig, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Build a run's options: the benchmark's files, where to run, and a variant's changes."""
     where = {f"compute.{name}": value for name, value in vars(compute).items()}
+    columns = ("token_ids",) if benchmark.blocks.lengths is None else ("token_ids", "loss_mask")
     corpus = {
         "corpus.input": [f"{benchmark.url}/pool.parquet"],
-        "corpus.columns": {"token_ids": "token_ids"},
+        "corpus.columns": {name: name for name in columns},
         "corpus.layout": "split",
         "corpus.block_tokens": max(2, benchmark.blocks.ids.shape[1]),
         "corpus.tokenizer": _tokenizer(benchmark, runs),
@@ -295,11 +296,9 @@ def check_blocks(blocks: Blocks, benchmark: Benchmark) -> None:
             f"{blocks.store.display_url('')} has {len(blocks)} blocks, and the pool has {len(given)} rows; the first "
             f"rejected row: {blocks.manifest['rejects'][:1]}."
         )
-    batch = blocks.batch(np.arange(len(blocks)))
-    different = batch.mask.sum(1) != given.mask.sum(1)
-    if not different.any() and not np.array_equal(batch.ids[batch.mask], given.ids[given.mask]):
-        rows = np.repeat(np.arange(len(given)), given.mask.sum(1))
-        different[rows[batch.ids[batch.mask] != given.ids[given.mask]]] = True
+    batch, width = blocks.batch(np.arange(len(blocks))), given.ids.shape[1]
+    different = (batch.ids[:, :width] != given.ids).any(1) | (batch.mask[:, :width] != given.mask).any(1)
+    different |= batch.ids[:, width:].any(1) | batch.mask[:, width:].any(1)
     if different.any():
         raise StrideError(
             f"{blocks.store.display_url('')}: block {int(different.argmax())} does not hold the tokens of that row."
@@ -309,7 +308,11 @@ def check_blocks(blocks: Blocks, benchmark: Benchmark) -> None:
 def query_table(queries: Texts) -> pa.Table:
     """Convert queries to the pipeline's table (queries.SCHEMA), named q0, q1, …."""
     names = [f"q{number}" for number in range(len(queries))]
-    rows = [row(name, TokenizedDocument(name, name, queries.tokens(number))) for number, name in enumerate(names)]
+    rows = []
+    for number, name in enumerate(names):
+        tokens = queries.tokens(number)
+        mask = None if queries.lengths is None else queries.mask[number, : len(tokens)]
+        rows.append(row(name, TokenizedDocument(name, name, tokens, mask)))
     return pa.Table.from_pylist(rows, SCHEMA)
 
 

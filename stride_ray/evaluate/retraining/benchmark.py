@@ -1,7 +1,8 @@
 """An accuracy benchmark: a pool, queries, the model trained on the pool, and the losses after retraining on subsets.
 
 A benchmark is a folder at any fsspec URL: ``pool.parquet`` (``token_ids``), ``queries.parquet`` (``token_ids``, and
-optionally ``kind`` and ``part``), ``model/``, ``start/`` if training on the pool began from a checkpoint,
+optionally ``kind`` and ``part``; both files optionally ``loss_mask``, False for the tokens of prompts, which carry no
+loss), ``model/``, ``start/`` if training on the pool began from a checkpoint,
 ``recipe.json`` if the built-in recipe's hyperparameters differ from its defaults (finetune.FineTune), and the
 retraining results (see ``results``). Sequence lengths may vary; other columns are ignored.
 """
@@ -146,7 +147,7 @@ def reread_benchmark(url: str, fingerprint: str) -> Benchmark:
 
 
 def _texts(table: pa.Table, where: str, shortest: int) -> Texts:
-    """Pad the column ``token_ids``, lists of any length."""
+    """Pad the column ``token_ids``, lists of any length, and ``loss_mask`` if there is one."""
     names = table.column_names
     if "token_ids" not in names:
         raise StrideError(f"{where} has no column token_ids (it has {', '.join(names)}).")
@@ -168,10 +169,32 @@ def _texts(table: pa.Table, where: str, shortest: int) -> Texts:
     values = pc.list_flatten(column)
     if values.null_count or (len(values) and not 0 <= pc.min(values).as_py() <= pc.max(values).as_py() < 2**31):
         raise StrideError(f"{where}: token_ids holds an empty, a negative or too large a token id.")
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    ids = np.zeros(mask.shape, dtype=np.int32)
-    ids[mask] = values.to_numpy(zero_copy_only=False)
-    return Texts(ids, mask)
+    real = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.zeros(real.shape, dtype=np.int32)
+    ids[real] = values.to_numpy(zero_copy_only=False)
+    if "loss_mask" not in names:
+        return Texts(ids, real)
+    mask = np.zeros(real.shape, dtype=bool)
+    mask[real] = _loss_masks(table["loss_mask"], lengths, where)
+    if shortest > 1 and not (targets := mask[:, 1:].any(1)).all():
+        raise StrideError(f"{where}, row {int(targets.argmin())}: loss_mask leaves no token to be predicted.")
+    return Texts(ids, mask, lengths)
+
+
+def _loss_masks(column: pa.ChunkedArray, lengths: np.ndarray, where: str) -> np.ndarray:
+    """The column's values, one per token; raises StrideError unless they are lists of bool as long as token_ids."""
+    kind = column.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_boolean(kind.value_type):
+        raise StrideError(f"{where}: loss_mask must be lists of bool, not {kind}.")
+    given = np.asarray(pc.fill_null(pc.list_value_length(column), -1), dtype=np.int64)
+    if (given != lengths).any():
+        row = int((given != lengths).argmax())
+        values = f"{given[row]} values" if given[row] >= 0 else "no value"
+        raise StrideError(f"{where}, row {row}: loss_mask has {values} for {lengths[row]} tokens.")
+    values = pc.list_flatten(column).combine_chunks()
+    if values.null_count:
+        raise StrideError(f"{where}: loss_mask has a null in place of true or false.")
+    return np.asarray(values)
 
 
 def _labels(table: pa.Table, column: str, where: str) -> np.ndarray:
@@ -192,6 +215,8 @@ def _fingerprint(store: Store, blocks: Texts, queries: Texts) -> str:
     digest = hashlib.sha256()
     for texts in (blocks, queries):
         digest.update(repr(texts.ids.shape).encode() + texts.ids.tobytes() + texts.mask.tobytes())
+        if texts.lengths is not None:
+            digest.update(texts.lengths.tobytes())
     digest.update(store.read("model/config.json"))
     if store.exists("recipe.json"):
         digest.update(store.read("recipe.json"))

@@ -1,0 +1,121 @@
+"""Benchmarks of instruction tuning: a model fine-tuned on instructions whose answers alone carry loss, and queries.
+
+The folder is a benchmark as any other, with ``loss_mask`` columns, so retraining, LDS and every method run on it.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stride_ray.corpus.documents import Document, TokenizedDocument, read, resolve_columns
+from stride_ray.corpus.splits import plan
+from stride_ray.corpus.tokenization.encoding import encode
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
+from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark
+from stride_ray.evaluate.retraining.finetune import check_hyperparameters, fine_tune
+from stride_ray.evaluate.retraining.lds import DEVELOPMENT, REPORT
+from stride_ray.models.causal_lm import load_model
+from stride_ray.models.download import model_fingerprint
+from stride_ray.runtime.config import digest
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import claim
+from stride_ray.runtime.storage import Store
+
+
+def read_instructions(path: str) -> list[Document]:
+    """The rows of any document input that have a prompt and an answer.
+
+    Raises:
+        StrideError: if there are rows, and none has an answer.
+    """
+    units = plan([path], 2**26)
+    columns = resolve_columns(units)
+    items = [item for unit in units for item in read(unit, columns) if isinstance(item, Document)]
+    if items and all(item.answer is None for item in items):
+        raise StrideError(f"{path} has no prompts with answers; instructions need both.")
+    return [item for item in items if item.answer is not None]
+
+
+def write_instruction_benchmark(
+    instructions: str,
+    model: str,
+    folder: str,
+    examples: int = 800,
+    queries: int = 50,
+    max_tokens: int = 320,
+    hyperparameters: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Benchmark:
+    """Draw instructions and queries, fine-tune a model on the instructions, and write all as a benchmark.
+
+    Args:
+        instructions: any input of documents with a prompt and an answer.
+        model: the checkpoint to start from: a folder or hub id with its tokenizer.
+        folder: a path or fsspec URL, created; a finished one is read.
+        examples: how many to train on.
+        queries: how many to hold out. The first half of them, as drawn, are the development part.
+        max_tokens: longer examples are left out of the draw.
+        hyperparameters: of finetune.FineTune, in place of its defaults.
+        seed: of the draw and of the order of training.
+
+    Raises:
+        StrideError: for fewer usable instructions than wanted, a folder made with other arguments, or losses that are
+            not finite after training.
+    """
+    if examples < 1 or queries < 2:
+        raise StrideError(f"{examples} examples and {queries} queries are too few; there must be 1 and 2 at least.")
+    given = dict(hyperparameters or {})
+    check_hyperparameters(given)
+    tokenizer, items = load_tokenizer(model), read_instructions(instructions)
+    usable = [each for each in encode(items, tokenizer) if _fits(each, max_tokens)]
+    if len(usable) < examples + queries:
+        raise StrideError(
+            f"{instructions} has {len(usable)} instructions of at most {max_tokens} tokens, of {len(items)} with an "
+            f"answer; {examples} examples and {queries} queries need {examples + queries}."
+        )
+    drawn = [usable[i] for i in np.random.default_rng(seed).permutation(len(usable))[: examples + queries]]
+    content = digest([(each.document_id, each.ids.tolist()) for each in drawn])
+    keys = {"instructions": content, "model": model_fingerprint(model), "queries": queries, "seed": seed, **given}
+    store = claim(Store(folder), "instruction benchmark", keys).store
+    if store.exists("pool.parquet"):
+        return read_benchmark(folder)
+    parts = [DEVELOPMENT if number < queries // 2 else REPORT for number in range(queries)]
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Store(f"{scratch}/made")
+        made.write_json("recipe.json", given)
+        made.write_table("queries.parquet", _table(drawn[:queries]).append_column("part", pa.array(parts)))
+        made.write_table("pool.parquet", _table(drawn[queries:]))
+        start = load_model(model, device="cpu").model
+        for name in ("start", "model"):
+            start.save_pretrained(f"{scratch}/made/{name}")
+            tokenizer.save_pretrained(f"{scratch}/made/{name}")
+        recipe = fine_tune(read_benchmark(made.url))
+        trained = recipe.train(np.arange(examples), seed)
+        if not np.isfinite(recipe.losses(trained)).all():
+            raise StrideError("After training, the queries' losses are not finite; lower learning_rate.")
+        trained.save_pretrained(f"{scratch}/made/model")
+        names = sorted(str(path.relative_to(f"{scratch}/made")) for path in Path(made.url).rglob("*") if path.is_file())
+        for name in [*(each for each in names if each != "pool.parquet"), "pool.parquet"]:  # last: it marks the end
+            store.put(name, f"{scratch}/made/{name}")
+    return read_benchmark(folder)
+
+
+def _fits(item: Any, max_tokens: int) -> bool:
+    """Whether an encoded instruction can be a block and a query: short enough, with a token to predict."""
+    if not isinstance(item, TokenizedDocument) or not 2 <= len(item.ids) <= max_tokens:
+        return False
+    return item.mask is None or bool(item.mask[1:].any())
+
+
+def _table(items: list[TokenizedDocument]) -> pa.Table:
+    masks = [np.ones(len(each.ids), bool) if each.mask is None else each.mask for each in items]
+    columns = {
+        "id": pa.array([each.document_id for each in items]),
+        "token_ids": pa.array([each.ids for each in items], pa.list_(pa.int32())),
+        "loss_mask": pa.array([each.tolist() for each in masks], pa.list_(pa.bool_())),
+    }
+    return pa.table(columns)

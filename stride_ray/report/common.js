@@ -57,7 +57,8 @@ function compare(a, b) {
 }
 
 // Fills #table with items, and `section` with the output of `show` for the selected item.
-//   columns: title, of (item to value), show (value to text), kind (class of its cells), tag (item to class of a label)
+//   columns: title, of (item to value), show (value to text), kind (class of its cells), tag (item to class of a label),
+//     draw (item to the node that is shown instead of text)
 //   words: item to its searchable text; keep: whether to list an item; noun: name of an item
 function browse({ items, columns, words, section, show, noun, keep = () => true }) {
   const haystack = items.map((item) => words(item).toLowerCase());
@@ -98,7 +99,8 @@ function browse({ items, columns, words, section, show, noun, keep = () => true 
   function cellOf(item, column) {
     const value = column.of(item);
     const text = column.show ? column.show(value) : value;
-    const cell = make("td", column.kind || "", column.tag ? undefined : text);
+    const cell = make("td", column.kind || "", column.tag || column.draw ? undefined : text);
+    if (column.draw) cell.append(column.draw(item));
     if (column.tag && text) cell.append(make("span", column.tag(item), text));
     if (cell.classList.contains("text")) cell.title = value;
     return cell;

@@ -14,6 +14,13 @@ function make(tag, name, text) {
   return node;
 }
 
+// An element with children, texts or nodes.
+function holding(tag, name, ...children) {
+  const node = make(tag, name);
+  node.append(...children);
+  return node;
+}
+
 function drawn(tag, attributes, text) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);

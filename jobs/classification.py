@@ -1,8 +1,10 @@
 """Job: attribution of a classifier, from labelled examples to LDS: an MLP, its retrainings, every method's accuracy.
 
 Makes a benchmark of the examples (OUT/benchmark), retrains on random halves of them, and compares the methods
-(OUT/comparison, as jobs/evaluate.py does, with --removal too). A rerun of an interrupted command resumes where it
-stopped. Exit status as for stride-ray: 0 done, 1 failed with a message on standard error, 130 interrupted.
+(OUT/comparison, as jobs/evaluate.py does, with --removal too). OUT/comparison/examples.html shows, for some queries,
+the examples with the most positive and the most negative influence: as pictures for digits and mnist, else as tables. A
+rerun of an interrupted command resumes where it stopped. Exit status as for stride-ray: 0 done, 1 failed with a message
+on standard error, 130 interrupted.
 
     python jobs/classification.py --examples digits --out digits
     python jobs/classification.py --examples parkinsons.csv --label status --drop name --out parkinsons
@@ -14,7 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from stride_ray.cli.arguments import add_compute, add_removal, compute_of, removal_of
+from stride_ray.cli.arguments import add_compute, add_removal, compute_of, count, removal_of
 from stride_ray.cli.exits import exit_status
 
 # Those that need no words, no encoder of texts and no corpus.
@@ -22,7 +24,7 @@ METHODS = "random,featsim,graddot,tracin,logra,trak,ekfac,ekfac_lent,astra_lent,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the arguments, do what is missing, print tables and one line of JSON; returns the exit status."""
+    """Parse the arguments, do what is missing, print tables, the page's path and a line of JSON; returns the status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", required=True, help="digits, breast_cancer, mnist, or a CSV or Parquet file")
     parser.add_argument("--label", default="", help="the column of a table that holds the classes")
@@ -35,11 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=2, help="number of hidden layers (default: 2)")
     parser.add_argument("--epochs", type=int, default=30, help="passes of a training (default: 30)")
     parser.add_argument("--methods", default=METHODS, metavar="A,B,…", help=f"names of jobs/evaluate.py ({METHODS})")
+    parser.add_argument("--shown", type=count, default=10, metavar="N", help="queries on the page (default: 10)")
     add_removal(parser)
     add_compute(parser, "trainings at a time, and STRIDE's workers (default: one per CPU or GPU)")
     parsed = parser.parse_args(arguments)
 
     def work() -> None:
+        from stride_ray.evaluate.comparison.classifier_page import write_classifier_page
         from stride_ray.evaluate.comparison.compare import chosen_methods, compare
         from stride_ray.evaluate.retraining.classification import load_examples, write_benchmark
         from stride_ray.evaluate.retraining.recipe import DEFAULT
@@ -55,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(retrain(benchmark, DEFAULT, benchmark.url, parsed.subsets, 0.5, parsed.seeds, compute=compute)["summary"])
         done = compare(benchmark.url, f"{out}/comparison", methods, compute=compute, removal=removal_of(parsed))
         print(done["summary"])
+        if done["scores"]:
+            comparison, name = Store(f"{out}/comparison"), parsed.examples.rpartition("/")[2]
+            print(write_classifier_page(comparison, benchmark, examples, done["scores"], name, parsed.shown))
         print(json.dumps(done["result"]))
 
     return exit_status("classification", work)

@@ -142,11 +142,22 @@ def test_a_finished_folder_is_read_and_another_refused(benchmark, monkeypatch):
 def test_examples_by_name_and_from_a_table(tmp_path):
     digits = load_examples("digits")
     assert (digits.features.shape, digits.image, digits.classes) == ((1797, 64), (8, 8), tuple("0123456789"))
-    assert load_examples("breast_cancer").classes == ("malignant", "benign")
+    cancer = load_examples("breast_cancer")
+    assert (cancer.classes, cancer.image) == (("malignant", "benign"), None)
+    assert (len(cancer.feature_names), cancer.feature_names[0]) == (30, "mean radius")
     (tmp_path / "t.csv").write_text("name,x,y,kind\na,1,0.5,yes\nb,2,1.5,no\n")
     found = load_examples(str(tmp_path / "t.csv"), "kind", ["name"])
     assert found.features.tolist() == [[1, 0.5], [2, 1.5]]
     assert (found.labels.tolist(), found.classes) == ([1, 0], ("no", "yes"))
+    assert (found.image, found.feature_names) == (None, ("x", "y"))
+
+
+def test_images_and_names_have_to_fit_the_features():
+    features, labels = np.zeros((2, 6)), np.array([0, 1])
+    with pytest.raises(StrideError, match="An image of 2 × 4 pixels has 8 features, not 6"):
+        LabelledExamples(features, labels, ("a", "b"), (2, 4))
+    with pytest.raises(StrideError, match="There are 1 feature names for 6 features"):
+        LabelledExamples(features, labels, ("a", "b"), feature_names=("x",))
 
 
 @pytest.mark.parametrize(

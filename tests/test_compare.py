@@ -175,6 +175,7 @@ def test_run_again_nothing_is_scored_and_the_default_is_held_against_the_best_ri
     kept = [name for name in METHODS if name != "airrep"]
     done = compare(made, str(compared.out), kept, compute=ONE)
     assert (done["scored"], done["failed"]) == ([], {})
+    assert next(iter(done["scores"].items())) == ("STRIDE", "scores/stride.npz")
     assert {path: path.stat().st_mtime_ns for path in before} == before
     result = json.loads(json.dumps(done["result"]))
     assert (result["method"], sorted(result["kinds"])) == ("STRIDE", ["all", "far", "near"])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stride_ray.evaluate.retraining.datamodels import datamodel_sums
+from stride_ray.evaluate.fitted_methods.datamodels import datamodel_sums
 from stride_ray.evaluate.retraining.lds import evaluate
 from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.runtime.errors import StrideError

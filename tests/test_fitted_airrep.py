@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.evaluate.baselines.representation import airrep
 from stride_ray.evaluate.baselines.representation.encoder import SentenceEncoder
-from stride_ray.evaluate.retraining.fitted_airrep import (
+from stride_ray.evaluate.fitted_methods.airrep import (
     AirRepTraining,
     airrep_sums,
     fit_encoder,

@@ -14,6 +14,13 @@ function make(tag, name, text) {
   return node;
 }
 
+// An element with children, texts or nodes.
+function holding(tag, name, ...children) {
+  const node = make(tag, name);
+  node.append(...children);
+  return node;
+}
+
 function drawn(tag, attributes, text) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
@@ -57,7 +64,8 @@ function compare(a, b) {
 }
 
 // Fills #table with items, and `section` with the output of `show` for the selected item.
-//   columns: title, of (item to value), show (value to text), kind (class of its cells), tag (item to class of a label)
+//   columns: title, of (item to value), show (value to text), kind (class of its cells), tag (item to class of a label),
+//     draw (item to the node that is shown instead of text)
 //   words: item to its searchable text; keep: whether to list an item; noun: name of an item
 function browse({ items, columns, words, section, show, noun, keep = () => true }) {
   const haystack = items.map((item) => words(item).toLowerCase());
@@ -98,7 +106,8 @@ function browse({ items, columns, words, section, show, noun, keep = () => true 
   function cellOf(item, column) {
     const value = column.of(item);
     const text = column.show ? column.show(value) : value;
-    const cell = make("td", column.kind || "", column.tag ? undefined : text);
+    const cell = make("td", column.kind || "", column.tag || column.draw ? undefined : text);
+    if (column.draw) cell.append(column.draw(item));
     if (column.tag && text) cell.append(make("span", column.tag(item), text));
     if (cell.classList.contains("text")) cell.title = value;
     return cell;

@@ -1,7 +1,8 @@
 """Self-contained HTML pages: a template with inlined style, script and the data that the script displays.
 
 Corpus text is always data, never markup: the template escapes its values, the data is JSON that cannot close a tag, the
-script inserts text nodes only, and the content security policy allows only this script and no requests.
+script inserts text nodes only, and the content security policy allows only this script, pictures embedded in the page,
+and no requests.
 """
 
 import base64
@@ -38,7 +39,7 @@ def render(template: str, data: dict[str, Any], **values: Any) -> str:
         style=Markup(_file("report.css")),
         script=Markup(script),
         data=Markup(embedded(data)),
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
     )
 
 

@@ -27,13 +27,6 @@ const COLUMNS = [
 const searched = (x) => [x.set, x.item, x.verdict, x.mark, x.note, x.question, x.first_source, x.first_document, x.tied_source,
   x.tied_document, x.error, ...(x.texts || []).map(([, text]) => text), ...(x.copies || []).map((each) => `${each.source} ${each.document}`)].join("\n");
 
-// An element with children, texts or nodes.
-function holding(tag, name, ...children) {
-  const node = make(tag, name);
-  node.append(...children);
-  return node;
-}
-
 function plot(set) {
   const [W, H, left, right, top, bottom] = [360, 120, 28, 8, 10, 20];
   const nights = trend.nights;

@@ -24,10 +24,10 @@ import ray.exceptions
 import stride_ray
 from stride_ray.evaluate.baselines import METHODS
 from stride_ray.evaluate.comparison import stride_variants
-from stride_ray.evaluate.comparison.fitted_methods import FITTED_METHODS
 from stride_ray.evaluate.comparison.removals import RemovalCurve, compare_removals
 from stride_ray.evaluate.comparison.score_statistics import ScoreStatistics, score_statistics
 from stride_ray.evaluate.comparison.table import Entry, as_markdown, best_rival, protocol, write_tables
+from stride_ray.evaluate.fitted_methods import FITTED_METHODS
 from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark, reread_benchmark
 from stride_ray.evaluate.retraining.finetune import checkpoints
 from stride_ray.evaluate.retraining.lds import ALL, DEVELOPMENT, REPORT, Evaluation, Interval, evaluate, subset_sums
@@ -91,7 +91,7 @@ def compare(
     Returns:
         ``scored``: names of the methods scored now; ``failed``: reason by name; ``result``: the default method's
         figures on the report part (all queries if there are no parts) beside the best rival's; ``summary``: the
-        Markdown tables of that part.
+        Markdown tables of that part; ``scores``: by method, the default first, the name of its file in ``out``.
 
     Raises:
         StrideError: for a folder that is not a benchmark or has no retraining results, an unknown method, or an output
@@ -122,9 +122,10 @@ def compare(
             entries.append(entry)
             statistics += found
             _log(f"  {entry.seconds:.1f} s, {entry.peak_mb:.0f} MiB{_development_lds(benchmark, sums[name])}")
+    files = {each.entry.method: f"scores/{each.slug}.npz" for each in shown if each.slug not in FITTED_METHODS}
+    files = {method: name for method, name in files.items() if method in sums}
     if removal:
-        files = {each.entry.method: f"scores/{each.slug}.npz" for each in shown if each.slug not in FITTED_METHODS}
-        removed = compare_removals(benchmark, store, {m: files[m] for m in sums if m in files}, removal, compute)
+        removed = compare_removals(benchmark, store, files, removal, compute)
         entries = [replace(each, removal=removed.curves.get(each.method, [None])[0]) for each in entries]
     truth = benchmark.retrained()
     evaluation = evaluate(sums, truth, benchmark.kinds, benchmark.parts)
@@ -134,11 +135,13 @@ def compare(
     store.write_table("statistics.parquet", pa.Table.from_pylist(statistics, STATISTICS))
     part = REPORT if any(each == REPORT for _, each in evaluation.cells) else ALL
     quoted = replace(evaluation, cells=tuple(cell for cell in evaluation.cells if cell[1] == part))
+    result = _result(quoted, entries, part)
     return {
         "scored": [unit.entry.method for unit in waiting if unit.entry.method not in reasons],
         "failed": reasons,
-        "result": {"benchmark": benchmark.name, "part": part, **_result(quoted, entries, part)},
+        "result": {"benchmark": benchmark.name, "part": part, **result},
         "summary": as_markdown(quoted, entries, header),
+        "scores": dict(sorted(files.items(), key=lambda each: each[0] != result["method"])),
     }
 
 

@@ -42,12 +42,25 @@ class LabelledExamples:
         labels: (n,) int64, 0 … C − 1.
         classes: the names of the C classes.
         image: height and width of an image; None for vectors.
+        feature_names: the names of the F features; empty if they have none.
+
+    Raises:
+        StrideError: for an image or names that do not fit F features.
     """
 
     features: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
     image: tuple[int, int] | None = None
+    feature_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        inputs = self.features.shape[1]
+        if self.image is not None and self.image[0] * self.image[1] != inputs:
+            height, width = self.image
+            raise StrideError(f"An image of {height} × {width} pixels has {height * width} features, not {inputs}.")
+        if self.feature_names and len(self.feature_names) != inputs:
+            raise StrideError(f"There are {len(self.feature_names)} feature names for {inputs} features.")
 
 
 def write_benchmark(
@@ -157,7 +170,7 @@ def load_examples(name: str, label: str = "", drop: Sequence[str] = ()) -> Label
         raise StrideError(f"{name} has no features: no columns beside {label!r} and those dropped.")
     labels, classes = _classes(name, label, table[label])
     features = np.stack([_numbers(name, column, table[column]) for column in columns], axis=1)
-    return LabelledExamples(features, labels, classes)
+    return LabelledExamples(features, labels, classes, feature_names=tuple(columns))
 
 
 def _read_table(name: str) -> pa.Table:
@@ -225,7 +238,8 @@ def _breast_cancer() -> LabelledExamples:
     from sklearn.datasets import load_breast_cancer
 
     found = load_breast_cancer()
-    return LabelledExamples(found.data.astype(np.float32), found.target, tuple(map(str, found.target_names)))
+    classes, names = tuple(map(str, found.target_names)), tuple(map(str, found.feature_names))
+    return LabelledExamples(found.data.astype(np.float32), found.target, classes, feature_names=names)
 
 
 def _mnist() -> LabelledExamples:

@@ -1,6 +1,6 @@
 """AirRep (Sun et al. 2025, arXiv 2505.18513): an encoder trained so that inner products of embeddings are influence.
 
-This is the pretrained form; ``retraining/fitted_airrep.py`` fits an encoder to retraining results.
+This is the pretrained form; ``fitted_methods/airrep.py`` fits an encoder to retraining results.
 
 Its encoders are on the Hugging Face Hub (the paper uses sunweiwei/AirRep-Flan-Small unchanged). No package carries one,
 so its path must be given.

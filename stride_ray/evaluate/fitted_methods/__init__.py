@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from stride_ray.evaluate.baselines.problem import Problem
-from stride_ray.evaluate.retraining.datamodels import datamodel_sums
-from stride_ray.evaluate.retraining.fitted_airrep import airrep_sums
+from stride_ray.evaluate.fitted_methods.airrep import airrep_sums
+from stride_ray.evaluate.fitted_methods.datamodels import datamodel_sums
 from stride_ray.evaluate.retraining.results import RetrainingResults
 
 
@@ -35,13 +35,13 @@ FITTED_METHODS: dict[str, FittedMethod] = {
     "datamodels": FittedMethod(
         "datamodels",
         lambda problem, truth: datamodel_sums(truth, len(problem.blocks)),
-        ("evaluate/retraining/datamodels.py",),
+        ("evaluate/fitted_methods/datamodels.py",),
         "Lasso on the retraining results themselves, cross-fitted",
     ),
     "airrep_fitted": FittedMethod(
         "AirRep, fitted here",
         airrep_sums,
-        ("evaluate/retraining/fitted_airrep.py", "evaluate/baselines/representation/*.py"),
+        ("evaluate/fitted_methods/airrep.py", "evaluate/baselines/representation/*.py"),
         "a sentence encoder trained on the retraining results themselves, cross-fitted",
     ),
 }

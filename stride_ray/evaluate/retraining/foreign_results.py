@@ -9,9 +9,9 @@ A reader takes a folder as the project writes it and returns one seed. Each proj
 | dattri | ``gt.pt``, ``checkpoints/*/train_index.csv`` (experiments/gpt2_wikitext) | rows trained on | log-odds |
 | bergson | ``subsets.json``, ``validation.csv``, ``summary.csv`` | rows left out | baseline minus loss |
 
-Values of the first two projects are means over the runs of a subset. Rows and queries are numbered in the order of the
-project's datasets, so ``pool.parquet`` and ``queries.parquet`` must have that order. Files of ``torch.save`` are read
-without running code from them.
+dattri's values are means over the runs of a subset. Rows and queries are numbered in the order of the project's
+datasets, so ``pool.parquet`` and ``queries.parquet`` must have that order. Files of ``torch.save`` are read without
+running code from them.
 """
 
 import csv
@@ -45,11 +45,12 @@ from stride_ray.runtime.storage import Store
 LOSS, NEGATIVE_LOSS, LOG_ODDS = VALUES = ("loss", "negative-loss", "log-odds")
 # Below this rank correlation of the model's own losses with the imported ones, the summary warns.
 _ALIKE = 0.5
-# What numpy arrays need of a restricted unpickler. numpy 1 and 2 have other names for the function.
+# What numpy arrays need of a restricted unpickler. numpy 1 and 2 have other names for the function; an empty array
+# calls bytes.
 _rebuild = np.empty(0).__reduce__()[0]
 _NUMPY: list[Any] = [
     *((_rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    *(np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd")),
+    *(bytes, np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd")),
 ]
 
 
@@ -93,7 +94,7 @@ def import_results(
 
 
 def kronfluence_results(store: Store, n_blocks: int, values: str | None = None) -> RetrainingResults:
-    """Read the files of Kronfluence's ``examples/wikitext/evaluate_lds.py``: numpy arrays in files of ``torch.save``.
+    """Read the files of Kronfluence's WikiText example: numpy arrays in files of ``torch.save``.
 
     Raises:
         StrideError: for missing, unsafe or malformed files, or masks of another pool.
@@ -315,7 +316,7 @@ def _csv_rows(store: Store, name: str, column: str) -> Iterator[tuple[int, int, 
                 raise StrideError(f"{at}, has a negative number of a subset or a query.")
             yield subset, query, value, at
     except csv.Error as error:
-        raise StrideError(f"{where}, line {rows.line_num}, is not valid CSV ({error}).") from None
+        raise StrideError(f"{where}, after line {rows.line_num}, is not valid CSV ({error}).") from None
 
 
 def _seed(subsets: Sequence[np.ndarray], values_SQ: np.ndarray, meaning: str, where: str) -> RetrainingResults:

@@ -136,6 +136,7 @@ def test_the_commands_of_the_cluster_page(client, parts, tmp_path):
         (["evaluate", "--benchmark", "/nowhere", "--out", "/tmp/none"], "/nowhere"),
         (["retrain", "--benchmark", "/nowhere", "--out", "/tmp/none"], "/nowhere"),
         (["select_domains", "--benchmark", "/nowhere", "--out", "/tmp/none"], "/nowhere"),
+        (["import_truth", "--from", "dattri", "--files", "/none", "--benchmark", "/nowhere"], "/nowhere"),
         (["sft", "--instructions", "/nowhere.jsonl", "--model", "/no/model", "--out", "/tmp/none"], "/no/model"),
         (["retrieval", "/tmp/none", "--queries", "x"], "invalid int"),
         (["benchmark", "nosuch"], "invalid choice"),

@@ -65,7 +65,7 @@ class Benchmark:
         if self.truth is None:
             raise StrideError(
                 f"{Store(self.url).display_url('')} holds no retraining_*.npz or lds_*.jsonl; make them with "
-                "'python jobs/retrain.py'."
+                "'python jobs/retrain.py', or import those of another project with 'python jobs/import_truth.py'."
             )
         return self.truth
 

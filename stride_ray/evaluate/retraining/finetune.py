@@ -152,11 +152,11 @@ class FineTune:
                     model.model.features = auto.from_pretrained(folder, dtype=torch.float32).model.features
         except (OSError, ValueError, ImportError) as error:
             raise StrideError(f"model {folder} could not be loaded: {first_line(error)}") from error
-        self._check(model)
+        self.check_texts(model)
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         return model.to(device)
 
-    def _check(self, model: Any) -> None:
+    def check_texts(self, model: Any) -> None:
         """Reject token ids and texts too large for the model: an obscure index error, or worse on a GPU."""
         vocabulary = model.get_input_embeddings().weight.shape[0]
         context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -79,7 +79,7 @@ def read_truth(store: Store) -> RetrainingResults | None:
             )
             seeds = [parse(store.read(name), store.display_url(name)) for name in names]
             tags = tuple(name[len(start) : -len(ending)] for name in names)
-            return _merge_seeds(seeds, tags, [store.display_url(name) for name in names])
+            return merge_seeds(seeds, tags, [store.display_url(name) for name in names])
     return None
 
 
@@ -129,7 +129,7 @@ def truth_from_npz(data: bytes, where: str) -> RetrainingResults:
         subsets = list(rows)
     else:
         raise StrideError(f"{where}: subsets has shape {rows.shape}; it must be (S, n), or flat with offsets.")
-    return _one_seed(subsets, losses, where)
+    return one_seed(subsets, losses, where)
 
 
 def truth_from_jsonl(data: bytes, where: str) -> RetrainingResults:
@@ -159,10 +159,10 @@ def truth_from_jsonl(data: bytes, where: str) -> RetrainingResults:
             pool, local = next((meta[key] for key in POOL_KEYS if isinstance(meta.get(key), list)), []), {}
             continue
         if "train_subset" in row:
-            chosen = _row_numbers(row["train_subset"], f"{at}: train_subset")
+            chosen = row_numbers(row["train_subset"], f"{at}: train_subset")
         elif "train_subset_global" in row and pool:
             local = local or _places(pool, where)
-            corpus_rows = _row_numbers(row["train_subset_global"], f"{at}: train_subset_global").tolist()
+            corpus_rows = row_numbers(row["train_subset_global"], f"{at}: train_subset_global").tolist()
             strangers = [each for each in corpus_rows if each not in local]
             if strangers:
                 raise StrideError(f"{at}: corpus row {strangers[0]} is not in the pool of the _meta header.")
@@ -177,11 +177,11 @@ def truth_from_jsonl(data: bytes, where: str) -> RetrainingResults:
         losses.append(_loss_values(row["test_loss"], f"{at}: test_loss"))
     if not subsets:
         raise StrideError(f"{where} holds no subset; it needs a line each.")
-    return _one_seed(subsets, np.stack(losses), where)
+    return one_seed(subsets, np.stack(losses), where)
 
 
-def _row_numbers(values: Any, what: str) -> np.ndarray:
-    """A JSON list of row numbers as int64; StrideError for anything else, and for what int64 does not hold."""
+def row_numbers(values: Any, what: str) -> np.ndarray:
+    """Convert a list of row numbers to int64; StrideError for anything else, and for what int64 does not hold."""
     if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
         raise StrideError(f"{what} must be a flat list of row numbers.")
     odd = next((each for each in values if each != each or not -(2**63) <= each < 2**63 or each != int(each)), None)
@@ -206,7 +206,7 @@ def _loss_values(values: list[Any], what: str) -> np.ndarray:
 
 def _places(pool: list[Any], where: str) -> dict[int, int]:
     """The pool row of each corpus row that a ``_meta`` header lists."""
-    corpus_rows = _row_numbers(pool, f"{where}: the pool of the _meta header").tolist()
+    corpus_rows = row_numbers(pool, f"{where}: the pool of the _meta header").tolist()
     found = {corpus: index for index, corpus in enumerate(corpus_rows)}
     if len(found) < len(corpus_rows):
         twice = next(each for index, each in enumerate(corpus_rows) if found[each] != index)
@@ -278,8 +278,12 @@ def write_scores(store: Store, name: str, scores: Any) -> None:
     store.write(name, buffer.getvalue())
 
 
-def _one_seed(subsets: Sequence[np.ndarray], losses: np.ndarray, where: str) -> RetrainingResults:
-    """Sort each subset's rows and validate one file's content."""
+def one_seed(subsets: Sequence[np.ndarray], losses: np.ndarray, where: str) -> RetrainingResults:
+    """Sort each subset's rows and validate one seed's content: losses are (S, Q).
+
+    Raises:
+        StrideError: beginning with ``where``, if shapes differ, a loss is not finite, or a subset repeats a row.
+    """
     if losses.ndim != 2 or len(losses) != len(subsets):
         raise StrideError(f"{where}: {len(subsets)} subsets, and losses of shape {losses.shape}; it must be (S, Q).")
     if not len(subsets):
@@ -290,7 +294,9 @@ def _one_seed(subsets: Sequence[np.ndarray], losses: np.ndarray, where: str) -> 
         losses = losses.astype(np.float32)
     if not np.isfinite(losses).all():
         row, column = (int(each[0]) for each in np.nonzero(~np.isfinite(losses)))
-        raise StrideError(f"{where}: the loss of query {column} after subset {row} is not finite; train it again.")
+        raise StrideError(
+            f"{where}: the loss of query {column} after subset {row} is not finite; train it again or leave it out."
+        )
     tidy = []
     for number, rows in enumerate(subsets):
         if rows.ndim != 1 or not (len(rows) == 0 or np.issubdtype(rows.dtype, np.integer)):
@@ -302,8 +308,12 @@ def _one_seed(subsets: Sequence[np.ndarray], losses: np.ndarray, where: str) -> 
     return RetrainingResults(tuple(tidy), losses[None], ("seed0",))
 
 
-def _merge_seeds(seeds: list[RetrainingResults], tags: tuple[str, ...], where: list[str]) -> RetrainingResults:
-    """Join one file per seed into one truth, checking that subsets and queries agree."""
+def merge_seeds(seeds: list[RetrainingResults], tags: tuple[str, ...], where: list[str]) -> RetrainingResults:
+    """Join the seeds; ``tags`` are their names, ``where`` their files for messages.
+
+    Raises:
+        StrideError: if their subsets or their numbers of queries differ.
+    """
     first = seeds[0]
     for each, name in zip(seeds, where, strict=True):
         pairs = zip(first.subsets, each.subsets, strict=False)

@@ -312,3 +312,11 @@ def test_texts_that_the_model_cannot_take_are_told(problem):
     model.context = 10
     with pytest.raises(StrideError, match="14 tokens are more than the context of 10"):
         next(backward_batches(model, blocks, 1000))
+
+
+@pytest.mark.parametrize("name", ["logra", "trak", "ekfac", "astra_lent"])
+def test_more_damping_goes_one_way(problem, name):
+    """The scores with ten times the damping lie between those with the usual one and with a hundred times."""
+    usual, ten, hundred = (METHODS[f"{name}{suffix}"].run(problem) for suffix in ("", "_damped10", "_damped100"))
+    ranks = [np.corrcoef(each.ravel(), hundred.ravel())[0, 1] for each in (usual, ten)]
+    assert ranks[0] < ranks[1] < 1

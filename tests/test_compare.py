@@ -318,12 +318,14 @@ def test_methods_are_known_by_name():
     everything = chosen_methods(None, False)
     assert everything[:3] == ["random", "tfidf", "bm25"]
     assert {"datamodels", "stride", "stride-as-published"} <= set(everything)
-    extra = [each.slug for each in stride_variants.VARIANTS if each.ablation]
+    extra = [slug for slug, each in comparison.METHODS.items() if each.extra]
+    assert "trak_damped100" in extra
+    extra += [each.slug for each in stride_variants.VARIANTS if each.ablation]
     assert {"stride-trained-base", "stride-exact-last-half-of-the-layers", "stride-logit-exact-responses"} < set(extra)
     assert not set(extra) & set(everything)
     assert chosen_methods(["random", "random"], True) == ["random", *extra]
     assert chosen_methods(None, True) == everything + extra
-    assert {slug for slug, each in comparison.METHODS.items() if each.checkpoints} == {
+    assert {slug for slug, each in comparison.METHODS.items() if each.checkpoints and not each.extra} == {
         "tracin",
         "trak",
         "less",

@@ -4,7 +4,8 @@
 the development queries of the ``continued`` benchmark only.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 from stride_ray.evaluate.baselines import chance, postprocessing
@@ -12,6 +13,7 @@ from stride_ray.evaluate.baselines.gradient import astra, ekfac, ekfac_stages, g
 from stride_ray.evaluate.baselines.lexical import bm25, dsir, tfidf
 from stride_ray.evaluate.baselines.problem import Method
 from stride_ray.evaluate.baselines.representation import airrep, embedding, featsim, rds
+from stride_ray.runtime.options import SolveConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Baseline:
         lexical: it compares words and does not use the attributed model.
         note: a one-line description.
         checkpoints: it uses checkpoints of training, which the benchmark's recipe reproduces for it.
+        extra: only included if it is named, or ablations are requested.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Baseline:
     lexical: bool
     note: str
     checkpoints: bool = False
+    extra: bool = False
 
 
 METHODS: dict[str, Baseline] = {
@@ -75,4 +79,24 @@ METHODS: dict[str, Baseline] = {
     ),
     "dsir": Baseline("DSIR", dsir.scores, True, "a corpus selector: log importance weights, query by query"),
     "airrep": Baseline("AirRep", airrep.scores, False, "embeddings trained to predict influence; needs its encoder"),
+}
+
+
+def _solved(damping: float) -> Method:
+    return partial(astra.scores, options=SolveConfig(damping=damping))
+
+
+# The right damping depends on how long a model was trained, so that it is chosen by a benchmark's development queries.
+_DAMPED: dict[str, tuple[float, Callable[[float], Method]]] = {
+    "logra": (1.0, lambda damping: partial(logra.scores, damping=damping)),
+    "trak": (10.0, lambda damping: partial(trak.scores, damping=damping)),
+    "ekfac": (ekfac.DAMPING, lambda damping: partial(ekfac.scores, damping=damping)),
+    "astra_lent": (SolveConfig().damping, lambda damping: postprocessing.with_our_postprocessing(_solved(damping))),
+}
+METHODS |= {
+    f"{slug}_damped{factor}": replace(
+        METHODS[slug], name=f"{METHODS[slug].name}, damping × {factor}", run=make(factor * usual), extra=True
+    )
+    for slug, (usual, make) in _DAMPED.items()
+    for factor in (10, 100)
 }

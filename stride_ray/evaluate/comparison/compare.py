@@ -198,7 +198,8 @@ def chosen_methods(methods: Sequence[str] | None, ablations: bool) -> list[str]:
     known = method_names()
     if unknown := [each for each in methods or () if each not in known]:
         raise StrideError(f"Unknown method {unknown[0]!r}; known are {', '.join(known)}.")
-    extra = [variant.slug for variant in stride_variants.VARIANTS if variant.ablation]
+    extra = [slug for slug, baseline in METHODS.items() if baseline.extra]
+    extra += [variant.slug for variant in stride_variants.VARIANTS if variant.ablation]
     wanted = [slug for slug in known if slug not in extra] if methods is None else methods
     return list(dict.fromkeys([*wanted, *(extra if ablations else ())]))
 

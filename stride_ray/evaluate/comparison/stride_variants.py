@@ -28,7 +28,7 @@ from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.operators.fit import fit
 from stride_ray.runtime.config import Config, digest
 from stride_ray.runtime.errors import StrideError
-from stride_ray.runtime.options import ComputeConfig
+from stride_ray.runtime.options import ComputeConfig, SolveConfig
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import allocate_workers
@@ -155,6 +155,14 @@ VARIANTS: tuple[Variant, ...] = (
     _exact("solved further", **FURTHER),
     _exact("every map, solved further", **EVERY_MAP, **FURTHER),
     Variant("STRIDE, unsolved", {"solve.steps": 0}, ablation=True, note="the Kronecker factors alone"),
+    *(
+        Variant(f"{name}, damping x {factor}", {**changes, "solve.damping": SolveConfig().damping * factor}, ablation=True, note=note)
+        for name, changes, note in (
+            ("STRIDE", {}, "the default, damped more in the solve"),
+            ("STRIDE exact", {"attribute.exact": True}, "every block exactly, damped more in the solve"),
+        )
+        for factor in (10, 100)
+    ),
     *(
         Variant(
             f"STRIDE, {size} kB a block, {candidates} candidates",

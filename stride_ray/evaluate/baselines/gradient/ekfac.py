@@ -62,9 +62,9 @@ class Layer:
 Inverse = Callable[[Gradients], Gradients]
 
 
-def scores(problem: Problem) -> np.ndarray:
-    """EK-FAC influence at the trained model, (Q, N) float32."""
-    return at_model(problem, problem.model)
+def scores(problem: Problem, damping: float = DAMPING) -> np.ndarray:
+    """EK-FAC influence at the trained model, (Q, N) float32; ``damping`` as a share of the mean of each layer's Λ."""
+    return at_model(problem, problem.model, lambda model, fisher: partial(_inverse, fisher, damping))
 
 
 def at_model(
@@ -73,7 +73,7 @@ def at_model(
     """EK-FAC influence at any model folder; ``make_inverse`` builds another inverse curvature from the Fisher."""
     model = load_model(folder)
     fisher = fit(model, problem.sample(FISHER_BLOCKS), problem.batch_tokens, problem.seed)
-    inverse = make_inverse(model, fisher) if make_inverse else partial(_inverse, fisher)
+    inverse = make_inverse(model, fisher) if make_inverse else partial(_inverse, fisher, DAMPING)
     queries: dict[str, list[Tensor]] = {}
     for _, found in _gradients(model, problem.queries, problem.batch_tokens):
         for name, x in inverse(found).items():
@@ -84,8 +84,8 @@ def at_model(
     return products(solved, stream, len(problem.blocks))
 
 
-def _inverse(fisher: dict[str, Layer], found: Gradients) -> Gradients:
-    return {name: fisher[name].solve(G, DAMPING) for name, G in found.items()}
+def _inverse(fisher: dict[str, Layer], damping: float, found: Gradients) -> Gradients:
+    return {name: fisher[name].solve(G, damping) for name, G in found.items()}
 
 
 def fit(model: SplitModel, texts: Texts, batch_tokens: int, seed: int) -> dict[str, Layer]:

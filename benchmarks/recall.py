@@ -29,7 +29,7 @@ from stride_ray.models.curvature.principal_axes import principal_axes
 from stride_ray.models.curvature.sketch import sketch_sites
 from stride_ray.models.loading import load_measured_model, measured_model_fingerprint
 from stride_ray.models.pool_worker import ModelWorker
-from stride_ray.models.sites import halve_negative, site_gradients
+from stride_ray.models.sites import scale_negative, site_gradients
 from stride_ray.operators.one_bit import estimate_inner_products, pack_rows, quantise_queries, word_starts
 from stride_ray.operators.site_fit import coordinates_in, shapes_of
 from stride_ray.runtime.actor_pool import shared_actor_pool
@@ -155,6 +155,7 @@ class RecallWorker(ModelWorker):
         started = time.monotonic()
         name, first, last = unit
         found: dict[str, list[Tensor]] = {}
+        negative_scale = self.config.attribute.negative_scale
         for batch in self.blocks.batches(first, last, self.rows):
             sections: dict[int, list[np.ndarray]] = {size: [] for size in self.sketches}
             total: Any = 0.0
@@ -162,11 +163,12 @@ class RecallWorker(ModelWorker):
                 total = total + self.solved[site.name] @ J.flatten(1).T / site.scale
                 for size, sketches in self.sketches.items():
                     sections[size].append(sketches[at].whiten(J).flatten(1).cpu().numpy())
-            found.setdefault(EXACT, []).append(halve_negative(total).cpu())
+            found.setdefault(EXACT, []).append(scale_negative(total, negative_scale).cpu())
             for size, each in sections.items():
                 starts = word_starts([z.shape[1] for z in each])
                 estimates = estimate_inner_products(pack_rows(each), self.codes[size], starts).sum(2)
-                found.setdefault(str(size), []).append(halve_negative(torch.from_numpy(estimates).float()))
+                estimates = scale_negative(torch.from_numpy(estimates).float(), negative_scale)
+                found.setdefault(str(size), []).append(estimates)
         self.stage.store.write(f"{name}.safetensors", tensor_bytes({k: torch.cat(v, 1) for k, v in found.items()}))
         return self.stage.mark(name, started)
 

@@ -286,3 +286,35 @@ def test_a_named_set_takes_no_columns():
 def test_a_name_that_is_none():
     with pytest.raises(StrideError, match="none of digits, breast_cancer, mnist, and cannot be read"):
         load_examples("iris")
+
+
+def test_the_weights_that_training_began_from_are_kept_and_not_shared(benchmark):
+    recipe = fine_tune(benchmark, device="cpu")
+    assert benchmark.start is None  # a retraining draws its own weights
+    assert benchmark.problem().start == benchmark.initial
+
+    def weights(model):
+        return torch.cat([each.flatten() for name, each in model.state_dict().items() if "features" not in name])
+
+    began, trained = (
+        weights(load_model(folder, device="cpu").model) for folder in (benchmark.initial, benchmark.model)
+    )
+    torch.testing.assert_close(weights(recipe.initial_model(0)), began)
+    torch.testing.assert_close(weights(recipe.train(np.arange(N), 0)), trained)
+    assert not torch.allclose(weights(recipe.initial_model(1)), began)
+
+
+def test_negative_scores_may_be_whole(benchmark, tmp_path, monkeypatch):
+    run_plainly(monkeypatch)
+    runs, compute = Store(str(tmp_path)), ComputeConfig(workers=1)
+    stride_variants.shard_pool(benchmark, runs, compute)
+    found = {}
+    for scale in (0.25, 1.0):
+        for exact in (True, False):
+            changes = {"attribute.exact": exact, "attribute.negative_scale": scale}
+            variant = stride_variants.Variant(f"STRIDE {scale} {exact}", changes)
+            found[scale, exact] = stride_variants.score(benchmark, variant, runs, compute)[0]
+    for exact in (True, False):
+        whole, quarter = found[1.0, exact], found[0.25, exact]
+        assert (whole < 0).any()
+        np.testing.assert_allclose(quarter, np.where(whole > 0, whole, 0.25 * whole), rtol=1e-5, atol=1e-8)

@@ -141,6 +141,7 @@ DEPENDING = {
         if name.startswith("solve.")
     },
     "attribute.top": {"responses", "estimates", "influence", "exact"},
+    "attribute.negative_scale": {"responses", "estimates", "influence", "exact"},
     "attribute.candidates": {"influence"},
     **{name: {*FITTED, *EXACT} for name in ("operators.layers", "operators.sites")},
 }

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from stride_ray.attribution.tables import UNITS
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.curvature.moments import (
     DAMPING,
@@ -21,12 +20,12 @@ from stride_ray.models.matrices import inverse_root
 from stride_ray.models.sites import (
     EMBEDDING,
     HEAD,
-    NEGATIVE_SCORE_FACTOR,
     ORIGIN,
     Site,
     find_sites,
     forward_with_activations,
     influence,
+    scale_negative,
     site_gradients,
 )
 from stride_ray.models.vocabulary import MAX_BUCKETS, TokenSide, token_side
@@ -106,10 +105,6 @@ def weight_gradient(model, name, ids, mask):
     finally:
         weight.requires_grad_(False)
     return gradient if as_read else gradient.T
-
-
-def test_tables_state_the_factor_of_negative_scores():
-    assert UNITS["negative"].startswith(f"multiplied by {NEGATIVE_SCORE_FACTOR:g}:")
 
 
 def test_sites_are_the_last_maps_into_the_stream_and_the_head(made):
@@ -198,9 +193,8 @@ def test_influence_is_the_preconditioned_inner_product(made, texts):
             for i in range(B):
                 other = weight_gradient(model, site.name, ids[i], mask[i])
                 total[q, i] += (solved * other).sum() / 2.0
-    torch.testing.assert_close(
-        found, torch.where(total > 0, total, NEGATIVE_SCORE_FACTOR * total), atol=2e-3, rtol=2e-3
-    )
+    torch.testing.assert_close(found, total, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(scale_negative(total, 0.5), total.clamp(min=0) + 0.5 * total.clamp(max=0))
     assert (total[0] > 0).any()
     assert (total < 0).any()
 

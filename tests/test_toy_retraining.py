@@ -16,7 +16,7 @@ from stride_ray.evaluate.retraining.lds import evaluate, subset_sums
 from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.curvature.moments import KroneckerFactors, add_moments, kfac_site
-from stride_ray.models.sites import EMBEDDING, HEAD, NEGATIVE_SCORE_FACTOR, find_sites, influence, site_gradients
+from stride_ray.models.sites import EMBEDDING, HEAD, find_sites, influence, scale_negative, site_gradients
 
 V, T, N, Q, S = 50, 12, 60, 8, 40
 
@@ -98,12 +98,13 @@ def test_exact_influence_foretells_preconditioned_steps(toy):
     each = site_gradients(model, tuple(sites.values()), queries, mask[:Q])[0]
     asked = {site.name: site.precondition(J).flatten(1) for site, J in each}
     scores = influence(asked, site_gradients(model, tuple(sites.values()), blocks, mask)[0])
-    signed = torch.where(scores > 0, scores, scores / NEGATIVE_SCORE_FACTOR).numpy()
     truth = truth_of(model.model, toy, step, 1e-8)
-    assert lds(truth, signed).value > 0.99
-    assert lds(truth, scores.numpy()).value > 0.95  # harm counts half, whatever the truth
-    assert lds(truth, -signed).value < -0.99
-    shuffled = signed[:, np.random.default_rng(0).permutation(N)]
+    assert lds(truth, scores.numpy()).value > 0.99
+    halved = scale_negative(scores, 0.5).numpy()
+    assert lds(truth, halved).value > 0.95  # harm counts half, whatever the truth
+    scores = scores.numpy()
+    assert lds(truth, -scores).value < -0.99
+    shuffled = scores[:, np.random.default_rng(0).permutation(N)]
     assert lds(truth, shuffled).low < 0 < lds(truth, shuffled).high
 
 

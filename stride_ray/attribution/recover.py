@@ -16,7 +16,6 @@ from stride_ray.attribution.lasso import recover
 from stride_ray.attribution.responses import read_responses
 from stride_ray.corpus.failures import LARGEST_NORM, RESPONSE_NOT_FINITE, fail, failed_ordinals
 from stride_ray.corpus.queries import check_name
-from stride_ray.models.sites import NEGATIVE_SCORE_FACTOR
 from stride_ray.operators.membership import Membership, membership_of
 from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.config import Config
@@ -104,7 +103,7 @@ def recover_estimates(run: Run, name: str) -> dict[str, Any]:
 def estimates_of_block_rows(
     config: Config, responses: Stage, stage: Stage, n_blocks: int, failed: list[int], unit: list[int]
 ) -> dict[str, Any]:
-    """Write the responses of block rows as estimates; negative ones are halved (NEGATIVE_SCORE_FACTOR)."""
+    """Write the responses of block rows as estimates; negative ones are scaled (``attribute.negative_scale``)."""
     started = time.monotonic()
     tables = [responses.store.read_table(f"{part_name(part)}.parquet") for part in unit]
     rows = []
@@ -113,7 +112,7 @@ def estimates_of_block_rows(
         ordinals = np.array(row.pop("rows"), dtype=np.int64)
         if row["status"] == "ok" and not (np.abs(value) < LARGEST_NORM).all():
             fail(row, RESPONSE_NOT_FINITE)
-        value = np.where(value > 0, value, NEGATIVE_SCORE_FACTOR * value)
+        value = np.where(value > 0, value, config.attribute.negative_scale * value)
         kept = (value != 0) & (row["status"] == "ok")
         rows.append({**row, "ordinals": ordinals[kept], "estimates": value[kept]})
     return _publish(stage, unit, started, rows)

@@ -19,7 +19,7 @@ from stride_ray.corpus.failures import NOT_FINITE, fail, finite_losses, finite_r
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.loading import load_measured_model
 from stride_ray.models.pool_worker import ModelWorker
-from stride_ray.models.sites import Site, influence, site_gradients
+from stride_ray.models.sites import Site, influence, scale_negative, site_gradients
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Stage
 from stride_ray.runtime.storage import Store, tensor_bytes
@@ -127,7 +127,7 @@ class ScoreWorker(ModelWorker):
                 good = good & finite_rows([J])
                 yield site, J
 
-        scores = influence(self.queries, checked())
+        scores = scale_negative(influence(self.queries, checked()), self.config.attribute.negative_scale)
         good = good & scores.isfinite().all(0)
         return scores.masked_fill(~good, 0.0).cpu(), good.cpu().numpy()
 

@@ -28,7 +28,7 @@ from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.failures import NOT_FINITE, check_failed_queries, fail, finite_rows
 from stride_ray.models.curvature.kfac import load_sites
 from stride_ray.models.curvature.sketch import whole_shape
-from stride_ray.models.sites import NEGATIVE_SCORE_FACTOR, halve_negative
+from stride_ray.models.sites import scale_negative
 from stride_ray.operators.one_bit import Queries, estimate_inner_products, quantise_queries
 from stride_ray.operators.row_store import RowStore
 from stride_ray.operators.sketched_rows import SKETCH
@@ -96,7 +96,8 @@ def respond_sites(
     run_missing(stage, units, scan, "multiply", "rows", lambda unit: sum(part["count"] for part in unit[2]))
     left = {part_name(part): (part, group, len(slices)) for group in open_groups for part in group}
     top = config.attribute.top if store.of_blocks else 0
-    run_missing(stage, left, partial(actors.map_function, merge_slices, (stage, top)), "gather", "parts")
+    given = (stage, top, config.attribute.negative_scale)
+    run_missing(stage, left, partial(actors.map_function, merge_slices, given), "gather", "parts")
 
 
 def code_name(part: int) -> str:
@@ -153,7 +154,7 @@ class RowScanner:
     """Multiplies a group's queries with a slice of the rows; writes the kept products and half moments."""
 
     def __init__(self, config: Config, operators: Store, stage: Stage) -> None:
-        self.top, self.stage = config.attribute.top, stage
+        self.top, self.negative_scale, self.stage = config.attribute.top, config.attribute.negative_scale, stage
         self.rows = RowStore(operators)
         self.group: list[int] = []
 
@@ -174,7 +175,11 @@ class RowScanner:
         numbers = torch.arange(parts[0]["first"], parts[0]["first"] + found.shape[1]).expand(found.shape)
         if self.rows.of_blocks and found.shape[1] > self.top:
             # Ties are broken by row number, independently of the slicing.
-            order = halve_negative(found).abs().argsort(dim=1, descending=True, stable=True)[:, : self.top]
+            order = (
+                scale_negative(found, self.negative_scale)
+                .abs()
+                .argsort(dim=1, descending=True, stable=True)[:, : self.top]
+            )
             found, numbers = found.gather(1, order), numbers.gather(1, order)
         kept = {"rows": numbers.contiguous(), "values": found, "moments": torch.from_numpy(moments)}
         name = scan_name(group, index)
@@ -197,12 +202,13 @@ def reliability(moments: np.ndarray) -> np.ndarray:
     return np.where(r > 0, 2 * r / (1 + r), 0.0)
 
 
-def merge_slices(stage: Stage, top: int, unit: tuple[int, list[int], int]) -> dict[str, Any]:
+def merge_slices(stage: Stage, top: int, negative_scale: float, unit: tuple[int, list[int], int]) -> dict[str, Any]:
     """Merge one part's responses over all slices and write its table; returns the done marker.
 
     Args:
         stage: ``responses/<name>``, with the products of all slices.
         top: number of largest responses to keep per query; 0: all.
+        negative_scale: factor of negative responses in this order.
         unit: index of the part, the parts of its group, and the number of slices.
     """
     started = time.monotonic()
@@ -222,7 +228,7 @@ def merge_slices(stage: Stage, top: int, unit: tuple[int, list[int], int]) -> di
         row = {**answer, "rows": [], "response": [], "reliability": None}
         if answer["status"] == "ok":
             number, value, row["reliability"] = next(found)
-            size = np.abs(np.where(value > 0, value, NEGATIVE_SCORE_FACTOR * value))
+            size = np.abs(np.where(value > 0, value, negative_scale * value))
             order = np.sort(np.lexsort((number, -size))[: top or None])
             order = order[np.argsort(number[order], kind="stable")]
             row |= {"rows": number[order], "response": value[order]}

@@ -15,7 +15,7 @@ from stride_ray.runtime.run import Stage
 # Metadata of the influence columns, whose name alone does not give the unit.
 UNITS = {
     "unit": "a block's mean influence on itself; positive: training on it lowers the query's loss",
-    "negative": "multiplied by 0.5: negative scores are noisier",  # sites.NEGATIVE_SCORE_FACTOR, which imports torch
+    "negative": "multiplied by attribute.negative_scale: negative scores are noisier",
 }
 INFLUENCE = pa.schema(
     [

@@ -44,8 +44,6 @@ from stride_ray.models.vocabulary import TokenSide
 from stride_ray.runtime.errors import StrideError
 
 EMBEDDING, HEAD, ORIGIN = "embedding", "head", "origin"
-# Negative scores are halved: they are noisier.
-NEGATIVE_SCORE_FACTOR = 0.5
 
 
 @dataclass(frozen=True)
@@ -297,15 +295,14 @@ def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor
         gradients: J of the blocks, site by site.
 
     Returns:
-        (Q, B) float32; positive: training on the block lowers the query's loss. Negative scores are halved
-        (NEGATIVE_SCORE_FACTOR).
+        (Q, B) float32; positive: training on the block lowers the query's loss.
     """
     total: Any = 0.0
     for site, J in gradients:
         total = total + queries[site.name] @ J.flatten(1).T / site.scale
-    return halve_negative(total)
+    return total
 
 
-def halve_negative(influence: Tensor) -> Tensor:
-    """Scale negative influence by NEGATIVE_SCORE_FACTOR."""
-    return torch.where(influence > 0, influence, NEGATIVE_SCORE_FACTOR * influence)
+def scale_negative(influence: Tensor, factor: float) -> Tensor:
+    """Multiply negative influence by ``attribute.negative_scale``."""
+    return torch.where(influence > 0, influence, factor * influence)

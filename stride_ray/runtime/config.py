@@ -94,10 +94,10 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "curvature": ("blocks", ("seed", "model.dtype", "operators.sites", "operators.layers")),
     "operators": ("curvature", ("model.split", "membership", "operators", "fit")),
     "directions": ("curvature", ("solve",)),
-    "responses": ("operators", ("solve", "respond", "attribute.top")),
+    "responses": ("operators", ("solve", "respond", "attribute.top", "attribute.negative_scale")),
     "estimates": ("responses", ("recover",)),
     "influence": ("estimates", ("attribute.candidates",)),
-    "exact": ("curvature", ("solve", "attribute.top")),
+    "exact": ("curvature", ("solve", "attribute.top", "attribute.negative_scale")),
 }
 
 

@@ -175,6 +175,9 @@ class AttributeConfig:
         low=-1,
     )
     top: int = _option(2000, "blocks kept per query: those with the largest influence, helpful or harmful", low=1)
+    negative_scale: float = _option(
+        0.5, "factor of negative influence, which is noisier in language models; 1 for classifiers", low=0.0
+    )
 
 
 @dataclass(frozen=True)

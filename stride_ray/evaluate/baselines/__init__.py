@@ -83,15 +83,17 @@ METHODS: dict[str, Baseline] = {
 
 
 def _solved(damping: float) -> Method:
-    return partial(astra.scores, options=SolveConfig(damping=damping))
+    solved = partial(astra.scores, options=SolveConfig(damping=damping))
+    return postprocessing.with_our_postprocessing(solved, negative_scale=1.0)
 
 
-# The right damping depends on how long a model was trained, so that it is chosen by a benchmark's development queries.
+# For classifiers: the right damping depends on how long a model was trained, so that development queries choose it; our
+# post-processing leaves negative scores whole there.
 _DAMPED: dict[str, tuple[float, Callable[[float], Method]]] = {
     "logra": (1.0, lambda damping: partial(logra.scores, damping=damping)),
     "trak": (10.0, lambda damping: partial(trak.scores, damping=damping)),
     "ekfac": (ekfac.DAMPING, lambda damping: partial(ekfac.scores, damping=damping)),
-    "astra_lent": (SolveConfig().damping, lambda damping: postprocessing.with_our_postprocessing(_solved(damping))),
+    "astra_lent": (SolveConfig.damping, _solved),
 }
 METHODS |= {
     f"{slug}_damped{factor}": replace(

@@ -13,11 +13,12 @@ import torch
 
 from stride_ray.evaluate.baselines.problem import Method, Problem
 from stride_ray.models.loading import interpolated_model
-from stride_ray.models.sites import halve_negative
+from stride_ray.models.sites import scale_negative
+from stride_ray.runtime.options import AttributeConfig
 
 
-def with_our_postprocessing(method: Method) -> Method:
-    """Return the method at the interpolated model, with its negative scores halved."""
+def with_our_postprocessing(method: Method, negative_scale: float = AttributeConfig.negative_scale) -> Method:
+    """Return the method at the interpolated model, with its negative scores scaled (halved)."""
 
     def scores(problem: Problem) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
@@ -25,6 +26,6 @@ def with_our_postprocessing(method: Method) -> Method:
                 interpolated_model(problem.start, problem.model, "float32", "cpu").model.save_pretrained(folder)
                 problem = replace(problem, model=folder)
             found = method(problem)
-        return halve_negative(torch.from_numpy(found)).numpy()
+        return scale_negative(torch.from_numpy(found), negative_scale).numpy()
 
     return scores

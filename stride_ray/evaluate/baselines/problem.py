@@ -52,7 +52,7 @@ class Problem:
         blocks: the pool, N sequences.
         queries: Q sequences.
         model: a model folder for ``load_model``, trained on the whole pool.
-        start: the checkpoint that training on the pool began from; None if it began from random weights.
+        start: the checkpoint that training on the pool began from, or the random weights; None if unknown.
         checkpoints: models during training on the whole pool, in order (reproduced by the recipe); each folder may hold
             ``optimizer.safetensors`` with AdamW's ``exp_avg_sq`` under each parameter's name.
         learning_rates: one per checkpoint, of the steps that it represents.

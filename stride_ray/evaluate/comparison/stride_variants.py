@@ -156,12 +156,14 @@ VARIANTS: tuple[Variant, ...] = (
     _exact("every map, solved further", **EVERY_MAP, **FURTHER),
     Variant("STRIDE, unsolved", {"solve.steps": 0}, ablation=True, note="the Kronecker factors alone"),
     *(
-        Variant(f"{name}, damping x {factor}", {**changes, "solve.damping": SolveConfig().damping * factor}, ablation=True, note=note)
-        for name, changes, note in (
-            ("STRIDE", {}, "the default, damped more in the solve"),
-            ("STRIDE exact", {"attribute.exact": True}, "every block exactly, damped more in the solve"),
+        Variant(
+            f"{name}, negative scores whole, damping x {factor}",
+            {**changes, "solve.damping": SolveConfig().damping * factor, "attribute.negative_scale": 1.0},
+            ablation=True,
+            note="for classifiers, whose training is long and whose negative scores are not noisier",
         )
-        for factor in (10, 100)
+        for name, changes in (("STRIDE", {}), ("STRIDE exact", {"attribute.exact": True}))
+        for factor in (1, 10, 100)
     ),
     *(
         Variant(
@@ -256,7 +258,7 @@ def settings(benchmark: Benchmark, runs: Store, compute: ComputeConfig, changes:
         "corpus.block_tokens": max(2, benchmark.blocks.ids.shape[1]),
         "corpus.tokenizer": _tokenizer(benchmark, runs),
     }
-    model = {"model.path": benchmark.model, "model.start": benchmark.start or ""}
+    model = {"model.path": benchmark.model, "model.start": benchmark.start or benchmark.initial or ""}
     return {**corpus, **model, **where, **changes}
 
 

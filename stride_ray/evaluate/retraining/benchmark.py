@@ -2,7 +2,8 @@
 
 A benchmark is a folder at any fsspec URL: ``pool.parquet`` (``token_ids``), ``queries.parquet`` (``token_ids``, and
 optionally ``kind`` and ``part``; both files optionally ``loss_mask``, False for the tokens of prompts, which carry no
-loss), ``model/``, ``start/`` if training on the pool began from a checkpoint,
+loss), ``model/``, ``start/`` if training on the pool began from a checkpoint, ``initial/`` if ``model/`` began from
+these random weights and every retraining from its own,
 ``recipe.json`` if the built-in recipe's hyperparameters differ from its defaults (finetune.FineTune), and the
 retraining results (see ``results``). Sequence lengths may vary; other columns are ignored.
 """
@@ -35,6 +36,8 @@ class Benchmark:
         parts: (Q,) str, each query's part (development or report); ``all`` if the file has no such column.
         model: the folder of the model trained on the whole pool.
         start: the folder of the checkpoint that training began from; None if it began from random weights.
+        initial: the folder of the random weights that ``model`` began from, which retrainings do not share; None if
+            unknown.
         truth: the retraining results; None if there are none yet.
         fingerprint: sixteen hexadecimal digits over the tokens, the architecture, and the model files' names and sizes.
         hyperparameters: of the built-in recipe, where they differ from its defaults.
@@ -50,6 +53,7 @@ class Benchmark:
     truth: RetrainingResults | None
     fingerprint: str
     hyperparameters: dict[str, Any] = field(default_factory=dict)
+    initial: str | None = None
 
     @property
     def name(self) -> str:
@@ -92,7 +96,7 @@ class Benchmark:
             blocks=self.blocks,
             queries=self.queries,
             model=self.model,
-            start=self.start,
+            start=self.start or self.initial,
             checkpoints=checkpoints,
             learning_rates=learning_rates,
             seed=seed,
@@ -131,6 +135,7 @@ def read_benchmark(url: str) -> Benchmark:
         truth=truth,
         fingerprint=_fingerprint(store, blocks, queries),
         hyperparameters=store.read_json("recipe.json", foreign=True) if store.exists("recipe.json") else {},
+        initial=f"{store.url}/initial" if store.exists("initial/config.json") else None,
     )
 
 
@@ -220,7 +225,7 @@ def _fingerprint(store: Store, blocks: Texts, queries: Texts) -> str:
     digest.update(store.read("model/config.json"))
     if store.exists("recipe.json"):
         digest.update(store.read("recipe.json"))
-    for folder in ("model", "start"):
+    for folder in ("model", "start", "initial"):
         for name in store.names(folder, ".safetensors"):
             digest.update(f"{folder}/{name} {store.fs.size(store.path(f'{folder}/{name}'))}\n".encode())
     return digest.hexdigest()[:16]

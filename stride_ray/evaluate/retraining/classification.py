@@ -117,9 +117,10 @@ def write_benchmark(
         trained = recipe.train(np.arange(len(pool)), seed)
         if not np.isfinite(recipe.losses(trained)).all():
             raise StrideError("After training, the queries' losses are not finite; lower learning_rate.")
-        trained.save_pretrained(f"{scratch}/model")
-        for path in sorted(Path(scratch, "model").iterdir()):
-            store.put(f"model/{path.name}", str(path))
+        for name, model in (("model", trained), ("initial", recipe.initial_model(seed))):
+            model.save_pretrained(f"{scratch}/{name}")
+            for path in sorted(Path(scratch, name).iterdir()):
+                store.put(f"{name}/{path.name}", str(path))
         for name in ("recipe.json", "queries.parquet", "pool.parquet"):  # a folder with the last is finished
             store.put(name, f"{scratch}/untrained/{name}")
     return read_benchmark(folder)

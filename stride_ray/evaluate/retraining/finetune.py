@@ -110,6 +110,12 @@ class FineTune:
                 at_epoch(epoch + 1, model, optimizer)
         return model
 
+    def initial_model(self, seed: int) -> Any:
+        """The model that training with this seed begins from."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self._initial_model()
+
     def rates(self, n_blocks: int) -> list[float]:
         """Return the learning rate of every step of a training on ``n_blocks`` blocks."""
         peak = self.learning_rate or (1e-3 if self.benchmark.start else 2e-3)

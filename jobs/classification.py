@@ -20,7 +20,10 @@ from stride_ray.cli.arguments import add_compute, add_removal, compute_of, count
 from stride_ray.cli.exits import exit_status
 
 # Those that need no words, no encoder of texts and no corpus.
-METHODS = "random,featsim,graddot,tracin,logra,trak,ekfac,ekfac_lent,astra_lent,stride,stride-exact,stride-logit"
+METHODS = (
+    "random,featsim,graddot,tracin,logra,logra_damped100,trak,trak_damped10,ekfac,ekfac_damped100,astra_lent,"
+    "astra_lent_damped100,stride,stride-negative-scores-whole-damping-x-100,stride-logit"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from stride_ray.cli.exits import exit_status
 
 # Those that need no words, no encoder of texts and no corpus.
 METHODS = (
-    "random,featsim,graddot,tracin,logra,logra_damped100,trak,trak_damped10,ekfac,ekfac_damped100,astra_lent,"
+    "random,featsim,graddot,tracin,logra,logra_damped100,trak,trak_damped10,ekfac,ekfac_damped100,astra_lent_damped1,"
     "astra_lent_damped100,stride,stride-negative-scores-whole-damping-x-100,stride-logit"
 )
 

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--benchmark", required=True, metavar="FOLDER", help="the benchmark: a path or fsspec URL")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where results go; a rerun goes on there")
     parser.add_argument("--methods", metavar="A,B,…", help="only these (default: all but the ablations)")
-    parser.add_argument("--ablations", action="store_true", help="STRIDE's ablations too")
+    parser.add_argument("--ablations", action="store_true", help="STRIDE's ablations too, and rivals with more damping")
     add_removal(parser)
     add_compute(parser, "cores, or STRIDE's GPUs (default: all)")
     parsed = parser.parse_args(arguments)

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="the checkpoint to fine-tune: a folder or hub id")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where results go; a rerun goes on there")
     parser.add_argument("--examples", type=int, default=800, help="instructions to train on (default: 800)")
-    parser.add_argument("--queries", type=int, default=50, help="to hold out and ask about (default: 50)")
+    parser.add_argument("--queries", type=int, default=50, help="held-out queries (default: 50)")
     parser.add_argument("--tokens", type=int, default=320, help="longer examples are left out (default: 320)")
     parser.add_argument("--subsets", type=int, default=32, help="how many random halves to train on (default: 32)")
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each half (default: 2)")
@@ -46,8 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         methods = chosen_methods([name.strip() for name in parsed.methods.split(",")], ablations=False)
         out, compute = Store(parsed.out).url, compute_of(parsed)
         sizes = (parsed.examples, parsed.queries, parsed.tokens)
-        given = (parsed.instructions, parsed.model, f"{out}/benchmark")
-        benchmark = write_instruction_benchmark(*given, *sizes, {"epochs": parsed.epochs})
+        benchmark = write_instruction_benchmark(
+            parsed.instructions,
+            parsed.model,
+            f"{out}/benchmark",
+            *sizes,
+            {"epochs": parsed.epochs},
+            device=compute.device,
+        )
         print(retrain(benchmark, DEFAULT, benchmark.url, parsed.subsets, 0.5, parsed.seeds, compute=compute)["summary"])
         done = compare(benchmark.url, f"{out}/comparison", methods, compute=compute)
         print(done["summary"])

@@ -317,6 +317,7 @@ def test_texts_that_the_model_cannot_take_are_told(problem):
 @pytest.mark.parametrize("name", ["logra", "trak", "ekfac", "astra_lent"])
 def test_more_damping_goes_one_way(problem, name):
     """The scores with ten times the damping lie between those with the usual one and with a hundred times."""
-    usual, ten, hundred = (METHODS[f"{name}{suffix}"].run(problem) for suffix in ("", "_damped10", "_damped100"))
+    usual = f"{name}_damped1" if name == "astra_lent" else name
+    usual, ten, hundred = (METHODS[slug].run(problem) for slug in (usual, f"{name}_damped10", f"{name}_damped100"))
     ranks = [np.corrcoef(each.ravel(), hundred.ravel())[0, 1] for each in (usual, ten)]
     assert ranks[0] < ranks[1] < 1

@@ -318,14 +318,14 @@ def test_methods_are_known_by_name():
     everything = chosen_methods(None, False)
     assert everything[:3] == ["random", "tfidf", "bm25"]
     assert {"datamodels", "stride", "stride-as-published"} <= set(everything)
-    extra = [slug for slug, each in comparison.METHODS.items() if each.extra]
+    extra = [slug for slug, each in comparison.METHODS.items() if each.ablation]
     assert "trak_damped100" in extra
     extra += [each.slug for each in stride_variants.VARIANTS if each.ablation]
     assert {"stride-trained-base", "stride-exact-last-half-of-the-layers", "stride-logit-exact-responses"} < set(extra)
     assert not set(extra) & set(everything)
     assert chosen_methods(["random", "random"], True) == ["random", *extra]
     assert chosen_methods(None, True) == everything + extra
-    assert {slug for slug, each in comparison.METHODS.items() if each.checkpoints and not each.extra} == {
+    assert {slug for slug, each in comparison.METHODS.items() if each.checkpoints and not each.ablation} == {
         "tracin",
         "trak",
         "less",
@@ -386,3 +386,12 @@ def test_blocks_that_are_not_the_pool_are_told(made, compared):
     fewer = type(benchmark.blocks)(ids[1:], benchmark.blocks.mask[1:])
     with pytest.raises(StrideError, match="has 40 blocks, and the pool has 39 rows"):
         stride_variants.check_blocks(blocks, replace(benchmark, blocks=fewer))
+
+
+def test_another_encoder_is_another_method(made, monkeypatch):
+    benchmark = read_benchmark(made)
+    before = known_units(benchmark)
+    monkeypatch.setenv("STRIDE_RAY_ENCODER", "somewhere/else")
+    after = known_units(benchmark)
+    changed = {slug for slug in before if before[slug].keys != after[slug].keys}
+    assert changed == {"embedding", "airrep_fitted"}

@@ -89,7 +89,8 @@ def test_pooling_is_attention_over_members():
             own = scores[query, member[subset]]
             expected = (torch.softmax(own.abs(), 0) * own).sum()
             torch.testing.assert_close(pooled(scores, member)[query, subset], expected)
-    assert torch.isfinite(pooled(1e4 * scores, member)).all()
+    far = torch.tensor([[200.0, -125.0, 100.0]])
+    torch.testing.assert_close(pooled(far, ~torch.eye(3, dtype=torch.bool)), torch.tensor([[-125.0, 200.0, 200.0]]))
 
 
 def test_ranknet_is_the_weighted_mean_over_ordered_pairs():

@@ -207,7 +207,7 @@ def test_other_results_stay(benchmark, tmp_path, capsys):
     kronfluence(tmp_path / "files")
     words = ["--from", "kronfluence", "--files", str(tmp_path / "files"), "--benchmark", benchmark]
     assert main(words) == 1
-    assert "retraining_seed0.npz is there already; import into a copy" in capsys.readouterr().err
+    assert "retraining_seed0.npz already exists; import into a copy" in capsys.readouterr().err
     assert read_benchmark(benchmark).retrained().names == ("seed0", "seed1")
 
 

@@ -148,3 +148,42 @@ def test_loss_masks_that_fit_no_tokens(benchmark, tmp_path):
         pq.write_table(queries.set_column(at, "loss_mask", pa.array(changed, kind)), tmp_path / "queries.parquet")
         with pytest.raises(StrideError, match=f"queries.parquet.*{sentence}"):
             read_benchmark(str(tmp_path))
+
+
+def test_a_pool_row_without_an_answer_is_refused_before_anything_is_trained(benchmark, tmp_path):
+    pool = pq.read_table(f"{benchmark.url}/pool.parquet")
+    masks = pool["loss_mask"].to_pylist()
+    masks[3] = [False] * len(masks[3])
+    at = pool.column_names.index("loss_mask")
+    pq.write_table(pool.set_column(at, "loss_mask", pa.array(masks, pa.list_(pa.bool_()))), tmp_path / "pool.parquet")
+    pq.write_table(pq.read_table(f"{benchmark.url}/queries.parquet"), tmp_path / "queries.parquet")
+    (tmp_path / "model").symlink_to(f"{benchmark.url}/model")
+    with pytest.raises(StrideError, match=r"pool\.parquet, row 3: loss_mask leaves no token"):
+        read_benchmark(str(tmp_path))
+
+
+def test_texts_longer_than_the_models_context(instructions, benchmark, parts, tmp_path):
+    with pytest.raises(StrideError, match="takes 128 tokens, fewer than the 300 of --tokens; lower it"):
+        write_instruction_benchmark(instructions, str(parts.model), str(tmp_path / "b"), 8, 4, 300)
+    pool = benchmark.blocks
+    longest = int(pool.lengths.argmax())
+    wider = [np.pad(each, ((0, 0), (0, 200))) for each in (pool.ids, pool.mask)]
+    lengths = pool.lengths.copy()
+    lengths[longest] = 200
+    changed = replace(benchmark, blocks=replace(pool, ids=wider[0], mask=wider[1], lengths=lengths))
+    with pytest.raises(StrideError, match=rf"pool\.parquet, row {longest}, has"):
+        fine_tune(changed, device="cpu").train(np.arange(8), 0)
+
+
+def test_conversations_are_instructions(parts, tmp_path):
+    rows = [
+        {"prompt": [{"role": "user", "content": f"case {i}"}], "completion": [{"role": "assistant", "content": text}]}
+        for i, text in enumerate(text.split(". ")[0] for text in documents(12))
+    ]
+    file = write_lines(tmp_path / "chats.jsonl", rows)
+    made = write_instruction_benchmark(file, str(parts.model), str(tmp_path / "b"), 8, 4, 100, {"epochs": 1})
+    tokenizer = load_tokenizer(made.model)
+    answer = tokenizer.decode(made.queries.ids[0][made.queries.mask[0]])
+    assert any(row["completion"][0]["content"] in answer for row in rows)
+    assert "case" not in answer
+    assert "case" in tokenizer.decode(made.queries.tokens(0))

@@ -15,7 +15,7 @@ from stride_ray.runtime.run import Stage
 # Metadata of the influence columns, whose name alone does not give the unit.
 UNITS = {
     "unit": "a block's mean influence on itself; positive: training on it lowers the query's loss",
-    "negative": "multiplied by attribute.negative_scale: negative scores are noisier",
+    "negative": "multiplied by attribute.negative_scale (run.toml)",
 }
 INFLUENCE = pa.schema(
     [

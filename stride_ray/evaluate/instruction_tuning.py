@@ -5,7 +5,6 @@ blocks that are attributed, and influence is summed per instruction. Half of the
 training set, a check with known truth; for the others no truth is known.
 """
 
-import copy
 import io
 import json
 import random
@@ -20,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from scipy.stats import binomtest, hypergeom
 
 from stride_ray.attribution.attribute import attribute, mode_of, read_influence, stored_queries
@@ -32,7 +30,7 @@ from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.planting import disguised
 from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.evaluate.retraining.finetune import FineTune
-from stride_ray.evaluate.retraining.instructions import read_instructions
+from stride_ray.evaluate.retraining.instructions import read_instructions, saveable_copy
 from stride_ray.evaluate.retraining.lds import ALL, Interval, mean_interval
 from stride_ray.evaluate.tailpatch import INFLUENCE, LEXICAL, tail_patch
 from stride_ray.evaluate.word_counts import tfidf, words
@@ -296,17 +294,6 @@ def answers_only(blocks: Blocks, answers: Rows, start: str) -> Benchmark:
     labels = np.full(len(answers), ALL)
     fingerprint = blocks.manifest["fingerprint"]
     return Benchmark(blocks.store.url, trained, measured, labels, labels, start, start, None, fingerprint)
-
-
-def saveable_copy(model: Any) -> Any:
-    """Copy a model to float32 so that it can be saved, which a model loaded from GGUF does not allow."""
-    from transformers import AutoModelForCausalLM  # seconds to import
-
-    config: Any = copy.deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)  # otherwise models loaded from the copy could not be saved either
-    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fresh.load_state_dict(model.state_dict())
-    return fresh
 
 
 def publish(store: Store, model: Any, tokenizer: Any) -> None:

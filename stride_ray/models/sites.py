@@ -303,6 +303,6 @@ def influence(queries: dict[str, Tensor], gradients: Iterator[tuple[Site, Tensor
     return total
 
 
-def scale_negative(influence: Tensor, factor: float) -> Tensor:
-    """Multiply negative influence by ``attribute.negative_scale``."""
-    return torch.where(influence > 0, influence, factor * influence)
+def scale_negative(scores: Tensor, factor: float) -> Tensor:
+    """Multiply negative scores by ``attribute.negative_scale``."""
+    return torch.where(scores > 0, scores, factor * scores)

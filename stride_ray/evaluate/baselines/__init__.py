@@ -4,7 +4,7 @@
 the development queries of the ``continued`` benchmark only.
 """
 
-from collections.abc import Callable
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,7 +26,8 @@ class Baseline:
         lexical: it compares words and does not use the attributed model.
         note: a one-line description.
         checkpoints: it uses checkpoints of training, which the benchmark's recipe reproduces for it.
-        extra: only included if it is named, or ablations are requested.
+        variable: the environment variable that may name its encoder.
+        ablation: only included if it is named, or ablations are requested.
     """
 
     name: str
@@ -34,7 +35,13 @@ class Baseline:
     lexical: bool
     note: str
     checkpoints: bool = False
-    extra: bool = False
+    variable: str = ""
+    ablation: bool = False
+
+
+def variable_set(name: str) -> dict[str, str]:
+    """An environment variable with its value; empty if it is not set."""
+    return {name: value} if (value := os.environ.get(name)) else {}
 
 
 METHODS: dict[str, Baseline] = {
@@ -43,7 +50,13 @@ METHODS: dict[str, Baseline] = {
     "bm25": Baseline("BM25", bm25.scores, True, "Okapi over token uni- and bigrams"),
     "rds": Baseline("RDS", rds.scores, False, "cosine of the model's mean last-layer states"),
     "featsim": Baseline("FeatSim", featsim.scores, False, "cosine of the features that the model's head reads"),
-    "embedding": Baseline("embedding", embedding.scores, False, "cosine of another model's sentence embeddings"),
+    "embedding": Baseline(
+        "embedding",
+        embedding.scores,
+        False,
+        "cosine of another model's sentence embeddings",
+        variable=embedding.VARIABLE,
+    ),
     "graddot": Baseline("GradDot", graddot.scores, False, "inner product of loss gradients, all weight matrices"),
     "tracin": Baseline("TracIn", tracin.scores, False, "GradDot over the stages of training", True),
     "logra": Baseline("LoGRA", logra.scores, False, "influence on gradients projected to rank 64 per layer"),
@@ -78,7 +91,13 @@ METHODS: dict[str, Baseline] = {
         "measured where ours is, negative scores halved",
     ),
     "dsir": Baseline("DSIR", dsir.scores, True, "a corpus selector: log importance weights, query by query"),
-    "airrep": Baseline("AirRep", airrep.scores, False, "embeddings trained to predict influence; needs its encoder"),
+    "airrep": Baseline(
+        "AirRep",
+        airrep.scores,
+        False,
+        "embeddings trained to predict influence; needs its encoder",
+        variable=airrep.VARIABLE,
+    ),
 }
 
 
@@ -87,18 +106,23 @@ def _solved(damping: float) -> Method:
     return postprocessing.with_our_postprocessing(solved, negative_scale=1.0)
 
 
-# For classifiers: the right damping depends on how long a model was trained, so that development queries choose it; our
-# post-processing leaves negative scores whole there.
-_DAMPED: dict[str, tuple[float, Callable[[float], Method]]] = {
-    "logra": (1.0, lambda damping: partial(logra.scores, damping=damping)),
-    "trak": (10.0, lambda damping: partial(trak.scores, damping=damping)),
-    "ekfac": (ekfac.DAMPING, lambda damping: partial(ekfac.scores, damping=damping)),
-    "astra_lent": (SolveConfig.damping, _solved),
-}
-METHODS |= {
-    f"{slug}_damped{factor}": replace(
-        METHODS[slug], name=f"{METHODS[slug].name}, damping × {factor}", run=make(factor * usual), extra=True
+def _damped(slug: str, note: str, factor: int, run: Method, name: str = "") -> dict[str, Baseline]:
+    name = f"{name or METHODS[slug].name}, damping × {factor}"
+    return {f"{slug}_damped{factor}": replace(METHODS[slug], name=name, note=note, run=run, ablation=True)}
+
+
+# The right damping depends on how long a model was trained; a benchmark's development queries choose the factor. Our
+# post-processing leaves negative scores whole here, as ours does for classifiers.
+for _factor in (10, 100):
+    _more = f"{_factor} times its usual damping"
+    METHODS |= _damped("logra", _more, _factor, partial(logra.scores, damping=_factor * logra.DAMPING))
+    METHODS |= _damped("trak", _more, _factor, partial(trak.scores, damping=_factor * trak.DAMPING))
+    METHODS |= _damped("ekfac", _more, _factor, partial(ekfac.scores, damping=_factor * ekfac.DAMPING))
+for _factor in (1, 10, 100):
+    METHODS |= _damped(
+        "astra_lent",
+        f"measured where ours is, solved with {_factor} times our damping",
+        _factor,
+        _solved(_factor * SolveConfig.damping),
+        "EK-FAC, with our post-processing and a solve, negative scores whole",
     )
-    for slug, (usual, make) in _DAMPED.items()
-    for factor in (10, 100)
-}

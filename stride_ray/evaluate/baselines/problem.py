@@ -20,7 +20,7 @@ class Texts:
     Attributes:
         ids: (n, T) int32, padded with 0 on the right.
         mask: (n, T) bool, True for real tokens that count as targets (the first token is never one).
-        lengths: (n,) int, the number of real tokens, where some of them are no targets (prompts); None: the mask tells.
+        lengths: (n,) int, number of real tokens, prompts included; None: all real tokens are targets.
     """
 
     ids: np.ndarray

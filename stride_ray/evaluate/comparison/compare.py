@@ -22,7 +22,8 @@ import ray
 import ray.exceptions
 
 import stride_ray
-from stride_ray.evaluate.baselines import METHODS
+from stride_ray.evaluate.baselines import METHODS, variable_set
+from stride_ray.evaluate.baselines.representation import airrep, embedding
 from stride_ray.evaluate.comparison import stride_variants
 from stride_ray.evaluate.comparison.removals import RemovalCurve, compare_removals
 from stride_ray.evaluate.comparison.score_statistics import ScoreStatistics, score_statistics
@@ -84,7 +85,7 @@ def compare(
             ``scores/<method>.npz`` (``sums/`` for FITTED_METHODS), ``runs/`` and ``checkpoints/``. Checkpoints need a
             local path.
         methods: names from ``method_names``; None: all but the ablations.
-        ablations: include STRIDE's ablations.
+        ablations: include the ablations of STRIDE, and rivals with more damping.
         compute: where to run; None: a local Ray with all CPUs.
         removal: also retrain without the blocks that each method ranks first (removals.compare_removals).
 
@@ -159,12 +160,14 @@ def known_units(benchmark: Benchmark) -> dict[str, Unit]:
     for slug, baseline in METHODS.items():
         entry = Entry(baseline.name, lexical=baseline.lexical, note=baseline.note)
         needs = (CHECKPOINTS,) if baseline.checkpoints else ()
-        keys = {**fingerprint, "method": slug, "code": theirs, **({"recipe": recipe["code"]} if needs else {})}
+        keys = {**fingerprint, "method": slug, "code": theirs, **variable_set(baseline.variable)}
+        keys |= {"recipe": recipe["code"]} if needs else {}
         units.append(Unit(slug, entry, keys, needs))
     truth = hashlib.sha256(b"".join(rows.tobytes() + b";" for rows in benchmark.retrained().subsets))
     truth.update(benchmark.retrained().losses.tobytes())
     for slug, fitted in FITTED_METHODS.items():
         keys = {**fingerprint, "method": slug, "code": code_version(*fitted.sources), "truth": truth.hexdigest()[:16]}
+        keys |= variable_set(fitted.variable)
         units.append(Unit(slug, Entry(fitted.name, note=fitted.note), keys))
     found = {unit.slug: unit for unit in units}
     for variant in stride_variants.VARIANTS:
@@ -198,7 +201,7 @@ def chosen_methods(methods: Sequence[str] | None, ablations: bool) -> list[str]:
     known = method_names()
     if unknown := [each for each in methods or () if each not in known]:
         raise StrideError(f"Unknown method {unknown[0]!r}; known are {', '.join(known)}.")
-    extra = [slug for slug, baseline in METHODS.items() if baseline.extra]
+    extra = [slug for slug, baseline in METHODS.items() if baseline.ablation]
     extra += [variant.slug for variant in stride_variants.VARIANTS if variant.ablation]
     wanted = [slug for slug in known if slug not in extra] if methods is None else methods
     return list(dict.fromkeys([*wanted, *(extra if ablations else ())]))
@@ -277,7 +280,8 @@ class _ScoreCache:
         """Run a Ray task with all cores of a machine, in a process that is used for nothing else."""
         cores, device = _machine(self.compute)
         # A distinct runtime environment also stops Ray from reusing another task's process.
-        options: dict[str, Any] = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cores)}}}
+        variables = {name: value for name, value in unit.keys.items() if name in (airrep.VARIABLE, embedding.VARIABLE)}
+        options: dict[str, Any] = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cores), **variables}}}
         options |= {"num_cpus": cores, "num_gpus": int(device == "cuda"), "max_calls": 1, "max_retries": 0}
         task: Any = ray.remote(**options)(_in_worker)
         facts = ray.get(task.remote(*self._worker_arguments(unit, cores, device)))

@@ -160,7 +160,7 @@ VARIANTS: tuple[Variant, ...] = (
             f"{name}, negative scores whole, damping x {factor}",
             {**changes, "solve.damping": SolveConfig().damping * factor, "attribute.negative_scale": 1.0},
             ablation=True,
-            note="for classifiers, whose training is long and whose negative scores are not noisier",
+            note="for classifiers trained for many epochs",
         )
         for name, changes in (("STRIDE", {}), ("STRIDE exact", {"attribute.exact": True}))
         for factor in (1, 10, 100)

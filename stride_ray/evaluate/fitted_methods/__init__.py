@@ -1,6 +1,6 @@
 """Methods that are fitted to the retraining results, which no other method reads.
 
-Subsets are cross-fitted, so these give subset sums and no score matrix.
+Subsets are cross-fitted, so these return subset sums, not a score matrix.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stride_ray.evaluate.baselines.problem import Problem
+from stride_ray.evaluate.baselines.representation import embedding
 from stride_ray.evaluate.fitted_methods.airrep import airrep_sums
 from stride_ray.evaluate.fitted_methods.datamodels import datamodel_sums
 from stride_ray.evaluate.retraining.results import RetrainingResults
@@ -23,12 +24,14 @@ class FittedMethod:
         run: gives (Q, S) subset sums.
         sources: files, relative to the package, that its result depends on.
         note: a one-line description.
+        variable: the environment variable that may name its encoder.
     """
 
     name: str
     run: Callable[[Problem, RetrainingResults], np.ndarray]
     sources: tuple[str, ...]
     note: str
+    variable: str = ""
 
 
 FITTED_METHODS: dict[str, FittedMethod] = {
@@ -41,7 +44,12 @@ FITTED_METHODS: dict[str, FittedMethod] = {
     "airrep_fitted": FittedMethod(
         "AirRep, fitted here",
         airrep_sums,
-        ("evaluate/fitted_methods/airrep.py", "evaluate/baselines/representation/*.py"),
+        (
+            "evaluate/fitted_methods/airrep.py",
+            "evaluate/baselines/representation/*.py",
+            "evaluate/baselines/problem.py",
+        ),
         "a sentence encoder trained on the retraining results themselves, cross-fitted",
+        embedding.VARIABLE,
     ),
 }

@@ -145,10 +145,11 @@ def fit_encoder(
 
 def pooled(scores_QN: torch.Tensor, member_SN: torch.Tensor) -> torch.Tensor:
     """Attention pooling of scores over each subset's members, weighted by the softmax of their sizes: (Q, S)."""
-    sizes = scores_QN.abs()
-    weights_QN = (sizes - sizes.amax(1, keepdim=True)).exp()
-    member_NS = member_SN.T.to(scores_QN.dtype)
-    return (weights_QN * scores_QN) @ member_NS / (weights_QN @ member_NS).clamp(min=1e-30)
+    rows = [
+        (row * row.abs().masked_fill(~member_SN, float("-inf")).softmax(1)).sum(1)  # (S, N) at a time
+        for row in scores_QN.unsqueeze(1)
+    ]
+    return torch.stack(rows)
 
 
 def standardised_gains(losses_QS: np.ndarray) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 A benchmark is a folder at any fsspec URL: ``pool.parquet`` (``token_ids``), ``queries.parquet`` (``token_ids``, and
 optionally ``kind`` and ``part``; both files optionally ``loss_mask``, False for the tokens of prompts, which carry no
-loss), ``model/``, ``start/`` if training on the pool began from a checkpoint, ``initial/`` if ``model/`` began from
-these random weights and every retraining from its own,
+loss), ``model/``, ``start/`` if training on the pool began from a checkpoint, ``initial/``: the random weights that
+``model/`` was trained from, where each retraining draws its own,
 ``recipe.json`` if the built-in recipe's hyperparameters differ from its defaults (finetune.FineTune), and the
 retraining results (see ``results``). Sequence lengths may vary; other columns are ignored.
 """
@@ -181,7 +181,8 @@ def _texts(table: pa.Table, where: str, shortest: int) -> Texts:
         return Texts(ids, real)
     mask = np.zeros(real.shape, dtype=bool)
     mask[real] = _loss_masks(table["loss_mask"], lengths, where)
-    if shortest > 1 and not (targets := mask[:, 1:].any(1)).all():
+    # Like shard, which rejects a document without targets.
+    if not (targets := mask[:, 1:].any(1) | (lengths < 2)).all():
         raise StrideError(f"{where}, row {int(targets.argmin())}: loss_mask leaves no token to be predicted.")
     return Texts(ids, mask, lengths)
 
@@ -189,12 +190,13 @@ def _texts(table: pa.Table, where: str, shortest: int) -> Texts:
 def _loss_masks(column: pa.ChunkedArray, lengths: np.ndarray, where: str) -> np.ndarray:
     """The column's values, one per token; raises StrideError unless they are lists of bool as long as token_ids."""
     kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_boolean(kind.value_type):
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not is_list or not pa.types.is_boolean(kind.value_type):
         raise StrideError(f"{where}: loss_mask must be lists of bool, not {kind}.")
-    given = np.asarray(pc.fill_null(pc.list_value_length(column), -1), dtype=np.int64)
-    if (given != lengths).any():
-        row = int((given != lengths).argmax())
-        values = f"{given[row]} values" if given[row] >= 0 else "no value"
+    counts = np.asarray(pc.fill_null(pc.list_value_length(column), -1), dtype=np.int64)
+    if (counts != lengths).any():
+        row = int((counts != lengths).argmax())
+        values = f"{counts[row]} values" if counts[row] >= 0 else "no value"
         raise StrideError(f"{where}, row {row}: loss_mask has {values} for {lengths[row]} tokens.")
     values = pc.list_flatten(column).combine_chunks()
     if values.null_count:

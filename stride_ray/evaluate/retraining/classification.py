@@ -101,7 +101,12 @@ def write_benchmark(
     content = hashlib.sha256(examples.features.tobytes() + examples.labels.tobytes()).hexdigest()[:16]
     store = claim(Store(folder), "classification benchmark", {"examples": content, **shape, **given}).store
     if store.exists("pool.parquet"):
-        return read_benchmark(folder)
+        finished = read_benchmark(folder)
+        if finished.initial is None:
+            raise StrideError(
+                f"{store.display_url('')} has no initial/, so an older version made it; give another --out."
+            )
+        return finished
     order = np.random.default_rng(seed).permutation(n)
     asked, pool = order[:queries], np.sort(order[queries:])
     tokens = np.stack([len(examples.classes) + np.arange(n), examples.labels], axis=1)

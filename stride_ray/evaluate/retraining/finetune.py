@@ -174,7 +174,7 @@ class FineTune:
                     "texts must be tokenised with the model's own tokenizer."
                 )
             if context is not None and texts.ids.shape[1] > context:
-                row = int(texts.mask.sum(1).argmax())
+                row = int((texts.mask.sum(1) if texts.lengths is None else texts.lengths).argmax())
                 raise StrideError(
                     f"{name}, row {row}, has {texts.ids.shape[1]} tokens, and the model takes {context}; cut the texts."
                 )

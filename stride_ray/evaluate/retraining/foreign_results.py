@@ -82,8 +82,11 @@ def import_results(
         _check_queries(seeds[-1], benchmark, place)
     names = (project,) if len(seeds) == 1 else tuple(f"{project}{number}" for number in range(len(seeds)))
     results = merge_seeds(seeds, names, where)
+    target = Store(benchmark.url)
+    files = _file_names(target, results)
     agreement = _agreement(benchmark, results)
-    files = _publish(Store(benchmark.url), results)
+    for number, file in enumerate(files):
+        target.write(file, npz_bytes(results, number))
     return {
         "subsets": len(results.subsets),
         "seeds": len(seeds),
@@ -188,7 +191,7 @@ def _array(store: Store, name: str) -> np.ndarray:
     except Exception as error:  # pickle, zipfile, numpy and torch each raise their own types
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise StrideError(
-                f"{where} calls {code[1]}, which is no part of a tensor or an array of numbers; none of it was run. "
+                f"{where} calls {code[1]}, which is not part of a tensor or an array of numbers; none of it was run. "
                 "Save the values as a plain tensor."
             ) from None
         raise StrideError(
@@ -348,16 +351,14 @@ def _check_queries(results: RetrainingResults, benchmark: Benchmark, where: str)
     results.check(len(benchmark.blocks), len(benchmark.queries), where)
 
 
-def _publish(store: Store, results: RetrainingResults) -> list[str]:
-    """Write one file per seed; StrideError if the folder has other results, which would be read as further seeds."""
+def _file_names(store: Store, results: RetrainingResults) -> list[str]:
+    """One file per seed; StrideError if the folder has other results, which would be read as further seeds."""
     files = [f"{NPZ[0]}{name}{NPZ[1]}" for name in results.names]
     present = [name for start, end in (NPZ, JSONL) for name in store.names("", end) if name.startswith(start)]
     if others := [name for name in present if name not in files]:
         raise StrideError(
-            f"{store.display_url(others[0])} is there already; import into a copy of the benchmark without its results."
+            f"{store.display_url(others[0])} already exists; import into a copy of the benchmark without its results."
         )
-    for number, name in enumerate(files):
-        store.write(name, npz_bytes(results, number))
     return files
 
 

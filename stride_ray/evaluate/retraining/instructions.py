@@ -1,8 +1,9 @@
 """Benchmarks of instruction tuning: a model fine-tuned on instructions whose answers alone carry loss, and queries.
 
-The folder is a benchmark as any other, with ``loss_mask`` columns, so retraining, LDS and every method run on it.
+The folder is like any other benchmark, with ``loss_mask`` columns, so retraining, LDS and every method run on it.
 """
 
+import copy
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from stride_ray.corpus.documents import Document, TokenizedDocument, read, resolve_columns
 from stride_ray.corpus.splits import plan
@@ -26,18 +28,20 @@ from stride_ray.runtime.run import claim
 from stride_ray.runtime.storage import Store
 
 
-def read_instructions(path: str) -> list[Document]:
-    """The rows of any document input that have a prompt and an answer.
+def read_instructions(path: str, conversations: bool = False) -> list[Document]:
+    """The rows of any document input that have a prompt and an answer, or are ``conversations``.
 
     Raises:
-        StrideError: if there are rows, and none has an answer.
+        StrideError: if there are rows, and none is an instruction.
     """
     units = plan([path], 2**26)
     columns = resolve_columns(units)
     items = [item for unit in units for item in read(unit, columns) if isinstance(item, Document)]
-    if items and all(item.answer is None for item in items):
-        raise StrideError(f"{path} has no prompts with answers; instructions need both.")
-    return [item for item in items if item.answer is not None]
+    kept = [item for item in items if item.answer is not None or (conversations and item.messages is not None)]
+    if items and not kept:
+        chats = ", and no conversations" if conversations else ""
+        raise StrideError(f"{path} has no prompts with answers{chats}; instructions need both.")
+    return kept
 
 
 def write_instruction_benchmark(
@@ -49,11 +53,12 @@ def write_instruction_benchmark(
     max_tokens: int = 320,
     hyperparameters: Mapping[str, Any] | None = None,
     seed: int = 0,
+    device: str = "auto",
 ) -> Benchmark:
     """Draw instructions and queries, fine-tune a model on the instructions, and write all as a benchmark.
 
     Args:
-        instructions: any input of documents with a prompt and an answer.
+        instructions: any input of documents with a prompt and an answer, or of conversations.
         model: the checkpoint to start from: a folder or hub id with its tokenizer.
         folder: a path or fsspec URL, created; a finished one is read.
         examples: how many to train on.
@@ -61,16 +66,17 @@ def write_instruction_benchmark(
         max_tokens: longer examples are left out of the draw.
         hyperparameters: of finetune.FineTune, in place of its defaults.
         seed: of the draw and of the order of training.
+        device: auto, cpu or cuda; the model is trained in this process.
 
     Raises:
-        StrideError: for fewer usable instructions than wanted, a folder made with other arguments, or losses that are
-            not finite after training.
+        StrideError: for fewer usable instructions than wanted, more tokens than the model takes, a folder made with
+            other arguments, or losses that are not finite after training.
     """
     if examples < 1 or queries < 2:
         raise StrideError(f"{examples} examples and {queries} queries are too few; there must be 1 and 2 at least.")
-    given = dict(hyperparameters or {})
-    check_hyperparameters(given)
-    tokenizer, items = load_tokenizer(model), read_instructions(instructions)
+    recipe_changes = dict(hyperparameters or {})
+    check_hyperparameters(recipe_changes)
+    tokenizer, items = load_tokenizer(model), read_instructions(instructions, conversations=True)
     usable = [each for each in encode(items, tokenizer) if _fits(each, max_tokens)]
     if len(usable) < examples + queries:
         raise StrideError(
@@ -79,21 +85,24 @@ def write_instruction_benchmark(
         )
     drawn = [usable[i] for i in np.random.default_rng(seed).permutation(len(usable))[: examples + queries]]
     content = digest([(each.document_id, each.ids.tolist()) for each in drawn])
-    keys = {"instructions": content, "model": model_fingerprint(model), "queries": queries, "seed": seed, **given}
-    store = claim(Store(folder), "instruction benchmark", keys).store
+    keys = {"instructions": content, "model": model_fingerprint(model), "queries": queries, "seed": seed}
+    store = claim(Store(folder), "instruction benchmark", {**keys, **recipe_changes}).store
     if store.exists("pool.parquet"):
         return read_benchmark(folder)
+    start = saveable_copy(load_model(model, device="cpu").model)
+    context = getattr(start.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is not None and max_tokens > context:
+        raise StrideError(f"{model} takes {context} tokens, fewer than the {max_tokens} of --tokens; lower it.")
     parts = [DEVELOPMENT if number < queries // 2 else REPORT for number in range(queries)]
     with tempfile.TemporaryDirectory() as scratch:
         made = Store(f"{scratch}/made")
-        made.write_json("recipe.json", given)
+        made.write_json("recipe.json", recipe_changes)
         made.write_table("queries.parquet", _table(drawn[:queries]).append_column("part", pa.array(parts)))
         made.write_table("pool.parquet", _table(drawn[queries:]))
-        start = load_model(model, device="cpu").model
         for name in ("start", "model"):
             start.save_pretrained(f"{scratch}/made/{name}")
             tokenizer.save_pretrained(f"{scratch}/made/{name}")
-        recipe = fine_tune(read_benchmark(made.url))
+        recipe = fine_tune(read_benchmark(made.url), device=device)
         trained = recipe.train(np.arange(examples), seed)
         if not np.isfinite(recipe.losses(trained)).all():
             raise StrideError("After training, the queries' losses are not finite; lower learning_rate.")
@@ -102,6 +111,17 @@ def write_instruction_benchmark(
         for name in [*(each for each in names if each != "pool.parquet"), "pool.parquet"]:  # last: it marks the end
             store.put(name, f"{scratch}/made/{name}")
     return read_benchmark(folder)
+
+
+def saveable_copy(model: Any) -> Any:
+    """Copy a model to float32 so that it can be saved, which a model loaded from GGUF does not allow."""
+    from transformers import AutoModelForCausalLM  # seconds to import
+
+    config: Any = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)  # otherwise models loaded from the copy could not be saved either
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
 
 
 def _fits(item: Any, max_tokens: int) -> bool:

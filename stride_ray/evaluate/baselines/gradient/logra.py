@@ -13,8 +13,11 @@ from stride_ray.evaluate.baselines.gradient.per_example import weight_shapes
 from stride_ray.evaluate.baselines.problem import Problem
 from stride_ray.models.causal_lm import load_model
 
+# Damping, as a share of a mean eigenvalue.
+DAMPING = 1.0
 
-def scores(problem: Problem, rank: int = 64, damping: float = 1.0, embedding: bool = False) -> np.ndarray:
+
+def scores(problem: Problem, rank: int = 64, damping: float = DAMPING, embedding: bool = False) -> np.ndarray:
     """LoGRA's influence.
 
     Args:

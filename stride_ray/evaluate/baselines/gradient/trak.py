@@ -15,8 +15,11 @@ from stride_ray.evaluate.baselines.gradient.per_example import masked_means, tok
 from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.models.causal_lm import load_model
 
+# Damping, as a share of a mean eigenvalue.
+DAMPING = 10.0
 
-def scores(problem: Problem, rank: int = 64, damping: float = 10.0) -> np.ndarray:
+
+def scores(problem: Problem, rank: int = 64, damping: float = DAMPING) -> np.ndarray:
     """TRAK's scores over ``problem.checkpoints``, or at the trained model if there are none.
 
     Args:

@@ -16,7 +16,7 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import first_line
 
 LONGEST = 512  # encoder tokens; BERT-like encoders support no more
-AIRREP = "airrep"  # the model type of AirRep's checkpoints, which transformers does not know
+AIRREP = "airrep"  # the model type of AirRep's checkpoints, not registered in transformers
 
 
 class SentenceEncoder(torch.nn.Module):

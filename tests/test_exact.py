@@ -201,7 +201,7 @@ def test_what_is_shown_is_read_part_by_part(exactly, parts, sharded, plain, monk
     assert len(shown_queries(run, "asked", 1, 3)) == 1
     assert [name for name in read if name.startswith("influence")] == ["influence-00000.parquet"]
     units = run.stage("exact", "asked").store.read_table("influence-00000.parquet").schema.field("influence").metadata
-    assert units[b"negative"].startswith(b"multiplied by attribute.negative_scale")
+    assert units[b"negative"].startswith(b"multiplied by 0.5")
 
 
 def test_a_start_of_another_shape_is_refused(parts, tmp_path):

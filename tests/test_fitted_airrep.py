@@ -141,7 +141,7 @@ def test_embeddings_from_the_last_visit_change_nothing_that_is_embedded_anew(enc
     blocks, queries = sentences(24, 0), sentences(9, 1)
     member, losses = torch.from_numpy(truth.membership(24).astype(bool)), truth.losses[0].T.astype(np.float64)
     whole = AirRepTraining(steps=1, blocks=24, queries=9, warmup=1)
-    found = fit_encoder(encoder, queries, blocks, member, losses, whole, 0)
+    found = fit_encoder(encoder, queries, blocks, SentenceEncoder(encoder).embed(blocks), member, losses, whole, 0)
     plain = SentenceEncoder(encoder)
     plain.projector = torch.nn.Linear(16, 16)
     with torch.no_grad():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from stride_ray.attribution.tables import units
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.curvature.moments import (
     DAMPING,
@@ -30,6 +31,7 @@ from stride_ray.models.sites import (
 )
 from stride_ray.models.vocabulary import MAX_BUCKETS, TokenSide, token_side
 from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.options import AttributeConfig
 
 V, D, F, B, T = 60, 16, 24, 5, 9
 
@@ -105,6 +107,11 @@ def weight_gradient(model, name, ids, mask):
     finally:
         weight.requires_grad_(False)
     return gradient if as_read else gradient.T
+
+
+def test_tables_state_the_factor_of_negative_scores():
+    assert units(AttributeConfig().negative_scale)["negative"].startswith("multiplied by 0.5:")
+    assert units(1.0)["negative"] == "multiplied by 1"
 
 
 def test_sites_are_the_last_maps_into_the_stream_and_the_head(made):

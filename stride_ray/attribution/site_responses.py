@@ -228,7 +228,7 @@ def merge_slices(stage: Stage, top: int, negative_scale: float, unit: tuple[int,
         row = {**answer, "rows": [], "response": [], "reliability": None}
         if answer["status"] == "ok":
             number, value, row["reliability"] = next(found)
-            size = np.abs(np.where(value > 0, value, negative_scale * value))
+            size = scale_negative(torch.from_numpy(value), negative_scale).abs().numpy()
             order = np.sort(np.lexsort((number, -size))[: top or None])
             order = order[np.argsort(number[order], kind="stable")]
             row |= {"rows": number[order], "response": value[order]}

@@ -12,11 +12,6 @@ from stride_ray.corpus.blocks import Blocks, document_shares
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Stage
 
-# Metadata of the influence columns, whose name alone does not give the unit.
-UNITS = {
-    "unit": "a block's mean influence on itself; positive: training on it lowers the query's loss",
-    "negative": "multiplied by attribute.negative_scale (run.toml)",
-}
 INFLUENCE = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
@@ -25,7 +20,7 @@ INFLUENCE = pa.schema(
         pa.field("ordinal", pa.int64(), nullable=False),
         pa.field("document_id", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
-        pa.field("influence", pa.float64(), nullable=False, metadata=UNITS),
+        pa.field("influence", pa.float64(), nullable=False),
         pa.field("exact", pa.bool_(), nullable=False),
     ]
 )
@@ -36,7 +31,7 @@ DOCUMENTS = pa.schema(
         pa.field("document_id", pa.string(), nullable=False),  # unique within its source only
         pa.field("source", pa.string(), nullable=False),
         pa.field("blocks", pa.int32(), nullable=False),
-        pa.field("influence", pa.float64(), nullable=False, metadata=UNITS),
+        pa.field("influence", pa.float64(), nullable=False),
     ]
 )
 RECOVERY = pa.schema(
@@ -72,7 +67,18 @@ class Influence:
     exact: NDArray[np.bool_]
 
 
-def rank_tables(queries: list[str], influences: list[Influence], blocks: Blocks) -> tuple[pa.Table, pa.Table]:
+def units(negative_scale: float) -> dict[str, str]:
+    """Metadata of the influence columns, whose name alone does not give the unit."""
+    reason = ": negative scores are noisier" if negative_scale < 1 else ""
+    return {
+        "unit": "a block's mean influence on itself; positive: training on it lowers the query's loss",
+        "negative": f"multiplied by {negative_scale:g}{reason}",
+    }
+
+
+def rank_tables(
+    queries: list[str], influences: list[Influence], blocks: Blocks, negative_scale: float
+) -> tuple[pa.Table, pa.Table]:
     """Build the influence and documents tables (INFLUENCE, DOCUMENTS) of some queries; ``influences`` has one each."""
     everything = np.unique(np.concatenate([np.zeros(0, np.int64), *(each.ordinals for each in influences)]))
     known = blocks.take(everything, ["block_id", "spans"])
@@ -99,7 +105,9 @@ def rank_tables(queries: list[str], influences: list[Influence], blocks: Blocks)
             }
         )
         summed.append(_sum_to_documents(query, at, weights, (span_rows, span_documents, shares)))
-    return _concat_pieces(ranked, INFLUENCE), _concat_pieces(summed, DOCUMENTS)
+    tables = (_concat_pieces(ranked, INFLUENCE), _concat_pieces(summed, DOCUMENTS))
+    ranked_table, summed_table = (_with_units(table, negative_scale) for table in tables)
+    return ranked_table, summed_table
 
 
 def _largest_document(
@@ -132,6 +140,11 @@ def _sum_to_documents(
     }
 
 
+def _with_units(table: pa.Table, negative_scale: float) -> pa.Table:
+    at = table.schema.get_field_index("influence")
+    return table.cast(table.schema.set(at, table.schema.field(at).with_metadata(units(negative_scale))))
+
+
 def _concat_pieces(pieces: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     return pa.concat_tables([schema.empty_table(), *(pa.Table.from_pydict(piece, schema) for piece in pieces)])
 
@@ -159,7 +172,7 @@ def rank_unit(
     mine = answers[part]
     found = list(_influences(config, stage, scored, answers, part))
     good = [answer["query_id"] for answer in mine if answer["status"] == "ok"]
-    ranked, documents = rank_tables(good, found, blocks)
+    ranked, documents = rank_tables(good, found, blocks, config.attribute.negative_scale)
     influences = iter(found)
     diagnostics = []
     for answer in mine:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from stride_ray.corpus.shard import shard
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.planting import disguised
-from stride_ray.evaluate.retraining.benchmark import Benchmark
+from stride_ray.evaluate.retraining.benchmark import Benchmark, put_files
 from stride_ray.evaluate.retraining.finetune import FineTune
 from stride_ray.evaluate.retraining.instructions import read_instructions, saveable_copy
 from stride_ray.evaluate.retraining.lds import ALL, Interval, mean_interval
@@ -301,8 +300,7 @@ def publish(store: Store, model: Any, tokenizer: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="stride-sft-") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for path in sorted(Path(folder).iterdir()):
-            store.put(path.name, str(path))
+        put_files(store, folder)
 
 
 def top_instructions(run: Run) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from torch.nn.functional import softplus
 from stride_ray.evaluate.baselines.problem import Problem
 from stride_ray.evaluate.baselines.representation.embedding import default_encoder
 from stride_ray.evaluate.baselines.representation.encoder import SentenceEncoder, decoded
+from stride_ray.evaluate.fitted_methods.folds import cross_fitting_folds
 from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.runtime.errors import StrideError
 
@@ -83,14 +84,12 @@ def airrep_sums(
         )
     start, (queries, blocks) = path or default_encoder(), decoded(problem)
     sums_QS = np.zeros((n_queries, n_subsets))
-    order = np.random.default_rng(problem.seed).permutation(n_subsets)
-    folds = np.array_split(order, min(training.folds, n_subsets))
-    for number, held_out in enumerate(folds):
+    embedded_ND = SentenceEncoder(start).embed(blocks)
+    folds = list(cross_fitting_folds(n_subsets, training.folds, problem.seed))
+    for number, (known, held_out) in enumerate(folds):
         print(f"AirRep: fold {number + 1} of {len(folds)}, {training.steps} steps", file=sys.stderr, flush=True)
-        known = np.setdiff1d(order, held_out)
-        encoder = fit_encoder(
-            start, queries, blocks, member_SN[known], losses_QS[:, known], training, problem.seed + number
-        )
+        seen, seed = (member_SN[known], losses_QS[:, known]), problem.seed + number
+        encoder = fit_encoder(start, queries, blocks, embedded_ND, *seen, training, seed)
         predicted = pooled(encoder.embed(queries) @ encoder.embed(blocks).T, member_SN).double().numpy()
         sums_QS[:, held_out] = predicted[:, held_out] - predicted[:, known].mean(1, keepdims=True)
     return sums_QS
@@ -100,6 +99,7 @@ def fit_encoder(
     path: str,
     queries: list[str],
     blocks: list[str],
+    embedded_ND: torch.Tensor,
     member_SN: torch.Tensor,
     losses_QS: np.ndarray,
     training: AirRepTraining,
@@ -111,6 +111,7 @@ def fit_encoder(
         path: the encoder to start from.
         queries: Q texts.
         blocks: N texts.
+        embedded_ND: their embeddings by the encoder to start from, (N, d) float32.
         member_SN: (S, N) bool, the members of each subset.
         losses_QS: (Q, S), each query's loss after training on each subset, in nats.
         training: how.
@@ -120,10 +121,9 @@ def fit_encoder(
         The trained encoder.
     """
     encoder = SentenceEncoder(path)
-    memory_ND = encoder.embed(blocks)
-    scale = float(np.sqrt(training.sharpness / memory_ND.square().sum(1).mean().item()))
-    encoder.projector = _scaled(encoder.projector, memory_ND.shape[1], scale).to(next(encoder.parameters()).device)
-    memory_ND *= scale
+    scale = float(np.sqrt(training.sharpness / embedded_ND.square().sum(1).mean().item()))
+    encoder.projector = _scaled(encoder.projector, embedded_ND.shape[1], scale).to(next(encoder.parameters()).device)
+    memory_ND = scale * embedded_ND
     gains_QS = standardised_gains(losses_QS)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=training.learning_rate)
     draw = torch.Generator().manual_seed(seed)

@@ -8,6 +8,7 @@ cross-fitted: a fold's sums use weights fitted on the other folds. The result is
 import numpy as np
 from sklearn.linear_model import Lasso
 
+from stride_ray.evaluate.fitted_methods.folds import cross_fitting_folds
 from stride_ray.evaluate.retraining.results import RetrainingResults
 from stride_ray.runtime.errors import StrideError
 
@@ -40,9 +41,7 @@ def datamodel_sums(
             f"datamodels need three subsets and two folds at the least; there are {n_subsets} and {folds}."
         )
     found = np.zeros((target.shape[1], n_subsets))
-    order = np.random.default_rng(seed).permutation(n_subsets)
-    for held_out in np.array_split(order, min(folds, n_subsets)):
-        known = np.setdiff1d(order, held_out)
+    for known, held_out in cross_fitting_folds(n_subsets, folds, seed):
         mean = member[known].mean(0)
         weights = _lassos(member[known] - mean, target[known] - target[known].mean(0), ratio)
         found[:, held_out] = weights @ (member[held_out] - mean).T

@@ -10,6 +10,7 @@ retraining results (see ``results``). Sequence lengths may vary; other columns a
 
 import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,12 @@ def reread_benchmark(url: str, fingerprint: str) -> Benchmark:
     return benchmark
 
 
+def put_files(store: Store, folder: str) -> None:
+    """Publish the files of a local folder, such as a checkpoint's, in the order of their names."""
+    for path in sorted(Path(folder).iterdir()):
+        store.put(path.name, str(path))
+
+
 def _texts(table: pa.Table, where: str, shortest: int) -> Texts:
     """Pad the column ``token_ids``, lists of any length, and ``loss_mask`` if there is one."""
     names = table.column_names
@@ -162,8 +169,7 @@ def _texts(table: pa.Table, where: str, shortest: int) -> Texts:
     if isinstance(column, pa.ChunkedArray):  # combine_chunks returns this for an empty column
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.list_(pa.int32()))
     kind = column.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not is_list or not pa.types.is_integer(kind.value_type):
+    if not _is_list(kind) or not pa.types.is_integer(kind.value_type):
         raise StrideError(f"{where}: token_ids must be lists of integers, not {kind}.")
     if not len(column):
         raise StrideError(f"{where} has no rows.")
@@ -187,11 +193,14 @@ def _texts(table: pa.Table, where: str, shortest: int) -> Texts:
     return Texts(ids, mask, lengths)
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def _loss_masks(column: pa.ChunkedArray, lengths: np.ndarray, where: str) -> np.ndarray:
     """The column's values, one per token; raises StrideError unless they are lists of bool as long as token_ids."""
     kind = column.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not is_list or not pa.types.is_boolean(kind.value_type):
+    if not _is_list(kind) or not pa.types.is_boolean(kind.value_type):
         raise StrideError(f"{where}: loss_mask must be lists of bool, not {kind}.")
     counts = np.asarray(pc.fill_null(pc.list_value_length(column), -1), dtype=np.int64)
     if (counts != lengths).any():

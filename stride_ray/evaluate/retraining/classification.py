@@ -8,7 +8,6 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import pyarrow.types as pt
 import torch
 
 from stride_ray.corpus.rows.row import has_content
-from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark
+from stride_ray.evaluate.retraining.benchmark import Benchmark, put_files, read_benchmark
 from stride_ray.evaluate.retraining.finetune import check_hyperparameters, fine_tune
 from stride_ray.evaluate.retraining.lds import DEVELOPMENT, REPORT
 from stride_ray.models.builtin.classifier import Classifier, ClassifierConfig
@@ -124,8 +123,7 @@ def write_benchmark(
             raise StrideError("After training, the queries' losses are not finite; lower learning_rate.")
         for name, model in (("model", trained), ("initial", recipe.initial_model(seed))):
             model.save_pretrained(f"{scratch}/{name}")
-            for path in sorted(Path(scratch, name).iterdir()):
-                store.put(f"{name}/{path.name}", str(path))
+            put_files(store.child(name), f"{scratch}/{name}")
         for name in ("recipe.json", "queries.parquet", "pool.parquet"):  # a folder with the last is finished
             store.put(name, f"{scratch}/untrained/{name}")
     return read_benchmark(folder)

@@ -380,12 +380,10 @@ def _summary(
     benchmark: Benchmark, project: str, results: RetrainingResults, agreement: float | None, files: list[str]
 ) -> str:
     n_seeds, n_subsets, n_queries = results.losses.shape
-    smallest, largest = results.sizes
-    size = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
     text = (
-        f"{n_subsets} subsets of {size} of {len(benchmark.blocks)} blocks, {n_seeds} seed(s) from {project}. Mean loss "
-        f"of {n_queries} queries {results.losses.mean():.4f}; between subsets a query's loss varies by "
-        f"{results.losses.mean(0).std(0).mean():.4f} (standard deviation, mean over queries). "
+        f"{n_subsets} subsets of {results.size_range} of {len(benchmark.blocks)} blocks, {n_seeds} seed(s) from "
+        f"{project}. Mean loss of {n_queries} queries {results.losses.mean():.4f}; between subsets a query's loss "
+        f"varies by {results.losses.mean(0).std(0).mean():.4f} (standard deviation, mean over queries). "
     )
     if agreement is not None:
         text += f"Over queries, these losses correlate with those of model/ by {agreement:.2f}. "

@@ -6,7 +6,6 @@ The folder is like any other benchmark, with ``loss_mask`` columns, so retrainin
 import copy
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from stride_ray.corpus.documents import Document, TokenizedDocument, read, resol
 from stride_ray.corpus.splits import plan
 from stride_ray.corpus.tokenization.encoding import encode
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
-from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark
+from stride_ray.evaluate.retraining.benchmark import Benchmark, put_files, read_benchmark
 from stride_ray.evaluate.retraining.finetune import check_hyperparameters, fine_tune
 from stride_ray.evaluate.retraining.lds import DEVELOPMENT, REPORT
 from stride_ray.models.causal_lm import load_model
@@ -99,16 +98,18 @@ def write_instruction_benchmark(
         made.write_json("recipe.json", recipe_changes)
         made.write_table("queries.parquet", _table(drawn[:queries]).append_column("part", pa.array(parts)))
         made.write_table("pool.parquet", _table(drawn[queries:]))
+        start.save_pretrained(f"{scratch}/made/start")
+        start.config.save_pretrained(f"{scratch}/made/model")  # a benchmark needs it; the weights follow
         for name in ("start", "model"):
-            start.save_pretrained(f"{scratch}/made/{name}")
             tokenizer.save_pretrained(f"{scratch}/made/{name}")
         recipe = fine_tune(read_benchmark(made.url), device=device)
         trained = recipe.train(np.arange(examples), seed)
         if not np.isfinite(recipe.losses(trained)).all():
             raise StrideError("After training, the queries' losses are not finite; lower learning_rate.")
         trained.save_pretrained(f"{scratch}/made/model")
-        names = sorted(str(path.relative_to(f"{scratch}/made")) for path in Path(made.url).rglob("*") if path.is_file())
-        for name in [*(each for each in names if each != "pool.parquet"), "pool.parquet"]:  # last: it marks the end
+        for name in ("start", "model"):
+            put_files(store.child(name), f"{scratch}/made/{name}")
+        for name in ("recipe.json", "queries.parquet", "pool.parquet"):  # a folder with the last is finished
             store.put(name, f"{scratch}/made/{name}")
     return read_benchmark(folder)
 

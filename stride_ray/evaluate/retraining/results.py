@@ -43,6 +43,12 @@ class RetrainingResults:
         sizes = [len(rows) for rows in self.subsets]
         return min(sizes), max(sizes)
 
+    @property
+    def size_range(self) -> str:
+        """``sizes`` in words: "800", or "799 to 801"."""
+        smallest, largest = self.sizes
+        return f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
+
     def membership(self, n_blocks: int) -> np.ndarray:
         """Return the membership matrix, (S, N) bool: which pool rows each subset holds."""
         member = np.zeros((len(self.subsets), n_blocks), dtype=bool)

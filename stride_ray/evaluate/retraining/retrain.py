@@ -220,12 +220,10 @@ def _summary(
 ) -> dict[str, Any]:
     seeds, subsets, _ = truth.losses.shape
     ceiling = evaluate({}, truth, benchmark.kinds, benchmark.parts, draws=0).ceiling()
-    smallest, largest = truth.sizes
-    size = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
     told = (
-        f"{subsets} subsets of {size} of {len(benchmark.blocks)} blocks, {seeds} seed(s) each: {trained} models "
-        f"trained now in {seconds:.0f} s, {subsets * seeds} in all. Mean loss of {len(benchmark.queries)} queries "
-        f"{truth.losses.mean():.4f} nats; between subsets a query's loss varies by "
+        f"{subsets} subsets of {truth.size_range} of {len(benchmark.blocks)} blocks, {seeds} seed(s) each: {trained} "
+        f"models trained now in {seconds:.0f} s, {subsets * seeds} in all. Mean loss of {len(benchmark.queries)} "
+        f"queries {truth.losses.mean():.4f} nats; between subsets a query's loss varies by "
         f"{truth.losses.mean(0).std(0).mean():.4f} (standard deviation, mean over queries). "
     )
     if ceiling:

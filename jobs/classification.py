@@ -1,4 +1,4 @@
-"""Job: attribution of a classifier, from labelled examples to LDS: an MLP, its retrainings, every method's accuracy.
+"""Job: attribution of a classifier, from labelled examples to LDS: a network, retrainings, every method's accuracy.
 
 Makes a benchmark of the examples (OUT/benchmark), retrains on random halves of them, and compares the methods
 (OUT/comparison, as jobs/evaluate.py does, with --removal too). OUT/comparison/examples.html shows, for some queries,
@@ -9,6 +9,7 @@ on standard error, 130 interrupted.
     python jobs/classification.py --examples digits --out digits
     python jobs/classification.py --examples parkinsons.csv --label status --drop name --out parkinsons
     python jobs/classification.py --examples digits --out digits --removal 0.01,0.02,0.05,0.1 --per-query 10
+    python jobs/classification.py --examples mnist --patch 4 --out convolutional
 """
 
 import argparse
@@ -36,8 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, default=100, help="examples to hold out and ask about (default: 100)")
     parser.add_argument("--subsets", type=int, default=100, help="how many random halves to train on (default: 100)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each half (default: 3)")
-    parser.add_argument("--hidden-size", type=int, default=64, help="width of the hidden layers (default: 64)")
+    parser.add_argument(
+        "--hidden-size", type=int, default=64, help="width, or channels, of the hidden layers (default: 64)"
+    )
     parser.add_argument("--layers", type=int, default=2, help="number of hidden layers (default: 2)")
+    parser.add_argument(
+        "--patch",
+        type=int,
+        default=0,
+        metavar="SIDE",
+        help="read images in patches of SIDE × SIDE pixels, by 3 × 3 convolutions over them (default: an MLP)",
+    )
     parser.add_argument("--epochs", type=int, default=30, help="passes of a training (default: 30)")
     parser.add_argument("--methods", default=METHODS, metavar="A,B,…", help=f"names of jobs/evaluate.py ({METHODS})")
     parser.add_argument("--shown", type=count, default=10, metavar="N", help="queries on the page (default: 10)")
@@ -57,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = Store(parsed.out).url
         examples = load_examples(parsed.examples, parsed.label, [each for each in parsed.drop.split(",") if each])
         sizes = (parsed.queries, parsed.hidden_size, parsed.layers)
-        benchmark = write_benchmark(examples, f"{out}/benchmark", *sizes, {"epochs": parsed.epochs})
+        hyperparameters = {"epochs": parsed.epochs}
+        benchmark = write_benchmark(examples, f"{out}/benchmark", *sizes, hyperparameters, patch=parsed.patch)
         compute = compute_of(parsed)
         print(retrain(benchmark, DEFAULT, benchmark.url, parsed.subsets, 0.5, parsed.seeds, compute=compute)["summary"])
         done = compare(benchmark.url, f"{out}/comparison", methods, compute=compute, removal=removal_of(parsed))

@@ -12,7 +12,13 @@ from conftest import run_plainly
 from stride_ray.evaluate.baselines.gradient import graddot
 from stride_ray.evaluate.baselines.representation import featsim
 from stride_ray.evaluate.comparison import stride_variants
-from stride_ray.evaluate.retraining.classification import LabelledExamples, _untrained, load_examples, write_benchmark
+from stride_ray.evaluate.retraining.classification import (
+    LabelledExamples,
+    Patches,
+    _untrained,
+    load_examples,
+    write_benchmark,
+)
 from stride_ray.evaluate.retraining.finetune import fine_tune
 from stride_ray.models.causal_lm import load_model
 from stride_ray.models.sites import find_sites
@@ -21,6 +27,7 @@ from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.storage import Store
 
 N, Q, C, F = 40, 8, 3, 5
+WHOLE = Patches(0, (1, 1))
 SHORT = {"epochs": 12, "batch": 8, "learning_rate": 0.02, "warmup_steps": 2}
 
 
@@ -196,20 +203,20 @@ def parquet_examples(tmp_path, x, kind, name="t.parquet"):
 @pytest.mark.parametrize("offset", [0, 1000])
 def test_features_of_any_scale_are_standardised(tmp_path, scale, offset):
     found = parquet_examples(tmp_path, scale * (offset + np.arange(20.0)), ["a", "b"] * 10)
-    weights = _untrained(found, np.arange(20), 4, 1).model.features.weight[2:, 0].numpy()
+    weights = _untrained(found, np.arange(20), WHOLE, 4, 1).model.features.weight[2:, 0].numpy()
     np.testing.assert_allclose(weights, (np.arange(20) - 9.5) / np.arange(20).std(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("x", [2**40 + np.arange(20), 1e8 + np.arange(20), np.arange(20, dtype=np.uint8)])
 def test_whole_numbers_beyond_float32_are_features(tmp_path, x):
     found = parquet_examples(tmp_path, x, ["a", "b"] * 10)
-    weights = _untrained(found, np.arange(20), 4, 1).model.features.weight[2:, 0].numpy()
+    weights = _untrained(found, np.arange(20), WHOLE, 4, 1).model.features.weight[2:, 0].numpy()
     np.testing.assert_allclose(weights, (np.arange(20) - 9.5) / np.arange(20).std(), rtol=1e-3)
 
 
 def test_a_feature_that_the_pool_does_not_vary_in_is_zero(tmp_path):
     found = parquet_examples(tmp_path, np.full(20, 14.62), ["a", "b"] * 10)
-    assert not _untrained(found, np.arange(20), 4, 1).model.features.weight.any()
+    assert not _untrained(found, np.arange(20), WHOLE, 4, 1).model.features.weight.any()
 
 
 @pytest.mark.parametrize("kind", [pa.array(["a", "b"]).dictionary_encode(), [True, False], [1, 2], [1.0, 2.0]])
@@ -318,3 +325,98 @@ def test_negative_scores_may_be_whole(benchmark, tmp_path, monkeypatch):
         whole, quarter = found[1.0, exact], found[0.25, exact]
         assert (whole < 0).any()
         np.testing.assert_allclose(quarter, np.where(whole > 0, whole, 0.25 * whole), rtol=1e-5, atol=1e-8)
+
+
+def images(seed=0):
+    """Images of 4 × 6 pixels with a bright vertical, or horizontal, line somewhere."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(N + Q) % 2
+    features = rng.standard_normal((N + Q, 4, 6)).astype(np.float32)
+    for image, label in zip(features, labels, strict=True):
+        if label:
+            image[rng.integers(4)] += 3
+        else:
+            image[:, rng.integers(6)] += 3
+    return LabelledExamples(features.reshape(N + Q, 24), labels, ("upright", "level"), (4, 6))
+
+
+@pytest.fixture(scope="module")
+def convolutional(tmp_path_factory):
+    """A benchmark of the lines in patches of 2 × 2 pixels; tests only read it."""
+    folder = tmp_path_factory.mktemp("lines") / "benchmark"
+    return write_benchmark(images(), str(folder), Q, 8, 2, {**SHORT, "learning_rate": 0.005}, patch=2)
+
+
+def convolutions(model, examples, asked):
+    """The network's logits of images by torch's own convolutions, (n, C), and its weights."""
+    patches = model.model.features.weight[len(examples.classes) :].view(N + Q, 6, 4)[asked]
+    h, weights = patches.transpose(1, 2).unflatten(2, (2, 3)), []
+    for layer in model.model.layers:
+        outputs, inputs = layer.map.weight.shape
+        # The first convolution's kernel runs over channels, then rows, then columns, as unfold's columns do.
+        weights.append(layer.map.weight.detach().clone().requires_grad_(True))
+        h = torch.relu(
+            torch.nn.functional.conv2d(h, weights[-1].view(outputs, inputs // 9, 3, 3), layer.map.bias, padding=1)
+        )
+    weights.append(model.lm_head.weight.detach().clone().requires_grad_(True))
+    return h.mean((2, 3)) @ weights[-1].T + model.lm_head.bias, weights
+
+
+def test_a_convolutional_network_is_torchs(convolutional):
+    model, examples = load_model(convolutional.model), images()
+    patches = Patches.of(examples, 2)
+    pixels = patches.cut(examples.features).reshape(N + Q, 6, 4)
+    # The fifth patch of 2 rows of 3 is the second row's middle one.
+    np.testing.assert_array_equal(pixels[0, 4], examples.features[0].reshape(4, 6)[2:, 2:4].ravel())
+    asked = (convolutional.queries.ids[:, 0] - 2) // 6
+    logits, _ = convolutions(model.model, examples, asked)
+    labels = torch.from_numpy(examples.labels[asked])
+    ids, mask = (torch.from_numpy(each) for each in (convolutional.queries.ids, convolutional.queries.mask))
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(model.losses(model.trunk(ids), ids, mask), losses)
+    assert float((logits.argmax(1) == labels).float().mean()) >= 0.75
+    assert find_sites(model) == ("model.layers.0.map", "model.layers.1.map", "head")
+
+
+def test_gradients_of_convolutions_are_torchs(convolutional):
+    model, examples = load_model(convolutional.model), images()
+    gradients = []
+    for texts in (convolutional.queries, convolutional.blocks):
+        rows = (texts.ids[:, 0] - 2) // 6
+        logits, weights = convolutions(model.model, examples, rows)
+        losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(examples.labels[rows]), reduction="none")
+        gradients.append(
+            torch.stack(
+                [
+                    torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, retain_graph=True)])
+                    for loss in losses
+                ]
+            )
+        )
+    expected = (gradients[0] @ gradients[1].T).numpy()
+    np.testing.assert_allclose(graddot.scores(convolutional.problem()), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_images_of_the_querys_class_help_a_convolutional_network_most(convolutional, tmp_path, monkeypatch):
+    run_plainly(monkeypatch)
+    runs, compute = Store(str(tmp_path)), ComputeConfig(workers=1)
+    stride_variants.shard_pool(convolutional, runs, compute)
+    variant = next(each for each in stride_variants.VARIANTS if each.slug == "stride-exact")
+    scores, _, _ = stride_variants.score(convolutional, variant, runs, compute)
+    same = convolutional.queries.ids[:, -1:] == convolutional.blocks.ids[:, -1]
+    gains = [row[alike].mean() - row[~alike].mean() for row, alike in zip(scores, same, strict=True)]
+    assert np.mean(np.array(gains) > 0) >= 0.75, gains
+
+
+@pytest.mark.parametrize(
+    ("given", "patch", "said"),
+    [
+        (blobs, 2, "Vectors have no patches of 2 × 2 pixels"),
+        (images, 4, "Images of 4 × 6 pixels cannot be cut into patches of 4 × 4; give a smaller divisor of both"),
+        (images, -1, "patch is -1; it must be at least 0"),
+    ],
+)
+def test_patches_that_do_not_fit_are_refused(tmp_path, given, patch, said):
+    with pytest.raises(StrideError, match=said):
+        write_benchmark(given(), str(tmp_path / "b"), Q, 8, 2, SHORT, patch=patch)
+    assert not (tmp_path / "b").exists()

@@ -40,7 +40,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.rotation import Rotation
-from stride_ray.models.vocabulary import TokenSide
+from stride_ray.models.vocabulary import TokenSide, next_tokens
 from stride_ray.runtime.errors import StrideError
 
 EMBEDDING, HEAD, ORIGIN = "embedding", "head", "origin"
@@ -241,7 +241,7 @@ def head_gradients(
     at a time or, if one sequence exceeds the budget, for some of its positions at a time; the J of the pieces add up.
     With ``whiten`` J is multiplied by W_in, the states before their sum: there are fewer of them than coordinates.
     """
-    omega, ids = token_weights(mask_BT), ids_BT[:, 1:]
+    omega, ids = token_weights(mask_BT), next_tokens(ids_BT, model.vocabulary)
     rows, positions = model.logits_rows(ids.shape[1]), model.logits_rows(1)
     wanted = [site for site in sites if site.name in (HEAD, ORIGIN)]
     ends: dict[str, list[Tensor]] = {site.name: [] for site in wanted}

@@ -21,6 +21,11 @@ def _none() -> Tensor:
     return torch.empty(0)
 
 
+def next_tokens(ids_BT: Tensor, vocabulary: int) -> Tensor:
+    """The targets, (B, T − 1), with a token of the vocabulary for ids that a classifier reads and never predicts."""
+    return ids_BT[:, 1:].clamp(max=vocabulary - 1)
+
+
 @dataclass(frozen=True)
 class TokenSide:
     """Per-token weights, and how the vocabulary's coordinates are reduced.

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.matrices import gaussian_sketch, orthonormal
+from stride_ray.models.vocabulary import next_tokens
 
 # Elements in one chunk of logits; bounds memory for any vocabulary.
 LOGIT_BUDGET = 2**24
@@ -132,7 +133,7 @@ def stream_gradients(model: SplitModel, h_BTD: Tensor, ids_BT: Tensor, mask_BT: 
 
 def _logit_gradients(basis: Basis, model: SplitModel, h_BTD: Tensor, ids_BT: Tensor) -> Tensor:
     """W_outᵀ(target − y_t) for the T−1 positions that predict a token: (B, T−1, v)."""
-    actual = basis.W_out[ids_BT[:, 1:]]
+    actual = basis.W_out[next_tokens(ids_BT, model.vocabulary)]
     if basis.target == "unigram":
         return basis.centre - actual
     z = model.states(h_BTD)[:, :-1].detach()

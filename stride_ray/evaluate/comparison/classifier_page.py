@@ -83,7 +83,7 @@ def classifier_page(
     asked, pool = _rows(benchmark.queries, examples, benchmark), _rows(benchmark.blocks, examples, benchmark)
     transformers.utils.logging.disable_progress_bar()
     model: Classifier = load_model(benchmark.model, device="cpu").model
-    features = model.model.features.weight[len(examples.classes) :].cpu().numpy()
+    features = model.model.features.weight[len(examples.classes) :].cpu().numpy().reshape(len(examples.labels), -1)
     part = np.flatnonzero(benchmark.parts == REPORT)
     part = part if len(part) else np.arange(len(asked))
     probabilities = _probabilities(model, benchmark.queries.ids[part])
@@ -98,6 +98,7 @@ def classifier_page(
         "training": len(pool),
         "layers": model.config.num_hidden_layers,
         "width": model.config.hidden_size,
+        "grid": model.config.grid,
         "correct": int((probabilities.argmax(1) == examples.labels[asked[part]]).sum()),
         "queries": len(part),
         "shown": len(shown),
@@ -112,7 +113,8 @@ class _View:
 
     Attributes:
         examples: all of them.
-        standardised: (n, F) their features as the model reads them, in standard deviations from the pool's mean.
+        standardised: (n, F) their features as the model reads them, in standard deviations from the pool's mean;
+            images' are in the order of patches.
         pool: (N,) which of them each block is.
     """
 
@@ -174,18 +176,18 @@ class _View:
 
 
 def _rows(texts: Texts, examples: LabelledExamples, benchmark: Benchmark) -> NDArray[np.int64]:
-    """Which example each text [example, class] is."""
-    rows = texts.ids[:, 0].astype(np.int64) - len(examples.classes)
-    fits = texts.ids.shape[1] == 2 and rows.min() >= 0 and rows.max() < len(examples.labels)
-    if not fits or (texts.ids[:, 1] != examples.labels[rows]).any():
+    """Which example each text [patches…, class] is."""
+    rows = (texts.ids[:, 0].astype(np.int64) - len(examples.classes)) // max(1, texts.ids.shape[1] - 1)
+    fits = rows.min() >= 0 and rows.max() < len(examples.labels)
+    if not fits or (texts.ids[:, -1] != examples.labels[rows]).any():
         raise StrideError(f"{redact_url(benchmark.url)} is not a benchmark of these examples.")
     return rows
 
 
 @torch.no_grad()
 def _probabilities(model: Classifier, ids: NDArray[np.int32]) -> NDArray[np.float64]:
-    """The classes' probabilities for texts [example, class], (Q, C)."""
-    logits = model(torch.from_numpy(ids[:, :1].astype(np.int64))).logits[:, 0]
+    """The classes' probabilities for texts [patches…, class], (Q, C)."""
+    logits = model(torch.from_numpy(ids[:, :-1].astype(np.int64))).logits[:, -1]
     return torch.softmax(logits.double(), 1).numpy()
 
 

@@ -1,7 +1,7 @@
-"""Benchmarks of classifiers: labelled examples, an MLP trained on them, and queries, in a benchmark's folder.
+"""Benchmarks of classifiers: labelled examples, a network trained on them, and queries, in a benchmark's folder.
 
-A classifier is a causal language model of texts [example, class] (models/builtin/classifier.py), so retraining, LDS and
-every method run on such a folder as on one of text.
+A classifier is a causal language model of texts [patches…, class] (models/builtin/classifier.py), so retraining, LDS
+and every method run on such a folder as on one of text.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from stride_ray.runtime.run import claim
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.urls import first_line
 
-# A small MLP's training, where it differs from a language model's (finetune.FineTune).
+# A small network's training, where it differs from a language model's (finetune.FineTune).
 HYPERPARAMETERS = {"epochs": 30, "batch": 32, "weight_decay": 0.0, "bfloat16": False}
 
 
@@ -62,6 +62,57 @@ class LabelledExamples:
             raise StrideError(f"There are {len(self.feature_names)} feature names for {inputs} features.")
 
 
+@dataclass(frozen=True)
+class Patches:
+    """How a network reads examples: whole (an MLP), or images in square patches (a convolutional network).
+
+    Attributes:
+        side: pixels of a patch's side; 0: examples are read whole.
+        grid: rows and columns of an example's patches.
+    """
+
+    side: int
+    grid: tuple[int, int]
+
+    @classmethod
+    def of(cls, examples: LabelledExamples, side: int) -> "Patches":
+        """Cut examples into patches of a side, or not at all.
+
+        Raises:
+            StrideError: for vectors, or images that patches of that side do not fill.
+        """
+        if not side:
+            return cls(0, (1, 1))
+        if examples.image is None:
+            raise StrideError(f"Vectors have no patches of {side} × {side} pixels; leave patch out for an MLP.")
+        height, width = examples.image
+        if height % side or width % side or max(height, width) == side:
+            raise StrideError(
+                f"Images of {height} × {width} pixels cannot be cut into patches of {side} × {side}; give a smaller "
+                "divisor of both."
+            )
+        return cls(side, (height // side, width // side))
+
+    @property
+    def count(self) -> int:
+        """P, patches of an example."""
+        return self.grid[0] * self.grid[1]
+
+    def texts(self, examples: LabelledExamples) -> np.ndarray:
+        """The examples as token ids, (n, P + 1) int64 (models/builtin/classifier.py)."""
+        n = len(examples.labels)
+        tokens = len(examples.classes) + np.arange(n * self.count).reshape(n, self.count)
+        return np.concatenate([tokens, examples.labels[:, None]], axis=1)
+
+    def cut(self, features: np.ndarray) -> np.ndarray:
+        """(n, F) features to the patches' features, (n P, F / P)."""
+        if not self.side:
+            return features
+        rows, columns = self.grid
+        cut = features.reshape(len(features), rows, self.side, columns, self.side).swapaxes(2, 3)
+        return cut.reshape(-1, self.side**2)
+
+
 def write_benchmark(
     examples: LabelledExamples,
     folder: str,
@@ -70,24 +121,27 @@ def write_benchmark(
     layers: int = 2,
     hyperparameters: Mapping[str, Any] | None = None,
     seed: int = 0,
+    patch: int = 0,
 ) -> Benchmark:
-    """Draw queries, train an MLP on the other examples, and write both as a benchmark.
+    """Draw queries, train a network on the other examples, and write both as a benchmark.
 
     Args:
         examples: all there are; features are standardised by the mean and deviation of the pool.
         folder: a path or fsspec URL, created; a finished one is read.
         queries: how many to hold out. The first half of them, as drawn, are the development part.
-        hidden_size: width of the hidden layers.
+        hidden_size: width of the hidden layers, or channels of a convolution.
         layers: number of hidden layers.
         hyperparameters: of training, in place of HYPERPARAMETERS and of finetune.FineTune's.
         seed: of the draw, and of the weights and the order of the model that is attributed.
+        patch: height and width in pixels of the patches of images that a convolutional network reads; 0: an MLP.
 
     Raises:
         StrideError: for sizes that make no model, more queries than examples, a folder made with other arguments, or
             losses that are not finite after training.
     """
     n = len(examples.labels)
-    for size, value, least in (("hidden_size", hidden_size, 1), ("layers", layers, 1), ("seed", seed, 0)):
+    sizes = (("hidden_size", hidden_size, 1), ("layers", layers, 1), ("seed", seed, 0), ("patch", patch, 0))
+    for size, value, least in sizes:
         if value < least:
             raise StrideError(f"{size} is {value}; it must be at least {least}.")
     if queries < 1:
@@ -96,7 +150,9 @@ def write_benchmark(
         raise StrideError(f"{queries} queries of {n} examples leave none to train on; ask for fewer.")
     given = {**HYPERPARAMETERS, **(hyperparameters or {})}
     check_hyperparameters(given)
+    patches = Patches.of(examples, patch)
     shape = {"queries": queries, "hidden_size": hidden_size, "layers": layers, "seed": seed}
+    shape |= {"patch": patch} if patch else {}
     content = hashlib.sha256(examples.features.tobytes() + examples.labels.tobytes()).hexdigest()[:16]
     store = claim(Store(folder), "classification benchmark", {"examples": content, **shape, **given}).store
     if store.exists("pool.parquet"):
@@ -108,15 +164,19 @@ def write_benchmark(
         return finished
     order = np.random.default_rng(seed).permutation(n)
     asked, pool = order[:queries], np.sort(order[queries:])
-    tokens = np.stack([len(examples.classes) + np.arange(n), examples.labels], axis=1)
+    tokens = patches.texts(examples)
+    mask = [*[False] * patches.count, True]
     parts = np.where(np.arange(queries) < queries // 2, DEVELOPMENT, REPORT)
-    questions = pa.table({"token_ids": tokens[asked].tolist(), "part": parts, "example": asked})
+    questions, trained_on = (
+        pa.table({"token_ids": tokens[rows].tolist(), "loss_mask": [mask] * len(rows), "example": rows})
+        for rows in (asked, pool)
+    )
     with tempfile.TemporaryDirectory() as scratch:
         untrained = Store(f"{scratch}/untrained")
         untrained.write_json("recipe.json", given)
-        untrained.write_table("queries.parquet", questions)
-        untrained.write_table("pool.parquet", pa.table({"token_ids": tokens[pool].tolist(), "example": pool}))
-        _untrained(examples, pool, hidden_size, layers).save_pretrained(f"{scratch}/untrained/model")
+        untrained.write_table("queries.parquet", questions.append_column("part", pa.array(parts)))
+        untrained.write_table("pool.parquet", trained_on)
+        _untrained(examples, pool, patches, hidden_size, layers).save_pretrained(f"{scratch}/untrained/model")
         recipe = fine_tune(read_benchmark(untrained.url))
         trained = recipe.train(np.arange(len(pool)), seed)
         if not np.isfinite(recipe.losses(trained)).all():
@@ -129,7 +189,9 @@ def write_benchmark(
     return read_benchmark(folder)
 
 
-def _untrained(examples: LabelledExamples, pool: np.ndarray, hidden_size: int, layers: int) -> Classifier:
+def _untrained(
+    examples: LabelledExamples, pool: np.ndarray, patches: Patches, hidden_size: int, layers: int
+) -> Classifier:
     """A classifier with the examples' standardised features."""
     # In units of the pool's largest value, so that no square leaves the range of a float64.
     features = examples.features.astype(np.float64)
@@ -138,10 +200,10 @@ def _untrained(examples: LabelledExamples, pool: np.ndarray, hidden_size: int, l
     mean, deviation = features[pool].mean(0), features[pool].std(0)
     # A feature that the pool does not vary in, up to rounding, would be divided by nothing.
     standardised = (features - mean) / np.where(deviation > 1e-13, deviation, 1.0)
-    n, inputs = standardised.shape
-    config = ClassifierConfig(len(examples.classes), n, inputs, hidden_size, layers)
+    cut = patches.cut(standardised.astype(np.float32))
+    config = ClassifierConfig(len(examples.classes), len(standardised), cut.shape[1], patches.grid, hidden_size, layers)
     model = Classifier(config)
-    model.model.features.weight[config.classes :] = torch.from_numpy(standardised.astype(np.float32))
+    model.model.features.weight[config.classes :] = torch.from_numpy(cut)
     return model
 
 

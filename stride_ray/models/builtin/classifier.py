@@ -1,19 +1,26 @@
 """Classifiers in the interface of a causal language model, so that every stage and method runs on them as it is.
 
-An example of n features and one of C classes is a text of two tokens. The first names the example; its embedding is the
-example's features, a table that is not trained. The second is the class, and the next-token loss of the text is the
-classifier's cross-entropy. The layers in between and the head are an MLP's.
+An example of P patches with n features each, and one of C classes, is a text of P + 1 tokens. The first P name the
+example's patches; their embeddings are the patches' features, a table that is not trained. The last is the class, and
+the next-token loss of the text is the classifier's cross-entropy.
 
-    token ids    0 … C−1      the classes, and the logits
-                 C … C+N−1    the examples, which are read and never predicted
+    token ids    0 … C−1         the classes, and the logits
+                 C … C+N·P−1     the patches of example 0, then of example 1, …; read and never predicted
 
-Example: 3 classes and examples 0 and 1 of class 2 and 0 are the texts [3, 2] and [4, 0].
+Layers are convolutions over the grid of patches, and the mean of the last one's outputs is read by the head. With one
+patch, the whole example, that is an MLP.
+
+Example: 3 classes and examples 0 and 1 of class 2 and 0 are the texts [3, 2] and [4, 0] with one patch each, and
+[3, 4, 2] and [5, 6, 0] with two.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad, unfold
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -24,8 +31,9 @@ class ClassifierConfig(PretrainedConfig):
     Attributes:
         classes: C.
         examples: N, all that are ever asked about: training and queries.
-        inputs: n, features of an example.
-        hidden_size: width of the hidden layers.
+        inputs: n, features of a patch.
+        grid: rows and columns of an example's P patches, in the order of its tokens.
+        hidden_size: width of the hidden layers, channels of a convolution.
         num_hidden_layers: number of hidden layers, at least one.
     """
 
@@ -36,14 +44,20 @@ class ClassifierConfig(PretrainedConfig):
         classes: int = 2,
         examples: int = 1,
         inputs: int = 1,
+        grid: Sequence[int] = (1, 1),
         hidden_size: int = 64,
         num_hidden_layers: int = 2,
         **others: Any,
     ) -> None:
-        self.classes, self.examples, self.inputs = classes, examples, inputs
+        self.classes, self.examples, self.inputs, self.grid = classes, examples, inputs, list(grid)
         self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
-        self.vocab_size, self.max_position_embeddings = classes + examples, 2
+        self.vocab_size, self.max_position_embeddings = classes + examples * self.patches, self.patches + 1
         super().__init__(**{"tie_word_embeddings": False, "pad_token_id": None, **others})
+
+    @property
+    def patches(self) -> int:
+        """P."""
+        return self.grid[0] * self.grid[1]
 
 
 class FeatureTable(nn.Module):
@@ -60,36 +74,53 @@ class FeatureTable(nn.Module):
 
 
 class HiddenLayer(nn.Module):
-    """A linear map and a ReLU."""
+    """A 3 × 3 convolution over the grid of patches (a linear map if there is one patch) and a ReLU.
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    The convolution is a linear map of each patch with its neighbours, so that its weight's gradient is a sum of outer
+    products over patches, as a language model's is over tokens.
+    """
+
+    def __init__(self, inputs: int, outputs: int, grid: Sequence[int]) -> None:
         super().__init__()
-        self.map = nn.Linear(inputs, outputs)
+        self.grid, self.kernel = tuple(grid), 1 if max(grid) == 1 else 3
+        self.map = nn.Linear(inputs * self.kernel**2, outputs)
 
     def forward(self, h: Tensor) -> Tensor:
-        """(…, inputs) to (…, outputs)."""
-        return torch.relu(self.map(h))
+        """(B, T, inputs) to (B, T, outputs)."""
+        return torch.relu(self.map(h if self.kernel == 1 else self.neighbourhoods(h)))
+
+    def neighbourhoods(self, h: Tensor) -> Tensor:
+        """(B, T, n) to (B, T, 9 n): each patch's neighbours, zeros beyond the grid and for the class."""
+        T, P = h.shape[1], self.grid[0] * self.grid[1]
+        patches = pad(h[:, :P], (0, 0, 0, max(0, P - T)))
+        found = unfold(patches.transpose(1, 2).unflatten(2, self.grid), self.kernel, padding=1)
+        return pad(found.transpose(1, 2)[:, :T], (0, 0, 0, max(0, T - P)))
 
 
 class Body(nn.Module):
-    """The features and the hidden layers."""
+    """The features, the hidden layers, and the mean over the patches."""
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.features = FeatureTable(config.vocab_size, config.inputs)
         widths = [config.inputs, *[config.hidden_size] * config.num_hidden_layers]
-        self.layers = nn.ModuleList(map(HiddenLayer, widths, widths[1:]))
+        self.layers = nn.ModuleList(HiddenLayer(*each, config.grid) for each in pairwise(widths))
+        self.patches = config.patches
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, T) ids to the last hidden layer, (B, T, D)."""
+        """(B, T) ids to (B, T, D): the last hidden layer's mean over the patches at the last of them, else zeros.
+
+        Zeros keep the model causal: no position depends on a later token.
+        """
         h = self.features(input_ids)
         for layer in self.layers:
             h = layer(h)
-        return h
+        T, P = h.shape[1], self.patches
+        return pad(h[:, :P].mean(1, keepdim=True), (0, 0, P - 1, T - P)) if T >= P else torch.zeros_like(h)
 
 
 class Classifier(PreTrainedModel):
-    """An MLP that classifies, as a causal language model of texts [example, class]."""
+    """A convolutional network or an MLP that classifies, as a causal language model of texts [patches…, class]."""
 
     config_class = ClassifierConfig
     base_model_prefix = "model"

@@ -193,9 +193,9 @@ def mean_losses(logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def token_losses(logits_BTV: Tensor, targets_BT1: Tensor) -> Tensor:
-    """Cross-entropy of each of the T−1 next tokens in nats, (B, T−1)."""
-    logits = logits_BTV[:, :-1]
-    return nn.functional.cross_entropy(logits.transpose(1, 2), targets_BT1, reduction="none")
+    """Cross-entropy of each of the T−1 next tokens in nats, (B, T−1); arbitrary for ids without a logit (masked)."""
+    logits, targets = logits_BTV[:, :-1], targets_BT1.clamp(max=logits_BTV.shape[-1] - 1)
+    return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
 
 def masked_means(values_BT1: Tensor, mask_BT: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from stride_ray.models.causal_lm import SplitModel, load_model
 
 
 def scores(problem: Problem, predicting: bool = False) -> np.ndarray:
-    """(Q, N) float32 cosines; ``predicting``: of the positions that predict target tokens, in place of these."""
+    """(Q, N) float32 cosines; ``predicting``: of the head's input where target tokens are predicted (FeatSim)."""
     model = load_model(problem.model)
     queries, blocks = (
         _mean_states(model, texts, problem.batch_tokens, predicting) for texts in (problem.queries, problem.blocks)
@@ -21,7 +21,7 @@ def scores(problem: Problem, predicting: bool = False) -> np.ndarray:
 
 
 def _mean_states(model: SplitModel, texts: Texts, batch_tokens: int, predicting: bool) -> torch.Tensor:
-    """Normalised mean states of the target tokens, or of the positions that predict them: (n, D) float32."""
+    """Normalised mean states of the target tokens, or of the head's input that predicts them: (n, D) float32."""
     ids, mask = tensors(texts)
     if predicting:
         mask = torch.nn.functional.pad(mask[:, 1:], (0, 1))
@@ -29,6 +29,6 @@ def _mean_states(model: SplitModel, texts: Texts, batch_tokens: int, predicting:
     found = []
     for ids_BT, mask_BT in zip(ids.split(step), mask.split(step), strict=True):
         weights = mask_BT.to(model.device).float().unsqueeze(2)
-        h_BTD = model.last_stream(ids_BT).float()
+        h_BTD = (model.read(ids_BT) if predicting else model.last_stream(ids_BT)).float()
         found.append((h_BTD * weights).sum(1) / weights.sum(1).clamp(min=1))
     return torch.nn.functional.normalize(torch.cat(found), dim=1)

@@ -1,12 +1,14 @@
 """Job: stride-ray select and, with --retrain, a closed-loop measurement of the selection by retraining.
 
-With --retrain, models are trained on the selected, the random and a TF-IDF arm of equal token count with the given
+With --retrain, models are trained on the selected, a random and rival methods' arms of equal token count with the given
 recipe and several seeds each, and evaluated on queries that were not used for selection: half of each target set, or
-the sets of --measure. It prints a table and, on the last line, one JSON object. Exit status as for stride-ray: 0 done,
-1 failed with a message on standard error, 130 interrupted.
+the sets of --measure. Rivals are tfidf (the default), bm25, embedding, airrep, rds, dsir, less, dsdm, ekfac and logra;
+they hold the pool in memory. It prints a table and, on the last line, one JSON object. Exit status as for stride-ray:
+0 done, 1 failed with a message on standard error, 130 interrupted.
 
     python jobs/select.py RUN --name NAME --out URL --tokens 0.25
     python jobs/select.py RUN --name NAME --out URL --tokens 0.25 --retrain [--measure OTHER --seeds 3]
+        [--rivals tfidf,dsdm]
 """
 
 import sys
@@ -32,7 +34,8 @@ else:
     from stride_ray.cli.exits import exit_status
     from stride_ray.cli.main import main as verb
     from stride_ray.cli.main import run_of
-    from stride_ray.evaluate.closed_loop import closed_loop
+    from stride_ray.evaluate.closed_loop.arms import closed_loop
+    from stride_ray.evaluate.closed_loop.rivals import USUAL
     from stride_ray.evaluate.retraining.recipe import DEFAULT
 
 
@@ -44,6 +47,7 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
     parser.add_argument("--measure", action="append", default=[], metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--recipe", default=DEFAULT)
+    parser.add_argument("--rivals", default=",".join(USUAL))
     mine, others = parser.parse_known_args(given)
     if "--help" in given or "-h" in given:
         print(__doc__)
@@ -52,7 +56,8 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
 
     def work() -> None:
         run, parsed = run_of(["select", *others])
-        found = closed_loop(run, parsed.name, parsed.out, mine.measure, mine.seeds, mine.recipe)
+        rivals = list(filter(None, mine.rivals.split(",")))
+        found = closed_loop(run, parsed.name, parsed.out, mine.measure, mine.seeds, mine.recipe, rivals)
         print(found.as_table())
         print(json.dumps(dataclasses.asdict(found)))
 

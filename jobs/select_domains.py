@@ -3,13 +3,14 @@
 The benchmark folder contains pool.parquet (token_ids, domain, document, position), queries.parquet (token_ids, domain,
 part), model/ and, if training started from a checkpoint, start/. The pool becomes a run, and the queries of each domain
 are a target. For each target, documents with a share of the pool's tokens are selected by influence, at random and by
-TF-IDF, and a model trained on each arm is evaluated on queries that were not used for selection. Selection does not see
-the domains, except that --sources gives the random arm the same mix of domains as the selected one. With --part
+rival methods, and a model trained on each arm is evaluated on queries that were not used for selection. Selection does
+not see the domains, except that --sources gives the random arm the same mix of domains as the selected one. With --part
 development, halves of the target's development queries select and measure, for choosing between settings; without it,
 development queries select and report queries measure. It prints tables and, on the last line, one JSON object. A rerun
 of an interrupted command resumes where it stopped.
 
     python jobs/select_domains.py --benchmark FOLDER --out FOLDER [--share 0.2 --seeds 3 --set select.by=mean]
+        [--rivals tfidf,dsir,less,dsdm]
 """
 
 import argparse
@@ -29,7 +30,8 @@ from stride_ray.cli.exits import exit_status
 from stride_ray.corpus.documents import TokenizedDocument
 from stride_ray.corpus.queries import SCHEMA, row
 from stride_ray.corpus.shard import shard
-from stride_ray.evaluate.closed_loop import LOSS, ClosedLoop, compare_arms
+from stride_ray.evaluate.closed_loop.arms import LOSS, SELECTED, ClosedLoop, compare_arms
+from stride_ray.evaluate.closed_loop.rivals import RIVALS, USUAL
 from stride_ray.evaluate.retraining.lds import DEVELOPMENT, REPORT, mean_interval
 from stride_ray.evaluate.retraining.retrain import read_array
 from stride_ray.runtime.run import Run
@@ -81,18 +83,16 @@ def joined(pool: pa.Table) -> pa.Table:
 
 def over_domains(found: dict[str, ClosedLoop], out: str) -> dict[str, dict[str, float]]:
     """Mean loss difference of the selected arm to each other arm over all domains' queries, with its interval."""
-    pooled = {}
-    for arm, folder in (("random", "selected-random"), ("TF-IDF", "tfidf")):
-        pieces = []
-        for domain, each in found.items():
-            store = Store(f"{out}/{domain}/_retrain/losses")
-            losses = [
-                np.stack([read_array(store, f"{name}-seed-{seed}.npy") for seed in range(each.seeds)])
-                for name in ("selected", folder)
-            ]
-            pieces.append(losses[0] - losses[1])
-        pooled[arm] = dataclasses.asdict(mean_interval(np.concatenate(pieces, axis=1)))
-    return pooled
+    pieces: dict[str, list[np.ndarray]] = {}
+    for domain, each in found.items():
+        store = Store(f"{out}/{domain}/_retrain/losses")
+        losses = {
+            arm: np.stack([read_array(store, f"{name}.npy") for name in names]) for arm, names in each.trainings.items()
+        }
+        for arm in losses.keys() - {SELECTED}:
+            pieces.setdefault(arm, []).append(losses[SELECTED] - losses[arm])
+    arms = [arm for arm in next(iter(found.values())).trainings if arm != SELECTED]
+    return {arm: dataclasses.asdict(mean_interval(np.concatenate(pieces[arm], axis=1))) for arm in arms}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,6 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--part", choices=(DEVELOPMENT,), help="select and measure on halves of the development queries"
     )
+    parser.add_argument(
+        "--rivals", default=",".join(USUAL), metavar="A,B,…", help=f"of {', '.join(RIVALS)} (default: %(default)s)"
+    )
     parser.add_argument("--name", default="report", help="folder in OUT for this command's arms (default: report)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any option of the run")
     parsed = parser.parse_args(arguments)
@@ -114,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         changes = {"select.tokens": str(parsed.share), **dict(assignment(each) for each in parsed.set)}
         home = f"{parsed.out}/{'sources' if parsed.sources else 'plain'}"
         run, queries = prepare(parsed.benchmark, home, parsed.sources, changes)
-        out, found = f"{home}/{parsed.name}", {}
+        out, found, rivals = f"{home}/{parsed.name}", {}, list(filter(None, parsed.rivals.split(",")))
         for domain in sorted(set(queries["domain"].to_pylist())):
             mine = queries.filter(pc.equal(queries["domain"], domain))
             first, second = (
@@ -122,7 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             if parsed.part:
                 first, second = first[::2], first[1::2]
-            found[domain] = compare_arms(run, {SET: first}, {SET: second}, f"{out}/{domain}", parsed.seeds)
+            arms = ({SET: first}, {SET: second})
+            found[domain] = compare_arms(run, *arms, f"{out}/{domain}", parsed.seeds, rivals=rivals)
             print(f"{domain}\n{found[domain].as_table()}\n", flush=True)
         pooled = over_domains(found, out)
         for arm, each in pooled.items():

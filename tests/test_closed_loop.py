@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from test_select import with_options
 from transformers import AutoModelForCausalLM
 
 from stride_ray.attribution.attribute import stored_queries
+from stride_ray.corpus.blocks import Blocks, document_shares
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
-from stride_ray.evaluate import answer_f1 as unigram
-from stride_ray.evaluate.answer_f1 import answer_f1, has_answers, unigram_f1
-from stride_ray.evaluate.closed_loop import ARMS, F1, LOSS, arm_benchmark, closed_loop, compare_arms
+from stride_ray.evaluate.closed_loop import answer_f1 as unigram
+from stride_ray.evaluate.closed_loop.answer_f1 import answer_f1, has_answers, unigram_f1
+from stride_ray.evaluate.closed_loop.arms import F1, FOLDERS, LOSS, arm_benchmark, closed_loop, compare_arms
 from stride_ray.evaluate.retraining.finetune import FineTune
 from stride_ray.evaluate.retraining.lds import mean_interval
 from stride_ray.evaluate.word_counts import similar_blocks
@@ -27,6 +29,7 @@ from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
 
 JOBS = Path(__file__).parent.parent / "jobs"
+ARMS = {"selected", "random", "TF-IDF"}
 RECIPE = """
 from stride_ray.evaluate.retraining.finetune import FineTune
 
@@ -73,11 +76,11 @@ def test_arms_are_of_equal_size_and_measured_on_queries_that_did_not_select(foun
     assert (result.selected_by, result.measured_on, result.seeds, len(asked)) == (3, 3, 2, 3)
     stage = json.loads((out / "selected/selection.json").read_text())
     assert stage["targets"] == {"asked": 3}
-    assert set(result.tokens) == set(ARMS)
+    assert set(result.tokens) == ARMS
     assert all(0.2 < tokens / result.pool_tokens <= 0.3 for tokens in result.tokens.values())
     assert result.tokens["TF-IDF"] <= result.tokens["selected"]
     for measure in (LOSS, F1):
-        assert set(result.arms[measure]) == set(ARMS)
+        assert set(result.arms[measure]) == ARMS
         assert all(each.low <= each.value <= each.high for each in result.arms[measure].values())
         differences = result.differences[measure]
         expected = result.arms[measure]["selected"].value - result.arms[measure]["random"].value
@@ -91,11 +94,11 @@ def test_arms_are_of_equal_size_and_measured_on_queries_that_did_not_select(foun
 def test_losses_are_those_of_the_recipe_on_the_arms_blocks(attributed, found):
     out, _ = found
     run, _ = attributed
-    benchmark = arm_benchmark(Store(str(out)), ARMS["TF-IDF"], run.config.model.path, "")
+    benchmark = arm_benchmark(Store(str(out)), FOLDERS["TF-IDF"], run.config.model.path, "")
     recipe = FineTune(benchmark, epochs=2, batch=4, warmup_steps=2, learning_rate=0.01)
     torch.set_num_threads(1)
     losses = recipe.losses(recipe.train(np.arange(len(benchmark.blocks)), 1))
-    stored = np.load(out / "_retrain/losses/tfidf-seed-1.npy")
+    stored = np.load(out / f"_retrain/losses/{found[1].trainings['TF-IDF'][1]}.npy")
     np.testing.assert_allclose(losses, stored, atol=1e-6)
     # The prompt is read and carries no loss.
     model = AutoModelForCausalLM.from_pretrained(run.config.model.path).eval()
@@ -115,8 +118,6 @@ def test_the_lexical_arm_is_what_lexical_search_finds(attributed, found):
     assert chosen == {"asked"}
     asked = set(pq.read_table(out / "queries.parquet")["query_id"].to_pylist())
     selecting = [row for row in stored_queries(run, "asked").to_pylist() if row["query_id"] not in asked]
-    from stride_ray.corpus.blocks import Blocks, document_shares
-
     blocks = Blocks(run.stage("blocks").store)
     tops = similar_blocks(blocks, (row["token_ids"] for row in selecting), 1)
     first = set()
@@ -140,6 +141,30 @@ def test_a_rerun_trains_what_is_missing_and_a_plain_loop_agrees(attributed, foun
     assert one.arms[LOSS]["selected"] != result.arms[LOSS]["selected"]
 
 
+def test_rivals_select_by_their_own_scores_of_documents(attributed, tmp_path, monkeypatch):
+    run, recipe = attributed
+    run_plainly(monkeypatch)
+    out, options = tmp_path / "out", with_options(run, tokens=0.3)
+    alone = closed_loop(options, ["asked"], str(out), seeds=1, recipe=recipe, rivals=[])
+    assert set(alone.arms[LOSS]) == {"selected", "random"}
+    before = {path: path.stat().st_mtime_ns for path in (out / "_retrain/losses").iterdir()}
+    found = closed_loop(options, ["asked"], str(out), seeds=1, recipe=recipe, rivals=["dsdm", "less", "dsir"])
+    assert set(found.arms[LOSS]) == {"selected", "random", "DSIR", "LESS", "DsDm"}
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert all(0 < tokens <= found.tokens["selected"] for tokens in found.tokens.values())
+    # DsDm takes the documents with the largest mean of TRAK's scores, summed over a document's blocks by its shares.
+    scores = np.load(out / "_rivals/scores-dsdm.npz")["scores"]
+    blocks = Blocks(run.stage("blocks").store)
+    rows, names, shares = document_shares(blocks.take(np.arange(len(blocks)), ["spans"]))
+    expected = Counter()
+    for row, name, share in zip(rows, names, shares, strict=True):
+        expected[name] += float(scores[:, row].mean() * share)
+    kept = pq.read_table(out / "dsdm/manifest.parquet").to_pylist()
+    assert [(each["source"], each["document_id"]) for each in kept] == sorted(expected, key=expected.get, reverse=True)
+    assert [each["score"] for each in kept] == pytest.approx(sorted(expected.values(), reverse=True), rel=1e-6)
+    assert len(list((out / "_rivals/checkpoints").iterdir())) == 4  # three epochs and the claim
+
+
 def test_what_cannot_be_compared_is_told(attributed, tmp_path, monkeypatch):
     run, _ = attributed
     run_plainly(monkeypatch)
@@ -147,6 +172,7 @@ def test_what_cannot_be_compared_is_told(attributed, tmp_path, monkeypatch):
     for call, told in (
         (lambda: closed_loop(options, ["asked"], out, measure=["asked"]), "is to select and to measure"),
         (lambda: closed_loop(options, ["asked"], out, seeds=0), "0 seeds make no model"),
+        (lambda: closed_loop(options, ["asked"], out, rivals=["trek"]), "Unknown rival 'trek'; known are tfidf, bm25"),
         (lambda: closed_loop(options, ["other"], out), "is not finished"),
         (lambda: closed_loop(with_options(run, tokens=1), ["asked"], f"{out}-one"), "Nothing was selected"),
         (lambda: compare_arms(run, {"asked": ["q0"]}, {"asked": ["q1"]}, out), "Say how much to take"),

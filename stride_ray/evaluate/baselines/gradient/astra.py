@@ -28,7 +28,7 @@ from stride_ray.runtime.options import SolveConfig
 # Blocks linearised at once.
 ROWS = 16
 # The longer solve that the tables have too, for this method and for ours.
-FURTHER = SolveConfig(steps=4, tokens=18_432)
+FURTHER: SolveConfig = SolveConfig(steps=4, tokens=18_432)
 
 
 def scores(problem: Problem, options: SolveConfig | None = None) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Closed loop: does training on selected data beat training on equally much random or lexically selected data?
+"""Closed loop: does training on selected data beat training on equally much data selected at random or by rivals?
 
-Three arms of equal size are trained by the run's recipe with several seeds, and evaluated on queries not used for
-selection: the other half of each target set, split by seed, or separate query sets. A work unit is one training, a Ray
-task with a done marker, so an interrupted command resumes where it stopped.
+Arms of equal size are trained by the run's recipe with several seeds, and evaluated on queries not used for selection:
+the other half of each target set, split by seed, or separate query sets. A work unit is one training, a Ray task with a
+done marker, so an interrupted command resumes where it stopped.
 """
 
 import hashlib
@@ -15,17 +15,16 @@ import numpy as np
 import pyarrow as pa
 
 from stride_ray.attribution.attribute import read_influence, stored_queries
-from stride_ray.attribution.tables import DOCUMENTS
-from stride_ray.corpus.blocks import Blocks, document_shares, fixed_lists
+from stride_ray.corpus.blocks import fixed_lists
 from stride_ray.corpus.queries import fingerprint
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
-from stride_ray.evaluate.answer_f1 import answer_f1, has_answers
 from stride_ray.evaluate.baselines.problem import Texts
+from stride_ray.evaluate.closed_loop.answer_f1 import answer_f1, has_answers
+from stride_ray.evaluate.closed_loop.rivals import RIVALS, USUAL, chosen_rivals, rival_targets
 from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.evaluate.retraining.lds import ALL, Interval, mean_interval
 from stride_ray.evaluate.retraining.recipe import DEFAULT, load_recipe, recipe_identity
 from stride_ray.evaluate.retraining.retrain import checked_losses, read_array, write_array
-from stride_ray.evaluate.word_counts import similarities
 from stride_ray.models.query_batches import padded
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
@@ -33,12 +32,11 @@ from stride_ray.runtime.progress import run_missing
 from stride_ray.runtime.run import Run, Stage, claim
 from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, map_tasks
-from stride_ray.selection.ranking import Target
 from stride_ray.selection.select import RANDOM, select, select_by
 
-SELECTED, LEXICAL = "selected", "TF-IDF"
-# Each arm's folder inside the output folder.
-ARMS = {SELECTED: "selected", RANDOM: f"selected/{RANDOM}", LEXICAL: "tfidf"}
+SELECTED = "selected"
+# Each arm's folder inside the output folder; a rival's is named like the rival.
+FOLDERS = {SELECTED: SELECTED, RANDOM: f"{SELECTED}/{RANDOM}"} | {rival.name: slug for slug, rival in RIVALS.items()}
 # Measures of a trained model.
 LOSS, F1 = "loss, nats per token", "unigram F1"
 
@@ -51,6 +49,7 @@ class ClosedLoop:
         selected_by, measured_on: numbers of queries.
         seeds: trainings per arm.
         tokens: training tokens per arm; ``pool_tokens`` is the pool's total.
+        trainings: per arm, a name for each seed's training; ``_retrain/losses/<name>.npy`` has its queries' losses.
         arms: by measure (LOSS, and F1 for queries with prompts) and arm.
         differences: by measure, the selected arm minus each other arm, paired by query and seed.
     """
@@ -60,6 +59,7 @@ class ClosedLoop:
     seeds: int
     tokens: dict[str, int]
     pool_tokens: int
+    trainings: dict[str, list[str]]
     arms: dict[str, dict[str, Interval]]
     differences: dict[str, dict[str, Interval]]
 
@@ -79,13 +79,19 @@ class ClosedLoop:
 
 
 def closed_loop(
-    run: Run, names: Sequence[str], out: str, measure: Sequence[str] = (), seeds: int = 3, recipe: str = DEFAULT
+    run: Run,
+    names: Sequence[str],
+    out: str,
+    measure: Sequence[str] = (),
+    seeds: int = 3,
+    recipe: str = DEFAULT,
+    rivals: Sequence[str] = USUAL,
 ) -> ClosedLoop:
     """Select, train on each arm, and evaluate on held-out queries.
 
     Training begins from ``model.start``, or from random weights of the model's shape, as in
-    ``evaluate.retraining.finetune.FineTune``, unless another recipe is given. The TF-IDF arm selects as many tokens
-    under the same quotas and greedy ranking, but ranks documents by their block most similar to one of those queries.
+    ``evaluate.retraining.finetune.FineTune``, unless another recipe is given. A rival's arm selects as many tokens
+    under the same quotas, but by its own scores of documents (rivals.py).
 
     Args:
         run: attributed on the names; its ``select`` options set the method and the amount.
@@ -95,9 +101,11 @@ def closed_loop(
         measure: query sets of the run to measure on.
         seeds: trainings per arm.
         recipe: see ``evaluate.retraining.recipe.load_recipe``.
+        rivals: names of RIVALS, an arm each.
 
     Raises:
-        StrideError: too few queries, an empty selection, a set that both selects and measures, or as ``select``.
+        StrideError: too few queries, an empty selection, a set that both selects and measures, an unknown rival, or as
+            ``select``.
     """
     names = list(dict.fromkeys(names))
     if both := sorted(set(names) & set(measure)):
@@ -109,7 +117,7 @@ def closed_loop(
     asked = {name: good[name] for name in measure} or {name: good[name][len(good[name]) // 2 :] for name in names}
     if not all([*chosen.values(), *asked.values()]):
         raise StrideError("A target set has fewer than two good queries; one half selects and the other measures.")
-    return compare_arms(run, chosen, asked, out, seeds, recipe)
+    return compare_arms(run, chosen, asked, out, seeds, recipe, rivals)
 
 
 def compare_arms(
@@ -119,26 +127,35 @@ def compare_arms(
     out: str,
     seeds: int = 3,
     recipe: str = DEFAULT,
+    rivals: Sequence[str] = USUAL,
 ) -> ClosedLoop:
     """Run ``closed_loop`` on given query ids of each set: ``chosen`` ones select, ``asked`` ones measure."""
     if seeds < 1:
         raise StrideError(f"{seeds} seeds make no model; there must be at least 1.")
-    store, names = Store(out), list(chosen)
-    summary = select(run, names, f"{store.url}/{ARMS[SELECTED]}", blocks=True, queries=chosen)
+    store, compared = Store(out), chosen_rivals(rivals)
+    summary = select(run, list(chosen), f"{store.url}/{FOLDERS[SELECTED]}", blocks=True, queries=chosen)
     if not summary["kept"]["tokens"]:
         raise StrideError("Nothing was selected; ask for more documents or tokens.")
-    size = {"select.by": "rank", "select.documents": 0, "select.tokens": summary["kept"]["tokens"]}
-    other = Run(run.url, run.config, {**size, "select.drop": "none"})
-    lexical = select_by(other, _lexical_targets(run, chosen, store), f"{store.url}/{ARMS[LEXICAL]}", blocks=True)
+    size = {"select.documents": 0, "select.tokens": summary["kept"]["tokens"], "select.drop": "none"}
+    selecting = {name: _filter_queries(stored_queries(run, name), ids) for name, ids in chosen.items()}
+    told = {SELECTED: summary["kept"], RANDOM: summary["random"]}
+    for slug, targets in rival_targets(run, selecting, store.child("_rivals"), compared).items():
+        rival = compared[slug]
+        other = Run(run.url, run.config, {**size, "select.by": rival.by})
+        told[rival.name] = select_by(other, targets, f"{store.url}/{slug}", blocks=True)["kept"]
     questions = pa.concat_tables([_filter_queries(stored_queries(run, name), ids) for name, ids in asked.items()])
-    told = {SELECTED: summary["kept"], RANDOM: summary["random"], LEXICAL: lexical["kept"]}
-    measured = _train(run, store, questions, told, seeds, recipe)
+    trainings = {
+        arm: [f"{FOLDERS[arm].replace('/', '-')}-{digest(facts['files'])}-seed-{seed}" for seed in range(seeds)]
+        for arm, facts in told.items()
+    }
+    measured = _train(run, store, questions, trainings, recipe)
     found = ClosedLoop(
         selected_by=sum(map(len, chosen.values())),
         measured_on=questions.num_rows,
         seeds=seeds,
         tokens={arm: facts["tokens"] for arm, facts in told.items()},
         pool_tokens=summary["pool"]["tokens"],
+        trainings=trainings,
         arms={what: {arm: mean_interval(each) for arm, each in by.items()} for what, by in measured.items()},
         differences={
             what: {arm: mean_interval(by[SELECTED] - each) for arm, each in by.items() if arm != SELECTED}
@@ -162,40 +179,8 @@ def _filter_queries(table: pa.Table, ids: Sequence[str]) -> pa.Table:
     return table.filter(pa.array([query in wanted for query in table["query_id"].to_pylist()]))
 
 
-def _lexical_targets(run: Run, chosen: Mapping[str, Sequence[str]], store: Store) -> list[Target]:
-    """Build document tables with TF-IDF similarity instead of influence; a document has its best block's similarity."""
-    blocks = Blocks(run.stage("blocks").store)
-    rows, names, _ = document_shares(blocks.take(np.arange(len(blocks)), ["spans"]))
-    documents = sorted(set(names))
-    number = {document: i for i, document in enumerate(documents)}
-    codes = np.array([number[document] for document in names])
-    targets = []
-    for name, ids in chosen.items():
-        queries = _filter_queries(stored_queries(run, name), ids).to_pylist()
-        found = similarities(blocks, (query["token_ids"] for query in queries))
-        tables = []
-        for query, (ordinals, values) in zip(queries, found, strict=True):
-            each = np.zeros(len(blocks))
-            each[ordinals] = values
-            best = np.zeros(len(documents))
-            np.maximum.at(best, codes, each[rows])
-            order = np.argsort(-best, kind="stable")[: int((best > 0).sum())]
-            columns = {
-                "query_id": [query["query_id"]] * len(order),
-                "rank": np.arange(1, len(order) + 1, dtype=np.int32),
-                "document_id": [documents[i][1] for i in order],
-                "source": [documents[i][0] for i in order],
-                "blocks": np.zeros(len(order), np.int32),
-                "influence": best[order],
-            }
-            tables.append(pa.Table.from_pydict(columns, DOCUMENTS))
-        content = store.write_table(f"_tfidf/{name}.parquet", pa.concat_tables(tables))
-        targets.append(Target(name, store, (f"_tfidf/{name}.parquet",), tuple(ids), content))
-    return targets
-
-
 def _train(
-    run: Run, store: Store, questions: pa.Table, arms: dict[str, dict[str, Any]], seeds: int, recipe: str
+    run: Run, store: Store, questions: pa.Table, trainings: Mapping[str, Sequence[str]], recipe: str
 ) -> dict[str, dict[str, np.ndarray]]:
     """Train the arms and return, by measure and arm, (seeds, queries) float32."""
     store.write_table("queries.parquet", questions)
@@ -205,13 +190,11 @@ def _train(
         "start": start,
         "recipe": recipe_identity(recipe),
         "queries": fingerprint(questions),
-        "arms": {arm: digest(facts["files"]) for arm, facts in arms.items()},
     }
     stage = claim(store.child("_retrain"), "closed loop", keys)
     tokenizer = run.stage("blocks").store.child("tokenizer").url
-    load_recipe(recipe, arm_benchmark(store, ARMS[SELECTED], model, start))  # fails here with a clear error
-    names = {arm: [f"{ARMS[arm].replace('/', '-')}-seed-{seed}" for seed in range(seeds)] for arm in arms}
-    units = {name: (arm, seed, name) for arm in arms for seed, name in enumerate(names[arm])}
+    load_recipe(recipe, arm_benchmark(store, FOLDERS[SELECTED], model, start))  # fails here with a clear error
+    units = {name: (arm, seed, name) for arm, names in trainings.items() for seed, name in enumerate(names)}
 
     def train(missing: list[Any]) -> Iterator[dict[str, Any]]:
         with connected(run.config.compute):
@@ -222,7 +205,10 @@ def _train(
     markers = run_missing(stage, units, train, "train", "models")
     measures = {LOSS: "losses"} | ({F1: "f1"} if markers[0]["f1"] is not None else {})
     return {
-        what: {arm: np.stack([read_array(stage.store, f"{folder}/{name}.npy") for name in names[arm]]) for arm in arms}
+        what: {
+            arm: np.stack([read_array(stage.store, f"{folder}/{name}.npy") for name in names])
+            for arm, names in trainings.items()
+        }
         for what, folder in measures.items()
     }
 
@@ -241,7 +227,7 @@ def train_arm(
     started = time.monotonic()
     hide_gpus(device)
     arm, seed, name = unit
-    benchmark = arm_benchmark(store, ARMS[arm], model, start)
+    benchmark = arm_benchmark(store, FOLDERS[arm], model, start)
     recipe = load_recipe(recipe_name, benchmark)
     trained = recipe.train(np.arange(len(benchmark.blocks)), seed)
     told = f"Recipe {recipe_name}, arm {arm}, seed {seed}"

@@ -1,0 +1,1 @@
+"""Closed loop: models trained on what methods select, compared on queries that selected nothing."""

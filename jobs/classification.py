@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         from stride_ray.evaluate.comparison.classifier_page import write_classifier_page
-        from stride_ray.evaluate.comparison.compare import chosen_methods, compare
+        from stride_ray.evaluate.comparison.compare import compare
+        from stride_ray.evaluate.comparison.units import chosen_methods
         from stride_ray.evaluate.retraining.classification import load_examples, write_benchmark
         from stride_ray.evaluate.retraining.recipe import DEFAULT
         from stride_ray.evaluate.retraining.retrain import retrain

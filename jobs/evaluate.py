@@ -19,7 +19,8 @@ from collections.abc import Sequence
 
 from stride_ray.cli.arguments import add_compute, add_removal, compute_of, removal_of
 from stride_ray.cli.exits import exit_status
-from stride_ray.evaluate.comparison.compare import compare, method_names
+from stride_ray.evaluate.comparison.compare import compare
+from stride_ray.evaluate.comparison.units import method_names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

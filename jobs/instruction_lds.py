@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
 
     def work() -> None:
-        from stride_ray.evaluate.comparison.compare import chosen_methods, compare
+        from stride_ray.evaluate.comparison.compare import compare
+        from stride_ray.evaluate.comparison.units import chosen_methods
         from stride_ray.evaluate.retraining.instructions import write_instruction_benchmark
         from stride_ray.evaluate.retraining.recipe import DEFAULT
         from stride_ray.evaluate.retraining.retrain import retrain

@@ -19,7 +19,7 @@ from stride_ray.evaluate.retraining.classification import (
     load_examples,
     write_benchmark,
 )
-from stride_ray.evaluate.retraining.finetune import fine_tune
+from stride_ray.evaluate.retraining.finetune import checkpoints, fine_tune
 from stride_ray.models.causal_lm import load_model
 from stride_ray.models.sites import find_sites
 from stride_ray.runtime.errors import StrideError
@@ -132,6 +132,23 @@ def test_examples_of_the_querys_class_help_it_most(benchmark, slug, tmp_path, mo
     gains = [row[alike].mean() - row[~alike].mean() for row, alike in zip(scores, same, strict=True)]
     assert np.median(gains) > 0
     assert np.mean(np.array(gains) > 0) >= 0.75, gains
+
+
+def test_scores_over_checkpoints_are_the_sum_of_theirs(benchmark, tmp_path, monkeypatch):
+    run_plainly(monkeypatch)
+    runs, compute = Store(str(tmp_path / "runs")), ComputeConfig(workers=1)
+    stride_variants.shard_pool(benchmark, runs, compute)
+    folders, _ = checkpoints(benchmark, str(tmp_path / "checkpoints"))
+    variant = next(each for each in stride_variants.VARIANTS if each.checkpoints)
+    found, _, _ = stride_variants.score(benchmark, replace(variant, checkpoints=3), runs, compute, folders)
+    expected = 0
+    for folder in (folders[3], folders[7], folders[11]):
+        there = replace(benchmark, model=folder, initial=None)
+        once = replace(variant, checkpoints=0, changes={**variant.changes, "corpus.tokenizer": f"{runs.url}/tokenizer"})
+        scores, _, _ = stride_variants.score(there, once, runs, compute)
+        expected += scores / scores.std()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert variant.identity != replace(variant, checkpoints=0).identity
 
 
 def test_a_finished_folder_is_read_and_another_refused(benchmark, monkeypatch):

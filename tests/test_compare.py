@@ -23,12 +23,13 @@ from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.comparison import compare as comparison
 from stride_ray.evaluate.comparison import stride_variants
-from stride_ray.evaluate.comparison.compare import (
+from stride_ray.evaluate.comparison import units as methods
+from stride_ray.evaluate.comparison.compare import compare
+from stride_ray.evaluate.comparison.units import (
     BASELINE_SOURCES,
     STRIDE_SOURCES,
     chosen_methods,
     code_version,
-    compare,
     known_units,
     method_names,
 )
@@ -220,7 +221,7 @@ def test_scores_of_other_code_are_made_again_and_another_benchmark_is_refused(ma
     out = tmp_path / "out"
     shutil.copytree(compared.out, out)
     in_this_process(monkeypatch)
-    monkeypatch.setattr(comparison, "code_version", lambda *patterns: "another")
+    monkeypatch.setattr(methods, "code_version", lambda *patterns: "another")
     assert compare(made, str(out), ["tfidf"])["scored"] == ["TF-IDF"]
     assert scores_of(out) == scores_of(compared.out)
     assert json.loads((out / "scores/_done/tfidf.json").read_text())["keys"]["code"] == "another"
@@ -278,7 +279,7 @@ def test_variants_of_one_configuration_run_once(made, tmp_path, monkeypatch):
     in_this_process(monkeypatch)
     calls = []
 
-    def scored(benchmark, variant, runs, compute):
+    def scored(benchmark, variant, runs, compute, checkpoints):
         calls.append(variant.name)
         return np.random.default_rng(0).random((Q, N), dtype=np.float32), 7, "a remark"
 

@@ -6,14 +6,12 @@ done marker last, so rerunning the command computes what is missing. A marker re
 scores with other dependencies are recomputed. A failed method gets a row with the reason.
 """
 
-import hashlib
 import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +19,13 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 
-import stride_ray
-from stride_ray.evaluate.baselines import METHODS, variable_set
+from stride_ray.evaluate.baselines import METHODS
 from stride_ray.evaluate.baselines.representation import airrep, embedding
 from stride_ray.evaluate.comparison import stride_variants
 from stride_ray.evaluate.comparison.removals import RemovalCurve, compare_removals
 from stride_ray.evaluate.comparison.score_statistics import ScoreStatistics, score_statistics
 from stride_ray.evaluate.comparison.table import Entry, as_markdown, best_rival, protocol, write_tables
+from stride_ray.evaluate.comparison.units import CHECKPOINTS, POOL, Unit, chosen_methods, known_units
 from stride_ray.evaluate.fitted_methods import FITTED_METHODS
 from stride_ray.evaluate.retraining.benchmark import Benchmark, read_benchmark, reread_benchmark
 from stride_ray.evaluate.retraining.finetune import checkpoints
@@ -42,31 +40,7 @@ from stride_ray.runtime.storage import Store
 from stride_ray.runtime.tasks import allocate_workers, connected, hide_gpus, prepare_process
 from stride_ray.runtime.urls import first_line
 
-# Files that STRIDE's results, and the baselines', depend on.
-STRIDE_SOURCES = ("runtime/*.py", "corpus/*.py", "models/**/*.py", "operators/**/*.py", "attribution/*.py")
-BASELINE_SOURCES = ("evaluate/baselines/**/*.py", "models/causal_lm.py")
-# Inputs shared by several methods, with markers like the methods'.
-CHECKPOINTS, POOL = "checkpoints", "pool"
 STATISTICS = pa.schema([("method", pa.string()), *((each.name, pa.float64()) for each in fields(ScoreStatistics))])
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A method to score, or an input shared by several methods.
-
-    Attributes:
-        slug: its name in files; variants of one configuration share it.
-        entry: its row in the table, without measurements.
-        keys: everything its result depends on.
-        needs: slugs of the units it depends on.
-        variant: STRIDE's variant; None for others.
-    """
-
-    slug: str
-    entry: Entry
-    keys: dict[str, Any]
-    needs: tuple[str, ...] = ()
-    variant: stride_variants.Variant | None = None
 
 
 def compare(
@@ -146,67 +120,6 @@ def compare(
     }
 
 
-def method_names() -> list[str]:
-    """Return every method's name on the command line."""
-    return [*METHODS, *FITTED_METHODS, *(variant.slug for variant in stride_variants.VARIANTS)]
-
-
-def known_units(benchmark: Benchmark) -> dict[str, Unit]:
-    """Every method by its command-line name, and the units that several of them need."""
-    theirs, mine = code_version(*BASELINE_SOURCES), code_version(*STRIDE_SOURCES)
-    fingerprint = {"benchmark": benchmark.fingerprint}
-    recipe = {**fingerprint, "code": code_version("evaluate/retraining/finetune.py")}
-    units = [Unit(CHECKPOINTS, Entry(CHECKPOINTS), recipe), Unit(POOL, Entry(POOL), {**fingerprint, "code": mine})]
-    for slug, baseline in METHODS.items():
-        entry = Entry(baseline.name, lexical=baseline.lexical, note=baseline.note)
-        needs = (CHECKPOINTS,) if baseline.checkpoints else ()
-        keys = {**fingerprint, "method": slug, "code": theirs, **variable_set(baseline.variable)}
-        keys |= {"recipe": recipe["code"]} if needs else {}
-        units.append(Unit(slug, entry, keys, needs))
-    truth = hashlib.sha256(b"".join(rows.tobytes() + b";" for rows in benchmark.retrained().subsets))
-    truth.update(benchmark.retrained().losses.tobytes())
-    for slug, fitted in FITTED_METHODS.items():
-        keys = {**fingerprint, "method": slug, "code": code_version(*fitted.sources), "truth": truth.hexdigest()[:16]}
-        keys |= variable_set(fitted.variable)
-        units.append(Unit(slug, Entry(fitted.name, note=fitted.note), keys))
-    found = {unit.slug: unit for unit in units}
-    for variant in stride_variants.VARIANTS:
-        alone = next(each for each in stride_variants.VARIANTS if each.identity == variant.identity and not each.plus)
-        lexical = bool(variant.plus) and METHODS[variant.plus].lexical
-        note = variant.note if variant.plus or variant is alone else f"the same configuration as {alone.name}"
-        entry = Entry(variant.name, True, variant.default, variant.paper, lexical, note=note)
-        keys = {**fingerprint, "config": variant.identity, "code": mine}
-        if variant.plus:
-            keys |= {"plus": variant.plus, "theirs": theirs}
-            found[variant.slug] = Unit(variant.slug, entry, keys, (alone.slug, variant.plus), variant)
-        else:
-            found[variant.slug] = Unit(alone.slug, entry, keys, (POOL,), alone)
-    return found
-
-
-def code_version(*patterns: str) -> str:
-    """Return the package's version plus eight hash digits of the files, by pattern, that a result depends on."""
-    root, content = Path(stride_ray.__file__).parent, hashlib.sha256()
-    for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
-        content.update(path.name.encode() + path.read_bytes())
-    return f"{stride_ray.__version__}+{content.hexdigest()[:8]}"
-
-
-def chosen_methods(methods: Sequence[str] | None, ablations: bool) -> list[str]:
-    """Deduplicate the requested methods; None: all but the ablations. Requested ablations come last.
-
-    Raises:
-        StrideError: for an unknown method.
-    """
-    known = method_names()
-    if unknown := [each for each in methods or () if each not in known]:
-        raise StrideError(f"Unknown method {unknown[0]!r}; known are {', '.join(known)}.")
-    extra = [slug for slug, baseline in METHODS.items() if baseline.ablation]
-    extra += [variant.slug for variant in stride_variants.VARIANTS if variant.ablation]
-    wanted = [slug for slug in known if slug not in extra] if methods is None else methods
-    return list(dict.fromkeys([*wanted, *(extra if ablations else ())]))
-
-
 class _ScoreCache:
     """The published scores of a comparison; computes missing ones."""
 
@@ -271,7 +184,8 @@ class _ScoreCache:
             write_scores(self.store, f"scores/{unit.slug}.npz", stride_variants.standardised_sum(*scores))
             seconds, peak = sum(part.seconds or 0 for part in parts), max(part.peak_mb or 0 for part in parts)
             return {"seconds": seconds, "peak_mb": peak}
-        found, peak, remark = stride_variants.score(self.benchmark, variant, runs, self.compute)
+        made = self._checkpoints(unit).get("checkpoints", ())
+        found, peak, remark = stride_variants.score(self.benchmark, variant, runs, self.compute, made)
         cut = self.ensure_scored(self.units[POOL]).seconds or 0
         _publish(self.store, f"scores/{unit.slug}.npz", found, found.shape)
         return {"seconds": time.monotonic() - started + cut, "peak_mb": peak, "remark": remark}
@@ -291,11 +205,14 @@ class _ScoreCache:
 
     def _worker_arguments(self, unit: Unit, cores: int, device: str) -> tuple[Any, ...]:
         """Build the arguments of ``_in_worker``."""
-        given: dict[str, Any] = {"batch_tokens": self.compute.batch_tokens or MAX_BATCH_TOKENS}
-        if CHECKPOINTS in unit.needs and (made := self.marker(self.units[CHECKPOINTS])):
-            given |= {"checkpoints": tuple(made["folders"]), "learning_rates": tuple(made["rates"])}
+        given = {"batch_tokens": self.compute.batch_tokens or MAX_BATCH_TOKENS, **self._checkpoints(unit)}
         made_from = (self.benchmark.url, self.benchmark.fingerprint)
         return os.getcwd(), made_from, self.store, unit.slug, given, cores, device
+
+    def _checkpoints(self, unit: Unit) -> dict[str, Any]:
+        """The checkpoints that a unit needs, as arguments of Benchmark.problem; empty for others."""
+        made = self.marker(self.units[CHECKPOINTS]) if CHECKPOINTS in unit.needs else None
+        return {"checkpoints": tuple(made["folders"]), "learning_rates": tuple(made["rates"])} if made else {}
 
 
 def _machine(compute: ComputeConfig) -> tuple[int, str]:

@@ -7,8 +7,8 @@ blocks, fitted operators if the setting needs them, and the published influence 
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class Variant:
         default: the default configuration.
         paper: the method as published in the paper.
         plus: a baseline whose scores are added; both are standardised per query first.
+        checkpoints: at most how many checkpoints of training are measured, in place of one model on the way to the
+            end; their scores are divided by their standard deviation and added.
         ablation: only included if ablations are requested.
         note: a one-line description.
     """
@@ -56,6 +58,7 @@ class Variant:
     default: bool = False
     paper: bool = False
     plus: str = ""
+    checkpoints: int = 0
     ablation: bool = False
     note: str = ""
 
@@ -67,7 +70,8 @@ class Variant:
     @property
     def identity(self) -> str:
         """Hash of the whole configuration, sixteen hexadecimal digits, without ``compute`` options and ``plus``."""
-        flat = Config().updated(self.changes, self.name).flat()
+        flat = {"checkpoints": self.checkpoints} if self.checkpoints else {}
+        flat |= Config().updated(self.changes, self.name).flat()
         return digest({key: value for key, value in flat.items() if not key.startswith("compute.")})
 
 
@@ -154,6 +158,13 @@ VARIANTS: tuple[Variant, ...] = (
     _exact("unsolved", solve__steps=0),
     _exact("solved further", **FURTHER),
     _exact("every map, solved further", **EVERY_MAP, **FURTHER),
+    Variant(
+        "STRIDE exact, over checkpoints",
+        {"attribute.exact": True, "attribute.negative_scale": 1.0},
+        checkpoints=10,
+        ablation=True,
+        note="a run at each of ten checkpoints of training, negative scores whole",
+    ),
     Variant("STRIDE, unsolved", {"solve.steps": 0}, ablation=True, note="the Kronecker factors alone"),
     *(
         Variant(
@@ -210,7 +221,9 @@ def shard_pool(benchmark: Benchmark, runs: Store, compute: ComputeConfig) -> Non
     check_blocks(Blocks(run.stage("blocks").store), benchmark)
 
 
-def score(benchmark: Benchmark, variant: Variant, runs: Store, compute: ComputeConfig) -> tuple[np.ndarray, int, str]:
+def score(
+    benchmark: Benchmark, variant: Variant, runs: Store, compute: ComputeConfig, checkpoints: Sequence[str] = ()
+) -> tuple[np.ndarray, int, str]:
     """Score one variant in its own run under ``runs``, replacing an existing run.
 
     Args:
@@ -218,6 +231,7 @@ def score(benchmark: Benchmark, variant: Variant, runs: Store, compute: ComputeC
         variant: the setting; ``plus`` is left to the caller.
         runs: the folder of all runs.
         compute: where to run.
+        checkpoints: folders of models during training, in order, for a variant that is measured there.
 
     Returns:
         (Q, N) float32 influence, zero for pairs not in the table; the workers' largest resident memory in MiB, times
@@ -226,6 +240,8 @@ def score(benchmark: Benchmark, variant: Variant, runs: Store, compute: ComputeC
     Raises:
         StrideError: as fit and answer, or if the blocks are not the pool's rows.
     """
+    if variant.checkpoints:
+        return _score_over_checkpoints(benchmark, variant, runs, compute, checkpoints)
     runs.remove(variant.slug)
     changes, remarks = dict(variant.changes), []
     n_blocks = len(benchmark.blocks)
@@ -245,6 +261,22 @@ def score(benchmark: Benchmark, variant: Variant, runs: Store, compute: ComputeC
         remarks.append(f"{len(failed)} queries failed and count as zeros: {failed[0]['error']}")
     found = dense(read_influence(run, QUERIES), len(benchmark.queries), n_blocks)
     return found, peak_mb(run) * allocate_workers(compute, n_blocks).workers, "; ".join(remarks)
+
+
+def _score_over_checkpoints(
+    benchmark: Benchmark, variant: Variant, runs: Store, compute: ComputeConfig, folders: Sequence[str]
+) -> tuple[np.ndarray, int, str]:
+    """``score`` at ``variant.checkpoints`` of the folders, evenly spaced and with the last."""
+    count, total = min(variant.checkpoints, len(folders)), np.zeros((len(benchmark.queries), len(benchmark.blocks)))
+    peaks, remarks = list[int](), dict[str, None]()
+    for number in range(count):
+        there = {"model.path": folders[(number + 1) * len(folders) // count - 1], "model.start": ""}
+        one = replace(variant, checkpoints=0, changes={**variant.changes, **there})
+        found, peak, remark = score(benchmark, one, runs, compute)
+        total += found / max(float(found.std()), 1e-30)
+        peaks.append(peak)
+        remarks |= {remark: None} if remark else {}
+    return total.astype(np.float32), max(peaks), "; ".join(remarks)
 
 
 def settings(benchmark: Benchmark, runs: Store, compute: ComputeConfig, changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def attribute(run: Run, queries: str, name: str, out: TextIO | None = None) -> d
 
     Args:
         run: with finished ``blocks/``.
-        queries: JSON Lines or Parquet with text, prompt and completion, or messages (queries.read_queries).
+        queries: JSON Lines or Parquet with text, prompt and completion, messages, or two completions to contrast
+            (queries.read_queries).
         name: name of the query set; tables go to ``influence/<name>/`` or ``exact/<name>/``.
         out: stream for the console table; None: standard output.
 
@@ -197,11 +198,11 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
 
     Returns:
         Per query: query_id, error, base_loss, nonzeros, gap, ``prompt`` (the text outside the loss mask),
-        ``completion`` (the text inside it), and ``helping`` and ``harming``, rows of the influence table with the
-        block's ``text`` and its ``share``, |influence| over the query's largest. Over all of the query's rows:
-        ``curve``, at most CURVE evenly spaced pairs [0-based rank, influence]; ``half``, the number of top blocks that
-        hold half of the positive influence; and ``sources``, the SOURCES largest as (source, share of the positive
-        influence).
+        ``completion`` (the text inside it), ``contrast`` (the other completion, if any), and ``helping`` and
+        ``harming``, rows of the influence table with the block's ``text`` and its ``share``, |influence| over the
+        query's largest. Over all of the query's rows: ``curve``, at most CURVE evenly spaced pairs [0-based rank,
+        influence]; ``half``, the number of top blocks that hold half of the positive influence; and ``sources``, the
+        SOURCES largest as (source, share of the positive influence).
     """
     tokenizer = load_saved_tokenizer(run.store.child("blocks"))
     first_queries = stored_queries(run, name).slice(0, queries).to_pylist()
@@ -225,6 +226,7 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
                 **about,
                 "prompt": tokenizer.decode(ids[~mask]) if len(ids) else "",
                 "completion": tokenizer.decode(ids[mask]) if len(ids) else "",
+                "contrast": _contrast_text(query, tokenizer),
                 **sides,
                 "curve": [[int(rank), float(values[rank])] for rank in at],
                 "half": int(np.searchsorted(summed, summed[-1] / 2)) + 1 if len(summed) else 0,
@@ -237,6 +239,14 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
         for row in (*each["helping"], *each["harming"]):
             row["text"] = texts[row["ordinal"]]
     return shown
+
+
+def _contrast_text(query: dict[str, Any], tokenizer: Any) -> str:
+    """The other completion of a contrast, as far as it carries loss; empty for a plain query."""
+    ids = query["contrast_ids"] or []
+    return str(
+        tokenizer.decode([token for token, counts in zip(ids, query["contrast_mask"] or (), strict=True) if counts])
+    )
 
 
 def _query_results(
@@ -299,6 +309,7 @@ def print_table(shown: list[dict[str, Any]], out: TextIO) -> None:
     """Print each query with its most helpful blocks and its most harmful block, one line per block."""
     for query in shown:
         title = " ".join((query["prompt"] + query["completion"]).split())
+        title += f" rather than {' '.join(query['contrast'].split())}" if query["contrast"] else ""
         if query["error"]:
             print(f"\n{query['query_id']}: failed: {query['error']}", file=out)
             continue

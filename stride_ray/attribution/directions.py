@@ -1,5 +1,7 @@
 """Query directions: each query's gradient at all sites, refined by a Gauss–Newton solve (conjugate_gradients.py).
 
+The gradient of a contrast is that of one completion's loss minus that of the other's.
+
 ``directions/<name>/gradients-*.safetensors`` hold the directions by site, for the queries that did not fail. The files
 are removed once the influence tables are written.
 """
@@ -30,7 +32,7 @@ from stride_ray.models.curvature.gauss_newton import GaussNewton, cut_texts
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.loading import load_measured_model, load_run_model
 from stride_ray.models.pool_worker import ModelWorker
-from stride_ray.models.query_batches import batches, padded, validate_query
+from stride_ray.models.query_batches import batches, padded, signed_texts, validate_query
 from stride_ray.models.sites import site_gradients
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
@@ -133,27 +135,30 @@ class DirectionWorker(ModelWorker):
         rows = self.table.slice(part * self.unit, self.unit).to_pylist()
         answers = [{**validate_query(self.model, row), "base_loss": None, "steps": None} for row in rows]
         waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
-        found: list[Gradient] = []
-        for batch in batches(rows, waiting, self.tokens):
-            ids, mask = padded([rows[i] for i in batch], self.model.device)
-            gradients, measured = site_gradients(self.model, self.sites, ids, mask)
-            J = {site.name: J for site, J in gradients}
+        texts, gradients = signed_texts(rows, waiting), dict[int, Gradient]()
+        for batch in batches([text for _, text, _ in texts], list(range(len(texts))), self.tokens):
+            ids, mask = padded([texts[k][1] for k in batch], self.model.device)
+            found, measured = site_gradients(self.model, self.sites, ids, mask)
+            J = {site.name: J for site, J in found}
             losses = masked_mean(self.trained.token_losses(self.trained.read(ids), ids, mask), mask)
             sound, good = (losses.isfinite() & measured.isfinite()).tolist(), finite_rows(J.values()).tolist()
-            for at, i in enumerate(batch):
-                answers[i]["base_loss"] = float(losses[at])
-                if sound[at] and good[at]:
-                    found.append({name: each[at] for name, each in J.items()})
-                else:
+            for at, k in enumerate(batch):
+                i, _, sign = texts[k]
+                answers[i]["base_loss"] = (answers[i]["base_loss"] or 0.0) + sign * float(losses[at])
+                if not (sound[at] and good[at]):
                     fail(answers[i], NOT_FINITE if sound[at] else LOSS_NOT_FINITE)
-        good = [answer for answer in answers if answer["status"] == "ok"]
-        steps = self.config.solve.steps
-        solved = solve(found, self._damped, self._products, steps)
-        for answer, gradient, result in zip(good, found, solved, strict=True):
-            answer["steps"] = result.steps if steps else None
-            gradient.update(self._kfac_preimage(result.direction))
-        names = [site.name for site in self.sites] if found else []
-        tensors = {name: torch.stack([each.pop(name) for each in found]).cpu() for name in names}
+                elif i in gradients:
+                    gradients[i] = {name: each.add_(J[name][at], alpha=sign) for name, each in gradients[i].items()}
+                else:
+                    gradients[i] = {name: each[at] for name, each in J.items()}
+        answered = [i for i in waiting if answers[i]["status"] == "ok"]
+        steps, directions = self.config.solve.steps, [gradients.pop(i) for i in answered]
+        solved = solve(directions, self._damped, self._products, steps)
+        for i, direction, result in zip(answered, directions, solved, strict=True):
+            answers[i]["steps"] = result.steps if steps else None
+            direction.update(self._kfac_preimage(result.direction))
+        names = [site.name for site in self.sites] if directions else []
+        tensors = {name: torch.stack([each.pop(name) for each in directions]).cpu() for name in names}
         # Marker before file: a part counts as done if its file exists, and clear_directions removes only files.
         marker = self.stage.mark(gradient_name(part), started, answers=answers)
         self.stage.store.write(f"{gradient_name(part)}.safetensors", tensor_bytes(tensors))

@@ -31,7 +31,7 @@ from stride_ray.corpus.queries import check_name, fingerprint, read_queries
 from stride_ray.corpus.tokenization.tokenizer import load_saved_tokenizer
 from stride_ray.models.batch_size import rows_at_once
 from stride_ray.models.loading import load_run_model, measured_model_fingerprint
-from stride_ray.models.query_batches import batches, padded, validate_query
+from stride_ray.models.query_batches import batches, padded, signed_texts, texts_of, validate_query
 from stride_ray.operators.row_store import RowStore
 from stride_ray.operators.stored import load_operators
 from stride_ray.runtime.actor_pool import shared_actor_pool
@@ -198,42 +198,46 @@ class Responder:
 
     def _linear(self, rows: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
         """Fill in linear responses, in right-padded batches within the token budget."""
-        waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
-        for batch in batches(rows, waiting, self.tokens):
-            self._linear_batch(rows, answers, batch)
+        texts = signed_texts(rows, [i for i, answer in enumerate(answers) if answer["status"] == "ok"])
+        for batch in batches([text for _, text, _ in texts], list(range(len(texts))), self.tokens):
+            self._linear_batch(texts, answers, batch)
 
-    def _linear_batch(self, rows: list[dict[str, Any]], answers: list[dict[str, Any]], batch: list[int]) -> None:
-        """Fill in one batch; one that does not fit in memory is halved, and a single query that does not fit fails."""
+    def _linear_batch(
+        self, texts: list[tuple[int, dict[str, Any], float]], answers: list[dict[str, Any]], batch: list[int]
+    ) -> None:
+        """Fill in a batch of texts; one that does not fit in memory is halved, and a query that does not fit fails."""
         halves: list[list[int]] = []
         try:
-            ids, mask = padded([rows[i] for i in batch], self.model.device)
+            ids, mask = padded([texts[k][1] for k in batch], self.model.device)
             losses = self.model.losses(self.model.trunk(ids), ids, mask)
             found = self.operators.linear(self.model, ids, mask)
-            for i, loss, response in zip(batch, losses.tolist(), found.cpu().numpy(), strict=True):
-                _set_response(answers[i], loss, response)
+            for k, loss, response in zip(batch, losses.tolist(), found.cpu().numpy(), strict=True):
+                i, _, sign = texts[k]
+                _add_response(answers[i], sign, loss, response)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                fail(answers[batch[0]], _out_of_memory_message(error))
+                fail(answers[texts[batch[0]][0]], _out_of_memory_message(error))
             else:
                 halves = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
         # Not inside the handler: there the exception's traceback keeps the failed batch's tensors alive.
         for half in halves:
-            self._linear_batch(rows, answers, half)
+            self._linear_batch(texts, answers, half)
 
     def _exact(self, row: dict[str, Any], answer: dict[str, Any]) -> None:
         """Fill in one query's exact responses to all operators; a query that does not fit in memory fails."""
-        ids, mask = padded([row], self.model.device)
         everyone = torch.arange(len(self.operators.A), device=self.model.device)
-        try:
-            base, found = self.operators.exact(self.model, ids[0], mask[0], everyone, self.tokens)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            fail(answer, _out_of_memory_message(error))
-            return
-        _set_response(answer, base, found.cpu().numpy())
+        for text, sign in texts_of(row):
+            ids, mask = padded([text], self.model.device)
+            try:
+                base, found = self.operators.exact(self.model, ids[0], mask[0], everyone, self.tokens)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                fail(answer, _out_of_memory_message(error))
+                return
+            _add_response(answer, sign, base, found.cpu().numpy())
 
 
 class ModeComparison(Responder):
@@ -259,12 +263,16 @@ class ModeComparison(Responder):
         return self.stage.mark("modes", started, correlation=correlation, queries=len(found), operators=len(some))
 
 
-def _set_response(answer: dict[str, Any], loss: float, response: np.ndarray) -> None:
-    """Set a query's base loss and response (K,), or its error if one of them is not finite."""
+def _add_response(answer: dict[str, Any], sign: float, loss: float, response: np.ndarray) -> None:
+    """Set a query's base loss and response (K,), or add a contrast's, or set the error if one is not finite."""
+    if answer["status"] != "ok":
+        return
     if not np.isfinite(loss):
         fail(answer, LOSS_NOT_FINITE)
     elif not (np.abs(response) < LARGEST_NORM).all():
         fail(answer, RESPONSE_NOT_FINITE)
+    elif "base_loss" in answer:
+        answer |= {"base_loss": answer["base_loss"] + sign * loss, "response": answer["response"] + sign * response}
     else:
         answer |= {"base_loss": loss, "response": response}
 

@@ -107,7 +107,7 @@ def read_with_rows(
             unused |= row.unread
             unused |= others
         place = files[row.file] if unit.kind == "text" else int(row.document_id.rpartition("#")[2])
-        yield row, _document(row, roles, place)
+        yield row, document_of(row, roles, place)
 
 
 def resolve_columns(
@@ -194,7 +194,8 @@ class InvalidRowError(Exception):
     """A row is not a valid document; becomes a reject."""
 
 
-def _document(row: Row, roles: Roles, place: int) -> Document | Rejected:
+def document_of(row: Row, roles: Roles, place: int) -> Document | Rejected:
+    """The document that the columns with roles make of a row, or why they make none."""
     identity: dict[str, str] = {}
     try:
         for role in ("id", "source"):

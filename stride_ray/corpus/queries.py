@@ -1,11 +1,13 @@
 """Queries: any supported document input, tokenised into one small table.
 
 An invalid query (one token, no target, an unreadable line) stays in the table with its error; none is dropped.
+
+A contrast asks why the model says one completion rather than another: its loss is the first one's minus the other's.
 """
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
@@ -13,10 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.corpus.documents import Document, TokenizedDocument, read_with_rows, resolve_columns
-from stride_ray.corpus.readers import Rejected, Row
-from stride_ray.corpus.rows.row import LONE_SURROGATE, Unreadable, named
-from stride_ray.corpus.splits import plan
+from stride_ray.corpus.documents import Document, TokenizedDocument, document_of, read_with_rows, resolve_columns
+from stride_ray.corpus.readers import Rejected, Row, rows
+from stride_ray.corpus.rows.roles import roles_of
+from stride_ray.corpus.rows.row import LONE_SURROGATE, Unreadable, has_content, named
+from stride_ray.corpus.splits import InputSplit, plan
 from stride_ray.corpus.tokenization.encoding import encode
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.urls import redact_url
@@ -26,12 +29,16 @@ SCHEMA = pa.schema(
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False),
+        pa.field("contrast_ids", pa.list_(pa.int32())),
+        pa.field("contrast_mask", pa.list_(pa.bool_())),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error", pa.string()),
     ]
 )
 
 _ID_COLUMNS = ("query_id", "id")
+# Columns with the completion that a contrast compares with: that of preference data, and ours.
+_CONTRASTS = ("rejected", "contrast")
 _ADVICE = "A query has text; prompt and completion (or answer); messages; or token_ids: rename the columns."
 
 
@@ -41,7 +48,8 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
     Args:
         path: JSON Lines, Parquet or any other document input with text (loss on every token), prompt and completion
             or answer, messages (loss on the answers), or token_ids; each row may have a ``query_id`` or ``id``, a
-            string or a number.
+            string or a number. With a ``rejected`` (or ``contrast``) column in the form of the completion, messages or
+            text, the query is a contrast; preference data has ``chosen`` in their place.
         tokenizer: that of the corpus.
 
     Returns:
@@ -52,17 +60,56 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
         StrideError: no queries, or a duplicate id.
     """
     units = plan([path], shard_bytes=2**26)
-    columns = resolve_columns(units, {}, _ADVICE)
-    items = [item for unit in units for item in read_with_rows(unit, columns, beside=_ID_COLUMNS)]
+    columns = resolve_columns(units, _preference_columns(units), _ADVICE)
+    beside = (*_ID_COLUMNS, *_CONTRASTS)
+    items = [item for unit in units for item in read_with_rows(unit, columns, beside=beside)]
     if not items:
         raise StrideError(f"{redact_url(path)} has no queries.")
     queries = _named(items, redact_url(path))
-    encoded = iter(encode([item for _, item in queries if isinstance(item, Document)], tokenizer))
-    table = []
-    for name, item in queries:
-        result = next(encoded) if isinstance(item, Document) else item
-        table.append(failed(name, result.sentence()) if isinstance(result, Rejected) else row(name, result))
+    others = [_contrast(each, columns) for each, _ in items]
+    wanted = [each for each in (*(item for _, item in queries), *others) if isinstance(each, Document)]
+    encoded = iter(encode(wanted, tokenizer))
+    first = [next(encoded) if isinstance(item, Document) else item for _, item in queries]
+    second = [next(encoded) if isinstance(item, Document) else item for item in others]
+    table = [_row(name, *both) for (name, _), both in zip(queries, zip(first, second, strict=True), strict=True)]
     return pa.Table.from_pylist(table, SCHEMA)
+
+
+def _preference_columns(units: Sequence[InputSplit]) -> dict[str, str]:
+    """The mapping of roles for preference data, which has prompt, chosen and rejected, or the latter two alone."""
+    found = (row for unit in units if unit.kind != "text" for row in rows(unit, {"prompt", "chosen", "rejected"}))
+    row = next((row for row in found if isinstance(row, Row)), None)
+    if row is None or not {"chosen", "rejected"} <= row.values.keys():
+        return {}
+    if "prompt" in row.values:
+        return {"prompt": "prompt", "answer": "chosen"}
+    return {"messages" if isinstance(row.values["chosen"], list) else "text": "chosen"}
+
+
+def _contrast(row: Row | Rejected, columns: Mapping[str, str]) -> Document | Rejected | None:
+    """The row's document with the other completion in the place of its own; None for a plain query.
+
+    Example: {"prompt": "2+2=", "completion": "4", "rejected": "5"} makes the prompt with the answer "5".
+    """
+    if isinstance(row, Rejected):
+        return None
+    column = next((name for name in _CONTRASTS if has_content(row.values.get(name))), None)
+    if column is None:
+        return None
+    roles, _ = roles_of(row.values, columns)
+    role = next((role for role in ("answer", "messages", "text") if role in roles), "")
+    if not role:
+        return Rejected(row.file, row.number(), f"{column!r} needs a prompt and completion, messages or text beside it")
+    return document_of(row, {**roles, role: (column,)}, 0)
+
+
+def _row(
+    name: str, encoded: TokenizedDocument | Rejected, contrast: TokenizedDocument | Rejected | None
+) -> dict[str, Any]:
+    """A query's row in the table."""
+    if isinstance(encoded, Rejected):
+        return failed(name, encoded.sentence())
+    return failed(name, contrast.sentence()) if isinstance(contrast, Rejected) else row(name, encoded, contrast)
 
 
 def _named(
@@ -116,20 +163,38 @@ def _given_id(row: Row) -> str | Rejected | None:
     return None
 
 
-def row(query_id: str, encoded: TokenizedDocument) -> dict[str, Any]:
-    """The table row of a tokenised query; a failed row if it has no token to predict."""
-    ids = encoded.ids
-    mask = np.ones(len(ids), dtype=bool) if encoded.mask is None else encoded.mask
-    if len(ids) < 2:
-        return failed(query_id, f"has {len(ids)} token(s); a loss needs at least two, one to be predicted from another")
-    if not mask[1:].any():
-        return failed(query_id, "has no token whose loss counts")
-    return {"query_id": query_id, "token_ids": ids, "loss_mask": mask, "status": "ok", "error": None}
+def row(query_id: str, encoded: TokenizedDocument, contrast: TokenizedDocument | None = None) -> dict[str, Any]:
+    """The table row of a tokenised query; a failed row if it, or what it is contrasted with, has no token to predict.
+
+    What two contrasted texts begin with in common carries no loss, unless one of them would have none.
+    """
+    both = [each for each in (encoded, contrast) if each is not None]
+    masks = [np.ones(len(each.ids), bool) if each.mask is None else each.mask for each in both]
+    if contrast is not None:
+        shared = _common_prefix(encoded.ids, contrast.ids)
+        rest = [mask & (np.arange(len(mask)) >= shared) for mask in masks]
+        masks = rest if all(mask[1:].any() for mask in rest) else masks
+    for what, each, mask in zip(("", "what it is contrasted with "), both, masks, strict=False):
+        if len(each.ids) < 2:
+            one = f"{what}has {len(each.ids)} token(s); a loss needs at least two, one to be predicted from another"
+            return failed(query_id, one)
+        if not mask[1:].any():
+            return failed(query_id, f"{what}has no token whose loss counts")
+    other = (None, None) if contrast is None else (contrast.ids, masks[1])
+    values = (query_id, encoded.ids, masks[0], *other, "ok", None)
+    return dict(zip(SCHEMA.names, values, strict=True))
+
+
+def _common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+    """How many tokens two texts have in common at the beginning."""
+    length = min(len(first), len(second))
+    different = np.flatnonzero(np.asarray(first[:length]) != np.asarray(second[:length]))
+    return int(different[0]) if len(different) else length
 
 
 def failed(query_id: str, error: str) -> dict[str, Any]:
     """The table row of an invalid query."""
-    return {"query_id": query_id, "token_ids": [], "loss_mask": [], "status": "failed", "error": error}
+    return dict(zip(SCHEMA.names, (query_id, [], [], None, None, "failed", error), strict=True))
 
 
 def fingerprint(table: pa.Table) -> str:

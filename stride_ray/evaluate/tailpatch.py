@@ -17,7 +17,7 @@ from stride_ray.corpus.blocks import Blocks
 from stride_ray.evaluate.retraining.lds import Interval, mean_interval
 from stride_ray.evaluate.word_counts import similar_blocks
 from stride_ray.models.pool_worker import ModelWorker
-from stride_ray.models.query_batches import padded
+from stride_ray.models.query_batches import padded, texts_of
 from stride_ray.runtime.actor_pool import map_actors
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
@@ -176,9 +176,12 @@ class TailPatchWorker(ModelWorker):
 
     @torch.no_grad()
     def _loss(self, query: dict[str, Any]) -> float:
-        ids, mask = padded([query], self.model.device)
-        losses = self.model.token_losses(self.model.read(ids), ids, mask)
-        return float(losses.double().sum() / mask[:, 1:].sum())
+        total = 0.0
+        for text, sign in texts_of(query):
+            ids, mask = padded([text], self.model.device)
+            losses = self.model.token_losses(self.model.read(ids), ids, mask)
+            total += sign * float(losses.double().sum() / mask[:, 1:].sum())
+        return total
 
     def _change(self, query: dict[str, Any], base: float, ordinals: np.ndarray) -> float:
         """Change of the query's loss after a step on the given blocks; nan if they have no targets."""

@@ -32,7 +32,7 @@ from stride_ray.evaluate.retraining.removal import (
 )
 from stride_ray.evaluate.tailpatch import successful_queries
 from stride_ray.models.loading import measured_model_fingerprint
-from stride_ray.models.query_batches import padded
+from stride_ray.models.query_batches import padded, refuse_contrasts
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage, claim
 from stride_ray.runtime.storage import Store
@@ -132,6 +132,7 @@ def verify(
         raise StrideError(f"per_query is {per_query}; it must be the number of queries, or 0 for the whole set.")
     blocks = Blocks(run.require("blocks").store)
     queries = successful_queries(run, name)
+    refuse_contrasts(queries, "verify")
     run.require(table_stage(run), name, corpus=blocks.manifest["fingerprint"])
     blocks_removed(share, len(blocks))  # fails here, before a folder is made
     ids = [row["query_id"] for row in queries]

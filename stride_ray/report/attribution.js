@@ -17,14 +17,14 @@ const common = new Set();
 
 const COLUMNS = [
   { title: "query", of: (q) => q.query_id },
-  { title: "text", of: (q) => (q.prompt + q.completion).replace(/\s+/g, " "), kind: "text" },
+  { title: "text", of: (q) => (q.prompt + q.completion + (q.contrast && ` rather than ${q.contrast}`)).replace(/\s+/g, " "), kind: "text" },
   { title: "loss, nats", of: (q) => q.base_loss, show: number, kind: "number" },
   { title: "blocks", of: (q) => q.nonzeros, show: (v) => v ?? "failed", kind: "number" },
   { title: "half held by", of: (q) => (q.error ? null : q.half), show: (v) => v ?? "", kind: "number" },
   { title: "most helpful", of: best, kind: "text" },
 ];
 const searched = (q) =>
-  [q.query_id, q.prompt, q.completion, ...[...q.helping, ...q.harming].map((row) => `${row[4]} ${row[5]}`)].join("\n");
+  [q.query_id, q.prompt, q.completion, q.contrast, ...[...q.helping, ...q.harming].map((row) => `${row[4]} ${row[5]}`)].join("\n");
 
 // Appends a text to a node and marks the words that are also in `others`.
 function shared(node, text, others) {
@@ -86,12 +86,13 @@ function show(query, section) {
     section.append(make("p", "warning", `Failed: ${query.error}`));
   } else {
     section.append(make("p", "soft",
-      `loss ${number(query.base_loss)} nats a token · ${query.nonzeros} blocks with influence, ${query.half} of them hold half`));
+      `loss ${number(query.base_loss)} nats a token${query.contrast ? ", minus that of the other completion" : ""} · ${query.nonzeros} blocks with influence, ${query.half} of them hold half`));
     const named = [...query.helping, ...query.harming].flatMap((row) => wordsOf(texts[row[3]]));
     const theirs = new Set(named.filter((word) => !common.has(word)));
     const mine = new Set(wordsOf(query.prompt + query.completion).filter((word) => !common.has(word)));
     const text = make("pre");
     text.append(shared(make("span", "prompt"), query.prompt, theirs), shared(make("span"), query.completion, theirs));
+    if (query.contrast) text.append(make("b", "", "  rather than  "), make("span", "", query.contrast));
     const sides = make("div", "sides");
     sides.append(side(query, "helping", mine), side(query, "harming", mine));
     const plots = make("div", "plots");

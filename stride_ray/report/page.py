@@ -74,7 +74,10 @@ def attribution_page(queries: list[dict[str, Any]], facts: dict[str, Any], trust
     """
     texts = {row["ordinal"]: row["text"] for each in queries for row in (*each["helping"], *each["harming"])}
     longest = max(MIN_TEXT_CHARACTERS, TEXT_BUDGET // max(1, len(texts)))
-    kept = ("query_id", "error", "base_loss", "nonzeros", "prompt", "completion", "curve", "half", "sources")
+    kept = (
+        *("query_id", "error", "base_loss", "nonzeros", "prompt", "completion", "contrast"),
+        *("curve", "half", "sources"),
+    )
     data = {
         "queries": [
             {key: each[key] for key in kept}

@@ -25,7 +25,7 @@ from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.evaluate.retraining.lds import ALL, Interval, mean_interval
 from stride_ray.evaluate.retraining.recipe import DEFAULT, load_recipe, recipe_identity
 from stride_ray.evaluate.retraining.retrain import checked_losses, read_array, write_array
-from stride_ray.models.query_batches import padded
+from stride_ray.models.query_batches import padded, refuse_contrasts
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.progress import run_missing
@@ -133,6 +133,8 @@ def compare_arms(
     if seeds < 1:
         raise StrideError(f"{seeds} seeds make no model; there must be at least 1.")
     store, compared = Store(out), chosen_rivals(rivals)
+    questions = pa.concat_tables([_filter_queries(stored_queries(run, name), ids) for name, ids in asked.items()])
+    refuse_contrasts(questions.to_pylist(), "a closed loop")
     summary = select(run, list(chosen), f"{store.url}/{FOLDERS[SELECTED]}", blocks=True, queries=chosen)
     if not summary["kept"]["tokens"]:
         raise StrideError("Nothing was selected; ask for more documents or tokens.")
@@ -143,7 +145,6 @@ def compare_arms(
         rival = compared[slug]
         other = Run(run.url, run.config, {**size, "select.by": rival.by})
         told[rival.name] = select_by(other, targets, f"{store.url}/{slug}", blocks=True)["kept"]
-    questions = pa.concat_tables([_filter_queries(stored_queries(run, name), ids) for name, ids in asked.items()])
     trainings = {
         arm: [f"{FOLDERS[arm].replace('/', '-')}-{digest(facts['files'])}-seed-{seed}" for seed in range(seeds)]
         for arm, facts in told.items()

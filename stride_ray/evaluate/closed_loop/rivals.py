@@ -22,7 +22,7 @@ from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.evaluate.retraining.finetune import checkpoints
 from stride_ray.evaluate.retraining.lds import ALL
 from stride_ray.evaluate.retraining.results import read_scores, write_scores
-from stride_ray.models.query_batches import padded
+from stride_ray.models.query_batches import padded, refuse_contrasts
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.progress import run_missing
@@ -98,8 +98,10 @@ def rival_targets(
     """
     if not rivals:
         return {}
+    asked = pa.concat_tables(questions.values())
+    refuse_contrasts(asked.to_pylist(), "a rival")
     blocks = Blocks(run.stage("blocks").store)
-    benchmark = _benchmark(run, blocks, pa.concat_tables(questions.values()), store)
+    benchmark = _benchmark(run, blocks, asked, store)
     stage = claim(store, "rivals", {"pool": benchmark.fingerprint})
 
     def each(function: Callable[..., dict[str, Any]], missing: list[Any]) -> Iterator[dict[str, Any]]:

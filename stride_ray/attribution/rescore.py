@@ -42,8 +42,8 @@ from stride_ray.runtime.storage import Store
 # Maximum queries per pass over the pool; maximum candidates per work unit, and target number of units per group.
 MAX_QUERIES_PER_PASS, MAX_CANDIDATES_PER_UNIT, TARGET_UNITS = 256, 128, 8
 # Candidates that hold 95 % of the exact top ten: BASE + FACTOR · N^⅓ / KiB^EXPONENT, with the operators' KiB per block
-# (RESULTS.md, Shortlists; fitted at 1,600 to 25,600 blocks). The last is the cap.
-BASE_CANDIDATES, CANDIDATE_FACTOR, BYTES_EXPONENT, MAX_CANDIDATES = 10, 55.0, 1.75, 1600
+# (RESULTS.md, Shortlists; fitted at 1,600 to 115,465 blocks). The last is the cap.
+BASE_CANDIDATES, CANDIDATE_FACTOR, BYTES_EXPONENT, MAX_CANDIDATES = 12, 100.0, 1.75, 1600
 
 # Indices of consecutive query parts whose H⁻¹J are in memory together; the queries by part, one dict each.
 Group = tuple[int, ...]
@@ -245,8 +245,8 @@ def _summary(markers: list[dict[str, Any]], not_finite: int) -> dict[str, Any]:
 def candidate_count(config: Config, operators: dict[str, Any]) -> int:
     """Number of candidates per query: ``attribute.candidates`` or, if that is -1, derived from the operators' size.
 
-    Example: 115,465 blocks with 18 KiB of operators per block get 27 candidates per query; a million blocks get 155
-    with 8 KiB and 496 with 4 KiB.
+    Example: 115,465 blocks with 18 KiB of operators per block get 43 candidates per query; a million blocks get 275
+    with 8 KiB and 896 with 4 KiB.
 
     Args:
         config: of the run.
@@ -262,7 +262,7 @@ def candidate_count(config: Config, operators: dict[str, Any]) -> int:
 def candidates_needed(n_blocks: int, bytes_per_block: float) -> int:
     """Number of candidates that hold 95 % of a query's exact top ten, fitted (RESULTS.md, Shortlists).
 
-    Example: 1,000,000 blocks with 8 KiB (8,192 bytes) each need 10 + 55 · 100 / 8^1.75 = 155.
+    Example: 1,000,000 blocks with 8 KiB (8,192 bytes) each need 12 + 100 · 100 / 8^1.75 = 275.
     """
     return round(BASE_CANDIDATES + CANDIDATE_FACTOR * n_blocks ** (1 / 3) / (bytes_per_block / 1024) ** BYTES_EXPONENT)
 

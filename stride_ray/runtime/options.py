@@ -170,7 +170,7 @@ class AttributeConfig:
     )
     candidates: int = _option(
         -1,
-        "blocks of largest estimated influence that are then scored exactly; -1: at least 10, fewer the more bytes the "
+        "blocks of largest estimated influence that are then scored exactly; -1: at least 12, fewer the more bytes the "
         "operators have per block; 0: estimates only",
         low=-1,
     )

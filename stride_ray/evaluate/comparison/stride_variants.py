@@ -131,7 +131,7 @@ def _closed_form_ablation(name: str, **changes: Any) -> Variant:
 
 
 VARIANTS: tuple[Variant, ...] = (
-    Variant("STRIDE", default=True, note="one-bit operators at every site, 10 candidates exact; no option turned"),
+    Variant("STRIDE", default=True, note="one-bit operators at every site, 13 candidates exact; no option turned"),
     Variant("STRIDE exact", {"attribute.exact": True}, note="every block exactly, a pass over the pool a batch"),
     Variant("STRIDE exact, every map", EVERY_MAP, note="every block exactly, at every linear map"),
     Variant("STRIDE, estimates alone", {"attribute.candidates": 0}, note="no candidate is rescored"),

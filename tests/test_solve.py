@@ -66,10 +66,15 @@ def times(G):
     return lambda vs: [shaped(G @ flat(v)) for v in vs]
 
 
+def solved(asked, *given):
+    """Results for copies of the queries, whose gradients a solve takes."""
+    return solve([dict(query) for query in asked], *given)
+
+
 def test_many_steps_are_the_solution():
     G, asked = curvature(), queries()
     before = [flat(query) for query in asked]
-    for query, was, each in zip(asked, before, solve(asked, SITES, times(G), 60), strict=True):
+    for query, was, each in zip(asked, before, solved(asked, SITES, times(G), 60), strict=True):
         torch.testing.assert_close(flat(each.direction), torch.linalg.solve(G + damping(), was), rtol=2e-3, atol=2e-3)
         assert torch.equal(flat(query), was)
 
@@ -79,8 +84,8 @@ def test_each_step_comes_nearer_and_is_the_same_alone():
     A = G + damping()
     before = None
     for steps in (1, 2, 4, 8):
-        together = solve(asked, SITES, times(G), steps)
-        (alone,) = solve(asked[1:2], SITES, times(G), steps)
+        together = solved(asked, SITES, times(G), steps)
+        (alone,) = solved(asked[1:2], SITES, times(G), steps)
         assert all(torch.equal(alone.direction[name], together[1].direction[name]) for name in alone.direction)
         assert alone.steps == steps
         error = flat(alone.direction) - torch.linalg.solve(A, flat(asked[1]))
@@ -91,18 +96,19 @@ def test_each_step_comes_nearer_and_is_the_same_alone():
 
 def test_the_first_step_only_rescales():
     (query,) = queries(1)
-    (found,) = solve([query], SITES, times(curvature()), 1)
-    (expected,) = solve([query], SITES, times(curvature()), 0)
+    (found,) = solved([query], SITES, times(curvature()), 1)
+    (expected,) = solved([query], SITES, times(curvature()), 0)
     ratio = flat(found.direction) / flat(expected.direction)
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=0)
     assert abs(float(ratio[0]) - 1) > 0.1
     torch.testing.assert_close(expected.direction, {site.name: site.precondition(query[site.name]) for site in SITES})
 
 
-def test_the_origin_is_left_out():
+def test_the_origin_is_left_out_and_the_rest_taken():
     asked = [{**queries(1)[0], ORIGIN: torch.ones(F, D)}]
     (found,) = solve(asked, SITES, times(curvature()), 3)
     assert list(found.direction) == ["one", "two"]
+    assert list(asked[0]) == [ORIGIN]
 
 
 @pytest.mark.parametrize("spoilt", [torch.nan, torch.inf, -1e9])
@@ -113,7 +119,7 @@ def test_a_solve_that_comes_to_nothing_is_the_preconditioned_gradient(spoilt):
         found = times(G)(vs)
         return [{name: x * spoilt for name, x in found[0].items()}, *found[1:]]
 
-    first, second, _ = solve(asked, SITES, products, 1)
+    first, second, _ = solved(asked, SITES, products, 1)
     assert first.steps == 0
     assert torch.equal(flat(first.direction), flat({s.name: s.precondition(asked[0][s.name]) for s in SITES}))
     assert second.steps == 1

@@ -21,7 +21,7 @@ import ray.exceptions
 from ray._private import state as ray_state
 
 from stride_ray.runtime.config import Config
-from stride_ray.runtime.memory import expected_gb
+from stride_ray.runtime.memory import expected_gb, release_freed_memory
 from stride_ray.runtime.progress import count_unavailable_call
 from stride_ray.runtime.tasks import (
     PATIENCE,
@@ -185,6 +185,7 @@ class _PoolActor:
     def work(self, map_number: int, job: tuple[Callable[..., Worker], tuple[Any, ...]], unit: Unit) -> dict[str, Any]:
         if map_number != self.map_number or self.worker is None:
             self.worker = None  # free the previous map's worker first: two models may not fit
+            release_freed_memory()
             outcome = capture_errors(self._make_worker, *job)
             if self.worker is None:
                 return outcome  # the error

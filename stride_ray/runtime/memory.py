@@ -28,6 +28,12 @@ def retain_freed_memory() -> None:
         _glibc("mallopt", option, value)
 
 
+def release_freed_memory() -> None:
+    """Give freed memory back to the system: what comes next may need buffers of other sizes, beside those retained."""
+    gc.collect()
+    _glibc("malloc_trim", 0)
+
+
 def _glibc(function: str, *arguments: int) -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         getattr(ctypes.CDLL(None), function)(*arguments)
@@ -48,8 +54,7 @@ def restart_peak(device: Any = None) -> None:
     Args:
         device: a torch.device; for a GPU, its allocator's peak is reset.
     """
-    gc.collect()
-    _glibc("malloc_trim", 0)
+    release_freed_memory()
     if device is not None and device.type == "cuda":
         import torch
 

@@ -68,7 +68,8 @@ def solve(queries: list[Gradient], sites: Sequence[Damped], products: Products, 
     Example with a single coordinate, κG = 3, cΓ = 1 and J(x) = 4: the first step finds d = 4 / (3 + 1) = 1.
 
     Args:
-        queries: J(x) by site name, without a batch dimension; the origin, which is not part of G, is ignored.
+        queries: J(x) by site name, without a batch dimension. The sites' are taken out, to free them after the first
+            step; the origin, which is not part of G, stays.
         sites: all sites but the origin.
         products: multiplies directions by κG; not called if no query needs a product.
         steps: number of steps, each with a product.
@@ -76,7 +77,7 @@ def solve(queries: list[Gradient], sites: Sequence[Damped], products: Products, 
     Returns:
         One result per query, in order.
     """
-    states = [_State({site.name: query[site.name] for site in sites}, sites) for query in queries]
+    states = [_State({site.name: query.pop(site.name) for site in sites}, sites) for query in queries]
     for _ in range(steps):
         active = [state for state in states if state.active]
         directions = [state.direction() for state in active]
@@ -88,8 +89,8 @@ def solve(queries: list[Gradient], sites: Sequence[Damped], products: Products, 
 class _State:
     """Conjugate-gradient state of one query: d = P⁻¹y, step direction p = P⁻¹s, residual r.
 
-    Peak memory is five times that of J in the first step and six times in later ones, including J, p and the product
-    with G: r and s begin as J itself, and p is computed from s when it is needed.
+    Peak memory is four times that of J in the first step and five times in later ones, with p and the product with G: r
+    and s begin as J itself, and p is computed from s when it is needed.
 
     Attributes:
         active: whether further steps are possible.
@@ -118,7 +119,7 @@ class _State:
         self.steps += 1
         alpha = self.residual_norm_sq / curvature
         _add_in_place(self.y, self.s, alpha)
-        # Not in place: r and s may be the caller's J.
+        # Not in place: r and s begin as one tensor.
         self.r = {name: r.sub(product.pop(name), alpha=alpha) for name, r in self.r.items()}
         before, self.residual_norm_sq = self.residual_norm_sq, self._compute_residual_norm_sq()
         beta = self.residual_norm_sq / before

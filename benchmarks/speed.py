@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stride_ray.models.batch_size import linearised_at_once
 from stride_ray.models.causal_lm import DTYPES, SplitModel, device_of, masked_mean
 from stride_ray.models.curvature.gauss_newton import Linearised
+from stride_ray.models.linear_algebra.vocabulary import token_side
 from stride_ray.models.sites import EMBEDDING, HEAD, Site, find_sites, influence, site_gradients
-from stride_ray.models.vocabulary import token_side
 from stride_ray.operators.closed_form import add_to_subsets
 from stride_ray.operators.forms import Operators, features, gradients, random_basis, steering_vectors
 from stride_ray.operators.membership import Membership

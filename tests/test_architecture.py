@@ -19,8 +19,12 @@ ORDER = (
 )
 # The mathematics: no Ray here, nor in anything that they import of ours.
 MATHEMATICS = (
-    *("models.sites", "models.vocabulary", "models.matrices", "models.curvature.conjugate_gradients"),
     *(
+        "models.sites",
+        "models.token_influence",
+        "models.linear_algebra.vocabulary",
+        "models.linear_algebra.matrices",
+        "models.curvature.conjugate_gradients",
         "models.curvature.gauss_newton",
         "models.curvature.moments",
         "models.curvature.sketch",

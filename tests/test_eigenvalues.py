@@ -20,9 +20,9 @@ from stride_ray.models.curvature.eigenvalues import (
     kronecker_eigenbasis,
 )
 from stride_ray.models.curvature.moments import KroneckerFactors, kfac_site
-from stride_ray.models.matrices import eigenbasis
+from stride_ray.models.linear_algebra.matrices import eigenbasis
+from stride_ray.models.linear_algebra.vocabulary import TokenSide, token_side
 from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, Site, find_sites, site_gradients
-from stride_ray.models.vocabulary import TokenSide, token_side
 from stride_ray.runtime.storage import Store
 
 
@@ -123,7 +123,7 @@ def test_a_side_without_gradients_is_damped_a_little():
 
 
 def test_a_bucket_s_factor_is_that_of_its_usual_tokens(monkeypatch):
-    monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", 2)
+    monkeypatch.setattr("stride_ray.models.linear_algebra.vocabulary.MAX_BUCKETS", 2)
     side = TokenSide(torch.tensor([1.0, -2.0, 3.0, -1.0]), torch.tensor([0, 1, 0, 1]))
     assert side.mean_squared_weights.tolist() == pytest.approx([2 / (1 + 1 / 9), 2 / (1 + 1 / 4)])
     assert side.fold(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [4.0, 6.0]
@@ -139,7 +139,7 @@ def test_buckets_are_damped_as_their_tokens_are(monkeypatch):
     none = torch.empty(0)
     found = []
     for buckets in (4096, 64):
-        monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", buckets)
+        monkeypatch.setattr("stride_ray.models.linear_algebra.vocabulary.MAX_BUCKETS", buckets)
         side = token_side(weights, 0)
         J = (gradients * side.weights.unsqueeze(1)).square().mean(0)
         if buckets == 64:

@@ -15,7 +15,7 @@ from stride_ray.cli.exits import exit_status
 from stride_ray.corpus import shard as sharding
 from stride_ray.corpus.shard import shard
 from stride_ray.models.download import local_model, model_fingerprint
-from stride_ray.models.matrices import compiled
+from stride_ray.models.linear_algebra.matrices import compiled
 from stride_ray.runtime import tasks
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import ComputeConfig

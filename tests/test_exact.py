@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stride_ray.attribution import directions, rescore
 from stride_ray.attribution.attribute import block_texts, read_influence, shown_queries
-from stride_ray.attribution.tables import DOCUMENTS, INFLUENCE, RECOVERY
+from stride_ray.attribution.tables import DOCUMENTS, INFLUENCE, RECOVERY, TOKENS
 from stride_ray.cli.main import main
 from stride_ray.cli.status import status
 from stride_ray.corpus.blocks import Blocks, unit_count
@@ -45,6 +45,27 @@ def test_tables_have_the_form_of_estimated_ones(exactly):
         assert [row["influence"] for row in mine] == sorted((row["influence"] for row in mine), reverse=True)
     assert "anchor met the tide" in out
     assert "at least two" in out
+
+
+def test_tokens_add_up_to_their_blocks_and_their_texts_to_the_blocks_text(exactly):
+    table = exactly.run.store.child("exact/asked").read_table("tokens-00000.parquet")
+    assert table.schema == TOKENS
+    listed = {
+        (row["query_id"], row["ordinal"]): row["influence"] for row in read_influence(exactly.run, "asked").to_pylist()
+    }
+    tokens = {(row["query_id"], row["ordinal"]): row["influence"] for row in table.to_pylist()}
+    assert len(tokens) == table.num_rows > 0
+    for key, values in tokens.items():
+        assert sum(values) == pytest.approx(listed[key], rel=1e-3, abs=1e-5)
+    for name in {query for query, _ in listed}:
+        mine = sorted((value, ordinal) for (query, ordinal), value in listed.items() if query == name)
+        ends = {ordinal for value, ordinal in mine[:3] if value < 0} | {o for v, o in mine[-3:] if v > 0}
+        assert {ordinal for query, ordinal in tokens if query == name} == ends
+    for query in shown_queries(exactly.run, "asked", 10, 8):
+        for row in (*query["helping"][:3], *query["harming"][:3]):
+            assert len(row["tokens"]) <= len(row["pieces"])
+            assert "".join(row["pieces"]).startswith(row["text"])
+        assert all(row["tokens"] is None for row in query["helping"][3:])
 
 
 def test_the_most_helpful_blocks_are_on_the_query_s_subject(exactly):

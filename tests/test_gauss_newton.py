@@ -11,8 +11,8 @@ from test_sites import V, llama, made, raw_sites, texts  # noqa: F401
 
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.curvature.gauss_newton import GaussNewton, Linearised, cut_texts
+from stride_ray.models.linear_algebra.vocabulary import token_side
 from stride_ray.models.sites import EMBEDDING, HEAD, find_sites, site_gradients
-from stride_ray.models.vocabulary import token_side
 
 
 def directions(model, sites, texts, count=2):
@@ -104,7 +104,7 @@ def test_a_model_that_has_no_second_derivative_is_stepped_along(own, made, texts
 
 
 def test_a_folded_vocabulary_has_the_folded_product(made, texts, monkeypatch):
-    monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", 8)
+    monkeypatch.setattr("stride_ray.models.linear_algebra.vocabulary.MAX_BUCKETS", 8)
     model, names = made
     whole = raw_sites(model, names)
     side = token_side(torch.rand(V, generator=torch.Generator().manual_seed(3)) + 0.5, 0)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.models.matrices import inverse_root
+from stride_ray.models.linear_algebra.matrices import inverse_root
 from stride_ray.operators.closed_form import add_to_subsets, operators_from_sums, preconditioned_basis, stream_moments
 from stride_ray.operators.forms import (
     Operators,

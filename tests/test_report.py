@@ -21,6 +21,7 @@ FACTS = {
     "exact": 2000,
     "believable": "; over all blocks, estimates correlate with exact influence at about 0.97",
     "learned": True,
+    "tokens": True,
     "verdict": "",
 }
 TRUST = {"level": "good", "verdict": "Trust: good, because so.", "rows": [("halves", "0.9", "<i>0.1</i>")]}
@@ -39,12 +40,14 @@ def shown(queries, letters=2000):
                 "document_id": f"document-{8 * i + k}{HOSTILE if i == 0 else ''}",
                 "source": f"source-{i % 3}",
                 "exact": k != 1,
+                "tokens": [0.5, -0.25, 8.0 - 0.25] if k == 0 else None,
+                "pieces": [f"zebra{i}", f" {HOSTILE}", " words", " padding"] if k == 0 else None,
                 "text": f"zebra{i} block {8 * i + k} {HOSTILE} " + "filler words here " * (letters // 18),
             }
             for k in range(8)
         ]
         about = {"query_id": f"q{i}", "error": None, "base_loss": 1 + (i * 7 % queries) / queries, "nonzeros": 16}
-        text = {"prompt": f"about {HOSTILE}", "completion": f"the zebra{i} runs"}
+        text = {"prompt": f"about {HOSTILE}", "completion": f"the zebra{i} runs", "contrast": HOSTILE if i == 1 else ""}
         stats = {"curve": [[0, 8.0], [7, -7.0]], "half": 1 + i % 40, "sources": [[f"source-{i % 3}", 1.0]]}
         found.append({**about, **text, **stats, "helping": rows[:4], "harming": rows[4:][::-1]})
     found[-1] |= {"error": f"too short {HOSTILE}", "base_loss": None, "nonzeros": None, "curve": [], "half": 0}
@@ -60,7 +63,18 @@ def test_data_cannot_leave_its_place():
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL).group(1)
     read = json.loads(data)
     assert HOSTILE in read["texts"]["0"]
-    assert read["queries"][0]["helping"][0] == [1, 8.0, 1.0, 0, f"document-0{HOSTILE}", "source-0", True]
+    assert read["queries"][0]["helping"][0] == [
+        1,
+        8.0,
+        1.0,
+        0,
+        f"document-0{HOSTILE}",
+        "source-0",
+        True,
+        [0.5, -0.25, 7.8],
+    ]
+    assert read["queries"][0]["helping"][1][7] is None
+    assert read["pieces"]["0"] == ["zebra0", f" {HOSTILE}", " words"]
     assert re.search(
         r"2000 of\s16000 influences are exact; the others are estimates; over all blocks, estimates correlate", page
     )
@@ -88,6 +102,9 @@ def test_in_a_browser_it_searches_sorts_and_runs_nothing_of_the_corpus(browser, 
     assert page.locator("#count").text_content() == "1–25 of 1000"
     assert page.locator("#query mark").first.text_content() == "zebra0"
     assert page.locator("#query .helping details").count() == 4
+    tokens = page.locator("#query .helping pre").first
+    assert tokens.locator(".toward").all_text_contents() == ["zebra0", " words"]
+    assert tokens.locator(".toward").last.get_attribute("title") == "+7.800"
     told = page.locator("#query .helping details summary").all_text_contents()
     assert ["estimate" in each for each in told] == [False, True, False, False]
     page.keyboard.press("/")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stride_ray.models.rotation import factors, random_rotation
+from stride_ray.models.linear_algebra.rotation import factors, random_rotation
 
 
 def matrix(rotation, length):
@@ -27,7 +27,7 @@ def test_whole_rotations_keep_lengths_and_angles(length):
 
 @pytest.mark.parametrize("chunk", [1, 2 * 32 * 5, 1 << 18])
 def test_each_sequence_and_column_is_rotated_alike(chunk, monkeypatch):
-    monkeypatch.setattr("stride_ray.models.rotation.CHUNK", chunk)
+    monkeypatch.setattr("stride_ray.models.linear_algebra.rotation.CHUNK", chunk)
     rotation = random_rotation(31, 10, generator())
     x = torch.randn(3, 31, 5, generator=generator(1))
     torch.testing.assert_close(rotation(x), matrix(rotation, 31).T @ x)

@@ -17,7 +17,8 @@ from stride_ray.models.curvature.moments import (
     kfac_site,
     origin_weight,
 )
-from stride_ray.models.matrices import inverse_root
+from stride_ray.models.linear_algebra.matrices import inverse_root
+from stride_ray.models.linear_algebra.vocabulary import MAX_BUCKETS, TokenSide, token_side
 from stride_ray.models.sites import (
     EMBEDDING,
     HEAD,
@@ -29,7 +30,7 @@ from stride_ray.models.sites import (
     scale_negative,
     site_gradients,
 )
-from stride_ray.models.vocabulary import MAX_BUCKETS, TokenSide, token_side
+from stride_ray.models.token_influence import token_influence
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.options import AttributeConfig
 
@@ -216,7 +217,7 @@ def test_damping_bounds_the_inverse():
 
 
 def test_a_large_vocabulary_is_folded(monkeypatch):
-    monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", 8)
+    monkeypatch.setattr("stride_ray.models.linear_algebra.vocabulary.MAX_BUCKETS", 8)
     counts = torch.arange(V)
     moments = KroneckerFactors(np.eye(D), np.eye(1))
     one, two, three = (kfac_site(HEAD, moments, counts, seed).tokens for seed in (0, 0, 1))
@@ -246,7 +247,7 @@ def test_folds_keep_inner_products():
 
 @pytest.mark.parametrize("folded", [False, True])
 def test_sums_over_tokens_are_products_with_one_hot_rows(folded, texts, monkeypatch):
-    monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", 8 if folded else V)
+    monkeypatch.setattr("stride_ray.models.linear_algebra.vocabulary.MAX_BUCKETS", 8 if folded else V)
     ids, generator = texts[0], torch.Generator().manual_seed(1)
     side = token_side(torch.rand(V, generator=generator), 0)
     x = torch.randn(*ids.shape, D, generator=generator)
@@ -282,10 +283,62 @@ def test_the_origin_weighs_less_the_more_the_model_knows():
 def test_a_folded_embedding_gives_the_fold_of_its_gradient(made, texts, monkeypatch):
     model, _ = made
     ids, mask = texts
-    monkeypatch.setattr("stride_ray.models.vocabulary.MAX_BUCKETS", 8)
+    monkeypatch.setattr("stride_ray.models.linear_algebra.vocabulary.MAX_BUCKETS", 8)
     site = kfac_site(EMBEDDING, KroneckerFactors(np.empty((0, 0)), np.eye(D)), torch.ones(V), 0)
     whole = Site(EMBEDDING, torch.empty(0), torch.eye(D), TokenSide(torch.ones(V)))
     ((_, J),), _ = site_gradients(model, (site,), ids, mask)
     ((_, plain),), _ = site_gradients(model, (whole,), ids, mask)
     expected = site.tokens.of(plain.transpose(1, 2).clone()).transpose(1, 2) @ site.W_out
     torch.testing.assert_close(site.whiten(J), expected, atol=1e-5, rtol=1e-4)
+
+
+def token_sites(model, names, ids, mask, buckets, monkeypatch):
+    """All sites and the origin, whitened, with a vocabulary that is folded or not."""
+    monkeypatch.setattr("stride_ray.models.linear_algebra.vocabulary.MAX_BUCKETS", buckets)
+    sums, count = site_moments(model, names, ids, mask)
+    counts = torch.bincount(ids.flatten(), minlength=V)
+    sites = [replace(kfac_site(name, m / count, counts, 0), scale=2.0) for name, m in sums.items()]
+    origin = kfac_site(ORIGIN, sums[HEAD] / count, counts, 0)
+    return (*sites, replace(origin, scale=3.0))
+
+
+@pytest.mark.parametrize("budget", [2**24, 4 * V, 1])
+@pytest.mark.parametrize("buckets", [V, 8])
+def test_the_tokens_influence_adds_up_to_the_blocks(made, texts, buckets, budget, monkeypatch):
+    model, names = made
+    ids, mask = texts
+    sites = token_sites(model, names, ids, mask, buckets, monkeypatch)
+    gradients, signs = site_gradients(model, sites, ids, mask)[0], torch.tensor([1.0, -1.0]).view(2, 1, 1)
+    queries = {site.name: site.precondition(signs * J[[0, 3]]).flatten(1) for site, J in gradients}
+    model.logits_budget = budget
+    found = token_influence(model, sites, queries, ids, mask)
+    assert found.shape == (2, B, T)
+    expected = influence(queries, site_gradients(model, sites, ids, mask)[0])
+    torch.testing.assert_close(found.sum(2), expected, atol=1e-3, rtol=1e-3)
+    assert not found[:, 1].any()  # a block without targets
+    last = int(mask[2].nonzero().max())
+    assert not found[:, 2, last:].any()  # the last target predicts nothing, and what follows affects no loss
+    assert found[0, 0].sum() > 0 > found[1, 3].sum()  # a block on itself
+
+
+def test_a_tokens_influence_is_what_an_operator_there_does(made, texts, monkeypatch):
+    model, names = made
+    ids, mask = texts[0][:1], texts[1][:1]
+    sites = token_sites(model, names, *texts, V, monkeypatch)
+    (site,) = (site for site in sites if site.name == names[2])
+    queries = {site.name: torch.randn(1, len(site.W_in) * D, generator=torch.Generator().manual_seed(2))}
+    X = queries[site.name].view(len(site.W_in), D)
+    steps = torch.zeros(T, requires_grad=True)
+
+    def steer(module, given, output):
+        return output + steps[:, None] * (given[0] @ X)
+
+    handle = model.model.get_submodule(site.name).register_forward_hook(steer)
+    try:
+        logits = model.model(input_ids=ids).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        (expected,) = torch.autograd.grad(losses[mask[0, 1:]].mean(), steps)
+    finally:
+        handle.remove()
+    found = token_influence(model, (site,), queries, ids, mask)[0, 0]
+    torch.testing.assert_close(found, expected / site.scale, atol=1e-4, rtol=1e-3)

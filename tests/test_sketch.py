@@ -20,7 +20,7 @@ from stride_ray.models.curvature.sketch import (
     sketched_gradients,
     whole_shape,
 )
-from stride_ray.models.matrices import orthonormal
+from stride_ray.models.linear_algebra.matrices import orthonormal
 from stride_ray.models.sites import EMBEDDING, HEAD, ORIGIN, site_gradients
 
 

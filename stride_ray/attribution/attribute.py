@@ -125,6 +125,7 @@ def _write_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
         "mode": mode_of(run),
         "name": name,
         "run": redact_url(run.url),
+        "tokens": any(row["tokens"] for query in shown for row in query["helping"] + query["harming"]),
     }
     facts["believable"] = reliability_note(facts)
     trust = store.read_json("trust.json") if store.exists("trust.json") else None
@@ -204,7 +205,7 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
         influence]; ``half``, the number of top blocks that hold half of the positive influence; and ``sources``, the
         SOURCES largest as (source, share of the positive influence).
     """
-    tokenizer = load_saved_tokenizer(run.store.child("blocks"))
+    tokenizer, split = load_saved_tokenizer(run.store.child("blocks")), token_influences(run, name)
     first_queries = stored_queries(run, name).slice(0, queries).to_pylist()
     shown, ordinals = [], set[int]()
     for query, influence, recovery in _query_results(run, name, first_queries):
@@ -215,6 +216,7 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
         }
         for row in (*sides["helping"], *sides["harming"]):
             row["share"] = abs(row["influence"]) / float(np.abs(values).max())
+            row["tokens"] = split.get((row["query_id"], row["ordinal"]))
             ordinals.add(row["ordinal"])
         ids, mask = np.array(query["token_ids"], dtype=int), np.array(query["loss_mask"], dtype=bool)
         about = {key: recovery[key] for key in ("error", "base_loss", "nonzeros", "gap")}
@@ -235,9 +237,11 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
         )
     pool, listed = Blocks(run.stage("blocks").store), sorted(ordinals)
     texts = dict(zip(listed, block_texts(pool, listed, tokenizer), strict=True))
+    several = sorted(ordinals & {ordinal for _, ordinal in split})
+    pieces = dict(zip(several, block_pieces(pool, several, tokenizer), strict=True))
     for each in shown:
         for row in (*each["helping"], *each["harming"]):
-            row["text"] = texts[row["ordinal"]]
+            row["text"], row["pieces"] = texts[row["ordinal"]], pieces.get(row["ordinal"])
     return shown
 
 
@@ -247,6 +251,14 @@ def _contrast_text(query: dict[str, Any], tokenizer: Any) -> str:
     return str(
         tokenizer.decode([token for token, counts in zip(ids, query["contrast_mask"] or (), strict=True) if counts])
     )
+
+
+def token_influences(run: Run, name: str) -> dict[tuple[str, int], list[float]]:
+    """A query set's influence by token (tables.TOKENS), by query id and block ordinal."""
+    stage, parts = _finished_stage(run, name)
+    files = (f"tokens-{part:05d}.parquet" for part in range(parts))
+    rows = (row for file in files if stage.store.exists(file) for row in stage.store.read_table(file).to_pylist())
+    return {(row["query_id"], row["ordinal"]): row["influence"] for row in rows}
 
 
 def _query_results(
@@ -303,6 +315,26 @@ def block_texts(pool: Blocks, ordinals: list[int], tokenizer: Any) -> list[str]:
     table = pool.take(ordinals, ["token_ids", "spans"])
     lengths = [sum(span["length"] for span in spans) for spans in table["spans"].to_pylist()]
     return [tokenizer.decode(ids[:length]) for ids, length in zip(table["token_ids"].to_pylist(), lengths, strict=True)]
+
+
+def block_pieces(pool: Blocks, ordinals: list[int], tokenizer: Any) -> list[list[str]]:
+    """The text of each block's tokens, padding included, which joined are the block's text."""
+    table = pool.take(ordinals, ["token_ids"])
+    return [_token_texts(ids, tokenizer) for ids in table["token_ids"].to_pylist()]
+
+
+def _token_texts(ids: list[int], tokenizer: Any) -> list[str]:
+    """The text of each token; a character that several tokens share belongs to the last of them."""
+    pieces = tokenizer.batch_decode([[token] for token in ids])
+    if "".join(pieces) == tokenizer.decode(ids):
+        return list(pieces)
+    # Some tokens are parts of characters, or their text depends on those before.
+    pieces, said = [], ""
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count]).rstrip("\ufffd")
+        pieces.append(text[len(said) :] if text.startswith(said) else "")
+        said = text if text.startswith(said) else said
+    return pieces
 
 
 def print_table(shown: list[dict[str, Any]], out: TextIO) -> None:

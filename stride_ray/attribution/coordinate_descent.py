@@ -7,7 +7,7 @@ taken per query and in a fixed order, so the bits of one query's result do not d
 import numpy as np
 from numpy.typing import NDArray
 
-from stride_ray.models.matrices import compiled
+from stride_ray.models.linear_algebra.matrices import compiled
 
 # Epochs of ``descend`` between computations of the duality gap, since one computation costs about an epoch.
 GAP_EPOCHS = 10

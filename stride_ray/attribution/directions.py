@@ -37,11 +37,12 @@ from stride_ray.models.sites import site_gradients
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import record_stage_costs
+from stride_ray.runtime.memory import release_freed_memory
 from stride_ray.runtime.progress import progress
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store, tensor_bytes
 
-# Maximum queries per work unit, and maximum bytes of their gradients; a solve holds six times as much.
+# Maximum queries per work unit, and maximum bytes of their gradients; a solve holds five times as much.
 MAX_QUERIES_PER_UNIT, UNIT_BYTES = 16, 2**27
 
 
@@ -154,6 +155,7 @@ class DirectionWorker(ModelWorker):
         answered = [i for i in waiting if answers[i]["status"] == "ok"]
         steps, directions = self.config.solve.steps, [gradients.pop(i) for i in answered]
         solved = solve(directions, self._damped, self._products, steps)
+        release_freed_memory()  # a solve leaves gaps in the heap that larger buffers do not fit into
         for i, direction, result in zip(answered, directions, solved, strict=True):
             answers[i]["steps"] = result.steps if steps else None
             direction.update(self._kfac_preimage(result.direction))

@@ -24,7 +24,7 @@ from stride_ray.attribution.directions import (
     queries_per_unit,
 )
 from stride_ray.attribution.recover import read_estimates
-from stride_ray.attribution.scoring import QueryWorker, ScoreUnit, ScoreWorker, query_name
+from stride_ray.attribution.scoring import QueryWorker, ScoreUnit, ScoreWorker, TokenWorker, query_name
 from stride_ray.attribution.tables import rank_unit
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.failures import check_failed_blocks, check_failed_queries, failed_ordinals, write_failed_blocks
@@ -85,7 +85,7 @@ def exact_influence(run: Run, table: pa.Table, name: str) -> dict[str, Any]:
             ranges = list(enumerate(blocks.cut(unit_count(len(blocks)))))
             units = [ScoreUnit(_unit_name(g, i), g, *ordinals) for g in groups for i, ordinals in ranges]
             failed = scoring.score(curvature.store, units)
-            scoring.rank(units, queries, failed)
+            scoring.rank(units, queries, failed, curvature.store)
     return _manifest_of_cleared(run, stage, name)
 
 
@@ -139,7 +139,7 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
                 queries, groups = scoring.invert(curvature.store, rows)
                 units = [unit for group in groups for unit in candidate_units(group, queries, candidates)]
                 failed |= scoring.score(curvature.store, units)
-            scoring.rank(units, queries, failed)
+            scoring.rank(units, queries, failed, None if curvature is None else curvature.store)
     return _manifest_of_cleared(run, stage, name)
 
 
@@ -198,14 +198,23 @@ class _Scoring:
         check_failed_blocks(sorted(failed), len(self.blocks))
         return failed
 
-    def rank(self, units: list[ScoreUnit], queries: Parts, failed: set[int]) -> None:
-        """Write the missing tables and the list of failed blocks, then the manifest."""
+    def rank(self, units: list[ScoreUnit], queries: Parts, failed: set[int], curvature: Store | None) -> None:
+        """Write the missing tables and the list of failed blocks, then the manifest.
+
+        With ``curvature`` also the tables of tokens, which need the queries' H⁻¹J.
+        """
         stage = self.stage
         write_failed_blocks(stage.store, self.blocks, sorted(failed))
-        parts = {f"{part:05d}": part for part in range(len(queries))}
+        parts = range(len(queries))
         arguments = (self.run.config, self.blocks, stage, [(u.group, u.name) for u in units], queries)
         work = partial(self.actors.map_function, rank_unit, arguments)
-        stage.finish(_summary(run_missing(stage, parts, work, "rank", "parts"), len(failed)))
+        markers = run_missing(stage, {f"{part:05d}": part for part in parts}, work, "rank", "parts")
+        if curvature is not None and self.run.config.attribute.tokens:
+            split = partial(
+                self.actors.map, TokenWorker, (self.run.config, self.blocks, self.actors.device, curvature, stage)
+            )
+            run_missing(stage, {f"tokens-{part:05d}": part for part in parts}, split, "tokens", "parts")
+        stage.finish(_summary(markers, len(failed)))
 
 
 @contextmanager

@@ -10,16 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from stride_ray.attribution.directions import read_directions
+from stride_ray.attribution.tables import TOKENS, ends_of
 from stride_ray.corpus.blocks import Batch, Blocks
 from stride_ray.corpus.failures import NOT_FINITE, fail, finite_losses, finite_rows
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.loading import load_measured_model
 from stride_ray.models.pool_worker import ModelWorker
 from stride_ray.models.sites import Site, influence, scale_negative, site_gradients
+from stride_ray.models.token_influence import token_influence
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Stage
 from stride_ray.runtime.storage import Store, tensor_bytes
@@ -158,3 +162,41 @@ def _wanted_scores(scores: torch.Tensor, unit: ScoreUnit) -> dict[str, torch.Ten
     kept[rows, places] = scores[rows, places]
     ordinals = torch.tensor(unit.ordinals).expand(scores.shape).contiguous()
     return {"ordinals": ordinals, "influence": kept}
+
+
+class TokenWorker(ModelWorker):
+    """Splits the influence of the blocks at both ends of a query's table among their tokens (tables.TOKENS).
+
+    A block's values add up to its influence in the table.
+    """
+
+    load = staticmethod(load_measured_model)
+
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
+        super().__init__(config, blocks, device)
+        self.stage, self.answers = stage, stage.done()
+        self.sites = load_sites(curvature, SITES, self.model.device)
+
+    def __call__(self, part: int) -> dict[str, Any]:
+        """Process one part of the queries; returns its done marker."""
+        started = time.monotonic()
+        table = self.stage.store.read_table(f"influence-{part:05d}.parquet")
+        stored = self.stage.store.read_tensors(f"{query_name(part)}.safetensors")
+        answers = self.answers[query_name(part)]["answers"]
+        names = [answer["query_id"] for answer in answers if answer["status"] == "ok"]
+        rows = list[dict[str, Any]]()
+        for number, name in enumerate(names):
+            query = {site: x[number : number + 1].to(self.model.device) for site, x in stored.items()}
+            ends = ends_of(table.filter(pc.equal(table["query_id"], name)), self.config.attribute.tokens)
+            for batch in self.batches_at(np.array(ends, dtype=np.int64)):
+                found = token_influence(self.model, self.sites, query, *self.trimmed(batch))[0]
+                sums = found.sum(1, keepdim=True)
+                factors = torch.where(sums < 0, self.config.attribute.negative_scale, 1.0)
+                values = (found * factors).cpu().numpy()
+                rows += [
+                    dict(zip(TOKENS.names, (name, *each), strict=True))
+                    for each in zip(batch.ordinals.tolist(), values, strict=True)
+                ]
+        file = f"tokens-{part:05d}"
+        content = self.stage.store.write_table(f"{file}.parquet", pa.Table.from_pylist(rows, TOKENS))
+        return self.stage.mark(file, started, blocks=len(rows), sha256=content)

@@ -24,6 +24,13 @@ INFLUENCE = pa.schema(
         pa.field("exact", pa.bool_(), nullable=False),
     ]
 )
+TOKENS = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("ordinal", pa.int64(), nullable=False),
+        pa.field("influence", pa.list_(pa.float32()), nullable=False),
+    ]
+)
 DOCUMENTS = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
@@ -138,6 +145,14 @@ def _sum_to_documents(
         "blocks": [totals[document][1] for document in order],
         "influence": [totals[document][0] for document in order],
     }
+
+
+def ends_of(influence: pa.Table, count: int) -> list[int]:
+    """Ordinals of a query's ``count`` most helpful and most harmful blocks with exact influence, in rank order."""
+    exact = influence.filter(influence["exact"])
+    values, ordinals = exact["influence"].to_numpy(), exact["ordinal"].to_numpy()
+    helping, harming = ordinals[values > 0][:count], ordinals[values < 0]
+    return [*helping.tolist(), *harming[max(0, len(harming) - count) :].tolist()]
 
 
 def _with_units(table: pa.Table, negative_scale: float) -> pa.Table:

@@ -32,15 +32,15 @@ wide as the stream it costs five times as much as the gradient itself.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.models.rotation import Rotation
-from stride_ray.models.vocabulary import TokenSide, next_tokens
+from stride_ray.models.linear_algebra.rotation import Rotation
+from stride_ray.models.linear_algebra.vocabulary import TokenSide, next_tokens
 from stride_ray.runtime.errors import StrideError
 
 EMBEDDING, HEAD, ORIGIN = "embedding", "head", "origin"
@@ -241,30 +241,56 @@ def head_gradients(
     at a time or, if one sequence exceeds the budget, for some of its positions at a time; the J of the pieces add up.
     With ``whiten`` J is multiplied by W_in, the states before their sum: there are fewer of them than coordinates.
     """
-    omega, ids = token_weights(mask_BT), next_tokens(ids_BT, model.vocabulary)
-    rows, positions = model.logits_rows(ids.shape[1]), model.logits_rows(1)
     wanted = [site for site in sites if site.name in (HEAD, ORIGIN)]
     ends: dict[str, list[Tensor]] = {site.name: [] for site in wanted}
-    losses, slopes = [], []
-    for chunk in zip(z_BTD[:, :-1].split(rows), ids.split(rows), omega.split(rows), strict=True):
-        J: dict[str, Tensor] = {}
-        loss, slope = [], []
-        for z, target, weight in zip(*(each.split(positions, dim=1) for each in chunk), strict=True):
-            g, loss_B, slope_BTD = _logit_gradients(model, z, target, weight)
-            loss.append(loss_B)
-            slope.append(slope_BTD)
-            for site in wanted:
-                states = z.detach().float()
-                part = _end_gradients(site, g, states @ site.W_in if whiten else states, target, weight)
-                J[site.name] = J[site.name].add_(part) if site.name in J else part
-        losses.append(torch.stack(loss).sum(0))
-        slopes.append(torch.cat(slope, dim=1))
-        for name, part in J.items():
-            ends[name].append(part)
+    losses, slopes = z_BTD.new_zeros(len(z_BTD), dtype=torch.float32), torch.zeros_like(z_BTD)
+    for piece in logit_gradients(model, ids_BT, mask_BT, z_BTD):
+        losses[piece.rows] += piece.losses
+        slopes[piece.rows, piece.positions] = piece.slope
+        states = z_BTD[piece.rows, piece.positions].detach().float()
+        for site in wanted:
+            part = _end_gradients(site, piece.g, states @ site.W_in if whiten else states, piece.target, piece.weight)
+            if piece.positions.start:  # a further piece of the same sequences
+                ends[site.name][-1].add_(part)
+            else:
+                ends[site.name].append(part)
     # With a single chunk, avoid a copy of J.
     found = {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in ends.items()}
-    padded = torch.nn.functional.pad(torch.cat(slopes), (0, 0, 0, 1))
-    return found, torch.cat(losses).masked_fill(~mask_BT[:, 1:].any(1), torch.nan), padded
+    return found, losses.masked_fill(~mask_BT[:, 1:].any(1), torch.nan), slopes
+
+
+class LogitGradients(NamedTuple):
+    """Gradients at the logits of some positions of some sequences.
+
+    Attributes:
+        rows, positions: of the batch, without the last position, which predicts nothing.
+        g: ω (p − y), (B, T, V) float32.
+        target, weight: the next tokens and ω, (B, T).
+        losses: the sequences' losses over these positions, (B,).
+        slope: gradient at the states, (B, T, D).
+    """
+
+    rows: slice
+    positions: slice
+    g: Tensor
+    target: Tensor
+    weight: Tensor
+    losses: Tensor
+    slope: Tensor
+
+
+def logit_gradients(model: SplitModel, ids_BT: Tensor, mask_BT: Tensor, z_BTD: Tensor) -> Iterator[LogitGradients]:
+    """Gradients at the logits, for a few sequences at a time or, if one exceeds the budget, some of its positions."""
+    omega, ids = token_weights(mask_BT), next_tokens(ids_BT, model.vocabulary)
+    B, T = ids.shape
+    rows_at_once, positions_at_once = model.logits_rows(T), model.logits_rows(1)
+    for first in range(0, B, rows_at_once):
+        rows = slice(first, min(B, first + rows_at_once))
+        for start in range(0, T, positions_at_once):
+            positions = slice(start, min(T, start + positions_at_once))
+            target, weight = ids[rows, positions], omega[rows, positions]
+            g, losses, slope = _logit_gradients(model, z_BTD[rows, positions], target, weight)
+            yield LogitGradients(rows, positions, g, target, weight, losses, slope)
 
 
 def _logit_gradients(model: SplitModel, z: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

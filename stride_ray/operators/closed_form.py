@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stride_ray.corpus.failures import LARGEST_NORM, finite_rows
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.models.matrices import gaussian_sketch, inverse_root, orthonormal
+from stride_ray.models.linear_algebra.matrices import gaussian_sketch, inverse_root, orthonormal
 from stride_ray.operators.forms import Basis, normalised, random_basis, stream_gradients
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.models.matrices import gaussian_sketch, orthonormal
-from stride_ray.models.vocabulary import next_tokens
+from stride_ray.models.linear_algebra.matrices import gaussian_sketch, orthonormal
+from stride_ray.models.linear_algebra.vocabulary import next_tokens
 
 # Elements in one chunk of logits; bounds memory for any vocabulary.
 LOGIT_BUDGET = 2**24

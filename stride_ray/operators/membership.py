@@ -14,7 +14,7 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
-from stride_ray.models.matrices import compiled
+from stride_ray.models.linear_algebra.matrices import compiled
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.errors import StrideError
 

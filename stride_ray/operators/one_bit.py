@@ -21,7 +21,7 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from stride_ray.models.matrices import compiled
+from stride_ray.models.linear_algebra.matrices import compiled
 
 # Bits per coordinate of a query, in two's complement.
 QUERY_BITS = 4

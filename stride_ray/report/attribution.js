@@ -1,5 +1,5 @@
 // Shows the most helpful and most harmful blocks of each query.
-const { queries, texts } = data;
+const { queries, texts, pieces } = data;
 const number = (value) => (value === null ? "" : value.toPrecision(4));
 const signed = (value) => (value > 0 ? "+" : "−") + Math.abs(value).toPrecision(4);
 const WORD = /[\p{L}\p{N}_]{2,}/gu;
@@ -32,14 +32,29 @@ function shared(node, text, others) {
   return marked(node, text, matches.map((match) => [match.index, match.index + match[0].length]));
 }
 
+// Appends a block's tokens to a node, coloured by how much of its influence each has.
+function coloured(node, ordinal, values) {
+  const largest = Math.max(...values.map(Math.abs)) || 1;
+  pieces[ordinal].forEach((piece, i) => {
+    const share = Math.abs(values[i] || 0) / largest; // a list may end where its query's blocks end
+    const span = share < 0.05 ? piece : make("span", values[i] > 0 ? "toward" : "against", piece);
+    if (share >= 0.05) {
+      span.style.setProperty("--share", `${Math.round(60 * share)}%`);
+      span.title = signed(values[i]);
+    }
+    node.append(span);
+  });
+  return node;
+}
+
 function side(query, name, words) {
   const column = make("div", name);
   column.append(make("h3", "", name === "helping" ? "Helping blocks" : "Harming blocks"));
-  query[name].forEach(([rank, influence, share, ordinal, documentId, source, exact], i) => {
+  query[name].forEach(([rank, influence, share, ordinal, documentId, source, exact, tokens], i) => {
     const how = exact ? "exact" : "estimate";
     const about = `${source === documentId ? "" : source + " · "}block ${ordinal} · rank ${rank} · ${how}`;
     const details = entry(signed(influence), share, documentId, about, i === 0);
-    details.append(shared(make("pre"), texts[ordinal], words));
+    details.append(tokens ? coloured(make("pre"), ordinal, tokens) : shared(make("pre"), texts[ordinal], words));
     column.append(details);
   });
   if (!query[name].length) column.append(make("p", "soft", "none"));

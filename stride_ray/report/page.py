@@ -19,6 +19,8 @@ from markupsafe import Markup
 ESCAPES = {ord(each): f"\\u{ord(each):04x}" for each in "<>&\u2028\u2029"}
 # Total characters of block texts on a page, which keeps it below 5 MB, and the minimum kept of each long text.
 TEXT_BUDGET, MIN_TEXT_CHARACTERS = 3_000_000, 200
+# Most tokens whose influence a page shows.
+TOKEN_BUDGET = 60_000
 
 
 def render(template: str, data: dict[str, Any], **values: Any) -> str:
@@ -72,6 +74,7 @@ def attribution_page(queries: list[dict[str, Any]], facts: dict[str, Any], trust
             of rescore or exact_influence.
         trust: result of trust.trust: ``level``, ``verdict``, ``rows`` (check, found, by chance); None if not run.
     """
+    queries = _with_fewer_tokens(queries)
     texts = {row["ordinal"]: row["text"] for each in queries for row in (*each["helping"], *each["harming"])}
     longest = max(MIN_TEXT_CHARACTERS, TEXT_BUDGET // max(1, len(texts)))
     kept = (
@@ -84,6 +87,7 @@ def attribution_page(queries: list[dict[str, Any]], facts: dict[str, Any], trust
             | {side: [_row(row) for row in each[side]] for side in ("helping", "harming")}
             for each in queries
         ],
+        "pieces": _pieces(queries),
         "texts": {ordinal: text if len(text) <= longest else f"{text[:longest]} …" for ordinal, text in texts.items()},
     }
     cut = longest if any(len(text) > longest for text in texts.values()) else 0
@@ -91,5 +95,29 @@ def attribution_page(queries: list[dict[str, Any]], facts: dict[str, Any], trust
 
 
 def _row(row: dict[str, Any]) -> list[Any]:
-    """A block's row for the script: rank, influence, share, ordinal, document id, source, whether it is exact."""
-    return [row[key] for key in ("rank", "influence", "share", "ordinal", "document_id", "source", "exact")]
+    """A block's row for the script: rank, influence, share, ordinal, document id, source, whether exact, tokens."""
+    kept = [row[key] for key in ("rank", "influence", "share", "ordinal", "document_id", "source", "exact")]
+    return [*kept, row["tokens"] and [float(f"{value:.2g}") for value in row["tokens"]]]
+
+
+def _with_fewer_tokens(queries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The queries without the influence of tokens once TOKEN_BUDGET tokens are shown."""
+    shown, left = [], TOKEN_BUDGET
+    for query in queries:
+        sides: dict[str, list[dict[str, Any]]] = {"helping": [], "harming": []}
+        for side, rows in sides.items():
+            for row in query[side]:
+                count = len(row["tokens"] or ())
+                rows.append({**row, "tokens": row["tokens"] if count <= left else None})
+                left -= count
+        shown.append({**query, **sides})
+    return shown
+
+
+def _pieces(queries: list[dict[str, Any]]) -> dict[int, list[str]]:
+    """By ordinal, the texts of the tokens of the blocks that some query has by token, as far as those go."""
+    found = dict[int, list[str]]()
+    for row in (row for each in queries for side in ("helping", "harming") for row in each[side] if row["tokens"]):
+        pieces = row["pieces"][: len(row["tokens"])]
+        found[row["ordinal"]] = max(found.get(row["ordinal"], []), pieces, key=len)
+    return found

@@ -96,8 +96,8 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "directions": ("curvature", ("solve",)),
     "responses": ("operators", ("solve", "respond", "attribute.top", "attribute.negative_scale")),
     "estimates": ("responses", ("recover",)),
-    "influence": ("estimates", ("attribute.candidates",)),
-    "exact": ("curvature", ("solve", "attribute.top", "attribute.negative_scale")),
+    "influence": ("estimates", ("attribute.candidates", "attribute.tokens")),
+    "exact": ("curvature", ("solve", "attribute.top", "attribute.tokens", "attribute.negative_scale")),
 }
 
 

@@ -175,6 +175,9 @@ class AttributeConfig:
         low=-1,
     )
     top: int = _option(2000, "blocks kept per query: those with the largest influence, helpful or harmful", low=1)
+    tokens: int = _option(
+        3, "blocks of each query and sign, of the most influential, whose influence is split among their tokens", low=0
+    )
     negative_scale: float = _option(
         0.5, "factor of negative influence, which is noisier in language models; 1 for classifiers", low=0.0
     )

@@ -16,7 +16,7 @@ from stride_ray.corpus.failures import finite_rows
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.curvature.damping import optimiser_damping, token_rows
 from stride_ray.models.curvature.moments import DAMPING, KroneckerFactors
-from stride_ray.models.matrices import Eigenbasis
+from stride_ray.models.linear_algebra.matrices import Eigenbasis
 from stride_ray.models.sites import EMBEDDING, HEAD, Site, site_gradients
 from stride_ray.runtime.storage import Store, tensor_bytes
 

@@ -33,6 +33,8 @@ from stride_ray.models.curvature.moments import (
     origin_weight,
 )
 from stride_ray.models.curvature.sketch import sketch_sites, sketched_gradients, whole_shape
+from stride_ray.models.linear_algebra.rotation import Rotation
+from stride_ray.models.linear_algebra.vocabulary import TokenSide
 from stride_ray.models.loading import load_measured_model
 from stride_ray.models.pool_worker import (
     ModelWorker,
@@ -41,9 +43,7 @@ from stride_ray.models.pool_worker import (
     map_sample_slices,
     token_counts,
 )
-from stride_ray.models.rotation import Rotation
 from stride_ray.models.sites import HEAD, ORIGIN, Site, find_sites, last_layers
-from stride_ray.models.vocabulary import TokenSide
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import record_stage_costs

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from stride_ray.corpus.failures import LARGEST_NORM, finite_losses
 from stride_ray.models.causal_lm import SplitModel, masked_mean
-from stride_ray.models.matrices import Eigenbasis, eigenbasis
+from stride_ray.models.linear_algebra.matrices import Eigenbasis, eigenbasis
+from stride_ray.models.linear_algebra.vocabulary import token_side
 from stride_ray.models.sites import (
     EMBEDDING,
     HEAD,
@@ -24,7 +25,6 @@ from stride_ray.models.sites import (
     output_gradients,
     token_weights,
 )
-from stride_ray.models.vocabulary import token_side
 
 # Damping: eigenvalues λ become λ + damping · mean λ. Less makes the stored rows noisier for the directions of queries,
 # which have little of the small eigenvalues' (docs/method.md).

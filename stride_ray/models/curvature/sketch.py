@@ -18,8 +18,8 @@ from torch import Tensor
 
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.curvature.principal_axes import Axes, SiteAxes
-from stride_ray.models.matrices import orthonormal
-from stride_ray.models.rotation import random_rotation
+from stride_ray.models.linear_algebra.matrices import orthonormal
+from stride_ray.models.linear_algebra.rotation import random_rotation
 from stride_ray.models.sites import (
     EMBEDDING,
     HEAD,

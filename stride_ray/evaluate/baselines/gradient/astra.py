@@ -20,9 +20,9 @@ from stride_ray.models.curvature.damping import optimiser_damping, token_rows
 from stride_ray.models.curvature.eigenvalues import DampedSite, EKFACSite
 from stride_ray.models.curvature.gauss_newton import GaussNewton
 from stride_ray.models.curvature.moments import UNIGRAM_DAMPING, distribution
+from stride_ray.models.linear_algebra.vocabulary import TokenSide
 from stride_ray.models.pool_worker import counts_of_logits
 from stride_ray.models.sites import EMBEDDING, HEAD, Site
-from stride_ray.models.vocabulary import TokenSide
 from stride_ray.runtime.options import SolveConfig
 
 # Blocks linearised at once.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stride_ray.models.matrices import orthonormal
+from stride_ray.models.linear_algebra.matrices import orthonormal
 
 # Maximum numbers that a processor rotates at once, so that they stay in its cache.
 CHUNK = 1 << 18

@@ -143,6 +143,7 @@ DEPENDING = {
     "attribute.top": {"responses", "estimates", "influence", "exact"},
     "attribute.negative_scale": {"responses", "estimates", "influence", "exact"},
     "attribute.candidates": {"influence"},
+    "attribute.tokens": {"influence", "exact"},
     **{name: {*FITTED, *EXACT} for name in ("operators.layers", "operators.sites")},
 }
 

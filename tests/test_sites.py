@@ -278,6 +278,7 @@ def test_the_origin_weighs_less_the_more_the_model_knows():
     entropy = float(np.log(V))
     assert origin_weight(4, entropy / 2, unigram) == pytest.approx(2)
     assert origin_weight(4, 2 * entropy, unigram) == 4
+    assert origin_weight(4, 0.0, unigram) == pytest.approx(4e-6)  # scales are divided by it
 
 
 def test_a_folded_embedding_gives_the_fold_of_its_gradient(made, texts, monkeypatch):

@@ -142,7 +142,9 @@ def distribution(counts: Tensor) -> Tensor:
 
 
 def origin_weight(layers: float, loss: float, unigram: Tensor) -> float:
-    """Weight of the origin: the number of layers times the model's loss as a share of the unigram entropy (at most 1).
+    """Weight of the origin: the number of layers times the model's loss as a share of the unigram entropy.
+
+    The share is at most 1, and at least a millionth, for a model that has no loss left.
 
     Args:
         layers: number of layers with sites.
@@ -150,4 +152,4 @@ def origin_weight(layers: float, loss: float, unigram: Tensor) -> float:
         unigram: (V,) π.
     """
     entropy = float(-(unigram.double() * unigram.double().log()).sum())
-    return layers * min(1.0, loss / entropy)
+    return layers * min(1.0, max(1e-6, loss / entropy))

@@ -10,10 +10,12 @@ from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from stride_ray.attribution.recover import recover_estimates
 from stride_ray.attribution.rescore import exact_influence, rescore
 from stride_ray.attribution.respond import respond_table
+from stride_ray.attribution.tables import TOKENS, tokens_name
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.documents import shown_name
 from stride_ray.corpus.failures import FAILED_BLOCKS_FILE, failed_blocks_note
@@ -205,8 +207,9 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
         influence]; ``half``, the number of top blocks that hold half of the positive influence; and ``sources``, the
         SOURCES largest as (source, share of the positive influence).
     """
-    tokenizer, split = load_saved_tokenizer(run.store.child("blocks")), token_influences(run, name)
+    tokenizer = load_saved_tokenizer(run.store.child("blocks"))
     first_queries = stored_queries(run, name).slice(0, queries).to_pylist()
+    split = token_influences(run, name, [query["query_id"] for query in first_queries])
     shown, ordinals = [], set[int]()
     for query, influence, recovery in _query_results(run, name, first_queries):
         values = influence["influence"].to_numpy()
@@ -253,12 +256,15 @@ def _contrast_text(query: dict[str, Any], tokenizer: Any) -> str:
     )
 
 
-def token_influences(run: Run, name: str) -> dict[tuple[str, int], list[float]]:
-    """A query set's influence by token (tables.TOKENS), by query id and block ordinal."""
+def token_influences(run: Run, name: str, queries: list[str]) -> dict[tuple[str, int], list[float]]:
+    """Influence by token (tables.TOKENS) of some queries of a set, by query id and block ordinal; read part by part."""
     stage, parts = _finished_stage(run, name)
-    files = (f"tokens-{part:05d}.parquet" for part in range(parts))
-    rows = (row for file in files if stage.store.exists(file) for row in stage.store.read_table(file).to_pylist())
-    return {(row["query_id"], row["ordinal"]): row["influence"] for row in rows}
+    found, wanted = dict[tuple[str, int], list[float]](), pa.array(queries, pa.string())
+    for file in (f"{tokens_name(part)}.parquet" for part in range(parts)):
+        table = stage.store.read_table(file) if stage.store.exists(file) else TOKENS.empty_table()
+        rows = table.filter(pc.is_in(table["query_id"], wanted)).to_pylist()
+        found |= {(row["query_id"], row["ordinal"]): row["influence"] for row in rows}
+    return found
 
 
 def _query_results(

@@ -25,7 +25,7 @@ from stride_ray.attribution.directions import (
 )
 from stride_ray.attribution.recover import read_estimates
 from stride_ray.attribution.scoring import QueryWorker, ScoreUnit, ScoreWorker, TokenWorker, query_name
-from stride_ray.attribution.tables import rank_unit
+from stride_ray.attribution.tables import rank_unit, tokens_name
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.failures import check_failed_blocks, check_failed_queries, failed_ordinals, write_failed_blocks
 from stride_ray.corpus.queries import check_name, fingerprint
@@ -213,7 +213,7 @@ class _Scoring:
             split = partial(
                 self.actors.map, TokenWorker, (self.run.config, self.blocks, self.actors.device, curvature, stage)
             )
-            run_missing(stage, {f"tokens-{part:05d}": part for part in parts}, split, "tokens", "parts")
+            run_missing(stage, {tokens_name(part): part for part in parts}, split, "tokens", "parts")
         stage.finish(_summary(markers, len(failed)))
 
 

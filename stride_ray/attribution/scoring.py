@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from stride_ray.attribution.directions import read_directions
-from stride_ray.attribution.tables import TOKENS, ends_of
+from stride_ray.attribution.tables import TOKENS, ends_of, tokens_name
 from stride_ray.corpus.blocks import Batch, Blocks
 from stride_ray.corpus.failures import NOT_FINITE, fail, finite_losses, finite_rows
 from stride_ray.models.curvature.kfac import SITES, load_sites
@@ -197,6 +197,5 @@ class TokenWorker(ModelWorker):
                     dict(zip(TOKENS.names, (name, *each), strict=True))
                     for each in zip(batch.ordinals.tolist(), values, strict=True)
                 ]
-        file = f"tokens-{part:05d}"
-        content = self.stage.store.write_table(f"{file}.parquet", pa.Table.from_pylist(rows, TOKENS))
-        return self.stage.mark(file, started, blocks=len(rows), sha256=content)
+        content = self.stage.store.write_table(f"{tokens_name(part)}.parquet", pa.Table.from_pylist(rows, TOKENS))
+        return self.stage.mark(tokens_name(part), started, blocks=len(rows), sha256=content)

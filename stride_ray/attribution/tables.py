@@ -147,6 +147,11 @@ def _sum_to_documents(
     }
 
 
+def tokens_name(part: int) -> str:
+    """Name of the file with the influence by token of a part's queries, and of its done marker."""
+    return f"tokens-{part:05d}"
+
+
 def ends_of(influence: pa.Table, count: int) -> list[int]:
     """Ordinals of a query's ``count`` most helpful and most harmful blocks with exact influence, in rank order."""
     exact = influence.filter(influence["exact"])

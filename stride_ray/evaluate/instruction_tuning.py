@@ -25,16 +25,14 @@ from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.shard import shard
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
-from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.planting import disguised
-from stride_ray.evaluate.retraining.benchmark import Benchmark, put_files
+from stride_ray.evaluate.retraining.benchmark import Benchmark, pool_texts, put_files, unretrained_benchmark
 from stride_ray.evaluate.retraining.finetune import FineTune
 from stride_ray.evaluate.retraining.instructions import read_instructions, saveable_copy
-from stride_ray.evaluate.retraining.lds import ALL, Interval, mean_interval
+from stride_ray.evaluate.retraining.lds import Interval, mean_interval
 from stride_ray.evaluate.tailpatch import INFLUENCE, LEXICAL, tail_patch
 from stride_ray.evaluate.word_counts import tfidf, words
 from stride_ray.models.causal_lm import load_model
-from stride_ray.models.query_batches import padded
 from stride_ray.operators.fit import fit
 from stride_ray.runtime.actor_pool import map_actors
 from stride_ray.runtime.config import digest, stage_keys
@@ -286,13 +284,8 @@ def fine_tune(
 
 def answers_only(blocks: Blocks, answers: Rows, start: str) -> Benchmark:
     """All blocks, and the answers to measure, as the recipe's benchmark: prompts and padding masked."""
-    batch = blocks.batch(np.arange(len(blocks)))
-    ids, mask = padded(answers, "cpu")
-    trained = Texts(batch.ids.astype(np.int32), np.ascontiguousarray(batch.mask))
-    measured = Texts(ids.numpy().astype(np.int32), mask.numpy())
-    labels = np.full(len(answers), ALL)
     fingerprint = blocks.manifest["fingerprint"]
-    return Benchmark(blocks.store.url, trained, measured, labels, labels, start, start, None, fingerprint)
+    return unretrained_benchmark(blocks.store.url, pool_texts(blocks), answers, start, start, fingerprint)
 
 
 def publish(store: Store, model: Any, tokenizer: Any) -> None:

@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from stride_ray.attribution.attribute import mode_of, read_influence, stored_queries, table_stage
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.queries import fingerprint
-from stride_ray.evaluate.baselines.problem import Texts
-from stride_ray.evaluate.retraining.benchmark import Benchmark
-from stride_ray.evaluate.retraining.lds import ALL
+from stride_ray.evaluate.retraining.benchmark import Benchmark, pool_texts, unretrained_benchmark
 from stride_ray.evaluate.retraining.recipe import DEFAULT, Recipe, load_recipe, recipe_identity
 from stride_ray.evaluate.retraining.removal import (
     SHARE,
@@ -32,7 +30,7 @@ from stride_ray.evaluate.retraining.removal import (
 )
 from stride_ray.evaluate.tailpatch import successful_queries
 from stride_ray.models.loading import measured_model_fingerprint
-from stride_ray.models.query_batches import padded, refuse_contrasts
+from stride_ray.models.query_batches import refuse_contrasts
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage, claim
 from stride_ray.runtime.storage import Store
@@ -172,12 +170,8 @@ def load_pool_and_recipe(
     blocks = Blocks(Store(blocks_url))
     if blocks.manifest["fingerprint"] != corpus:
         raise StrideError(f"{blocks.store.display_url('')} changed meanwhile; run the command again.")
-    pool = blocks.batch(np.arange(len(blocks)))
-    ids, mask = padded(Store(folder).read_table("queries.parquet").to_pylist(), "cpu")
-    queries = Texts(ids.numpy().astype(np.int32), mask.numpy())
-    labels = np.full(len(queries), ALL)
-    texts = Texts(pool.ids.astype(np.int32), pool.mask)
-    benchmark = Benchmark(blocks_url, texts, queries, labels, labels, model, start or None, None, corpus)
+    queries = Store(folder).read_table("queries.parquet").to_pylist()
+    benchmark = unretrained_benchmark(blocks_url, pool_texts(blocks), queries, model, start, corpus)
     return benchmark, load_recipe(recipe, benchmark)
 
 

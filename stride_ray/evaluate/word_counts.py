@@ -3,7 +3,7 @@
 It does not use the model: a baseline that attribution has to beat, and a cheap second opinion.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,6 @@ def similar_blocks(blocks: Blocks, asked: Iterable[Iterable[int]], k: int) -> li
         asked: token ids of each text.
         k: maximum number of blocks per text.
     """
-    return [ordinals[np.lexsort((ordinals, -found))[:k]] for ordinals, found in similarities(blocks, asked)]
-
-
-def similarities(blocks: Blocks, asked: Iterable[Iterable[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Per text, the ordinals (int64) of the blocks that share a token with it, and their cosine similarities."""
     vectorizer = tfidf()
     pooled = (
         words(ids[mask])
@@ -44,6 +39,9 @@ def similarities(blocks: Blocks, asked: Iterable[Iterable[int]]) -> Iterator[tup
         for ids, mask in zip(batch.ids, batch.mask, strict=True)
     )
     X = vectorizer.fit_transform(pooled).T.tocsr()
+    tops = []
     for row in vectorizer.transform(words(ids) for ids in asked):
         found = (row @ X).tocsr()
-        yield found.indices.astype(np.int64), found.data
+        ordinals = found.indices.astype(np.int64)
+        tops.append(ordinals[np.lexsort((ordinals, -found.data))[:k]])
+    return tops

@@ -21,11 +21,11 @@ from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.evaluate.closed_loop.answer_f1 import answer_f1, has_answers
 from stride_ray.evaluate.closed_loop.rivals import RIVALS, USUAL, chosen_rivals, rival_targets
-from stride_ray.evaluate.retraining.benchmark import Benchmark
-from stride_ray.evaluate.retraining.lds import ALL, Interval, mean_interval
+from stride_ray.evaluate.retraining.benchmark import Benchmark, unretrained_benchmark
+from stride_ray.evaluate.retraining.lds import Interval, mean_interval
 from stride_ray.evaluate.retraining.recipe import DEFAULT, load_recipe, recipe_identity
 from stride_ray.evaluate.retraining.retrain import checked_losses, read_array, write_array
-from stride_ray.models.query_batches import padded, refuse_contrasts
+from stride_ray.models.query_batches import refuse_contrasts
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.progress import run_missing
@@ -250,7 +250,5 @@ def arm_benchmark(store: Store, arm: str, model: str, start: str) -> Benchmark:
     table = pa.concat_tables(tables)
     width = table["token_ids"].type.list_size
     blocks = Texts(fixed_lists(table["token_ids"], width, 0), fixed_lists(table["loss_mask"], width, True))
-    ids, mask = padded(store.read_table("queries.parquet").to_pylist(), "cpu")
-    queries = Texts(ids.numpy().astype(np.int32), mask.numpy())
-    labels = np.full(len(queries), ALL)
-    return Benchmark(data.url, blocks, queries, labels, labels, model, start or None, None, digest([data.url]))
+    queries = store.read_table("queries.parquet").to_pylist()
+    return unretrained_benchmark(data.url, blocks, queries, model, start, digest([data.url]))

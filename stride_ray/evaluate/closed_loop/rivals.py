@@ -17,12 +17,10 @@ import pyarrow as pa
 from stride_ray.attribution.tables import DOCUMENTS
 from stride_ray.corpus.blocks import Blocks, document_shares
 from stride_ray.evaluate.baselines import METHODS, variable_set
-from stride_ray.evaluate.baselines.problem import Texts
-from stride_ray.evaluate.retraining.benchmark import Benchmark
+from stride_ray.evaluate.retraining.benchmark import Benchmark, pool_texts, unretrained_benchmark
 from stride_ray.evaluate.retraining.finetune import checkpoints
-from stride_ray.evaluate.retraining.lds import ALL
 from stride_ray.evaluate.retraining.results import read_scores, write_scores
-from stride_ray.models.query_batches import padded, refuse_contrasts
+from stride_ray.models.query_batches import refuse_contrasts
 from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.progress import run_missing
@@ -163,15 +161,9 @@ def score_rival(
 
 def _benchmark(run: Run, blocks: Blocks, asked: pa.Table, store: Store) -> Benchmark:
     """The run's pool and some queries as the input of methods."""
-    pool = blocks.batch(np.arange(len(blocks)))
-    ids, mask = padded(asked.to_pylist(), "cpu")
-    lengths = np.array([len(each) for each in asked["token_ids"].to_pylist()])
-    queries = Texts(ids.numpy().astype(np.int32), mask.numpy(), lengths)
-    labels = np.full(len(queries), ALL)
-    model, start = run.config.model.path, run.config.model.start or None
-    identity = digest([blocks.manifest["fingerprint"], asked["token_ids"].to_pylist(), model, start])
-    texts = Texts(pool.ids.astype(np.int32), pool.mask)
-    return Benchmark(store.url, texts, queries, labels, labels, model, start, None, identity)
+    model, start = run.config.model.path, run.config.model.start
+    identity = digest([blocks.manifest["fingerprint"], asked["token_ids"].to_pylist(), model, start or None])
+    return unretrained_benchmark(store.url, pool_texts(blocks), asked.to_pylist(), model, start, identity)
 
 
 class _Documents:

@@ -9,6 +9,7 @@ retraining results (see ``results``). Sequence lengths may vary; other columns a
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.rows.row import has_content
 from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.evaluate.retraining.lds import ALL, evaluate, subset_sums
 from stride_ray.evaluate.retraining.results import RetrainingResults, read_truth
+from stride_ray.models.query_batches import padded
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.storage import Store
 
@@ -150,6 +153,25 @@ def reread_benchmark(url: str, fingerprint: str) -> Benchmark:
     if benchmark.fingerprint != fingerprint:
         raise StrideError(f"{Store(url).display_url('')} changed meanwhile; run the command again.")
     return benchmark
+
+
+def pool_texts(blocks: Blocks) -> Texts:
+    """All blocks of a run in memory; prompts and padding are masked."""
+    pool = blocks.batch(np.arange(len(blocks)))
+    return Texts(pool.ids.astype(np.int32), np.ascontiguousarray(pool.mask))
+
+
+def unretrained_benchmark(
+    url: str, blocks: Texts, queries: Sequence[dict[str, Any]], model: str, start: str, fingerprint: str
+) -> Benchmark:
+    """Blocks and queries (rows of queries.SCHEMA) that are no benchmark's folder, as the input of recipes and methods.
+
+    Queries have no kinds or parts, and there are no retraining results; ``start`` may be empty.
+    """
+    ids, mask = padded(queries, "cpu")
+    texts = Texts(ids.numpy().astype(np.int32), mask.numpy(), np.array([len(row["token_ids"]) for row in queries]))
+    labels = np.full(len(texts), ALL)
+    return Benchmark(url, blocks, texts, labels, labels, model, start or None, None, fingerprint)
 
 
 def put_files(store: Store, folder: str) -> None:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stride_ray.evaluate.baselines.problem import Texts
 from stride_ray.models.causal_lm import SplitModel
+from stride_ray.models.linear_algebra.vocabulary import next_tokens
 from stride_ray.runtime.errors import StrideError
 
 LOGITS_BUDGET = 2**25  # elements of a batch's logits: 128 MiB in float32, a few times that with their gradients
@@ -189,13 +190,13 @@ def _use(name: str, weight: str, module: nn.Module, given: Tensor, gradient: Ten
 
 def mean_losses(logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Each sequence's masked mean next-token loss in nats, (B,); 0 without targets."""
-    return masked_means(token_losses(logits_BTV, ids_BT[:, 1:]), mask_BT)
+    return masked_means(token_losses(logits_BTV, next_tokens(ids_BT, logits_BTV.shape[-1])), mask_BT)
 
 
 def token_losses(logits_BTV: Tensor, targets_BT1: Tensor) -> Tensor:
-    """Cross-entropy of each of the T−1 next tokens in nats, (B, T−1); arbitrary for ids without a logit (masked)."""
-    logits, targets = logits_BTV[:, :-1], targets_BT1.clamp(max=logits_BTV.shape[-1] - 1)
-    return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    """Cross-entropy of each of the T−1 next tokens in nats, (B, T−1)."""
+    logits = logits_BTV[:, :-1]
+    return nn.functional.cross_entropy(logits.transpose(1, 2), targets_BT1, reduction="none")
 
 
 def masked_means(values_BT1: Tensor, mask_BT: Tensor) -> Tensor:

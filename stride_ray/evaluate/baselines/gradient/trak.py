@@ -14,6 +14,7 @@ from stride_ray.evaluate.baselines.gradient.features import batches, concatenate
 from stride_ray.evaluate.baselines.gradient.per_example import masked_means, token_losses, weight_shapes
 from stride_ray.evaluate.baselines.problem import Problem, Texts
 from stride_ray.models.causal_lm import load_model
+from stride_ray.models.linear_algebra.vocabulary import next_tokens
 
 # Damping, as a share of a mean eigenvalue.
 DAMPING = 10.0
@@ -56,7 +57,7 @@ class _Margins:
         self.missing: list[Tensor] = []
 
     def __call__(self, logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        log_p = -token_losses(logits_BTV, ids_BT[:, 1:]).clamp(min=1e-6)
+        log_p = -token_losses(logits_BTV, next_tokens(ids_BT, logits_BTV.shape[-1])).clamp(min=1e-6)
         other = -torch.expm1(log_p)
         self.missing.append(masked_means(other, mask_BT).detach())
         return masked_means(log_p - other.log(), mask_BT)

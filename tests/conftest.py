@@ -409,11 +409,11 @@ def browser():
 
 
 def opened(browser, path, **options):
-    """A page of the browser with what it complained of."""
+    """A page of the browser, at a path or a URL, with what it complained of."""
     page, complaints = browser.new_page(**options), []
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(path.as_uri())
+    page.goto(path if isinstance(path, str) else path.as_uri())
     return page, complaints
 
 

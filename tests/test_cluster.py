@@ -1,5 +1,6 @@
 """The manifests of cluster/: Ray's launcher accepts them, they agree with each other, and what they start exists."""
 
+import importlib
 import json
 import re
 import shlex
@@ -9,12 +10,15 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
+from ray import serve
 from ray.autoscaler._private.util import validate_config
 from ray.autoscaler.sdk import fillout_defaults
+from ray.serve.schema import ServeDeploySchema
 
 from stride_ray import __version__
 from stride_ray.cli.main import _parser
 from stride_ray.runtime.progress import METRICS
+from stride_ray.serve.application import Options
 
 FOLDER = Path(__file__).parent.parent / "cluster"
 IMAGE = f"REGISTRY/stride-ray:{__version__}-ray{ray.__version__}"
@@ -31,9 +35,11 @@ def clusters():
     for path in sorted(FOLDER.glob("*.yaml")):
         for document in yaml.safe_load_all(path.read_text()):
             spec = document.get("spec", {})
-            spec = {"RayCronJob": spec.get("jobTemplate", {}), "RayCluster": {"rayClusterSpec": spec}}.get(
-                document.get("kind"), spec
-            )
+            spec = {
+                "RayCronJob": spec.get("jobTemplate", {}),
+                "RayCluster": {"rayClusterSpec": spec},
+                "RayService": {"rayClusterSpec": spec.get("rayClusterConfig")},
+            }.get(document.get("kind"), spec)
             if "rayClusterSpec" in spec:
                 found[f"{path.name} {document['kind']}"] = spec["rayClusterSpec"]
     return found
@@ -70,6 +76,7 @@ def test_there_is_a_manifest_for_every_use():
         "select.yaml RayJob",
         "nightly-raycronjob.yaml RayCronJob",
         "nightly-cronjob.yaml RayCluster",
+        "serve.yaml RayService",
     }
 
 
@@ -120,7 +127,8 @@ def test_clusters_differ_in_nothing_but_gpus():
     ours = clusters()
     one = ours["attribute.yaml RayJob"]
     for where, spec in ours.items():
-        groups = [group for group in one["workerGroupSpecs"] if "select" not in where or group["groupName"] == "cpu"]
+        kinds = {"select.yaml RayJob": {"cpu"}, "serve.yaml RayService": {"gpu"}}.get(where, {"cpu", "gpu"})
+        groups = [group for group in one["workerGroupSpecs"] if group["groupName"] in kinds]
         assert spec == {**one, "workerGroupSpecs": groups}
 
 
@@ -139,6 +147,18 @@ def test_commands_exist_and_their_arguments_are_understood(name, words):
     assert parsed.run == "s3://BUCKET/runs/pool"
     if getattr(parsed, "compute.device", None) == "cuda":
         assert "gpu" in {g["groupName"] for g in clusters()[f"{name} RayJob"]["workerGroupSpecs"]}
+
+
+def test_the_service_is_one_that_ray_serve_deploys():
+    (service,) = read("serve.yaml")
+    config = ServeDeploySchema(**yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    module, _, name = application.import_path.partition(":")
+    built = getattr(importlib.import_module(module), name)
+    options = Options(**application.args)
+    assert options.host == config.http_options.host == "0.0.0.0"
+    assert options.device == "cuda"
+    assert isinstance(built(options), serve.Application)
 
 
 def test_the_plain_cron_job_never_runs_twice_at_once():

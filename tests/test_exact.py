@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stride_ray.attribution import directions, rescore
-from stride_ray.attribution.attribute import block_texts, read_influence, shown_queries
+from stride_ray.attribution.attribute import read_influence, shown_queries
 from stride_ray.attribution.tables import DOCUMENTS, INFLUENCE, RECOVERY, TOKENS
 from stride_ray.cli.main import main
 from stride_ray.cli.status import status
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.shard import shard
+from stride_ray.corpus.tokenization.decoding import block_texts
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.models.loading import load_measured_model, load_run_model
 from stride_ray.runtime.config import Config

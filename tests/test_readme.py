@@ -31,6 +31,7 @@ EXPECTED = [
         ["blocks ranked first", "random blocks"],
         ["mine/verify/prompts/verification.json"],
     ),
+    ("stride-ray serve", ['"helping":[{"query_id":"query","rank":1,', '"tokens":[['], []),
     ("stride-ray plan", ["1,000,000 blocks, 500 queries, 8 workers", "all of estimated", "a further batch"], []),
 ]
 

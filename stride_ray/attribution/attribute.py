@@ -20,6 +20,7 @@ from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.documents import shown_name
 from stride_ray.corpus.failures import FAILED_BLOCKS_FILE, failed_blocks_note
 from stride_ray.corpus.queries import check_name, read_queries
+from stride_ray.corpus.tokenization.decoding import block_pieces, block_texts
 from stride_ray.corpus.tokenization.tokenizer import load_saved_tokenizer
 from stride_ray.operators.fit import fit
 from stride_ray.report.page import attribution_page
@@ -235,7 +236,7 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
                 **sides,
                 "curve": [[int(rank), float(values[rank])] for rank in at],
                 "half": int(np.searchsorted(summed, summed[-1] / 2)) + 1 if len(summed) else 0,
-                "sources": _source_shares(influence["source"].to_pylist(), values),
+                "sources": source_shares(influence["source"].to_pylist(), values),
             }
         )
     pool, listed = Blocks(run.stage("blocks").store), sorted(ordinals)
@@ -304,7 +305,7 @@ def _row_ranges(column: pa.ChunkedArray) -> dict[str, tuple[int, int]]:
     return {names[numbers[first]]: (int(first), int(count)) for first, count in zip(firsts, counts, strict=True)}
 
 
-def _source_shares(sources: list[str], values: np.ndarray) -> list[tuple[str, float]]:
+def source_shares(sources: list[str], values: np.ndarray) -> list[tuple[str, float]]:
     """Return (source, share of the positive influence) for the SOURCES largest, largest first."""
     sums: dict[str, float] = {}
     for source, value in zip(sources, values.tolist(), strict=True):
@@ -312,35 +313,6 @@ def _source_shares(sources: list[str], values: np.ndarray) -> list[tuple[str, fl
     total = sum(sums.values()) or 1.0
     largest = sorted(sums.items(), key=lambda item: (-item[1], item[0]))[:SOURCES]
     return [(source, value / total) for source, value in largest if value > 0]
-
-
-def block_texts(pool: Blocks, ordinals: list[int], tokenizer: Any) -> list[str]:
-    """Return the decoded text of each block, without padding, in the order of ``ordinals``."""
-    if not ordinals:
-        return []
-    table = pool.take(ordinals, ["token_ids", "spans"])
-    lengths = [sum(span["length"] for span in spans) for spans in table["spans"].to_pylist()]
-    return [tokenizer.decode(ids[:length]) for ids, length in zip(table["token_ids"].to_pylist(), lengths, strict=True)]
-
-
-def block_pieces(pool: Blocks, ordinals: list[int], tokenizer: Any) -> list[list[str]]:
-    """The text of each block's tokens, padding included, which joined are the block's text."""
-    table = pool.take(ordinals, ["token_ids"])
-    return [_token_texts(ids, tokenizer) for ids in table["token_ids"].to_pylist()]
-
-
-def _token_texts(ids: list[int], tokenizer: Any) -> list[str]:
-    """The text of each token; a character that several tokens share belongs to the last of them."""
-    pieces = tokenizer.batch_decode([[token] for token in ids])
-    if "".join(pieces) == tokenizer.decode(ids):
-        return list(pieces)
-    # Some tokens are parts of characters, or their text depends on those before.
-    pieces, said = [], ""
-    for count in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:count]).rstrip("\ufffd")
-        pieces.append(text[len(said) :] if text.startswith(said) else "")
-        said = text if text.startswith(said) else said
-    return pieces
 
 
 def print_table(shown: list[dict[str, Any]], out: TextIO) -> None:

@@ -33,7 +33,7 @@ from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.loading import load_measured_model, load_run_model
 from stride_ray.models.pool_worker import ModelWorker
 from stride_ray.models.query_batches import batches, padded, signed_texts, validate_query
-from stride_ray.models.sites import site_gradients
+from stride_ray.models.sites import Site, site_gradients
 from stride_ray.runtime.actor_pool import ActorPool
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.costs import record_stage_costs
@@ -112,46 +112,42 @@ def read_directions(stage: Stage, part: int) -> tuple[list[dict[str, Any]], Grad
     return answers, stage.store.read_tensors(f"{gradient_name(part)}.safetensors")
 
 
-class DirectionWorker(ModelWorker):
-    """Writes the gradients of a part's queries; their losses and errors go into the done marker.
+class DirectionSolver(ModelWorker):
+    """Computes query directions.
 
     Gradients are computed on the measured model (checkpoint interpolation), losses on the run's model.
+
+    Args:
+        config: of the run.
+        blocks: the pool; the Gauss–Newton matrix is taken over a sample of it.
+        device: of the models.
+        curvature: the finished ``curvature/`` store.
+        sites: its sites on the device; their W_in and W_out are not used.
     """
 
     load = staticmethod(load_measured_model)
 
-    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
+    def __init__(
+        self, config: Config, blocks: Blocks, device: str, curvature: Store, sites: tuple[Site, ...] | None = None
+    ) -> None:
         super().__init__(config, blocks, device)
-        self.stage = stage
-        self.sites = load_sites(curvature, SITES, self.model.device, whitening=False)
+        self.sites = load_sites(curvature, SITES, self.model.device, whitening=False) if sites is None else sites
         self.curvature = curvature
         self.covered_blocks = int(curvature.read_json("manifest.json")["blocks"])
-        self.unit = queries_per_unit(gradient_bytes(curvature))
-        self.table = stage.store.read_table("queries.parquet")
         self.trained = load_run_model(config, device)
 
-    def __call__(self, part: int) -> dict[str, Any]:
-        """Process one part; returns its done marker."""
-        started = time.monotonic()
-        rows = self.table.slice(part * self.unit, self.unit).to_pylist()
+    def directions(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Gradient]:
+        """Directions of some queries (rows of queries.SCHEMA).
+
+        Returns:
+            Per query its id, status, error, ``base_loss`` and ``steps`` of the solve; and by site the directions
+            (q, F, D) float32, on the CPU, of the queries that did not fail.
+        """
         answers = [{**validate_query(self.model, row), "base_loss": None, "steps": None} for row in rows]
         waiting = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
         texts, gradients = signed_texts(rows, waiting), dict[int, Gradient]()
         for batch in batches([text for _, text, _ in texts], list(range(len(texts))), self.tokens):
-            ids, mask = padded([texts[k][1] for k in batch], self.model.device)
-            found, measured = site_gradients(self.model, self.sites, ids, mask)
-            J = {site.name: J for site, J in found}
-            losses = masked_mean(self.trained.token_losses(self.trained.read(ids), ids, mask), mask)
-            sound, good = (losses.isfinite() & measured.isfinite()).tolist(), finite_rows(J.values()).tolist()
-            for at, k in enumerate(batch):
-                i, _, sign = texts[k]
-                answers[i]["base_loss"] = (answers[i]["base_loss"] or 0.0) + sign * float(losses[at])
-                if not (sound[at] and good[at]):
-                    fail(answers[i], NOT_FINITE if sound[at] else LOSS_NOT_FINITE)
-                elif i in gradients:
-                    gradients[i] = {name: each.add_(J[name][at], alpha=sign) for name, each in gradients[i].items()}
-                else:
-                    gradients[i] = {name: each[at] for name, each in J.items()}
+            self._add_gradients([texts[k] for k in batch], answers, gradients)
         answered = [i for i in waiting if answers[i]["status"] == "ok"]
         steps, directions = self.config.solve.steps, [gradients.pop(i) for i in answered]
         solved = solve(directions, self._damped, self._products, steps)
@@ -160,11 +156,28 @@ class DirectionWorker(ModelWorker):
             answers[i]["steps"] = result.steps if steps else None
             direction.update(self._kfac_preimage(result.direction))
         names = [site.name for site in self.sites] if directions else []
-        tensors = {name: torch.stack([each.pop(name) for each in directions]).cpu() for name in names}
-        # Marker before file: a part counts as done if its file exists, and clear_directions removes only files.
-        marker = self.stage.mark(gradient_name(part), started, answers=answers)
-        self.stage.store.write(f"{gradient_name(part)}.safetensors", tensor_bytes(tensors))
-        return marker
+        return answers, {name: torch.stack([each.pop(name) for each in directions]).cpu() for name in names}
+
+    def _add_gradients(
+        self,
+        texts: list[tuple[int, dict[str, Any], float]],
+        answers: list[dict[str, Any]],
+        gradients: dict[int, Gradient],
+    ) -> None:
+        """Add the losses of a batch of texts (query, text, sign) to ``answers``, and J to ``gradients`` by query."""
+        ids, mask = padded([text for _, text, _ in texts], self.model.device)
+        found, measured = site_gradients(self.model, self.sites, ids, mask)
+        J = {site.name: J for site, J in found}
+        losses = masked_mean(self.trained.token_losses(self.trained.read(ids), ids, mask), mask)
+        sound, good = (losses.isfinite() & measured.isfinite()).tolist(), finite_rows(J.values()).tolist()
+        for at, (i, _, sign) in enumerate(texts):
+            answers[i]["base_loss"] = (answers[i]["base_loss"] or 0.0) + sign * float(losses[at])
+            if not (sound[at] and good[at]):
+                fail(answers[i], NOT_FINITE if sound[at] else LOSS_NOT_FINITE)
+            elif i in gradients:
+                gradients[i] = {name: each.add_(J[name][at], alpha=sign) for name, each in gradients[i].items()}
+            else:
+                gradients[i] = {name: each[at] for name, each in J.items()}
 
     @cached_property
     def _damped(self) -> list[DampedSite]:
@@ -201,3 +214,21 @@ class DirectionWorker(ModelWorker):
         ids, mask = self.trimmed(self.blocks.batch(ordinals))
         gradients, losses = site_gradients(self.model, self.sites, ids, mask)
         return (finite_rows(J for _, J in gradients) & finite_losses(losses, mask)).cpu().numpy()
+
+
+class DirectionWorker(DirectionSolver):
+    """Writes the directions of a part's queries; their losses and errors go into the done marker."""
+
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
+        super().__init__(config, blocks, device, curvature)
+        self.stage, self.unit = stage, queries_per_unit(gradient_bytes(curvature))
+        self.table = stage.store.read_table("queries.parquet")
+
+    def __call__(self, part: int) -> dict[str, Any]:
+        """Process one part; returns its done marker."""
+        started = time.monotonic()
+        answers, tensors = self.directions(self.table.slice(part * self.unit, self.unit).to_pylist())
+        # Marker before file: a part counts as done if its file exists, and clear_directions removes only files.
+        marker = self.stage.mark(gradient_name(part), started, answers=answers)
+        self.stage.store.write(f"{gradient_name(part)}.safetensors", tensor_bytes(tensors))
+        return marker

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.attribution.lasso import recover
+from stride_ray.attribution.lasso import Recovery, recover
 from stride_ray.attribution.responses import read_responses
 from stride_ray.corpus.failures import LARGEST_NORM, RESPONSE_NOT_FINITE, fail, failed_ordinals
 from stride_ray.corpus.queries import check_name
@@ -106,16 +106,27 @@ def estimates_of_block_rows(
     """Write the responses of block rows as estimates; negative ones are scaled (``attribute.negative_scale``)."""
     started = time.monotonic()
     tables = [responses.store.read_table(f"{part_name(part)}.parquet") for part in unit]
-    rows = []
-    for row in pa.concat_tables(tables).to_pylist():
-        value = np.array(row.pop("response"), dtype=np.float64)
-        ordinals = np.array(row.pop("rows"), dtype=np.int64)
-        if row["status"] == "ok" and not (np.abs(value) < LARGEST_NORM).all():
-            fail(row, RESPONSE_NOT_FINITE)
-        value = np.where(value > 0, value, config.attribute.negative_scale * value)
-        kept = (value != 0) & (row["status"] == "ok")
-        rows.append({**row, "ordinals": ordinals[kept], "estimates": value[kept]})
+    rows = pa.concat_tables(tables).to_pylist()
+    for row in rows:
+        take_estimates(row, np.array(row.pop("rows")), np.array(row.pop("response")), config.attribute.negative_scale)
     return _publish(stage, unit, started, rows)
+
+
+def take_estimates(row: dict[str, Any], ordinals: np.ndarray, response: np.ndarray, negative_scale: float) -> None:
+    """Set a query's ``ordinals`` and ``estimates``, given its products with the rows of blocks.
+
+    Args:
+        row: with ``status``; one with a response that is not finite fails here.
+        ordinals: (n,) of the blocks.
+        response: (n,) products.
+        negative_scale: factor of negative ones.
+    """
+    value, ordinals = response.astype(np.float64), ordinals.astype(np.int64)
+    if row["status"] == "ok" and not (np.abs(value) < LARGEST_NORM).all():
+        fail(row, RESPONSE_NOT_FINITE)
+    value = np.where(value > 0, value, negative_scale * value)
+    kept = (value != 0) & (row["status"] == "ok")
+    row |= {"ordinals": ordinals[kept], "estimates": value[kept]}
 
 
 def solve_estimates(
@@ -128,9 +139,26 @@ def solve_estimates(
     recover(np.arange(config.membership.subsets, dtype=float)[None], membership, 64, ratio=0.9)
     record_separately(START, time.monotonic() - started)
     rows, vectors = read_response_parts(responses, unit)
+    recovered = solve_rows(config, rows, vectors, n_blocks, failed)
+    record_separately("columns", sum(each.seconds for each in recovered))
+    return _publish(stage, unit, started, rows)
+
+
+def solve_rows(
+    config: Config, rows: list[dict[str, Any]], vectors: np.ndarray, n_blocks: int, failed: list[int]
+) -> list[Recovery]:
+    """Recover some queries' influence from their responses; sets their ``ordinals``, ``estimates`` and diagnostics.
+
+    Args:
+        config: of the run.
+        rows: the queries, with ``status``.
+        vectors: (rows, K) responses; those of failed queries are not read.
+        n_blocks: N.
+        failed: ascending ordinals of blocks that get no estimate.
+    """
+    membership = membership_of(config)
     good = vectors[[row["status"] == "ok" for row in rows]]
     recovered = recover(good, membership, n_blocks, **lasso_options(config.recover))
-    record_separately("columns", sum(each.seconds for each in recovered))
     factor = influence_scale(config, membership, n_blocks)
     found = iter(recovered)
     for row in rows:
@@ -140,7 +168,7 @@ def solve_estimates(
             known = ~np.isin(each.ordinals, failed)
             row |= {"ordinals": each.ordinals[known], "estimates": each.weights[known] * factor}
             row |= {"penalty": each.penalty, "intercept": each.intercept, "gap": each.gap, "rounds": each.rounds}
-    return _publish(stage, unit, started, rows)
+    return recovered
 
 
 def read_response_parts(responses: Stage, unit: list[int]) -> tuple[list[dict[str, Any]], np.ndarray]:

@@ -5,7 +5,7 @@ freed batch by batch.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,9 @@ from stride_ray.corpus.failures import NOT_FINITE, fail, finite_losses, finite_r
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.loading import load_measured_model
 from stride_ray.models.pool_worker import ModelWorker
+from stride_ray.models.query_batches import padded
 from stride_ray.models.sites import Site, influence, scale_negative, site_gradients
-from stride_ray.models.token_influence import token_influence
+from stride_ray.models.token_influence import target_influence, token_influence
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Stage
 from stride_ray.runtime.storage import Store, tensor_bytes
@@ -72,54 +73,63 @@ class QueryWorker:
         started = time.monotonic()
         part, errors = unit
         answers, gradients = read_directions(self.directions, part)
-        rows = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
-        tensors, finite = dict[str, torch.Tensor](), torch.ones(len(rows), dtype=torch.bool)
-        for site in self.sites if gradients else ():
-            x = site.precondition(gradients.pop(site.name).to(self.device)).flatten(1).cpu()
-            tensors[site.name], finite = x, finite & finite_rows([x])
-        for i, whole in zip(rows, finite.tolist(), strict=True):
-            error = errors[i] or (None if whole else NOT_FINITE)
-            if error is not None:
-                fail(answers[i], error)
-        kept = torch.tensor([answers[i]["status"] == "ok" for i in rows], dtype=torch.bool)
-        name = query_name(part)
-        self.stage.store.write(f"{name}.safetensors", tensor_bytes({k: x[kept] for k, x in tensors.items()}))
-        return self.stage.mark(name, started, answers=answers)
+        tensors = precondition(self.sites, answers, gradients, errors)
+        self.stage.store.write(f"{query_name(part)}.safetensors", tensor_bytes(tensors))
+        return self.stage.mark(query_name(part), started, answers=answers)
 
 
-class ScoreWorker(ModelWorker):
-    """Scores a unit's blocks for a group of queries and writes the scores to keep.
+def precondition(
+    sites: tuple[Site, ...],
+    answers: list[dict[str, Any]],
+    directions: dict[str, torch.Tensor],
+    errors: Sequence[str | None],
+) -> dict[str, torch.Tensor]:
+    """H⁻¹ times the directions of some queries.
 
-    For a range of blocks these are the ``attribute.top`` largest scores of each query, for candidates all wanted pairs.
-    The file holds ``ordinals`` (Q, n) int64 and ``influence`` (Q, n) float32, NaN for pairs that are not wanted. A
-    block whose loss or gradient is not finite scores 0 and is listed in the done marker (``not_finite``).
+    Args:
+        sites: with the preconditioner, on their device.
+        answers: the queries' statuses; one whose H⁻¹J is not finite is marked failed here, as is one with an error.
+        directions: by site (q, F, D) float32, of the queries without "failed"; emptied.
+        errors: each query's error from an earlier stage, or None.
+
+    Returns:
+        By site (q, F·D) float32 on the CPU, of the queries that have not failed by now.
     """
+    rows = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
+    tensors, finite = dict[str, torch.Tensor](), torch.ones(len(rows), dtype=torch.bool)
+    for site in sites if directions else ():
+        x = site.precondition(directions.pop(site.name).to(site.W_in.device)).flatten(1).cpu()
+        tensors[site.name], finite = x, finite & finite_rows([x])
+    for i, whole in zip(rows, finite.tolist(), strict=True):
+        error = errors[i] or (None if whole else NOT_FINITE)
+        if error is not None:
+            fail(answers[i], error)
+    kept = torch.tensor([answers[i]["status"] == "ok" for i in rows], dtype=torch.bool)
+    return {name: x[kept] for name, x in tensors.items()}
+
+
+class BlockScorer(ModelWorker):
+    """Multiplies H⁻¹J of queries, by site (Q, F·D) float32 on the model's device, with the gradients of blocks."""
 
     load = staticmethod(load_measured_model)
 
-    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store) -> None:
         super().__init__(config, blocks, device)
-        self.stage = stage
         self.sites = load_sites(curvature, SITES, self.model.device)
-        self.group: tuple[int, ...] = ()
-        self.queries: dict[str, torch.Tensor] = {}
 
-    def __call__(self, unit: ScoreUnit) -> dict[str, Any]:
-        """Process one unit; returns its done marker."""
-        started = time.monotonic()
-        if unit.group != self.group:
-            self.group, self.queries = unit.group, self._load_group(unit.group)
-        pieces, failed = [], list[int]()
-        for batch in self._batches(unit) if self.queries else ():
-            found, good = self._score_batch(batch)
+    def scores(self, queries: dict[str, torch.Tensor], batches: Iterable[Batch]) -> tuple[torch.Tensor, list[int]]:
+        """Influence of the blocks, (Q, n) float32 on the CPU, in order of the batches.
+
+        Blocks whose loss or gradient is not finite score 0; their ordinals are the second result.
+        """
+        pieces, failed = [torch.zeros(len(next(iter(queries.values()))), 0)], list[int]()
+        for batch in batches:
+            found, good = self._score_batch(queries, batch)
             pieces.append(found)
             failed += batch.ordinals[~good].tolist()
-        scores = torch.cat(pieces, 1) if pieces else torch.zeros(0, unit.blocks)
-        kept = self._top_scores(scores, unit.start) if unit.ordinals is None else _wanted_scores(scores, unit)
-        self.stage.store.write(f"{unit.name}.safetensors", tensor_bytes(kept))
-        return self.stage.mark(unit.name, started, blocks=unit.blocks, not_finite=failed)
+        return torch.cat(pieces, 1), failed
 
-    def _score_batch(self, batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
+    def _score_batch(self, queries: dict[str, torch.Tensor], batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
         """Return the scores of a batch of blocks, (Q, B) float32, and which of the blocks are finite, (B,) bool."""
         ids, mask = self.trimmed(batch)
         gradients, losses = site_gradients(self.model, self.sites, ids, mask)
@@ -131,9 +141,61 @@ class ScoreWorker(ModelWorker):
                 good = good & finite_rows([J])
                 yield site, J
 
-        scores = scale_negative(influence(self.queries, checked()), self.config.attribute.negative_scale)
+        scores = scale_negative(influence(queries, checked()), self.config.attribute.negative_scale)
         good = good & scores.isfinite().all(0)
         return scores.masked_fill(~good, 0.0).cpu(), good.cpu().numpy()
+
+    def by_token(self, query: dict[str, torch.Tensor], ordinals: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield blocks with their influence on one query by token, (T,) float32, which adds up to their influence."""
+        for batch in self.batches_at(np.array(ordinals, dtype=np.int64)):
+            found = token_influence(self.model, self.sites, query, *self.trimmed(batch))[0]
+            sums = found.sum(1, keepdim=True)
+            factors = torch.where(sums < 0, self.config.attribute.negative_scale, 1.0)
+            yield from zip(batch.ordinals.tolist(), (found * factors).cpu().numpy(), strict=True)
+
+    def by_target(self, texts: list[dict[str, Any]], ordinals: list[int]) -> list[np.ndarray]:
+        """Influence of some blocks together on the loss of each token of some texts, (T,) float32 each.
+
+        As token_influence.target_influence.
+        """
+        sums = dict[str, torch.Tensor]()
+        for batch in self.batches_at(np.array(ordinals, dtype=np.int64)):
+            gradients, _ = site_gradients(self.model, self.sites, *self.trimmed(batch))
+            for site, J in gradients:
+                total = J.sum(0)
+                sums[site.name] = sums[site.name].add_(total) if site.name in sums else total
+        direction = {site.name: site.precondition(sums.pop(site.name)[None])[0] for site in self.sites}
+        found = []
+        for text in texts:
+            ids, mask = padded([text], self.model.device)
+            found.append(target_influence(self.model, self.sites, direction, ids, mask)[0].cpu().numpy())
+        return found
+
+
+class ScoreWorker(BlockScorer):
+    """Scores a unit's blocks for a group of queries and writes the scores to keep.
+
+    For a range of blocks these are the ``attribute.top`` largest scores of each query, for candidates all wanted pairs.
+    The file holds ``ordinals`` (Q, n) int64 and ``influence`` (Q, n) float32, NaN for pairs that are not wanted. The
+    done marker lists the blocks that are not finite (``not_finite``).
+    """
+
+    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
+        super().__init__(config, blocks, device, curvature)
+        self.stage = stage
+        self.group: tuple[int, ...] = ()
+        self.queries: dict[str, torch.Tensor] = {}
+
+    def __call__(self, unit: ScoreUnit) -> dict[str, Any]:
+        """Process one unit; returns its done marker."""
+        started = time.monotonic()
+        if unit.group != self.group:
+            self.group, self.queries = unit.group, self._load_group(unit.group)
+        none = torch.zeros(0, unit.blocks), list[int]()
+        scores, failed = self.scores(self.queries, self._batches(unit)) if self.queries else none
+        kept = self._top_scores(scores, unit.start) if unit.ordinals is None else wanted_scores(scores, unit)
+        self.stage.store.write(f"{unit.name}.safetensors", tensor_bytes(kept))
+        return self.stage.mark(unit.name, started, blocks=unit.blocks, not_finite=failed)
 
     def _batches(self, unit: ScoreUnit) -> Iterator[Batch]:
         if unit.ordinals is None:
@@ -154,7 +216,7 @@ class ScoreWorker(ModelWorker):
         return {name: torch.cat([tensors.pop(name) for tensors in full]).to(self.model.device) for name in names}
 
 
-def _wanted_scores(scores: torch.Tensor, unit: ScoreUnit) -> dict[str, torch.Tensor]:
+def wanted_scores(scores: torch.Tensor, unit: ScoreUnit) -> dict[str, torch.Tensor]:
     """Return the tensors to store for candidates: all scores (Q, n), NaN for pairs that are not wanted."""
     kept = torch.full_like(scores, torch.nan)
     # torch.tensor copies: arrays from Ray are read-only, which torch does not support.
@@ -164,18 +226,12 @@ def _wanted_scores(scores: torch.Tensor, unit: ScoreUnit) -> dict[str, torch.Ten
     return {"ordinals": ordinals, "influence": kept}
 
 
-class TokenWorker(ModelWorker):
-    """Splits the influence of the blocks at both ends of a query's table among their tokens (tables.TOKENS).
-
-    A block's values add up to its influence in the table.
-    """
-
-    load = staticmethod(load_measured_model)
+class TokenWorker(BlockScorer):
+    """Splits the influence of the blocks at both ends of a query's table among their tokens (tables.TOKENS)."""
 
     def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
-        super().__init__(config, blocks, device)
+        super().__init__(config, blocks, device, curvature)
         self.stage, self.answers = stage, stage.done()
-        self.sites = load_sites(curvature, SITES, self.model.device)
 
     def __call__(self, part: int) -> dict[str, Any]:
         """Process one part of the queries; returns its done marker."""
@@ -188,14 +244,6 @@ class TokenWorker(ModelWorker):
         for number, name in enumerate(names):
             query = {site: x[number : number + 1].to(self.model.device) for site, x in stored.items()}
             ends = ends_of(table.filter(pc.equal(table["query_id"], name)), self.config.attribute.tokens)
-            for batch in self.batches_at(np.array(ends, dtype=np.int64)):
-                found = token_influence(self.model, self.sites, query, *self.trimmed(batch))[0]
-                sums = found.sum(1, keepdim=True)
-                factors = torch.where(sums < 0, self.config.attribute.negative_scale, 1.0)
-                values = (found * factors).cpu().numpy()
-                rows += [
-                    dict(zip(TOKENS.names, (name, *each), strict=True))
-                    for each in zip(batch.ordinals.tolist(), values, strict=True)
-                ]
+            rows += [dict(zip(TOKENS.names, (name, *each), strict=True)) for each in self.by_token(query, ends)]
         content = self.stage.store.write_table(f"{tokens_name(part)}.parquet", pa.Table.from_pylist(rows, TOKENS))
         return self.stage.mark(tokens_name(part), started, blocks=len(rows), sha256=content)

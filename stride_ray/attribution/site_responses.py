@@ -6,7 +6,7 @@ Lasso; if rows are blocks, only the ``attribute.top`` of largest influence.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -28,8 +28,8 @@ from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.failures import NOT_FINITE, check_failed_queries, fail, finite_rows
 from stride_ray.models.curvature.kfac import load_sites
 from stride_ray.models.curvature.sketch import whole_shape
-from stride_ray.models.sites import scale_negative
-from stride_ray.operators.one_bit import Queries, estimate_inner_products, quantise_queries
+from stride_ray.models.sites import Site, scale_negative
+from stride_ray.operators.one_bit import Queries, Rows, estimate_inner_products, quantise_queries
 from stride_ray.operators.row_store import RowStore
 from stride_ray.operators.sketched_rows import SKETCH
 from stride_ray.runtime.actor_pool import ActorPool
@@ -121,27 +121,40 @@ class QueryCoder:
     """Sketches the directions of a part's queries and writes them at four bits per coordinate, with the statuses."""
 
     def __init__(self, directions: Stage, operators: Store, device: str, stage: Stage) -> None:
-        self.directions, self.responses, self.device = directions, stage, device
+        self.directions, self.responses = directions, stage
         self.sketches = load_sites(operators, SKETCH, device)
 
     def __call__(self, part: int) -> dict[str, Any]:
         """Process one part; returns its done marker."""
         started = time.monotonic()
-        answers, gradients = read_directions(self.directions, part)
-        rows = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
-        sections = []
-        for site in self.sketches:
-            J = gradients.pop(site.name, None)
-            none = torch.zeros(0, math.prod(whole_shape(site)))
-            sections.append(none if J is None else site.whiten(J.to(self.device)).flatten(1).cpu() / site.scale)
-        finite = finite_rows(sections)
-        for i, good in zip(rows, finite.tolist(), strict=True):
-            if not good:
-                fail(answers[i], NOT_FINITE)
-        coded = quantise_queries([section[finite].numpy() for section in sections])
+        answers, directions = read_directions(self.directions, part)
+        coded = code_directions(self.sketches, answers, directions)
         tensors = {each.name: torch.from_numpy(getattr(coded, each.name)) for each in fields(Queries)}
         self.responses.store.write(f"{code_name(part)}.safetensors", tensor_bytes(tensors))
         return self.responses.mark(code_name(part), started, answers=answers)
+
+
+def code_directions(
+    sketches: tuple[Site, ...], answers: list[dict[str, Any]], directions: dict[str, torch.Tensor]
+) -> Queries:
+    """Sketch and quantise the directions of some queries.
+
+    Args:
+        sketches: the sketched sites of the operators, on their device.
+        answers: the queries' statuses; one whose sketch is not finite is marked failed here and left out.
+        directions: by site (q, F, D) float32, of the queries without "failed"; emptied.
+    """
+    rows = [i for i, answer in enumerate(answers) if answer["status"] == "ok"]
+    sections = []
+    for site in sketches:
+        J = directions.pop(site.name, None)
+        none = torch.zeros(0, math.prod(whole_shape(site)))
+        sections.append(none if J is None else site.whiten(J.to(site.W_in.device)).flatten(1).cpu() / site.scale)
+    finite = finite_rows(sections)
+    for i, good in zip(rows, finite.tolist(), strict=True):
+        if not good:
+            fail(answers[i], NOT_FINITE)
+    return quantise_queries([section[finite].numpy() for section in sections])
 
 
 def read_codes(store: Store, parts: list[int]) -> Queries:
@@ -164,27 +177,51 @@ class RowScanner:
         group, index, parts = unit
         if group != self.group:
             self.group, self.queries = group, read_codes(self.stage.store, group)
-        values, moments, failed = [], np.zeros((len(self.queries), 6)), list[int]()
-        for part in parts:
-            rows, spoilt = self.rows.read_finite(part)
-            failed += spoilt
-            halves = estimate_inner_products(rows, self.queries, self.rows.starts)
-            moments += half_moments(halves)
-            values.append(halves.sum(2).astype(np.float32))
-        found = torch.from_numpy(np.concatenate(values, 1))
-        numbers = torch.arange(parts[0]["first"], parts[0]["first"] + found.shape[1]).expand(found.shape)
-        if self.rows.of_blocks and found.shape[1] > self.top:
-            # Ties are broken by row number, independently of the slicing.
-            order = (
-                scale_negative(found, self.negative_scale)
-                .abs()
-                .argsort(dim=1, descending=True, stable=True)[:, : self.top]
-            )
-            found, numbers = found.gather(1, order), numbers.gather(1, order)
-        kept = {"rows": numbers.contiguous(), "values": found, "moments": torch.from_numpy(moments)}
+        failed = list[int]()
+
+        def finite_rows_of_parts() -> Iterator[Rows]:
+            for part in parts:
+                rows, spoilt = self.rows.read_finite(part)
+                failed.extend(spoilt)
+                yield rows
+
+        top = self.top if self.rows.of_blocks else 0
+        kept = multiply(
+            finite_rows_of_parts(), parts[0]["first"], self.queries, self.rows.starts, top, self.negative_scale
+        )
         name = scan_name(group, index)
         self.stage.store.write(f"{name}.safetensors", tensor_bytes(kept))
         return self.stage.mark(name, started, rows=sum(part["count"] for part in parts), not_finite=failed)
+
+
+def multiply(
+    parts: Iterable[Rows], first: int, queries: Queries, starts: np.ndarray, top: int, negative_scale: float
+) -> dict[str, torch.Tensor]:
+    """Multiply queries with consecutive rows.
+
+    Args:
+        parts: the rows, part by part.
+        first: number of the first row.
+        queries: Q queries.
+        starts: starts of the sections (RowStore.starts).
+        top: number of products to keep per query, those of largest influence; 0: all.
+        negative_scale: factor of negative influence in this order.
+
+    Returns:
+        ``rows`` (Q, n) int64 and ``values`` (Q, n) float32, the kept products, and ``moments`` (half_moments) of all.
+    """
+    values, moments = [], np.zeros((len(queries), 6))
+    for rows in parts:
+        halves = estimate_inner_products(rows, queries, starts)
+        moments += half_moments(halves)
+        values.append(halves.sum(2).astype(np.float32))
+    found = torch.from_numpy(np.concatenate([np.zeros((len(queries), 0), np.float32), *values], 1))
+    numbers = torch.arange(first, first + found.shape[1]).expand(found.shape)
+    if 0 < top < found.shape[1]:
+        # Ties are broken by row number, independently of the slicing.
+        order = scale_negative(found, negative_scale).abs().argsort(dim=1, descending=True, stable=True)[:, :top]
+        found, numbers = found.gather(1, order), numbers.gather(1, order)
+    return {"rows": numbers.contiguous(), "values": found, "moments": torch.from_numpy(moments)}
 
 
 def half_moments(halves: np.ndarray) -> np.ndarray:
@@ -200,6 +237,29 @@ def reliability(moments: np.ndarray) -> np.ndarray:
     spread = np.sqrt(np.maximum((n * aa - a * a) * (n * bb - b * b), 0.0))
     r = np.divide(n * ab - a * b, spread, out=np.zeros(len(n)), where=spread > 0)
     return np.where(r > 0, 2 * r / (1 + r), 0.0)
+
+
+def merge_products(
+    slices: list[dict[str, torch.Tensor]], top: int, negative_scale: float
+) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+    """Merge the products of each query (``multiply``) over slices of the rows, in order.
+
+    Args:
+        slices: the products by slice.
+        top: number of products to keep per query; 0: all.
+        negative_scale: as for ``multiply``.
+
+    Yields:
+        Per query: ascending row numbers (n,) int64, products (n,) float32, and split-half reliability over all rows.
+    """
+    numbers = np.concatenate([each["rows"].numpy() for each in slices], 1)
+    values = np.concatenate([each["values"].numpy() for each in slices], 1)
+    moments: Any = sum(each["moments"].numpy() for each in slices)
+    for number, value, reliable in zip(numbers, values, reliability(moments), strict=True):
+        size = scale_negative(torch.from_numpy(value), negative_scale).abs().numpy()
+        order = np.sort(np.lexsort((number, -size))[: top or None])
+        order = order[np.argsort(number[order], kind="stable")]
+        yield number[order], value[order], reliable
 
 
 def merge_slices(stage: Stage, top: int, negative_scale: float, unit: tuple[int, list[int], int]) -> dict[str, Any]:
@@ -219,23 +279,17 @@ def merge_slices(stage: Stage, top: int, negative_scale: float, unit: tuple[int,
     mine = answers[group.index(part)]
     at = slice(before, before + sum(answer["status"] == "ok" for answer in mine))
     read = [stage.store.read_tensors(f"{scan_name(group, index)}.safetensors") for index in range(slices)]
-    numbers = np.concatenate([each["rows"][at].numpy() for each in read], 1)
-    values = np.concatenate([each["values"][at].numpy() for each in read], 1)
-    moments: Any = sum(each["moments"][at].numpy() for each in read)
-    found = iter(zip(numbers, values, reliability(moments), strict=True))
+    found = merge_products([{key: each[key][at] for key in each} for each in read], top, negative_scale)
     rows = []
     for answer in mine:
         row = {**answer, "rows": [], "response": [], "reliability": None}
         if answer["status"] == "ok":
-            number, value, row["reliability"] = next(found)
-            size = scale_negative(torch.from_numpy(value), negative_scale).abs().numpy()
-            order = np.sort(np.lexsort((number, -size))[: top or None])
-            order = order[np.argsort(number[order], kind="stable")]
-            row |= {"rows": number[order], "response": value[order]}
+            row["rows"], row["response"], row["reliability"] = next(found)
         rows.append(row)
-    schema = RESPONSES if top else response_schema(numbers.shape[1]).append(RESPONSES.field("reliability"))
+    n_rows = sum(each["rows"].shape[1] for each in read)
+    schema = RESPONSES if top else response_schema(n_rows).append(RESPONSES.field("reliability"))
     for row in rows if not top else ():
-        row["response"] = row["response"] if len(row["response"]) else np.full(numbers.shape[1], np.nan, np.float32)
+        row["response"] = row["response"] if len(row["response"]) else np.full(n_rows, np.nan, np.float32)
     digest = stage.store.write_table(f"{part_name(part)}.parquet", pa.Table.from_pylist(rows, schema))
     failed = sum(row["status"] != "ok" for row in rows)
     agree = [float(row["reliability"]) for row in rows if row["status"] == "ok"]

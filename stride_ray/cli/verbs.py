@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stride_ray.cli import scan
-from stride_ray.cli.arguments import count
+from stride_ray.cli.arguments import add_compute, compute_of, count
 from stride_ray.runtime.config import Config, dumps
 from stride_ray.runtime.run import Run
 
@@ -190,6 +190,25 @@ def _verify(run: Run, parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
+    parser.add_argument("--port", type=count, default=8000, help="port to listen at (default: 8000)")
+    parser.add_argument("--queue", type=count, default=32, help="requests that may wait (default: 32)")
+    add_compute(parser, "copies of the model, each answering one request at a time (default: 1)")
+
+
+def _serve(run: Run, parsed: argparse.Namespace) -> int:
+    from stride_ray.serve.application import Options, run_service
+
+    compute = compute_of(parsed)
+    device = "cuda" if compute.device == "cuda" else "cpu"
+    options = Options(
+        run=parsed.run, replicas=max(1, parsed.workers), queue=parsed.queue, device=device, host=parsed.host
+    )
+    run_service(options, parsed.port, compute, sys.stdout)
+    return 0
+
+
 def _status(run: Run, parsed: argparse.Namespace) -> int:
     from stride_ray.cli.status import status
 
@@ -289,6 +308,11 @@ VERBS = {
         (_run, _name, _mode, _verify_arguments),
         _verify,
         ("model.start",),
+    ),
+    "serve": Verb(
+        "an answer while you wait: a page and an HTTP interface that attribute one query at a time",
+        (_run, _serve_arguments),
+        _serve,
     ),
     "status": Verb("what is done and what is missing in a run directory", (_run,), _status),
     "plan": Verb(

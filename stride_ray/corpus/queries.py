@@ -67,23 +67,51 @@ def read_queries(path: str, tokenizer: Any) -> pa.Table:
         raise StrideError(f"{redact_url(path)} has no queries.")
     queries = _named(items, redact_url(path))
     others = [_contrast(each, columns) for each, _ in items]
+    return pa.Table.from_pylist(_encoded(queries, others, tokenizer), SCHEMA)
+
+
+def query_row(values: Mapping[str, Any], tokenizer: Any, query_id: str = "query") -> dict[str, Any]:
+    """Tokenise one query; returns its row in the table (SCHEMA).
+
+    Example: ``query_row({"prompt": "2 + 2 = ", "completion": "4"}, tokenizer)["status"]`` is "ok".
+
+    Args:
+        values: as a row of ``read_queries``; its own id is not used.
+        tokenizer: that of the corpus.
+        query_id: of the query.
+    """
+    row, columns = Row("the query", query_id, dict(values), lambda: None), _preference_of(values)
+    roles, _ = roles_of(row.values, columns)
+    encoded = _encoded([(query_id, document_of(row, roles, 0))], [_contrast(row, columns)], tokenizer)
+    (found,) = pa.Table.from_pylist(encoded, SCHEMA).to_pylist()
+    return dict(found)
+
+
+def _encoded(
+    queries: Sequence[tuple[str, Document | Rejected]], others: Sequence[Document | Rejected | None], tokenizer: Any
+) -> list[dict[str, Any]]:
+    """The table rows of queries (id, document), with what each is contrasted with, if anything."""
     wanted = [each for each in (*(item for _, item in queries), *others) if isinstance(each, Document)]
     encoded = iter(encode(wanted, tokenizer))
     first = [next(encoded) if isinstance(item, Document) else item for _, item in queries]
     second = [next(encoded) if isinstance(item, Document) else item for item in others]
-    table = [_row(name, *both) for (name, _), both in zip(queries, zip(first, second, strict=True), strict=True)]
-    return pa.Table.from_pylist(table, SCHEMA)
+    return [_row(name, *both) for (name, _), both in zip(queries, zip(first, second, strict=True), strict=True)]
 
 
 def _preference_columns(units: Sequence[InputSplit]) -> dict[str, str]:
     """The mapping of roles for preference data, which has prompt, chosen and rejected, or the latter two alone."""
     found = (row for unit in units if unit.kind != "text" for row in rows(unit, {"prompt", "chosen", "rejected"}))
     row = next((row for row in found if isinstance(row, Row)), None)
-    if row is None or not {"chosen", "rejected"} <= row.values.keys():
+    return {} if row is None else _preference_of(row.values)
+
+
+def _preference_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """The mapping of roles for a row of preference data; empty for any other."""
+    if not {"chosen", "rejected"} <= values.keys():
         return {}
-    if "prompt" in row.values:
+    if "prompt" in values:
         return {"prompt": "prompt", "answer": "chosen"}
-    return {"messages" if isinstance(row.values["chosen"], list) else "text": "chosen"}
+    return {"messages" if isinstance(values["chosen"], list) else "text": "chosen"}
 
 
 def _contrast(row: Row | Rejected, columns: Mapping[str, str]) -> Document | Rejected | None:

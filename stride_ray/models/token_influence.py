@@ -5,6 +5,8 @@ J_i = Σ_t u_t ⊗ g_t at every site (sites.py), so the block's influence ⟨H�
 
 Example with one site, D = 1: u = [1, 0], [0, 2], g = 3, 1 and H⁻¹J(x) = [3, ½] give 3·3 and 2·½·1, in all the block's
 influence 10 / scale.
+
+The query's side is another question: how much of the loss of each of its own tokens do some blocks account for?
 """
 
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stride_ray.models.causal_lm import SplitModel
+from stride_ray.models.curvature.gauss_newton import Linearised
 from stride_ray.models.sites import (
     EMBEDDING,
     HEAD,
@@ -62,6 +65,29 @@ def token_influence(
             change = site.tokens.spread(read[site.name], X) if site.name == EMBEDDING else read[site.name] @ X
             found[query] += (change * written[site.name]).sum(2) / site.scale
     return found
+
+
+def target_influence(
+    model: SplitModel, sites: tuple[Site, ...], blocks: Mapping[str, Tensor], ids_BT: Tensor, mask_BT: Tensor
+) -> Tensor:
+    """Influence of some blocks together on the loss of each token of B texts.
+
+    A derivative of the texts' losses along the blocks' direction, in one linearised pass (gauss_newton.Linearised).
+
+    Args:
+        model: determines the device.
+        sites: with the preconditioner, not sketched.
+        blocks: H⁻¹ times the sum of the blocks' J, by site name (F, D) float32.
+        ids_BT: the texts.
+        mask_BT: their targets.
+
+    Returns:
+        (B, T) float32; positive: training on the blocks lowers the token's loss. Its sum over a text is the influence
+        of the blocks on it by the preconditioner alone, without a solve, and without the origin.
+    """
+    scaled = {site.name: blocks[site.name] / site.scale for site in sites}
+    changes = Linearised(model, sites, ids_BT, mask_BT).loss_changes(scaled)
+    return torch.nn.functional.pad(changes, (1, 0))
 
 
 def _at_site(queries: Mapping[str, Tensor], site: Site) -> Tensor:

@@ -1,9 +1,5 @@
 // Shows the most helpful and most harmful blocks of each query.
 const { queries, texts, pieces } = data;
-const number = (value) => (value === null ? "" : value.toPrecision(4));
-const signed = (value) => (value > 0 ? "+" : "−") + Math.abs(value).toPrecision(4);
-const WORD = /[\p{L}\p{N}_]{2,}/gu;
-const wordsOf = (text) => text.toLowerCase().match(WORD) || [];
 const best = (query) => (query.helping.length ? named(query.helping[0][4], query.helping[0][5]) : "");
 
 // Words that occur in most blocks; not highlighted, since they do not indicate a match.
@@ -26,27 +22,6 @@ const COLUMNS = [
 const searched = (q) =>
   [q.query_id, q.prompt, q.completion, q.contrast, ...[...q.helping, ...q.harming].map((row) => `${row[4]} ${row[5]}`)].join("\n");
 
-// Appends a text to a node and marks the words that are also in `others`.
-function shared(node, text, others) {
-  const matches = [...text.matchAll(WORD)].filter((match) => others.has(match[0].toLowerCase()));
-  return marked(node, text, matches.map((match) => [match.index, match.index + match[0].length]));
-}
-
-// Appends a block's tokens to a node, coloured by how much of its influence each has.
-function coloured(node, ordinal, values) {
-  const largest = Math.max(...values.map(Math.abs)) || 1;
-  pieces[ordinal].forEach((piece, i) => {
-    const share = Math.abs(values[i] || 0) / largest; // a list may end where its query's blocks end
-    const span = share < 0.05 ? piece : make("span", values[i] > 0 ? "toward" : "against", piece);
-    if (share >= 0.05) {
-      span.style.setProperty("--share", `${Math.round(60 * share)}%`);
-      span.title = signed(values[i]);
-    }
-    node.append(span);
-  });
-  return node;
-}
-
 function side(query, name, words) {
   const column = make("div", name);
   column.append(make("h3", "", name === "helping" ? "Helping blocks" : "Harming blocks"));
@@ -54,26 +29,13 @@ function side(query, name, words) {
     const how = exact ? "exact" : "estimate";
     const about = `${source === documentId ? "" : source + " · "}block ${ordinal} · rank ${rank} · ${how}`;
     const details = entry(signed(influence), share, documentId, about, i === 0);
-    details.append(tokens ? coloured(make("pre"), ordinal, tokens) : shared(make("pre"), texts[ordinal], words));
+    // A list of values may end where its query's blocks end.
+    const split = tokens && pieces[ordinal].map((piece, at) => [piece, tokens[at] || 0]);
+    details.append(split ? coloured(make("pre"), split) : shared(make("pre"), texts[ordinal], words));
     column.append(details);
   });
   if (!query[name].length) column.append(make("p", "soft", "none"));
   return column;
-}
-
-function shares(list) {
-  const node = make("div");
-  for (const [source, share] of list) {
-    const row = make("div", "share");
-    const bar = make("span");
-    const inside = make("span", "bar");
-    inside.style.width = `${100 * share}%`;
-    bar.append(inside);
-    row.append(make("span", "", source), bar, make("span", "soft", `${(100 * share).toFixed(0)} %`));
-    node.append(row);
-  }
-  if (!list.length) node.append(make("p", "soft", "no positive influence"));
-  return node;
 }
 
 function curve(points) {

@@ -23,25 +23,30 @@ TEXT_BUDGET, MIN_TEXT_CHARACTERS = 3_000_000, 200
 TOKEN_BUDGET = 60_000
 
 
-def render(template: str, data: dict[str, Any], **values: Any) -> str:
+def render(
+    template: str, data: dict[str, Any], scripts: tuple[str, ...] = (), asks: bool = False, **values: Any
+) -> str:
     """Render ``template``.html.j2 with ``report.css``, ``common.js``, ``template``.js and ``data``.
 
     Args:
         template: name of the template and its script.
         data: JSON-serialisable data for the script.
+        scripts: further scripts, between common.js and the template's.
+        asks: whether the page may send requests to where it came from.
         values: values for the template, which escapes them.
     """
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_file), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    script = _file("common.js") + _file(f"{template}.js")
+    script = "".join(_file(f"{name}.js") for name in ("common", *scripts, template))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(f"{template}.html.j2").render(
         **values,
         style=Markup(_file("report.css")),
         script=Markup(script),
         data=Markup(embedded(data)),
-        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+        + ("; connect-src 'self'" if asks else ""),
     )
 
 
@@ -91,7 +96,17 @@ def attribution_page(queries: list[dict[str, Any]], facts: dict[str, Any], trust
         "texts": {ordinal: text if len(text) <= longest else f"{text[:longest]} …" for ordinal, text in texts.items()},
     }
     cut = longest if any(len(text) > longest for text in texts.values()) else 0
-    return render("attribution", data, facts=facts, trust=trust, shown=len(queries), cut=cut)
+    return render("attribution", data, ("blocks",), facts=facts, trust=trust, shown=len(queries), cut=cut)
+
+
+def service_page(needs_token: bool, most_blocks: int) -> str:
+    """The page of a service (serve.api): a form, and what the service answers.
+
+    Args:
+        needs_token: whether requests carry a token, for which the page asks.
+        most_blocks: that an answer may show at either end.
+    """
+    return render("service", {"needs_token": needs_token, "answer": None}, ("blocks",), asks=True, most=most_blocks)
 
 
 def _row(row: dict[str, Any]) -> list[Any]:

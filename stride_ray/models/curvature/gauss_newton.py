@@ -103,10 +103,8 @@ class Linearised:
     def product(self, v: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield Σ G v over the blocks, site by site: (name, tensor of J's shape without the batch dimension)."""
         head = next(site for site in self.sites if site.name == HEAD)
-        # 1. Z v up to the final states: a step along v changes the sites' outputs, and these the states.
-        changes = {site.name: self._output_change(site, v[site.name]) for site in self.sites if site.name != HEAD}
-        state_change = self._state_change_by_difference if self.finite_difference else self._state_change
-        dz = state_change(changes)[:, :-1]
+        # 1. Z v up to the final states.
+        dz = self._states_along(v)
         # 2. On to the logits, times ω (diag p − p pᵀ), and back to the states, some positions at a time.
         state_gradients, head_product = [], torch.zeros_like(v[HEAD])
         parts = (x.flatten(0, 1).split(self.positions_at_once) for x in (self.predicting_states, dz, self.omega))
@@ -121,6 +119,29 @@ class Linearised:
         for site in self.sites:
             if site.name != HEAD:
                 yield site.name, self._weight_gradient(site, gradients.pop(site.name))
+
+    def loss_changes(self, v: Mapping[str, Tensor]) -> Tensor:
+        """Change of each token's weighted loss for a step along v: ω_t ⟨∇ loss_t, Z_t v⟩, (B, T − 1).
+
+        A block's changes add up to ⟨J, v⟩, without the origin.
+        """
+        head = next(site for site in self.sites if site.name == HEAD)
+        parts = (
+            x.flatten(0, 1).split(self.positions_at_once)
+            for x in (self.predicting_states, self._states_along(v), self.ids[:, 1:].unsqueeze(2))
+        )
+        found = []
+        for states_PD, dz_PD, targets_P1 in zip(*parts, strict=True):
+            _, logits, change_PV = self._logits_along(states_PD, dz_PD, head, v[HEAD])
+            mean_change = (logits.detach().float().softmax(-1) * change_PV).sum(-1)
+            found.append(mean_change - change_PV.gather(1, targets_P1).squeeze(1))
+        return self.omega * torch.cat(found).view_as(self.omega)
+
+    def _states_along(self, v: Mapping[str, Tensor]) -> Tensor:
+        """Return the change of the final states (B, T − 1, D): a step along v changes the sites' outputs, and these."""
+        changes = {site.name: self._output_change(site, v[site.name]) for site in self.sites if site.name != HEAD}
+        state_change = self._state_change_by_difference if self.finite_difference else self._state_change
+        return state_change(changes)[:, :-1]
 
     def _output_change(self, site: Site, v: Tensor) -> Tensor:
         """Return the change of a site's output for a step along v: (B, T, D)."""
@@ -159,9 +180,17 @@ class Linearised:
     def _curvature_product(
         self, states_PD: Tensor, dz_PD: Tensor, omega_P: Tensor, head: Site, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return ω (diag p − p pᵀ) times the logits' change at P positions, (P, V), and its gradient at the states.
+        """Return ω (diag p − p pᵀ) times the logits' change at P positions, (P, V), and its gradient at the states."""
+        leaf, logits, change_PV = self._logits_along(states_PD, dz_PD, head, v)
+        p_PV = logits.detach().float().softmax(-1)
+        mean_change = (p_PV * change_PV).sum(-1, keepdim=True)
+        logit_gradient = p_PV.mul_(change_PV - mean_change).mul_(omega_P.unsqueeze(1))
+        return logit_gradient, torch.autograd.grad(logits, leaf, logit_gradient.to(logits.dtype))[0]
 
-        The logits change with the states (double backward, as in ``_state_change``) and with the head's own weight.
+    def _logits_along(self, states_PD: Tensor, dz_PD: Tensor, head: Site, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the states as a leaf, the logits with their graph, and the logits' change, (P, V) float32.
+
+        They change with the states (double backward, as in ``_state_change``) and with the head's own weight.
         """
         with torch.enable_grad():
             leaf = states_PD.detach().requires_grad_(True)
@@ -170,10 +199,7 @@ class Linearised:
             gradient_of_w = torch.autograd.grad(logits, leaf, w, create_graph=True)[0]
         change_PV = torch.autograd.grad(gradient_of_w, w, dz_PD.to(gradient_of_w.dtype), retain_graph=True)[0].float()
         change_PV += head.tokens.to_tokens(states_PD.float() @ v.T)
-        p_PV = logits.detach().float().softmax(-1)
-        mean_change = (p_PV * change_PV).sum(-1, keepdim=True)
-        logit_gradient = p_PV.mul_(change_PV - mean_change).mul_(omega_P.unsqueeze(1))
-        return logit_gradient, torch.autograd.grad(logits, leaf, logit_gradient.to(logits.dtype))[0]
+        return leaf, logits, change_PV
 
 
 def cut_texts(ids_BT: Tensor, mask_BT: Tensor, tokens: int) -> list[tuple[Tensor, Tensor]]:

@@ -1,0 +1,203 @@
+"""Attribution of one query at a time, from memory: the stages respond, recover and rescore without files between them.
+
+Everything that a query needs is loaded once: the model, the sites with their preconditioner, the sample of the
+Gauss–Newton solve, and the operator rows, memory-mapped. The result is that of ``attribute`` for a file with this query
+alone; among several queries there, sums of floating-point numbers may differ in their last bits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from stride_ray.attribution.directions import DirectionSolver
+from stride_ray.attribution.recover import solve_rows, take_estimates
+from stride_ray.attribution.rescore import candidate_count, candidate_units
+from stride_ray.attribution.respond import check_unfitted_blocks
+from stride_ray.attribution.scoring import BlockScorer, precondition, wanted_scores
+from stride_ray.attribution.site_responses import code_directions, merge_products, multiply
+from stride_ray.attribution.tables import RECOVERY, ends_of, merge_influence, rank_tables
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.failures import failed_ordinals
+from stride_ray.models.curvature.kfac import load_sites
+from stride_ray.models.loading import measured_model_fingerprint
+from stride_ray.models.query_batches import texts_of
+from stride_ray.operators.one_bit import Queries, Rows
+from stride_ray.operators.row_store import RowStore
+from stride_ray.operators.sketched_rows import SKETCH
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run, Stage
+from stride_ray.runtime.urls import redact_url
+
+# The products of queries with a slice of the operator rows (site_responses.multiply).
+Products = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The influence of the pool on one query.
+
+    Attributes:
+        query: its row of tables.RECOVERY.
+        influence, documents: its tables (tables.INFLUENCE, DOCUMENTS); empty if it failed.
+        tokens: by ordinal the influence by token (T,) of the blocks at either end with exact influence.
+        leans: of the query's text, and of the other completion of a contrast: the influence of the most helpful of
+            these blocks together on the loss of each token (scoring.BlockScorer.by_target); empty without such blocks.
+    """
+
+    query: dict[str, Any]
+    influence: pa.Table
+    documents: pa.Table
+    tokens: dict[int, np.ndarray] = field(default_factory=dict)
+    leans: list[np.ndarray] = field(default_factory=list)
+
+
+class OperatorSlice:
+    """Some consecutive parts of a run's operator rows, kept mapped.
+
+    Args:
+        run: with finished operators at all sites.
+        index, count: this slice and the number of slices.
+
+    Attributes:
+        failed: row numbers that are not finite; they have no influence.
+    """
+
+    def __init__(self, run: Run, index: int = 0, count: int = 1) -> None:
+        store = RowStore(run.stage("operators").store)
+        every = store.facts["parts"]
+        parts = [every[i] for i in np.array_split(np.arange(len(every)), count)[index]]
+        self.first = parts[0]["first"] if parts else len(store)
+        self.starts, self.failed, self.parts = store.starts, list[int](), list[Rows]()
+        for part in parts:
+            rows, failed = store.read_finite(part)
+            self.parts.append(rows)
+            self.failed += failed
+        self.top = run.config.attribute.top if store.of_blocks else 0
+        self.negative_scale = run.config.attribute.negative_scale
+
+    def products(self, queries: Queries) -> Products:
+        """The products of queries with the rows of this slice."""
+        return multiply(self.parts, self.first, queries, self.starts, self.top, self.negative_scale)
+
+
+def servable_operators(run: Run) -> Stage:
+    """The run's operators, checked to answer one query at a time.
+
+    Raises:
+        StrideError: they are not there, of another form, or older than the blocks or the model.
+    """
+    form = run.config.operators.form
+    if form != "sites":
+        raise StrideError(
+            f"{redact_url(run.url)} has operators of the form {form!r}; only operators at all sites (operators.form = "
+            "sites) answer one query at a time."
+        )
+    run.require("blocks")
+    operators = run.require("operators", weights=measured_model_fingerprint(run.config))
+    check_unfitted_blocks(run, operators.manifest())
+    return operators
+
+
+class Attributor:
+    """Attributes queries to the blocks of a run.
+
+    Example:
+        >>> from stride_ray import Run
+        >>> from stride_ray.corpus.queries import query_row
+        >>> from stride_ray.corpus.tokenization.tokenizer import load_saved_tokenizer
+        >>> from stride_ray.serve.attributor import Attributor
+        >>> run = Run("mine")
+        >>> row = query_row({"text": "The sea was calm."}, load_saved_tokenizer(run.store.child("blocks")))
+        >>> Attributor(run).attribute(row).influence["rank"][0].as_py()
+        1
+
+    Args:
+        run: with finished ``operators/`` at all sites.
+        device: of the model.
+        products: multiplies queries with all operator rows; returns the products by slice, and the rows that are not
+            finite. None: the rows are mapped here.
+
+    Raises:
+        StrideError: as servable_operators.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        device: str = "cpu",
+        products: Callable[[Queries], tuple[list[Products], list[int]]] | None = None,
+    ) -> None:
+        operators, config = servable_operators(run), run.config
+        self.config, self.facts = config, operators.manifest()
+        self.blocks, curvature = Blocks(run.stage("blocks").store), run.stage("curvature").store
+        self.candidates = candidate_count(config, self.facts)
+        self.scorer = BlockScorer(config, self.blocks, device, curvature)
+        self.solver = DirectionSolver(config, self.blocks, device, curvature, self.scorer.sites)
+        self.sketches = load_sites(operators.store, SKETCH, self.scorer.model.device)
+        self.failed = failed_ordinals(operators.store)
+        self.products = products or _products_of(OperatorSlice(run))
+
+    def attribute(self, query: dict[str, Any], candidates: int | None = None, tokens: int | None = None) -> Attribution:
+        """Attribute a query.
+
+        Args:
+            query: row of queries.SCHEMA.
+            candidates: number of blocks to score exactly; None: as ``attribute`` does.
+            tokens: number of blocks at either end to split by token; None: ``attribute.tokens``.
+        """
+        (answer,), directions = self.solver.directions([query])
+        whole = {}
+        if answer["status"] == "ok":
+            self._estimate(answer, code_directions(self.sketches, [answer], dict(directions)))
+        if answer["status"] == "ok":
+            whole = precondition(self.scorer.sites, [answer], directions, [None])
+        if answer["status"] != "ok":
+            none = rank_tables([], [], self.blocks, self.config.attribute.negative_scale)
+            return Attribution({key: answer.get(key) for key in RECOVERY.names}, *none)
+        found = {name: x.to(self.scorer.model.device) for name, x in whole.items()}
+        ordinals, scores = self._score(answer, found, self.candidates if candidates is None else candidates)
+        merged = merge_influence(answer, ordinals, scores, self.config.attribute.top)
+        name = answer["query_id"]
+        influence, documents = rank_tables([name], [merged], self.blocks, self.config.attribute.negative_scale)
+        ends = ends_of(influence, self.config.attribute.tokens if tokens is None else tokens)
+        facts = {**answer, "nonzeros": influence.num_rows, "exact": int(merged.exact.sum())}
+        row = {key: facts.get(key) for key in RECOVERY.names}
+        split = dict(self.scorer.by_token(found, ends))
+        helpful = [ordinal for ordinal in ends if split[ordinal].sum() > 0]
+        leans = self.scorer.by_target([text for text, _ in texts_of(query)], helpful) if helpful else []
+        return Attribution(row, influence, documents, split, leans)
+
+    def _estimate(self, answer: dict[str, Any], codes: Queries) -> None:
+        """Set the query's ``ordinals``, ``estimates`` and ``reliability``, and the diagnostics of a Lasso."""
+        if answer["status"] != "ok":  # its sketch is not finite
+            return
+        of_blocks = self.facts["rows"] == "blocks"
+        slices, failed = self.products(codes)
+        top, negative_scale = self.config.attribute.top if of_blocks else 0, self.config.attribute.negative_scale
+        ((rows, response, answer["reliability"]),) = merge_products(slices, top, negative_scale)
+        if of_blocks:
+            take_estimates(answer, rows, response, negative_scale)
+        else:
+            solve_rows(self.config, [answer], response[None], self.facts["blocks"], sorted({*self.failed, *failed}))
+
+    def _score(
+        self, answer: dict[str, Any], found: dict[str, torch.Tensor], candidates: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Exact influence of the candidates: ordinals (n,) and influence (n,) float64, 0 if it is not finite."""
+        ordinals, scores = [np.zeros(0, np.int64)], [np.zeros(0)]
+        # The same batches as in rescore, so that the scores have the same bits.
+        for unit in candidate_units((0,), [[answer]], candidates):
+            assert unit.ordinals is not None
+            values, _ = self.scorer.scores(found, self.scorer.batches_at(unit.ordinals))
+            kept = wanted_scores(values, unit)
+            ordinals.append(kept["ordinals"][0].numpy())
+            scores.append(kept["influence"][0].double().numpy())
+        return np.concatenate(ordinals), np.concatenate(scores)
+
+
+def _products_of(rows: OperatorSlice) -> Callable[[Queries], tuple[list[Products], list[int]]]:
+    return lambda queries: ([rows.products(queries)], rows.failed)

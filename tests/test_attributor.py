@@ -1,0 +1,198 @@
+"""One query at a time, from memory: the same answer as ``attribute`` writes into files."""
+
+import io
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+import torch
+from conftest import run_plainly, settings, write_lines
+
+from stride_ray.attribution.attribute import attribute, read_influence, stored_queries, token_influences
+from stride_ray.corpus.queries import query_row
+from stride_ray.corpus.shard import shard
+from stride_ray.corpus.tokenization.tokenizer import load_saved_tokenizer
+from stride_ray.models.query_batches import padded, texts_of
+from stride_ray.models.sites import ORIGIN, influence, site_gradients
+from stride_ray.operators.fit import fit
+from stride_ray.runtime.errors import StrideError
+from stride_ray.runtime.run import Run
+from stride_ray.serve.answer import answer
+from stride_ray.serve.attributor import Attributor, OperatorSlice
+from stride_ray.serve.service import InvalidQueryError, Service
+
+PROMPT, ONE, OTHER = "the anchor met", " the tide and the gull", " a butter and an oven"
+ASKED = [
+    {"id": "one", "prompt": PROMPT, "completion": ONE},
+    {"id": "contrast", "prompt": PROMPT, "completion": ONE, "contrast": OTHER},
+    {"id": "itself", "prompt": PROMPT, "completion": ONE, "contrast": ONE},
+    {"id": "text", "text": "the sailor saw the harbour"},
+]
+FORM = {"operators__form": "sites", "solve__tokens": 64, "attribute__candidates": 12, "compute__worker_gb": 1.0}
+
+
+@pytest.fixture(scope="module", params=["blocks", "subsets"])
+def fitted(request, parts, sharded, tmp_path_factory):
+    """A run with operators at all sites, each query attributed by itself, so that no batch has two."""
+    patch = pytest.MonkeyPatch()
+    run_plainly(patch)
+    try:
+        run = Run(str(sharded(request.param)), changes=settings(parts, operators__rows=request.param, **FORM))
+        fit(run)
+        for row in ASKED:
+            queries = write_lines(tmp_path_factory.mktemp("asked") / "q.jsonl", [row])
+            attribute(run, queries, row["id"], io.StringIO())
+    finally:
+        patch.undo()
+    return run
+
+
+@pytest.fixture(scope="module")
+def attributor(fitted):
+    return Attributor(fitted)
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=lambda row: row["id"])
+def test_the_answer_is_attributes_to_the_bit(fitted, attributor, asked):
+    (query,) = stored_queries(fitted, asked["id"]).to_pylist()
+    found = attributor.attribute(query)
+    for table in ("influence", "documents"):
+        assert getattr(found, table).equals(read_influence(fitted, asked["id"], table)), table
+    (recovery,) = read_influence(fitted, asked["id"], "recovery").to_pylist()
+    # Moments of half products are summed by slice there, at once here.
+    assert found.query.pop("reliability") == pytest.approx(recovery.pop("reliability"), abs=1e-5)
+    assert {**found.query, "gap": 0} == {**recovery, "gap": 0, "base_loss": pytest.approx(recovery["base_loss"])}
+    split = token_influences(fitted, asked["id"], [asked["id"]])
+    assert split.keys() == {(asked["id"], ordinal) for ordinal in found.tokens}
+    for (_, ordinal), values in split.items():
+        assert np.array_equal(found.tokens[ordinal], np.array(values, np.float32))
+
+
+def test_a_row_is_that_of_a_file(fitted):
+    tokenizer = load_saved_tokenizer(fitted.store.child("blocks"))
+    for asked in ASKED:
+        (stored,) = stored_queries(fitted, asked["id"]).to_pylist()
+        assert query_row(asked, tokenizer, asked["id"]) == stored
+    chosen = {"prompt": PROMPT, "chosen": ONE, "rejected": OTHER}
+    (stored,) = stored_queries(fitted, "contrast").to_pylist()
+    assert query_row(chosen, tokenizer, "contrast") == stored
+
+
+def test_a_contrast_with_itself_is_zero(attributor, fitted):
+    (query,) = stored_queries(fitted, "itself").to_pylist()
+    assert attributor.attribute(query).influence.num_rows == 0
+
+
+def test_slices_of_the_rows_add_up_to_the_whole(attributor, fitted):
+    slices = [OperatorSlice(fitted, index, 3) for index in range(3)]
+    several = Attributor(fitted, products=lambda codes: ([each.products(codes) for each in slices], []))
+    (query,) = stored_queries(fitted, "one").to_pylist()
+    assert several.attribute(query).influence.equals(attributor.attribute(query).influence)
+
+
+@pytest.mark.parametrize("name", ["one", "contrast"])
+def test_what_a_querys_tokens_lean_on_adds_up_to_the_unsolved_influence(attributor, fitted, name):
+    (query,) = stored_queries(fitted, name).to_pylist()
+    found = attributor.attribute(query)
+    helpful = [ordinal for ordinal, values in found.tokens.items() if values.sum() > 0]
+    scorer = attributor.scorer
+    ids, mask = scorer.trimmed(scorer.blocks.batch(helpful))
+    blocks = {site.name: J for site, J in site_gradients(scorer.model, scorer.sites, ids, mask)[0]}
+    for (text, _), leans in zip(texts_of(query), found.leans, strict=True):
+        gradients, _ = site_gradients(scorer.model, scorer.sites, *padded([text], "cpu"))
+        queries = {site.name: site.precondition(J).flatten(1) for site, J in gradients}
+        without_origin = ((site, blocks[site.name]) for site in scorer.sites if site.name != ORIGIN)
+        whole = float(influence(queries, without_origin).sum())
+        assert leans.sum() == pytest.approx(whole, rel=1e-3)
+        assert len(leans) == len(text["token_ids"])
+        assert not leans[~np.array(text["loss_mask"])].any()
+
+
+def test_candidates_are_as_many_as_asked(attributor, fitted):
+    (query,) = stored_queries(fitted, "one").to_pylist()
+    none, some = (attributor.attribute(query, candidates=count) for count in (0, 3))
+    assert (none.query["exact"], some.query["exact"], len(none.tokens)) == (0, 3, 0)
+    assert none.leans == []
+
+
+def test_an_answer_shows_both_ends_and_only_the_sources_asked_for(attributor, fitted):
+    tokenizer = load_saved_tokenizer(fitted.store.child("blocks"))
+    (query,) = stored_queries(fitted, "contrast").to_pylist()
+    found = attributor.attribute(query)
+    told = answer(query, found, attributor.blocks, tokenizer, 3)
+    ranked = found.influence.to_pylist()
+    assert [row["ordinal"] for row in told["helping"]] == [row["ordinal"] for row in ranked[:3]]
+    assert [row["ordinal"] for row in told["harming"]] == [row["ordinal"] for row in ranked[-3:][::-1]]
+    for row in told["helping"] + told["harming"]:
+        assert row["block_id"].isdigit()
+        if row["tokens"]:
+            assert "".join(text for text, _ in row["tokens"]) == row["text"]
+            assert sum(value for _, value in row["tokens"]) == pytest.approx(row["influence"], rel=0.02)
+    assert "".join(text for text, _ in told["query"]).startswith(PROMPT)
+    assert [text for text, lean in told["query"] if lean is None]
+    assert OTHER.split()[1] in "".join(text for text, _ in told["contrast"])
+    source = ranked[-1]["source"]
+    only = answer(query, found, attributor.blocks, tokenizer, 3, [source])
+    assert {row["source"] for row in only["helping"] + only["harming"] + only["documents"]} == {source}
+    wanted = pc.filter(found.influence["rank"], pc.equal(found.influence["source"], source)).to_pylist()
+    assert [row["rank"] for row in only["helping"]] == wanted[: len(only["helping"])]
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        ({"text": "the"}, "has 1 token"),
+        ({"prompt": "the", "completion": " "}, "'completion' is empty"),
+        ({"text": "the tide " * 200}, "the model's context is"),
+    ],
+)
+def test_a_query_at_fault_is_told_so(fitted, request_, says):
+    with pytest.raises(InvalidQueryError, match=says):
+        Service(str(fitted.url)).answer({**request_, "blocks": 3})
+
+
+def test_a_run_that_is_fitted_again_is_loaded_again(parts, sharded, plain, monkeypatch):
+    run = Run(str(sharded("again")), changes=settings(parts, operators__rows="blocks", **FORM))
+    fit(run)
+    monkeypatch.setattr("stride_ray.serve.service.WATCH_SECONDS", 0.0)
+    service, request = Service(run.url), {"text": "the tide and the gull", "blocks": 2}
+    before = service.answer(request)
+    loaded = service.attributor
+    assert service.answer(request)["helping"] == before["helping"]
+    assert service.attributor is loaded
+    run.stage("operators").store.remove("")  # while it is fitted again, what is loaded answers
+    assert service.answer(request)["helping"] == before["helping"]
+    fit(Run(run.url, changes={"operators.budget_gb": 0.0001}))
+    after = service.answer(request)
+    assert service.attributor is not loaded
+    assert after["reliability"] != before["reliability"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "is not finished; run 'stride-ray fit' first"),
+        ({"operators__form": "logit"}, "only operators at all sites"),
+    ],
+)
+def test_a_run_that_cannot_be_served_says_why(parts, sharded, changes, says):
+    run = Run(str(sharded("unfitted")), changes=settings(parts, **{**FORM, **changes}))
+    with pytest.raises(StrideError, match=says):
+        Attributor(run)
+
+
+def test_blocks_that_came_after_the_fit_are_not_passed_over(parts, sharded, plain, tmp_path):
+    run = Run(str(sharded("grown")), changes=settings(parts, operators__rows="blocks", **FORM))
+    fit(run)
+    more = write_lines(tmp_path / "more.jsonl", [{"text": "the gull and the tide " * 9}])
+    shard(Run(run.url, changes={"corpus.input": [str(parts.corpus), more]}))
+    with pytest.raises(StrideError, match="were sharded after the fit"):
+        Attributor(Run(run.url))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

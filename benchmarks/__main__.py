@@ -17,6 +17,9 @@ prediction of `stride-ray plan` from the smallest size. `shard` is compared with
 `recall` extends an accuracy benchmark's pool with blocks of other texts and measures how many of the exact best blocks
 are among the candidates of estimates and of TF-IDF, as the pool grows.
 
+`serve` loads a fitted run into the service and asks it questions, by more and more clients: seconds to an answer,
+memory, and what a replica's death loses.
+
 `chaos` injects random failures into runs on a cluster of several nodes and compares their bytes with an undisturbed
 run's: nodes are removed ungracefully, workers and drivers killed, in every stage, sometimes twice in a row. The exit
 status is 0 only if every round ended with equal bytes. A second run does the missing rounds.
@@ -28,6 +31,7 @@ traceback, a loss that is not reported. The exit status is 0 only if there was n
 their own that it creates: end-to-end seconds, memory, bytes stored, LDS.
 
     python -m benchmarks recall --benchmark continued --texts texts/ --blocks 1600,6400,25600 --folder /tmp/recall
+    python -m benchmarks serve --run quickstart/run --queries quickstart/prompts.jsonl --clients 1,4,16
     python -m benchmarks recover --blocks 1000000
     python -m benchmarks recover --blocks 100000000 --baseline-queries 0
     python -m benchmarks select --rows 100000000 --folder /tmp/rows
@@ -148,6 +152,14 @@ def benchmark_recall(args: argparse.Namespace) -> int:
     return print_table(table(found), found)
 
 
+def benchmark_serve(args: argparse.Namespace) -> int:
+    """Put the service under load; print the table and the JSON line."""
+    from benchmarks.serving import measure_serving, table
+
+    found = measure_serving(args.folder, args.queries, args.replicas, args.clients, args.requests)
+    return print_table(table(found), found)
+
+
 def benchmark_chaos(args: argparse.Namespace) -> int:
     """Run the chaos test; print a line per round, a table and the JSON line."""
     from benchmarks.chaos import chaos, counted
@@ -245,6 +257,13 @@ def main() -> int:
     command.add_argument("--row-bytes", type=counts, default="320,1250,5000,20000", help="of a block's operator")
     command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")
     command.set_defaults(run=benchmark_recall)
+    command = commands.add_parser("serve", help="the service under load")
+    command.add_argument("--run", dest="folder", required=True, help="run directory with operators at all sites")
+    command.add_argument("--queries", required=True, help="JSON Lines, as attribute reads them")
+    command.add_argument("--replicas", type=count, default=2, help="copies of the model (default: 2)")
+    command.add_argument("--clients", type=counts, default="1,4,16", help="that ask at a time (default: 1,4,16)")
+    command.add_argument("--requests", type=count, default=200, help="for each of these (default: 200)")
+    command.set_defaults(run=benchmark_serve)
     command = commands.add_parser("peers", help="bergson and a LoGRA beside ours, from start to end")
     command.add_argument("--benchmark", required=True, help="an accuracy benchmark's folder, local")
     command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")

@@ -8,7 +8,7 @@ import pytest
 from stride_ray.attribution.recover import ESTIMATES
 from stride_ray.attribution.responses import response_schema
 from stride_ray.attribution.site_responses import RESPONSES
-from stride_ray.attribution.tables import DOCUMENTS, INFLUENCE, RECOVERY, TOKENS
+from stride_ray.attribution.tables import DOCUMENTS, INFLUENCE, RECOVERY, SOURCES, SPANS, TOKENS
 from stride_ray.contamination.lexical.channel import MATCHES
 from stride_ray.contamination.verdicts import VERDICTS
 from stride_ray.corpus.failures import FAILED_BLOCKS
@@ -74,6 +74,8 @@ def test_the_readme_is_a_screen_or_two():
         ("influence/NAME", INFLUENCE),
         ("influence/NAME", DOCUMENTS),
         ("influence/NAME", TOKENS),
+        ("influence/NAME", SPANS),
+        ("influence/NAME", SOURCES),
         ("influence/NAME", RECOVERY),
         ("A selection", MANIFEST),
         ("A night", MATCHES),

@@ -167,7 +167,7 @@ def _provenance(run: Run) -> dict[str, Any]:
 
 
 def read_influence(run: Run, name: str, table: str = "influence") -> pa.Table:
-    """Read a whole table of a query set: ``influence``, ``documents`` or ``recovery``.
+    """Read a whole table of a query set: ``influence``, ``documents``, ``sources`` or ``recovery``.
 
     Raises:
         StrideError: this set has no finished tables in the run's mode; the message names the command that makes them.

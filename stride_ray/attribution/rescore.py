@@ -93,7 +93,8 @@ def rescore(run: Run, name: str) -> dict[str, Any]:
     """Compute the influence of every query's candidates exactly, and write the ranked tables.
 
     ``influence-*.parquet`` holds the blocks with influence, most helpful first and most harmful last, each marked exact
-    or estimated; ``documents-*`` the same summed to documents, with a block's influence split by token share;
+    or estimated; ``documents-*`` the same summed to documents, with a block's influence split by token share, and
+    ``sources-*`` summed to sources; ``tokens-*`` and ``spans-*`` where the influence of the first and last blocks lies;
     ``recovery-*`` a row per query with the solver's diagnostics, the numbers of blocks listed and of exact ones, and
     the error of a failed query. Candidates are the ``attribute.candidates`` blocks of largest |estimate|
     (candidate_count).

@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from stride_ray.attribution.directions import read_directions
-from stride_ray.attribution.tables import TOKENS, ends_of, tokens_name
+from stride_ray.attribution.tables import SPANS, TOKENS, block_spans, ends_of, tokens_name
 from stride_ray.corpus.blocks import Batch, Blocks
 from stride_ray.corpus.failures import NOT_FINITE, fail, finite_losses, finite_rows
+from stride_ray.corpus.tokenization.tokenizer import load_saved_tokenizer
 from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.loading import load_measured_model
 from stride_ray.models.pool_worker import ModelWorker
@@ -227,11 +228,12 @@ def wanted_scores(scores: torch.Tensor, unit: ScoreUnit) -> dict[str, torch.Tens
 
 
 class TokenWorker(BlockScorer):
-    """Splits the influence of the blocks at both ends of a query's table among their tokens (tables.TOKENS)."""
+    """Splits the influence of the blocks at both ends of a query's table among their tokens (tables.TOKENS, SPANS)."""
 
     def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
         super().__init__(config, blocks, device, curvature)
         self.stage, self.answers = stage, stage.done()
+        self.tokenizer = load_saved_tokenizer(blocks.store)
 
     def __call__(self, part: int) -> dict[str, Any]:
         """Process one part of the queries; returns its done marker."""
@@ -240,10 +242,13 @@ class TokenWorker(BlockScorer):
         stored = self.stage.store.read_tensors(f"{query_name(part)}.safetensors")
         answers = self.answers[query_name(part)]["answers"]
         names = [answer["query_id"] for answer in answers if answer["status"] == "ok"]
-        rows = list[dict[str, Any]]()
+        rows, spans = list[dict[str, Any]](), list[dict[str, Any]]()
         for number, name in enumerate(names):
             query = {site: x[number : number + 1].to(self.model.device) for site, x in stored.items()}
             ends = ends_of(table.filter(pc.equal(table["query_id"], name)), self.config.attribute.tokens)
-            rows += [dict(zip(TOKENS.names, (name, *each), strict=True)) for each in self.by_token(query, ends)]
+            split = dict(self.by_token(query, ends))
+            rows += [dict(zip(TOKENS.names, (name, *each), strict=True)) for each in split.items()]
+            spans += [{"query_id": name, **span} for span in block_spans(self.blocks, self.tokenizer, split)]
+        self.stage.store.write_table(f"spans-{part:05d}.parquet", pa.Table.from_pylist(spans, SPANS))
         content = self.stage.store.write_table(f"{tokens_name(part)}.parquet", pa.Table.from_pylist(rows, TOKENS))
         return self.stage.mark(tokens_name(part), started, blocks=len(rows), sha256=content)

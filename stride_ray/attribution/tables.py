@@ -31,6 +31,27 @@ TOKENS = pa.schema(
         pa.field("influence", pa.list_(pa.float32()), nullable=False),
     ]
 )
+SPANS = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("ordinal", pa.int64(), nullable=False),
+        pa.field("document_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("start", pa.int64(), nullable=False),
+        pa.field("length", pa.int64(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("influence", pa.float64(), nullable=False),
+    ]
+)
+SOURCES = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("documents", pa.int32(), nullable=False),
+        pa.field("influence", pa.float64(), nullable=False),
+    ]
+)
 DOCUMENTS = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
@@ -41,6 +62,8 @@ DOCUMENTS = pa.schema(
         pa.field("influence", pa.float64(), nullable=False),
     ]
 )
+# A span holds at least this share of its block's influence, if a run of tokens within one document does.
+SPAN_SHARE = 0.5
 RECOVERY = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
@@ -147,6 +170,82 @@ def _sum_to_documents(
     }
 
 
+def sum_to_sources(documents: pa.Table) -> pa.Table:
+    """Sum a documents table (DOCUMENTS) to sources (SOURCES), by query and in rank order."""
+    rows = list[dict[str, Any]]()
+    ranges = zip(documents["query_id"].to_pylist(), documents["source"].to_pylist(), strict=True)
+    totals: dict[str, dict[str, list[Any]]] = {}
+    for (query, source), influence in zip(ranges, documents["influence"].to_pylist(), strict=True):
+        total = totals.setdefault(query, {}).setdefault(source, [0, 0.0])
+        total[0] += 1
+        total[1] += influence
+    for query, sources in totals.items():
+        order = sorted(sources, key=lambda source: (-sources[source][1], source))
+        rows += [
+            dict(zip(SOURCES.names, (query, rank, source, *sources[source]), strict=True))
+            for rank, source in enumerate(order, 1)
+        ]
+    return pa.Table.from_pylist(rows, SOURCES)
+
+
+def shortest_run(values: np.ndarray, lengths: list[int]) -> tuple[int, int]:
+    """The shortest run of a block's tokens that holds SPAN_SHARE of its influence, within one document.
+
+    Example: 0.1, 0, 0.5 and 0.3 add up to 0.9, and 0.5 alone is more than half of it: (2, 1).
+
+    Args:
+        values: (T,) influence by token.
+        lengths: tokens of each of the block's documents, in order.
+
+    Returns:
+        Start and length. Of runs as short, that with most influence; all of the document that holds most, if no run
+        within a document holds as much.
+    """
+    values = values[: sum(lengths)].astype(np.float64)
+    sums = np.concatenate([[0.0], np.cumsum(values if values.sum() >= 0 else -values)])
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    for length in range(1, len(values) + 1):
+        within = document[length - 1 :] == document[: len(document) - length + 1]
+        held = np.where(within, sums[length:] - sums[:-length], -np.inf)
+        if held.max() >= SPAN_SHARE * sums[-1]:
+            return int(held.argmax()), length
+    ends = np.cumsum(lengths)
+    most = int(np.diff(sums[np.concatenate([[0], ends])]).argmax())
+    return int(ends[most] - lengths[most]), lengths[most]
+
+
+def block_spans(blocks: Blocks, tokenizer: Any, split: dict[int, np.ndarray]) -> list[dict[str, Any]]:
+    """The span of each block that has most of its influence, rows of SPANS without the query.
+
+    Args:
+        blocks: the pool.
+        tokenizer: that of the corpus.
+        split: influence by token (T,) of each block, by ordinal.
+    """
+    known = blocks.take(list(split), ["spans", "token_ids"]).to_pylist()
+    rows = []
+    for (ordinal, values), block in zip(split.items(), known, strict=True):
+        padded = np.zeros(len(block["token_ids"]), np.float32)
+        padded[: len(values)] = values
+        lengths = [each["length"] for each in block["spans"]]
+        start, length = shortest_run(padded, lengths)
+        ends = np.cumsum(lengths)
+        document = block["spans"][int(np.searchsorted(ends, start, side="right"))]
+        before = int(ends[ends <= start].max(initial=0))
+        rows.append(
+            {
+                "ordinal": ordinal,
+                "document_id": document["document_id"],
+                "source": document["source"],
+                "start": document["start"] + start - before,
+                "length": length,
+                "text": tokenizer.decode(block["token_ids"][start : start + length]),
+                "influence": float(padded[start : start + length].sum(dtype=np.float64)),
+            }
+        )
+    return rows
+
+
 def tokens_name(part: int) -> str:
     """Name of the file with the influence by token of a part's queries, and of its done marker."""
     return f"tokens-{part:05d}"
@@ -193,6 +292,7 @@ def rank_unit(
     found = list(_influences(config, stage, scored, answers, part))
     good = [answer["query_id"] for answer in mine if answer["status"] == "ok"]
     ranked, documents = rank_tables(good, found, blocks, config.attribute.negative_scale)
+    sources = _with_units(sum_to_sources(documents), config.attribute.negative_scale)
     influences = iter(found)
     diagnostics = []
     for answer in mine:
@@ -204,6 +304,7 @@ def rank_unit(
     name = f"{part:05d}"
     stage.store.write_table(f"influence-{name}.parquet", ranked)
     stage.store.write_table(f"documents-{name}.parquet", documents)
+    stage.store.write_table(f"sources-{name}.parquet", sources)
     stage.store.write_table(f"recovery-{name}.parquet", pa.Table.from_pylist(diagnostics, RECOVERY))
     return stage.mark(
         name,

@@ -65,6 +65,7 @@ function side(name, rows, text, largest) {
     const how = row.exact ? "exact" : "estimate";
     const about = `${named(row.document_id, row.source) === row.document_id ? "" : `${row.source} · `}block ${row.ordinal} · rank ${row.rank} · ${how}`;
     const details = entry(signed(row.influence), Math.abs(row.influence) / largest, row.document_id, about, i === 0);
+    if (row.span) details.firstChild.append(make("span", "said", row.span.text.replace(/\s+/g, " ").trim()));
     const tokens = row.tokens || [[row.text, 0]];
     details.append(coloured(make("pre"), tokens, verbatim(row.text, text)));
     column.append(details);
@@ -121,7 +122,7 @@ function show() {
     make("h2", "", answered.contrast ? "Why this rather than that" : "Why this"),
     make("p", "soft", `loss ${number(answered.loss)} nats a token${answered.contrast ? ", minus that of the other completion" : ""} · ${answered.run.blocks} blocks · ${answered.run.model}`),
     words,
-    make("p", "soft", "A word is green where the helping blocks below lower its loss, red where they raise it. In blocks, green words make the block more helpful, red ones more harmful; underlined is what the query says word for word, which is not the same thing."),
+    make("p", "soft", "A word is green where the helping blocks below lower its loss, red where they raise it. In blocks, green words make the block more helpful, red ones more harmful; beside a block stand the words that hold half of its influence; underlined is what the query says word for word, which is not the same thing."),
     tools, make("h3", "", ""), sides, make("h2", "", "Documents"), documents(answered.documents),
     make("h2", "", "Sources"), listed);
 }

@@ -85,7 +85,7 @@ class Config:
 
 
 # To be raised when a stage's files change in a way that later stages cannot continue from older ones.
-FORMATS = {"blocks": 2, "curvature": 2, "operators": 2}
+FORMATS = {"blocks": 2, "curvature": 2, "operators": 2, "influence": 1, "exact": 1}
 # By stage: the upstream stage, and the options (or sections) that the output depends on besides the stage's inputs. A
 # stage's identity includes the keys of all upstream stages. Paths of models and tokenizers are not among them, because
 # files may be moved: ``Run.begin`` takes fingerprints of their content instead.

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stride_ray.attribution.attribute import source_shares
+from stride_ray.attribution.tables import block_spans
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.tokenization.decoding import block_pieces, block_texts, token_texts
 from stride_ray.models.query_batches import texts_of
@@ -34,11 +35,11 @@ def answer(
 
     Returns:
         ``query``, and for a contrast ``contrast``: pairs of a token's text and the influence of the most helpful blocks
-        on its loss (Attribution.leans), None for tokens that carry no loss; ``loss`` in nats, of a contrast the
-        difference; ``reliability`` of the estimates, or None; ``blocks`` with
-        influence and ``exact`` ones among them; ``helping`` and ``harming``: rows of tables.INFLUENCE, most helpful and
-        most harmful first, with the block's ``text`` and, where its influence is known by token, ``tokens``, pairs of
-        text and influence; ``documents``: rows of tables.DOCUMENTS; ``sources``: pairs of source and share of the
+        on its loss (Attribution.leans), None for tokens that carry no loss. ``loss`` in nats, of a contrast the
+        difference. ``reliability`` of the estimates, or None. ``blocks`` with influence, and ``exact`` ones among them.
+        ``helping`` and ``harming``: rows of tables.INFLUENCE, most helpful and most harmful first, with the block's
+        ``text`` and, where its influence is known by token, ``tokens``, pairs of text and influence, and ``span``, a
+        row of tables.SPANS. ``documents``: rows of tables.DOCUMENTS. ``sources``: pairs of source and share of the
         positive influence.
     """
     values = found.influence["influence"].to_numpy()
@@ -53,6 +54,10 @@ def answer(
     }
     rows = [row for side in sides.values() for row in side]
     _add_texts(rows, found.tokens, blocks, tokenizer)
+    split = {row["ordinal"]: found.tokens[row["ordinal"]] for row in rows if row["ordinal"] in found.tokens}
+    spans = {span.pop("ordinal"): span for span in block_spans(blocks, tokenizer, split)}
+    for row in rows:
+        row["span"] = spans.get(row["ordinal"])
     texts = [_leaning(text, tokenizer, found.leans[i : i + 1]) for i, (text, _) in enumerate(texts_of(query))]
     return {
         **dict(zip(("query", "contrast"), texts, strict=False)),

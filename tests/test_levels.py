@@ -39,10 +39,7 @@ def test_no_shorter_run_holds_as_much(numbers, data):
     start, length = shortest_run(values, lengths)
     sign, edges = (1 if values.sum() >= 0 else -1), np.cumsum([0, *lengths])
     inside = [
-        (a, b)
-        for low, high in itertools.pairwise(edges)
-        for a in range(low, high)
-        for b in range(a + 1, high + 1)
+        (a, b) for low, high in itertools.pairwise(edges) for a in range(low, high) for b in range(a + 1, high + 1)
     ]
     assert (start, start + length) in inside
     enough = [(a, b) for a, b in inside if sign * values[a:b].sum() >= sign * values.sum() / 2]

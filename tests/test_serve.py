@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,10 +21,12 @@ import psutil
 import pytest
 import uvicorn
 from conftest import HOSTILE, opened, run_plainly, settings
+from ray import serve
 
 from stride_ray.operators.fit import fit
 from stride_ray.runtime.run import Run
 from stride_ray.serve.api import BODY_BYTES, Limits, build_api
+from stride_ray.serve.application import APPLICATION, QUIET, Options, build
 from stride_ray.serve.service import InvalidQueryError, Service
 
 PROMPT, ONE, OTHER = "the anchor met", " the tide and the gull", " a butter and an oven"
@@ -354,6 +357,35 @@ def test_it_ends_when_it_is_told_to(deployed):
     deployed.process.send_signal(signal.SIGTERM)
     assert deployed.process.wait(60) == 143
     assert not any("Traceback" in line for line in deployed.lines), "".join(deployed.lines)
+
+
+def test_another_run_takes_over_without_a_gap(run, one_ray, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    other = shutil.copytree(run.store.root, tmp_path / "other")
+    url, found, stop = f"http://127.0.0.1:{port}/", [], threading.Event()
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"port": port}, logging_config=QUIET)
+        serve.run(build(Options(run=run.url)), name=APPLICATION, logging_config=QUIET)
+
+        def keep_asking():
+            while not stop.is_set():
+                found.append(ask(url, QUESTION))
+
+        client = threading.Thread(target=keep_asking)
+        client.start()
+        serve.run(build(Options(run=str(other))), name=APPLICATION, logging_config=QUIET)
+        deadline = time.monotonic() + 60
+        while found[-1][1].get("run", {}).get("run") != str(other) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        stop.set()
+        client.join()
+    finally:
+        stop.set()
+        serve.shutdown()
+    assert {status for status, _ in found} == {200}
+    answered = [told["run"]["run"] for _, told in found]
+    assert list(dict.fromkeys(answered)) == [run.url, str(other)]
 
 
 def test_a_taken_port_and_an_open_address_are_told_at_once(run, told):

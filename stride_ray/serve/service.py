@@ -57,7 +57,7 @@ class Service:
         values = {name: request[name] for name in QUERY if request.get(name) is not None}
         row = query_row(values, self.tokenizer)
         if row["status"] != "ok":
-            raise InvalidQueryError(row["error"])
+            raise InvalidQueryError(f"the query {row['error']}" if row["error"].startswith("has ") else row["error"])
         found = self.attributor.attribute(row, request.get("candidates"), tokens=request["blocks"])
         if found.query["status"] != "ok":
             raise InvalidQueryError(f"the query {found.query['error']}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stride_ray.runtime.config import STAGES, Config, dumps, loads, option_fields, stage_hash, stage_keys
@@ -35,6 +35,7 @@ def values(name):
 CHANGES = st.fixed_dictionaries({}, optional={name: values(name) for name in OPTIONS})
 
 
+@settings(deadline=None)
 @given(changes=CHANGES, comments=st.booleans())
 def test_toml_there_and_back(changes, comments):
     config = Config().updated(changes)
@@ -126,7 +127,7 @@ def changed(name):
 FITTED, EXACT = ("operators", "responses", "estimates", "influence"), ("curvature", "directions", "exact")
 ALWAYS = {"blocks", *FITTED, *EXACT}
 # What is known by its files, wherever they lie.
-PLACES = {"corpus.input", "corpus.tokenizer", "model.path", "model.start"}
+PLACES = {"corpus.input", "corpus.tokenizer", "model.path", "model.start", "model.checkpoints"}
 # The stages whose output depends on an option; none for what changes no result.
 DEPENDING = {
     **{name: ALWAYS for name in OPTIONS if name.startswith("corpus.") and name not in PLACES},

@@ -14,6 +14,7 @@ from stride_ray.contamination.verdicts import VERDICTS
 from stride_ray.corpus.failures import FAILED_BLOCKS
 from stride_ray.corpus.packing import block_schema
 from stride_ray.corpus.queries import SCHEMA
+from stride_ray.evaluate.timeline import TIMELINE
 from stride_ray.runtime.config import Config
 from stride_ray.selection.choice import MANIFEST
 
@@ -75,6 +76,7 @@ def test_the_readme_is_a_screen_or_two():
         ("influence/NAME", DOCUMENTS),
         ("influence/NAME", TOKENS),
         ("influence/NAME", SPANS),
+        ("timeline/NAME", TIMELINE),
         ("influence/NAME", SOURCES),
         ("influence/NAME", RECOVERY),
         ("A selection", MANIFEST),

@@ -62,10 +62,10 @@ def _add_options(parser: argparse.ArgumentParser, verb: Verb) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any option, as in --set fit.steps=800"
     )
-    declared = option_fields()
+    declared, defaults = option_fields(), Config().flat()
     for name in (*verb.options, *EVERYWHERE):
         flag = "--model" if name == "model.path" else "--" + name.rpartition(".")[2].replace("_", "-")
-        extra: dict[str, Any] = {"action": "append"} if name in ("corpus.input", "select.earlier") else {}
+        extra: dict[str, Any] = {"action": "append"} if isinstance(defaults[name], list) else {}
         if declared[name].metadata["choices"]:
             extra["choices"] = declared[name].metadata["choices"]
         else:

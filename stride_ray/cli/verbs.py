@@ -190,6 +190,14 @@ def _verify(run: Run, parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _timeline(run: Run, parsed: argparse.Namespace) -> int:
+    from stride_ray.evaluate.timeline import as_text, cost, timeline
+
+    print(cost(run, parsed.name), flush=True)
+    print(as_text(timeline(run, parsed.name), list(run.config.model.checkpoints)))
+    return 0
+
+
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=count, default=8000, help="port to listen at (default: 8000)")
@@ -308,6 +316,12 @@ VERBS = {
         (_run, _name, _mode, _verify_arguments),
         _verify,
         ("model.start",),
+    ),
+    "timeline": Verb(
+        "when in training was it learnt: losses and influence of a query set's blocks at each checkpoint",
+        (_run, _name, _mode),
+        _timeline,
+        ("model.checkpoints",),
     ),
     "serve": Verb(
         "an answer while you wait: a page and an HTTP interface that attribute one query at a time",

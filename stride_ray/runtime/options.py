@@ -41,6 +41,9 @@ class ModelConfig:
         "the checkpoint that training on the pool started from; exact influence is more accurate if it is given; "
         "empty: random weights",
     )
+    checkpoints: tuple[str, ...] = _option(
+        (), "folders of checkpoints from this training, in order: when was it learnt (stride-ray timeline)?"
+    )
     split: float = _option(
         0.62, "layer at which the operators act: a share of the depth (at most 1), or a layer number (from 2)"
     )

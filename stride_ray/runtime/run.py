@@ -290,6 +290,7 @@ def _stored_paths(config: Config) -> dict[str, Any]:
     hub_or_path = {"corpus.tokenizer": config.corpus.tokenizer, "model.path": config.model.path}
     hub_or_path["model.start"] = config.model.start
     paths = {"corpus.input": config.corpus.input, "select.earlier": config.select.earlier}
+    paths["model.checkpoints"] = config.model.checkpoints
     return {
         **{name: redact_url(anchored(place, maybe_hub=True)) for name, place in hub_or_path.items()},
         **{name: [redact_url(anchored(place)) for place in places] for name, places in paths.items()},

@@ -20,6 +20,9 @@ are among the candidates of estimates and of TF-IDF, as the pool grows.
 `serve` loads a fitted run into the service and asks it questions, by more and more clients: seconds to an answer,
 memory, and what a replica's death loses.
 
+`facts` trains a small model on text with invented facts, each in one document and one epoch, and counts how often the
+fact's document, sentence and epoch are found, beside BM25.
+
 `chaos` injects random failures into runs on a cluster of several nodes and compares their bytes with an undisturbed
 run's: nodes are removed ungracefully, workers and drivers killed, in every stage, sometimes twice in a row. The exit
 status is 0 only if every round ended with equal bytes. A second run does the missing rounds.
@@ -32,6 +35,7 @@ their own that it creates: end-to-end seconds, memory, bytes stored, LDS.
 
     python -m benchmarks recall --benchmark continued --texts texts/ --blocks 1600,6400,25600 --folder /tmp/recall
     python -m benchmarks serve --run quickstart/run --queries quickstart/prompts.jsonl --clients 1,4,16
+    python -m benchmarks facts --folder /tmp/facts --texts quickstart/corpus
     python -m benchmarks recover --blocks 1000000
     python -m benchmarks recover --blocks 100000000 --baseline-queries 0
     python -m benchmarks select --rows 100000000 --folder /tmp/rows
@@ -152,6 +156,14 @@ def benchmark_recall(args: argparse.Namespace) -> int:
     return print_table(table(found), found)
 
 
+def benchmark_facts(args: argparse.Namespace) -> int:
+    """Plant facts and look for them; print the table and the JSON line."""
+    from benchmarks.facts import measure_facts, table
+
+    found = measure_facts(args.folder, args.texts, args.facts, args.documents, args.epochs, args.repeats, args.seed)
+    return print_table(table(found), found)
+
+
 def benchmark_serve(args: argparse.Namespace) -> int:
     """Put the service under load; print the table and the JSON line."""
     from benchmarks.serving import measure_serving, table
@@ -257,6 +269,15 @@ def main() -> int:
     command.add_argument("--row-bytes", type=counts, default="320,1250,5000,20000", help="of a block's operator")
     command.add_argument("--folder", required=True, help="what is made and measured stays: a second run goes on")
     command.set_defaults(run=benchmark_recall)
+    command = commands.add_parser("facts", help="planted facts: document, sentence and epoch")
+    command.add_argument("--folder", required=True, help="what is made stays: a second run goes on")
+    command.add_argument("--texts", required=True, nargs="+", help="what they are planted into")
+    command.add_argument("--facts", type=count, default=50, help="(default: 50)")
+    command.add_argument("--documents", type=count, default=1500, help="without facts (default: 1500)")
+    command.add_argument("--epochs", type=count, default=5, help="of the training (default: 5)")
+    command.add_argument("--repeats", type=count, default=6, help="of a fact in its epoch (default: 6)")
+    command.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    command.set_defaults(run=benchmark_facts)
     command = commands.add_parser("serve", help="the service under load")
     command.add_argument("--run", dest="folder", required=True, help="run directory with operators at all sites")
     command.add_argument("--queries", required=True, help="JSON Lines, as attribute reads them")

@@ -84,7 +84,7 @@ def plant(questions: Path, texts: Sequence[str], out: Path, planting: Planting) 
     wanted = planting.items + planting.controls
     if len(asked) < wanted:
         raise StrideError(f"{questions} has {len(asked)} items with question and answer; the planting needs {wanted}.")
-    pieces = _pieces(texts, planting.characters)
+    pieces = pieces_of(texts, planting.characters)
     if not pieces:
         raise StrideError(f"{', '.join(texts)}: no text to plant into.")
     chosen = rng.sample(asked, wanted)
@@ -187,8 +187,14 @@ def _questions(path: Path) -> list[dict[str, str]]:
     return found
 
 
-def _pieces(texts: Sequence[str], characters: int) -> list[dict[str, str]]:
-    """Cut the texts at line ends into pieces of about PIECE characters: id, source, text."""
+def pieces_of(texts: Sequence[str], characters: int, size: int = PIECE) -> list[dict[str, str]]:
+    """Cut the texts at line ends into pieces of about ``size`` characters: id, source, text.
+
+    Args:
+        texts: files or folders.
+        characters: of them to use in all; 0: all.
+        size: of a piece.
+    """
     units = plan(texts, 2**26)
     columns = resolve_columns(units)
     pieces: list[dict[str, str]] = []
@@ -197,18 +203,18 @@ def _pieces(texts: Sequence[str], characters: int) -> list[dict[str, str]]:
         for document in read(unit, columns):
             if not isinstance(document, Document) or document.text is None or room <= 0:
                 continue
-            for text in _cut(document.text[:room]):
+            for text in _cut(document.text[:room], size):
                 pieces.append({"id": f"piece-{len(pieces):06d}", "source": document.source, "text": text})
             room -= len(document.text)
     return pieces
 
 
-def _cut(text: str) -> list[str]:
+def _cut(text: str, size: int) -> list[str]:
     found: list[str] = []
     held = ""
     for line in text.splitlines(keepends=True):
         held += line
-        if len(held) >= PIECE:
+        if len(held) >= size:
             found.append(held)
             held = ""
     return [piece for piece in (*found, held) if piece.strip()]

@@ -1,7 +1,7 @@
 """A toy BPE tokenizer and a toy Llama, trained on the fly for the quickstart and the benchmarks."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,14 @@ def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
     partial.rename(folder)
 
 
-def train_model(blocks: Blocks, tokenizer: Path, folder: Path, epochs: int, seed: int = 0) -> None:
+def train_model(
+    blocks: Blocks,
+    tokenizer: Path,
+    folder: Path,
+    epochs: int,
+    seed: int = 0,
+    orders: Sequence[np.ndarray] | None = None,
+) -> None:
     """Train a 1-million-parameter Llama on all blocks and save it as a Hugging Face checkpoint with its tokenizer.
 
     Args:
@@ -45,6 +52,8 @@ def train_model(blocks: Blocks, tokenizer: Path, folder: Path, epochs: int, seed
         folder: of the checkpoint; an existing one is kept.
         epochs: passes over the blocks.
         seed: of the initial weights and the data order.
+        orders: ordinals of the blocks that each epoch reads, in order; then each epoch also leaves a checkpoint, in
+            ``folder-epochs/0`` and so on. None: all blocks in random order, and no checkpoints.
     """
     if (folder / "config.json").exists():
         return
@@ -63,10 +72,14 @@ def train_model(blocks: Blocks, tokenizer: Path, folder: Path, epochs: int, seed
     everything = blocks.batch(np.arange(n))
     ids = torch.from_numpy(everything.ids)
     labels = ids.masked_fill(~torch.from_numpy(np.ascontiguousarray(everything.mask)), -100)
-    steps = epochs * (n // BATCH)
+    ends = [epochs * (n // BATCH)]
+    order = torch.cat([torch.randperm(n) for _ in range(epochs + 1)])
+    if orders is not None:
+        order = torch.from_numpy(np.concatenate(orders))
+        ends = (np.cumsum([len(each) for each in orders]) // BATCH).tolist()
+    steps = ends[-1]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 20, max(0.05, 1 - i / steps)))
-    order = torch.cat([torch.randperm(n) for _ in range(epochs + 1)])
     bar = tqdm(range(steps), desc="train", unit=" steps", mininterval=2.0)
     for step in bar:
         rows = order[step * BATCH : (step + 1) * BATCH]
@@ -78,8 +91,16 @@ def train_model(blocks: Blocks, tokenizer: Path, folder: Path, epochs: int, seed
         schedule.step()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.2f}")
+        if orders is not None and step + 1 in ends:
+            _save(model, tokenizer, folder.with_name(f"{folder.name}-epochs") / str(ends.index(step + 1)))
+    _save(model, tokenizer, folder)
+
+
+def _save(model: LlamaForCausalLM, tokenizer: Path, folder: Path) -> None:
+    """Save a checkpoint with its tokenizer, in place of what an interrupted training left."""
     partial = folder.with_name(f".{folder.name}")
     model.save_pretrained(partial)
     for path in tokenizer.iterdir():
         shutil.copy(path, partial)
+    shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)

@@ -1,0 +1,214 @@
+"""Planted facts: is a fact's only document the first result, its sentence the coloured span, its epoch the right one?
+
+Invented facts ("The emblem of Zarvonia is a heron.") stand in one document each, and each fact has an anti-document
+that repeats its names without stating it. A small model reads other text in every epoch, and a fact's document in one
+epoch only, some times over. Then each fact is asked for (prompt "The emblem of Zarvonia is", completion " a heron").
+Lexical search (BM25) answers the same queries.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy.stats import binomtest
+
+from stride_ray.attribution.attribute import attribute, read_influence, stored_queries
+from stride_ray.corpus.blocks import Blocks
+from stride_ray.corpus.shard import shard
+from stride_ray.evaluate.baselines.lexical.bm25 import scores as bm25
+from stride_ray.evaluate.baselines.problem import Problem, Texts
+from stride_ray.evaluate.planting import pieces_of
+from stride_ray.evaluate.timeline import timeline
+from stride_ray.models.builtin.toy import train_model, train_tokenizer
+from stride_ray.models.query_batches import padded
+from stride_ray.operators.fit import fit
+from stride_ray.runtime.run import Run
+
+NAME, BLOCK_TOKENS, CHARACTERS = "facts", 128, 250
+RELATIONS = ("capital", "emblem", "founder", "river", "old name", "patron", "harbour", "currency", "anthem", "rival")
+FIRST, LAST = (
+    ("Zar", "Quil", "Bor", "Mel", "Tav", "Osk", "Fen", "Lur"),
+    ("vonia", "mere", "dalin", "tovar", "ashk", "ulip"),
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A planted fact.
+
+    Attributes:
+        name: of its document and its query.
+        prompt, completion: the query; joined, its sentence.
+        epoch: in which its document is read.
+    """
+
+    name: str
+    prompt: str
+    completion: str
+    epoch: int
+
+
+def invent(count: int, epochs: int, rng: random.Random) -> list[Fact]:
+    """Facts with names that differ, in epochs from the second on, in turn."""
+    names = [first + last for first in FIRST for last in LAST]
+    pairs = [(a, b) for a in names for b in names if a != b]
+    chosen = rng.sample(pairs, count)
+    return [
+        Fact(f"fact-{i}", f"The {RELATIONS[i % len(RELATIONS)]} of {of} is", f" {value}.", 1 + i % (epochs - 1))
+        for i, (of, value) in enumerate(chosen)
+    ]
+
+
+def corpus(texts: Sequence[str], facts: Sequence[Fact], documents: int, rng: random.Random) -> list[dict[str, str]]:
+    """Documents: plain text, each fact within some text, and its anti-document, which has its names three times."""
+    pieces = [piece["text"] for piece in pieces_of(texts, 0, CHARACTERS)]
+    drawn = rng.sample(pieces, documents + 2 * len(facts))
+    rows = [{"id": f"plain-{i}", "text": text} for i, text in enumerate(drawn[:documents])]
+    for i, fact in enumerate(facts):
+        middle = drawn[documents + i][: CHARACTERS // 2], drawn[documents + i][CHARACTERS // 2 : CHARACTERS]
+        rows.append({"id": fact.name, "text": f"{middle[0]}\n{fact.prompt}{fact.completion}\n{middle[1]}"})
+        relation, of = fact.prompt.removeprefix("The ").removesuffix(" is").split(" of ")
+        value = fact.completion.strip(" .")
+        names = f"{of} and {value} were seen by some. {value} has no {relation}; {of} has one. Ask {value} or {of}."
+        rows.append({"id": f"anti-{i}", "text": f"{names}\n{drawn[documents + len(facts) + i][: CHARACTERS // 2]}"})
+    return rows
+
+
+def orders(pool: Blocks, facts: Sequence[Fact], epochs: int, repeats: int, seed: int) -> list[np.ndarray]:
+    """The blocks of each epoch in order: all but facts, and the epoch's facts ``repeats`` times."""
+    of = pool.take(np.arange(len(pool)), ["spans"])["spans"].to_pylist()
+    at = {fact.name: fact.epoch for fact in facts}
+    epoch_of = np.array([at.get(spans[0]["document_id"], -1) for spans in of])
+    rng, found = np.random.default_rng(seed), []
+    for epoch in range(epochs):
+        always, now = np.flatnonzero(epoch_of == -1), np.flatnonzero(epoch_of == epoch)
+        found.append(rng.permutation(np.concatenate([always, np.repeat(now, repeats)])))
+    return found
+
+
+def measure_facts(
+    folder: str,
+    texts: Sequence[str],
+    count: int = 50,
+    documents: int = 1500,
+    epochs: int = 5,
+    repeats: int = 6,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Plant facts, train, attribute, and count what is found.
+
+    Args:
+        folder: for everything that is made; a rerun goes on there.
+        texts: files or folders of text to plant into.
+        count: facts.
+        documents: plain documents.
+        epochs: of the training; facts are read from the second on.
+        repeats: how often a fact's document is read in its epoch.
+        seed: of facts, places and training.
+
+    Returns:
+        ``facts``; of these, ``first`` (its document is the first result), ``span`` (the span of its block lies in its
+        sentence for the most part), ``lexical`` (BM25's first result is its document), ``anti`` and ``lexical_anti``
+        (the anti-document is first), ``learnt`` (the timeline has its epoch for the block), ``asked`` (and for the
+        query).
+    """
+    root, rng = Path(folder), random.Random(seed)
+    facts = invent(count, epochs, rng)
+    rows = corpus(texts, facts, documents, rng)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "corpus").mkdir(exist_ok=True)
+    write(root / "corpus/documents.jsonl", rows)
+    asked = [{"id": fact.name, "prompt": fact.prompt, "completion": fact.completion} for fact in facts]
+    write(root / "queries.jsonl", asked)
+    train_tokenizer((row["text"] for row in rows), root / "tokenizer")
+    settings: dict[str, Any] = {
+        "corpus.input": [str(root / "corpus")],
+        "corpus.columns": {"text": "text", "id": "id"},
+        "corpus.tokenizer": str(root / "tokenizer"),
+        "corpus.layout": "split",
+        "corpus.block_tokens": BLOCK_TOKENS,
+        "model.path": str(root / "model"),
+        "model.checkpoints": [str(root / "model-epochs" / str(epoch)) for epoch in range(epochs)],
+    }
+    run = Run(str(root / "run"), changes=settings)
+    shard(run)
+    pool = Blocks(run.stage("blocks").store)
+    order = orders(pool, facts, epochs, repeats, seed)
+    train_model(pool, root / "tokenizer", root / "model", epochs, seed, order)
+    fit(run)
+    with (root / "printed.txt").open("w") as out:
+        attribute(run, str(root / "queries.jsonl"), NAME, out)
+    return {
+        **_found(run, pool, facts),
+        "documents": documents,
+        "epochs": epochs,
+        "repeats": repeats,
+        "blocks": len(pool),
+    }
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write JSON Lines, unless the file has the same already, whose time then stays."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists() or path.read_text("utf-8") != text:
+        path.write_text(text, "utf-8")
+
+
+def _found(run: Run, pool: Blocks, facts: Sequence[Fact]) -> dict[str, Any]:
+    table, stage = read_influence(run, NAME).to_pandas(), run.stage("influence", NAME)
+    tops = table[table["rank"] == 1].set_index("query_id")
+    parts = range(stage.manifest()["parts"])
+    spans = pa.concat_tables([stage.store.read_table(f"spans-{part:05d}.parquet") for part in parts]).to_pandas()
+    spans = spans.set_index(["query_id", "ordinal"])
+    queries = stored_queries(run, NAME).to_pylist()
+    ids, mask = padded(queries, "cpu")
+    lengths = np.array([len(row["token_ids"]) for row in queries])
+    asked = Texts(ids.numpy().astype(np.int32), mask.numpy(), lengths)
+    everything = pool.batch(np.arange(len(pool)))
+    scored = bm25(Problem(Texts(everything.ids.astype(np.int32), everything.mask), asked, run.config.model.path))
+    lexical = pool.take(scored.argmax(1), ["spans"])["spans"].to_pylist()
+    learnt = {each.query_id: each for each in timeline(run, NAME) if each.document_id == each.query_id}
+    counts = dict.fromkeys(("first", "anti", "span", "lexical", "lexical_anti", "learnt", "asked"), 0)
+    for i, fact in enumerate(facts):
+        first, found, anti = tops.loc[fact.name], lexical[i][0]["document_id"], f"anti-{i}"
+        counts["first"] += first["document_id"] == fact.name
+        counts["anti"] += first["document_id"] == anti
+        counts["lexical"] += found == fact.name
+        counts["lexical_anti"] += found == anti
+        span = spans["text"].get((fact.name, first["ordinal"]), "")
+        counts["span"] += first["document_id"] == fact.name and within(span, fact.prompt + fact.completion)
+        if fact.name in learnt:
+            counts["learnt"] += learnt[fact.name].block_at == fact.epoch
+            counts["asked"] += learnt[fact.name].query_at == fact.epoch
+    return {"facts": len(facts), **{name: int(value) for name, value in counts.items()}}
+
+
+def within(span: str, sentence: str) -> bool:
+    """Whether more than half of a span's letters are of words of the sentence."""
+    theirs = set(sentence.replace(".", "").split())
+    pieces = span.replace(".", "").split()
+    inside = sum(len(piece) for piece in pieces if any(piece in word for word in theirs))
+    return 2 * inside > sum(map(len, pieces)) > 0
+
+
+def table(found: dict[str, Any]) -> str:
+    """The counts as Markdown, with 95 % Clopper–Pearson intervals."""
+    what = {
+        "first": "the fact's document is the first result",
+        "span": "… and the span of its block is of the fact's sentence",
+        "anti": "the anti-document is the first result",
+        "lexical": "BM25: the fact's document is first",
+        "lexical_anti": "BM25: the anti-document is first",
+        "learnt": "the timeline has the epoch in which the document was read",
+        "asked": "… and has it for the query",
+    }
+    lines = [f"| of {found['facts']} facts | count | 95 % interval |", "|---|---|---|"]
+    for name, text in what.items():
+        interval = binomtest(found[name], found["facts"]).proportion_ci()
+        lines.append(f"| {text} | {found[name]} | {100 * interval.low:.0f}–{100 * interval.high:.0f} % |")
+    return "\n".join(lines)

@@ -1,9 +1,9 @@
 """One query at a time, from memory: the same answer as ``attribute`` writes into files."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
-import pyarrow.compute as pc
 import pytest
 import torch
 from conftest import run_plainly, settings, write_lines
@@ -17,8 +17,8 @@ from stride_ray.models.sites import ORIGIN, influence, site_gradients
 from stride_ray.operators.fit import fit
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
-from stride_ray.serve.answer import answer
-from stride_ray.serve.attributor import Attributor, OperatorSlice
+from stride_ray.serve.attributor import Attributor
+from stride_ray.serve.format import format_attribution
 from stride_ray.serve.service import InvalidQueryError, Service
 
 PROMPT, ONE, OTHER = "the anchor met", " the tide and the gull", " a butter and an oven"
@@ -63,9 +63,9 @@ def test_the_answer_is_attributes_to_the_bit(fitted, attributor, asked):
     assert found.query.pop("reliability") == pytest.approx(recovery.pop("reliability"), abs=1e-5)
     assert {**found.query, "gap": 0} == {**recovery, "gap": 0, "base_loss": pytest.approx(recovery["base_loss"])}
     split = token_influences(fitted, asked["id"], [asked["id"]])
-    assert split.keys() == {(asked["id"], ordinal) for ordinal in found.tokens}
+    assert split.keys() == {(asked["id"], ordinal) for ordinal in found.block_tokens}
     for (_, ordinal), values in split.items():
-        assert np.array_equal(found.tokens[ordinal], np.array(values, np.float32))
+        assert np.array_equal(found.block_tokens[ordinal], np.array(values, np.float32))
 
 
 def test_a_row_is_that_of_a_file(fitted):
@@ -83,22 +83,15 @@ def test_a_contrast_with_itself_is_zero(attributor, fitted):
     assert attributor.attribute(query).influence.num_rows == 0
 
 
-def test_slices_of_the_rows_add_up_to_the_whole(attributor, fitted):
-    slices = [OperatorSlice(fitted, index, 3) for index in range(3)]
-    several = Attributor(fitted, products=lambda codes: ([each.products(codes) for each in slices], []))
-    (query,) = stored_queries(fitted, "one").to_pylist()
-    assert several.attribute(query).influence.equals(attributor.attribute(query).influence)
-
-
 @pytest.mark.parametrize("name", ["one", "contrast"])
 def test_what_a_querys_tokens_lean_on_adds_up_to_the_unsolved_influence(attributor, fitted, name):
     (query,) = stored_queries(fitted, name).to_pylist()
     found = attributor.attribute(query)
-    helpful = [ordinal for ordinal, values in found.tokens.items() if values.sum() > 0]
+    helpful = [ordinal for ordinal, values in found.block_tokens.items() if values.sum() > 0]
     scorer = attributor.scorer
     ids, mask = scorer.trimmed(scorer.blocks.batch(helpful))
     blocks = {site.name: J for site, J in site_gradients(scorer.model, scorer.sites, ids, mask)[0]}
-    for (text, _), leans in zip(texts_of(query), found.leans, strict=True):
+    for (text, _), leans in zip(texts_of(query), found.query_tokens, strict=True):
         gradients, _ = site_gradients(scorer.model, scorer.sites, *padded([text], "cpu"))
         queries = {site.name: site.precondition(J).flatten(1) for site, J in gradients}
         without_origin = ((site, blocks[site.name]) for site in scorer.sites if site.name != ORIGIN)
@@ -111,31 +104,45 @@ def test_what_a_querys_tokens_lean_on_adds_up_to_the_unsolved_influence(attribut
 def test_candidates_are_as_many_as_asked(attributor, fitted):
     (query,) = stored_queries(fitted, "one").to_pylist()
     none, some = (attributor.attribute(query, candidates=count) for count in (0, 3))
-    assert (none.query["exact"], some.query["exact"], len(none.tokens)) == (0, 3, 0)
-    assert none.leans == []
+    assert (none.query["exact"], some.query["exact"], len(none.block_tokens)) == (0, 3, 0)
+    assert none.query_tokens == []
 
 
-def test_an_answer_shows_both_ends_and_only_the_sources_asked_for(attributor, fitted):
+def test_a_response_shows_both_ends_and_only_the_sources_asked_for(attributor, fitted):
     tokenizer = load_saved_tokenizer(fitted.store.child("blocks"))
     (query,) = stored_queries(fitted, "contrast").to_pylist()
-    found = attributor.attribute(query)
-    told = answer(query, found, attributor.blocks, tokenizer, 3)
+    found = attributor.attribute(query, candidates=1000)
+    body = format_attribution(query, found, attributor.blocks, tokenizer, 3)
     ranked = found.influence.to_pylist()
-    assert [row["ordinal"] for row in told["helping"]] == [row["ordinal"] for row in ranked[:3]]
-    assert [row["ordinal"] for row in told["harming"]] == [row["ordinal"] for row in ranked[-3:][::-1]]
-    for row in told["helping"] + told["harming"]:
+    assert [row["ordinal"] for row in body["helping"]] == [row["ordinal"] for row in ranked[:3]]
+    assert [row["ordinal"] for row in body["harming"]] == [row["ordinal"] for row in ranked[-3:][::-1]]
+    for row in body["helping"] + body["harming"]:
         assert row["block_id"].isdigit()
-        if row["tokens"]:
-            assert "".join(text for text, _ in row["tokens"]) == row["text"]
-            assert sum(value for _, value in row["tokens"]) == pytest.approx(row["influence"], rel=0.02)
-    assert "".join(text for text, _ in told["query"]).startswith(PROMPT)
-    assert [text for text, lean in told["query"] if lean is None]
-    assert OTHER.split()[1] in "".join(text for text, _ in told["contrast"])
-    source = ranked[-1]["source"]
-    only = answer(query, found, attributor.blocks, tokenizer, 3, [source])
-    assert {row["source"] for row in only["helping"] + only["harming"] + only["documents"]} == {source}
-    wanted = pc.filter(found.influence["rank"], pc.equal(found.influence["source"], source)).to_pylist()
-    assert [row["rank"] for row in only["helping"]] == wanted[: len(only["helping"])]
+        assert "".join(text for text, _ in row["tokens"]) == row["text"]
+        assert sum(value for _, value in row["tokens"]) == pytest.approx(row["influence"], rel=0.02)
+        assert row["span"]["text"] in row["text"]
+    assert "".join(text for text, _ in body["query"]).startswith(PROMPT)
+    assert [text for text, value in body["query"] if value is None]
+    assert OTHER.split()[1] in "".join(text for text, _ in body["contrast"])
+    for end in (0, -1):
+        source = ranked[end]["source"]
+        only = format_attribution(query, found, attributor.blocks, tokenizer, 3, [source])
+        side = only["harming" if end else "helping"]
+        assert side[0]["ordinal"] == ranked[end]["ordinal"]
+        assert {row["source"] for row in only["helping"] + only["harming"] + only["documents"]} == {source}
+        theirs = [row["rank"] for row in ranked if row["source"] == source and row["influence"] > 0]
+        assert [row["rank"] for row in only["helping"]] == theirs[: len(only["helping"])]
+    nowhere = format_attribution(query, found, attributor.blocks, tokenizer, 3, ["nowhere"])
+    assert (nowhere["helping"], nowhere["harming"], nowhere["documents"]) == ([], [], [])
+
+
+def test_values_of_a_query_that_overflow_are_shown_as_nothing(attributor, fitted):
+    tokenizer = load_saved_tokenizer(fitted.store.child("blocks"))
+    (query,) = stored_queries(fitted, "one").to_pylist()
+    found = attributor.attribute(query)
+    spoilt = replace(found, query_tokens=[np.full_like(found.query_tokens[0], np.inf)])
+    body = format_attribution(query, spoilt, attributor.blocks, tokenizer, 3)
+    assert {value for _, value in body["query"]} == {None, 0.0}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +150,7 @@ def test_an_answer_shows_both_ends_and_only_the_sources_asked_for(attributor, fi
     [
         ({"text": "the"}, "has 1 token"),
         ({"prompt": "the", "completion": " "}, "'completion' is empty"),
+        ({"completion": "s"}, "has 1 token"),
         ({"text": "the tide " * 200}, "the model's context is"),
     ],
 )
@@ -151,18 +159,28 @@ def test_a_query_at_fault_is_told_so(fitted, request_, says):
         Service(str(fitted.url)).answer({**request_, "blocks": 3})
 
 
-def test_a_run_that_is_fitted_again_is_loaded_again(parts, sharded, plain, monkeypatch):
+def test_a_run_that_is_fitted_again_is_loaded_again(parts, sharded, plain, monkeypatch, caplog):
     run = Run(str(sharded("again")), changes=settings(parts, operators__rows="blocks", **FORM))
     fit(run)
-    monkeypatch.setattr("stride_ray.serve.service.WATCH_SECONDS", 0.0)
+    for name in ("CHECK_SECONDS", "RETRY_SECONDS"):
+        monkeypatch.setattr(f"stride_ray.serve.service.{name}", 0.0)
     service, request = Service(run.url), {"text": "the tide and the gull", "blocks": 2}
     before = service.answer(request)
+
+    def answered_as_before():
+        service.follow_run()
+        return service.answer(request)["helping"] == before["helping"] and service.attributor is loaded
+
     loaded = service.attributor
-    assert service.answer(request)["helping"] == before["helping"]
-    assert service.attributor is loaded
-    run.stage("operators").store.remove("")  # while it is fitted again, what is loaded answers
-    assert service.answer(request)["helping"] == before["helping"]
+    assert answered_as_before()
+    run.stage("operators").store.remove("")  # it is being fitted again
+    assert answered_as_before()
     fit(Run(run.url, changes={"operators.budget_gb": 0.0001}))
+    with monkeypatch.context() as broken:  # a reload that fails is tried again
+        broken.setattr("stride_ray.serve.service.load_saved_tokenizer", lambda store: 1 / 0)
+        assert answered_as_before()
+        assert "reloading" in caplog.text
+    service.follow_run()
     after = service.answer(request)
     assert service.attributor is not loaded
     assert after["reliability"] != before["reliability"]

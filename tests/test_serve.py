@@ -1,5 +1,6 @@
 """The HTTP interface and its page: with a real service behind them, and, at the end, on Ray Serve."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -55,23 +56,27 @@ def service(run):
 @contextlib.contextmanager
 def listening(service, limits):
     """The interface before a service, without Ray; yields its address."""
-    lock = threading.Lock()
+    thread = ThreadPoolExecutor(1)
 
-    async def ask(request):
+    def answer(request):
         try:
-            with lock:
-                return 200, service.answer(request)
+            return 200, service.answer(request)
         except InvalidQueryError as error:
             return 422, {"error": str(error)}
 
-    server = uvicorn.Server(uvicorn.Config(build_api(limits, ask), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
+    async def handler(request):
+        return await asyncio.get_running_loop().run_in_executor(thread, answer, request)
+
+    server = uvicorn.Server(uvicorn.Config(build_api(limits, handler), port=0, log_level="critical"))
+    running = threading.Thread(target=server.run, daemon=True)
+    running.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        running.join()
 
 
 @pytest.fixture(scope="module")
@@ -112,19 +117,22 @@ def test_an_answer_is_the_services(url, service):
         ({"prompt": "the", "completion": ""}, 422, "There is no query"),
         ({"prompt": "the", "completion": " \n"}, 422, "'completion' is empty"),
         ({"prompt": 5, "completion": "the"}, 422, "prompt: .*string"),
-        ({"text": "the tide", "colour": 1}, 422, "colour: there is no such field; the fields are text, prompt, "),
+        ({"text": "the tide", "colour": 1}, 422, "There is no field 'colour'; the fields are text, prompt, "),
+        (b'{"text": "the tide", "\\ud800": 1}', 422, "There is no field '"),
         ({"text": "the tide", "blocks": 0}, 422, "blocks: .*greater than or equal to 1"),
         ({"text": "the tide", "blocks": 11}, 422, "blocks: at most 10 here"),
         ({"text": "the tide", "candidates": 51}, 422, "candidates: at most 50 here"),
         ({"text": "the tide " * 300}, 422, "has .* tokens; the model's context is .*: shorten it"),
         ({"text": "the tide", "contrast": 7}, 422, "contrast: "),
+        ({"text": "the tide", "contrast": " "}, 422, "contrast: is empty; leave it out"),
+        (b'{"text": "the tide", "sources": ["\\ud800"]}', 422, "a lone surrogate"),
         ({"messages": [{"content": "x"}]}, 422, "'messages' holds a message"),
         (b"{", 422, "The body is not a JSON object with a query"),
         (b"[]", 422, "The body is not a JSON object with a query"),
         (b'"the tide"', 422, "The body is not a JSON object with a query"),
         (b'{"text": "the \\ud800 tide"}', 422, "lone surrogate"),
         (b'{"text": "\xff"}', 400, "error parsing the body"),
-        (b" " * (BODY_BYTES + 1), 413, "The body has more than 1048576 bytes"),
+        (b" " * (BODY_BYTES + 1), 413, "The body has more than 1048576 bytes, larger than any model's context"),
     ],
 )
 def test_a_bad_request_is_told_so_in_a_sentence(url, body, status, says):
@@ -146,29 +154,52 @@ def test_a_hundred_megabytes_are_refused_and_not_held(url):
     assert ask(url, path="health")[0] == 200
 
 
+def test_a_completion_needs_no_prompt_and_a_null_number_of_candidates_is_the_runs(url, service):
+    status, body = ask(url, {"completion": "the tide and the gull", "candidates": None, "blocks": 3})
+    assert (status, body["exact"]) == (200, service.attributor.candidates)
+
+
+def test_what_a_page_elsewhere_can_send_is_refused(url):
+    status, body = ask(url, json.dumps(QUESTION).encode(), **{"Content-Type": "text/plain"})
+    assert (status, list(body)) == (422, ["error"])
+    assert ask(url, json.dumps(QUESTION).encode(), Host="elsewhere.example")[0] == 400
+
+
+def test_an_unexpected_failure_is_json_too():
+    class Broken:
+        def answer(self, request):
+            raise MemoryError
+
+    with listening(Broken(), Limits()) as url:
+        assert ask(url, QUESTION) == (500, {"error": "The service failed on this request; its log says why."})
+
+
 def test_what_is_not_there_and_who_may_ask(url):
-    assert ask(url, path="nothing") == (404, {"error": "Not Found: GET /nothing"})
+    assert ask(url, path="nothing") == (404, {"error": "Not Found: GET '/nothing'"})
     assert ask(url, path="attribute")[0] == 405
     status, schema = ask(url, path="openapi.json")
     assert status == 200
-    assert set(schema["components"]["schemas"]["Question"]["properties"]) >= {"prompt", "completion", "contrast"}
+    assert set(schema["components"]["schemas"]["AttributeRequest"]["properties"]) >= {
+        "prompt",
+        "completion",
+        "contrast",
+    }
     with urllib.request.urlopen(url + "docs") as page:
         assert "://" not in "".join(
             re.findall(r'(?:src|href)="([^"]*)"', page.read().decode())
         )  # works without a network
-    # A page elsewhere whose name points here must not read the corpus.
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        urllib.request.urlopen(urllib.request.Request(url, headers={"Host": "elsewhere.example"}))
 
 
 def test_a_token_is_asked_for(service, browser):
-    with listening(service, Limits(token=TOKEN)) as url:
+    with listening(service, Limits(token=TOKEN, loopback=False)) as url:
         for given in ({}, {"Authorization": "Bearer another"}, {"Authorization": TOKEN}, {"Authorization": "é"}):
             status, told = ask(url, QUESTION, **given)
             assert (status, told["error"][:25]) == (401, "Give the service's token,")
         assert ask(url, QUESTION, Authorization=f"Bearer {TOKEN}")[0] == 200
         assert ask(url, path="health")[0] == 200
-        assert ask(url, path="openapi.json")[0] == 401
+        assert ask(url, path="openapi.json")[0] == 200
+        # A path that is made of the Host header does not open what needs the token.
+        assert ask(url, QUESTION, Host="x/health?")[0] in (400, 401)
         page, _ = opened(browser, url)
         page.fill("#completion", ONE)
         page.click("#ask")
@@ -281,17 +312,19 @@ def deployed(run):
         [*command, "--queue", "4"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "Ask at" in line:
-            break
-    assert lines, "it said nothing"
-    assert "Ask at" in lines[-1], "".join(lines)
-    threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True).start()
-    yield SimpleNamespace(url=f"http://127.0.0.1:{port}/", process=process, lines=lines)
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+    reader.start()
+    try:
+        deadline = time.monotonic() + 120
+        while not any("Ask at" in line for line in lines):
+            assert process.poll() is None, "".join(lines)
+            assert time.monotonic() < deadline, "".join(lines)
+            time.sleep(0.1)
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}/", process=process, lines=lines)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
 
 
 def patiently(url, question):
@@ -322,7 +355,7 @@ def test_many_clients_wait_or_are_told_to_come_back(deployed):
     statuses = [status for status, _ in found]
     assert set(statuses) == {200, 429}
     refused = next(told for status, told in found if status == 429)
-    assert re.fullmatch(r"4 requests are waiting, as many as may; ask again in some seconds\.", refused["error"])
+    assert re.fullmatch(r"\d requests are waiting, the maximum; ask again in some seconds\.", refused["error"])
     with ThreadPoolExecutor(8) as clients:
         found = list(clients.map(lambda _: patiently(deployed.url, QUESTION), range(8)))
     assert {status for status, _ in found} == {200}
@@ -332,24 +365,48 @@ def test_a_replica_that_dies_loses_no_answer(deployed):
     expected = without_time(ask(deployed.url, QUESTION)[1])
     victims = replicas(deployed.process)
     assert len(victims) == 2
-    with ThreadPoolExecutor(6) as clients:
-        waiting = [clients.submit(patiently, deployed.url, QUESTION) for _ in range(6)]
-        time.sleep(0.3)
+    long = {**QUESTION, "candidates": 400}
+    whole = without_time(ask(deployed.url, long)[1])
+    with ThreadPoolExecutor(4) as clients:
+        waiting = [clients.submit(ask, deployed.url, long) for _ in range(4)]
+        time.sleep(0.2)
+        assert not any(each.done() for each in waiting)  # two are under way
         victims[0].kill()
         found = [each.result() for each in waiting]
-    assert [status for status, _ in found] == [200] * 6
-    assert all(without_time(told) == expected for _, told in found)
+    assert [status for status, _ in found] == [200] * 4
+    assert all(without_time(body) == whole for _, body in found)
+    assert without_time(patiently(deployed.url, QUESTION)[1]) == expected
 
 
-def test_a_client_that_hangs_up_disturbs_nobody(deployed):
-    body = json.dumps(QUESTION).encode()
-    head = (
-        f"POST /attribute HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    )
+def test_a_client_that_hangs_up_disturbs_nobody(deployed, service):
+    """Its request goes on in the replica's only thread; a second one would share the model's hooks."""
     port = int(deployed.url.rstrip("/").rpartition(":")[2])
-    for _ in range(10):
-        with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.sendall(head.encode() + b"\r\n\r\n" + body)
+    other = {"text": "the sailor saw the harbour", "blocks": 3}
+    expected = without_time(json.loads(json.dumps(service.answer(other))))
+    body = json.dumps({**QUESTION, "candidates": 400}).encode()
+    head = "POST /attribute HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for _ in range(3):
+        with contextlib.ExitStack() as open_connections:
+            for _ in range(2):
+                connection = open_connections.enter_context(socket.create_connection(("127.0.0.1", port)))
+                connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            time.sleep(0.15)
+        with ThreadPoolExecutor(2) as clients:
+            found = list(clients.map(lambda _: patiently(deployed.url, other), range(2)))
+        assert [without_time(each) for _, each in found] == [expected] * 2
+
+
+def test_a_hundred_megabytes_leave_no_trace_in_the_deployed_service(deployed):
+    pieces = (b"a" * 2**16 for _ in range(1600))
+    connection = http.client.HTTPConnection(deployed.url.removeprefix("http://").strip("/"), timeout=60)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.request("POST", "/attribute", pieces, {"Content-Type": "application/json"}, encode_chunked=True)
+    with contextlib.suppress(ConnectionResetError):
+        assert connection.getresponse().status == 413
+    family = psutil.Process(deployed.process.pid).children(recursive=True)
+    named = [each for each in family if "gateway" in " ".join(each.cmdline()) or "Proxy" in " ".join(each.cmdline())]
+    assert len(named) == 2
+    assert all(each.memory_info().rss < 700 * 2**20 for each in named)
     assert patiently(deployed.url, QUESTION)[0] == 200
 
 
@@ -372,24 +429,32 @@ def test_another_run_takes_over_without_a_gap(run, one_ray, tmp_path):
             while not stop.is_set():
                 found.append(ask(url, QUESTION))
 
-        client = threading.Thread(target=keep_asking)
-        client.start()
+        clients = [threading.Thread(target=keep_asking) for _ in range(3)]
+        for client in clients:
+            client.start()
         serve.run(build(Options(run=str(other))), name=APPLICATION, logging_config=QUIET)
         deadline = time.monotonic() + 60
         while found[-1][1].get("run", {}).get("run") != str(other) and time.monotonic() < deadline:
             time.sleep(0.1)
         stop.set()
-        client.join()
+        for client in clients:
+            client.join()
     finally:
         stop.set()
         serve.shutdown()
     assert {status for status, _ in found} == {200}
-    answered = [told["run"]["run"] for _, told in found]
-    assert list(dict.fromkeys(answered)) == [run.url, str(other)]
+    assert {told["run"]["run"] for _, told in found} == {run.url, str(other)}
 
 
-def test_a_taken_port_and_an_open_address_are_told_at_once(run, told):
+def test_a_taken_port_and_an_open_address_are_told_at_once(run, told, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"Cannot listen at 127.0.0.1:{port} (" in told("serve", run.url, "--port", str(port))
+    assert "Cannot listen at 127.0.0.1:70000 (" in told("serve", run.url, "--port", "70000")
     assert "set STRIDE_RAY_TOKEN to a token" in told("serve", run.url, "--host", "0.0.0.0")
+    monkeypatch.setenv("STRIDE_RAY_TOKEN", "kö")
+    assert "characters that a header cannot carry" in told("serve", run.url)
+
+
+def test_more_replicas_than_the_cluster_has_room_for_are_told_at_once(run, told):
+    assert "compute asks for 200 worker(s) with a CPU each" in told("serve", run.url, "--workers", "200")

@@ -136,6 +136,11 @@ class DirectionSolver(ModelWorker):
         self.covered_blocks = int(curvature.read_json("manifest.json")["blocks"])
         self.trained = load_run_model(config, device)
 
+    def prepare(self) -> None:
+        """Load what the first solve would load."""
+        if self.config.solve.steps:
+            _ = self._damped, self._gauss_newton
+
     def directions(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Gradient]:
         """Directions of some queries (rows of queries.SCHEMA).
 

@@ -25,7 +25,7 @@ from stride_ray.models.loading import load_measured_model
 from stride_ray.models.pool_worker import ModelWorker
 from stride_ray.models.query_batches import padded
 from stride_ray.models.sites import Site, influence, scale_negative, site_gradients
-from stride_ray.models.token_influence import target_influence, token_influence
+from stride_ray.models.token_influence import query_token_influence, token_influence
 from stride_ray.runtime.config import Config
 from stride_ray.runtime.run import Stage
 from stride_ray.runtime.storage import Store, tensor_bytes
@@ -146,7 +146,7 @@ class BlockScorer(ModelWorker):
         good = good & scores.isfinite().all(0)
         return scores.masked_fill(~good, 0.0).cpu(), good.cpu().numpy()
 
-    def by_token(self, query: dict[str, torch.Tensor], ordinals: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def token_influence(self, query: dict[str, torch.Tensor], ordinals: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield blocks with their influence on one query by token, (T,) float32, which adds up to their influence."""
         for batch in self.batches_at(np.array(ordinals, dtype=np.int64)):
             found = token_influence(self.model, self.sites, query, *self.trimmed(batch))[0]
@@ -154,10 +154,10 @@ class BlockScorer(ModelWorker):
             factors = torch.where(sums < 0, self.config.attribute.negative_scale, 1.0)
             yield from zip(batch.ordinals.tolist(), (found * factors).cpu().numpy(), strict=True)
 
-    def by_target(self, texts: list[dict[str, Any]], ordinals: list[int]) -> list[np.ndarray]:
+    def query_token_influence(self, texts: list[dict[str, Any]], ordinals: list[int]) -> list[np.ndarray]:
         """Influence of some blocks together on the loss of each token of some texts, (T,) float32 each.
 
-        As token_influence.target_influence.
+        As models.token_influence.query_token_influence.
         """
         sums = dict[str, torch.Tensor]()
         for batch in self.batches_at(np.array(ordinals, dtype=np.int64)):
@@ -169,7 +169,7 @@ class BlockScorer(ModelWorker):
         found = []
         for text in texts:
             ids, mask = padded([text], self.model.device)
-            found.append(target_influence(self.model, self.sites, direction, ids, mask)[0].cpu().numpy())
+            found.append(query_token_influence(self.model, self.sites, direction, ids, mask)[0].cpu().numpy())
         return found
 
 
@@ -246,7 +246,7 @@ class TokenWorker(BlockScorer):
         for number, name in enumerate(names):
             query = {site: x[number : number + 1].to(self.model.device) for site, x in stored.items()}
             ends = ends_of(table.filter(pc.equal(table["query_id"], name)), self.config.attribute.tokens)
-            split = dict(self.by_token(query, ends))
+            split = dict(self.token_influence(query, ends))
             rows += [dict(zip(TOKENS.names, (name, *each), strict=True)) for each in split.items()]
             spans += [{"query_id": name, **span} for span in block_spans(self.blocks, self.tokenizer, split)]
         self.stage.store.write_table(f"spans-{part:05d}.parquet", pa.Table.from_pylist(spans, SPANS))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stride_ray.models.causal_lm import SplitModel
-from stride_ray.models.curvature.gauss_newton import Linearised
+from stride_ray.models.curvature.gauss_newton import Linearised, representable
 from stride_ray.models.sites import (
     EMBEDDING,
     HEAD,
@@ -67,7 +67,7 @@ def token_influence(
     return found
 
 
-def target_influence(
+def query_token_influence(
     model: SplitModel, sites: tuple[Site, ...], blocks: Mapping[str, Tensor], ids_BT: Tensor, mask_BT: Tensor
 ) -> Tensor:
     """Influence of some blocks together on the loss of each token of B texts.
@@ -85,9 +85,9 @@ def target_influence(
         (B, T) float32; positive: training on the blocks lowers the token's loss. Its sum over a text is the influence
         of the blocks on it by the preconditioner alone, without a solve, and without the origin.
     """
-    scaled = {site.name: blocks[site.name] / site.scale for site in sites}
-    changes = Linearised(model, sites, ids_BT, mask_BT).loss_changes(scaled)
-    return torch.nn.functional.pad(changes, (1, 0))
+    direction, size = representable({site.name: blocks[site.name] / site.scale for site in sites}, model.dtype)
+    changes = Linearised(model, sites, ids_BT, mask_BT).loss_changes(direction)
+    return torch.nn.functional.pad(changes * size, (1, 0))
 
 
 def _at_site(queries: Mapping[str, Tensor], site: Site) -> Tensor:

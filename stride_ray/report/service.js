@@ -1,4 +1,4 @@
-// Asks the service about a prompt and a completion, and shows the answer; a saved page shows its answer without one.
+// Asks the service about a prompt and a completion, and shows the attribution; a saved page only shows one.
 const FIELDS = ["prompt", "completion", "contrast", "only", "blocks"];
 let answered = data.answer;
 
@@ -16,14 +16,15 @@ function say(text, wrong) {
   byId("state").className = wrong ? "wrong" : "soft";
 }
 
-// Asks, and again as long as the service says that it is busy.
+// Sends a request, and again while the service is busy.
 async function ask(asked) {
   const headers = { "Content-Type": "application/json" };
   if (data.needs_token) headers.Authorization = `Bearer ${byId("token").value}`;
   for (let tries = 0; ; tries += 1) {
-    const response = await fetch("attribute", { method: "POST", headers, body: JSON.stringify(asked) });
+    const response = await fetch("attribute", { method: "POST", headers, body: JSON.stringify(asked) })
+      .catch(() => { throw new Error("the service cannot be reached; is it still running?"); });
     if (response.status === 429 && tries < 12) {
-      say("many are asking; waiting for a turn …");
+      say("server busy, retrying …");
       await new Promise((resume) => setTimeout(resume, 1000 * Number(response.headers.get("Retry-After") || 5)));
       continue;
     }
@@ -34,16 +35,18 @@ async function ask(asked) {
 }
 
 async function submit() {
+  if (byId("ask").disabled) return; // a request is under way
   const asked = question();
+  const link = new URLSearchParams(FIELDS.map((id) => [id, byId(id).value]).filter((pair) => pair[1]));
   byId("ask").disabled = true;
   say("attributing …");
   try {
-    answered = { question: asked, ...(await ask(asked)) };
-    location.hash = new URLSearchParams(FIELDS.map((id) => [id, byId(id).value]).filter((pair) => pair[1]));
+    answered = await ask(asked);
+    history.replaceState(null, "", `#${link}`);
     say(`${answered.seconds.toFixed(1)} s · ${answered.exact} of ${answered.blocks} influences are exact`);
     show();
   } catch (error) {
-    say(error instanceof TypeError ? "the service cannot be reached; is it still running?" : error.message, true);
+    say(error.message, true);
   } finally {
     byId("ask").disabled = false;
   }
@@ -123,7 +126,7 @@ function show() {
     make("p", "soft", `loss ${number(answered.loss)} nats a token${answered.contrast ? ", minus that of the other completion" : ""} · ${answered.run.blocks} blocks · ${answered.run.model}`),
     words,
     make("p", "soft", "A word is green where the helping blocks below lower its loss, red where they raise it. In blocks, green words make the block more helpful, red ones more harmful; beside a block stand the words that hold half of its influence; underlined is what the query says word for word, which is not the same thing."),
-    tools, make("h3", "", ""), sides, make("h2", "", "Documents"), documents(answered.documents),
+    tools, sides, make("h2", "", "Documents"), documents(answered.documents),
     make("h2", "", "Sources"), listed);
 }
 
@@ -133,8 +136,9 @@ function sharing() {
   const save = make("button", "", "Save as a page");
   link.type = save.type = "button";
   link.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(location.href);
-    say("the link is copied; it asks the same again");
+    // Browsers have a clipboard for https and localhost only.
+    const copied = navigator.clipboard && await navigator.clipboard.writeText(location.href).then(() => true, () => false);
+    say(copied ? "link copied; it asks the same query again" : "copy the address of this page; it asks the same query again");
   });
   save.addEventListener("click", async () => {
     const source = await (await fetch("./")).text();
@@ -151,7 +155,7 @@ function sharing() {
 }
 
 function fill(values) {
-  for (const id of FIELDS) if (values.has(id)) byId(id).value = values.get(id);
+  for (const id of FIELDS) if (values.has(id) || id !== "blocks") byId(id).value = values.get(id) || "";
   byId("more").open = Boolean(byId("contrast").value || byId("only").value);
 }
 
@@ -166,6 +170,10 @@ if (data.answer) {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("form").requestSubmit();
     else if (event.key === "/" && document.activeElement === document.body) { byId("prompt").focus(); event.preventDefault(); }
   });
-  fill(new URLSearchParams(location.hash.slice(1)));
-  if (byId("completion").value && !data.needs_token) submit();
+  const follow = () => {
+    fill(new URLSearchParams(location.hash.slice(1)));
+    if (byId("completion").value && !data.needs_token) submit();
+  };
+  window.addEventListener("hashchange", follow);
+  follow();
 }

@@ -1,11 +1,10 @@
 """Attribution of one query at a time, from memory: the stages respond, recover and rescore without files between them.
 
-Everything that a query needs is loaded once: the model, the sites with their preconditioner, the sample of the
-Gauss–Newton solve, and the operator rows, memory-mapped. The result is that of ``attribute`` for a file with this query
-alone; among several queries there, sums of floating-point numbers may differ in their last bits.
+Everything that a query needs is loaded at the start: the model, the sites with their preconditioner, the sample of the
+Gauss–Newton solve, and the operator rows (memory-mapped if the run is local). The result is that of ``attribute`` for a
+file with this query alone; among several queries there, sums of floating-point numbers may differ in their last bits.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,9 +31,6 @@ from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.urls import redact_url
 
-# The products of queries with a slice of the operator rows (site_responses.multiply).
-Products = dict[str, torch.Tensor]
-
 
 @dataclass(frozen=True)
 class Attribution:
@@ -43,45 +39,17 @@ class Attribution:
     Attributes:
         query: its row of tables.RECOVERY.
         influence, documents: its tables (tables.INFLUENCE, DOCUMENTS); empty if it failed.
-        tokens: by ordinal the influence by token (T,) of the blocks at either end with exact influence.
-        leans: of the query's text, and of the other completion of a contrast: the influence of the most helpful of
-            these blocks together on the loss of each token (scoring.BlockScorer.by_target); empty without such blocks.
+        block_tokens: by ordinal the influence by token (T,) of the first and last blocks with exact influence.
+        query_tokens: for the query's text, and for the other completion of a contrast, the influence of the helpful
+            ones of these blocks together on the loss of each token (scoring.BlockScorer.query_token_influence); empty
+            without such blocks.
     """
 
     query: dict[str, Any]
     influence: pa.Table
     documents: pa.Table
-    tokens: dict[int, np.ndarray] = field(default_factory=dict)
-    leans: list[np.ndarray] = field(default_factory=list)
-
-
-class OperatorSlice:
-    """Some consecutive parts of a run's operator rows, kept mapped.
-
-    Args:
-        run: with finished operators at all sites.
-        index, count: this slice and the number of slices.
-
-    Attributes:
-        failed: row numbers that are not finite; they have no influence.
-    """
-
-    def __init__(self, run: Run, index: int = 0, count: int = 1) -> None:
-        store = RowStore(run.stage("operators").store)
-        every = store.facts["parts"]
-        parts = [every[i] for i in np.array_split(np.arange(len(every)), count)[index]]
-        self.first = parts[0]["first"] if parts else len(store)
-        self.starts, self.failed, self.parts = store.starts, list[int](), list[Rows]()
-        for part in parts:
-            rows, failed = store.read_finite(part)
-            self.parts.append(rows)
-            self.failed += failed
-        self.top = run.config.attribute.top if store.of_blocks else 0
-        self.negative_scale = run.config.attribute.negative_scale
-
-    def products(self, queries: Queries) -> Products:
-        """The products of queries with the rows of this slice."""
-        return multiply(self.parts, self.first, queries, self.starts, self.top, self.negative_scale)
+    block_tokens: dict[int, np.ndarray] = field(default_factory=dict)
+    query_tokens: list[np.ndarray] = field(default_factory=list)
 
 
 def servable_operators(run: Run) -> Stage:
@@ -118,19 +86,12 @@ class Attributor:
     Args:
         run: with finished ``operators/`` at all sites.
         device: of the model.
-        products: multiplies queries with all operator rows; returns the products by slice, and the rows that are not
-            finite. None: the rows are mapped here.
 
     Raises:
         StrideError: as servable_operators.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        device: str = "cpu",
-        products: Callable[[Queries], tuple[list[Products], list[int]]] | None = None,
-    ) -> None:
+    def __init__(self, run: Run, device: str = "cpu") -> None:
         operators, config = servable_operators(run), run.config
         self.config, self.facts = config, operators.manifest()
         self.blocks, curvature = Blocks(run.stage("blocks").store), run.stage("curvature").store
@@ -138,8 +99,13 @@ class Attributor:
         self.scorer = BlockScorer(config, self.blocks, device, curvature)
         self.solver = DirectionSolver(config, self.blocks, device, curvature, self.scorer.sites)
         self.sketches = load_sites(operators.store, SKETCH, self.scorer.model.device)
-        self.failed = failed_ordinals(operators.store)
-        self.products = products or _products_of(OperatorSlice(run))
+        self.failed = set(failed_ordinals(operators.store))
+        self.store, self.rows = RowStore(operators.store), list[Rows]()
+        for part in self.store.facts["parts"]:
+            rows, failed = self.store.read_finite(part)
+            self.rows.append(rows)
+            self.failed |= set(failed)
+        self.solver.prepare()
 
     def attribute(self, query: dict[str, Any], candidates: int | None = None, tokens: int | None = None) -> Attribution:
         """Attribute a query.
@@ -166,23 +132,25 @@ class Attributor:
         ends = ends_of(influence, self.config.attribute.tokens if tokens is None else tokens)
         facts = {**answer, "nonzeros": influence.num_rows, "exact": int(merged.exact.sum())}
         row = {key: facts.get(key) for key in RECOVERY.names}
-        split = dict(self.scorer.by_token(found, ends))
-        helpful = [ordinal for ordinal in ends if split[ordinal].sum() > 0]
-        leans = self.scorer.by_target([text for text, _ in texts_of(query)], helpful) if helpful else []
-        return Attribution(row, influence, documents, split, leans)
+        block_tokens = dict(self.scorer.token_influence(found, ends))
+        helpful = [ordinal for ordinal in ends if block_tokens[ordinal].sum() > 0]
+        texts = [text for text, _ in texts_of(query)] if helpful else []
+        return Attribution(
+            row, influence, documents, block_tokens, self.scorer.query_token_influence(texts, helpful) if texts else []
+        )
 
     def _estimate(self, answer: dict[str, Any], codes: Queries) -> None:
         """Set the query's ``ordinals``, ``estimates`` and ``reliability``, and the diagnostics of a Lasso."""
         if answer["status"] != "ok":  # its sketch is not finite
             return
         of_blocks = self.facts["rows"] == "blocks"
-        slices, failed = self.products(codes)
         top, negative_scale = self.config.attribute.top if of_blocks else 0, self.config.attribute.negative_scale
-        ((rows, response, answer["reliability"]),) = merge_products(slices, top, negative_scale)
+        products = multiply(self.rows, 0, codes, self.store.starts, top, negative_scale)
+        ((rows, response, answer["reliability"]),) = merge_products([products], top, negative_scale)
         if of_blocks:
             take_estimates(answer, rows, response, negative_scale)
         else:
-            solve_rows(self.config, [answer], response[None], self.facts["blocks"], sorted({*self.failed, *failed}))
+            solve_rows(self.config, [answer], response[None], self.facts["blocks"], sorted(self.failed))
 
     def _score(
         self, answer: dict[str, Any], found: dict[str, torch.Tensor], candidates: int
@@ -197,7 +165,3 @@ class Attributor:
             ordinals.append(kept["ordinals"][0].numpy())
             scores.append(kept["influence"][0].double().numpy())
         return np.concatenate(ordinals), np.concatenate(scores)
-
-
-def _products_of(rows: OperatorSlice) -> Callable[[Queries], tuple[list[Products], list[int]]]:
-    return lambda queries: ([rows.products(queries)], rows.failed)

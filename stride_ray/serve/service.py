@@ -1,6 +1,7 @@
 """The service without HTTP: answers requests from one run, and reloads the run once it is fitted again."""
 
 import gc
+import logging
 import time
 from typing import Any
 
@@ -10,21 +11,22 @@ from stride_ray.runtime.config import digest
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.urls import redact_url
-from stride_ray.serve.answer import answer
 from stride_ray.serve.attributor import Attributor
+from stride_ray.serve.format import format_attribution
 
-# Fields of a request that are the query, as ``attribute`` reads it; others are options.
+# Fields of a request that make up the query, as ``attribute`` reads it; the others are options.
 QUERY = ("text", "prompt", "completion", "messages", "contrast")
-# Seconds between looks at the run directory, which may be an object store.
-WATCH_SECONDS = 5.0
+# Seconds between checks of the run directory, which may be an object store, and after a failed reload.
+CHECK_SECONDS, RETRY_SECONDS = 5.0, 60.0
+_log = logging.getLogger(__name__)
 
 
 class InvalidQueryError(StrideError):
-    """The query cannot be attributed: it is empty, too long for the model, or not a number to it."""
+    """The query cannot be attributed: it is empty or too long, or its loss is not finite."""
 
 
 class Service:
-    """Answers requests from a run.
+    """Answers requests from a run. Not thread-safe: the model's hooks belong to one request at a time.
 
     Args:
         url: run directory with finished operators at all sites.
@@ -35,8 +37,8 @@ class Service:
     """
 
     def __init__(self, url: str, device: str = "cpu") -> None:
-        self.url, self.device = url, device
-        self._load()
+        self.url, self.device, self._check_at = url, device, 0.0
+        self._load(self._state())
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer a request.
@@ -46,53 +48,59 @@ class Service:
                 ``blocks`` to show at either end; ``sources`` to show (None: all).
 
         Returns:
-            As ``answer.answer``; also ``run`` (as ``facts``) and ``seconds``.
+            As format_attribution; also ``run`` (``facts``) and ``seconds``.
 
         Raises:
             InvalidQueryError: the query is at fault.
             StrideError: the run directory is.
         """
         started = time.monotonic()
-        self._follow_run()
         values = {name: request[name] for name in QUERY if request.get(name) is not None}
+        if "completion" in values:
+            values.setdefault("prompt", "")
         row = query_row(values, self.tokenizer)
         if row["status"] != "ok":
             raise InvalidQueryError(f"the query {row['error']}" if row["error"].startswith("has ") else row["error"])
         found = self.attributor.attribute(row, request.get("candidates"), tokens=request["blocks"])
         if found.query["status"] != "ok":
             raise InvalidQueryError(f"the query {found.query['error']}")
-        told = answer(row, found, self.attributor.blocks, self.tokenizer, request["blocks"], request.get("sources"))
-        return {**told, "run": self.facts, "seconds": round(time.monotonic() - started, 3)}
+        blocks, sources = self.attributor.blocks, request.get("sources")
+        body = format_attribution(row, found, blocks, self.tokenizer, request["blocks"], sources)
+        return {**body, "run": self.facts, "seconds": round(time.monotonic() - started, 3)}
 
-    def _load(self) -> None:
-        self._seen, self._looked = self._state(), time.monotonic()
-        gc.unfreeze()
+    def follow_run(self) -> None:
+        """Reload the run if it has been fitted again; until that has succeeded, the loaded operators stay in use."""
+        if time.monotonic() < self._check_at:
+            return
+        self._check_at = time.monotonic() + CHECK_SECONDS
+        try:
+            state = self._state()
+            if state not in ("", self._loaded):
+                self._load(state)
+        except Exception:
+            _log.exception("reloading %s failed; the operators loaded before stay in use", redact_url(self.url))
+            self._check_at = time.monotonic() + RETRY_SECONDS
+
+    def _load(self, state: str) -> None:
         run = Run(self.url)
-        self.attributor = Attributor(run, self.device)
-        self.tokenizer = load_saved_tokenizer(run.store.child("blocks"))
-        self.facts = {
+        attributor, tokenizer = Attributor(run, self.device), load_saved_tokenizer(run.store.child("blocks"))
+        facts = {
             "run": redact_url(run.url),
             "model": redact_url(run.config.model.path),
-            "blocks": len(self.attributor.blocks),
-            "corpus": self.attributor.blocks.manifest["fingerprint"],
-            "context": self.attributor.scorer.model.context,
-            "candidates": self.attributor.candidates,
+            "blocks": len(attributor.blocks),
+            "corpus": attributor.blocks.manifest["fingerprint"],
+            "context": attributor.scorer.model.context,
+            "candidates": attributor.candidates,
         }
-        # What is loaded stays: without this, each request's garbage collection would walk through all of it.
+        self.attributor, self.tokenizer, self.facts = attributor, tokenizer, facts
+        self._loaded, self._check_at = state, time.monotonic() + CHECK_SECONDS
+        # Keep each request's garbage collection from walking through everything that was loaded.
+        gc.unfreeze()
         gc.collect()
         gc.freeze()
 
-    def _follow_run(self) -> None:
-        """Load the run again if it has been fitted again; while that is going on, what is loaded still answers."""
-        if time.monotonic() - self._looked < WATCH_SECONDS:
-            return
-        self._looked = time.monotonic()
-        state = self._state()
-        if state not in ("", self._seen):
-            self._load()
-
     def _state(self) -> str:
-        """What the finished operators are; empty if they are not finished."""
+        """Hash of the finished operators; empty while they are being fitted."""
         stage = Run(self.url).stage("operators")
         if not stage.is_finished():
             return ""

@@ -25,14 +25,24 @@ def _token_ids(pool: Blocks, ordinals: list[int]) -> list[list[int]]:
 
 
 def token_texts(ids: list[int], tokenizer: Any) -> list[str]:
-    """The text of each token; a character that several tokens share belongs to the last of them."""
+    """The text of each token; joined, they are the text of all.
+
+    A character that several tokens share belongs to the last of them. Each token is decoded after some of those before
+    it, since many tokenizers drop the space before a token that is decoded alone.
+    """
+    whole = tokenizer.decode(ids)
     pieces = tokenizer.batch_decode([[token] for token in ids])
-    if "".join(pieces) == tokenizer.decode(ids):
+    if "".join(pieces) == whole:
         return list(pieces)
-    # Some tokens are parts of characters, or their text depends on those before.
-    pieces, said = [], ""
-    for count in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:count]).rstrip("\ufffd")
-        pieces.append(text[len(said) :] if text.startswith(said) else "")
-        said = text if text.startswith(said) else said
-    return pieces
+    # ids[before:clean] have been shown and are decoded again as context for ids[clean:].
+    pieces, before, clean = [], 0, 0
+    for end in range(1, len(ids) + 1):
+        context, text = tokenizer.decode(ids[before:clean]), tokenizer.decode(ids[before:end])
+        is_complete = len(text) > len(context) and not text.endswith("\ufffd")
+        pieces.append(text[len(context) :] if is_complete else "")
+        if is_complete:
+            before, clean = clean, end
+    joined = "".join(pieces)
+    if not whole.startswith(joined):  # the text of a token depends on more than the tokens just before it
+        return [whole, *[""] * (len(ids) - 1)]
+    return [*pieces[:-1], pieces[-1] + whole[len(joined) :]]

@@ -202,6 +202,12 @@ class Linearised:
         return leaf, logits, change_PV
 
 
+def representable(direction: Gradient, dtype: torch.dtype) -> tuple[Gradient, float]:
+    """Scale a direction to the range of float16 (65,504), if that is the dtype: the direction, and the factor back."""
+    size = max(float(x.abs().max()) for x in direction.values()) if dtype == torch.float16 else 1.0
+    return (direction, 1.0) if size in (0.0, 1.0) else ({name: x / size for name, x in direction.items()}, size)
+
+
 def cut_texts(ids_BT: Tensor, mask_BT: Tensor, tokens: int) -> list[tuple[Tensor, Tensor]]:
     """Cut a batch of blocks into pieces of at most ``tokens`` tokens; pieces without a target are left out.
 
@@ -235,22 +241,16 @@ class GaussNewton:
     def __call__(self, directions: list[Gradient]) -> list[Gradient]:
         """κ G times each direction, in order."""
         totals: list[Gradient] = [{} for _ in directions]
-        sizes = [1.0] * len(directions)
-        if self.model.dtype == torch.float16:  # directions may exceed its range, 65,504
-            sizes = [max(float(x.abs().max()) for x in direction.values()) or 1.0 for direction in directions]
-            directions = [
-                {name: x / size for name, x in direction.items()}
-                for direction, size in zip(directions, sizes, strict=True)
-            ]
+        scaled = [representable(direction, self.model.dtype) for direction in directions]
         linearised: Linearised | None
         for ids, mask in self.sample:
             linearised = None  # free the last batch's graph before the next is built
             linearised = Linearised(self.model, self.sites, ids, mask, self.finite_difference)
             self.finite_difference = linearised.finite_difference
-            for direction, total in zip(directions, totals, strict=True):
+            for (direction, _), total in zip(scaled, totals, strict=True):
                 for name, x in linearised.product(direction):
                     total[name] = total[name].add_(x) if name in total else x
-        for total, size in zip(totals, sizes, strict=True):
+        for total, (_, size) in zip(totals, scaled, strict=True):
             for x in total.values():
                 x.mul_(self.factor * size)
         return totals

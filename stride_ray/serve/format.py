@@ -1,5 +1,6 @@
-"""An attribution as JSON: what the service answers, and what its page shows."""
+"""Formats an attribution as JSON: the body of a response, which the page shows."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from stride_ray.models.query_batches import texts_of
 from stride_ray.serve.attributor import Attribution
 
 
-def answer(
+def format_attribution(
     query: dict[str, Any],
     found: Attribution,
     blocks: Blocks,
@@ -23,7 +24,7 @@ def answer(
     count: int,
     sources: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """The answer to a query.
+    """Format the attribution of a query.
 
     Args:
         query: row of queries.SCHEMA.
@@ -35,7 +36,7 @@ def answer(
 
     Returns:
         ``query``, and for a contrast ``contrast``: pairs of a token's text and the influence of the most helpful blocks
-        on its loss (Attribution.leans), None for tokens that carry no loss. ``loss`` in nats, of a contrast the
+        on its loss (Attribution.query_tokens), None for tokens that carry no loss. ``loss`` in nats, of a contrast the
         difference. ``reliability`` of the estimates, or None. ``blocks`` with influence, and ``exact`` ones among them.
         ``helping`` and ``harming``: rows of tables.INFLUENCE, most helpful and most harmful first, with the block's
         ``text`` and, where its influence is known by token, ``tokens``, pairs of text and influence, and ``span``, a
@@ -53,12 +54,14 @@ def answer(
         "harming": shown.slice(max(0, len(kept) - min(count, int((kept < 0).sum())))).to_pylist()[::-1],
     }
     rows = [row for side in sides.values() for row in side]
-    _add_texts(rows, found.tokens, blocks, tokenizer)
-    split = {row["ordinal"]: found.tokens[row["ordinal"]] for row in rows if row["ordinal"] in found.tokens}
+    _add_texts(rows, found.block_tokens, blocks, tokenizer)
+    split = {row["ordinal"]: found.block_tokens[row["ordinal"]] for row in rows if row["ordinal"] in found.block_tokens}
     spans = {span.pop("ordinal"): span for span in block_spans(blocks, tokenizer, split)}
     for row in rows:
         row["span"] = spans.get(row["ordinal"])
-    texts = [_leaning(text, tokenizer, found.leans[i : i + 1]) for i, (text, _) in enumerate(texts_of(query))]
+    texts = [
+        _query_tokens(text, tokenizer, found.query_tokens[i : i + 1]) for i, (text, _) in enumerate(texts_of(query))
+    ]
     return {
         **dict(zip(("query", "contrast"), texts, strict=False)),
         "loss": found.query["base_loss"],
@@ -88,12 +91,14 @@ def _add_texts(rows: list[dict[str, Any]], tokens: dict[int, np.ndarray], blocks
             row["tokens"] = list(zip(pieces[ordinal], map(_rounded, values.tolist()), strict=False))
 
 
-def _leaning(text: dict[str, Any], tokenizer: Any, leans: list[np.ndarray]) -> list[tuple[str, float | None]]:
+def _query_tokens(text: dict[str, Any], tokenizer: Any, values: list[np.ndarray]) -> list[tuple[str, float | None]]:
     """A text's tokens with what is known of each: 0 if nothing is, None without loss."""
-    values = leans[0] if leans else np.zeros(len(text["token_ids"]))
-    known = [value if counts else None for value, counts in zip(values.tolist(), text["loss_mask"], strict=True)]
+    changes = values[0] if values else np.zeros(len(text["token_ids"]))
+    known = [value if counts else None for value, counts in zip(changes.tolist(), text["loss_mask"], strict=True)]
     return list(zip(token_texts(text["token_ids"], tokenizer), map(_rounded, known), strict=True))
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.3g}")
+    if value is None:
+        return None
+    return float(f"{value:.3g}") if math.isfinite(value) else 0.0

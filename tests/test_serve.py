@@ -93,7 +93,8 @@ def ask(url, body=None, path="attribute", seconds=120, **headers):
         with urllib.request.urlopen(request, timeout=seconds) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+        body = error.read()
+        return error.code, json.loads(body) if body.startswith(b"{") else body.decode()
 
 
 def without_time(told):
@@ -118,7 +119,7 @@ def test_an_answer_is_the_services(url, service):
         ({"prompt": "the", "completion": " \n"}, 422, "'completion' is empty"),
         ({"prompt": 5, "completion": "the"}, 422, "prompt: .*string"),
         ({"text": "the tide", "colour": 1}, 422, "There is no field 'colour'; the fields are text, prompt, "),
-        (b'{"text": "the tide", "\\ud800": 1}', 422, "There is no field '"),
+        (b'{"text": "the tide", "\\ud800": 1}', 422, "Input should be a valid string"),
         ({"text": "the tide", "blocks": 0}, 422, "blocks: .*greater than or equal to 1"),
         ({"text": "the tide", "blocks": 11}, 422, "blocks: at most 10 here"),
         ({"text": "the tide", "candidates": 51}, 422, "candidates: at most 50 here"),

@@ -17,6 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from stride_ray import __version__
 from stride_ray.cli.main import _parser
+from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.progress import METRICS
 from stride_ray.serve.application import Options
 
@@ -152,7 +153,7 @@ def test_commands_exist_and_their_arguments_are_understood(name, words):
         assert "gpu" in {g["groupName"] for g in clusters()[f"{name} RayJob"]["workerGroupSpecs"]}
 
 
-def test_the_service_is_one_that_ray_serve_deploys():
+def test_the_service_is_one_that_ray_serve_deploys(monkeypatch):
     (service,) = read("serve.yaml")
     config = ServeDeploySchema(**yaml.safe_load(service["spec"]["serveConfigV2"]))
     (application,) = config.applications
@@ -161,6 +162,9 @@ def test_the_service_is_one_that_ray_serve_deploys():
     options = Options(**application.args)
     assert options.host == config.http_options.host == "0.0.0.0"
     assert options.device == "cuda"
+    with pytest.raises(StrideError, match="set STRIDE_RAY_TOKEN"):
+        built(options)
+    monkeypatch.setenv("STRIDE_RAY_TOKEN", "secret")
     assert isinstance(built(options), serve.Application)
 
 

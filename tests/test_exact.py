@@ -64,8 +64,8 @@ def test_tokens_add_up_to_their_blocks_and_their_texts_to_the_blocks_text(exactl
         assert {ordinal for query, ordinal in tokens if query == name} == ends
     for query in shown_queries(exactly.run, "asked", 10, 8):
         for row in (*query["helping"][:3], *query["harming"][:3]):
-            assert len(row["tokens"]) <= len(row["pieces"])
-            assert "".join(row["pieces"]).startswith(row["text"])
+            assert "".join(row["pieces"]) == row["text"]
+            assert not any(row["tokens"][len(row["pieces"]) :])  # padding
         assert all(row["tokens"] is None for row in query["helping"][3:])
 
 

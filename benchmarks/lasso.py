@@ -62,7 +62,7 @@ def benchmark_recover(args: argparse.Namespace) -> int:
     from sklearn.linear_model import Lasso
     from threadpoolctl import threadpool_limits
 
-    from stride_ray.attribution.lasso import recover
+    from stride_ray.attribution.lasso.recovery import recover
     from stride_ray.operators.membership import Membership
     from stride_ray.runtime.memory import peak_bytes, resident_bytes, restart_peak
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stride_ray.attribution.attribute import attribute, read_influence
+    from stride_ray.attribution.query_set import QuerySet
     from stride_ray.contamination.items import read_set
     from stride_ray.contamination.nightly import scan
     from stride_ray.corpus.shard import shard
@@ -30,10 +31,23 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Run", "StrideError", "attribute", "fit", "read_influence", "read_set", "scan", "select", "shard"]
+__all__ = [
+    "Config",
+    "QuerySet",
+    "Run",
+    "StrideError",
+    "attribute",
+    "fit",
+    "read_influence",
+    "read_set",
+    "scan",
+    "select",
+    "shard",
+]
 
 _HOMES = {
     "Config": "runtime.config",
+    "QuerySet": "attribution.query_set",
     "Run": "runtime.run",
     "StrideError": "runtime.errors",
     "attribute": "attribution.attribute",

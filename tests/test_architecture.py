@@ -42,7 +42,7 @@ MATHEMATICS = (
         "operators.forms",
         "operators.closed_form",
     ),
-    *("operators.membership", "operators.one_bit", "operators.training.objective", "attribution.lasso"),
+    *("operators.membership", "operators.one_bit", "operators.training.objective", "attribution.lasso.recovery"),
 )
 
 

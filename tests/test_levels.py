@@ -1,6 +1,8 @@
 """From source to document to block to span: what each level says, and that the levels agree."""
 
+import html
 import itertools
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -9,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stride_ray.attribution.attribute import read_influence, token_influences
+from stride_ray.attribution.query_set import QuerySet
 from stride_ray.attribution.tables import DOCUMENTS, shortest_run, sum_to_sources
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.tokenization.tokenizer import load_saved_tokenizer
+from stride_ray.runtime.errors import StrideError
 
 
 @pytest.mark.parametrize(
@@ -99,3 +103,19 @@ def test_a_span_lies_in_its_document_and_holds_what_it_says(exactly):
             first += each["length"]
         else:
             pytest.fail(f"{span} is in no document of its block")
+
+
+def test_a_query_set_reads_its_tables_once_and_shows_its_page(exactly):
+    asked = QuerySet(exactly.run, "asked")
+    for table in ("influence", "documents", "sources", "spans", "recovery"):
+        assert getattr(asked, table).equals(read_influence(exactly.run, "asked", table))
+        assert getattr(asked, table) is getattr(asked, table)
+    assert asked.to_pandas("sources")["influence"].sum() == pytest.approx(asked.to_pandas()["influence"].sum())
+    assert repr(asked).startswith(f"QuerySet('asked', {asked.queries.num_rows} queries, run ")
+    frame = asked._repr_html_()
+    assert frame.startswith('<iframe title="attribution" sandbox="allow-scripts"')
+    inside = html.unescape(re.search(r'srcdoc="([^"]*)"', frame)[1])
+    assert inside.startswith("<!doctype html>")
+    assert "What made the model say this" in inside
+    with pytest.raises(StrideError, match="is not finished"):
+        _ = QuerySet(exactly.run, "never").influence

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pyarrow.parquet as pq
 import pytest
 import ray
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -80,6 +82,18 @@ def test_quickstart_finds_the_files_that_the_prompts_came_from(quickstart, folde
     page = (folder / "quickstart/run/influence/prompts/page.html").read_text("utf-8")
     assert "difflib.py" in page
     assert "Trust: " in page
+
+
+def test_the_notebook_runs_and_shows_the_page_and_tables(quickstart, folder):
+    notebook = nbformat.read(ROOT / "docs/notebook.ipynb", 4)
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    shown = [cell.outputs[-1].data.get("text/html", "") for cell in notebook.cells if cell.cell_type == "code"]
+    assert shown[0].startswith('<iframe title="attribution" sandbox="allow-scripts"')
+    assert "&lt;!doctype html&gt;" in shown[0]
+    assert "difflib.py" in shown[2]
+    assert all("<table" in each or "dtype" in each or each == "" for each in shown[1:])
 
 
 def test_readme_has_both_set_up_commands():

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Lasso
 
-from stride_ray.attribution import lasso
-from stride_ray.attribution.lasso import recover, row_scale
+from stride_ray.attribution.lasso import recovery as lasso
+from stride_ray.attribution.lasso.recovery import recover, row_scale
 from stride_ray.operators.membership import Membership
 from stride_ray.runtime.errors import StrideError
 

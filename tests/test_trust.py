@@ -14,7 +14,7 @@ import torch
 from conftest import SUBJECTS, run_plainly, settings, write_lines
 
 from stride_ray.attribution.attribute import attribute
-from stride_ray.attribution.lasso import Recovery, recover
+from stride_ray.attribution.lasso.recovery import Recovery, recover
 from stride_ray.evaluate.split_halves import some_rows, sparse_spearman
 from stride_ray.evaluate.trust import Trust, _judged, _mean_query_overlap, trust
 from stride_ray.operators.fit import fit

@@ -120,8 +120,20 @@ def write_page(run: Run, name: str) -> str:
 
 
 def _write_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
+    store = run.stage(table_stage(run), name).store
+    store.write("page.html", render_page(run, name, shown).encode())
+    return store.display_url("page.html")
+
+
+def render_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
+    """Render a query set's page, including the trust panel's results if there are any.
+
+    Args:
+        run: with finished influence on this query set.
+        name: of the query set.
+        shown: its queries (shown_queries).
+    """
     stage = run.stage(table_stage(run), name)
-    store = stage.store
     facts = {
         **_provenance(run),
         **stage.manifest(),
@@ -131,9 +143,8 @@ def _write_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
         "tokens": any(row["tokens"] for query in shown for row in query["helping"] + query["harming"]),
     }
     facts["believable"] = reliability_note(facts)
-    trust = store.read_json("trust.json") if store.exists("trust.json") else None
-    store.write("page.html", attribution_page(shown, facts, trust).encode())
-    return store.display_url("page.html")
+    trust = stage.store.read_json("trust.json") if stage.store.exists("trust.json") else None
+    return attribution_page(shown, facts, trust)
 
 
 def table_stage(run: Run) -> str:

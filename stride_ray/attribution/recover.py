@@ -1,8 +1,9 @@
 """Stage recover: estimate every query's block influence from its responses, in parallel over queries.
 
-If operator rows are subsets, a Lasso recovers the influence of N blocks from K responses (lasso.py); if rows are
-blocks, a response already is an estimate. Estimates from operators at all sites are approximately in the unit of exact
-influence, the mean influence of a block on itself. Estimates from the paper's forms are in the unit of the responses.
+If operator rows are subsets, a Lasso recovers the influence of N blocks from K responses (lasso/recovery.py); if rows
+are blocks, a response already is an estimate. Estimates from operators at all sites are approximately in the unit of
+exact influence, the mean influence of a block on itself. Estimates from the paper's forms are in the unit of the
+responses.
 """
 
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.attribution.lasso import Recovery, recover
+from stride_ray.attribution.lasso.recovery import Recovery, recover
 from stride_ray.attribution.responses import read_responses
 from stride_ray.corpus.failures import LARGEST_NORM, RESPONSE_NOT_FINITE, fail, failed_ordinals
 from stride_ray.corpus.queries import check_name
@@ -220,5 +221,5 @@ def read_estimates(stage: Stage) -> list[dict[str, Any]]:
 
 
 def lasso_options(options: RecoverConfig) -> dict[str, Any]:
-    """Return the run's options as arguments of lasso.recover."""
+    """Return the run's options as arguments of lasso.recovery.recover."""
     return {"ratio": options.penalty_ratio, "nonnegative": options.nonnegative, "row_scaling": options.row_scaling}

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from scipy.stats import binomtest, hypergeom
 
-from stride_ray.attribution.lasso import recover
+from stride_ray.attribution.lasso.recovery import recover
 from stride_ray.attribution.recover import lasso_options
 from stride_ray.attribution.respond import respond_table
 from stride_ray.attribution.responses import read_responses

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from stride_ray.attribution.lasso import Recovery, recover
+from stride_ray.attribution.lasso.recovery import Recovery, recover
 from stride_ray.attribution.recover import lasso_options
 from stride_ray.attribution.responses import read_responses
 from stride_ray.operators.membership import Membership, membership_of

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
-from stride_ray.attribution.coordinate_descent import descend, gap_of, gram_of, predict, scan_columns
+from stride_ray.attribution.lasso.coordinate_descent import descend, gap_of, gram_of, predict, scan_columns
 from stride_ray.operators.membership import Membership
 from stride_ray.runtime.errors import StrideError
 

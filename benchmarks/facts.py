@@ -1,9 +1,9 @@
 """Planted facts: is a fact's only document the first result, its sentence the coloured span, its epoch the right one?
 
-Invented facts ("The emblem of Zarvonia is a heron.") stand in one document each, and each fact has an anti-document
-that repeats its names without stating it. A small model reads other text in every epoch, and a fact's document in one
-epoch only, some times over. Then each fact is asked for (prompt "The emblem of Zarvonia is", completion " a heron").
-Lexical search (BM25) answers the same queries.
+Invented facts ("The emblem of Zarvonia is Quilmere.") stand in one document each, and each fact has an anti-document
+about the same subject and relation that does not state it. A small model reads other text in every epoch, and a fact's
+document in one epoch only, some times over. Then each fact is asked for (prompt "The emblem of Zarvonia is", completion
+" Quilmere."). Lexical search (BM25) answers the same queries.
 """
 
 import json
@@ -65,7 +65,7 @@ def invent(count: int, epochs: int, rng: random.Random) -> list[Fact]:
 
 
 def corpus(texts: Sequence[str], facts: Sequence[Fact], documents: int, rng: random.Random) -> list[dict[str, str]]:
-    """Documents: plain text, each fact within some text, and its anti-document, which has its names three times."""
+    """Documents: plain text, each fact within some text, and its anti-document, which has its subject three times."""
     pieces = [piece["text"] for piece in pieces_of(texts, 0, CHARACTERS)]
     drawn = rng.sample(pieces, documents + 2 * len(facts))
     rows = [{"id": f"plain-{i}", "text": text} for i, text in enumerate(drawn[:documents])]
@@ -73,8 +73,7 @@ def corpus(texts: Sequence[str], facts: Sequence[Fact], documents: int, rng: ran
         middle = drawn[documents + i][: CHARACTERS // 2], drawn[documents + i][CHARACTERS // 2 : CHARACTERS]
         rows.append({"id": fact.name, "text": f"{middle[0]}\n{fact.prompt}{fact.completion}\n{middle[1]}"})
         relation, of = fact.prompt.removeprefix("The ").removesuffix(" is").split(" of ")
-        value = fact.completion.strip(" .")
-        names = f"{of} and {value} were seen by some. {value} has no {relation}; {of} has one. Ask {value} or {of}."
+        names = f"Much is told of {of}. Nobody wrote down the {relation} of {of}, and {of} keeps its {relation} secret."
         rows.append({"id": f"anti-{i}", "text": f"{names}\n{drawn[documents + len(facts) + i][: CHARACTERS // 2]}"})
     return rows
 
@@ -95,9 +94,9 @@ def measure_facts(
     folder: str,
     texts: Sequence[str],
     count: int = 50,
-    documents: int = 1500,
+    documents: int = 1000,
     epochs: int = 5,
-    repeats: int = 6,
+    repeats: int = 24,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Plant facts, train, attribute, and count what is found.

@@ -5,11 +5,13 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import flags, settings, write_lines
 from test_bad_input import shard_flags
 
+from stride_ray.cli.exits import exit_status
 from stride_ray.corpus.files import list_files
 from stride_ray.runtime.errors import StrideError, Terminated
 from stride_ray.runtime.options import ComputeConfig
@@ -173,3 +175,22 @@ def test_a_ray_that_does_not_start(monkeypatch):
     with connected(ComputeConfig()):  # the second try is in time
         assert len(starts) == 4
     assert starts[3] == starts[0]
+
+
+def test_sigterm_that_surfaces_as_an_interrupt_is_still_sigterm(capsys):
+    """As in Ray's native calls, which raise KeyboardInterrupt in place of what a signal handler raised."""
+
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except Terminated:
+            raise KeyboardInterrupt from None
+
+    assert exit_status("stride-ray", work) == 143
+    assert "terminated (SIGTERM)" in capsys.readouterr().err
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert exit_status("stride-ray", interrupted) == 130

@@ -57,8 +57,10 @@ def _status(program: str, work: Callable[[], int | None]) -> int:
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Turn SIGTERM into an exception, so that cleanup code runs."""
+    received = threading.Event()
 
     def stop(number: int, frame: object) -> None:
+        received.set()
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
@@ -67,5 +69,10 @@ def _stoppable() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        # Ray's native calls turn whatever a signal handler raises into this.
+        if received.is_set():
+            raise Terminated from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -3,7 +3,8 @@
 Invented facts ("The emblem of Zarvonia is Quilmere.") stand in one document each, and each fact has an anti-document
 about the same subject and relation that does not state it. A small model reads other text in every epoch, and a fact's
 document in one epoch only, some times over. Then each fact is asked for (prompt "The emblem of Zarvonia is", completion
-" Quilmere."). Lexical search (BM25) answers the same queries.
+" Quilmere."). Lexical search (BM25) answers the same queries. Only facts that the model knows count: influence is about
+what a model learnt.
 """
 
 import json
@@ -30,6 +31,8 @@ from stride_ray.operators.fit import fit
 from stride_ray.runtime.run import Run
 
 NAME, BLOCK_TOKENS, CHARACTERS = "facts", 128, 250
+# A model knows a fact if its loss on the completion is below this, in nats per token.
+KNOWN = 1.0
 RELATIONS = ("capital", "emblem", "founder", "river", "old name", "patron", "harbour", "currency", "anthem", "rival")
 FIRST, LAST = (
     ("Zar", "Quil", "Bor", "Mel", "Tav", "Osk", "Fen", "Lur"),
@@ -56,7 +59,9 @@ class Fact:
 def invent(count: int, epochs: int, rng: random.Random) -> list[Fact]:
     """Facts with names that differ, in epochs from the second on, in turn."""
     names = [first + last for first in FIRST for last in LAST]
-    pairs = [(a, b) for a in names for b in names if a != b]
+    rng.shuffle(names)
+    half = len(names) // 2  # a subject is no other fact's value: its documents would teach the value's tokens
+    pairs = [(a, b) for a in names[:half] for b in names[half:]]
     chosen = rng.sample(pairs, count)
     return [
         Fact(f"fact-{i}", f"The {RELATIONS[i % len(RELATIONS)]} of {of} is", f" {value}.", 1 + i % (epochs - 1))
@@ -111,10 +116,10 @@ def measure_facts(
         seed: of facts, places and training.
 
     Returns:
-        ``facts``; of these, ``first`` (its document is the first result), ``span`` (the span of its block lies in its
-        sentence for the most part), ``lexical`` (BM25's first result is its document), ``anti`` and ``lexical_anti``
-        (the anti-document is first), ``learnt`` (the timeline has its epoch for the block), ``asked`` (and for the
-        query).
+        ``facts``, and ``known`` ones, those that the model learnt. Of these, ``first`` (its document is the first
+        result), ``span`` (the span of its block lies in its sentence for the most part), ``lexical`` (BM25's first
+        result is its document), ``anti`` and ``lexical_anti`` (the anti-document is first), ``learnt`` (the timeline
+        has its epoch for the block), ``asked`` (and for the query).
     """
     root, rng = Path(folder), random.Random(seed)
     facts = invent(count, epochs, rng)
@@ -171,9 +176,11 @@ def _found(run: Run, pool: Blocks, facts: Sequence[Fact]) -> dict[str, Any]:
     everything = pool.batch(np.arange(len(pool)))
     scored = bm25(Problem(Texts(everything.ids.astype(np.int32), everything.mask), asked, run.config.model.path))
     lexical = pool.take(scored.argmax(1), ["spans"])["spans"].to_pylist()
+    losses = {row["query_id"]: row["base_loss"] for row in read_influence(run, NAME, "recovery").to_pylist()}
     learnt = {each.query_id: each for each in timeline(run, NAME) if each.document_id == each.query_id}
     counts = dict.fromkeys(("first", "anti", "span", "lexical", "lexical_anti", "learnt", "asked"), 0)
-    for i, fact in enumerate(facts):
+    known = [(i, fact) for i, fact in enumerate(facts) if losses[fact.name] < KNOWN]
+    for i, fact in known:
         first, found, anti = tops.loc[fact.name], lexical[i][0]["document_id"], f"anti-{i}"
         counts["first"] += first["document_id"] == fact.name
         counts["anti"] += first["document_id"] == anti
@@ -184,7 +191,7 @@ def _found(run: Run, pool: Blocks, facts: Sequence[Fact]) -> dict[str, Any]:
         if fact.name in learnt:
             counts["learnt"] += learnt[fact.name].block_at == fact.epoch
             counts["asked"] += learnt[fact.name].query_at == fact.epoch
-    return {"facts": len(facts), **{name: int(value) for name, value in counts.items()}}
+    return {"facts": len(facts), "known": len(known), **{name: int(value) for name, value in counts.items()}}
 
 
 def within(span: str, sentence: str) -> bool:
@@ -206,8 +213,11 @@ def table(found: dict[str, Any]) -> str:
         "learnt": "the timeline has the epoch in which the document was read",
         "asked": "… and has it for the query",
     }
-    lines = [f"| of {found['facts']} facts | count | 95 % interval |", "|---|---|---|"]
+    if not found["known"]:
+        return f"The model knows none of the {found['facts']} facts; raise --repeats."
+    head = f"of {found['known']} facts that the model knows, of {found['facts']}"
+    lines = [f"| {head} | count | 95 % interval |", "|---|---|---|"]
     for name, text in what.items():
-        interval = binomtest(found[name], found["facts"]).proportion_ci()
+        interval = binomtest(found[name], found["known"]).proportion_ci()
         lines.append(f"| {text} | {found[name]} | {100 * interval.low:.0f}–{100 * interval.high:.0f} % |")
     return "\n".join(lines)

@@ -52,6 +52,11 @@ def attributor(fitted):
     return Attributor(fitted)
 
 
+@pytest.fixture(scope="module")
+def service(fitted):
+    return Service(fitted.url)
+
+
 @pytest.mark.parametrize("asked", ASKED, ids=lambda row: row["id"])
 def test_the_answer_is_attributes_to_the_bit(fitted, attributor, asked):
     (query,) = stored_queries(fitted, asked["id"]).to_pylist()
@@ -153,9 +158,9 @@ def test_values_of_a_query_that_overflow_are_shown_as_nothing(attributor, fitted
         ({"text": "the tide " * 200}, "the model's context is"),
     ],
 )
-def test_a_query_at_fault_is_told_so(fitted, request_, says):
+def test_a_query_at_fault_is_told_so(service, request_, says):
     with pytest.raises(InvalidQueryError, match=says):
-        Service(str(fitted.url)).answer({**request_, "blocks": 3})
+        service.answer({**request_, "blocks": 3})
 
 
 def test_a_run_that_is_fitted_again_is_loaded_again(parts, sharded, plain, monkeypatch, caplog):

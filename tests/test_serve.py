@@ -417,6 +417,7 @@ def test_it_ends_when_it_is_told_to(deployed):
     assert not any("Traceback" in line for line in deployed.lines), "".join(deployed.lines)
 
 
+@pytest.mark.cluster
 def test_another_run_takes_over_without_a_gap(run, one_ray, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from scipy.stats import binomtest
 
 from stride_ray.attribution.attribute import attribute, read_influence, stored_queries
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.shard import shard
 from stride_ray.evaluate.baselines.lexical.bm25 import scores as bm25
-from stride_ray.evaluate.baselines.problem import Problem, Texts
+from stride_ray.evaluate.baselines.problem import Problem
 from stride_ray.evaluate.planting import pieces_of
+from stride_ray.evaluate.retraining.benchmark import pool_texts, unretrained_benchmark
+from stride_ray.evaluate.tailpatch import top_rows
 from stride_ray.evaluate.timeline import timeline
 from stride_ray.models.builtin.toy import train_model, train_tokenizer
-from stride_ray.models.query_batches import padded
 from stride_ray.operators.fit import fit
 from stride_ray.runtime.run import Run
 
@@ -98,11 +98,11 @@ def orders(pool: Blocks, facts: Sequence[Fact], epochs: int, repeats: int, seed:
 def measure_facts(
     folder: str,
     texts: Sequence[str],
-    count: int = 50,
-    documents: int = 1000,
-    epochs: int = 5,
-    repeats: int = 24,
-    seed: int = 0,
+    count: int,
+    documents: int,
+    epochs: int,
+    repeats: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Plant facts, train, attribute, and count what is found.
 
@@ -164,24 +164,19 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _found(run: Run, pool: Blocks, facts: Sequence[Fact]) -> dict[str, Any]:
-    table, stage = read_influence(run, NAME).to_pandas(), run.stage("influence", NAME)
-    tops = table[table["rank"] == 1].set_index("query_id")
-    parts = range(stage.manifest()["parts"])
-    spans = pa.concat_tables([stage.store.read_table(f"spans-{part:05d}.parquet") for part in parts]).to_pandas()
-    spans = spans.set_index(["query_id", "ordinal"])
+    tops = {query: rows[0] for query, rows in top_rows(run, NAME, 1).items()}
+    spans = read_influence(run, NAME, "spans").to_pandas().set_index(["query_id", "ordinal"])
     queries = stored_queries(run, NAME).to_pylist()
-    ids, mask = padded(queries, "cpu")
-    lengths = np.array([len(row["token_ids"]) for row in queries])
-    asked = Texts(ids.numpy().astype(np.int32), mask.numpy(), lengths)
-    everything = pool.batch(np.arange(len(pool)))
-    scored = bm25(Problem(Texts(everything.ids.astype(np.int32), everything.mask), asked, run.config.model.path))
+    asked = unretrained_benchmark("", pool_texts(pool), queries, run.config.model.path, "", "")
+    scored = bm25(Problem(asked.blocks, asked.queries, asked.model))
     lexical = pool.take(scored.argmax(1), ["spans"])["spans"].to_pylist()
     losses = {row["query_id"]: row["base_loss"] for row in read_influence(run, NAME, "recovery").to_pylist()}
     learnt = {each.query_id: each for each in timeline(run, NAME) if each.document_id == each.query_id}
     counts = dict.fromkeys(("first", "anti", "span", "lexical", "lexical_anti", "learnt", "asked"), 0)
     known = [(i, fact) for i, fact in enumerate(facts) if losses[fact.name] < KNOWN]
     for i, fact in known:
-        first, found, anti = tops.loc[fact.name], lexical[i][0]["document_id"], f"anti-{i}"
+        first = tops.get(fact.name, {"document_id": "", "ordinal": -1})  # none if no block helps
+        found, anti = lexical[i][0]["document_id"], f"anti-{i}"
         counts["first"] += first["document_id"] == fact.name
         counts["anti"] += first["document_id"] == anti
         counts["lexical"] += found == fact.name

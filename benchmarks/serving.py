@@ -6,17 +6,20 @@ service does: ``attribute`` on a file with one question.
 """
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +30,42 @@ from stride_ray.serve.service import QUERY
 
 # Requests that are on their way when a replica is killed.
 KILLED_AMONG = 16
+# Seconds until a service must take requests.
+START_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Running:
+    """A running service: its address, its process, and the lines that it has printed."""
+
+    url: str
+    process: subprocess.Popen[str]
+    lines: list[str]
 
 
 @contextmanager
-def running(run: str, replicas: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """``stride-ray serve``: its address and process."""
+def running(run: str, replicas: int, queue: int = 32) -> Iterator[Running]:
+    """``stride-ray serve`` on a Ray of its own, once it takes requests."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "stride_ray", "serve", run, "--port", str(port), "--workers", str(replicas)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if "Ask at" in line:
-            break
-    else:
-        raise RuntimeError("".join(said))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [*command, "--queue", str(queue)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    lines = list[str]()
+    threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{port}/attribute", process
+        deadline = time.monotonic() + START_SECONDS
+        while not any("Ask at" in line for line in lines):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the service did not start: {''.join(lines)}")
+            time.sleep(0.1)
+        yield Running(f"http://127.0.0.1:{port}/", process, lines)
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate()
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
 
 
 def ask(url: str, question: dict[str, Any]) -> tuple[int, float]:
@@ -112,7 +129,8 @@ def measure_serving(run: str, queries: str, replicas: int, clients: list[int], r
     rows = [json.loads(line) for line in Path(queries).read_text("utf-8").splitlines() if line.strip()]
     questions = [{name: row[name] for name in QUERY if name in row} for row in rows]
     started = time.monotonic()
-    with running(run, replicas) as (url, process):
+    with running(run, replicas) as service:
+        url, process = f"{service.url}attribute", service.process
         found: dict[str, Any] = {"start": time.monotonic() - started, "replicas": replicas, "rows": []}
         load(url, questions, replicas, 2 * replicas)  # the sample of the solve is linearised by the first
         held = [(0, sum(map(private_mb, replicas_of(process))))]

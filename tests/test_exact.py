@@ -19,7 +19,7 @@ from stride_ray.cli.main import main
 from stride_ray.cli.status import status
 from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.shard import shard
-from stride_ray.corpus.tokenization.decoding import block_texts
+from stride_ray.corpus.tokenization.decoding import unpadded
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.models.loading import load_measured_model, load_run_model
 from stride_ray.runtime.config import Config
@@ -78,7 +78,8 @@ def test_the_most_helpful_blocks_are_on_the_query_s_subject(exactly):
     for query, wanted in words.items():
         first = [row["ordinal"] for row in top if row["query_id"] == query and row["rank"] <= 3]
         assert all(
-            wanted & set(text.replace(".", "").split()) for text in block_texts(Blocks(blocks), first, tokenizer)
+            wanted & set(tokenizer.decode(unpadded(block)).replace(".", "").split())
+            for block in Blocks(blocks).take(first, ["token_ids", "spans"]).to_pylist()
         )
 
 

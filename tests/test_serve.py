@@ -4,19 +4,15 @@ import asyncio
 import contextlib
 import http.client
 import json
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -24,6 +20,7 @@ import uvicorn
 from conftest import HOSTILE, opened, run_plainly, settings
 from ray import serve
 
+from benchmarks.serving import replicas_of, running
 from stride_ray.operators.fit import fit
 from stride_ray.runtime.run import Run
 from stride_ray.serve.api import BODY_BYTES, Limits, build_api
@@ -304,28 +301,8 @@ def test_the_page_is_accessible_and_fits_a_telephone(browser, url, scheme):
 @pytest.fixture(scope="module")
 def deployed(run):
     """``stride-ray serve`` with two replicas and room for four requests that wait."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "stride_ray", "serve", run.url, "--port", str(port), "--workers", "2"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    environment.pop("RAY_ADDRESS", None)
-    process = subprocess.Popen(
-        [*command, "--queue", "4"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-    lines = []
-    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
-    reader.start()
-    try:
-        deadline = time.monotonic() + 120
-        while not any("Ask at" in line for line in lines):
-            assert process.poll() is None, "".join(lines)
-            assert time.monotonic() < deadline, "".join(lines)
-            time.sleep(0.1)
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}/", process=process, lines=lines)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+    with running(run.url, 2, queue=4) as service:
+        yield service
 
 
 def patiently(url, question):
@@ -336,12 +313,6 @@ def patiently(url, question):
             return status, told
         time.sleep(0.5)
     return status, told
-
-
-def replicas(process):
-    """Processes of the replicas that hold models."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [each for each in children if "ServeReplica:stride_ray:attributor" in " ".join(each.cmdline())]
 
 
 def test_on_ray_serve_the_answer_is_the_same(deployed, service):
@@ -364,7 +335,7 @@ def test_many_clients_wait_or_are_told_to_come_back(deployed):
 
 def test_a_replica_that_dies_loses_no_answer(deployed):
     expected = without_time(ask(deployed.url, QUESTION)[1])
-    victims = replicas(deployed.process)
+    victims = replicas_of(deployed.process)
     assert len(victims) == 2
     long = {**QUESTION, "candidates": 400}
     whole = without_time(ask(deployed.url, long)[1])

@@ -20,7 +20,7 @@ from stride_ray.corpus.blocks import Blocks, unit_count
 from stride_ray.corpus.documents import shown_name
 from stride_ray.corpus.failures import FAILED_BLOCKS_FILE, failed_blocks_note
 from stride_ray.corpus.queries import check_name, read_queries
-from stride_ray.corpus.tokenization.decoding import block_pieces, block_texts
+from stride_ray.corpus.tokenization.decoding import token_texts, unpadded
 from stride_ray.corpus.tokenization.tokenizer import load_saved_tokenizer
 from stride_ray.operators.fit import fit
 from stride_ray.report.page import attribution_page
@@ -251,9 +251,11 @@ def shown_queries(run: Run, name: str, queries: int, blocks: int) -> list[dict[s
             }
         )
     pool, listed = Blocks(run.stage("blocks").store), sorted(ordinals)
-    texts = dict(zip(listed, block_texts(pool, listed, tokenizer), strict=True))
-    several = sorted(ordinals & {ordinal for _, ordinal in split})
-    pieces = dict(zip(several, block_pieces(pool, several, tokenizer), strict=True))
+    known = pool.take(listed, ["token_ids", "spans"]).to_pylist()
+    ids_of = dict(zip(listed, map(unpadded, known), strict=True))
+    texts = {ordinal: tokenizer.decode(ids) for ordinal, ids in ids_of.items()}
+    several = {ordinal for _, ordinal in split}
+    pieces = {ordinal: token_texts(ids, tokenizer) for ordinal, ids in ids_of.items() if ordinal in several}
     for each in shown:
         for row in (*each["helping"], *each["harming"]):
             row["text"], row["pieces"] = texts[row["ordinal"]], pieces.get(row["ordinal"])

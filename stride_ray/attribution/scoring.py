@@ -7,7 +7,7 @@ freed batch by batch.
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -109,29 +109,45 @@ def precondition(
     return {name: x[kept] for name, x in tensors.items()}
 
 
+class Scores(NamedTuple):
+    """What a pass over n blocks finds for Q queries.
+
+    Attributes:
+        influence: (Q, n) float32 on the CPU; 0 for a block whose loss or gradient is not finite.
+        losses: (n,) float32 on the CPU, the blocks' mean losses.
+        not_finite: ordinals of the blocks that are not finite.
+    """
+
+    influence: torch.Tensor
+    losses: torch.Tensor
+    not_finite: list[int]
+
+
 class BlockScorer(ModelWorker):
     """Multiplies H⁻¹J of queries, by site (Q, F·D) float32 on the model's device, with the gradients of blocks."""
 
     load = staticmethod(load_measured_model)
 
-    def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store) -> None:
+    def __init__(
+        self, config: Config, blocks: Blocks, device: str, curvature: Store, sites: tuple[Site, ...] | None = None
+    ) -> None:
         super().__init__(config, blocks, device)
-        self.sites = load_sites(curvature, SITES, self.model.device)
+        self.sites = load_sites(curvature, SITES, self.model.device) if sites is None else sites
 
-    def scores(self, queries: dict[str, torch.Tensor], batches: Iterable[Batch]) -> tuple[torch.Tensor, list[int]]:
-        """Influence of the blocks, (Q, n) float32 on the CPU, in order of the batches.
-
-        Blocks whose loss or gradient is not finite score 0; their ordinals are the second result.
-        """
-        pieces, failed = [torch.zeros(len(next(iter(queries.values()))), 0)], list[int]()
+    def scores(self, queries: dict[str, torch.Tensor], batches: Iterable[Batch]) -> "Scores":
+        """Influence of the blocks on the queries, in order of the batches."""
+        influences, losses, failed = [torch.zeros(len(next(iter(queries.values()))), 0)], [torch.zeros(0)], list[int]()
         for batch in batches:
-            found, good = self._score_batch(queries, batch)
-            pieces.append(found)
+            found, loss, good = self._score_batch(queries, batch)
+            influences.append(found)
+            losses.append(loss)
             failed += batch.ordinals[~good].tolist()
-        return torch.cat(pieces, 1), failed
+        return Scores(torch.cat(influences, 1), torch.cat(losses), failed)
 
-    def _score_batch(self, queries: dict[str, torch.Tensor], batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
-        """Return the scores of a batch of blocks, (Q, B) float32, and which of the blocks are finite, (B,) bool."""
+    def _score_batch(
+        self, queries: dict[str, torch.Tensor], batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        """Return influence (Q, B) and losses (B,) of a batch of blocks, and which of them are finite, (B,) bool."""
         ids, mask = self.trimmed(batch)
         gradients, losses = site_gradients(self.model, self.sites, ids, mask)
         good = finite_losses(losses, mask)
@@ -144,7 +160,7 @@ class BlockScorer(ModelWorker):
 
         scores = scale_negative(influence(queries, checked()), self.config.attribute.negative_scale)
         good = good & scores.isfinite().all(0)
-        return scores.masked_fill(~good, 0.0).cpu(), good.cpu().numpy()
+        return scores.masked_fill(~good, 0.0).cpu(), losses.cpu(), good.cpu().numpy()
 
     def token_influence(self, query: dict[str, torch.Tensor], ordinals: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield blocks with their influence on one query by token, (T,) float32, which adds up to their influence."""
@@ -192,11 +208,12 @@ class ScoreWorker(BlockScorer):
         started = time.monotonic()
         if unit.group != self.group:
             self.group, self.queries = unit.group, self._load_group(unit.group)
-        none = torch.zeros(0, unit.blocks), list[int]()
-        scores, failed = self.scores(self.queries, self._batches(unit)) if self.queries else none
-        kept = self._top_scores(scores, unit.start) if unit.ordinals is None else wanted_scores(scores, unit)
+        none = Scores(torch.zeros(0, unit.blocks), torch.zeros(unit.blocks), [])
+        scores = self.scores(self.queries, self._batches(unit)) if self.queries else none
+        found = scores.influence
+        kept = self._top_scores(found, unit.start) if unit.ordinals is None else wanted_scores(found, unit)
         self.stage.store.write(f"{unit.name}.safetensors", tensor_bytes(kept))
-        return self.stage.mark(unit.name, started, blocks=unit.blocks, not_finite=failed)
+        return self.stage.mark(unit.name, started, blocks=unit.blocks, not_finite=scores.not_finite)
 
     def _batches(self, unit: ScoreUnit) -> Iterator[Batch]:
         if unit.ordinals is None:
@@ -248,7 +265,8 @@ class TokenWorker(BlockScorer):
             ends = ends_of(table.filter(pc.equal(table["query_id"], name)), self.config.attribute.tokens)
             split = dict(self.token_influence(query, ends))
             rows += [dict(zip(TOKENS.names, (name, *each), strict=True)) for each in split.items()]
-            spans += [{"query_id": name, **span} for span in block_spans(self.blocks, self.tokenizer, split)]
+            known = self.blocks.take(list(split), ["token_ids", "spans"]).to_pylist()
+            spans += [{"query_id": name, **span} for span in block_spans(known, self.tokenizer, split)]
         self.stage.store.write_table(f"spans-{part:05d}.parquet", pa.Table.from_pylist(spans, SPANS))
         content = self.stage.store.write_table(f"{tokens_name(part)}.parquet", pa.Table.from_pylist(rows, TOKENS))
         return self.stage.mark(tokens_name(part), started, blocks=len(rows), sha256=content)

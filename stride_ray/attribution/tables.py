@@ -214,15 +214,14 @@ def shortest_run(values: np.ndarray, lengths: list[int]) -> tuple[int, int]:
     return int(ends[most] - lengths[most]), lengths[most]
 
 
-def block_spans(blocks: Blocks, tokenizer: Any, split: dict[int, np.ndarray]) -> list[dict[str, Any]]:
+def block_spans(known: list[dict[str, Any]], tokenizer: Any, split: dict[int, np.ndarray]) -> list[dict[str, Any]]:
     """The span of each block that has most of its influence, rows of SPANS without the query.
 
     Args:
-        blocks: the pool.
+        known: the blocks' rows in the pool, with ``token_ids`` and ``spans``, in the order of ``split``.
         tokenizer: that of the corpus.
         split: influence by token (T,) of each block, by ordinal.
     """
-    known = blocks.take(list(split), ["spans", "token_ids"]).to_pylist()
     rows = []
     for (ordinal, values), block in zip(split.items(), known, strict=True):
         padded = np.zeros(len(block["token_ids"]), np.float32)

@@ -191,10 +191,9 @@ def _verify(run: Run, parsed: argparse.Namespace) -> int:
 
 
 def _timeline(run: Run, parsed: argparse.Namespace) -> int:
-    from stride_ray.evaluate.timeline import as_text, cost, timeline
+    from stride_ray.evaluate.timeline import as_text, timeline
 
-    print(cost(run, parsed.name), flush=True)
-    print(as_text(timeline(run, parsed.name), list(run.config.model.checkpoints)))
+    print(as_text(timeline(run, parsed.name, sys.stdout), list(run.config.model.checkpoints)))
     return 0
 
 
@@ -208,12 +207,8 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
 def _serve(run: Run, parsed: argparse.Namespace) -> int:
     from stride_ray.serve.application import Options, run_service
 
-    compute = compute_of(parsed)
-    device = "cuda" if compute.device == "cuda" else "cpu"
-    options = Options(
-        run=parsed.run, replicas=max(1, parsed.workers), queue=parsed.queue, device=device, host=parsed.host
-    )
-    run_service(options, parsed.port, compute, sys.stdout)
+    options = Options(run=parsed.run, replicas=max(1, parsed.workers), queue=parsed.queue, host=parsed.host)
+    run_service(options, parsed.port, compute_of(parsed), sys.stdout)
     return 0
 
 

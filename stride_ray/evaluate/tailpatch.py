@@ -142,12 +142,18 @@ def successful_queries(run: Run, name: str) -> list[dict[str, Any]]:
 
 def top_blocks(run: Run, name: str, k: int) -> dict[str, np.ndarray]:
     """Ordinals of each query's k largest positive influences, by query id."""
+    tops = top_rows(run, name, k)
+    return {query: np.array([row["ordinal"] for row in rows]) for query, rows in tops.items()}
+
+
+def top_rows(run: Run, name: str, k: int) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each query's k largest positive influences (tables.INFLUENCE), by query id."""
     table = read_influence(run, name)
     table = table.filter(pc.and_(pc.less_equal(table["rank"], k), pc.greater(table["influence"], 0)))
-    tops: dict[str, list[int]] = {}
-    for query, ordinal in zip(table["query_id"].to_pylist(), table["ordinal"].to_pylist(), strict=True):
-        tops.setdefault(query, []).append(ordinal)
-    return {query: np.array(top) for query, top in tops.items()}
+    tops: dict[str, list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        tops.setdefault(row["query_id"], []).append(row)
+    return tops
 
 
 def lexical_top(blocks: Blocks, queries: Sequence[dict[str, Any]], k: int) -> dict[str, np.ndarray]:

@@ -9,21 +9,21 @@ of a sample of the pool, since early in training every loss falls; a query likew
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from stride_ray.attribution.attribute import read_influence, table_stage
+from stride_ray.attribution.attribute import table_stage
 from stride_ray.attribution.directions import DirectionSolver, gradient_bytes, queries_per_unit
 from stride_ray.attribution.scoring import BlockScorer, precondition
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.documents import shown_name
 from stride_ray.corpus.queries import fingerprint
-from stride_ray.evaluate.tailpatch import successful_queries
+from stride_ray.evaluate.tailpatch import successful_queries, top_rows
 from stride_ray.models.causal_lm import masked_mean
+from stride_ray.models.curvature.kfac import SITES, load_sites
 from stride_ray.models.download import model_fingerprint
 from stride_ray.runtime.actor_pool import shared_actor_pool
 from stride_ray.runtime.config import Config
@@ -75,7 +75,7 @@ class Learnt:
     influences: NDArray[np.float64]
 
 
-def timeline(run: Run, name: str) -> list[Learnt]:
+def timeline(run: Run, name: str, out: TextIO | None = None) -> list[Learnt]:
     """Follow each query's FOLLOWED most helpful blocks through ``model.checkpoints``.
 
     Writes ``timeline/NAME/timeline-*.parquet`` (TIMELINE), a file per checkpoint and part of the queries; interrupted,
@@ -84,6 +84,7 @@ def timeline(run: Run, name: str) -> list[Learnt]:
     Args:
         run: with finished influence for ``name``, and ``model.checkpoints``.
         name: the query set.
+        out: stream for a sentence on what it will cost, before it begins; None: none is printed.
 
     Raises:
         StrideError: influence is not finished, every query failed, or there are fewer than two checkpoints.
@@ -103,7 +104,15 @@ def timeline(run: Run, name: str) -> list[Learnt]:
         "checkpoints": [model_fingerprint(each) for each in checkpoints],
     }
     stage = claim(run.store.child(f"{FOLDER}/{name}"), FOLDER, keys)
-    tops = _top_rows(run, name)
+    tops = top_rows(run, name, FOLLOWED)
+    if out is not None:
+        followed = len({row["ordinal"] for rows in tops.values() for row in rows})
+        print(
+            f"{len(checkpoints)} checkpoints, at each a forward and backward pass of {len(queries)} queries and "
+            f"{followed} blocks, and a forward pass of {COMPARED} more.",
+            file=out,
+            flush=True,
+        )
     size = queries_per_unit(gradient_bytes(curvature))
     parts = [queries[at : at + size] for at in range(0, len(queries), size)]
     units = {
@@ -118,32 +127,12 @@ def timeline(run: Run, name: str) -> list[Learnt]:
     return _learnt(pa.concat_tables([stage.store.read_table(f"timeline-{unit}.parquet") for unit in units]))
 
 
-def cost(run: Run, name: str) -> str:
-    """What ``timeline`` will do, as a sentence."""
-    queries, tops = successful_queries(run, name), _top_rows(run, name)
-    followed = len({row["ordinal"] for rows in tops.values() for row in rows})
-    return (
-        f"{len(run.config.model.checkpoints)} checkpoints, at each a forward and backward pass of {len(queries)} "
-        f"queries and {followed} blocks, and a forward pass of {COMPARED} more."
-    )
-
-
-def _top_rows(run: Run, name: str) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each query's most helpful blocks in the influence table."""
-    tops: dict[str, list[dict[str, Any]]] = {}
-    table = read_influence(run, name)
-    for row in table.filter(pc.less_equal(table["rank"], FOLLOWED)).to_pylist():
-        if row["influence"] > 0:
-            tops.setdefault(row["query_id"], []).append(row)
-    return tops
-
-
 class CheckpointWorker:
     """Writes losses and influences of some queries and their blocks at a checkpoint."""
 
     def __init__(self, config: Config, blocks: Blocks, device: str, curvature: Store, stage: Stage) -> None:
         self.config, self.given, self.stage = config, (blocks, device, curvature), stage
-        self.checkpoint = -1
+        self.sites, self.checkpoint = load_sites(curvature, SITES, device), -1
 
     def __call__(self, unit: tuple[int, int, list[dict[str, Any]], list[list[dict[str, Any]]]]) -> dict[str, Any]:
         """Process a unit: the checkpoint, the part, its queries and their rows of the influence table."""
@@ -152,24 +141,24 @@ class CheckpointWorker:
         if checkpoint != self.checkpoint:
             self._load(checkpoint)
         answers, directions = self.solver.directions(queries)
-        found = precondition(self.scorer.sites, answers, directions, [None] * len(queries))
+        found = precondition(self.sites, answers, directions, [None] * len(queries))
         failed = next((answer for answer in answers if answer["status"] != "ok"), None)
         if failed is not None:
             where = redact_url(self.config.model.checkpoints[checkpoint])
             raise StrideError(f"At the checkpoint {where}, query {failed['query_id']!r} fails: {failed['error']}.")
         ordinals = np.array(sorted({row["ordinal"] for rows in tops for row in rows}), dtype=np.int64)
         device = self.scorer.model.device
-        scores, _ = self.scorer.scores(
-            {name: x.to(device) for name, x in found.items()}, self.scorer.batches_at(ordinals)
-        )
-        losses = self._losses(ordinals)
+        scores = self.scorer.scores({name: x.to(device) for name, x in found.items()}, self.scorer.batches_at(ordinals))
         rows = []
         for number, (answer, followed) in enumerate(zip(answers, tops, strict=True)):
             for row in followed:
                 at = int(np.searchsorted(ordinals, row["ordinal"]))
                 kept = {key: row[key] for key in ("query_id", "rank", "ordinal", "document_id", "source")}
-                measured = {"query_loss": answer["base_loss"], "block_loss": losses[at], "pool_loss": self.pool_loss}
-                rows.append({**kept, **measured, "checkpoint": checkpoint, "influence": float(scores[number, at])})
+                losses = {"query_loss": answer["base_loss"], "block_loss": float(scores.losses[at])}
+                influence = float(scores.influence[number, at])
+                rows.append(
+                    {**kept, **losses, "pool_loss": self.pool_loss, "checkpoint": checkpoint, "influence": influence}
+                )
         name = f"{checkpoint:03d}-{part:05d}"
         digest = self.stage.store.write_table(f"timeline-{name}.parquet", pa.Table.from_pylist(rows, TIMELINE))
         return self.stage.mark(name, started, queries=len(queries), sha256=digest)
@@ -178,8 +167,8 @@ class CheckpointWorker:
         blocks, device, curvature = self.given
         there = {"model.path": self.config.model.checkpoints[checkpoint], "model.start": "", "solve.steps": 0}
         config = self.config.updated(there)
-        self.scorer = BlockScorer(config, blocks, device, curvature)
-        self.solver = DirectionSolver(config, blocks, device, curvature, self.scorer.sites)
+        self.scorer = BlockScorer(config, blocks, device, curvature, self.sites)
+        self.solver = DirectionSolver(config, blocks, device, curvature, self.sites)
         self.checkpoint = checkpoint
         losses = self._losses(blocks.sample(COMPARED, self.config.seed))
         self.pool_loss = float(np.mean(losses[np.isfinite(losses)]))

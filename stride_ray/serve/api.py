@@ -25,7 +25,7 @@ from stride_ray.report.page import service_page
 BODY_BYTES, DRAIN_BYTES, BODY_SECONDS = 2**20, 2**24, 30.0
 # Paths that need no token: the page, which asks for it, probes, and the documentation of this interface.
 OPEN_PATHS, OPEN_FOLDERS = ("/", "/health", "/docs", "/redoc", "/openapi.json"), ("/static-offline-docs/",)
-# Allowed Host headers on loopback: other names would belong to a DNS-rebinding attack.
+# Names of loopback, and the allowed Host headers there: others would belong to a DNS-rebinding attack.
 LOOPBACK_NAMES = ["localhost", "127.0.0.1"]
 # Answers a request (fields of AttributeRequest) with a status and a body.
 Handler = Callable[[dict[str, Any]], Awaitable[tuple[int, dict[str, Any]]]]

@@ -23,11 +23,10 @@ from stride_ray.runtime.options import ComputeConfig
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.tasks import allocate_workers, connected, use_threads
 from stride_ray.runtime.urls import anchored, first_line, redact_url
-from stride_ray.serve.api import Limits, build_api
+from stride_ray.serve.api import LOOPBACK_NAMES, Limits, build_api
 
 # Environment variable with the token that requests must carry.
 TOKEN = "STRIDE_RAY_TOKEN"
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost")
 # Name of the application in Ray Serve.
 APPLICATION = "stride_ray"
 # Log level of Ray Serve: errors only.
@@ -45,7 +44,7 @@ class Options(BaseModel):
     run: str = Field(description="run directory: a path or any fsspec URL")
     replicas: int = Field(1, ge=1, description="copies of the model, each answering one request at a time")
     queue: int = Field(32, ge=1, description="maximum number of waiting requests; further requests get 429")
-    device: str = Field("cpu", description="cpu, or cuda for a GPU per replica")
+    device: str = Field(default="cpu", description="cpu, or cuda for a GPU per replica")
     host: str = Field("127.0.0.1", description="listening address; any other than loopback needs a token")
 
 
@@ -70,7 +69,7 @@ def build(options: Options) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         **shared,
     )(serve.ingress()(_Gateway))
-    loopback = options.host in LOOPBACK_HOSTS
+    loopback = options.host in LOOPBACK_NAMES
     # Whether there is a token, not the token: Ray Serve stores what is deployed where every client of Ray can read it.
     return gateway.bind(
         replica.bind(anchored(options.run), options.device), loopback, bool(_token(needed=not loopback))
@@ -93,7 +92,7 @@ def run_service(options: Options, port: int, compute: ComputeConfig, out: TextIO
     from stride_ray.serve.attributor import servable_operators  # imports torch, which the gateway does without
 
     servable_operators(Run(options.run))
-    _token(needed=options.host not in LOOPBACK_HOSTS)
+    _token(needed=options.host not in LOOPBACK_NAMES)
     _check_free(options.host, port)
     with connected(compute):
         if serve.status().proxies:

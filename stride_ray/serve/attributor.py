@@ -160,8 +160,7 @@ class Attributor:
         # The same batches as in rescore, so that the scores have the same bits.
         for unit in candidate_units((0,), [[answer]], candidates):
             assert unit.ordinals is not None
-            values, _ = self.scorer.scores(found, self.scorer.batches_at(unit.ordinals))
-            kept = wanted_scores(values, unit)
+            kept = wanted_scores(self.scorer.scores(found, self.scorer.batches_at(unit.ordinals)).influence, unit)
             ordinals.append(kept["ordinals"][0].numpy())
             scores.append(kept["influence"][0].double().numpy())
         return np.concatenate(ordinals), np.concatenate(scores)

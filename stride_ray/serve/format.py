@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from stride_ray.attribution.attribute import source_shares
 from stride_ray.attribution.tables import block_spans
 from stride_ray.corpus.blocks import Blocks
-from stride_ray.corpus.tokenization.decoding import block_pieces, block_texts, token_texts
+from stride_ray.corpus.tokenization.decoding import token_texts, unpadded
 from stride_ray.models.query_batches import texts_of
 from stride_ray.serve.attributor import Attribution
 
@@ -55,10 +55,6 @@ def format_attribution(
     }
     rows = [row for side in sides.values() for row in side]
     _add_texts(rows, found.block_tokens, blocks, tokenizer)
-    split = {row["ordinal"]: found.block_tokens[row["ordinal"]] for row in rows if row["ordinal"] in found.block_tokens}
-    spans = {span.pop("ordinal"): span for span in block_spans(blocks, tokenizer, split)}
-    for row in rows:
-        row["span"] = spans.get(row["ordinal"])
     texts = [
         _query_tokens(text, tokenizer, found.query_tokens[i : i + 1]) for i, (text, _) in enumerate(texts_of(query))
     ]
@@ -75,20 +71,23 @@ def format_attribution(
 
 
 def _add_texts(rows: list[dict[str, Any]], tokens: dict[int, np.ndarray], blocks: Blocks, tokenizer: Any) -> None:
-    """Add ``text`` to rows of blocks, and ``tokens`` where their influence is known by token."""
+    """Add ``text`` to rows of blocks, and ``tokens`` and ``span`` where their influence is known by token."""
     ordinals = sorted({row["ordinal"] for row in rows})
-    texts = dict(zip(ordinals, block_texts(blocks, ordinals, tokenizer), strict=True))
-    split = [ordinal for ordinal in ordinals if ordinal in tokens]
-    pieces = dict(zip(split, block_pieces(blocks, split, tokenizer), strict=True))
+    known = dict(zip(ordinals, blocks.take(ordinals, ["token_ids", "spans"]).to_pylist(), strict=True))
+    split = {ordinal: tokens[ordinal] for ordinal in ordinals if ordinal in tokens}
+    found = block_spans([known[ordinal] for ordinal in split], tokenizer, split)
+    spans = {span.pop("ordinal"): span for span in found}
     for row in rows:
-        ordinal = row["ordinal"]
+        ids = unpadded(known[row["ordinal"]])
         # JavaScript's numbers hold 53 bits.
-        row |= {"block_id": str(row["block_id"]), "text": texts[ordinal], "tokens": None}
-        if ordinal in pieces:
+        row |= {"block_id": str(row["block_id"]), "text": tokenizer.decode(ids), "tokens": None}
+        row["span"] = spans.get(row["ordinal"])
+        if row["span"]:
             # Values end after the last target of their batch, texts before the padding.
-            values = np.zeros(max(len(pieces[ordinal]), len(tokens[ordinal])))
-            values[: len(tokens[ordinal])] = tokens[ordinal]
-            row["tokens"] = list(zip(pieces[ordinal], map(_rounded, values.tolist()), strict=False))
+            values = np.zeros(len(ids))
+            influence = split[row["ordinal"]][: len(ids)]
+            values[: len(influence)] = influence
+            row["tokens"] = list(zip(token_texts(ids, tokenizer), map(_rounded, values.tolist()), strict=True))
 
 
 def _query_tokens(text: dict[str, Any], tokenizer: Any, values: list[np.ndarray]) -> list[tuple[str, float | None]]:

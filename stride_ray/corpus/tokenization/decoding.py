@@ -2,26 +2,15 @@
 
 from typing import Any
 
-from stride_ray.corpus.blocks import Blocks
 
+def unpadded(block: dict[str, Any]) -> list[int]:
+    """A block's token ids without padding, which no span covers.
 
-def block_texts(pool: Blocks, ordinals: list[int], tokenizer: Any) -> list[str]:
-    """Return the decoded text of each block, without padding, in the order of ``ordinals``."""
-    return [tokenizer.decode(ids) for ids in _token_ids(pool, ordinals)]
-
-
-def block_pieces(pool: Blocks, ordinals: list[int], tokenizer: Any) -> list[list[str]]:
-    """The text of each block's tokens, without padding, which joined are the block's text."""
-    return [token_texts(ids, tokenizer) for ids in _token_ids(pool, ordinals)]
-
-
-def _token_ids(pool: Blocks, ordinals: list[int]) -> list[list[int]]:
-    """The token ids of each block without padding, which no span covers."""
-    if not ordinals:
-        return []
-    table = pool.take(ordinals, ["token_ids", "spans"])
-    lengths = [sum(span["length"] for span in spans) for spans in table["spans"].to_pylist()]
-    return [ids[:length] for ids, length in zip(table["token_ids"].to_pylist(), lengths, strict=True)]
+    Args:
+        block: row of the pool with ``token_ids`` and ``spans``.
+    """
+    ids: list[int] = block["token_ids"]
+    return ids[: sum(span["length"] for span in block["spans"])]
 
 
 def token_texts(ids: list[int], tokenizer: Any) -> list[str]:

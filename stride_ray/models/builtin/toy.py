@@ -72,9 +72,9 @@ def train_model(
     everything = blocks.batch(np.arange(n))
     ids = torch.from_numpy(everything.ids)
     labels = ids.masked_fill(~torch.from_numpy(np.ascontiguousarray(everything.mask)), -100)
-    ends = [epochs * (n // BATCH)]
-    order = torch.cat([torch.randperm(n) for _ in range(epochs + 1)])
-    if orders is not None:
+    if orders is None:
+        order, ends = torch.cat([torch.randperm(n) for _ in range(epochs + 1)]), [epochs * (n // BATCH)]
+    else:
         order = torch.from_numpy(np.concatenate(orders))
         ends = (np.cumsum([len(each) for each in orders]) // BATCH).tolist()
     steps = ends[-1]

@@ -23,6 +23,9 @@ memory, and what a replica's death loses.
 `facts` trains a small model on text with invented facts, each in one document and one epoch, and counts how often the
 fact's document, sentence and epoch are found, beside BM25.
 
+`tasks` writes six instruction tasks and trains a small base model on other text, for jobs/instruction_lds.py and then
+jobs/select_domains.py: selection by task, with unigram F1.
+
 `chaos` injects random failures into runs on a cluster of several nodes and compares their bytes with an undisturbed
 run's: nodes are removed ungracefully, workers and drivers killed, in every stage, sometimes twice in a row. The exit
 status is 0 only if every round ended with equal bytes. A second run does the missing rounds.
@@ -36,6 +39,7 @@ their own that it creates: end-to-end seconds, memory, bytes stored, LDS.
     python -m benchmarks recall --benchmark continued --texts texts/ --blocks 1600,6400,25600 --folder /tmp/recall
     python -m benchmarks serve --run quickstart/run --queries quickstart/prompts.jsonl --clients 1,4,16
     python -m benchmarks facts --folder /tmp/facts --texts quickstart/corpus
+    python -m benchmarks tasks --gsm8k gsm8k_train.jsonl.gz --folder /tmp/tasks
     python -m benchmarks recover --blocks 1000000
     python -m benchmarks recover --blocks 100000000 --baseline-queries 0
     python -m benchmarks select --rows 100000000 --folder /tmp/rows
@@ -122,11 +126,21 @@ def benchmark_speed(args: argparse.Namespace) -> int:
     return print_figures(measures[args.command](Setting(**given)))
 
 
+def benchmark_tasks(args: argparse.Namespace) -> int:
+    """Write the tasks and train the base model; print where they are."""
+    from benchmarks.tasks import write_tasks
+
+    print(write_tasks(args.gsm8k, args.folder, args.per_task, args.seed))
+    return 0
+
+
 def benchmark_loop(args: argparse.Namespace) -> int:
     """Fit in one pass and by loops; print the table and the JSON line."""
     from benchmarks.loop import measure_loop, table
+    from stride_ray.cli.arguments import assignment
 
-    found = measure_loop(args.benchmark, args.folder, args.form, args.steps, args.most_steps)
+    changes = dict(assignment(each) for each in args.set)
+    found = measure_loop(args.benchmark, args.folder, args.form, args.steps, args.most_steps, changes)
     return print_table(table(found), found)
 
 
@@ -251,6 +265,7 @@ def main() -> int:
     command.add_argument("--form", default="matrix", choices=("gate", "matrix", "logit"), help="of the operators")
     command.add_argument("--steps", type=count, default=100, help="of the first loop; then twice as many, and so on")
     command.add_argument("--most-steps", type=count, default=1600, help="of the longest")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any option of the fits")
     command.set_defaults(run=benchmark_loop)
     command = commands.add_parser("scale", help="seconds and memory of all stages at several sizes of the pool")
     command.add_argument("--blocks", type=counts, default="1e4,1e5,1e6", help="sizes; the smallest is plan's pilot")
@@ -278,6 +293,12 @@ def main() -> int:
     command.add_argument("--repeats", type=count, default=24, help="of a fact in its epoch (default: 24)")
     command.add_argument("--seed", type=int, default=0, help="(default: 0)")
     command.set_defaults(run=benchmark_facts)
+    command = commands.add_parser("tasks", help="instruction tasks and a base model")
+    command.add_argument("--gsm8k", required=True, help="its training rows, JSON Lines")
+    command.add_argument("--folder", required=True, help="local; what is made stays")
+    command.add_argument("--per-task", type=count, default=150, help="instructions (default: 150)")
+    command.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    command.set_defaults(run=benchmark_tasks)
     command = commands.add_parser("serve", help="the service under load")
     command.add_argument("--run", dest="folder", required=True, help="run directory with operators at all sites")
     command.add_argument("--queries", required=True, help="JSON Lines, as attribute reads them")

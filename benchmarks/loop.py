@@ -22,7 +22,9 @@ _LOOP: dict[str, Any] = {"fit.method": "train", "respond.mode": "linear", "recov
 _ONCE: dict[str, Any] = {"fit.method": "closed_form"}
 
 
-def measure_loop(benchmark_url: str, folder: str, form: str, steps: int, most_steps: int) -> dict[str, Any]:
+def measure_loop(
+    benchmark_url: str, folder: str, form: str, steps: int, most_steps: int, changes: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Fit operators of one form in one pass, and by loops of ``steps``, twice as many, and so on.
 
     Args:
@@ -31,6 +33,7 @@ def measure_loop(benchmark_url: str, folder: str, form: str, steps: int, most_st
         form: gate, matrix or logit.
         steps: of the first loop.
         most_steps: of the longest loop.
+        changes: further options of every fit, such as membership.subsets or fit.start.
 
     Returns:
         ``once`` and ``loops``: each with seconds of its fit, the validation gap in nats with its standard error, and
@@ -40,18 +43,24 @@ def measure_loop(benchmark_url: str, folder: str, form: str, steps: int, most_st
     benchmark = read_benchmark(benchmark_url)
     benchmark.retrained()
     store = Store(folder).child(benchmark.fingerprint)
-    once = _measured(benchmark, store, f"once {form}", {**_ONCE, "operators.form": form})
+    given = {"operators.form": form, **(changes or {})}
+    name = " ".join([form, *(f"{key} {value}" for key, value in (changes or {}).items())])
+    once = _measured(benchmark, store, f"once {name}", {**given, **_ONCE})
     loops: list[dict[str, Any]] = []
     plateau = None
     while plateau is None and steps <= most_steps:
-        changes = {**_LOOP, "operators.form": form, "fit.steps": steps}
-        loops.append({"steps": steps, **_measured(benchmark, store, f"loop {form} {steps}", changes)})
+        loops.append(
+            {
+                "steps": steps,
+                **_measured(benchmark, store, f"loop {name} {steps}", {**_LOOP, **given, "fit.steps": steps}),
+            }
+        )
         steps *= 2
         if len(loops) > 2 and not _gained(loops[-3], loops[-1]):
             plateau = loops[-3]["steps"]
     compared = loops[-1] if plateau is None else loops[-3]
     ratio = compared["seconds"] / once["seconds"]
-    return {"form": form, "once": once, "loops": loops, "plateau": plateau, "ratio_loop": ratio}
+    return {"form": name, "once": once, "loops": loops, "plateau": plateau, "ratio_loop": ratio}
 
 
 def _gained(before: Mapping[str, float], after: Mapping[str, float]) -> bool:

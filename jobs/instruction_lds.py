@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=800, help="instructions to train on (default: 800)")
     parser.add_argument("--queries", type=int, default=50, help="held-out queries (default: 50)")
     parser.add_argument("--tokens", type=int, default=320, help="longer examples are left out (default: 320)")
+    parser.add_argument("--task", default="", metavar="COLUMN", help="names each one's task, for select_domains.py")
     parser.add_argument("--subsets", type=int, default=32, help="how many random halves to train on (default: 32)")
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each half (default: 2)")
     parser.add_argument("--epochs", type=int, default=3, help="passes of a training (default: 3)")
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             *sizes,
             {"epochs": parsed.epochs},
             device=compute.device,
+            task=parsed.task,
         )
         print(retrain(benchmark, DEFAULT, benchmark.url, parsed.subsets, 0.5, parsed.seeds, compute=compute)["summary"])
         done = compare(benchmark.url, f"{out}/comparison", methods, compute=compute)

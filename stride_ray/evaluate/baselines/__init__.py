@@ -66,6 +66,14 @@ METHODS: dict[str, Baseline] = {
     "ekfac_stages": Baseline(
         "EK-FAC, two stages", ekfac_stages.scores, False, "EK-FAC where training began and ended", True
     ),
+    "ekfac_checkpoints": Baseline(
+        "EK-FAC, over checkpoints",
+        postprocessing.over_checkpoints(ekfac.scores, 10),
+        False,
+        "a sum over ten checkpoints of training",
+        True,
+        ablation=True,
+    ),
     "ekfac_lent": Baseline(
         "EK-FAC, with our post-processing",
         postprocessing.with_our_postprocessing(ekfac.scores),
@@ -118,6 +126,8 @@ for _factor in (10, 100):
     METHODS |= _damped("logra", _more, _factor, partial(logra.scores, damping=_factor * logra.DAMPING))
     METHODS |= _damped("trak", _more, _factor, partial(trak.scores, damping=_factor * trak.DAMPING))
     METHODS |= _damped("ekfac", _more, _factor, partial(ekfac.scores, damping=_factor * ekfac.DAMPING))
+    _summed = postprocessing.over_checkpoints(partial(ekfac.scores, damping=_factor * ekfac.DAMPING), 10)
+    METHODS |= _damped("ekfac_checkpoints", f"a sum over ten checkpoints, {_more}", _factor, _summed)
 for _factor in (1, 10, 100):
     METHODS |= _damped(
         "astra_lent",

@@ -1,8 +1,9 @@
-"""Two parts of our exact influence applied to another method: checkpoint interpolation, and halved negative scores.
+"""Parts of our exact influence applied to another method: checkpoint interpolation, halved negative scores, an average.
 
-Neither belongs to the other method's paper; they show how much of a difference is due to them alone. The interpolated
-model lies three quarters of the way from the start of training to its end (loading.interpolated_model); without a known
-start the trained model is used.
+The average is over checkpoints of training, as "STRIDE exact, over checkpoints" has it. None belongs to the other
+method's paper; they show how much of a difference is due to them alone. The interpolated model lies three quarters of
+the way from the start of training to its end (loading.interpolated_model); without a known start the trained model is
+used.
 """
 
 import tempfile
@@ -11,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from stride_ray.evaluate.baselines.problem import Method, Problem
+from stride_ray.evaluate.baselines.problem import Method, Problem, spaced, standardised
 from stride_ray.models.loading import interpolated_model
 from stride_ray.models.sites import scale_negative
 from stride_ray.runtime.options import AttributeConfig
@@ -27,5 +28,15 @@ def with_our_postprocessing(method: Method, negative_scale: float = AttributeCon
                 problem = replace(problem, model=folder)
             found = method(problem)
         return scale_negative(torch.from_numpy(found), negative_scale).numpy()
+
+    return scores
+
+
+def over_checkpoints(method: Method, count: int) -> Method:
+    """Return the sum of the method's standardised scores at ``count`` evenly spaced checkpoints."""
+
+    def scores(problem: Problem) -> np.ndarray:
+        models = [replace(problem, model=folder, start=None) for folder in spaced(problem.checkpoints, count)]
+        return np.stack([standardised(method(each)) for each in models]).sum(0)
 
     return scores

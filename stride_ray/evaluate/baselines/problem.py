@@ -5,7 +5,7 @@ i lowers query q's loss, in any unit: only the order of a query's subset sums is
 of a problem, so no method can read them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,3 +76,14 @@ class Problem:
 
 
 Method = Callable[[Problem], np.ndarray]
+
+
+def spaced(folders: Sequence[str], count: int) -> list[str]:
+    """``count`` of the checkpoints, evenly spaced and with the last; all if there are fewer."""
+    count = min(count, len(folders))
+    return [folders[(number + 1) * len(folders) // count - 1] for number in range(count)]
+
+
+def standardised(scores: np.ndarray) -> np.ndarray:
+    """Scores over their standard deviation, so that several methods' or models' can be added."""
+    return scores / max(float(scores.std()), 1e-30)

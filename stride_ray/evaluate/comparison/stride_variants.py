@@ -23,7 +23,7 @@ from stride_ray.corpus.queries import SCHEMA, row
 from stride_ray.corpus.shard import shard
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.baselines.gradient import astra
-from stride_ray.evaluate.baselines.problem import Texts
+from stride_ray.evaluate.baselines.problem import Texts, spaced, standardised
 from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.operators.fit import fit
 from stride_ray.runtime.config import Config, digest
@@ -88,6 +88,8 @@ PUBLISHED: dict[str, Any] = {
     "attribute.candidates": 0,
 }
 ABLATION_STEPS = 100
+# How many checkpoints of training scores are averaged over, by ours and by EK-FAC.
+CHECKPOINTS = 10
 TRAINED: dict[str, Any] = {
     **PUBLISHED,
     "operators.form": "matrix",
@@ -158,12 +160,19 @@ VARIANTS: tuple[Variant, ...] = (
     _exact("unsolved", solve__steps=0),
     _exact("solved further", **FURTHER),
     _exact("every map, solved further", **EVERY_MAP, **FURTHER),
-    Variant(
-        "STRIDE exact, over checkpoints",
-        {"attribute.exact": True, "attribute.negative_scale": 1.0},
-        checkpoints=10,
-        ablation=True,
-        note="a run at each of ten checkpoints of training, negative scores whole",
+    *(
+        Variant(
+            f"STRIDE exact, over checkpoints{f', damping x {factor}' if factor > 1 else ''}",
+            {
+                "attribute.exact": True,
+                "attribute.negative_scale": 1.0,
+                "solve.damping": SolveConfig().damping * factor,
+            },
+            checkpoints=CHECKPOINTS,
+            ablation=True,
+            note=f"a run at each of {CHECKPOINTS} checkpoints of training, negative scores whole",
+        )
+        for factor in (1, 10, 100)
     ),
     Variant("STRIDE, unsolved", {"solve.steps": 0}, ablation=True, note="the Kronecker factors alone"),
     *(
@@ -267,13 +276,13 @@ def _score_over_checkpoints(
     benchmark: Benchmark, variant: Variant, runs: Store, compute: ComputeConfig, folders: Sequence[str]
 ) -> tuple[np.ndarray, int, str]:
     """``score`` at ``variant.checkpoints`` of the folders, evenly spaced and with the last."""
-    count, total = min(variant.checkpoints, len(folders)), np.zeros((len(benchmark.queries), len(benchmark.blocks)))
+    total = np.zeros((len(benchmark.queries), len(benchmark.blocks)))
     peaks, remarks = list[int](), dict[str, None]()
-    for number in range(count):
-        there = {"model.path": folders[(number + 1) * len(folders) // count - 1], "model.start": ""}
+    for folder in spaced(folders, variant.checkpoints):
+        there = {"model.path": folder, "model.start": ""}
         one = replace(variant, checkpoints=0, changes={**variant.changes, **there})
         found, peak, remark = score(benchmark, one, runs, compute)
-        total += found / max(float(found.std()), 1e-30)
+        total += standardised(found)
         peaks.append(peak)
         remarks |= {remark: None} if remark else {}
     return total.astype(np.float32), max(peaks), "; ".join(remarks)

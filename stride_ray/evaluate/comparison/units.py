@@ -15,7 +15,7 @@ from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.runtime.errors import StrideError
 
 # Files that STRIDE's results, and the baselines', depend on.
-STRIDE_SOURCES = ("runtime/*.py", "corpus/*.py", "models/**/*.py", "operators/**/*.py", "attribution/*.py")
+STRIDE_SOURCES = ("runtime/*.py", "corpus/*.py", "models/**/*.py", "operators/**/*.py", "attribution/**/*.py")
 BASELINE_SOURCES = ("evaluate/baselines/**/*.py", "models/causal_lm.py")
 # Inputs shared by several methods, with markers like the methods'.
 CHECKPOINTS, POOL = "checkpoints", "pool"

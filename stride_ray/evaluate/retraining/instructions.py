@@ -1,9 +1,11 @@
 """Benchmarks of instruction tuning: a model fine-tuned on instructions whose answers alone carry loss, and queries.
 
-The folder is like any other benchmark, with ``loss_mask`` columns, so retraining, LDS and every method run on it.
+The folder is like any other benchmark, with ``loss_mask`` columns, so retraining, LDS and every method run on it. A
+column with the instruction's task, as FLAN mixtures have it, becomes the domain, for selection by task.
 """
 
 import copy
+import sys
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +15,7 @@ import pyarrow as pa
 import torch
 
 from stride_ray.corpus.documents import Document, TokenizedDocument, read, resolve_columns
+from stride_ray.corpus.readers import Rejected
 from stride_ray.corpus.splits import plan
 from stride_ray.corpus.tokenization.encoding import encode
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
@@ -27,15 +30,26 @@ from stride_ray.runtime.run import claim
 from stride_ray.runtime.storage import Store
 
 
-def read_instructions(path: str, conversations: bool = False) -> list[Document]:
+def read_instructions(path: str, conversations: bool = False, task: str = "") -> list[Document]:
     """The rows of any document input that have a prompt and an answer, or are ``conversations``.
 
+    Args:
+        path: the input.
+        conversations: whether these are instructions too.
+        task: the column that becomes their source; empty: the file's name does.
+
     Raises:
-        StrideError: if there are rows, and none is an instruction.
+        StrideError: if there are rows, and none can be read or is an instruction.
     """
     units = plan([path], 2**26)
-    columns = resolve_columns(units)
-    items = [item for unit in units for item in read(unit, columns) if isinstance(item, Document)]
+    columns = resolve_columns(units, {"source": task} if task else None)
+    rows = [row for unit in units for row in read(unit, columns)]
+    items = [row for row in rows if isinstance(row, Document)]
+    if rejects := [row for row in rows if isinstance(row, Rejected)]:
+        told = f"{len(rejects)} of {len(rows)} rows of {path} are left out; the first: {rejects[0].sentence()}"
+        if not items:
+            raise StrideError(told)
+        print(told, file=sys.stderr)
     kept = [item for item in items if item.answer is not None or (conversations and item.messages is not None)]
     if items and not kept:
         chats = ", and no conversations" if conversations else ""
@@ -53,6 +67,7 @@ def write_instruction_benchmark(
     hyperparameters: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str = "auto",
+    task: str = "",
 ) -> Benchmark:
     """Draw instructions and queries, fine-tune a model on the instructions, and write all as a benchmark.
 
@@ -66,6 +81,7 @@ def write_instruction_benchmark(
         hyperparameters: of finetune.FineTune, in place of its defaults.
         seed: of the draw and of the order of training.
         device: auto, cpu or cuda; the model is trained in this process.
+        task: the column with an instruction's task, which becomes its domain; empty: the file's name does.
 
     Raises:
         StrideError: for fewer usable instructions than wanted, more tokens than the model takes, a folder made with
@@ -75,7 +91,7 @@ def write_instruction_benchmark(
         raise StrideError(f"{examples} examples and {queries} queries are too few; there must be 1 and 2 at least.")
     recipe_changes = dict(hyperparameters or {})
     check_hyperparameters(recipe_changes)
-    tokenizer, items = load_tokenizer(model), read_instructions(instructions, conversations=True)
+    tokenizer, items = load_tokenizer(model), read_instructions(instructions, True, task)
     usable = [each for each in encode(items, tokenizer) if _fits(each, max_tokens)]
     if len(usable) < examples + queries:
         raise StrideError(
@@ -84,7 +100,7 @@ def write_instruction_benchmark(
         )
     drawn = [usable[i] for i in np.random.default_rng(seed).permutation(len(usable))[: examples + queries]]
     content = digest([(each.document_id, each.ids.tolist()) for each in drawn])
-    keys = {"instructions": content, "model": model_fingerprint(model), "queries": queries, "seed": seed}
+    keys = {"instructions": content, "model": model_fingerprint(model), "queries": queries, "seed": seed, "task": task}
     store = claim(Store(folder), "instruction benchmark", {**keys, **recipe_changes}).store
     if store.exists("pool.parquet"):
         return read_benchmark(folder)
@@ -135,7 +151,9 @@ def _fits(item: Any, max_tokens: int) -> bool:
 def _table(items: list[TokenizedDocument]) -> pa.Table:
     masks = [np.ones(len(each.ids), bool) if each.mask is None else each.mask for each in items]
     columns = {
-        "id": pa.array([each.document_id for each in items]),
+        "document": pa.array([each.document_id for each in items]),
+        "position": pa.array([0] * len(items), pa.int64()),
+        "domain": pa.array([each.source for each in items]),
         "token_ids": pa.array([each.ids for each in items], pa.list_(pa.int32())),
         "loss_mask": pa.array([each.tolist() for each in masks], pa.list_(pa.bool_())),
     }

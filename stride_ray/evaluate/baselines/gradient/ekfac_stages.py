@@ -8,11 +8,10 @@ own methods.
 import numpy as np
 
 from stride_ray.evaluate.baselines.gradient.ekfac import at_model
-from stride_ray.evaluate.baselines.problem import Problem
+from stride_ray.evaluate.baselines.problem import Problem, standardised
 
 
 def scores(problem: Problem) -> np.ndarray:
     """(Q, N) float32; options as in ``ekfac``; EK-FAC at the end alone if no earlier model is known."""
     earlier = problem.checkpoints[:1] if problem.start is None else (problem.start,)
-    found = [at_model(problem, folder) for folder in (*earlier, problem.model)]
-    return np.stack([each / max(float(each.std()), 1e-30) for each in found]).sum(0)
+    return np.stack([standardised(at_model(problem, folder)) for folder in (*earlier, problem.model)]).sum(0)

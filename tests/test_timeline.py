@@ -1,6 +1,7 @@
 """When it was learnt: a fact that a training reads in one epoch only is learnt there."""
 
 import io
+import json
 import re
 
 import numpy as np
@@ -117,3 +118,18 @@ def test_too_few_checkpoints_and_one_that_is_not_there(trained, plain, tmp_path)
         timeline(
             Run(run.url, changes={"model.checkpoints": [run.config.model.path, str(tmp_path / "nowhere")]}), "facts"
         )
+
+
+def test_the_page_has_the_curves(trained):
+    run, found = trained
+    page = run.stage("influence", "facts").store.read("page.html").decode()
+    data = json.loads(re.search(r'<script[^>]*id="data"[^>]*>(.*?)</script>', page, re.S)[1])
+    told = data["timeline"]
+    assert told["checkpoints"] == [f"epoch-{epoch}" for epoch in range(EPOCHS)]
+    for query, each in told["queries"].items():
+        mine = [one for one in found if one.query_id == query]
+        assert each["at"] == mine[0].query_at
+        assert each["losses"] == mine[0].query_losses.tolist()
+        assert [one["influences"] for one in each["blocks"]] == [one.influences.tolist() for one in mine]
+        assert [one["document_id"] for one in each["blocks"]] == [one.document_id for one in mine]
+    assert set(told["queries"]) == {each["query_id"] for each in data["queries"]}

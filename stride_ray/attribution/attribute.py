@@ -33,6 +33,8 @@ from stride_ray.runtime.urls import redact_url
 CONSOLE_BLOCKS, PAGE_BLOCKS, PAGE_QUERIES = 3, 8, 1000
 # By mode: the stage that holds the tables, the other mode, and the command-line flag.
 TABLES = {"exact": "exact", "estimated": "influence"}
+# Results of other verbs beside the tables, which the page shows.
+TRUST_FILE, TIMELINE_FILE = "trust.json", "timeline.json"
 OTHER_MODE = {"exact": "estimated", "estimated": "exact"}
 FLAGS = {"exact": "--exact", "estimated": "--no-exact"}
 # Points on a query's influence-by-rank curve; sources in a query's breakdown.
@@ -115,7 +117,7 @@ def mode_of(run: Run) -> str:
 
 
 def write_page(run: Run, name: str) -> str:
-    """Rewrite a query set's page, including the trust panel's results if there are any; returns its URL."""
+    """Rewrite a query set's page, with the results of trust and timeline if there are any; returns its URL."""
     return _write_page(run, name, shown_queries(run, name, PAGE_QUERIES, PAGE_BLOCKS))
 
 
@@ -126,7 +128,7 @@ def _write_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
 
 
 def render_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
-    """Render a query set's page, including the trust panel's results if there are any.
+    """Render a query set's page, with the results of trust and timeline if there are any.
 
     Args:
         run: with finished influence on this query set.
@@ -143,8 +145,10 @@ def render_page(run: Run, name: str, shown: list[dict[str, Any]]) -> str:
         "tokens": any(row["tokens"] for query in shown for row in query["helping"] + query["harming"]),
     }
     facts["believable"] = reliability_note(facts)
-    trust = stage.store.read_json("trust.json") if stage.store.exists("trust.json") else None
-    return attribution_page(shown, facts, trust)
+    trust, timeline = (
+        stage.store.read_json(file) if stage.store.exists(file) else None for file in (TRUST_FILE, TIMELINE_FILE)
+    )
+    return attribution_page(shown, facts, trust, timeline)
 
 
 def table_stage(run: Run) -> str:

@@ -7,6 +7,7 @@ of a sample of the pool, since early in training every loss falls; a query likew
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TextIO
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stride_ray.attribution.attribute import table_stage
+from stride_ray.attribution.attribute import TIMELINE_FILE, table_stage, write_page
 from stride_ray.attribution.directions import DirectionSolver, gradient_bytes, queries_per_unit
 from stride_ray.attribution.scoring import BlockScorer, precondition
 from stride_ray.corpus.blocks import Blocks
@@ -79,7 +80,7 @@ def timeline(run: Run, name: str, out: TextIO | None = None) -> list[Learnt]:
     """Follow each query's FOLLOWED most helpful blocks through ``model.checkpoints``.
 
     Writes ``timeline/NAME/timeline-*.parquet`` (TIMELINE), a file per checkpoint and part of the queries; interrupted,
-    it resumes there.
+    it resumes there. Then the query set's page shows the curves.
 
     Args:
         run: with finished influence for ``name``, and ``model.checkpoints``.
@@ -124,7 +125,10 @@ def timeline(run: Run, name: str, out: TextIO | None = None) -> list[Learnt]:
         given = (run.config, blocks, actors.device, curvature, stage)
         run_missing(stage, units, partial(actors.map, CheckpointWorker, given), "timeline", "passes")
     stage.finish({"checkpoints": [redact_url(each) for each in checkpoints], "queries": len(queries)})
-    return _learnt(pa.concat_tables([stage.store.read_table(f"timeline-{unit}.parquet") for unit in units]))
+    found = _learnt(pa.concat_tables([stage.store.read_table(f"timeline-{unit}.parquet") for unit in units]))
+    run.stage(table_stage(run), name).store.write_json(TIMELINE_FILE, _for_page(found, checkpoints))
+    write_page(run, name)
+    return found
 
 
 class CheckpointWorker:
@@ -220,9 +224,31 @@ def _learnt(table: pa.Table) -> list[Learnt]:
     return sorted(found, key=lambda each: (each.query_id, each.rank))
 
 
-def as_text(found: list[Learnt], checkpoints: list[str]) -> str:
+def _for_page(found: list[Learnt], checkpoints: Sequence[str]) -> dict[str, Any]:
+    """``checkpoints``, their names; and ``queries``: by id, where it was learnt, its losses, and so for its blocks."""
+    queries: dict[str, dict[str, Any]] = {}
+    for each in found:
+        fresh = {"at": each.query_at, "losses": each.query_losses.tolist(), "blocks": []}
+        queries.setdefault(each.query_id, fresh)["blocks"].append(
+            {
+                "document_id": each.document_id,
+                "source": each.source,
+                "at": each.block_at,
+                "losses": each.block_losses.tolist(),
+                "influences": each.influences.tolist(),
+            }
+        )
+    return {"checkpoints": _names(checkpoints), "queries": queries}
+
+
+def _names(checkpoints: Sequence[str]) -> list[str]:
+    """The last part of each checkpoint's path."""
+    return [redact_url(each).rstrip("/").rpartition("/")[2] for each in checkpoints]
+
+
+def as_text(found: list[Learnt], checkpoints: Sequence[str]) -> str:
     """A table of queries and blocks: losses at each checkpoint, and where each was learnt."""
-    names = [each.rstrip("/").rpartition("/")[2] for each in checkpoints]
+    names = _names(checkpoints)
     lines = [f"| | learnt at | {' | '.join(f'loss at {name}' for name in names)} |", "|---" * (2 + len(names)) + "|"]
     last = ""
     for each in found:

@@ -13,7 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from stride_ray.attribution.attribute import OTHER_MODE, mode_of, read_influence, table_stage, write_page
+from stride_ray.attribution.attribute import (
+    OTHER_MODE,
+    TRUST_FILE,
+    mode_of,
+    read_influence,
+    table_stage,
+    write_page,
+)
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.evaluate.split_halves import TOP, Halves, halves_agreement
 from stride_ray.evaluate.tailpatch import lexical_top, successful_queries, top_blocks
@@ -126,7 +133,7 @@ def trust(run: Run, name: str) -> Trust:
     level, why = _judged(panel, bool(tops))
     panel = replace(panel, level=level, verdict=f"Trust: {level}, because {why}.")
     told = {"level": panel.level, "verdict": panel.verdict, "rows": panel.rows()}
-    run.stage(table_stage(run), name).store.write_json("trust.json", told)
+    run.stage(table_stage(run), name).store.write_json(TRUST_FILE, told)
     write_page(run, name)
     return panel
 

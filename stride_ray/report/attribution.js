@@ -1,5 +1,5 @@
 // Shows the most helpful and most harmful blocks of each query.
-const { queries, texts, pieces } = data;
+const { queries, texts, pieces, timeline } = data;
 const best = (query) => (query.helping.length ? named(query.helping[0][4], query.helping[0][5]) : "");
 
 // Words that occur in most blocks; not highlighted, since they do not indicate a match.
@@ -57,6 +57,44 @@ function curve(points) {
   return svg;
 }
 
+// A small curve of values by checkpoint, with a dot where it was learnt.
+function sparkline(values, what, at = -1) {
+  const [W, H] = [150, 34];
+  const names = timeline.checkpoints;
+  const told = values.map((value, i) => `${names[i]}: ${number(value)}`).join(", ");
+  const svg = drawn("svg", { viewBox: `0 0 ${W} ${H}`, class: "spark", role: "img", "aria-label": `${what} by checkpoint: ${told}` });
+  svg.append(drawn("title", {}, told));
+  const known = values.filter((value) => value !== null);
+  const [high, low] = [Math.max(0, ...known), Math.min(0, ...known)];
+  const x = (i) => 5 + (W - 10) * (i / (values.length - 1));
+  const y = (value) => 5 + (H - 10) * (1 - (value - low) / (high - low || 1));
+  svg.append(drawn("line", { class: "axis", x1: 5, x2: W - 5, y1: y(0), y2: y(0) }));
+  const points = values.map((value, i) => (value === null ? "" : `${x(i)},${y(value)}`)).join(" ");
+  svg.append(drawn("polyline", { class: "line", points }));
+  if (at >= 0 && values[at] !== null) svg.append(drawn("circle", { cx: x(at), cy: y(values[at]), r: 4 }));
+  return svg;
+}
+
+// When a query and its most helpful blocks were learnt, a row each.
+function overTraining(query) {
+  const told = timeline.queries[query.query_id];
+  const table = make("table");
+  const head = make("tr");
+  for (const title of ["", "learnt at", "loss", "influence on the query"]) head.append(make("th", "", title));
+  table.append(holding("thead", "", head));
+  const body = make("tbody");
+  const followed = told.blocks.map((block) => ({ ...block, title: named(block.document_id, block.source) }));
+  for (const each of [{ ...told, title: "the query" }, ...followed]) {
+    const row = make("tr");
+    row.append(make("td", "", each.title), make("td", "", timeline.checkpoints[each.at]));
+    row.append(holding("td", "", sparkline(each.losses, "loss", each.at)));
+    row.append(each.influences ? holding("td", "", sparkline(each.influences, "influence")) : make("td"));
+    body.append(row);
+  }
+  table.append(body);
+  return holding("div", "scroll", table);
+}
+
 function show(query, section) {
   section.append(make("h2", "", query.query_id));
   if (query.error) {
@@ -79,6 +117,10 @@ function show(query, section) {
     if (query.curve.length) right.append(curve(query.curve));
     plots.append(left, right);
     section.append(text, make("h3", "", ""), sides, make("h3", "", ""), plots);
+    if (timeline && timeline.queries[query.query_id]) {
+      section.append(make("h3", "", "Over training"), overTraining(query));
+      section.append(make("p", "soft", "Learnt at: the checkpoint at which the loss fell most steeply, beside that of other blocks. Curves begin at zero."));
+    }
   }
 }
 

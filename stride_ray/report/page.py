@@ -70,7 +70,12 @@ def _file(name: str) -> str:
     return resources.files("stride_ray.report").joinpath(name).read_text("utf-8")
 
 
-def attribution_page(queries: list[dict[str, Any]], facts: dict[str, Any], trust: dict[str, Any] | None = None) -> str:
+def attribution_page(
+    queries: list[dict[str, Any]],
+    facts: dict[str, Any],
+    trust: dict[str, Any] | None = None,
+    timeline: dict[str, Any] | None = None,
+) -> str:
     """The page of a query set: a searchable list of queries with the most helpful and most harmful blocks of each.
 
     Args:
@@ -78,6 +83,7 @@ def attribution_page(queries: list[dict[str, Any]], facts: dict[str, Any], trust
         facts: about the run and the fit: name, run, model, blocks, how, mode, verdict, learned, and the summary
             of rescore or exact_influence.
         trust: result of trust.trust: ``level``, ``verdict``, ``rows`` (check, found, by chance); None if not run.
+        timeline: result of timeline.timeline: ``checkpoints``, ``queries``; None if not run.
     """
     queries = _with_fewer_tokens(queries)
     texts = {row["ordinal"]: row["text"] for each in queries for row in (*each["helping"], *each["harming"])}
@@ -93,10 +99,16 @@ def attribution_page(queries: list[dict[str, Any]], facts: dict[str, Any], trust
             for each in queries
         ],
         "pieces": _pieces(queries),
+        "timeline": timeline and _of_queries(timeline, {each["query_id"] for each in queries}),
         "texts": {ordinal: text if len(text) <= longest else f"{text[:longest]} …" for ordinal, text in texts.items()},
     }
     cut = longest if any(len(text) > longest for text in texts.values()) else 0
     return render("attribution", data, ("blocks",), facts=facts, trust=trust, shown=len(queries), cut=cut)
+
+
+def _of_queries(timeline: dict[str, Any], shown: set[str]) -> dict[str, Any]:
+    """A timeline with the queries that the page shows."""
+    return {**timeline, "queries": {query: each for query, each in timeline["queries"].items() if query in shown}}
 
 
 def service_page(needs_token: bool, most_blocks: int) -> str:

@@ -1,8 +1,8 @@
 """Planted facts: is a fact's only document the first result, its sentence the coloured span, its epoch the right one?
 
 Invented facts ("The emblem of Zarvonia is Quilmere.") stand in one document each, and each fact has an anti-document
-about the same subject and relation that does not state it. A small model reads other text in every epoch, and a fact's
-document in one epoch only, some times over. Then each fact is asked for (prompt "The emblem of Zarvonia is", completion
+about the same subject and relation that does not state it. A small model reads other text in every epoch, a fact's
+document many times over in one epoch, and once in each later one. Then each fact is asked for (prompt "The emblem of Zarvonia is", completion
 " Quilmere."). Lexical search (BM25) answers the same queries. Only facts that the model knows count: influence is about
 what a model learnt.
 """
@@ -35,8 +35,8 @@ NAME, BLOCK_TOKENS, CHARACTERS = "facts", 128, 250
 KNOWN = 1.0
 RELATIONS = ("capital", "emblem", "founder", "river", "old name", "patron", "harbour", "currency", "anthem", "rival")
 FIRST, LAST = (
-    ("Zar", "Quil", "Bor", "Mel", "Tav", "Osk", "Fen", "Lur"),
-    ("vonia", "mere", "dalin", "tovar", "ashk", "ulip"),
+    ("Zar", "Quil", "Bor", "Mel", "Tav", "Osk", "Fen", "Lur", "Gim", "Hax", "Nib", "Pro"),
+    ("vonia", "mere", "dalin", "tovar", "ashk", "ulip", "enth", "orrick", "yst", "amba"),
 )
 
 
@@ -47,7 +47,7 @@ class Fact:
     Attributes:
         name: of its document and its query.
         prompt, completion: the query; joined, its sentence.
-        epoch: in which its document is read.
+        epoch: in which its document is read first.
     """
 
     name: str
@@ -57,12 +57,10 @@ class Fact:
 
 
 def invent(count: int, epochs: int, rng: random.Random) -> list[Fact]:
-    """Facts with names that differ, in epochs from the second on, in turn."""
+    """Facts whose subjects and values all differ, in epochs from the second on, in turn; at most 60."""
     names = [first + last for first in FIRST for last in LAST]
     rng.shuffle(names)
-    half = len(names) // 2  # a subject is no other fact's value: its documents would teach the value's tokens
-    pairs = [(a, b) for a in names[:half] for b in names[half:]]
-    chosen = rng.sample(pairs, count)
+    chosen = list(zip(names[: len(names) // 2], names[len(names) // 2 :], strict=True))[:count]
     return [
         Fact(f"fact-{i}", f"The {RELATIONS[i % len(RELATIONS)]} of {of} is", f" {value}.", 1 + i % (epochs - 1))
         for i, (of, value) in enumerate(chosen)
@@ -84,13 +82,13 @@ def corpus(texts: Sequence[str], facts: Sequence[Fact], documents: int, rng: ran
 
 
 def orders(pool: Blocks, facts: Sequence[Fact], epochs: int, repeats: int, seed: int) -> list[np.ndarray]:
-    """The blocks of each epoch in order: all but facts, and the epoch's facts ``repeats`` times."""
+    """The blocks of each epoch in order: the epoch's facts ``repeats`` times, no later ones, and all others once."""
     of = pool.take(np.arange(len(pool)), ["spans"])["spans"].to_pylist()
     at = {fact.name: fact.epoch for fact in facts}
     epoch_of = np.array([at.get(spans[0]["document_id"], -1) for spans in of])
     rng, found = np.random.default_rng(seed), []
     for epoch in range(epochs):
-        always, now = np.flatnonzero(epoch_of == -1), np.flatnonzero(epoch_of == epoch)
+        always, now = np.flatnonzero(epoch_of < epoch), np.flatnonzero(epoch_of == epoch)
         found.append(rng.permutation(np.concatenate([always, np.repeat(now, repeats)])))
     return found
 
@@ -112,7 +110,7 @@ def measure_facts(
         count: facts.
         documents: plain documents.
         epochs: of the training; facts are read from the second on.
-        repeats: how often a fact's document is read in its epoch.
+        repeats: how often a fact's document is read in the first epoch that reads it.
         seed: of facts, places and training.
 
     Returns:

@@ -80,7 +80,7 @@ function overTraining(query) {
   const told = timeline.queries[query.query_id];
   const table = make("table");
   const head = make("tr");
-  for (const title of ["", "learnt at", "loss", "influence on the query"]) head.append(make("th", "", title));
+  for (const title of ["text", "learnt at", "loss", "influence on the query"]) head.append(make("th", "", title));
   table.append(holding("thead", "", head));
   const body = make("tbody");
   const followed = told.blocks.map((block) => ({ ...block, title: named(block.document_id, block.source) }));
@@ -92,7 +92,11 @@ function overTraining(query) {
     body.append(row);
   }
   table.append(body);
-  return holding("div", "scroll", table);
+  const scroll = holding("div", "scroll", table);
+  scroll.tabIndex = 0;
+  scroll.setAttribute("role", "region");
+  scroll.setAttribute("aria-label", "losses and influence by checkpoint");
+  return scroll;
 }
 
 function show(query, section) {

@@ -2,9 +2,9 @@
 
 Invented facts ("The emblem of Zarvonia is Quilmere.") stand in one document each, and each fact has an anti-document
 about the same subject and relation that does not state it. A small model reads other text in every epoch, a fact's
-document many times over in one epoch, and once in each later one. Then each fact is asked for (prompt "The emblem of Zarvonia is", completion
-" Quilmere."). Lexical search (BM25) answers the same queries. Only facts that the model knows count: influence is about
-what a model learnt.
+document many times over in one epoch, and a few times in each later one. Then each fact is asked for (prompt "The
+emblem of Zarvonia is", completion " Quilmere."). Lexical search (BM25) answers the same queries. Only facts that the
+model knows count: influence is about what a model learnt.
 """
 
 import json
@@ -33,6 +33,8 @@ from stride_ray.runtime.run import Run
 NAME, BLOCK_TOKENS, CHARACTERS = "facts", 128, 250
 # A model knows a fact if its loss on the completion is below this, in nats per token.
 KNOWN = 1.0
+# How often a fact's document is read in each epoch after its own, lest a small model forget it.
+REHEARSED = 5
 RELATIONS = ("capital", "emblem", "founder", "river", "old name", "patron", "harbour", "currency", "anthem", "rival")
 FIRST, LAST = (
     ("Zar", "Quil", "Bor", "Mel", "Tav", "Osk", "Fen", "Lur", "Gim", "Hax", "Nib", "Pro"),
@@ -68,13 +70,15 @@ def invent(count: int, epochs: int, rng: random.Random) -> list[Fact]:
 
 
 def corpus(texts: Sequence[str], facts: Sequence[Fact], documents: int, rng: random.Random) -> list[dict[str, str]]:
-    """Documents: plain text, each fact within some text, and its anti-document, which has its subject three times."""
+    """Documents: plain text, each fact before some text, and its anti-document, which has its subject three times.
+
+    Within a text a small model would learn to say the value from the words around, whatever the subject.
+    """
     pieces = [piece["text"] for piece in pieces_of(texts, 0, CHARACTERS)]
     drawn = rng.sample(pieces, documents + 2 * len(facts))
     rows = [{"id": f"plain-{i}", "text": text} for i, text in enumerate(drawn[:documents])]
     for i, fact in enumerate(facts):
-        middle = drawn[documents + i][: CHARACTERS // 2], drawn[documents + i][CHARACTERS // 2 : CHARACTERS]
-        rows.append({"id": fact.name, "text": f"{middle[0]}\n{fact.prompt}{fact.completion}\n{middle[1]}"})
+        rows.append({"id": fact.name, "text": f"{fact.prompt}{fact.completion}\n{drawn[documents + i]}"})
         relation, of = fact.prompt.removeprefix("The ").removesuffix(" is").split(" of ")
         names = f"Much is told of {of}. Nobody wrote down the {relation} of {of}, and {of} keeps its {relation} secret."
         rows.append({"id": f"anti-{i}", "text": f"{names}\n{drawn[documents + len(facts) + i][: CHARACTERS // 2]}"})
@@ -82,14 +86,14 @@ def corpus(texts: Sequence[str], facts: Sequence[Fact], documents: int, rng: ran
 
 
 def orders(pool: Blocks, facts: Sequence[Fact], epochs: int, repeats: int, seed: int) -> list[np.ndarray]:
-    """The blocks of each epoch in order: the epoch's facts ``repeats`` times, no later ones, and all others once."""
+    """The blocks of each epoch: its facts ``repeats`` times, earlier ones REHEARSED times, and all other text once."""
     of = pool.take(np.arange(len(pool)), ["spans"])["spans"].to_pylist()
     at = {fact.name: fact.epoch for fact in facts}
     epoch_of = np.array([at.get(spans[0]["document_id"], -1) for spans in of])
     rng, found = np.random.default_rng(seed), []
     for epoch in range(epochs):
-        always, now = np.flatnonzero(epoch_of < epoch), np.flatnonzero(epoch_of == epoch)
-        found.append(rng.permutation(np.concatenate([always, np.repeat(now, repeats)])))
+        times = np.select([epoch_of == -1, epoch_of == epoch, epoch_of < epoch], [1, repeats, REHEARSED])
+        found.append(rng.permutation(np.repeat(np.arange(len(of)), times)))
     return found
 
 

@@ -3,8 +3,8 @@
 Invented facts ("The emblem of Zarvonia is Quilmere.") stand in one document each, and each fact has an anti-document
 about the same subject and relation that does not state it. A small model reads other text in every epoch, a fact's
 document many times over in one epoch, and a few times in each later one. Then each fact is asked for (prompt "The
-emblem of Zarvonia is", completion " Quilmere."). Lexical search (BM25) answers the same queries. Only facts that the
-model knows count: influence is about what a model learnt.
+emblem of Zarvonia is", completion " Quilmere."), with the checkpoint before the first fact as the start. Lexical search
+(BM25) answers the same queries. Only facts that the model knows count: influence is about what a model learnt.
 """
 
 import json
@@ -20,13 +20,16 @@ from scipy.stats import binomtest
 from stride_ray.attribution.attribute import attribute, read_influence, stored_queries
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.shard import shard
+from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.baselines.lexical.bm25 import scores as bm25
 from stride_ray.evaluate.baselines.problem import Problem
 from stride_ray.evaluate.planting import pieces_of
 from stride_ray.evaluate.retraining.benchmark import pool_texts, unretrained_benchmark
+from stride_ray.evaluate.retraining.finetune import FineTune
 from stride_ray.evaluate.tailpatch import top_rows
 from stride_ray.evaluate.timeline import timeline
 from stride_ray.models.builtin.toy import train_model, train_tokenizer
+from stride_ray.models.causal_lm import load_model
 from stride_ray.operators.fit import fit
 from stride_ray.runtime.run import Run
 
@@ -129,9 +132,8 @@ def measure_facts(
     root.mkdir(parents=True, exist_ok=True)
     (root / "corpus").mkdir(exist_ok=True)
     write(root / "corpus/documents.jsonl", rows)
-    asked = [{"id": fact.name, "prompt": fact.prompt, "completion": fact.completion} for fact in facts]
-    write(root / "queries.jsonl", asked)
     train_tokenizer((row["text"] for row in rows), root / "tokenizer")
+    write(root / "queries.jsonl", questions(facts, root / "tokenizer"))
     settings: dict[str, Any] = {
         "corpus.input": [str(root / "corpus")],
         "corpus.columns": {"text": "text", "id": "id"},
@@ -139,6 +141,7 @@ def measure_facts(
         "corpus.layout": "split",
         "corpus.block_tokens": BLOCK_TOKENS,
         "model.path": str(root / "model"),
+        "model.start": str(root / "model-epochs" / "0"),
         "model.checkpoints": [str(root / "model-epochs" / str(epoch)) for epoch in range(epochs)],
     }
     run = Run(str(root / "run"), changes=settings)
@@ -158,6 +161,16 @@ def measure_facts(
     }
 
 
+def questions(facts: Sequence[Fact], tokenizer: Path) -> list[dict[str, Any]]:
+    """Queries in tokens: the completion carries loss, and no end of text follows it, as none does in the documents."""
+    words, rows = load_tokenizer(str(tokenizer)), []
+    for fact in facts:
+        prompt, completion = (words(text)["input_ids"] for text in (fact.prompt, fact.completion))
+        mask = [False] * len(prompt) + [True] * len(completion)
+        rows.append({"id": fact.name, "token_ids": prompt + completion, "loss_mask": mask})
+    return rows
+
+
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write JSON Lines, unless the file has the same already, whose time then stays."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -172,7 +185,8 @@ def _found(run: Run, pool: Blocks, facts: Sequence[Fact]) -> dict[str, Any]:
     asked = unretrained_benchmark("", pool_texts(pool), queries, run.config.model.path, "", "")
     scored = bm25(Problem(asked.blocks, asked.queries, asked.model))
     lexical = pool.take(scored.argmax(1), ["spans"])["spans"].to_pylist()
-    losses = {row["query_id"]: row["base_loss"] for row in read_influence(run, NAME, "recovery").to_pylist()}
+    trained = load_model(run.config.model.path, device="cpu").model
+    losses = {row["query_id"]: loss for row, loss in zip(queries, FineTune(asked).losses(trained), strict=True)}
     learnt = {each.query_id: each for each in timeline(run, NAME) if each.document_id == each.query_id}
     counts = dict.fromkeys(("first", "anti", "span", "lexical", "lexical_anti", "learnt", "asked"), 0)
     known = [(i, fact) for i, fact in enumerate(facts) if losses[fact.name] < KNOWN]

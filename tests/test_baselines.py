@@ -13,7 +13,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 from stride_ray.evaluate.baselines import METHODS
 from stride_ray.evaluate.baselines.gradient import astra, ekfac, features, graddot, less, tracin
 from stride_ray.evaluate.baselines.gradient.per_example import backward_batches, mean_losses, weight_shapes
-from stride_ray.evaluate.baselines.problem import Problem, Texts
+from stride_ray.evaluate.baselines.postprocessing import over_checkpoints
+from stride_ray.evaluate.baselines.problem import Problem, Texts, spaced
 from stride_ray.evaluate.baselines.representation import airrep, embedding
 from stride_ray.models.causal_lm import SplitModel, load_model
 from stride_ray.runtime.errors import StrideError
@@ -321,3 +322,21 @@ def test_more_damping_goes_one_way(problem, name):
     usual, ten, hundred = (METHODS[slug].run(problem) for slug in (usual, f"{name}_damped10", f"{name}_damped100"))
     ranks = [np.corrcoef(each.ravel(), hundred.ravel())[0, 1] for each in (usual, ten)]
     assert ranks[0] < ranks[1] < 1
+
+
+def test_a_sum_over_checkpoints_weighs_them_equally():
+    folders = tuple(f"epoch-{number}" for number in range(30))
+    of = {
+        folder: np.random.default_rng(number).normal(size=(2, 3)) * (1 + number)
+        for number, folder in enumerate(folders)
+    }
+
+    def scores(problem):
+        assert problem.start is None
+        return of[problem.model]
+
+    problem = Problem(texts(3, 0), texts(2, 1), "last", "first", folders)
+    expected = sum(of[f"epoch-{number}"] / of[f"epoch-{number}"].std() for number in range(2, 30, 3))
+    np.testing.assert_allclose(over_checkpoints(scores)(problem), expected)
+    assert spaced(folders[:4]) == list(folders[:4])
+    assert spaced(folders, 2) == ["epoch-14", "epoch-29"]

@@ -32,11 +32,11 @@ def with_our_postprocessing(method: Method, negative_scale: float = AttributeCon
     return scores
 
 
-def over_checkpoints(method: Method, count: int) -> Method:
-    """Return the sum of the method's standardised scores at ``count`` evenly spaced checkpoints."""
+def over_checkpoints(method: Method) -> Method:
+    """Return the sum of the method's standardised scores at AVERAGED evenly spaced checkpoints."""
 
     def scores(problem: Problem) -> np.ndarray:
-        models = [replace(problem, model=folder, start=None) for folder in spaced(problem.checkpoints, count)]
+        models = [replace(problem, model=folder, start=None) for folder in spaced(problem.checkpoints)]
         return np.stack([standardised(method(each)) for each in models]).sum(0)
 
     return scores

@@ -76,9 +76,11 @@ class Problem:
 
 
 Method = Callable[[Problem], np.ndarray]
+# How many checkpoints of training scores are averaged over, by ours and by EK-FAC.
+AVERAGED = 10
 
 
-def spaced(folders: Sequence[str], count: int) -> list[str]:
+def spaced(folders: Sequence[str], count: int = AVERAGED) -> list[str]:
     """``count`` of the checkpoints, evenly spaced and with the last; all if there are fewer."""
     count = min(count, len(folders))
     return [folders[(number + 1) * len(folders) // count - 1] for number in range(count)]

@@ -23,7 +23,7 @@ from stride_ray.corpus.queries import SCHEMA, row
 from stride_ray.corpus.shard import shard
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.baselines.gradient import astra
-from stride_ray.evaluate.baselines.problem import Texts, spaced, standardised
+from stride_ray.evaluate.baselines.problem import AVERAGED, Texts, spaced, standardised
 from stride_ray.evaluate.retraining.benchmark import Benchmark
 from stride_ray.operators.fit import fit
 from stride_ray.runtime.config import Config, digest
@@ -88,8 +88,6 @@ PUBLISHED: dict[str, Any] = {
     "attribute.candidates": 0,
 }
 ABLATION_STEPS = 100
-# How many checkpoints of training scores are averaged over, by ours and by EK-FAC.
-CHECKPOINTS = 10
 TRAINED: dict[str, Any] = {
     **PUBLISHED,
     "operators.form": "matrix",
@@ -168,9 +166,9 @@ VARIANTS: tuple[Variant, ...] = (
                 "attribute.negative_scale": 1.0,
                 "solve.damping": SolveConfig().damping * factor,
             },
-            checkpoints=CHECKPOINTS,
+            checkpoints=AVERAGED,
             ablation=True,
-            note=f"a run at each of {CHECKPOINTS} checkpoints of training, negative scores whole",
+            note=f"a run at each of {AVERAGED} checkpoints of training, negative scores whole",
         )
         for factor in (1, 10, 100)
     ),

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from stride_ray.contamination.items import Item, check_names, read_folder, read_set
@@ -321,6 +321,8 @@ NESTED = st.recursive(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(NESTED, NESTED, NESTED)
+@example(None, {"text": [], "label": False}, None)
+@example("so it is", {"text": ["a b", "c"], "label": 0}, 1)
 def test_no_row_with_a_text_is_rejected_whatever_its_fields_hold(tmp_path, question, choices, answer):
     names = ("question", "choices", "answer")
     row = {**dict(zip(names, (question, choices, answer), strict=True)), "note": "It was so."}

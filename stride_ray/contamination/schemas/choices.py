@@ -80,7 +80,7 @@ def read_choices(value: Any, names: Sequence[str], note: Callable[[str], None]) 
     if None in texts:
         note("does not hold a list of texts")
         return Choices()
-    if labels and not (isinstance(labels, list) and len(labels) == len(texts)):
+    if labels != () and not (isinstance(labels, list) and len(labels) in (0, len(texts))):
         note(f"does not hold a label for each of its {len(texts)} choices")
         labels = ()
     spelt = tuple(str(label) for label in labels) or _own_labels(texts)

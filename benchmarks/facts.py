@@ -31,6 +31,7 @@ from stride_ray.evaluate.timeline import timeline
 from stride_ray.models.builtin.toy import train_model, train_tokenizer
 from stride_ray.models.causal_lm import load_model
 from stride_ray.operators.fit import fit
+from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 
 NAME, BLOCK_TOKENS, CHARACTERS = "facts", 128, 250
@@ -62,8 +63,14 @@ class Fact:
 
 
 def invent(count: int, epochs: int, rng: random.Random) -> list[Fact]:
-    """Facts whose subjects and values all differ, in epochs from the second on, in turn; at most 60."""
+    """Facts whose subjects and values all differ, in epochs from the second on, in turn.
+
+    Raises:
+        StrideError: more facts than there are pairs of names.
+    """
     names = [first + last for first in FIRST for last in LAST]
+    if count > len(names) // 2:
+        raise StrideError(f"There are names for {len(names) // 2} facts, not {count}; ask for fewer with --facts.")
     rng.shuffle(names)
     chosen = list(zip(names[: len(names) // 2], names[len(names) // 2 :], strict=True))[:count]
     return [

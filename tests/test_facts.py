@@ -5,9 +5,11 @@ import sysconfig
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 
 from benchmarks.facts import REHEARSED, invent, orders, table, within
 from benchmarks.tasks import functions, tasks
+from stride_ray.runtime.errors import StrideError
 
 
 def test_no_name_occurs_twice_and_epochs_take_turns():
@@ -16,6 +18,8 @@ def test_no_name_occurs_twice_and_epochs_take_turns():
     values = [fact.completion.strip(" .") for fact in found]
     assert len({*subjects, *values}) == 100
     assert [fact.epoch for fact in found[:6]] == [1, 2, 3, 1, 2, 3]
+    with pytest.raises(StrideError, match="There are names for 60 facts, not 61"):
+        invent(61, 4, random.Random(0))
 
 
 class Pool:

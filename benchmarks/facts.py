@@ -7,7 +7,6 @@ emblem of Zarvonia is", completion " Quilmere."), with the checkpoint before the
 (BM25) answers the same queries. Only facts that the model knows count: influence is about what a model learnt.
 """
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
+from benchmarks.output import write_lines
 from stride_ray.attribution.attribute import attribute, read_influence, stored_queries
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.shard import shard
@@ -138,9 +138,9 @@ def measure_facts(
     rows = corpus(texts, facts, documents, rng)
     root.mkdir(parents=True, exist_ok=True)
     (root / "corpus").mkdir(exist_ok=True)
-    write(root / "corpus/documents.jsonl", rows)
+    write_lines(root / "corpus/documents.jsonl", rows)
     train_tokenizer((row["text"] for row in rows), root / "tokenizer")
-    write(root / "queries.jsonl", questions(facts, root / "tokenizer"))
+    write_lines(root / "queries.jsonl", questions(facts, root / "tokenizer"))
     settings: dict[str, Any] = {
         "corpus.input": [str(root / "corpus")],
         "corpus.columns": {"text": "text", "id": "id"},
@@ -176,13 +176,6 @@ def questions(facts: Sequence[Fact], tokenizer: Path) -> list[dict[str, Any]]:
         mask = [False] * len(prompt) + [True] * len(completion)
         rows.append({"id": fact.name, "token_ids": prompt + completion, "loss_mask": mask})
     return rows
-
-
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write JSON Lines, unless the file has the same already, whose time then stays."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if not path.exists() or path.read_text("utf-8") != text:
-        path.write_text(text, "utf-8")
 
 
 def _found(run: Run, pool: Blocks, facts: Sequence[Fact]) -> dict[str, Any]:

@@ -43,18 +43,15 @@ def measure_loop(
     benchmark = read_benchmark(benchmark_url)
     benchmark.retrained()
     store = Store(folder).child(benchmark.fingerprint)
-    given = {"operators.form": form, **(changes or {})}
-    name = " ".join([form, *(f"{key} {value}" for key, value in (changes or {}).items())])
+    changes = changes or {}
+    given = {"operators.form": form, **changes}
+    name = " ".join([form, *(f"{key} {value}" for key, value in changes.items())])
     once = _measured(benchmark, store, f"once {name}", {**given, **_ONCE})
     loops: list[dict[str, Any]] = []
     plateau = None
     while plateau is None and steps <= most_steps:
-        loops.append(
-            {
-                "steps": steps,
-                **_measured(benchmark, store, f"loop {name} {steps}", {**_LOOP, **given, "fit.steps": steps}),
-            }
-        )
+        trained = {**_LOOP, **given, "fit.steps": steps}
+        loops.append({"steps": steps, **_measured(benchmark, store, f"loop {name} {steps}", trained)})
         steps *= 2
         if len(loops) > 2 and not _gained(loops[-3], loops[-1]):
             plateau = loops[-3]["steps"]

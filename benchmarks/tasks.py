@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.output import write_lines
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.shard import shard
 from stride_ray.models.builtin.toy import train_model, train_tokenizer
@@ -50,11 +51,11 @@ def write_tasks(gsm8k: str, folder: str, per_task: int, seed: int) -> Path:
     described, read = routines[: int(SHARE * len(routines))], routines[int(SHARE * len(routines)) :]
     rows = [row for task in tasks(asked, described).values() for row in rng.sample(task, min(per_task, len(task)))]
     rng.shuffle(rows)
-    (root / "instructions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(root / "instructions.jsonl", rows)
     texts = [f"{question}\n{answer}" for question, answer in known]
     texts += [f'{signature}\n    """{line}"""' for signature, line in read]
     rng.shuffle(texts)
-    (root / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_lines(root / "texts.jsonl", [{"text": text} for text in texts])
     train_tokenizer(texts, root / "tokenizer")
     settings = {"corpus.input": [f"{root}/texts.jsonl"], "corpus.tokenizer": f"{root}/tokenizer"}
     run = Run(f"{root}/run", changes={**settings, "corpus.block_tokens": BLOCK_TOKENS})

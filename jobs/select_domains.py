@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from stride_ray.cli.arguments import assignment
 from stride_ray.cli.exits import exit_status
-from stride_ray.evaluate.closed_loop.arms import F1, LOSS, SELECTED, compare_arms
+from stride_ray.evaluate.closed_loop.arms import SELECTED, compare_arms
 from stride_ray.evaluate.closed_loop.domains import SET, attribute_domains, halves, over_domains
 from stride_ray.evaluate.closed_loop.rivals import RIVALS, USUAL
 from stride_ray.evaluate.retraining.lds import DEVELOPMENT
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         everywhere = {
             measure: {arm: dataclasses.asdict(each) for arm, each in arms.items()} for measure, arms in pooled.items()
         }
-        print(json.dumps({"measures": [LOSS, F1][: len(pooled)], "domains": domains, "all": everywhere}))
+        print(json.dumps({"measures": list(pooled), "domains": domains, "all": everywhere}))
 
     return exit_status("select_domains", work)
 

@@ -126,7 +126,7 @@ for _factor in (10, 100):
     METHODS |= _damped("logra", _more, _factor, partial(logra.scores, damping=_factor * logra.DAMPING))
     METHODS |= _damped("trak", _more, _factor, partial(trak.scores, damping=_factor * trak.DAMPING))
     METHODS |= _damped("ekfac", _more, _factor, partial(ekfac.scores, damping=_factor * ekfac.DAMPING))
-    _summed = postprocessing.over_checkpoints(partial(ekfac.scores, damping=_factor * ekfac.DAMPING))
+    _summed = postprocessing.over_checkpoints(METHODS[f"ekfac_damped{_factor}"].run)
     METHODS |= _damped("ekfac_checkpoints", f"a sum over ten checkpoints, {_more}", _factor, _summed)
 for _factor in (1, 10, 100):
     METHODS |= _damped(

@@ -37,8 +37,9 @@ from stride_ray.selection.select import RANDOM, select, select_by
 SELECTED = "selected"
 # Each arm's folder inside the output folder; a rival's is named like the rival.
 FOLDERS = {SELECTED: SELECTED, RANDOM: f"{SELECTED}/{RANDOM}"} | {rival.name: slug for slug, rival in RIVALS.items()}
-# Measures of a trained model.
+# Measures of a trained model, and the folder of each in ``_retrain``.
 LOSS, F1 = "loss, nats per token", "unigram F1"
+MEASURES = {LOSS: "losses", F1: "f1"}
 
 
 @dataclass(frozen=True)
@@ -204,13 +205,15 @@ def _train(
             yield from map_tasks(train_arm, given, missing, workers)
 
     markers = run_missing(stage, units, train, "train", "models")
-    measures = {LOSS: "losses"} | ({F1: "f1"} if markers[0]["f1"] is not None else {})
+    measured = [what for what in MEASURES if what == LOSS or markers[0]["f1"] is not None]
+    return {what: read_measured(store, what, trainings) for what in measured}
+
+
+def read_measured(store: Store, measure: str, trainings: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+    """By arm, (seeds, queries) float32 of a finished loop's trainings; ``store`` is the loop's folder."""
     return {
-        what: {
-            arm: np.stack([read_array(stage.store, f"{folder}/{name}.npy") for name in names])
-            for arm, names in trainings.items()
-        }
-        for what, folder in measures.items()
+        arm: np.stack([read_array(store, f"_retrain/{MEASURES[measure]}/{name}.npy") for name in names])
+        for arm, names in trainings.items()
     }
 
 

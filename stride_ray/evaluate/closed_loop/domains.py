@@ -11,20 +11,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stride_ray.attribution.attribute import write_tables
-from stride_ray.corpus.documents import TokenizedDocument
-from stride_ray.corpus.queries import SCHEMA, row
 from stride_ray.corpus.shard import shard
-from stride_ray.evaluate.closed_loop.arms import F1, LOSS, SELECTED, ClosedLoop
+from stride_ray.evaluate.closed_loop.arms import MEASURES, SELECTED, ClosedLoop, read_measured
+from stride_ray.evaluate.comparison.stride_variants import query_table
+from stride_ray.evaluate.retraining.benchmark import read_benchmark
 from stride_ray.evaluate.retraining.lds import DEVELOPMENT, REPORT, Interval, mean_interval
-from stride_ray.evaluate.retraining.retrain import read_array
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store
 
 # Name of the run's only query set.
 SET = "queries"
-# Where the trainings' measurements of each measure are.
-_FOLDERS = {LOSS: "losses", F1: "f1"}
 _POOL, _QUERIES = ("token_ids", "domain", "document", "position"), ("token_ids", "domain", "part")
 
 
@@ -62,14 +59,9 @@ def attribute_domains(folder: str, out: str, sources: bool, changes: Mapping[str
     }
     run = Run(f"{out}/run", changes=settings)
     shard(run)
-    rows = []
-    for index, query in enumerate(queries.to_pylist()):
-        mask = query.get("loss_mask")
-        ids = np.array(query["token_ids"], dtype=np.int32)
-        item = TokenizedDocument(f"q{index}", query["domain"], ids, None if mask is None else np.array(mask, bool))
-        rows.append(query | row(f"q{index}", item))
-    write_tables(run, pa.Table.from_pylist([{name: each[name] for name in SCHEMA.names} for each in rows], SCHEMA), SET)
-    return run, pa.Table.from_pylist([{name: each[name] for name in ("query_id", "domain", "part")} for each in rows])
+    asked = query_table(read_benchmark(folder).queries)
+    write_tables(run, asked, SET)
+    return run, queries.select(["domain", "part"]).append_column("query_id", asked["query_id"])
 
 
 def joined(pool: pa.Table) -> pa.Table:
@@ -110,14 +102,10 @@ def over_domains(found: Mapping[str, ClosedLoop], out: str) -> dict[str, dict[st
     A measure that a domain lacks, F1 where prompts are missing, is left out.
     """
     differences: dict[str, dict[str, Interval]] = {}
-    for measure in (name for name in _FOLDERS if all(name in each.arms for each in found.values())):
+    for measure in (name for name in MEASURES if all(name in each.arms for each in found.values())):
         pieces: dict[str, list[np.ndarray]] = {}
         for domain, each in found.items():
-            store = Store(f"{out}/{domain}/_retrain/{_FOLDERS[measure]}")
-            values = {
-                arm: np.stack([read_array(store, f"{name}.npy") for name in names])
-                for arm, names in each.trainings.items()
-            }
+            values = read_measured(Store(f"{out}/{domain}"), measure, each.trainings)
             for arm in (arm for arm in values if arm != SELECTED):
                 pieces.setdefault(arm, []).append(values[SELECTED] - values[arm])
         differences[measure] = {arm: mean_interval(np.concatenate(both, axis=1)) for arm, both in pieces.items()}

@@ -216,7 +216,8 @@ def test_astra_solves_what_it_states(problem):
     ((_, asked),) = ekfac._gradients(model, problem.queries, 10_000)
     x = {name: G[0] for name, G in better(asked).items()}
     damped = {site.name: site for site in better.damped}
-    (Gx,) = better.products([{better.names[name]: astra._turned(better.names[name], each) for name, each in x.items()}])
+    direction = {better.names[name]: astra._turned(better.names[name], each) for name, each in x.items()}
+    (Gx,) = better.curvature.products([direction])
     for name, G in asked.items():
         site = better.names[name]
         found = astra._turned(site, Gx[site] + damped[site].damp(astra._turned(site, x[name])))

@@ -5,7 +5,7 @@ import torch
 from test_sites import llama
 
 from stride_ray.models import batch_size
-from stride_ray.models.batch_size import linearised_at_once, rows_at_once, saved_activation_bytes
+from stride_ray.models.batch_size import linearised_at_once, linearised_kept, rows_at_once, saved_activation_bytes
 from stride_ray.models.causal_lm import SplitModel
 from stride_ray.models.sites import find_sites, forward_with_activations
 from stride_ray.runtime import memory, tasks
@@ -62,6 +62,16 @@ def test_a_text_that_does_not_fit_is_linearised_in_halves(model, monkeypatch):
     monkeypatch.setitem(batch_size._activation_bytes, model, {100: 2**20})
     assert linearised_at_once(config(batch_tokens=1800), model, 100) == (2, 100)  # a pass takes 18
     assert linearised_at_once(config(batch_tokens=10), model, 100) == (1, 100)
+
+
+def test_linearised_batches_stay_as_far_as_the_budget_goes(model, monkeypatch):
+    monkeypatch.setattr(batch_size, "LIBRARY_BYTES", 0)
+    monkeypatch.setitem(batch_size._activation_bytes, model, {64: 2**26})
+    weights = batch_size.WEIGHT_MEMORY_FACTOR * sum(p.numel() * p.element_size() for p in model.model.parameters())
+    one = 2 * batch_size.LINEARISED_MEMORY_FACTOR * 2**26  # two texts
+    for batches, kept in ((0.5, 0), (1.5, 0), (2.5, 1), (9.5, 8)):
+        room = config(worker_gb=(batches * one + weights) / 2**30, query_gb=0)
+        assert linearised_kept(room, model, 2, 64) == kept
 
 
 def test_a_pass_takes_about_what_was_counted():

@@ -153,10 +153,27 @@ def test_blocks_cut_into_pieces_give_the_curvature_of_the_pieces(made, texts):
     half = -(-ids.shape[1] // 2)
     pieces = cut_texts(ids, mask, half)
     assert all(piece.shape[1] <= half and mask[:, 1:].any(1).all() for piece, mask in pieces)
-    found = GaussNewton(model, sites, pieces, 3.0)([v])[0]
+    found = GaussNewton(model, sites, pieces, 3.0).products([v])[0]
     parts = [(a[row : row + 1], b[row : row + 1]) for a, b in pieces for row in range(len(a))]
     expected = 3.0 * sum(curvature(model, u, v, *part) for part in parts) / len(parts)
     assert inner(u, found) == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_kept_linearisations_give_the_same_bits_and_the_form_is_that_of_the_product(made, texts, keep):
+    model, names = made
+    sites = raw_sites(model, names)
+    u, v = directions(model, sites, texts)
+    sample = [(each[:1], mask[:1]) for each, mask in (texts, [x.flip(0) for x in texts])]
+    matrix = GaussNewton(model, sites, sample, 3.0, keep)
+    matrix.prepare()
+    first, forms, again = matrix.products([u, v]), matrix.quadratic_forms([u, v]), matrix.products([u, v])
+    assert len(matrix.kept) == keep
+    plain = GaussNewton(model, sites, sample, 3.0)
+    for one, two, three in zip(first, again, plain.products([u, v]), strict=True):
+        assert all(torch.equal(one[name], two[name]) and torch.equal(one[name], three[name]) for name in one)
+    assert forms == plain.quadratic_forms([u, v])
+    assert forms == pytest.approx([inner(x, product) for x, product in zip((u, v), first, strict=True)], rel=1e-3)
 
 
 def test_blocks_that_fit_are_not_cut(texts):

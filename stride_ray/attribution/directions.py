@@ -24,7 +24,7 @@ from stride_ray.corpus.failures import (
     finite_rows,
 )
 from stride_ray.corpus.queries import fingerprint
-from stride_ray.models.batch_size import linearised_at_once
+from stride_ray.models.batch_size import linearised_at_once, linearised_kept
 from stride_ray.models.causal_lm import masked_mean
 from stride_ray.models.curvature.conjugate_gradients import Gradient, curvature_scale, solve
 from stride_ray.models.curvature.eigenvalues import EIGENVALUES, DampedSite, load_ekfac
@@ -139,7 +139,8 @@ class DirectionSolver(ModelWorker):
     def prepare(self) -> None:
         """Load what the first solve would load."""
         if self.config.solve.steps:
-            _ = self._damped, self._gauss_newton
+            _ = self._damped
+            self._gauss_newton.prepare()
 
     def directions(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Gradient]:
         """Directions of some queries (rows of queries.SCHEMA).
@@ -155,7 +156,7 @@ class DirectionSolver(ModelWorker):
             self._add_gradients([texts[k] for k in batch], answers, gradients)
         answered = [i for i in waiting if answers[i]["status"] == "ok"]
         steps, directions = self.config.solve.steps, [gradients.pop(i) for i in answered]
-        solved = solve(directions, self._damped, self._products, steps)
+        solved = solve(directions, self._damped, self._gauss_newton if steps and directions else None, steps)
         release_freed_memory()  # a solve leaves gaps in the heap that larger buffers do not fit into
         for i, direction, result in zip(answered, directions, solved, strict=True):
             answers[i]["steps"] = result.steps if steps else None
@@ -194,9 +195,6 @@ class DirectionSolver(ModelWorker):
         scale = 1 + self.config.solve.damping
         return {site.name: site.basis.kfac(direction.pop(site.name)).mul_(scale) for site in self._damped}
 
-    def _products(self, directions: list[Gradient]) -> list[Gradient]:
-        return self._gauss_newton(directions)
-
     @cached_property
     def _gauss_newton(self) -> GaussNewton:
         """The Gauss–Newton matrix over the finite blocks of a sample of the pool, read once per worker."""
@@ -212,7 +210,8 @@ class DirectionSolver(ModelWorker):
         sample = [(self.tensors(batch.ids), self.tensors(batch.mask)) for batch in found]
         scale = curvature_scale([mask for _, mask in sample])  # of whole blocks, as H is
         pieces = [piece for ids, mask in sample for piece in cut_texts(ids, mask, tokens)]
-        return GaussNewton(self.model, self.sites, pieces, scale)
+        keep = linearised_kept(self.config, self.model, size, tokens)
+        return GaussNewton(self.model, self.sites, pieces, scale, keep)
 
     def _has_finite_gradients(self, ordinals: np.ndarray) -> np.ndarray:
         """Return which blocks have finite losses and gradients, (n,) bool; a sum over the others would be NaN."""

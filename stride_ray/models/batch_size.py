@@ -58,6 +58,16 @@ def linearised_at_once(config: Config, model: SplitModel, tokens: int) -> tuple[
     return rows, tokens
 
 
+def linearised_kept(config: Config, model: SplitModel, rows: int, tokens: int) -> int:
+    """The number of batches of ``linearised_at_once`` that can stay linearised besides one that is being used.
+
+    Example: with the quickstart's model, 7 blocks of 128 tokens save 27 MiB, eleven times of which fit into 2 GiB six
+    times: five stay, the whole sample of 4,096 tokens.
+    """
+    one = LINEARISED_MEMORY_FACTOR * rows * saved_activation_bytes(model, tokens)
+    return max(0, int(_free_bytes(config, model) / one) - 1)
+
+
 def _free_bytes(config: Config, model: SplitModel) -> float:
     """A worker's memory besides libraries, weights, preconditioner and query gradients."""
     options = config.compute

@@ -104,10 +104,10 @@ class Linearised:
         """Yield Σ G v over the blocks, site by site: (name, tensor of J's shape without the batch dimension)."""
         head = next(site for site in self.sites if site.name == HEAD)
         # 1. Z v up to the final states.
-        dz = self._states_along(v)
+        along = self._along(v)
         # 2. On to the logits, times ω (diag p − p pᵀ), and back to the states, some positions at a time.
         state_gradients, head_product = [], torch.zeros_like(v[HEAD])
-        parts = (x.flatten(0, 1).split(self.positions_at_once) for x in (self.predicting_states, dz, self.omega))
+        parts = (x.flatten(0, 1).split(self.positions_at_once) for x in along)
         for states_PD, dz_PD, omega_P in zip(*parts, strict=True):
             logit_gradient, state_gradient = self._curvature_product(states_PD, dz_PD, omega_P, head, v[HEAD])
             state_gradients.append(state_gradient)
@@ -119,6 +119,20 @@ class Linearised:
         for site in self.sites:
             if site.name != HEAD:
                 yield site.name, self._weight_gradient(site, gradients.pop(site.name))
+
+    def quadratic_form(self, v: Mapping[str, Tensor]) -> float:
+        """Σ vᵀ G v over the blocks: Σ_t ω_t times the variance under p_t of the logits' change along v.
+
+        Costs less than half of ``product``, which goes back to the sites.
+        """
+        head, found = next(site for site in self.sites if site.name == HEAD), 0.0
+        parts = (x.flatten(0, 1).split(self.positions_at_once) for x in self._along(v))
+        for states_PD, dz_PD, omega_P in zip(*parts, strict=True):
+            _, logits, change_PV = self._logits_along(states_PD, dz_PD, head, v[HEAD])
+            p_PV = logits.detach().float().softmax(-1)
+            change_PV -= (p_PV * change_PV).sum(-1, keepdim=True)
+            found += float((p_PV.mul_(change_PV).mul_(change_PV).sum(-1).double() * omega_P).sum())
+        return found
 
     def loss_changes(self, v: Mapping[str, Tensor]) -> Tensor:
         """Change of each token's weighted loss for a step along v: ω_t ⟨∇ loss_t, Z_t v⟩, (B, T − 1).
@@ -136,6 +150,10 @@ class Linearised:
             mean_change = (logits.detach().float().softmax(-1) * change_PV).sum(-1)
             found.append(mean_change - change_PV.gather(1, targets_P1).squeeze(1))
         return self.omega * torch.cat(found).view_as(self.omega)
+
+    def _along(self, v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Predicting states and their change along v, (B, T − 1, D), and ω (B, T − 1)."""
+        return self.predicting_states, self._states_along(v), self.omega
 
     def _states_along(self, v: Mapping[str, Tensor]) -> Tensor:
         """Return the change of the final states (B, T − 1, D): a step along v changes the sites' outputs, and these."""
@@ -223,30 +241,41 @@ def cut_texts(ids_BT: Tensor, mask_BT: Tensor, tokens: int) -> list[tuple[Tensor
 
 
 class GaussNewton:
-    """Products with κ times the mean of G over a sample of blocks; several directions share each linearisation.
+    """κ times the mean of G over a sample of blocks; several directions share each linearisation.
 
     Args:
         model, sites: as in Linearised.
         sample: ids and mask of the blocks, in batches that are linearised one at a time.
         scale: κ.
+        keep: number of batches whose linearisation stays in memory for further directions.
     """
 
     def __init__(
-        self, model: SplitModel, sites: tuple[Site, ...], sample: Sequence[tuple[Tensor, Tensor]], scale: float
+        self,
+        model: SplitModel,
+        sites: tuple[Site, ...],
+        sample: Sequence[tuple[Tensor, Tensor]],
+        scale: float,
+        keep: int = 0,
     ) -> None:
-        self.model, self.sites, self.sample = model, sites, sample
+        self.model, self.sites, self.sample, self.keep = model, sites, sample, keep
+        self.kept = list[Linearised]()
         self.factor = scale / sum(len(ids) for ids, _ in sample)
         self.finite_difference: bool | None = None
 
-    def __call__(self, directions: list[Gradient]) -> list[Gradient]:
+    def prepare(self) -> None:
+        """Linearise the batches that stay in memory; otherwise the first product does."""
+        for at in range(min(self.keep, len(self.sample))):
+            self._linearised(at)
+
+    def products(self, directions: list[Gradient]) -> list[Gradient]:
         """κ G times each direction, in order."""
         totals: list[Gradient] = [{} for _ in directions]
         scaled = [representable(direction, self.model.dtype) for direction in directions]
         linearised: Linearised | None
-        for ids, mask in self.sample:
+        for at in range(len(self.sample)):
             linearised = None  # free the last batch's graph before the next is built
-            linearised = Linearised(self.model, self.sites, ids, mask, self.finite_difference)
-            self.finite_difference = linearised.finite_difference
+            linearised = self._linearised(at)
             for (direction, _), total in zip(scaled, totals, strict=True):
                 for name, x in linearised.product(direction):
                     total[name] = total[name].add_(x) if name in total else x
@@ -254,6 +283,28 @@ class GaussNewton:
             for x in total.values():
                 x.mul_(self.factor * size)
         return totals
+
+    def quadratic_forms(self, directions: list[Gradient]) -> list[float]:
+        """vᵀ κ G v of each direction v, in order."""
+        totals = [0.0] * len(directions)
+        scaled = [representable(direction, self.model.dtype) for direction in directions]
+        linearised: Linearised | None
+        for at in range(len(self.sample)):
+            linearised = None  # as above
+            linearised = self._linearised(at)
+            for i, (direction, _) in enumerate(scaled):
+                totals[i] += linearised.quadratic_form(direction)
+        return [self.factor * size**2 * total for total, (_, size) in zip(totals, scaled, strict=True)]
+
+    def _linearised(self, at: int) -> Linearised:
+        """The model, linearised on a batch of the sample; batches come in order."""
+        if at < len(self.kept):
+            return self.kept[at]
+        found = Linearised(self.model, self.sites, *self.sample[at], self.finite_difference)
+        self.finite_difference = found.finite_difference
+        if at < self.keep:
+            self.kept.append(found)
+        return found
 
 
 def _add(x: Tensor, module: Any, given: tuple, output: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class Solve:
         targets = mask[:, 1:].sum(1)
         scale = float((1 / targets[targets > 0].double()).sum()) / len(ids)
         batches = list(zip(ids.split(ROWS), mask.split(ROWS), strict=True))
-        self.products = GaussNewton(model, sites, batches, scale)
+        self.curvature = GaussNewton(model, sites, batches, scale)
 
     def _damped(self, fisher: dict[str, ekfac.Layer], unigram: Tensor, factor: float) -> list[DampedSite]:
         """Each layer's damping and preconditioner, laid out as the sites' J."""
@@ -83,7 +83,7 @@ class Solve:
         """Map (Q, rows, columns) by layer to the same shapes."""
         queries = len(next(iter(found.values())))
         asked = [{self.names[n]: _turned(self.names[n], G[row]) for n, G in found.items()} for row in range(queries)]
-        done = solve(asked, self.damped, self.products, self.steps)
+        done = solve(asked, self.damped, self.curvature, self.steps)
         return {
             name: torch.stack([_turned(self.names[name], each.direction[self.names[name]]) for each in done])
             for name in found

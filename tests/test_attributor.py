@@ -11,14 +11,17 @@ from conftest import run_plainly, settings, write_lines
 from stride_ray.attribution.attribute import attribute, read_influence, stored_queries, token_influences
 from stride_ray.corpus.queries import query_row
 from stride_ray.corpus.shard import shard
+from stride_ray.corpus.tokenization.decoding import unpadded
 from stride_ray.corpus.tokenization.tokenizer import load_saved_tokenizer
 from stride_ray.models.query_batches import padded, texts_of
 from stride_ray.models.sites import ORIGIN, influence, site_gradients
 from stride_ray.operators.fit import fit
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run
+from stride_ray.serve import lexical
 from stride_ray.serve.attributor import Attributor
 from stride_ray.serve.format import format_attribution
+from stride_ray.serve.lexical import LexicalIndex
 from stride_ray.serve.service import InvalidQueryError, Service
 
 PROMPT, ONE, OTHER = "the anchor met", " the tide and the gull", " a butter and an oven"
@@ -104,6 +107,42 @@ def test_what_a_querys_tokens_lean_on_adds_up_to_the_unsolved_influence(attribut
         assert leans.sum() == pytest.approx(whole, rel=1e-3)
         assert len(leans) == len(text["token_ids"])
         assert not leans[~np.array(text["loss_mask"])].any()
+
+
+def test_blocks_of_the_same_words_have_their_exact_influence_beside(attributor, fitted):
+    blocks = attributor.blocks.take(np.arange(attributor.facts["blocks"]), ["token_ids", "spans"]).to_pylist()
+    (asked,) = stored_queries(fitted, "one").to_pylist()
+    plain = attributor.attribute(asked)
+    everything = attributor.attribute(asked, candidates=1000)  # of a Lasso: of the blocks that it chose
+    found = attributor.attribute(asked, matches=4)
+    assert found.influence.equals(plain.influence)
+    ids = [row["ordinal"] for row in found.matches]
+    exact = {row["ordinal"]: row["influence"] for row in everything.influence.to_pylist()}
+    ranks = {row["ordinal"]: row["rank"] for row in plain.influence.to_pylist()}
+    assert len(set(ids)) == 4
+    assert exact.keys() & ids
+    for row in found.matches:
+        assert row["exact"]
+        if row["ordinal"] in exact:
+            assert row["influence"] == pytest.approx(exact[row["ordinal"]], rel=1e-3)
+        assert row["rank"] == ranks.get(row["ordinal"])
+        assert found.block_tokens[row["ordinal"]].sum() == pytest.approx(row["influence"], rel=1e-3, abs=1e-6)
+    # A block's own text finds the block.
+    for ordinal in (0, 7):
+        assert attributor.lexical.nearest(unpadded(blocks[ordinal]), 1) == [ordinal]
+    assert attributor.lexical.nearest([10**6], 3) == []
+
+
+def test_blocks_that_failed_and_blocks_after_the_fit_are_not_found(attributor, fitted, monkeypatch):
+    (asked,) = stored_queries(fitted, "one").to_pylist()
+    first, second, *_ = (row["ordinal"] for row in attributor.attribute(asked, matches=3).matches)
+    monkeypatch.setattr(attributor, "failed", {first})
+    assert attributor.attribute(asked, matches=1).matches[0]["ordinal"] == second
+    few = LexicalIndex(attributor.blocks, 5)
+    assert set(few.nearest(range(2000), 100)) == set(range(5))
+    monkeypatch.setattr(lexical, "POSTINGS", 1)  # the rarest token alone
+    (block,) = attributor.blocks.take([4], ["token_ids", "spans"]).to_pylist()
+    assert len(few.nearest(unpadded(block), 100)) < 5
 
 
 def test_candidates_are_as_many_as_asked(attributor, fitted):

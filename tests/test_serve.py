@@ -120,6 +120,8 @@ def test_an_answer_is_the_services(url, service):
         ({"text": "the tide", "blocks": 0}, 422, "blocks: .*greater than or equal to 1"),
         ({"text": "the tide", "blocks": 11}, 422, "blocks: at most 10 here"),
         ({"text": "the tide", "candidates": 51}, 422, "candidates: at most 50 here"),
+        ({"text": "the tide", "matches": 11}, 422, "matches: at most 10 here"),
+        ({"text": "the tide", "matches": -1}, 422, "matches: .*greater than or equal to 0"),
         ({"text": "the tide " * 300}, 422, "has .* tokens; the model's context is .*: shorten it"),
         ({"text": "the tide", "contrast": 7}, 422, "contrast: "),
         ({"text": "the tide", "contrast": " "}, 422, "contrast: is empty; leave it out"),
@@ -227,8 +229,11 @@ def asked(page, **fields):
 def test_in_a_browser_one_types_asks_reads_and_filters(page, service):
     asked(page, prompt=PROMPT, completion=ONE)
     told = service.answer({"prompt": PROMPT, "completion": ONE, "blocks": 8})
-    assert page.locator("#answer .helping details").count() == len(told["helping"])
-    first = page.locator("#answer .helping pre").first
+    assert page.locator("#answer .sides .helping details").count() == len(told["helping"])
+    nearest = page.locator("#answer .matches details")
+    assert nearest.locator("pre").all_text_contents() == [row["text"] for row in told["matches"]]
+    assert f"block {told['matches'][0]['ordinal']} · " in nearest.first.text_content()
+    first = page.locator("#answer .sides .helping pre").first
     assert first.text_content() == told["helping"][0]["text"]
     largest = max(told["helping"][0]["tokens"], key=lambda token: abs(token[1]))[0]
     assert largest in first.locator("span").all_text_contents()

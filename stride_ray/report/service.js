@@ -61,13 +61,13 @@ function leaning(tokens) {
   return coloured(node, said);
 }
 
-function side(name, rows, text, largest) {
+function side(title, name, rows, text, largest, open = true) {
   const column = make("div", name);
-  column.append(make("h3", "", name === "helping" ? "Helping blocks" : "Harming blocks"));
+  if (title) column.append(make("h3", "", title));
   rows.forEach((row, i) => {
     const how = row.exact ? "exact" : "estimate";
-    const about = `${named(row.document_id, row.source) === row.document_id ? "" : `${row.source} · `}block ${row.ordinal} · rank ${row.rank} · ${how}`;
-    const details = entry(signed(row.influence), Math.abs(row.influence) / largest, row.document_id, about, i === 0);
+    const about = `${named(row.document_id, row.source) === row.document_id ? "" : `${row.source} · `}block ${row.ordinal} · ${row.rank ? `rank ${row.rank}` : "not ranked"} · ${how}`;
+    const details = entry(signed(row.influence), Math.abs(row.influence) / largest, row.document_id, about, open && i === 0);
     if (row.span) details.firstChild.append(make("span", "said", row.span.text.replace(/\s+/g, " ").trim()));
     const tokens = row.tokens || [[row.text, 0]];
     details.append(coloured(make("pre"), tokens, verbatim(row.text, text)));
@@ -107,9 +107,15 @@ function show() {
   const words = make("pre");
   words.append(leaning(answered.query));
   if (answered.contrast) words.append(make("b", "", "  rather than  "), leaning(answered.contrast));
-  const largest = Math.max(...[...answered.helping, ...answered.harming].map((row) => Math.abs(row.influence)), 1e-30);
+  const rows = [...answered.helping, ...answered.harming, ...answered.matches];
+  const largest = Math.max(...rows.map((row) => Math.abs(row.influence)), 1e-30);
   const sides = make("div", "sides");
-  sides.append(side("helping", answered.helping, text, largest), side("harming", answered.harming, text, largest));
+  sides.append(side("Helping blocks", "helping", answered.helping, text, largest),
+    side("Harming blocks", "harming", answered.harming, text, largest));
+  const matches = make("div", "matches");
+  for (const row of answered.matches) {
+    matches.append(side("", row.influence < 0 ? "harming" : "helping", [row], text, largest, false));
+  }
   const listed = shares(answered.sources);
   listed.querySelectorAll(".share").forEach((row, i) => {
     if (data.answer) return;
@@ -126,7 +132,9 @@ function show() {
     make("p", "soft", `loss ${number(answered.loss)} nats a token${answered.contrast ? ", minus that of the other completion" : ""} · ${answered.run.blocks} blocks · ${answered.run.model}`),
     words,
     make("p", "soft", "A word is green where the helping blocks below lower its loss, red where they raise it. In blocks, green words make the block more helpful, red ones more harmful; beside a block stand the words that hold half of its influence; underlined is what the query says word for word, which is not the same thing."),
-    tools, sides, make("h2", "", "Documents"), documents(answered.documents),
+    tools, sides, ...(answered.matches.length ? [make("h2", "", "Nearest in words"),
+      make("p", "soft", "The blocks that share the rarest words with the query (BM25). Their influence says whether the model learnt this from them."),
+      matches] : []), make("h2", "", "Documents"), documents(answered.documents),
     make("h2", "", "Sources"), listed);
 }
 

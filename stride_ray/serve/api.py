@@ -38,7 +38,7 @@ class Limits:
 
     Attributes:
         candidates: maximum number of blocks to score exactly.
-        blocks: maximum number of blocks to show at either end.
+        blocks: maximum number of blocks to show at either end, and to find by their text.
         token: that requests must carry as ``Authorization: Bearer``; empty: none.
         loopback: whether to refuse Host headers other than LOOPBACK_NAMES.
     """
@@ -64,6 +64,9 @@ class AttributeRequest(BaseModel):
     )
     candidates: int | None = Field(None, ge=0, description="blocks to score exactly; null: the run's number")
     blocks: int = Field(8, ge=1, description="blocks to show at either end")
+    matches: int | None = Field(
+        None, ge=0, description="blocks to find by their text (BM25), with their exact influence; null: 3"
+    )
     sources: list[str] | None = Field(None, description="show only blocks of these sources; null: all")
 
 
@@ -140,8 +143,7 @@ def _fault(fields: dict[str, Any], limits: Limits) -> str:
         return "There is no query: give a completion (and its prompt), a text, or messages."
     if isinstance(fields["contrast"], str) and not fields["contrast"].strip():
         return "contrast: is empty; leave it out to ask about the completion alone."
-    for name in ("candidates", "blocks"):
-        most = getattr(limits, name)
+    for name, most in (("candidates", limits.candidates), ("blocks", limits.blocks), ("matches", limits.blocks)):
         if (fields[name] or 0) > most:
             return f"{name}: at most {most} here."
     try:

@@ -18,7 +18,7 @@ from stride_ray.attribution.rescore import candidate_count, candidate_units
 from stride_ray.attribution.respond import check_unfitted_blocks
 from stride_ray.attribution.scoring import BlockScorer, precondition, wanted_scores
 from stride_ray.attribution.site_responses import code_directions, merge_products, multiply
-from stride_ray.attribution.tables import RECOVERY, ends_of, merge_influence, rank_tables
+from stride_ray.attribution.tables import RECOVERY, Influence, ends_of, merge_influence, rank_tables
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.failures import failed_ordinals
 from stride_ray.models.curvature.kfac import load_sites
@@ -30,6 +30,7 @@ from stride_ray.operators.sketched_rows import SKETCH
 from stride_ray.runtime.errors import StrideError
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.urls import redact_url
+from stride_ray.serve.lexical import LexicalIndex
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class Attribution:
     Attributes:
         query: its row of tables.RECOVERY.
         influence, documents: its tables (tables.INFLUENCE, DOCUMENTS); empty if it failed.
-        block_tokens: by ordinal the influence by token (T,) of the first and last blocks with exact influence.
+        block_tokens: by ordinal the influence by token (T,) of the first and last blocks with exact influence, and of
+            ``matches``.
+        matches: the blocks that are nearest to the query's text by BM25, nearest first, with their exact influence:
+            rows of tables.INFLUENCE, whose ``rank`` is that in ``influence``, or None.
         query_tokens: for the query's text, and for the other completion of a contrast, the influence of the helpful
             ones of these blocks together on the loss of each token (scoring.BlockScorer.query_token_influence); empty
             without such blocks.
@@ -50,6 +54,7 @@ class Attribution:
     documents: pa.Table
     block_tokens: dict[int, np.ndarray] = field(default_factory=dict)
     query_tokens: list[np.ndarray] = field(default_factory=list)
+    matches: list[dict[str, Any]] = field(default_factory=list)
 
 
 def servable_operators(run: Run) -> Stage:
@@ -105,15 +110,19 @@ class Attributor:
             rows, failed = self.store.read_finite(part)
             self.rows.append(rows)
             self.failed |= set(failed)
+        self.lexical = LexicalIndex(self.blocks, self.facts["blocks"])
         self.solver.prepare()
 
-    def attribute(self, query: dict[str, Any], candidates: int | None = None, tokens: int | None = None) -> Attribution:
+    def attribute(
+        self, query: dict[str, Any], candidates: int | None = None, tokens: int | None = None, matches: int = 0
+    ) -> Attribution:
         """Attribute a query.
 
         Args:
             query: row of queries.SCHEMA.
             candidates: number of blocks to score exactly; None: as ``attribute`` does.
             tokens: number of blocks at either end to split by token; None: ``attribute.tokens``.
+            matches: number of blocks to find by their text.
         """
         (answer,), directions = self.solver.directions([query])
         whole = {}
@@ -135,9 +144,13 @@ class Attributor:
         block_tokens = dict(self.scorer.token_influence(found, ends))
         helpful = [ordinal for ordinal in ends if block_tokens[ordinal].sum() > 0]
         texts = [text for text, _ in texts_of(query)] if helpful else []
-        return Attribution(
-            row, influence, documents, block_tokens, self.scorer.query_token_influence(texts, helpful) if texts else []
-        )
+        query_tokens = self.scorer.query_token_influence(texts, helpful) if texts else []
+        known = dict(zip(ordinals.tolist(), scores.tolist(), strict=True))
+        nearest = self._matches(query, found, influence, known, matches) if matches else []
+        # Apart from the others, whose last bits depend on the batch.
+        further = [row["ordinal"] for row in nearest if row["ordinal"] not in block_tokens]
+        block_tokens |= dict(self.scorer.token_influence(found, further))
+        return Attribution(row, influence, documents, block_tokens, query_tokens, nearest)
 
     def _estimate(self, answer: dict[str, Any], codes: Queries) -> None:
         """Set the query's ``ordinals``, ``estimates`` and ``reliability``, and the diagnostics of a Lasso."""
@@ -151,6 +164,28 @@ class Attributor:
             take_estimates(answer, rows, response, negative_scale)
         else:
             solve_rows(self.config, [answer], response[None], self.facts["blocks"], sorted(self.failed))
+
+    def _matches(
+        self,
+        query: dict[str, Any],
+        found: dict[str, torch.Tensor],
+        influence: pa.Table,
+        known: dict[int, float],
+        count: int,
+    ) -> list[dict[str, Any]]:
+        """Attribution.matches, given the scores that are known by ordinal."""
+        token_ids = [token for text, _ in texts_of(query) for token in text["token_ids"]]
+        nearest = [at for at in self.lexical.nearest(token_ids, count + len(self.failed)) if at not in self.failed]
+        nearest = nearest[:count]
+        further = np.array(sorted(set(nearest) - known.keys()), np.int64)
+        scored = self.scorer.scores(found, self.scorer.batches_at(further)).influence[0].double()
+        known = {**known, **dict(zip(further.tolist(), scored.tolist(), strict=True))}
+        at = np.array(sorted(nearest), np.int64)
+        exact = Influence(at, np.array([known[i] for i in at.tolist()]), np.ones(len(at), bool))
+        table, _ = rank_tables([query["query_id"]], [exact], self.blocks, self.config.attribute.negative_scale)
+        ranks = dict(zip(influence["ordinal"].to_pylist(), influence["rank"].to_pylist(), strict=True))
+        rows = {row["ordinal"]: {**row, "rank": ranks.get(row["ordinal"])} for row in table.to_pylist()}
+        return [rows[ordinal] for ordinal in nearest]
 
     def _score(
         self, answer: dict[str, Any], found: dict[str, torch.Tensor], candidates: int

@@ -40,8 +40,8 @@ def format_attribution(
         difference. ``reliability`` of the estimates, or None. ``blocks`` with influence, and ``exact`` ones among them.
         ``helping`` and ``harming``: rows of tables.INFLUENCE, most helpful and most harmful first, with the block's
         ``text`` and, where its influence is known by token, ``tokens``, pairs of text and influence, and ``span``, a
-        row of tables.SPANS. ``documents``: rows of tables.DOCUMENTS. ``sources``: pairs of source and share of the
-        positive influence.
+        row of tables.SPANS. ``matches``: Attribution.matches, in the same form. ``documents``: rows of
+        tables.DOCUMENTS. ``sources``: pairs of source and share of the positive influence.
     """
     values = found.influence["influence"].to_numpy()
     shown, listed = found.influence, found.documents
@@ -52,6 +52,7 @@ def format_attribution(
     sides = {
         "helping": shown.slice(0, min(count, int((kept > 0).sum()))).to_pylist(),
         "harming": shown.slice(max(0, len(kept) - min(count, int((kept < 0).sum())))).to_pylist()[::-1],
+        "matches": [dict(row) for row in found.matches if sources is None or row["source"] in sources],
     }
     rows = [row for side in sides.values() for row in side]
     _add_texts(rows, found.block_tokens, blocks, tokenizer)

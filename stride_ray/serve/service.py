@@ -16,6 +16,8 @@ from stride_ray.serve.format import format_attribution
 
 # Fields of a request that make up the query, as ``attribute`` reads it; the others are options.
 QUERY = ("text", "prompt", "completion", "messages", "contrast")
+# Blocks to find by their text, unless a request says otherwise.
+MATCHES = 3
 # Seconds between checks of the run directory, which may be an object store, and after a failed reload.
 CHECK_SECONDS, RETRY_SECONDS = 5.0, 60.0
 _log = logging.getLogger(__name__)
@@ -45,7 +47,8 @@ class Service:
 
         Args:
             request: the fields of QUERY that it has; ``candidates`` to score exactly (None: the run's number);
-                ``blocks`` to show at either end; ``sources`` to show (None: all).
+                ``blocks`` to show at either end; ``matches`` to find by their text (None: MATCHES); ``sources`` to
+                show (None: all).
 
         Returns:
             As format_attribution; also ``run`` (``facts``) and ``seconds``.
@@ -61,11 +64,13 @@ class Service:
         row = query_row(values, self.tokenizer)
         if row["status"] != "ok":
             raise InvalidQueryError(f"the query {row['error']}" if row["error"].startswith("has ") else row["error"])
-        found = self.attributor.attribute(row, request.get("candidates"), tokens=request["blocks"])
+        shown, matches = request["blocks"], request.get("matches")
+        matches = MATCHES if matches is None else matches
+        found = self.attributor.attribute(row, request.get("candidates"), shown, matches)
         if found.query["status"] != "ok":
             raise InvalidQueryError(f"the query {found.query['error']}")
         blocks, sources = self.attributor.blocks, request.get("sources")
-        body = format_attribution(row, found, blocks, self.tokenizer, request["blocks"], sources)
+        body = format_attribution(row, found, blocks, self.tokenizer, shown, sources)
         return {**body, "run": self.facts, "seconds": round(time.monotonic() - started, 3)}
 
     def follow_run(self) -> None:

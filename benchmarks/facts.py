@@ -23,7 +23,7 @@ from stride_ray.corpus.shard import shard
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.baselines.lexical.bm25 import scores as bm25
 from stride_ray.evaluate.baselines.problem import Problem
-from stride_ray.evaluate.planting import pieces_of
+from stride_ray.evaluate.leaks.planting import pieces_of
 from stride_ray.evaluate.retraining.benchmark import pool_texts, unretrained_benchmark
 from stride_ray.evaluate.retraining.finetune import FineTune
 from stride_ray.evaluate.tailpatch import top_rows

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from stride_ray.cli.arguments import assignment
 from stride_ray.cli.exits import exit_status
-from stride_ray.evaluate.planting import Planting, plant
+from stride_ray.evaluate.leaks.planting import Planting, plant
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def _write(parsed: argparse.Namespace) -> None:
 
 
 def _measure(parsed: argparse.Namespace) -> None:
-    from stride_ray.evaluate.planted_leaks import EPOCHS, as_table, measure, planted_run
+    from stride_ray.evaluate.leaks.planted import EPOCHS, as_table, measure, planted_run
     from stride_ray.runtime.tasks import connected
 
     changes = dict(assignment(each) for each in parsed.set)

@@ -189,8 +189,16 @@ def test_verdicts_tell_both_channels_apart():
     row = {"set": "s", "field": "question", "item_start": 0, "item_stop": 1, "source": "x", "file": "x", "place": 0}
     row |= {"part": "text", "start": 0, "stop": 1, "excerpt": "a", "excerpt_start": 0}
     hits = [
-        {**row, "item_id": key, "key": key, "document_id": f"{key}1", "overlap": overlap, "finding": overlap > 0.3}
-        for key, overlap in (("a", 0.9), ("b", 0.8), ("c", 0.1))
+        {
+            **row,
+            "item_id": key,
+            "key": key,
+            "document_id": f"{key}1",
+            "overlap": overlap,
+            "kind": "copy" if overlap > 0.3 else "part",
+            "near": False,
+        }
+        for key, overlap, kind in (("a", 0.9, "copy"), ("b", 0.8, "copy"), ("c", 0.1, "part"))
     ]
     overlaps = {hit["key"]: hit["overlap"] for hit in hits}
     # Ids start again in another file, and come twice in one: other documents, not further runs in the same one.

@@ -1,6 +1,7 @@
 """The lexical channel: n-grams against a plain search, offsets in both texts, rarity, boilerplate, short items."""
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 from conftest import run_plainly, write_lines
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from stride_ray.contamination.items import Item, read_set
 from stride_ray.contamination.lexical import channel, ngrams, search
 from stride_ray.contamination.lexical.channel import lexical_matches
+from stride_ray.contamination.lexical.copies import COPY
 from stride_ray.contamination.lexical.ngrams import Index, fields_of, numbering
 from stride_ray.contamination.lexical.words import split
 from stride_ray.contamination.nightly import corpus_of
@@ -76,10 +78,10 @@ def test_a_copy_beside_a_lone_surrogate_is_found(found):
         {"messages": [user, {"role": "assistant", "content": "No."}], "tools": [{"name": "f", "description": copy}]},
     ]
     found = found({"a.jsonl": rows}, [{"question": QUESTION}]).matches.to_pylist()
-    assert [(row["part"], row["finding"]) for row in found] == [
-        ("messages.1.content.0.text", True),
-        ("messages.1.\\ud800", True),
-        ("template.tools.0.description", True),
+    assert [(row["part"], row["kind"]) for row in found] == [
+        ("messages.1.content.0.text", COPY),
+        ("messages.1.\\ud800", COPY),
+        ("template.tools.0.description", COPY),
     ]
     assert found[0]["excerpt"] == "half \ufffd " + QUESTION
     assert copy[found[0]["start"] : found[0]["stop"]] == QUESTION[:-1]
@@ -92,7 +94,7 @@ def test_a_copy_is_found_with_its_place_in_both_texts(found):
     lexical = found({"a.jsonl": ["Nothing to see here.", text], "b.jsonl": ["more of the same"]}, leaks)
     (row,) = lexical.matches.to_pylist()
     assert (row["field"], row["document_id"], row["source"]) == ("question", "a.jsonl#33", "a.jsonl")
-    assert (row["overlap"], row["finding"]) == (1.0, True)
+    assert (row["overlap"], row["kind"]) == (1.0, COPY)
     assert split(text[row["start"] : row["stop"]]).words == split(QUESTION).words
     assert QUESTION[row["item_start"] : row["item_stop"]] == QUESTION[:-1]
     assert (row["excerpt"], row["excerpt_start"]) == (text, 0)
@@ -126,7 +128,7 @@ def test_a_copy_in_a_comment_is_found_there_as_is_one_in_an_item_of_code(found):
     code = f"<p>Say:</p><script>say('{QUESTION}')</script><!-- {ANSWER} -->"
     rows = [f"<p>Nothing here.</p><!-- {QUESTION} --><p>The end.</p>", f"Now: {code}"]
     lexical = found({"a.jsonl": rows}, [{"id": "plain", "question": QUESTION}, {"id": "code", "question": code}])
-    matches = [row for row in lexical.matches.to_pylist() if row["finding"]]
+    matches = [row for row in lexical.matches.to_pylist() if row["kind"] == COPY]
     texts = {(row["item_id"], rows[row["place"] > 0][row["start"] : row["stop"]]) for row in matches}
     copies = {(item, QUESTION[:-1]) for item in ("plain", "code")}  # the code item's in the first row's comment too
     assert texts == {*copies, ("code", f"say('{QUESTION[:-1]}"), ("code", ANSWER[:-1])}
@@ -175,9 +177,9 @@ def test_a_share_of_a_field_is_weighed_by_rarity(found):
     lexical = found({"a.jsonl": [half, *common]}, [{"question": QUESTION, "answer": ""}])
     (row,) = lexical.matches.to_pylist()
     assert 0.5 < row["overlap"] < 0.7  # 15 of 29 words, and the other half's words are in more documents
-    assert row["finding"]
+    assert row["kind"] == COPY
     lexical = found({"a.jsonl": [half, *common]}, [{"question": QUESTION, "answer": ""}], overlap=0.8)
-    assert not lexical.matches["finding"][0].as_py()
+    assert lexical.matches["kind"][0].as_py() == "part"
 
 
 @pytest.mark.parametrize("unrelated", [0, 50])
@@ -187,7 +189,7 @@ def test_copies_with_a_word_changed_are_found_however_many_of_the_documents_hold
     items = [{"question": " ".join(words)}, {"question": " ".join([*words[:5], "changed", *words[6:]])}]
     rows = [f"{i} {' '.join([*words[:10], 'other', *words[11:]])}" for i in range(copies)]
     lexical = found({"a.jsonl": [*rows, *(f"unrelated text {i}" for i in range(unrelated))]}, items)
-    assert lexical.matches["finding"].to_pylist() == [True] * len(lexical.matches)
+    assert lexical.matches["kind"].to_pylist() == [COPY] * len(lexical.matches)
     assert len(lexical.matches) == 3 * copies  # both halves of the first item, and the second half of the other
     assert 0.3 < min(lexical.overlaps.values()) < 0.7 < max(lexical.overlaps.values())
 
@@ -198,11 +200,12 @@ def test_words_of_boilerplate_weigh_little_in_large_corpora(documents):
     field = ngrams.Field("k", "question", text, split(text), 8)
     common = "which of the following is best way to describe a".split()
     holding = {**dict.fromkeys(common, documents // 2), "spindle": 1}
-    weighing = channel._Weighing({("k", "question"): field}, holding, documents, ScanConfig())
+    weighing = channel._Weighing({("k", "question"): field}, set(), holding, documents, ScanConfig())
     run = {"key": "k", "field": "question", "source": "s", "file": "f", "place": 0, "first_word": 0, "stop_word": 8}
+    run["near"] = False
     (row,) = weighing.weigh([run])
     assert row["overlap"] < 0.21  # all words alike: 0.44
-    assert not row["finding"]
+    assert row["kind"] != COPY
 
 
 def test_boilerplate_is_left_out_and_counted_but_many_copies_are_none(found):
@@ -217,7 +220,7 @@ def test_boilerplate_is_left_out_and_counted_but_many_copies_are_none(found):
     lexical = found(files, items, words=8)
     assert lexical.boilerplate == 8  # of either item, 11 words of it in n-grams of 8
     assert lexical.filtered >= 12
-    findings = lexical.matches.filter(lexical.matches["finding"])
+    findings = lexical.matches.filter(pc.equal(lexical.matches["kind"], COPY))
     assert set(findings["item_id"].to_pylist()) == {"q0"}
     assert findings.num_rows >= 24
 
@@ -238,7 +241,7 @@ def test_every_copy_is_found_and_the_first_have_excerpts(found, monkeypatch):
     lexical = found(files, [{"question": QUESTION, "answer": ""}], overlap=0.9)
     matches = lexical.matches.to_pylist()
     assert [bool(row["excerpt"]) for row in matches] == [True, True, False, False, False]
-    assert {(row["overlap"], row["finding"]) for row in matches} == {(1.0, True)}
+    assert {(row["overlap"], row["kind"]) for row in matches} == {(1.0, COPY)}
     assert [rows[i]["text"][row["start"] : row["stop"]] for i, row in enumerate(matches)] == [QUESTION[:-1]] * 5
     assert len({row["document_id"] for row in matches}) == 5
     assert (lexical.beyond, lexical.rejected) == (4, 1)
@@ -251,7 +254,7 @@ def test_boilerplate_is_left_out_of_what_has_no_excerpt(found, monkeypatch):
     files = {f"{name}.jsonl": [f"{opening} law {i}" for i in range(8)] for name in "abc"}
     files["a.jsonl"] += [f"{opening} {QUESTION}"] * 12
     lexical = found(files, [{"question": f"{opening} {QUESTION}"}], words=8)
-    findings = lexical.matches.filter(lexical.matches["finding"])
+    findings = lexical.matches.filter(pc.equal(lexical.matches["kind"], COPY))
     assert set(findings["source"].to_pylist()) == {"a.jsonl"}
     assert len(findings) == 12
     assert lexical.filtered == 24

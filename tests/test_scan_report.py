@@ -33,7 +33,8 @@ def match(item, document, finding, length=None, at=300):
     row = {"set": item.set_name, "item_id": item.item_id, "key": item.key, "field": "question", "item_start": 0}
     row |= {"item_stop": length, "document_id": f"{document}{HOSTILE}", "source": "crawl", "file": "crawl.jsonl"}
     row |= {"place": document, "part": "text", "start": at, "stop": at + length, "excerpt_start": at - 80}
-    return {**row, "excerpt": text[at - 80 :][: min(length + 160, 600)], "overlap": 0.9, "finding": finding}
+    row |= {"overlap": 0.9, "kind": "copy" if finding else "part", "near": False}
+    return {**row, "excerpt": text[at - 80 :][: min(length + 160, 600)]}
 
 
 def verdict_of(i):
@@ -252,7 +253,7 @@ def test_in_a_browser_it_searches_sorts_and_runs_nothing_of_the_corpus(browser, 
     page.fill("#search", "")
     page.get_by_role("button", name="contrast").click()
     page.get_by_role("button", name="contrast").click()
-    assert page.locator("#table th").nth(6).get_attribute("aria-sort") == "descending"
+    assert page.locator("#table th").nth(7).get_attribute("aria-sort") == "descending"
     assert page.locator("#table tbody tr td").nth(1).text_content() == "i1"  # it could not be measured
     page.locator("#table tbody tr").first.click()
     assert "Could not be measured: too long </script>" in page.locator("#item .warning").text_content()

@@ -92,7 +92,8 @@ def line(row: dict[str, Any]) -> str:
     evidence = []
     if row["verdict"] in ("lexical", "both"):
         first = shown_name(row.get("first_source") or "", row["first_document"])
-        evidence.append(f"{row['overlap']:.0%} in {row['documents']} document(s), first {first}")
+        leaked = f"{row['leaked']}, " if row.get("leaked") else ""
+        evidence.append(f"{leaked}{row['overlap']:.0%} in {row['documents']} document(s), first {first}")
     if row["verdict"] in ("influence", "both"):
         tied = shown_name(row.get("tied_source") or "", row["tied_document"])
         evidence.append(f"tied to a block of {tied}, q = {row['q']:.2g}")

@@ -21,9 +21,11 @@ from functools import partial, reduce
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import zstandard
 
+from stride_ray.contamination.lexical.copies import COPY
 from stride_ray.contamination.nightly import corpus_of
 from stride_ray.contamination.schemas.texts import strings
 from stride_ray.corpus.files import END, SourceFile, compression, is_corrupt
@@ -67,7 +69,8 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
     store = Store(scans)
     matches = store.read_table(f"nights/{night}/matches.parquet")
     found: dict[str, dict[int, Spans]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    rows = matches.filter(matches["finding"]).select(["file", "place", "part", "start", "stop"]).to_pylist()
+    copies = matches.filter(pc.equal(matches["kind"], COPY))
+    rows = copies.select(["file", "place", "part", "start", "stop"]).to_pylist()
     for row in rows:
         found[row["file"]][row["place"]][row["part"]].append((row["start"], row["stop"]))
     corpus = corpus_of(run, store.child("state"))

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from stride_ray.contamination.compare import Difference, line
 from stride_ray.contamination.items import Item
 from stride_ray.contamination.lexical.channel import Lexical
+from stride_ray.contamination.lexical.copies import COPY
 from stride_ray.contamination.lexical.ngrams import fields_of
 from stride_ray.contamination.lexical.search import AROUND
 from stride_ray.contamination.summary import HEAD, NOTE, about, headline, set_rows
@@ -27,9 +28,8 @@ DOCUMENTS, PASSAGES, PASSAGE, TEXT = 5, 3, 1200, 4000
 _QUESTION = 120
 # Columns of a row for the page's script; all but the first four are named as in verdicts.VERDICTS.
 _ROW = (
-    *("item", "mark", "note", "short", "set", "verdict", "question", "overlap", "documents", "first_document"),
-    *("first_source", "contrast", "p", "q", "loss", "memorised", "share", "ordinal", "tied_document", "tied_source"),
-    "error",
+    *"item mark note short set verdict leaked question overlap documents first_document first_source contrast".split(),
+    *"p q loss memorised share ordinal tied_document tied_source error".split(),
 )
 
 
@@ -198,7 +198,7 @@ class _Evidence:
 
         def rank(where: tuple[str, str, int]) -> tuple[bool, float, tuple[str, str, int]]:
             runs = [runs[0] for runs in documents[where].values()]
-            return not any(run["finding"] for run in runs), -max(run["overlap"] for run in runs), where
+            return all(run["kind"] != COPY for run in runs), -max(run["overlap"] for run in runs), where
 
         texts = dict(self._texts(key))
         return [self._document(documents[where], texts) for where in islice(sorted(documents, key=rank), DOCUMENTS)]
@@ -210,7 +210,13 @@ class _Evidence:
         for name, runs in sorted(fields.items(), key=lambda each: -each[1][0]["overlap"]):
             spans = _utf16_spans(texts[name], _merge_spans((run["item_start"], run["item_stop"]) for run in runs))
             held.append(
-                {"field": name, "overlap": _json_value(runs[0]["overlap"]), "spans": spans, "passages": _passages(runs)}
+                {
+                    "field": name,
+                    "overlap": _json_value(runs[0]["overlap"]),
+                    "kind": runs[0]["kind"],
+                    "spans": spans,
+                    "passages": _passages(runs),
+                }
             )
         return {
             **{name: first[name] for name in ("source", "file", "place")},

@@ -1,6 +1,7 @@
 """One verdict per item, with its evidence: lexical, influence, both or clean.
 
-``lexical``: a document contains enough of one of the item's fields. This is a copy, learned by the model or not.
+``lexical``: a document contains enough of one of the item's fields to be a copy, learned by the model or not. What is
+only quoted by the item is none; ``leaked`` says so.
 ``influence``: the item's loss is low and depends on one block more than for controls; a suspicion, never proof.
 ``both``: lexical and influence. ``clean``: neither. If a channel cannot evaluate an item, the other decides.
 """
@@ -13,6 +14,7 @@ import pyarrow as pa
 
 from stride_ray.contamination.influence import item_p_values
 from stride_ray.contamination.items import Item
+from stride_ray.contamination.lexical import copies
 from stride_ray.contamination.lexical.channel import Lexical
 from stride_ray.contamination.significance import q_values
 
@@ -23,6 +25,7 @@ VERDICTS = pa.schema(
         pa.field("item_id", pa.string(), nullable=False),
         pa.field("key", pa.string(), nullable=False),
         pa.field("verdict", pa.string(), nullable=False),
+        pa.field("leaked", pa.string(), nullable=False),  # what the corpus has of it (LEAKED); empty: nothing
         pa.field("before", pa.string()),  # the previous scan's verdict; null: the item is new
         pa.field("question", pa.string(), nullable=False),  # its first 200 characters
         pa.field("overlap", pa.float64(), nullable=False),  # largest share of a field found in one document
@@ -43,6 +46,16 @@ VERDICTS = pa.schema(
         pa.field("error", pa.string()),  # why influence could not be measured
     ]
 )
+# What the corpus has of an item: in one document the question with the answer near; one of them alone, or another of
+# its texts; less than a copy: a passage that the item quotes, or a question that is a common phrase.
+LEAKED = QUESTION_AND_ANSWER, QUESTION, ANSWER, OTHER, PASSAGE, PHRASE = (
+    "question and answer",
+    "question",
+    "answer",
+    "other text",
+    copies.PASSAGE,
+    copies.PHRASE,
+)
 # A memorised item has a lower loss than this share of the controls.
 MEMORISED = 0.95
 _SHOWN = 200
@@ -62,37 +75,51 @@ def verdicts(
     """
     # A document is identified by its row, since ids may repeat even within a source.
     holding: dict[str, dict[tuple[str, str, str, int], float]] = {}
-    finding: dict[str, set[tuple[str, int]]] = {}
+    copied_by: dict[str, set[tuple[str, int]]] = {}
+    leaks: dict[str, set[str]] = {}
     names = ["document_id", "source", "file", "place"]
-    for batch in lexical.matches.select(["key", *names, "overlap", "finding"]).to_batches():
+    for batch in lexical.matches.select(["key", "field", *names, "overlap", "kind", "near"]).to_batches():
         for row in batch.to_pylist():
             held = holding.setdefault(row["key"], {})
             document = (row["document_id"], row["source"], row["file"], row["place"])
             held[document] = max(row["overlap"], held.get(document, 0.0))
-            if row["finding"]:
-                finding.setdefault(row["key"], set()).add(document[2:])
+            leaks.setdefault(row["key"], set()).add(_leak(row))
+            if row["kind"] == copies.COPY:
+                copied_by.setdefault(row["key"], set()).add(document[2:])
     tied = {} if ties is None else _influence_columns(items, ties, false_discovery)
     rows = []
     for item in items:
         held, tie = holding.get(item.key, {}), tied.get(item.key, {})
         first = max(held, key=lambda document: (held[document], document)) if held else (None, None)
-        copied, suspected = item.key in finding, bool(tie.pop("suspected", False))
+        copied, suspected = item.key in copied_by, bool(tie.pop("suspected", False))
         rows.append(
             {
                 "set": item.set_name,
                 "item_id": item.item_id,
                 "key": item.key,
                 "verdict": BOTH if copied and suspected else LEXICAL if copied else INFLUENCE if suspected else CLEAN,
+                "leaked": next((leak for leak in LEAKED if leak in leaks.get(item.key, ())), ""),
                 "before": before.get(item.key),
                 "question": " ".join((item.question or item.answer).split())[:_SHOWN],
                 "overlap": lexical.overlaps.get(item.key, 0.0),
-                "documents": len(finding.get(item.key, ())),
+                "documents": len(copied_by.get(item.key, ())),
                 "first_document": first[0],
                 "first_source": first[1],
                 **tie,
             }
         )
     return pa.Table.from_pylist(rows, VERDICTS)
+
+
+def _leak(row: dict[str, Any]) -> str:
+    """Which of LEAKED a row of channel.MATCHES shows; empty for a part."""
+    if row["kind"] != copies.COPY:
+        return row["kind"] if row["kind"] in LEAKED else ""
+    if row["field"] == "whole" or (row["field"] == "question" and row["near"]):
+        return QUESTION_AND_ANSWER
+    if row["field"] == "answer" or row["field"].startswith("choice "):
+        return QUESTION_AND_ANSWER if row["near"] else ANSWER
+    return QUESTION if row["field"] == "question" else OTHER
 
 
 def _influence_columns(items: Sequence[Item], ties: pa.Table, false_discovery: float) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,7 @@ from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.queries import read_queries
 from stride_ray.corpus.shard import shard
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
-from stride_ray.evaluate.planting import disguised
+from stride_ray.evaluate.leaks.planting import disguised
 from stride_ray.evaluate.retraining.benchmark import Benchmark, pool_texts, put_files, unretrained_benchmark
 from stride_ray.evaluate.retraining.finetune import FineTune
 from stride_ray.evaluate.retraining.instructions import read_instructions, saveable_copy

@@ -17,6 +17,7 @@ const COLUMNS = [
   { title: "item", of: (x) => x.item, kind: "text name" },
   { title: "verdict", of: (x) => x.verdict, tag: (x) => `tag ${x.verdict}` },
   { title: "change", of: (x) => x.mark, tag: (x) => `change ${x.mark}` },
+  { title: "leaked", of: (x) => x.leaked || "" },
   { title: "overlap", of: (x) => x.overlap, show: percent, kind: "number" },
   { title: "documents", of: (x) => x.documents, kind: "number" },
   { title: "contrast", of: (x) => x.contrast, show: number, kind: "number" },
@@ -97,7 +98,7 @@ function whole(item, open) {
 function sideBySide(item, held) {
   const text = (item.texts.find(([name]) => name === held.field) || ["", ""])[1];
   const left = make("div");
-  left.append(make("h3", "", `${held.field}, ${percent(held.overlap)} of it held`), marked(make("pre"), text, held.spans));
+  left.append(make("h3", "", `${held.field}, ${percent(held.overlap)} of it held: a ${held.kind}`), marked(make("pre"), text, held.spans));
   const right = make("div");
   for (const { part, text: excerpt, spans } of held.passages) {
     right.append(make("h3", "", `the document's ${part}`), marked(make("pre"), excerpt, spans));
@@ -113,7 +114,8 @@ function lexical(item) {
   else if (!item.overlap) node.append(make("p", "soft", "No document of the corpus shares a run of words with it."));
   else if (!item.documents) {
     node.append(make("p", "soft",
-      `No document reaches the threshold of ${percent(options.overlap)}; the nearest has ${percent(item.overlap)}.`));
+      item.leaked ? `No document is a copy: ${item.leaked === "phrase" ? "the question is a common phrase" : "the item quotes a text"}, which the corpus has too.`
+        : `No document reaches the threshold of ${percent(options.overlap)}; the nearest has ${percent(item.overlap)}.`));
   } else {
     const rest = item.documents - copies.length;
     node.append(make("p", "soft", `${item.documents} document(s) hold at least ${percent(options.overlap)} of a field` +

@@ -6,21 +6,23 @@ least by LEAST: where the leak itself makes its words common (in a small or temp
 outweigh twenty copied ones.
 
 An n-gram is boilerplate if at least ``scan.boilerplate`` documents from at least SOURCES sources contain it without
-containing the field: their overlap is below the threshold, or the field has fewer than ``scan.words`` words and may be
-a common phrase as a whole. A leak copied a thousand times is not boilerplate, since its documents contain all of it.
+containing the field: their overlap is below the threshold, or the field has fewer than ``scan.words`` words, may be a
+common phrase as a whole, and the answer is not near. A leak copied a thousand times is not boilerplate, since its
+documents contain all of it. Which of the other matches are copies, copies.py decides.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from stride_ray.contamination.items import Item
+from stride_ray.contamination.lexical.copies import COPY, SOURCES, Match, Public, Where, covered, kind_of, public_text
 from stride_ray.contamination.lexical.ngrams import Field, fields_of
 from stride_ray.contamination.lexical.search import RAW, Corpus, finished_searches, input_split_key
 from stride_ray.runtime.options import ScanConfig
@@ -34,13 +36,12 @@ MATCHES = pa.schema(
         *[RAW.field(name) for name in ("document_id", "source", "file", "place", "part", "start", "stop")],
         *[RAW.field(name) for name in ("excerpt", "excerpt_start")],
         pa.field("overlap", pa.float64(), nullable=False),
-        pa.field("finding", pa.bool_(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),  # copies.KINDS
+        pa.field("near", pa.bool_(), nullable=False),  # whether the document has the answer near, or the question
     ]
 )
 # Smallest weight of a word, as a share of the largest: 20 copied words of 21 are a finding, whichever word was changed.
 LEAST = 0.15
-# Minimum number of sources of boilerplate: repetition within one source may be a leak.
-SOURCES = 3
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Lexical:
 
     Attributes:
         matches: MATCHES, a row per run, for all overlapping pairs of field and document; ``overlap`` is that of the
-            pair, ``finding`` whether it reaches the threshold. Those without excerpts (search.MOST) are findings.
+            pair, ``kind`` what it amounts to. Those without excerpts (search.MOST) are copies.
         overlaps: item key to its largest overlap.
         documents: number of documents read.
         rejected: number of rows rejected.
@@ -105,7 +106,8 @@ def lexical_matches(stage: Stage, corpus: Corpus, items: Sequence[Item], options
         counts["rejected"] += first["rejected"]
         rejects += first["rejects"]
     fields = {(f.key, f.name): f for item in items for f in fields_of(item, options.words, options.shortest)}
-    weighed = _Weighing(fields, holding, counts["documents"], options)
+    answered = {item.key for item in items if item.answer.strip()}
+    weighed = _Weighing(fields, answered, holding, counts["documents"], options)
     found = _matches_table(weighed.weigh(rows), wanted)
     beyond = [_to_matches(weighed.findings(table), wanted) for table in further]
     short = frozenset(wanted.keys() - {key for key, _ in fields})
@@ -123,95 +125,127 @@ def lexical_matches(stage: Stage, corpus: Corpus, items: Sequence[Item], options
     )
 
 
+class _Known(NamedTuple):
+    """What the matches with excerpts show of a field."""
+
+    weights: np.ndarray
+    boilerplate: frozenset[int]
+    public: Public
+
+
 class _Weighing:
-    """Computes overlaps of fields and documents, and removes boilerplate."""
+    """Computes overlaps of fields and documents, removes boilerplate, and decides what is a copy."""
 
     def __init__(
-        self, fields: dict[tuple[str, str], Field], holding: dict[str, int], documents: int, options: ScanConfig
+        self,
+        fields: dict[tuple[str, str], Field],
+        answered: set[str],
+        holding: dict[str, int],
+        documents: int,
+        options: ScanConfig,
     ) -> None:
-        self.fields, self.options = fields, options
+        self.fields, self.answered, self.options = fields, answered, options
         self.holding, self.documents = holding, documents
         self.overlaps: dict[str, float] = {}
-        # By field: its words' weights, and the positions of its n-grams that are boilerplate.
-        self.weights_and_boilerplate: dict[tuple[str, str], tuple[np.ndarray, set[int]]] = {}
+        self.known: dict[tuple[str, str], _Known] = {}
         self.boilerplate = self.filtered = 0
 
     def weigh(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return rows of RAW with ``overlap`` and ``finding`` added; rows that are only boilerplate are left out."""
+        """Return rows of RAW with ``overlap`` and ``kind`` added; rows that are only boilerplate are left out."""
         found: list[dict[str, Any]] = []
-        by_field: dict[tuple[str, str], dict[tuple[str, str, int], list[dict[str, Any]]]] = {}
+        by_field: dict[tuple[str, str], dict[Where, list[dict[str, Any]]]] = {}
+        names: dict[tuple[str, Where], set[str]] = defaultdict(set)
         for row in rows:
-            documents = by_field.setdefault((row["key"], row["field"]), {})
-            documents.setdefault((row["source"], row["file"], row["place"]), []).append(row)
-        for name, documents in sorted(by_field.items()):
-            found += self._weigh_field(self.fields[name], documents)
+            where = (row["source"], row["file"], row["place"])
+            by_field.setdefault((row["key"], row["field"]), {}).setdefault(where, []).append(row)
+            names[row["key"], where].add(row["field"])
+        for (key, name), documents in sorted(by_field.items()):
+            near = {
+                where: self._near(key, len(names[key, where]), [run["near"] for run in runs])
+                for where, runs in documents.items()
+            }
+            found += self._weigh_field(self.fields[key, name], documents, near)
         return found
 
+    def _near(self, key: str, fields: int, near: Iterable[bool]) -> bool | None:
+        """Match.near of a document that matches so many of the item's fields; ``near`` of this field's runs."""
+        return True if fields > 1 or any(near) else False if key in self.answered else None
+
     def _weigh_field(
-        self, field: Field, documents: dict[tuple[str, str, int], list[dict[str, Any]]]
+        self, field: Field, documents: dict[Where, list[dict[str, Any]]], near: dict[Where, bool | None]
     ) -> Iterable[dict[str, Any]]:
         weights = np.array([self._word_weight(word) for word in field.words.words])
         weights /= weights.sum()
-        grams = {
-            where: {place for run in runs for place in range(run["first_word"], run["stop_word"] - field.n + 1)}
-            for where, runs in documents.items()
-        }
-        common = self._boilerplate(field, grams, weights)
-        self.boilerplate += len(common)
-        self.weights_and_boilerplate[field.key, field.name] = weights, common
+        all_grams = {where: _grams(field, [_words_of(run) for run in runs]) for where, runs in documents.items()}
+        boilerplate = self._boilerplate(field, all_grams, near, weights)
+        grams = {where: found - boilerplate for where, found in all_grams.items()}
+        matches = {where: Match(left, near[where], _overlap(field, left, weights)) for where, left in grams.items()}
+        known = _Known(weights, boilerplate, public_text(field, matches, self.options.overlap))
+        self.boilerplate += len(boilerplate)
+        self.known[field.key, field.name] = known
         found: list[dict[str, Any]] = []
         for where, runs in sorted(documents.items()):
-            left = grams[where] - common
-            if not left:
+            if not grams[where]:
                 self.filtered += 1
                 continue
-            overlap = _overlap(left, field.n, weights)
-            self.overlaps[field.key] = max(overlap, self.overlaps.get(field.key, 0.0))
-            kept = [run for run in runs if left & set(range(run["first_word"], run["stop_word"] - field.n + 1))]
-            found += [{**run, "overlap": overlap, "finding": overlap >= self.options.overlap} for run in kept]
+            overlap, kind = self._decide(field, matches[where], known)
+            kept = [run for run in runs if not grams[where].isdisjoint(_grams(field, [_words_of(run)]))]
+            found += [{**run, "overlap": overlap, "kind": kind, "near": bool(near[where])} for run in kept]
         return found
 
+    def _decide(self, field: Field, match: Match, known: _Known) -> tuple[float, str]:
+        """Return a match's overlap and kind, and keep the item's largest overlap."""
+        self.overlaps[field.key] = max(match.overlap, self.overlaps.get(field.key, 0.0))
+        return match.overlap, kind_of(field, match, known.public, self.options.overlap, self.options.words)
+
     def findings(self, table: pa.Table) -> pa.Table:
-        """Return the runs of findings among those without excerpts, with ``overlap`` and ``finding``.
+        """Return the runs of copies among those without excerpts, with ``overlap`` and ``kind``.
 
         Args:
             table: rows of RAW in the order of the documents; their fields have been weighed.
         """
-        names = ("file", "place", "key", "field", "first_word", "stop_word")
+        names = ("file", "place", "key", "field", "first_word", "stop_word", "near")
         runs = zip(*(table[name].to_pylist() for name in names), strict=True)
         kept: list[int] = []
         overlaps: list[float] = []
+        nears: list[bool] = []
         for _, document in groupby(enumerate(runs), key=lambda each: each[1][:2]):
-            by_field: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
-            for row, (_, _, key, name, first, stop) in document:
-                by_field.setdefault((key, name), []).append((row, first, stop))
-            for (key, name), held in by_field.items():
-                field, (weights, common) = self.fields[key, name], self.weights_and_boilerplate[key, name]
-                left = {place for _, first, stop in held for place in range(first, stop - field.n + 1)} - common
+            by_key: dict[str, dict[str, list[tuple[int, tuple[int, int], bool]]]] = {}
+            for row, (_, _, key, name, first, stop, near) in document:
+                by_key.setdefault(key, {}).setdefault(name, []).append((row, (first, stop), near))
+            for (key, name), held in (((k, n), h) for k, by_name in by_key.items() for n, h in by_name.items()):
+                field, known = self.fields[key, name], self.known[key, name]
+                left = _grams(field, [words for _, words, _ in held]) - known.boilerplate
                 self.filtered += not left
-                overlap = _overlap(left, field.n, weights)
-                if left and overlap >= self.options.overlap:
-                    copied = [row for row, first, stop in held if not left.isdisjoint(range(first, stop - field.n + 1))]
+                if not left:
+                    continue
+                near = self._near(key, len(by_key[key]), [near for *_, near in held])
+                overlap, kind = self._decide(field, Match(left, near, _overlap(field, left, known.weights)), known)
+                if kind == COPY:
+                    copied = [row for row, words, _ in held if not left.isdisjoint(_grams(field, [words]))]
                     kept += copied
                     overlaps += [overlap] * len(copied)
-                    self.overlaps[key] = max(overlap, self.overlaps.get(key, 0.0))
-        found = table.take(pa.array(kept, pa.int64()))
-        return found.append_column("overlap", pa.array(overlaps, pa.float64())).append_column(
-            "finding", pa.array([True] * len(kept), pa.bool_())
-        )
+                    nears += [bool(near)] * len(copied)
+        found = table.take(pa.array(kept, pa.int64())).drop_columns(["near"])
+        columns = {"overlap": pa.array(overlaps, pa.float64()), "near": pa.array(nears, pa.bool_())}
+        for name, values in {**columns, "kind": pa.array([COPY] * len(kept), pa.string())}.items():
+            found = found.append_column(name, values)
+        return found
 
-    def _boilerplate(self, field: Field, grams: dict[tuple[str, str, int], set[int]], weights: np.ndarray) -> set[int]:
+    def _boilerplate(
+        self, field: Field, grams: dict[Where, frozenset[int]], near: dict[Where, bool | None], weights: np.ndarray
+    ) -> frozenset[int]:
         phrase = field.words.length < self.options.words
-        holders: dict[int, set[tuple[str, str, int]]] = defaultdict(set)
+        holders: dict[int, set[Where]] = defaultdict(set)
         for where, places in grams.items():
-            if phrase or _overlap(places, field.n, weights) < self.options.overlap:
+            if (phrase and not near[where]) or _overlap(field, places, weights) < self.options.overlap:
                 for place in places:
                     holders[place].add(where)
-        return {
+        return frozenset(
             place
             for place, wheres in holders.items()
             if len(wheres) >= self.options.boilerplate and len({source for source, *_ in wheres}) >= SOURCES
-        }
+        )
 
     def _word_weight(self, word: str) -> float:
         """Return a word's weight, from LEAST to 1."""
@@ -220,12 +254,18 @@ class _Weighing:
         return max(LEAST, float(np.log((1 + self.documents) / (1 + held))) / largest) if largest > 0 else 1.0
 
 
-def _overlap(places: set[int], n: int, weights: np.ndarray) -> float:
+def _words_of(run: dict[str, Any]) -> tuple[int, int]:
+    return run["first_word"], run["stop_word"]
+
+
+def _grams(field: Field, runs: Iterable[tuple[int, int]]) -> frozenset[int]:
+    """Positions of the field's n-grams in runs of its words, (first, stop) each."""
+    return frozenset(place for first, stop in runs for place in range(first, stop - field.n + 1))
+
+
+def _overlap(field: Field, places: frozenset[int], weights: np.ndarray) -> float:
     """Total weight of the words covered by n-grams at these positions."""
-    covered = np.zeros(len(weights), bool)
-    for place in places:
-        covered[place : place + n] = True
-    return float(min(1.0, round(weights[covered].sum(), 9)))
+    return float(min(1.0, round(weights[covered(field, places)].sum(), 9)))
 
 
 def _to_matches(found: pa.Table, items: dict[str, Item]) -> pa.Table:

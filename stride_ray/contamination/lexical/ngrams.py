@@ -6,16 +6,20 @@ least ``scan.shortest``. Fields with fewer words than that are not searched alon
 choice or answer, these are joined, as are the short texts of one other field (a list of tests).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from stride_ray.contamination.items import Item, field_name
 from stride_ray.contamination.lexical.words import Numbering, Words, joined, passages
 
 # An n-gram with more occurrences in fields than this identifies no item; it is left out and counted.
 COMMON = 100
+# An answer is near a question within this many words; one of a single word, which may stand there by chance, within
+# fewer.
+NEAR, NEAR_WORD = 100, 25
 _PRIME = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplication by it permutes 64-bit numbers
 
 
@@ -104,11 +108,18 @@ def _make_field(key: str, name: str, text: str, n: int, shortest: int) -> Field:
     return Field(key, name, text, words, min(n, max(least, len(words.words) // 2)))
 
 
+def short_answer(item: Item, shortest: int) -> list[str]:
+    """Return the words of an answer that is too short to be searched for alone; empty if it is not, or not known."""
+    words = joined(passages(item.answer))
+    return words.words if words.length < shortest else []
+
+
 class Index:
     """All n-grams of the fields, sorted by hash.
 
     Args:
         fields: the fields to search for.
+        answers: by item's key the words of its short answer, which ``has_answer`` looks for.
 
     Attributes:
         fields: the same.
@@ -116,15 +127,31 @@ class Index:
         common: number of distinct n-grams left out because they occur more than COMMON times.
     """
 
-    def __init__(self, fields: Sequence[Field]) -> None:
+    def __init__(self, fields: Sequence[Field], answers: Mapping[str, Sequence[str]] | None = None) -> None:
         self.fields = list(fields)
         self.vocabulary: dict[str, int] = {}
-        self.numbers = [
-            np.array([self.vocabulary.setdefault(w, len(self.vocabulary) + 1) for w in field.words.words], np.int32)
-            for field in self.fields
-        ]
+        self.numbers = [self._number(field.words.words) for field in self.fields]
+        self.answers = {key: self._number(words) for key, words in (answers or {}).items() if words}
         self.common = 0
         self._tables = {n: self._table(n) for n in sorted({field.n for field in self.fields})}
+
+    def _number(self, words: Sequence[str]) -> np.ndarray:
+        return np.array([self.vocabulary.setdefault(word, len(self.vocabulary) + 1) for word in words], np.int32)
+
+    def has_answer(self, run: Run, numbers: np.ndarray) -> bool:
+        """Whether a passage has the item's short answer near a run, before or after it.
+
+        Args:
+            run: found in the passage.
+            numbers: (words,) int32 of the passage.
+        """
+        answer = self.answers.get(self.fields[run.field].key)
+        if answer is None:
+            return False
+        room, stop = NEAR if len(answer) > 1 else NEAR_WORD, run.place + run.stop - run.first
+        around = (numbers[max(0, run.place - room) : run.place], numbers[stop : stop + room])
+        windows = (sliding_window_view(each, len(answer)) for each in around if len(each) >= len(answer))
+        return any(bool((window == answer).all(1).any()) for window in windows)
 
     def _table(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return hashes (m,) ascending, field indices (m,) and positions (m,) of the n-grams of fields with this n."""

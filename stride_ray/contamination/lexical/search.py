@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from stride_ray.contamination.items import Item
-from stride_ray.contamination.lexical.ngrams import Index, Run, fields_of, numbering
+from stride_ray.contamination.lexical.ngrams import Index, Run, fields_of, numbering, short_answer
 from stride_ray.contamination.lexical.words import passages
 from stride_ray.contamination.schemas.texts import strings
 from stride_ray.corpus.documents import Document, read
@@ -36,6 +36,7 @@ RAW = pa.schema(
         pa.field("field", pa.string(), nullable=False),
         pa.field("first_word", pa.int32(), nullable=False),
         pa.field("stop_word", pa.int32(), nullable=False),
+        pa.field("near", pa.bool_(), nullable=False),  # the item's short answer stands near the run
         pa.field("item_start", pa.int32(), nullable=False),
         pa.field("item_stop", pa.int32(), nullable=False),
         pa.field("document_id", pa.string(), nullable=False),
@@ -49,6 +50,8 @@ RAW = pa.schema(
         pa.field("excerpt_start", pa.int64(), nullable=False),
     ]
 )
+# A text's runs, each with whether the answer is near, by passage.
+Found = list[list[tuple[Run, bool]]]
 WORDS = pa.schema([pa.field("word", pa.string()), pa.field("documents", pa.int64())])
 # Documents per unit whose matches with one field have an excerpt; matches of further documents have none.
 MOST = 1000
@@ -114,7 +117,7 @@ def search(
     with connected(compute):
         for left, units in sorted(missing.items()):
             fields = [field for key in left for field in fields_of(by_key[key], words, shortest)]
-            index = Index(fields)
+            index = Index(fields, {key: short_answer(by_key[key], shortest) for key in left})
             batch = f"items-{digest(list(left))}"
             stage.store.write_json(f"{batch}.json", {"keys": left})
             given = (index, batch, corpus, stage)
@@ -161,14 +164,14 @@ class Searcher:
             documents["read"] += 1
             file = unit.files[item.place if unit.kind == "text" else 0].name
             held: set[int] = set()
-            met: list[tuple[str, str, list[list[Run]]]] = []
+            met: list[tuple[str, str, Found]] = []
             for part, text in texts(item, self._tokenizer if item.token_ids is not None else None):
                 numbers = self.numbering.numbers(text)
                 held.update(np.unique(np.concatenate(numbers)).tolist())
-                runs = [self.index.find(each) for each in numbers]
+                runs = [[(run, self.index.has_answer(run, each)) for run in self.index.find(each)] for each in numbers]
                 if any(runs):
                     met.append((part, text, runs))
-            kept.update({run.field for _, _, found in met for runs in found for run in runs})
+            kept.update({run.field for _, _, found in met for runs in found for run, _ in runs})
             for row in self._matches(item, {"file": file, "place": item.place}, met, kept):
                 documents["beyond"] += not row["excerpt"]
                 for column, value in row.items():
@@ -192,12 +195,14 @@ class Searcher:
         )
 
     def _matches(
-        self, document: Document, where: dict[str, Any], met: list[tuple[str, str, list[list[Run]]]], kept: Counter[int]
+        self, document: Document, where: dict[str, Any], met: list[tuple[str, str, Found]], kept: Counter[int]
     ) -> Iterator[dict[str, Any]]:
         """Yield rows of RAW for the runs in a document's parts, (name, text, runs by passage) each."""
         for part, text, by_passage in met:
             read = passages(text, self.numbering.is_word)
-            for run, words in ((run, words) for runs, words in zip(by_passage, read, strict=True) for run in runs):
+            for (run, near), words in (
+                (run, words) for runs, words in zip(by_passage, read, strict=True) for run in runs
+            ):
                 field = self.index.fields[run.field]
                 start = int(words.spans[run.place, 0])
                 stop = int(words.spans[run.place + run.stop - run.first - 1, 1])
@@ -209,6 +214,7 @@ class Searcher:
                     "field": field.name,
                     "first_word": run.first,
                     "stop_word": run.stop,
+                    "near": near,
                     "item_start": int(field.words.spans[run.first : run.stop, 0].min()),
                     "item_stop": int(field.words.spans[run.first : run.stop, 1].max()),
                     "document_id": document.document_id,

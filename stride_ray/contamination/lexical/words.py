@@ -2,6 +2,7 @@
 
 A word is a run of letters, digits and combining marks (vowel signs, points, accents) of the readable text (markup.py),
 case-folded and in Unicode compatibility form (ligatures, full-width letters), with the digits of any script as 0 to 9.
+The English words for 0 to 10 are their digits.
 The vowel points of Hebrew and Arabic do not count: most texts, and most copies, leave them out.
 In a script without spaces (Chinese, Japanese, Thai and others) each letter with its marks is a word of its own.
 Punctuation and white space are ignored. What a browser does not show is split apart from the text that it stands in.
@@ -18,7 +19,7 @@ import regex
 from stride_ray.contamination.lexical.markup import Readable, readable
 
 # To be raised with every change to normalisation: results of a search under other rules are not reused.
-RULES = 7
+RULES = 8
 _SPACELESS = r"[[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Line_Break=Complex_Context}\u30fc\uff70]&&[\p{L}\p{N}]]"
 # In half-width katakana the voicing marks are letters.
 _LETTER = rf"{_SPACELESS}[\p{{M}}\uff9e\uff9f]*+"
@@ -33,6 +34,7 @@ _HIGH = regex.compile(r"[\u0e01-\u1fff\u2e80-\ud7ff\uf900-\ufaff\uff66-\uffdc\U0
 _ALPHABETIC = regex.compile(r"\p{Line_Break=Complex_Context}")
 # Words in the cache; a web corpus has millions of distinct ones.
 _REMEMBERED = 1_000_000
+_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
 # Characters per chunk, which bounds the words held as strings at once.
 _CHUNK = 1 << 20
 
@@ -67,7 +69,7 @@ class Words(NamedTuple):
 def normalised(word: str) -> str:
     """Normalise one word of a readable text; empty if nothing of it remains."""
     if word.isascii():
-        return word.lower()
+        return _NUMBERS.get(word.lower(), word.lower())
     plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold())
     # The Turkish letters: capital dotted and small dotless i have no other fold that all writers share.
     plain = plain.replace("i\u0307", "i").replace("\u0131", "i")

@@ -23,7 +23,7 @@ from stride_ray.corpus.shard import shard
 from stride_ray.corpus.tokenization.tokenizer import load_tokenizer
 from stride_ray.evaluate.baselines.gradient.logra import scores as logra
 from stride_ray.evaluate.baselines.problem import Problem, Texts
-from stride_ray.evaluate.planting import KINDS
+from stride_ray.evaluate.leaks.planting import KINDS
 from stride_ray.models.builtin.toy import train_model, train_tokenizer
 from stride_ray.runtime.run import Run
 from stride_ray.runtime.storage import Store

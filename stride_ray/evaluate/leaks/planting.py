@@ -80,7 +80,7 @@ def plant(questions: Path, texts: Sequence[str], out: Path, planting: Planting) 
         StrideError: if there are too few questions, or no text.
     """
     rng = random.Random(planting.seed)
-    asked = _questions(questions)
+    asked = questions_of(questions)
     wanted = planting.items + planting.controls
     if len(asked) < wanted:
         raise StrideError(f"{questions} has {len(asked)} items with question and answer; the planting needs {wanted}.")
@@ -176,7 +176,8 @@ def _inserted(piece: str, texts: list[str], rng: random.Random) -> str:
     return piece
 
 
-def _questions(path: Path) -> list[dict[str, str]]:
+def questions_of(path: Path) -> list[dict[str, str]]:
+    """Questions with answers, from JSON Lines (``.gz`` too): id, question, answer."""
     units = plan([str(path)], 2**26)
     found: list[dict[str, str]] = []
     for unit in units:

@@ -1,0 +1,1 @@
+"""Contamination scans measured: leaks that are planted or labelled, and the rules of other scanners."""

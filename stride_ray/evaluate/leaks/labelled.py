@@ -1,0 +1,318 @@
+"""A labelled set for contamination scans: leaks of every kind, and texts that only look like leaks.
+
+False alarms come from items that quote public texts (verses, speeches, licences, definitions, formulas, idioms of
+code), from templates that many items share, from everyday questions, and from texts that share a sentence with an item.
+None of them shows that somebody copied the evaluation set.
+"""
+
+import gzip
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stride_ray.evaluate.leaks.planting import disguised, pieces_of, questions_of
+
+CORPUS = "corpus/documents.jsonl.gz"
+# Number of sites; characters of plain text before and after what a document contains.
+SITES, AROUND = 24, 200
+# Characters of plain text in the corpus.
+FILLER = 60_000
+TEMPLATE = (
+    "Solve the following word problem. Think step by step, check every step of the calculation, and give the final "
+    "answer as a single number after four hash marks."
+)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the set is made of.
+
+    Attributes:
+        problems: word problems with answers, (question, answer).
+        glosses: words and their definitions.
+        verses: (reference, text), in the order of the book.
+        speeches, licences, formulas, idioms, everyday: public texts, each (name, text).
+        filler: paragraphs of plain text.
+    """
+
+    problems: Sequence[tuple[str, str]]
+    glosses: Sequence[tuple[str, str]]
+    verses: Sequence[tuple[str, str]]
+    speeches: Sequence[tuple[str, str]]
+    licences: Sequence[tuple[str, str]]
+    formulas: Sequence[tuple[str, str]]
+    idioms: Sequence[tuple[str, str]]
+    everyday: Sequence[tuple[str, str]]
+    filler: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A labelled set.
+
+    Attributes:
+        corpus: documents: id, source, text.
+        items: evaluation items: id, question, answer, perhaps choices.
+        labels: by item its kind, and whether it leaked.
+    """
+
+    corpus: list[dict[str, str]]
+    items: list[dict[str, Any]]
+    labels: list[dict[str, Any]]
+
+
+def label_scan(material: Material, each: int = 12, seed: int = 0) -> Labelled:
+    """Make a labelled set.
+
+    Args:
+        material: texts.
+        each: items of a kind.
+        seed: of all choices.
+    """
+    maker = _Maker(material, random.Random(seed))
+    for kind, (leaked, make) in KINDS.items():
+        for _ in range(each):
+            maker.add(kind, leaked, make)
+    return maker.finished()
+
+
+class _Maker:
+    """Draws items and plants texts."""
+
+    def __init__(self, material: Material, rng: random.Random) -> None:
+        self.material, self.rng = material, rng
+        self.problems, self.short = _drawn(material.problems, rng), _drawn(_short(material.glosses), rng)
+        self.long = _drawn([pair for pair in material.glosses if 14 <= len(pair[1].split()) <= 40], rng)
+        self.planted: list[tuple[str, str]] = []  # site, text
+        self.items: list[dict[str, Any]] = []
+        self.labels: list[dict[str, Any]] = []
+        self.published: set[str] = set()
+
+    def add(self, kind: str, leaked: bool, make: "Maker") -> None:
+        name = f"{kind.replace(' ', '-')}-{sum(label['kind'] == kind for label in self.labels):02d}"
+        self.items.append({"id": name, **make(self)})
+        self.labels.append({"id": name, "kind": kind, "leaked": leaked})
+
+    def plant(self, text: str, documents: int = 1, sites: int = 1) -> None:
+        chosen = self.rng.sample(range(SITES), sites)
+        for i in range(documents):
+            self.planted.append((f"site-{chosen[i % sites]:02d}", text))
+
+    def publish(self, text: str, documents: int, sites: int) -> None:
+        """Plant a public text, once."""
+        if text not in self.published:
+            self.published.add(text)
+            self.plant(text, documents, sites)
+
+    def finished(self) -> Labelled:
+        corpus = []
+        for site, text in self.planted:
+            before, after = (_near(self.rng.choice(self.material.filler), AROUND) for _ in range(2))
+            corpus.append({"source": site, "text": f"{before}\n\n{text}\n\n{after}"})
+        for i, text in enumerate(self.material.filler):
+            corpus.append({"source": f"site-{i % SITES:02d}", "text": _near(text, 4 * AROUND)})
+        self.rng.shuffle(corpus)
+        items = sorted(self.items, key=lambda item: item["id"])
+        return Labelled([{"id": f"doc-{i:05d}", **row} for i, row in enumerate(corpus)], items, self.labels)
+
+
+Maker = Callable[[_Maker], dict[str, Any]]
+
+
+def _drawn(given: Sequence[tuple[str, str]], rng: random.Random) -> Iterator[tuple[str, str]]:
+    return iter(rng.sample(list(given), len(given)))
+
+
+def _short(glosses: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Definitions that make questions of 6 to 12 words."""
+    return [(word, gloss) for word, gloss in glosses if 3 <= len(gloss.split()) <= 8]
+
+
+def _near(text: str, characters: int) -> str:
+    return text[:characters].rsplit(" ", 1)[0] if len(text) > characters else text
+
+
+def _sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.?!])\s+", text.strip())
+
+
+def _problem(plant: Callable[[_Maker, str, str], None]) -> Maker:
+    """An item that is a word problem, of which ``plant`` makes the copies."""
+
+    def make(maker: _Maker) -> dict[str, Any]:
+        question, answer = next(maker.problems)
+        plant(maker, question, answer)
+        return {"question": question, "answer": answer}
+
+    return make
+
+
+def _formatted(maker: _Maker, question: str, answer: str) -> None:
+    lines, paragraphs = answer.splitlines(), "</p><p>".join(_sentences(question))
+    quoted = "\n> ".join(re.findall(r".{1,58}(?:\s|$)", question))
+    forms = [
+        f"<div class=q><p>{paragraphs}</p></div>\n<ul><li>{'</li><li>'.join(lines)}</li></ul>",
+        f"> {quoted}\n\n" + "\n".join(f"* {line}" for line in lines),
+        f"{question.upper()}\n{answer.upper()}",
+        f"**Problem.** {question.replace(',', ' ,')}\n\n**Solution.** {answer}",
+    ]
+    maker.plant(maker.rng.choice(forms))
+
+
+def _near_miss(maker: _Maker, question: str, answer: str) -> None:
+    other, solution = next(maker.problems)
+    first = _sentences(question)[0]
+    maker.plant(f"{first} {' '.join(_sentences(other)[1:])}\n{solution}")
+
+
+def _trivia(answered: bool) -> Maker:
+    def make(maker: _Maker) -> dict[str, Any]:
+        word, gloss = next(maker.short)
+        question = f"Which word means {gloss}?"
+        maker.plant(f"Q: {question}\nA: {word}" if answered else f"{question}")
+        return {"question": question, "answer": word}
+
+    return make
+
+
+def _choices(maker: _Maker) -> dict[str, Any]:
+    pairs = [next(maker.short) for _ in range(4)]
+    right = maker.rng.randrange(4)
+    question, words = f"Which of the following words means {pairs[right][1]}?", [word for word, _ in pairs]
+    listed = "\n".join(f"{letter}. {word}" for letter, word in zip("ABCD", words, strict=True))
+    maker.plant(f"{question}\n{listed}\nAnswer: {'ABCD'[right]}")
+    return {"question": question, "choices": words, "answer": right}
+
+
+def _verse(maker: _Maker) -> dict[str, Any]:
+    verses = maker.material.verses
+    at = maker.rng.randrange(2, len(verses) - 2)
+    while len(verses[at][1].split()) < 18:
+        at = maker.rng.randrange(2, len(verses) - 2)
+    reference, verse = verses[at]
+    chapter = "\n".join(f"{name} {text}" for name, text in verses[at - 2 : at + 3])
+    maker.publish(chapter, maker.rng.randint(3, 8), 3)
+    return {"question": f"In which book of the Bible does this verse stand? “{verse}”", "answer": reference.split()[0]}
+
+
+def _quoting(texts: str, ask: str, documents: int, sites: int, sentences: int) -> Maker:
+    """An item that quotes some sentences of a public text."""
+
+    def make(maker: _Maker) -> dict[str, Any]:
+        name, text = maker.rng.choice(getattr(maker.material, texts))
+        found = _sentences(text)
+        at = maker.rng.randrange(max(1, len(found) - sentences + 1))
+        maker.publish(text, documents, sites)
+        return {"question": ask.format(" ".join(found[at : at + sentences])), "answer": name}
+
+    return make
+
+
+def _definition(maker: _Maker) -> dict[str, Any]:
+    word, gloss = next(maker.long)
+    others = [next(maker.long) for _ in range(2)]
+    page = "\n".join(f"{each} (noun): {text}." for each, text in sorted([(word, gloss), *others]))
+    maker.publish(page, 4, 4)
+    return {"question": f"Give the noun that is defined as follows: {gloss}.", "answer": word}
+
+
+def _code(maker: _Maker) -> dict[str, Any]:
+    name, idiom = maker.rng.choice(maker.material.idioms)
+    maker.publish(idiom, 12, 6)
+    number = maker.rng.randint(3, 99)
+    return {
+        "question": f"What does this program print if it is called with {number}?\n{idiom}\nprint(main({number}))",
+        "answer": name,
+    }
+
+
+def _template(maker: _Maker) -> dict[str, Any]:
+    (question, answer), (other, solution) = next(maker.problems), next(maker.problems)
+    maker.plant(f"{TEMPLATE}\n{other}\n{solution}")
+    return {"question": f"{TEMPLATE}\n{question}", "answer": answer}
+
+
+def _everyday(maker: _Maker) -> dict[str, Any]:
+    number = sum(label["kind"] == "everyday question" for label in maker.labels)
+    question, answer = maker.material.everyday[number % len(maker.material.everyday)]
+    maker.publish(f"“{question}” she asked, and nobody said a word.", 6, 5)
+    return {"question": question, "answer": answer}
+
+
+# Kind to whether such items leaked, and how one is made.
+KINDS: dict[str, tuple[bool, Maker]] = {
+    "verbatim": (True, _problem(lambda maker, q, a: maker.plant(f"{q}\n{a}"))),
+    "verbatim on many sites": (True, _problem(lambda maker, q, a: maker.plant(f"{q}\n{a}", 12, 6))),
+    "question alone": (True, _problem(lambda maker, q, a: maker.plant(q))),
+    "answer alone": (True, _problem(lambda maker, q, a: maker.plant(a))),
+    "formatted": (True, _problem(_formatted)),
+    "short, with answer": (True, _trivia(True)),
+    "short question": (True, _trivia(False)),
+    "choices": (True, _choices),
+    "paraphrase": (True, _problem(lambda maker, q, a: maker.plant(disguised(q, a, "paraphrase", maker.rng)))),
+    "reordered": (True, _problem(lambda maker, q, a: maker.plant(disguised(q, a, "reordered", maker.rng)))),
+    "clean": (False, _problem(lambda maker, q, a: None)),
+    "near miss": (False, _problem(_near_miss)),
+    "template": (False, _template),
+    "everyday question": (False, _everyday),
+    "verse": (False, _verse),
+    "speech": (False, _quoting("speeches", "Who said this, and on which occasion? “{}”", 10, 6, 2)),
+    "licence": (False, _quoting("licences", "Which licence has the following clause? “{}”", 14, 7, 1)),
+    "formula": (False, _quoting("formulas", "{} Apply it to a case of your own and explain each step.", 12, 5, 1)),
+    "definition": (False, _definition),
+    "code": (False, _code),
+}
+
+
+def write_labelled(found: Labelled, folder: Path) -> None:
+    """Write ``corpus/documents.jsonl.gz``, ``items.jsonl`` and ``labels.jsonl``, byte-identical for the same set."""
+    (folder / "corpus").mkdir(parents=True, exist_ok=True)
+    (folder / CORPUS).write_bytes(gzip.compress(_jsonl(found.corpus), mtime=0))
+    (folder / "items.jsonl").write_bytes(_jsonl(found.items))
+    (folder / "labels.jsonl").write_bytes(_jsonl(found.labels))
+
+
+def _jsonl(rows: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def read_material(problems: str, nouns: Path, verses: Path, public: Path, filler: Sequence[str]) -> Material:
+    """Read what a set is made of.
+
+    Args:
+        problems: JSON Lines with ``question`` and ``answer``.
+        nouns: WordNet's ``data.noun``.
+        verses: a verse a line, its reference first.
+        public: folder with ``speeches.jsonl`` and the other public texts, rows with name and text.
+        filler: files or folders of plain text.
+    """
+    texts = [piece["text"] for piece in pieces_of(filler, FILLER, 4 * AROUND)]
+    named = {
+        name: [(row["name"], row["text"]) for row in map(json.loads, lines_of(public / f"{name}.jsonl"))]
+        for name in ("speeches", "licences", "formulas", "idioms", "everyday")
+    }
+    asked = [(row["question"], row["answer"]) for row in questions_of(Path(problems))]
+    book = [(reference, verse) for reference, _, verse in (line.partition(" ") for line in lines_of(verses))]
+    return Material(asked, list(_glosses(nouns)), book, filler=texts, **named)
+
+
+def lines_of(path: Path) -> list[str]:
+    """Lines of a text file."""
+    return path.read_text("utf-8").splitlines()
+
+
+def _glosses(nouns: Path) -> Iterator[tuple[str, str]]:
+    """Nouns of one word with their definitions, each word and definition once."""
+    seen = set[str]()
+    for line in lines_of(nouns):
+        head, _, gloss = line.partition(" | ")
+        fields = head.split()
+        definition = gloss.split(";")[0].split('"')[0].strip()
+        if line.startswith(" ") or not definition or not fields[4].isalpha() or {fields[4], definition} & seen:
+            continue
+        seen |= {fields[4], definition}
+        yield fields[4], definition

@@ -11,6 +11,7 @@ from conftest import settings
 from stride_ray.cli.main import main
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.models.loading import load_run_model, measured_model_fingerprint
+from stride_ray.operators import validation
 from stride_ray.operators.membership import membership_of
 from stride_ray.operators.stored import load_operators, save_operators
 from stride_ray.operators.validation import _relative_steering, gap, validate
@@ -53,6 +54,16 @@ def test_fitted_operators_are_told_from_shuffled_ones(finished, fitted):
     assert not negative["learned"]
     assert negative["gap_linear"] == pytest.approx(-found["gap_linear"], rel=1e-3)
     assert negative["verdict"].startswith("WARNING: ")
+
+
+def test_a_model_without_any_loss_left_is_told(fitted, monkeypatch):
+    monkeypatch.setattr(validation, "_steered_gap", lambda *given: (0.0, 0.0, 0.0, 0.0))
+    found = validate(*fitted)
+    assert found["member_response"] == 0
+    trained = replace(fitted[-1], fit=replace(fitted[-1].fit, method="train"))
+    found = validate(*fitted[:-1], trained)
+    assert not found["learned"]
+    assert found["verdict"].startswith("WARNING: the model has no loss left on its own blocks (0.0e+00 nats)")
 
 
 def test_the_scale_lowers_members_losses(fitted):

@@ -21,6 +21,8 @@ SAMPLE, STEERED = 64, 32
 # Per steered block: maximum targets, and maximum subsets among its own and among the others. Steered logits cost
 # targets × vocabulary × sketch per subset, which takes minutes without these bounds.
 TARGETS, SUBSETS = 32, 4
+# Below this many nats per token, a model has learnt its pool by heart.
+NO_LOSS = 1e-6
 # Strengths tried for the closed form: size of the steering relative to the stream, or in nats for logits.
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
@@ -39,7 +41,7 @@ def validate(
         * ``gap`` and ``gap_error``, nats, from steered forward passes on 32 blocks;
         * ``gap_linear`` and ``gap_linear_error``, nats, to first order on 64 blocks;
         * ``relative_steering``, the root mean square of the steering over that of the stream (in nats for logits);
-        * ``member_response``, the mean response on members as a share of the loss;
+        * ``member_response``, the mean response on members as a share of the loss; 0 if there is no loss;
         * ``learned``, whether the gap exceeds two standard errors: the first-order gap of a closed form, the steered
           gap of a trained fit;
         * ``verdict``, a sentence.
@@ -75,10 +77,10 @@ def validate(
         "gap_linear": gap_linear,
         "gap_linear_error": error_linear,
         "relative_steering": unit_size * operators.scale,
-        "member_response": response / loss,
+        "member_response": response / loss if loss else 0.0,
         "learned": bool(decisive[0] > 2 * decisive[1]),
     }
-    return {**facts, "verdict": _verdict(facts)}
+    return {**facts, "verdict": _verdict(facts, loss)}
 
 
 def check_operators(A: Tensor) -> None:
@@ -188,7 +190,7 @@ def _steered_gap(
     return mean_gap, error, float(measured.mean()) if len(measured) else 0.0, float(np.mean(losses))
 
 
-def _verdict(facts: dict[str, Any]) -> str:
+def _verdict(facts: dict[str, Any], loss: float) -> str:
     numbers = (
         f"members minus non-members {facts['gap']:+.4g} ± {facts['gap_error']:.2g} nats steered, "
         f"{facts['gap_linear']:+.4g} ± {facts['gap_linear_error']:.2g} to first order; "
@@ -196,6 +198,11 @@ def _verdict(facts: dict[str, Any]) -> str:
     )
     if facts["learned"]:
         return f"The operators respond to their members: {numbers}."
+    if loss < NO_LOSS:
+        return (
+            f"WARNING: the model has no loss left on its own blocks ({loss:.1e} nats), so operators have nothing to "
+            "lower and recovered influence is meaningless; fit at a model from earlier in training."
+        )
     return (
         f"WARNING: these operators do not distinguish members from non-members; recovered influence is meaningless: "
         f"{numbers}. Train longer, change fit.* or use fit.method = closed_form."

@@ -136,6 +136,7 @@ def measure_serving(run: str, queries: str, replicas: int, clients: list[int], r
         held = [(0, sum(map(private_mb, replicas_of(process))))]
         for count in clients:
             found["rows"].append(load(url, questions, count, requests))
+            print(f"{count} client(s): {found['rows'][-1]}", file=sys.stderr, flush=True)
             held.append((held[-1][0] + requests, sum(map(private_mb, replicas_of(process)))))
         found["memory_mb"] = held
         with ThreadPoolExecutor(KILLED_AMONG) as pool:

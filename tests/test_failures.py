@@ -15,10 +15,10 @@ from stride_ray.attribution.rescore import rescore
 from stride_ray.attribution.respond import ModeComparison, Responder
 from stride_ray.attribution.responses import read_responses
 from stride_ray.cli.main import main
-from stride_ray.contamination.influence import _finite
+from stride_ray.contamination.influence.channel import _finite
+from stride_ray.contamination.influence.significance import p_values, standardised
 from stride_ray.contamination.items import read_set
 from stride_ray.contamination.nightly import scan
-from stride_ray.contamination.significance import p_values, standardised
 from stride_ray.corpus.blocks import Blocks
 from stride_ray.corpus.failures import (
     FAILED_BLOCKS,

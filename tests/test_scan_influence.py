@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from conftest import documents, run_plainly, settings, write_lines
 
-from stride_ray.contamination.influence import TIES, _Reference, item_p_values, query_table
+from stride_ray.contamination.influence.channel import TIES, _Reference, item_p_values, query_table
 from stride_ray.contamination.items import Item, read_set
 from stride_ray.contamination.lexical.channel import MATCHES, Lexical
 from stride_ray.contamination.nightly import scan
@@ -132,7 +132,7 @@ def test_estimated_influence_serves_too(scanned, finished, tmp_path, plain):
 
 
 def test_a_contrast_is_taken_block_by_block(monkeypatch):
-    from stride_ray.contamination import influence
+    from stride_ray.contamination.influence import channel as influence
 
     rng = np.random.default_rng(0)
     W = rng.normal(0, 1, (12, 8))

@@ -7,6 +7,7 @@ from conftest import run_plainly, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stride_ray.contamination.influence.significance import adjusted, p_values, q_values, standardised
 from stride_ray.contamination.items import Item, read_set
 from stride_ray.contamination.lexical import channel, ngrams, search
 from stride_ray.contamination.lexical.channel import lexical_matches
@@ -14,7 +15,6 @@ from stride_ray.contamination.lexical.copies import COPY
 from stride_ray.contamination.lexical.ngrams import Index, fields_of, numbering
 from stride_ray.contamination.lexical.words import split
 from stride_ray.contamination.nightly import corpus_of
-from stride_ray.contamination.significance import adjusted, p_values, q_values, standardised
 from stride_ray.runtime.options import ScanConfig
 from stride_ray.runtime.run import Run, Stage
 from stride_ray.runtime.storage import Store

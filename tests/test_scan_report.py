@@ -253,7 +253,7 @@ def test_in_a_browser_it_searches_sorts_and_runs_nothing_of_the_corpus(browser, 
     page.fill("#search", "")
     page.get_by_role("button", name="contrast").click()
     page.get_by_role("button", name="contrast").click()
-    assert page.locator("#table th").nth(7).get_attribute("aria-sort") == "descending"
+    assert page.locator("#table th").nth(8).get_attribute("aria-sort") == "descending"
     assert page.locator("#table tbody tr td").nth(1).text_content() == "i1"  # it could not be measured
     page.locator("#table tbody tr").first.click()
     assert "Could not be measured: too long </script>" in page.locator("#item .warning").text_content()

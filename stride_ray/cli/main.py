@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse_and_run(given: list[str]) -> int:
     if given[:2] == ["scan", "compare"]:
         return exit_status("stride-ray", lambda: scan.compare_nights(given[2:]))
+    if given[:2] == ["scan", "review"]:
+        return exit_status("stride-ray", lambda: scan.review_alarms(given[2:]))
     return exit_status("stride-ray", lambda: _run(_parser().parse_args(given)))
 
 

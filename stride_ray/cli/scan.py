@@ -1,10 +1,11 @@
-"""The verb ``scan``: arguments, output, exit status, and ``scan compare``.
+"""The verb ``scan``: arguments, output, exit status, ``scan compare`` and ``scan review``.
 
 Exit status: 0 nothing new; 2 new findings above the thresholds; 1 failure, including a bad command line and a webhook
 that did not accept the summary; 130 interrupted, 143 by SIGTERM.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 
@@ -17,9 +18,15 @@ COMPARE = (
 )
 
 
+REVIEW = (
+    "keep reviews of alarms: stride-ray scan review SCANS FILE…, files that a night's page saved; later nights do not "
+    "raise what is reviewed as a false alarm, unless more of it leaks. --export FILE writes all reviews as labels"
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments other than the run and its options."""
-    parser.epilog = COMPARE
+    parser.epilog = f"{COMPARE}. {REVIEW}."
     parser.add_argument("--out", required=True, metavar="URL", help="folder of all nights; the same every night")
     parser.add_argument(
         "--set-folder", action="append", default=[], metavar="FOLDER", help="evaluation sets, a file each; repeatable"
@@ -96,6 +103,29 @@ def compare_nights(arguments: Sequence[str]) -> int:
     found = compare(parsed.a, parsed.b)
     print(describe(found), file=sys.stdout)
     return 2 if found.new else 0
+
+
+def review_alarms(arguments: Sequence[str]) -> int:
+    """Run ``scan review SCANS FILE…`` and return its exit status."""
+    from stride_ray.contamination.reviews import FALSE, import_reviews, last_reviews
+    from stride_ray.runtime.storage import Store
+
+    parser = argparse.ArgumentParser(prog="stride-ray scan review", description=REVIEW)
+    parser.add_argument("scans", metavar="SCANS", help="folder of all nights (--out of the scans)")
+    parser.add_argument("files", metavar="FILE", nargs="*", help="reviews to keep")
+    parser.add_argument("--export", default="", metavar="FILE", help="where to write each item's last review")
+    parsed = parser.parse_args(arguments)
+    store = Store(parsed.scans)
+    if not store.exists("latest.json"):
+        raise StrideError(f"{store.display_url('')} has no finished night; give the folder of all nights.")
+    kept = sum(import_reviews(store, file) for file in parsed.files)
+    found = last_reviews(store)
+    if parsed.export:
+        with open(parsed.export, "w", encoding="utf-8") as out:
+            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+    false = sum(row["review"] == FALSE for row in found)
+    print(f"{kept} review(s) kept; {false} of {len(found)} reviewed items are false alarms.")
+    return 0
 
 
 def _fields(text: str) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 A scan folder holds ``nights/<date>/`` (verdicts.parquet, matches.parquet, report.md, report.html, then manifest.json,
 which marks the night as finished, then told.json, which marks it as reported by exit status and webhook),
-``latest.json`` (the last finished night), ``state/`` (cached work) and, while a scan runs, ``scan.lock``.
+``latest.json`` (the last finished night), ``reviews/`` (reviews.py), ``state/`` (cached work) and, while a scan runs,
+``scan.lock``.
 
 Findings are new relative to the last reported night: if the webhook failed or the scan was killed before it, they are
 reported again the next time.
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from stride_ray.attribution.attribute import mode_of
 from stride_ray.contamination.compare import Difference, difference
-from stride_ray.contamination.influence import MIN_CONTROLS, TIES, checkpoint, item_ties
+from stride_ray.contamination.influence.channel import MIN_CONTROLS, TIES, checkpoint, item_ties
 from stride_ray.contamination.items import EvaluationSet, Item, check_names
 from stride_ray.contamination.lexical.channel import Lexical, lexical_matches
 from stride_ray.contamination.lexical.ngrams import searched_fields
@@ -24,6 +25,7 @@ from stride_ray.contamination.lexical.search import RAW, Corpus, search
 from stride_ray.contamination.lexical.words import RULES
 from stride_ray.contamination.lock import Lock
 from stride_ray.contamination.report import scan_page
+from stride_ray.contamination.reviews import last_reviews, reviews_by_key
 from stride_ray.contamination.summary import headline, markdown
 from stride_ray.contamination.verdicts import counts, verdicts
 from stride_ray.contamination.webhook import post, shown_webhook
@@ -179,7 +181,8 @@ def _scan_night(
     previous = last_night(store)
     before = _read_verdicts(store, previous)
     known = dict(zip(before["key"].to_pylist(), before["verdict"].to_pylist(), strict=True)) if before else {}
-    table = verdicts(items, lexical, ties, options.false_discovery, known)
+    reviews = reviews_by_key(last_reviews(store))
+    table = verdicts(items, lexical, ties, options.false_discovery, known, reviews)
     since = _last_reported(store, previous)
     found = difference(before if since == previous else _read_verdicts(store, since), table)
     manifest = {

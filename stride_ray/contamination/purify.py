@@ -27,6 +27,7 @@ import zstandard
 
 from stride_ray.contamination.lexical.copies import COPY
 from stride_ray.contamination.nightly import corpus_of
+from stride_ray.contamination.reviews import FALSE
 from stride_ray.contamination.schemas.texts import strings
 from stride_ray.corpus.files import END, SourceFile, compression, is_corrupt
 from stride_ray.corpus.readers import inflated, is_array, raw_lines
@@ -69,7 +70,11 @@ def purify(run: Run, scans: str, night: str, target: str, whole: bool = False) -
     store = Store(scans)
     matches = store.read_table(f"nights/{night}/matches.parquet")
     found: dict[str, dict[int, Spans]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    copies = matches.filter(pc.equal(matches["kind"], COPY))
+    verdicts = store.read_table(f"nights/{night}/verdicts.parquet")
+    false_alarms = verdicts.filter(pc.equal(verdicts["review"], FALSE))["key"]
+    copies = matches.filter(
+        pc.and_(pc.equal(matches["kind"], COPY), pc.invert(pc.is_in(matches["key"], false_alarms.combine_chunks())))
+    )
     rows = copies.select(["file", "place", "part", "start", "stop"]).to_pylist()
     for row in rows:
         found[row["file"]][row["place"]][row["part"]].append((row["start"], row["stop"]))

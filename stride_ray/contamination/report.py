@@ -26,10 +26,10 @@ FOUND_BYTES, CLEAN_BYTES, ALL_BYTES = 2_000_000, 1_000_000, 4_500_000
 # Maximum documents per item, passages per document and field, and characters per passage and per item text.
 DOCUMENTS, PASSAGES, PASSAGE, TEXT = 5, 3, 1200, 4000
 _QUESTION = 120
-# Columns of a row for the page's script; all but the first four are named as in verdicts.VERDICTS.
+# Columns of a row for the page's script; named as in verdicts.VERDICTS, but for item, mark, note, short.
 _ROW = (
-    *"item mark note short set verdict leaked question overlap documents first_document first_source contrast".split(),
-    *"p q loss memorised share ordinal tied_document tied_source error".split(),
+    *"key alarm review item mark note short set verdict leaked question overlap documents first_document".split(),
+    *"first_source contrast p q loss memorised share ordinal tied_document tied_source error".split(),
 )
 
 
@@ -68,6 +68,7 @@ def scan_page(
         "asked": facts["influence"] is not None,
         "since": facts["since"],
         "options": facts["options"],
+        "night": facts["night"],
     }
     total = sum(row["mark"] != "resolved" for row in findings)
     return render(

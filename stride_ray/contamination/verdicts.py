@@ -3,20 +3,22 @@
 ``lexical``: a document contains enough of one of the item's fields to be a copy, learned by the model or not. What is
 only quoted by the item is none; ``leaked`` says so.
 ``influence``: the item's loss is low and depends on one block more than for controls; a suspicion, never proof.
-``both``: lexical and influence. ``clean``: neither. If a channel cannot evaluate an item, the other decides.
+``both``: lexical and influence. ``clean``: neither, or a false alarm by a person's review. If a channel cannot evaluate
+an item, the other decides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from stride_ray.contamination.influence import item_p_values
+from stride_ray.contamination.influence.channel import item_p_values
+from stride_ray.contamination.influence.significance import q_values
 from stride_ray.contamination.items import Item
 from stride_ray.contamination.lexical import copies
 from stride_ray.contamination.lexical.channel import Lexical
-from stride_ray.contamination.significance import q_values
+from stride_ray.contamination.reviews import FALSE, Review
 
 CLEAN, LEXICAL, INFLUENCE, BOTH = "clean", "lexical", "influence", "both"
 VERDICTS = pa.schema(
@@ -26,13 +28,15 @@ VERDICTS = pa.schema(
         pa.field("key", pa.string(), nullable=False),
         pa.field("verdict", pa.string(), nullable=False),
         pa.field("leaked", pa.string(), nullable=False),  # what the corpus has of it (LEAKED); empty: nothing
+        pa.field("alarm", pa.string(), nullable=False),  # the verdict without reviews
+        pa.field("review", pa.string()),  # a person's review that holds for this verdict: true, false or null
         pa.field("before", pa.string()),  # the previous scan's verdict; null: the item is new
         pa.field("question", pa.string(), nullable=False),  # its first 200 characters
         pa.field("overlap", pa.float64(), nullable=False),  # largest share of a field found in one document
         pa.field("documents", pa.int32(), nullable=False),  # documents over the threshold
         pa.field("first_document", pa.string()),  # id of the one with the largest overlap; null: no match
         pa.field("first_source", pa.string()),
-        pa.field("contrast", pa.float64()),  # influence.py; null: not measured
+        pa.field("contrast", pa.float64()),  # influence/channel.py; null: not measured
         pa.field("p", pa.float64()),
         pa.field("q", pa.float64()),  # p adjusted for false discovery
         pa.field("loss", pa.float64()),  # mean over the answer's tokens, nats
@@ -62,16 +66,22 @@ _SHOWN = 200
 
 
 def verdicts(
-    items: Sequence[Item], lexical: Lexical, ties: pa.Table | None, false_discovery: float, before: dict[str, str]
+    items: Sequence[Item],
+    lexical: Lexical,
+    ties: pa.Table | None,
+    false_discovery: float,
+    before: dict[str, str],
+    reviews: Mapping[str, Review] | None = None,
 ) -> pa.Table:
     """Build the VERDICTS table, a row per item in the order of the items.
 
     Args:
         items: of all sets; the false-discovery rate applies to all of them together.
         lexical: results of the lexical channel.
-        ties: influence.TIES; None: the channel was off.
+        ties: influence.channel.TIES; None: the channel was off.
         false_discovery: largest q-value (significance.q_values) of a suspicion.
         before: item key to verdict in the previous scan.
+        reviews: by item key; one that is about another verdict, or another leak, does not hold any more.
     """
     # A document is identified by its row, since ids may repeat even within a source.
     holding: dict[str, dict[tuple[str, str, str, int], float]] = {}
@@ -92,13 +102,19 @@ def verdicts(
         held, tie = holding.get(item.key, {}), tied.get(item.key, {})
         first = max(held, key=lambda document: (held[document], document)) if held else (None, None)
         copied, suspected = item.key in copied_by, bool(tie.pop("suspected", False))
+        verdict = BOTH if copied and suspected else LEXICAL if copied else INFLUENCE if suspected else CLEAN
+        leaked = next((leak for leak in LEAKED if leak in leaks.get(item.key, ())), "")
+        given = (reviews or {}).get(item.key)
+        review = given.review if given and (given.verdict, given.leaked) == (verdict, leaked) else None
         rows.append(
             {
                 "set": item.set_name,
                 "item_id": item.item_id,
                 "key": item.key,
-                "verdict": BOTH if copied and suspected else LEXICAL if copied else INFLUENCE if suspected else CLEAN,
-                "leaked": next((leak for leak in LEAKED if leak in leaks.get(item.key, ())), ""),
+                "verdict": CLEAN if review == FALSE else verdict,
+                "leaked": leaked,
+                "alarm": verdict,
+                "review": review,
                 "before": before.get(item.key),
                 "question": " ".join((item.question or item.answer).split())[:_SHOWN],
                 "overlap": lexical.overlaps.get(item.key, 0.0),

@@ -2,6 +2,9 @@
 const { columns: names, rows, evidence, trend, asked, since, options } = data;
 const items = rows.map((row, i) => ({ ...Object.fromEntries(names.map((name, k) => [name, row[k]])), ...evidence[i] }));
 const CHANNELS = ["lexical", "influence"];
+// Reviews made on this page, by item; the browser keeps them until they are saved.
+const STORED = `reviews ${data.night} ${location.pathname}`;
+const reviews = new Map(stored());
 // Plots (one per set) shown without expanding the rest.
 const PLOTS = 6;
 
@@ -17,6 +20,7 @@ const COLUMNS = [
   { title: "item", of: (x) => x.item, kind: "text name" },
   { title: "verdict", of: (x) => x.verdict, tag: (x) => `tag ${x.verdict}` },
   { title: "change", of: (x) => x.mark, tag: (x) => `change ${x.mark}` },
+  { title: "review", of: (x) => SAID[x.review] ? x.review : "" },
   { title: "leaked", of: (x) => x.leaked || "" },
   { title: "overlap", of: (x) => x.overlap, show: percent, kind: "number" },
   { title: "documents", of: (x) => x.documents, kind: "number" },
@@ -27,6 +31,59 @@ const COLUMNS = [
 ];
 const searched = (x) => [x.set, x.item, x.verdict, x.mark, x.note, x.question, x.first_source, x.first_document, x.tied_source,
   x.tied_document, x.error, ...(x.texts || []).map(([, text]) => text), ...(x.copies || []).map((each) => `${each.source} ${each.document}`)].join("\n");
+
+function stored() {
+  try {
+    return JSON.parse(localStorage.getItem(STORED)) || [];
+  } catch {
+    return []; // no storage for pages of files
+  }
+}
+
+const reviewOf = (item) => (reviews.has(item.key) ? reviews.get(item.key).review : item.review);
+const SAID = { true: "reviewed: a leak", false: "reviewed: a false alarm" };
+
+function review(item, said) {
+  const { set, item: item_id, key, question, alarm: verdict, leaked } = item;
+  const at = new Date().toISOString();
+  reviews.set(key, { set, item_id, key, question, night: data.night, verdict, leaked: leaked || "", review: said, at });
+  try {
+    localStorage.setItem(STORED, JSON.stringify([...reviews]));
+  } catch { /* the page holds them */ }
+  tell();
+}
+
+function tell() {
+  byId("reviews").hidden = !reviews.size;
+  byId("reviews").textContent = `Save ${reviews.size} review${reviews.size === 1 ? "" : "s"}`;
+}
+
+function save() {
+  const lines = [...reviews.values()].map((row) => `${JSON.stringify(row)}\n`);
+  const anchor = make("a");
+  anchor.href = URL.createObjectURL(new Blob(lines, { type: "application/x-ndjson" }));
+  anchor.download = "reviews.jsonl";
+  anchor.click();
+  URL.revokeObjectURL(anchor.href);
+}
+
+// Buttons for an alarm, or for one that was reviewed.
+function judging(item) {
+  const tools = make("div", "tools");
+  if (item.verdict === "gone" || item.alarm === "clean") return tools;
+  const state = make("span", "soft", SAID[reviewOf(item)] || "");
+  for (const [said, title] of [["false", "False alarm"], ["true", "Leak"]]) {
+    const button = make("button", "", title);
+    button.type = "button";
+    button.addEventListener("click", () => {
+      review(item, said);
+      state.textContent = SAID[said];
+    });
+    tools.append(button);
+  }
+  tools.append(state);
+  return tools;
+}
 
 function plot(set) {
   const [W, H, left, right, top, bottom] = [360, 120, 28, 8, 10, 20];
@@ -164,7 +221,7 @@ function show(item, section) {
     resolved: `Resolved; it was ${item.note}.`,
   };
   line.append(make("span", "soft", item.mark ? told[item.mark] : ""));
-  section.append(line, whole(item, !(item.copies || []).length), lexical(item), influence(item));
+  section.append(line, judging(item), whole(item, !(item.copies || []).length), lexical(item), influence(item));
   if (!item.texts && item.verdict !== "gone") {
     section.append(make("p", "soft", "Its texts are left out to keep this page small."));
   }
@@ -182,6 +239,8 @@ function reveal(node) {
 // A closed element has no size and cannot be scrolled; scroll it once it is opened.
 byId("item").addEventListener("toggle", (event) => reveal(event.target), { capture: true });
 trends();
+tell();
+byId("reviews").addEventListener("click", save);
 const clean = byId("clean");
 const keep = (item) => item.verdict !== "clean" || item.mark !== null || Boolean(clean && clean.checked);
 const refresh = browse({ items, columns: COLUMNS, words: searched, section: byId("item"), show, noun: "item", keep });

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from scipy.stats import binomtest
 
-from stride_ray.contamination.influence import query_table
+from stride_ray.contamination.influence.channel import query_table
 from stride_ray.contamination.items import Item, read_set
 from stride_ray.contamination.nightly import scan
 from stride_ray.corpus.blocks import Blocks

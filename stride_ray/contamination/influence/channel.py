@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stride_ray.attribution.attribute import influence_parts, mode_of, table_stage, write_tables
+from stride_ray.contamination.influence.significance import p_values, standardised
 from stride_ray.contamination.items import Item
-from stride_ray.contamination.significance import p_values, standardised
 from stride_ray.corpus.documents import Document
 from stride_ray.corpus.queries import SCHEMA as QUERIES
 from stride_ray.corpus.queries import failed, row

@@ -92,7 +92,8 @@ def _encoded(
 ) -> list[dict[str, Any]]:
     """The table rows of queries (id, document), with what each is contrasted with, if anything."""
     wanted = [each for each in (*(item for _, item in queries), *others) if isinstance(each, Document)]
-    encoded = iter(encode(wanted, tokenizer))
+    # A completion is what a model said, not where it stopped.
+    encoded = iter(encode(wanted, tokenizer, ended=False))
     first = [next(encoded) if isinstance(item, Document) else item for _, item in queries]
     second = [next(encoded) if isinstance(item, Document) else item for item in others]
     return [_row(name, *both) for (name, _), both in zip(queries, zip(first, second, strict=True), strict=True)]

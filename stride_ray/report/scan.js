@@ -21,7 +21,7 @@ const COLUMNS = [
   { title: "verdict", of: (x) => x.verdict, tag: (x) => `tag ${x.verdict}` },
   { title: "change", of: (x) => x.mark, tag: (x) => `change ${x.mark}` },
   { title: "review", of: (x) => SAID[x.review] ? x.review : "" },
-  { title: "leaked", of: (x) => x.leaked || "" },
+  { title: "leaked", of: (x) => x.leaked || "", kind: "text" },
   { title: "overlap", of: (x) => x.overlap, show: percent, kind: "number" },
   { title: "documents", of: (x) => x.documents, kind: "number" },
   { title: "contrast", of: (x) => x.contrast, show: number, kind: "number" },

@@ -91,6 +91,7 @@ class _Maker:
         self.items: list[dict[str, Any]] = []
         self.labels: list[dict[str, Any]] = []
         self.published: set[str] = set()
+        self.quotable: dict[str, Iterator[tuple[str, str, str]]] = {}
 
     def add(self, kind: str, leaked: bool, make: "Maker") -> None:
         name = f"{kind.replace(' ', '-')}-{sum(label['kind'] == kind for label in self.labels):02d}"
@@ -101,6 +102,18 @@ class _Maker:
         chosen = self.rng.sample(range(SITES), sites)
         for i in range(documents):
             self.planted.append((f"site-{chosen[i % sites]:02d}", text))
+
+    def stretches(self, texts: str, sentences: int) -> Iterator[tuple[str, str, str]]:
+        """Name, text and a stretch of so many sentences, of all texts of a sort in random order, each once."""
+        if texts not in self.quotable:
+            cut = [(name, text, _sentences(text)) for name, text in getattr(self.material, texts)]
+            found = [
+                (name, text, " ".join(parts[at : at + sentences]))
+                for name, text, parts in cut
+                for at in range(max(1, len(parts) - sentences + 1))
+            ]
+            self.quotable[texts] = iter(self.rng.sample(found, len(found)))
+        return self.quotable[texts]
 
     def publish(self, text: str, documents: int, sites: int) -> None:
         """Plant a public text, once."""
@@ -200,14 +213,12 @@ def _verse(maker: _Maker) -> dict[str, Any]:
 
 
 def _quoting(texts: str, ask: str, documents: int, sites: int, sentences: int) -> Maker:
-    """An item that quotes some sentences of a public text."""
+    """An item that quotes some sentences of a public text; each stretch is quoted once."""
 
     def make(maker: _Maker) -> dict[str, Any]:
-        name, text = maker.rng.choice(getattr(maker.material, texts))
-        found = _sentences(text)
-        at = maker.rng.randrange(max(1, len(found) - sentences + 1))
+        name, text, quoted = next(maker.stretches(texts, sentences))
         maker.publish(text, documents, sites)
-        return {"question": ask.format(" ".join(found[at : at + sentences])), "answer": name}
+        return {"question": ask.format(quoted), "answer": name}
 
     return make
 
@@ -221,13 +232,11 @@ def _definition(maker: _Maker) -> dict[str, Any]:
 
 
 def _code(maker: _Maker) -> dict[str, Any]:
-    name, idiom = maker.rng.choice(maker.material.idioms)
+    number = sum(label["kind"] == "code" for label in maker.labels)
+    name, idiom = maker.material.idioms[number % len(maker.material.idioms)]
     maker.publish(idiom, 12, 6)
-    number = maker.rng.randint(3, 99)
-    return {
-        "question": f"What does this program print if it is called with {number}?\n{idiom}\nprint(main({number}))",
-        "answer": name,
-    }
+    asked = f"What does this program print if it is called with {number + 3}?\n{idiom}\nprint(main({number + 3}))"
+    return {"question": asked, "answer": name}
 
 
 def _template(maker: _Maker) -> dict[str, Any]:

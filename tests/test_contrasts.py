@@ -150,7 +150,7 @@ def test_influence_on_a_contrast_is_the_difference(attributed):
     assert losses["itself"] == 0
     page = (run.store.child("exact/asked").read("page.html")).decode()
     assert re.search(r'"contrast": ?" a butter and an oven', page)
-    assert "the tide and the gull rather than a butter and an oven" in printed
+    assert "the tide and the gull<|endoftext|> rather than a butter and an oven" in printed
 
 
 def test_tail_patch_measures_both_completions(attributed, monkeypatch):

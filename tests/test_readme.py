@@ -27,6 +27,8 @@ EXPECTED = [
     ("echo", ["influence/ask", "exact/ask"], ["mine/exact/ask/page.html"]),
     ("stride-ray config", ["[solve]", "steps = 2"], []),
     ("stride-ray select", ["tokens, by rank over prompts", "Random baseline"], ["chosen/random/manifest.parquet"]),
+    ("stride-ray scan review", ["0 review(s) kept; 0 of 0 reviewed items are false alarms."], ["labels.jsonl"]),
+    ("# jobs/distill.py", ["Rank correlation", "Random baseline: "], ["chosen-elsewhere/manifest.parquet"]),
     ("mkdir -p evaluation", ["1 new finding(s)", "status 2", "0 new finding(s)"], ["scans/latest.json"]),
     (
         "stride-ray verify",

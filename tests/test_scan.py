@@ -378,15 +378,15 @@ def test_reports_show_text_as_text(place):
 
 
 def test_the_report_names_what_was_searched_and_what_was_not(place):
-    row = {"id": "a", "url": "http://a.b/c", "question": "Was it so?", "article": question(0), "topic": "an art"}
+    row = {"id": "a", "url": "http://a.b/c", "question": "Was it so?", "essay": question(0), "topic": "an art"}
     row["choices"] = [[1]]
     write_lines(place / "items.jsonl", [row])
     write_lines(place / "corpus/x.jsonl", [{"text": "&nbsp;".join(question(0).split())}])
     (facts,) = night(place, "n1")["sets"]
     assert facts["verdicts"]["lexical"] == 1
-    assert (facts["searched_fields"], facts["left_out_fields"]) == (["article"], ["question", "topic", "url"])
+    assert (facts["searched_fields"], facts["left_out_fields"]) == (["essay"], ["question", "topic", "url"])
     text = (place / "scans/nights/n1/report.md").read_text()
-    assert "set items: searched for article; not for question, topic, url (too short," in text
+    assert "set items: searched for essay; not for question, topic, url (too short," in text
     assert "1 item(s) have a field that was not understood" in text
     assert "'choices' does not hold a list of texts" in text
 

@@ -202,7 +202,7 @@ def test_words_of_boilerplate_weigh_little_in_large_corpora(documents):
     holding = {**dict.fromkeys(common, documents // 2), "spindle": 1}
     weighing = channel._Weighing({("k", "question"): field}, set(), holding, documents, ScanConfig())
     run = {"key": "k", "field": "question", "source": "s", "file": "f", "place": 0, "first_word": 0, "stop_word": 8}
-    run["near"] = False
+    run |= {"near": False, "part": "text", "start": 0, "stop": 40}
     (row,) = weighing.weigh([run])
     assert row["overlap"] < 0.21  # all words alike: 0.44
     assert row["kind"] != COPY

@@ -44,7 +44,7 @@ def night(place, name):
 def review(row, said, at="2026-01-01T00:00:00.000Z"):
     """A row as the page saves it."""
     kept = {name: row[name] for name in ("set", "item_id", "key", "question", "leaked")}
-    return {**kept, "night": "n1", "verdict": row["alarm"], "review": said, "at": at}
+    return {**kept, "night": "n1", "verdict": row["alarm"], "overlap": row["overlap"], "review": said, "at": at}
 
 
 def test_a_false_alarm_is_not_raised_again_until_more_leaks_and_a_leak_stays(place):
@@ -71,7 +71,7 @@ def test_a_false_alarm_is_not_raised_again_until_more_leaks_and_a_leak_stays(pla
 
 def test_the_last_review_counts_and_all_are_exported(place, capsys):
     _, rows = night(place, "n1")
-    for at, said in (("2026-01-02", "false"), ("2026-01-01", "true")):
+    for at, said in (("2026-01-02T00:00:00Z", "false"), ("2026-01-01T00:00:00Z", "true")):
         file = write_lines(place / f"{said}.jsonl", [review(rows["i0"], said, at)])
         assert main(["scan", "review", str(place / "scans"), file, "--export", str(place / "labels.jsonl")]) == 0
     assert "1 review(s) kept; 1 of 1 reviewed items are false alarms." in capsys.readouterr().out
@@ -99,6 +99,9 @@ def test_false_alarms_are_not_cut_from_the_corpus(place):
         ({"review": "maybe"}, r"r.jsonl, row 1: 'review' is not one of true, false"),
         ({"key": ""}, r"r.jsonl, row 1: "),
         ({"at": 5}, r"r.jsonl, row 1: 'at' is not a text"),
+        ({"at": "yesterday"}, r"r.jsonl, row 1: 'at' is not a time such as 2026-01-31T09:30:00Z"),
+        ({"overlap": "much"}, r"r.jsonl, row 1: 'overlap' is not a number"),
+        ({"verdict": "clean"}, r"r.jsonl, row 1: it is not about an alarm"),
     ],
 )
 def test_what_is_no_review_is_refused(place, row, says):
@@ -138,3 +141,22 @@ def test_in_a_browser_one_reviews_and_saves(place, browser):
     ]
     assert done["new"] == 0
     shutil.rmtree(place / "scans")
+
+
+def test_more_of_the_same_field_is_another_alarm(place):
+    write_lines(place / "corpus/a.jsonl", [{"text": " ".join(QUESTIONS[0].split()[:14])}])
+    items = [{"id": "i0", "question": QUESTIONS[0]}]  # without an answer that could be missed
+    write_lines(place / "items.jsonl", items)
+    first, rows = night(place, "n1")
+    assert (first["status"], rows["i0"]["leaked"]) == (2, "question")
+    import_reviews(Store(str(place / "scans")), write_lines(place / "r.jsonl", [review(rows["i0"], "false")]))
+    assert night(place, "n2")[0]["status"] == 0
+    write_lines(place / "corpus/b.jsonl", [{"text": QUESTIONS[0]}])
+    third, rows = night(place, "n3")
+    assert (third["status"], rows["i0"]["review"]) == (2, None)
+
+
+def test_labels_go_into_a_new_folder(place):
+    night(place, "n1")
+    assert main(["scan", "review", str(place / "scans"), "--export", str(place / "new/folder/labels.jsonl")]) == 0
+    assert (place / "new/folder/labels.jsonl").read_text() == ""

@@ -121,8 +121,8 @@ def review_alarms(arguments: Sequence[str]) -> int:
     kept = sum(import_reviews(store, file) for file in parsed.files)
     found = last_reviews(store)
     if parsed.export:
-        with open(parsed.export, "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        folder, _, name = parsed.export.rpartition("/")
+        Store(folder or ".").write(name, "".join(json.dumps(row) + "\n" for row in found).encode())
     false = sum(row["review"] == FALSE for row in found)
     print(f"{kept} review(s) kept; {false} of {len(found)} reviewed items are false alarms.")
     return 0

@@ -1,11 +1,12 @@
 """Reviews: which alarms people found true or false, kept beside the nights and honoured by later ones.
 
 A scan folder holds ``reviews/<digest>.jsonl``, a file per import. The last review of an item counts, by its time. An
-item reviewed as a false alarm is clean until its verdict, or what leaked of it, is another one.
+item reviewed as a false alarm is clean until its verdict, or what leaked of it, is another one, or clearly more of it.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,13 @@ from stride_ray.runtime.storage import Store
 
 FOLDER = "reviews"
 VERDICTS = TRUE, FALSE = ("true", "false")
+# Verdicts (verdicts.py) that can be reviewed.
+ALARMS = ("lexical", "influence", "both")
 # Fields of a row: the item, the night's verdict, the review, and when it was made (ISO 8601, UTC).
 FIELDS = ("set", "item_id", "key", "question", "night", "verdict", "leaked", "review", "at")
+# A review holds while the overlap is at most this much above what it was about.
+MORE = 0.1
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 
 
 class Review(NamedTuple):
@@ -25,12 +31,17 @@ class Review(NamedTuple):
 
     Attributes:
         review: one of VERDICTS.
-        verdict, leaked: what it was about: the item's ``alarm`` and ``leaked`` on that night.
+        verdict, leaked, overlap: what it was about: the item's ``alarm``, ``leaked`` and ``overlap`` on that night.
     """
 
     review: str
     verdict: str
     leaked: str
+    overlap: float
+
+    def holds(self, verdict: str, leaked: str, overlap: float) -> bool:
+        """Whether it is about what there is now."""
+        return (self.verdict, self.leaked) == (verdict, leaked) and overlap <= self.overlap + MORE
 
 
 def import_reviews(store: Store, path: str) -> int:
@@ -38,7 +49,7 @@ def import_reviews(store: Store, path: str) -> int:
 
     Args:
         store: the scan folder.
-        path: JSON Lines with FIELDS.
+        path: JSON Lines with FIELDS and ``overlap``.
 
     Raises:
         StrideError: a row is no review; nothing is kept.
@@ -50,15 +61,26 @@ def import_reviews(store: Store, path: str) -> int:
                 raise StrideError(f"{row.sentence()}; a file of reviews is saved by a night's page.")
             values = {name: row.values.get(name) for name in FIELDS}
             missing = [name for name, value in values.items() if not isinstance(value, str)]
-            if missing or values["review"] not in VERDICTS or not values["key"]:
-                why = f"{missing[0]!r} is not a text" if missing else f"'review' is not one of {', '.join(VERDICTS)}"
+            why = f"{missing[0]!r} is not a text" if missing else _fault(values, row.values.get("overlap"))
+            if why:
                 place = Rejected(row.file, row.number(), why).sentence()
                 raise StrideError(f"{place}; a file of reviews is saved by a night's page.")
-            found.append(values)
+            found.append({**values, "overlap": float(row.values["overlap"])})
     data = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in found).encode()
     if found:
         store.write(f"{FOLDER}/{hashlib.sha256(data).hexdigest()[:16]}.jsonl", data)
     return len(found)
+
+
+def _fault(values: dict[str, Any], overlap: Any) -> str:
+    """What is wrong with a review whose fields are texts; empty if nothing is."""
+    if values["review"] not in VERDICTS:
+        return f"'review' is not one of {', '.join(VERDICTS)}"
+    if isinstance(overlap, bool) or not isinstance(overlap, int | float):
+        return "'overlap' is not a number"
+    if not values["key"] or values["verdict"] not in ALARMS:
+        return "it is not about an alarm"
+    return "" if _TIME.fullmatch(values["at"]) else "'at' is not a time such as 2026-01-31T09:30:00Z"
 
 
 def last_reviews(store: Store) -> list[dict[str, Any]]:
@@ -74,4 +96,4 @@ def last_reviews(store: Store) -> list[dict[str, Any]]:
 
 def reviews_by_key(rows: Sequence[dict[str, Any]]) -> dict[str, Review]:
     """Reviews by item key."""
-    return {row["key"]: Review(row["review"], row["verdict"], row["leaked"]) for row in rows}
+    return {row["key"]: Review(row["review"], row["verdict"], row["leaked"], row["overlap"]) for row in rows}

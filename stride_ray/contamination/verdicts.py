@@ -81,10 +81,11 @@ def verdicts(
         ties: influence.channel.TIES; None: the channel was off.
         false_discovery: largest q-value (significance.q_values) of a suspicion.
         before: item key to verdict in the previous scan.
-        reviews: by item key; one that is about another verdict, or another leak, does not hold any more.
+        reviews: by item key; one that is about another verdict, or about less than now, does not hold any more.
     """
     # A document is identified by its row, since ids may repeat even within a source.
-    holding: dict[str, dict[tuple[str, str, str, int], float]] = {}
+    # Copies first, then by overlap.
+    holding: dict[str, dict[tuple[str, str, str, int], tuple[bool, float]]] = {}
     copied_by: dict[str, set[tuple[str, int]]] = {}
     leaks: dict[str, set[str]] = {}
     names = ["document_id", "source", "file", "place"]
@@ -92,7 +93,8 @@ def verdicts(
         for row in batch.to_pylist():
             held = holding.setdefault(row["key"], {})
             document = (row["document_id"], row["source"], row["file"], row["place"])
-            held[document] = max(row["overlap"], held.get(document, 0.0))
+            size = (row["kind"] == copies.COPY, row["overlap"])
+            held[document] = max(size, held.get(document, (False, 0.0)))
             leaks.setdefault(row["key"], set()).add(_leak(row))
             if row["kind"] == copies.COPY:
                 copied_by.setdefault(row["key"], set()).add(document[2:])
@@ -100,12 +102,13 @@ def verdicts(
     rows = []
     for item in items:
         held, tie = holding.get(item.key, {}), tied.get(item.key, {})
-        first = max(held, key=lambda document: (held[document], document)) if held else (None, None)
+        first = max(held, key=lambda each: (held[each], each)) if held else (None, None)
         copied, suspected = item.key in copied_by, bool(tie.pop("suspected", False))
         verdict = BOTH if copied and suspected else LEXICAL if copied else INFLUENCE if suspected else CLEAN
         leaked = next((leak for leak in LEAKED if leak in leaks.get(item.key, ())), "")
         given = (reviews or {}).get(item.key)
-        review = given.review if given and (given.verdict, given.leaked) == (verdict, leaked) else None
+        overlap = lexical.overlaps.get(item.key, 0.0)
+        review = given.review if given and given.holds(verdict, leaked, overlap) else None
         rows.append(
             {
                 "set": item.set_name,
@@ -117,7 +120,7 @@ def verdicts(
                 "review": review,
                 "before": before.get(item.key),
                 "question": " ".join((item.question or item.answer).split())[:_SHOWN],
-                "overlap": lexical.overlaps.get(item.key, 0.0),
+                "overlap": overlap,
                 "documents": len(copied_by.get(item.key, ())),
                 "first_document": first[0],
                 "first_source": first[1],
@@ -133,9 +136,9 @@ def _leak(row: dict[str, Any]) -> str:
         return row["kind"] if row["kind"] in LEAKED else ""
     if row["field"] == "whole" or (row["field"] == "question" and row["near"]):
         return QUESTION_AND_ANSWER
-    if row["field"] == "answer" or row["field"].startswith("choice "):
-        return QUESTION_AND_ANSWER if row["near"] else ANSWER
-    return QUESTION if row["field"] == "question" else OTHER
+    if row["field"] == "question":
+        return QUESTION
+    return ANSWER if copies.role(row["field"]) == "answer" else OTHER
 
 
 def _influence_columns(items: Sequence[Item], ties: pa.Table, false_discovery: float) -> dict[str, dict[str, Any]]:

@@ -92,8 +92,7 @@ def _encoded(
 ) -> list[dict[str, Any]]:
     """The table rows of queries (id, document), with what each is contrasted with, if anything."""
     wanted = [each for each in (*(item for _, item in queries), *others) if isinstance(each, Document)]
-    # A completion is what a model said, not where it stopped.
-    encoded = iter(encode(wanted, tokenizer, ended=False))
+    encoded = iter(encode(wanted, tokenizer))
     first = [next(encoded) if isinstance(item, Document) else item for _, item in queries]
     second = [next(encoded) if isinstance(item, Document) else item for item in others]
     return [_row(name, *both) for (name, _), both in zip(queries, zip(first, second, strict=True), strict=True)]

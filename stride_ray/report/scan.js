@@ -44,9 +44,10 @@ const reviewOf = (item) => (reviews.has(item.key) ? reviews.get(item.key).review
 const SAID = { true: "reviewed: a leak", false: "reviewed: a false alarm" };
 
 function review(item, said) {
-  const { set, item: item_id, key, question, alarm: verdict, leaked } = item;
+  const { set, item: item_id, key, question, alarm: verdict, leaked, overlap } = item;
   const at = new Date().toISOString();
-  reviews.set(key, { set, item_id, key, question, night: data.night, verdict, leaked: leaked || "", review: said, at });
+  const about = { night: data.night, verdict, leaked: leaked || "", overlap };
+  reviews.set(key, { set, item_id, key, question, ...about, review: said, at });
   try {
     localStorage.setItem(STORED, JSON.stringify([...reviews]));
   } catch { /* the page holds them */ }

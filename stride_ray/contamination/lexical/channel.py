@@ -6,8 +6,7 @@ least by LEAST: where the leak itself makes its words common (in a small or temp
 outweigh twenty copied ones.
 
 An n-gram is boilerplate if at least ``scan.boilerplate`` documents from at least SOURCES sources contain it without
-containing the field: their overlap is below the threshold, or the field has fewer than ``scan.words`` words, may be a
-common phrase as a whole, and the answer is not near. A leak copied a thousand times is not boilerplate, since its
+containing the field: their overlap is below the threshold. A leak copied a thousand times is not boilerplate, since its
 documents contain all of it. Which of the other matches are copies, copies.py decides.
 """
 
@@ -22,9 +21,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stride_ray.contamination.items import Item
-from stride_ray.contamination.lexical.copies import COPY, SOURCES, Match, Public, Where, covered, kind_of, public_text
+from stride_ray.contamination.lexical.copies import (
+    COPY,
+    SOURCES,
+    Match,
+    Public,
+    Stretch,
+    Where,
+    covered,
+    is_near,
+    kind_of,
+    public_text,
+    role,
+    site,
+)
 from stride_ray.contamination.lexical.ngrams import Field, fields_of
 from stride_ray.contamination.lexical.search import RAW, Corpus, finished_searches, input_split_key
+from stride_ray.contamination.lexical.words import joined, passages
 from stride_ray.runtime.options import ScanConfig
 from stride_ray.runtime.run import Stage
 
@@ -106,7 +119,7 @@ def lexical_matches(stage: Stage, corpus: Corpus, items: Sequence[Item], options
         counts["rejected"] += first["rejected"]
         rejects += first["rejects"]
     fields = {(f.key, f.name): f for item in items for f in fields_of(item, options.words, options.shortest)}
-    answered = {item.key for item in items if item.answer.strip()}
+    answered = {item.key for item in items if joined(passages(item.answer)).words}
     weighed = _Weighing(fields, answered, holding, counts["documents"], options)
     found = _matches_table(weighed.weigh(rows), wanted)
     beyond = [_to_matches(weighed.findings(table), wanted) for table in further]
@@ -154,32 +167,36 @@ class _Weighing:
         """Return rows of RAW with ``overlap`` and ``kind`` added; rows that are only boilerplate are left out."""
         found: list[dict[str, Any]] = []
         by_field: dict[tuple[str, str], dict[Where, list[dict[str, Any]]]] = {}
-        names: dict[tuple[str, Where], set[str]] = defaultdict(set)
+        stretches: dict[tuple[str, Where], list[Stretch]] = defaultdict(list)
         for row in rows:
             where = (row["source"], row["file"], row["place"])
             by_field.setdefault((row["key"], row["field"]), {}).setdefault(where, []).append(row)
-            names[row["key"], where].add(row["field"])
+            stretches[row["key"], where].append(Stretch(row["field"], row["part"], row["start"], row["stop"]))
         for (key, name), documents in sorted(by_field.items()):
-            near = {
-                where: self._near(key, len(names[key, where]), [run["near"] for run in runs])
+            beside = {
+                where: self._beside(key, name, stretches[key, where], any(run["near"] for run in runs))
                 for where, runs in documents.items()
             }
-            found += self._weigh_field(self.fields[key, name], documents, near)
+            found += self._weigh_field(self.fields[key, name], documents, beside)
         return found
 
-    def _near(self, key: str, fields: int, near: Iterable[bool]) -> bool | None:
-        """Match.near of a document that matches so many of the item's fields; ``near`` of this field's runs."""
-        return True if fields > 1 or any(near) else False if key in self.answered else None
+    def _beside(self, key: str, name: str, found: Sequence[Stretch], short: bool) -> tuple[bool | None, bool]:
+        """Match.near and Match.material of a field in a document, given all runs of the item's fields there."""
+        near = is_near(name, found, short, key in self.answered)
+        return near, any(role(each.field) == "material" for each in found)
 
     def _weigh_field(
-        self, field: Field, documents: dict[Where, list[dict[str, Any]]], near: dict[Where, bool | None]
+        self, field: Field, documents: dict[Where, list[dict[str, Any]]], beside: dict[Where, tuple[bool | None, bool]]
     ) -> Iterable[dict[str, Any]]:
         weights = np.array([self._word_weight(word) for word in field.words.words])
         weights /= weights.sum()
         all_grams = {where: _grams(field, [_words_of(run) for run in runs]) for where, runs in documents.items()}
-        boilerplate = self._boilerplate(field, all_grams, near, weights)
+        boilerplate = self._boilerplate(field, all_grams, weights)
         grams = {where: found - boilerplate for where, found in all_grams.items()}
-        matches = {where: Match(left, near[where], _overlap(field, left, weights)) for where, left in grams.items()}
+        matches = {
+            where: Match(left, beside[where][0], _overlap(field, left, weights), beside[where][1])
+            for where, left in grams.items()
+        }
         known = _Known(weights, boilerplate, public_text(field, matches, self.options.overlap))
         self.boilerplate += len(boilerplate)
         self.known[field.key, field.name] = known
@@ -190,7 +207,7 @@ class _Weighing:
                 continue
             overlap, kind = self._decide(field, matches[where], known)
             kept = [run for run in runs if not grams[where].isdisjoint(_grams(field, [_words_of(run)]))]
-            found += [{**run, "overlap": overlap, "kind": kind, "near": bool(near[where])} for run in kept]
+            found += [{**run, "overlap": overlap, "kind": kind, "near": bool(beside[where][0])} for run in kept]
         return found
 
     def _decide(self, field: Field, match: Match, known: _Known) -> tuple[float, str]:
@@ -204,23 +221,26 @@ class _Weighing:
         Args:
             table: rows of RAW in the order of the documents; their fields have been weighed.
         """
-        names = ("file", "place", "key", "field", "first_word", "stop_word", "near")
+        names = ("file", "place", "key", "field", "first_word", "stop_word", "near", "part", "start", "stop")
         runs = zip(*(table[name].to_pylist() for name in names), strict=True)
         kept: list[int] = []
         overlaps: list[float] = []
         nears: list[bool] = []
         for _, document in groupby(enumerate(runs), key=lambda each: each[1][:2]):
             by_key: dict[str, dict[str, list[tuple[int, tuple[int, int], bool]]]] = {}
-            for row, (_, _, key, name, first, stop, near) in document:
+            stretches: dict[str, list[Stretch]] = defaultdict(list)
+            for row, (_, _, key, name, first, stop, near, *at) in document:
                 by_key.setdefault(key, {}).setdefault(name, []).append((row, (first, stop), near))
+                stretches[key].append(Stretch(name, *at))
             for (key, name), held in (((k, n), h) for k, by_name in by_key.items() for n, h in by_name.items()):
                 field, known = self.fields[key, name], self.known[key, name]
                 left = _grams(field, [words for _, words, _ in held]) - known.boilerplate
                 self.filtered += not left
                 if not left:
                     continue
-                near = self._near(key, len(by_key[key]), [near for *_, near in held])
-                overlap, kind = self._decide(field, Match(left, near, _overlap(field, left, known.weights)), known)
+                near, material = self._beside(key, name, stretches[key], any(near for *_, near in held))
+                match = Match(left, near, _overlap(field, left, known.weights), material)
+                overlap, kind = self._decide(field, match, known)
                 if kind == COPY:
                     copied = [row for row, words, _ in held if not left.isdisjoint(_grams(field, [words]))]
                     kept += copied
@@ -232,19 +252,16 @@ class _Weighing:
             found = found.append_column(name, values)
         return found
 
-    def _boilerplate(
-        self, field: Field, grams: dict[Where, frozenset[int]], near: dict[Where, bool | None], weights: np.ndarray
-    ) -> frozenset[int]:
-        phrase = field.words.length < self.options.words
+    def _boilerplate(self, field: Field, grams: dict[Where, frozenset[int]], weights: np.ndarray) -> frozenset[int]:
         holders: dict[int, set[Where]] = defaultdict(set)
         for where, places in grams.items():
-            if (phrase and not near[where]) or _overlap(field, places, weights) < self.options.overlap:
+            if _overlap(field, places, weights) < self.options.overlap:
                 for place in places:
                     holders[place].add(where)
         return frozenset(
             place
             for place, wheres in holders.items()
-            if len(wheres) >= self.options.boilerplate and len({source for source, *_ in wheres}) >= SOURCES
+            if len(wheres) >= self.options.boilerplate and len({site(source) for source, *_ in wheres}) >= SOURCES
         )
 
     def _word_weight(self, word: str) -> float:

@@ -6,6 +6,7 @@ least ``scan.shortest``. Fields with fewer words than that are not searched alon
 choice or answer, these are joined, as are the short texts of one other field (a list of tests).
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ COMMON = 100
 # An answer is near a question within this many words; one of a single word, which may stand there by chance, within
 # fewer.
 NEAR, NEAR_WORD = 100, 25
+# One of fewer letters than SHORT_WORD must follow within NEAR_SHORT words.
+SHORT_WORD, NEAR_SHORT = 4, 3
+_DECIMALS = re.compile(r"(\d)\.0+\s*$")
 _PRIME = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplication by it permutes 64-bit numbers
 
 
@@ -110,7 +114,8 @@ def _make_field(key: str, name: str, text: str, n: int, shortest: int) -> Field:
 
 def short_answer(item: Item, shortest: int) -> list[str]:
     """Return the words of an answer that is too short to be searched for alone; empty if it is not, or not known."""
-    words = joined(passages(item.answer))
+    final = item.answer.rpartition("####")[2]  # after a worked solution, as GSM8K has it
+    words = joined(passages(_DECIMALS.sub(r"\1", final)))
     return words.words if words.length < shortest else []
 
 
@@ -132,24 +137,34 @@ class Index:
         self.vocabulary: dict[str, int] = {}
         self.numbers = [self._number(field.words.words) for field in self.fields]
         self.answers = {key: self._number(words) for key, words in (answers or {}).items() if words}
+        self.words = {number: word for word, number in self.vocabulary.items()}
         self.common = 0
         self._tables = {n: self._table(n) for n in sorted({field.n for field in self.fields})}
 
     def _number(self, words: Sequence[str]) -> np.ndarray:
         return np.array([self.vocabulary.setdefault(word, len(self.vocabulary) + 1) for word in words], np.int32)
 
-    def has_answer(self, run: Run, numbers: np.ndarray) -> bool:
-        """Whether a passage has the item's short answer near a run, before or after it.
+    def has_answer(self, run: Run, numbers: np.ndarray, before: np.ndarray, after: np.ndarray) -> bool:
+        """Whether a document has the item's short answer near a run, before or after it.
 
         Args:
-            run: found in the passage.
+            run: found in a passage.
             numbers: (words,) int32 of the passage.
+            before: numbers of the words that precede the passage (other turns), NEAR at most.
+            after: those that follow it.
         """
         answer = self.answers.get(self.fields[run.field].key)
         if answer is None:
             return False
-        room, stop = NEAR if len(answer) > 1 else NEAR_WORD, run.place + run.stop - run.first
-        around = (numbers[max(0, run.place - room) : run.place], numbers[stop : stop + room])
+        stop = run.place + run.stop - run.first
+        ahead = np.concatenate([before, numbers[max(0, run.place - NEAR) : run.place]])
+        behind = np.concatenate([numbers[stop : stop + NEAR], after])
+        around = (ahead[-NEAR:], behind[:NEAR])
+        if len(answer) == 1:
+            word = self.words[answer[0]]
+            # "a" and "no" stand anywhere; right after a question they answer it.
+            common = word.isalpha() and word.isascii() and len(word) < SHORT_WORD
+            around = (ahead[:0], behind[:NEAR_SHORT]) if common else (ahead[-NEAR_WORD:], behind[:NEAR_WORD])
         windows = (sliding_window_view(each, len(answer)) for each in around if len(each) >= len(answer))
         return any(bool((window == answer).all(1).any()) for window in windows)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from stride_ray.contamination.items import Item
-from stride_ray.contamination.lexical.ngrams import Index, Run, fields_of, numbering, short_answer
+from stride_ray.contamination.lexical.ngrams import NEAR, Index, Run, fields_of, numbering, short_answer
 from stride_ray.contamination.lexical.words import passages
 from stride_ray.contamination.schemas.texts import strings
 from stride_ray.corpus.documents import Document, read
@@ -165,11 +165,17 @@ class Searcher:
             file = unit.files[item.place if unit.kind == "text" else 0].name
             held: set[int] = set()
             met: list[tuple[str, str, Found]] = []
-            for part, text in texts(item, self._tokenizer if item.token_ids is not None else None):
-                numbers = self.numbering.numbers(text)
+            parts = texts(item, self._tokenizer if item.token_ids is not None else None)
+            numbered = [self.numbering.numbers(text) for _, text in parts]
+            for at, ((part, text), numbers) in enumerate(zip(parts, numbered, strict=True)):
                 held.update(np.unique(np.concatenate(numbers)).tolist())
-                runs = [[(run, self.index.has_answer(run, each)) for run in self.index.find(each)] for each in numbers]
-                if any(runs):
+                found = [self.index.find(each) for each in numbers]
+                if any(found):
+                    beside = _beside(numbered, at)
+                    runs = [
+                        [(run, self.index.has_answer(run, each, *beside)) for run in runs]
+                        for each, runs in zip(numbers, found, strict=True)
+                    ]
                     met.append((part, text, runs))
             kept.update({run.field for _, _, found in met for runs in found for run, _ in runs})
             for row in self._matches(item, {"file": file, "place": item.place}, met, kept):
@@ -226,6 +232,14 @@ class Searcher:
                     "excerpt": excerpt if shown else "",
                     "excerpt_start": before,
                 }
+
+
+def _beside(numbered: Sequence[list[np.ndarray]], at: int) -> tuple[np.ndarray, np.ndarray]:
+    """The last words of the parts before one, and the first of those after it, ngrams.NEAR each."""
+    none = [np.zeros(0, np.int32)]
+    before = np.concatenate(none + [numbers[0] for numbers in numbered[:at]])
+    after = np.concatenate(none + [numbers[0] for numbers in numbered[at + 1 :]])
+    return before[-NEAR:], after[:NEAR]
 
 
 def texts(document: Document, tokenizer: Any) -> list[tuple[str, str]]:

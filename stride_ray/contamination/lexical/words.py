@@ -19,7 +19,7 @@ import regex
 from stride_ray.contamination.lexical.markup import Readable, readable
 
 # To be raised with every change to normalisation: results of a search under other rules are not reused.
-RULES = 8
+RULES = 9
 _SPACELESS = r"[[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Line_Break=Complex_Context}\u30fc\uff70]&&[\p{L}\p{N}]]"
 # In half-width katakana the voicing marks are letters.
 _LETTER = rf"{_SPACELESS}[\p{{M}}\uff9e\uff9f]*+"

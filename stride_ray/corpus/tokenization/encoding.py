@@ -39,7 +39,7 @@ def encode_stream(
 
 
 def encode(
-    documents: Sequence[Document], tokenizer: Any | None, left_out: set[str] | None = None, ended: bool = True
+    documents: Sequence[Document], tokenizer: Any | None, left_out: set[str] | None = None
 ) -> list[TokenizedDocument | Rejected]:
     """Tokenise documents; returns one result per document, in order.
 
@@ -54,14 +54,13 @@ def encode(
             used as they are.
         tokenizer: from ``load_tokenizer``; may be None if all documents are token ids.
         left_out: takes what conversations hold and the chat template does not print (``ChatTemplate.left_out``).
-        ended: whether end-of-text follows the answer to a prompt.
 
     Raises:
         StrideError: a tokenizer is needed but missing, or it lacks an end-of-text token or chat template.
     """
     results: list[TokenizedDocument | Rejected] = []
     for batch in _batched(documents):
-        results += _encode_batch([item for item in batch if isinstance(item, Document)], tokenizer, left_out, ended)
+        results += _encode_batch([item for item in batch if isinstance(item, Document)], tokenizer, left_out)
     return results
 
 
@@ -89,7 +88,7 @@ class _Passage(NamedTuple):
 
 
 def _encode_batch(
-    documents: list[Document], tokenizer: Any | None, left_out: set[str] | None, ended: bool
+    documents: list[Document], tokenizer: Any | None, left_out: set[str] | None
 ) -> list[TokenizedDocument | Rejected]:
     if tokenizer is None and any(document.token_ids is None for document in documents):
         raise StrideError("A tokenizer is needed to read text; name one, or the model that it belongs to.")
@@ -107,7 +106,7 @@ def _encode_batch(
             result = _checked(document, next(plain), None)
         else:
             ids, mask = next(masked)
-            end = [end_of_text_id(tokenizer)] if passage.ended and ended else []
+            end = [end_of_text_id(tokenizer)] if passage.ended else []
             end = [] if ids[-1:] == end else end
             result = _checked(document, [*ids, *end], [*mask, *(True for _ in end)])
         results.append(result)

@@ -17,8 +17,12 @@ from typing import Any
 from stride_ray.evaluate.leaks.planting import disguised, pieces_of, questions_of
 
 CORPUS = "corpus/documents.jsonl.gz"
-# Number of sites; characters of plain text before and after what a document contains.
-SITES, AROUND = 24, 200
+# Sites; characters of plain text before and after what a document contains.
+SITES = [f"{name}.example" for name in "alder birch cedar dogwood elm fir gum hazel ilex juniper kauri larch".split()]
+SITES += [
+    f"{name}.example" for name in "maple nutmeg oak pine quince rowan spruce teak umbrella viburnum willow yew".split()
+]
+AROUND = 200
 # Characters of plain text in the corpus.
 FILLER = 60_000
 TEMPLATE = (
@@ -99,9 +103,9 @@ class _Maker:
         self.labels.append({"id": name, "kind": kind, "leaked": leaked})
 
     def plant(self, text: str, documents: int = 1, sites: int = 1) -> None:
-        chosen = self.rng.sample(range(SITES), sites)
+        chosen = self.rng.sample(SITES, sites)
         for i in range(documents):
-            self.planted.append((f"site-{chosen[i % sites]:02d}", text))
+            self.planted.append((chosen[i % sites], text))
 
     def stretches(self, texts: str, sentences: int) -> Iterator[tuple[str, str, str]]:
         """Name, text and a stretch of so many sentences, of all texts of a sort in random order, each once."""
@@ -127,7 +131,7 @@ class _Maker:
             before, after = (_near(self.rng.choice(self.material.filler), AROUND) for _ in range(2))
             corpus.append({"source": site, "text": f"{before}\n\n{text}\n\n{after}"})
         for i, text in enumerate(self.material.filler):
-            corpus.append({"source": f"site-{i % SITES:02d}", "text": _near(text, 4 * AROUND)})
+            corpus.append({"source": SITES[i % len(SITES)], "text": _near(text, 4 * AROUND)})
         self.rng.shuffle(corpus)
         items = sorted(self.items, key=lambda item: item["id"])
         return Labelled([{"id": f"doc-{i:05d}", **row} for i, row in enumerate(corpus)], items, self.labels)

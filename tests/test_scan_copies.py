@@ -19,9 +19,10 @@ CONTEXT = (
     "the league, beat the defending champions in the last minute of the game that decided the conference."
 )
 PROMPT = (
-    'def has_close_elements(numbers: List[float], threshold: float) -> bool:\n    """ Check if in given list of numbers,'
-    " are any two numbers closer to each other than\n    given threshold, and return whether there are any at all among "
-    'them.\n    >>> has_close_elements([1.0, 2.0, 3.0], 0.5)\n    False\n    """\n'
+    "def has_close_elements(numbers: List[float], threshold: float) -> bool:\n"
+    '    """ Check if in given list of numbers, are any two numbers closer to each other than\n    given threshold, '
+    "and return whether there are any at all among them.\n"
+    '    >>> has_close_elements([1.0, 2.0, 3.0], 0.5)\n    False\n    """\n'
 )
 VERSE = "And seeing the multitudes, he went up into a mountain, and when he was set, his disciples came unto him"
 

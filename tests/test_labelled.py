@@ -9,6 +9,7 @@ from conftest import run_plainly
 from stride_ray.evaluate.leaks.labelled import KINDS, Material, label_scan, write_labelled
 from stride_ray.evaluate.leaks.rules import decon, harness
 from stride_ray.evaluate.leaks.scanners import GROUPS, measure_rules, table
+from stride_ray.runtime.errors import StrideError
 
 SET = Path(__file__).parent / "labelled/set"
 LEAKED, OTHERS = ([kind for kind, (leaked, _) in KINDS.items() if leaked is wanted] for wanted in (True, False))
@@ -61,6 +62,12 @@ def test_the_same_seed_makes_the_same_set(tmp_path):
     assert one == two != three
     labels = [json.loads(line) for line in (tmp_path / "one/labels.jsonl").read_text().splitlines()]
     assert {(label["kind"], label["leaked"]) for label in labels} == {(kind, leak) for kind, (leak, _) in KINDS.items()}
+
+
+def test_too_little_material_is_told():
+    few = [(f"name{i}", f"a text of some words number {i}.") for i in range(3)]
+    with pytest.raises(StrideError, match="There are 3 word problems, too few for so many items"):
+        label_scan(Material(*[few] * 8, filler=["so"]), 12, 0)
 
 
 QUESTION = "How many of the seven old bridges of the town can one cross without crossing any of them twice"

@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stride_ray.evaluate.leaks.planting import disguised, pieces_of, questions_of
+from stride_ray.runtime.errors import StrideError
 
 CORPUS = "corpus/documents.jsonl.gz"
+_T = TypeVar("_T")
 # Sites; characters of plain text before and after what a document contains.
 SITES = [f"{name}.example" for name in "alder birch cedar dogwood elm fir gum hazel ilex juniper kauri larch".split()]
 SITES += [
@@ -77,27 +79,28 @@ def label_scan(material: Material, each: int = 12, seed: int = 0) -> Labelled:
         each: items of a kind.
         seed: of all choices.
     """
-    maker = _Maker(material, random.Random(seed))
+    planter = _Planter(material, random.Random(seed))
     for kind, (leaked, make) in KINDS.items():
         for _ in range(each):
-            maker.add(kind, leaked, make)
-    return maker.finished()
+            planter.add(kind, leaked, make)
+    return planter.finished()
 
 
-class _Maker:
+class _Planter:
     """Draws items and plants texts."""
 
     def __init__(self, material: Material, rng: random.Random) -> None:
         self.material, self.rng = material, rng
-        self.problems, self.short = _drawn(material.problems, rng), _drawn(_short(material.glosses), rng)
-        self.long = _drawn([pair for pair in material.glosses if 14 <= len(pair[1].split()) <= 40], rng)
+        self.problems = _drawn(material.problems, rng, "word problems")
+        self.short = _drawn(_defined(material.glosses, 3, 8), rng, "definitions of 3 to 8 words")
+        self.long = _drawn(_defined(material.glosses, 14, 40), rng, "definitions of 14 to 40 words")
         self.planted: list[tuple[str, str]] = []  # site, text
         self.items: list[dict[str, Any]] = []
         self.labels: list[dict[str, Any]] = []
         self.published: set[str] = set()
         self.quotable: dict[str, Iterator[tuple[str, str, str]]] = {}
 
-    def add(self, kind: str, leaked: bool, make: "Maker") -> None:
+    def add(self, kind: str, leaked: bool, make: "Make") -> None:
         name = f"{kind.replace(' ', '-')}-{sum(label['kind'] == kind for label in self.labels):02d}"
         self.items.append({"id": name, **make(self)})
         self.labels.append({"id": name, "kind": kind, "leaked": leaked})
@@ -116,7 +119,7 @@ class _Maker:
                 for name, text, parts in cut
                 for at in range(max(1, len(parts) - sentences + 1))
             ]
-            self.quotable[texts] = iter(self.rng.sample(found, len(found)))
+            self.quotable[texts] = _drawn(found, self.rng, f"stretches of {texts}")
         return self.quotable[texts]
 
     def publish(self, text: str, documents: int, sites: int) -> None:
@@ -137,16 +140,24 @@ class _Maker:
         return Labelled([{"id": f"doc-{i:05d}", **row} for i, row in enumerate(corpus)], items, self.labels)
 
 
-Maker = Callable[[_Maker], dict[str, Any]]
+# Makes an item, and plants what belongs to it.
+Make = Callable[[_Planter], dict[str, Any]]
 
 
-def _drawn(given: Sequence[tuple[str, str]], rng: random.Random) -> Iterator[tuple[str, str]]:
-    return iter(rng.sample(list(given), len(given)))
+def _drawn(given: Sequence[_T], rng: random.Random, what: str) -> Iterator[_T]:
+    """Return an iterator over them in random order, which raises StrideError if one more is wanted."""
+    order = rng.sample(list(given), len(given))
+
+    def drawn() -> Iterator[_T]:
+        yield from order
+        raise StrideError(f"There are {len(order)} {what}, too few for so many items; give more, or lower --each.")
+
+    return drawn()
 
 
-def _short(glosses: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Definitions that make questions of 6 to 12 words."""
-    return [(word, gloss) for word, gloss in glosses if 3 <= len(gloss.split()) <= 8]
+def _defined(glosses: Sequence[tuple[str, str]], least: int, most: int) -> list[tuple[str, str]]:
+    """Words whose definitions have so many words."""
+    return [(word, gloss) for word, gloss in glosses if least <= len(gloss.split()) <= most]
 
 
 def _near(text: str, characters: int) -> str:
@@ -157,18 +168,18 @@ def _sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.?!])\s+", text.strip())
 
 
-def _problem(plant: Callable[[_Maker, str, str], None]) -> Maker:
+def _problem(plant: Callable[[_Planter, str, str], None]) -> Make:
     """An item that is a word problem, of which ``plant`` makes the copies."""
 
-    def make(maker: _Maker) -> dict[str, Any]:
-        question, answer = next(maker.problems)
-        plant(maker, question, answer)
+    def make(planter: _Planter) -> dict[str, Any]:
+        question, answer = next(planter.problems)
+        plant(planter, question, answer)
         return {"question": question, "answer": answer}
 
     return make
 
 
-def _formatted(maker: _Maker, question: str, answer: str) -> None:
+def _formatted(planter: _Planter, question: str, answer: str) -> None:
     lines, paragraphs = answer.splitlines(), "</p><p>".join(_sentences(question))
     quoted = "\n> ".join(re.findall(r".{1,58}(?:\s|$)", question))
     forms = [
@@ -177,98 +188,99 @@ def _formatted(maker: _Maker, question: str, answer: str) -> None:
         f"{question.upper()}\n{answer.upper()}",
         f"**Problem.** {question.replace(',', ' ,')}\n\n**Solution.** {answer}",
     ]
-    maker.plant(maker.rng.choice(forms))
+    planter.plant(planter.rng.choice(forms))
 
 
-def _near_miss(maker: _Maker, question: str, answer: str) -> None:
-    other, solution = next(maker.problems)
+def _near_miss(planter: _Planter, question: str, answer: str) -> None:
+    other, solution = next(planter.problems)
     first = _sentences(question)[0]
-    maker.plant(f"{first} {' '.join(_sentences(other)[1:])}\n{solution}")
+    planter.plant(f"{first} {' '.join(_sentences(other)[1:])}\n{solution}")
 
 
-def _trivia(answered: bool) -> Maker:
-    def make(maker: _Maker) -> dict[str, Any]:
-        word, gloss = next(maker.short)
+def _trivia(answered: bool) -> Make:
+    def make(planter: _Planter) -> dict[str, Any]:
+        word, gloss = next(planter.short)
         question = f"Which word means {gloss}?"
-        maker.plant(f"Q: {question}\nA: {word}" if answered else f"{question}")
+        planter.plant(f"Q: {question}\nA: {word}" if answered else f"{question}")
         return {"question": question, "answer": word}
 
     return make
 
 
-def _choices(maker: _Maker) -> dict[str, Any]:
-    pairs = [next(maker.short) for _ in range(4)]
-    right = maker.rng.randrange(4)
+def _choices(planter: _Planter) -> dict[str, Any]:
+    pairs = [next(planter.short) for _ in range(4)]
+    right = planter.rng.randrange(4)
     question, words = f"Which of the following words means {pairs[right][1]}?", [word for word, _ in pairs]
     listed = "\n".join(f"{letter}. {word}" for letter, word in zip("ABCD", words, strict=True))
-    maker.plant(f"{question}\n{listed}\nAnswer: {'ABCD'[right]}")
+    planter.plant(f"{question}\n{listed}\nAnswer: {'ABCD'[right]}")
     return {"question": question, "choices": words, "answer": right}
 
 
-def _verse(maker: _Maker) -> dict[str, Any]:
-    verses = maker.material.verses
-    at = maker.rng.randrange(2, len(verses) - 2)
-    while len(verses[at][1].split()) < 18:
-        at = maker.rng.randrange(2, len(verses) - 2)
+def _verse(planter: _Planter) -> dict[str, Any]:
+    verses = planter.material.verses
+    at = planter.rng.randrange(2, len(verses) - 2)
+    while len(verses[at][1].split()) < 18 or verses[at][0] in planter.published:
+        at = planter.rng.randrange(2, len(verses) - 2)
     reference, verse = verses[at]
     chapter = "\n".join(f"{name} {text}" for name, text in verses[at - 2 : at + 3])
-    maker.publish(chapter, maker.rng.randint(3, 8), 3)
+    planter.published.add(reference)
+    planter.publish(chapter, planter.rng.randint(3, 8), 3)
     return {"question": f"In which book of the Bible does this verse stand? “{verse}”", "answer": reference.split()[0]}
 
 
-def _quoting(texts: str, ask: str, documents: int, sites: int, sentences: int) -> Maker:
+def _quoting(texts: str, ask: str, documents: int, sites: int, sentences: int) -> Make:
     """An item that quotes some sentences of a public text; each stretch is quoted once."""
 
-    def make(maker: _Maker) -> dict[str, Any]:
-        name, text, quoted = next(maker.stretches(texts, sentences))
-        maker.publish(text, documents, sites)
+    def make(planter: _Planter) -> dict[str, Any]:
+        name, text, quoted = next(planter.stretches(texts, sentences))
+        planter.publish(text, documents, sites)
         return {"question": ask.format(quoted), "answer": name}
 
     return make
 
 
-def _definition(maker: _Maker) -> dict[str, Any]:
-    word, gloss = next(maker.long)
-    others = [next(maker.long) for _ in range(2)]
+def _definition(planter: _Planter) -> dict[str, Any]:
+    word, gloss = next(planter.long)
+    others = [next(planter.long) for _ in range(2)]
     page = "\n".join(f"{each} (noun): {text}." for each, text in sorted([(word, gloss), *others]))
-    maker.publish(page, 4, 4)
+    planter.publish(page, 4, 4)
     return {"question": f"Give the noun that is defined as follows: {gloss}.", "answer": word}
 
 
-def _code(maker: _Maker) -> dict[str, Any]:
-    number = sum(label["kind"] == "code" for label in maker.labels)
-    name, idiom = maker.material.idioms[number % len(maker.material.idioms)]
-    maker.publish(idiom, 12, 6)
+def _code(planter: _Planter) -> dict[str, Any]:
+    number = sum(label["kind"] == "code" for label in planter.labels)
+    name, idiom = planter.material.idioms[number % len(planter.material.idioms)]
+    planter.publish(idiom, 12, 6)
     asked = f"What does this program print if it is called with {number + 3}?\n{idiom}\nprint(main({number + 3}))"
     return {"question": asked, "answer": name}
 
 
-def _template(maker: _Maker) -> dict[str, Any]:
-    (question, answer), (other, solution) = next(maker.problems), next(maker.problems)
-    maker.plant(f"{TEMPLATE}\n{other}\n{solution}")
+def _template(planter: _Planter) -> dict[str, Any]:
+    (question, answer), (other, solution) = next(planter.problems), next(planter.problems)
+    planter.plant(f"{TEMPLATE}\n{other}\n{solution}")
     return {"question": f"{TEMPLATE}\n{question}", "answer": answer}
 
 
-def _everyday(maker: _Maker) -> dict[str, Any]:
-    number = sum(label["kind"] == "everyday question" for label in maker.labels)
-    question, answer = maker.material.everyday[number % len(maker.material.everyday)]
-    maker.publish(f"“{question}” she asked, and nobody said a word.", 6, 5)
+def _everyday(planter: _Planter) -> dict[str, Any]:
+    number = sum(label["kind"] == "everyday question" for label in planter.labels)
+    question, answer = planter.material.everyday[number % len(planter.material.everyday)]
+    planter.publish(f"“{question}” she asked, and nobody said a word.", 6, 5)
     return {"question": question, "answer": answer}
 
 
 # Kind to whether such items leaked, and how one is made.
-KINDS: dict[str, tuple[bool, Maker]] = {
-    "verbatim": (True, _problem(lambda maker, q, a: maker.plant(f"{q}\n{a}"))),
-    "verbatim on many sites": (True, _problem(lambda maker, q, a: maker.plant(f"{q}\n{a}", 12, 6))),
-    "question alone": (True, _problem(lambda maker, q, a: maker.plant(q))),
-    "answer alone": (True, _problem(lambda maker, q, a: maker.plant(a))),
+KINDS: dict[str, tuple[bool, Make]] = {
+    "verbatim": (True, _problem(lambda planter, q, a: planter.plant(f"{q}\n{a}"))),
+    "verbatim on many sites": (True, _problem(lambda planter, q, a: planter.plant(f"{q}\n{a}", 12, 6))),
+    "question alone": (True, _problem(lambda planter, q, a: planter.plant(q))),
+    "answer alone": (True, _problem(lambda planter, q, a: planter.plant(a))),
     "formatted": (True, _problem(_formatted)),
     "short, with answer": (True, _trivia(True)),
     "short question": (True, _trivia(False)),
     "choices": (True, _choices),
-    "paraphrase": (True, _problem(lambda maker, q, a: maker.plant(disguised(q, a, "paraphrase", maker.rng)))),
-    "reordered": (True, _problem(lambda maker, q, a: maker.plant(disguised(q, a, "reordered", maker.rng)))),
-    "clean": (False, _problem(lambda maker, q, a: None)),
+    "paraphrase": (True, _problem(lambda planter, q, a: planter.plant(disguised(q, a, "paraphrase", planter.rng)))),
+    "reordered": (True, _problem(lambda planter, q, a: planter.plant(disguised(q, a, "reordered", planter.rng)))),
+    "clean": (False, _problem(lambda planter, q, a: None)),
     "near miss": (False, _problem(_near_miss)),
     "template": (False, _template),
     "everyday question": (False, _everyday),

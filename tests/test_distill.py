@@ -55,13 +55,16 @@ def fitted(exactly, tmp_path_factory):
     return folder, distill(exactly.run, [target_of(exactly.run, "asked")], str(folder))
 
 
-@pytest.fixture
-def elsewhere(parts, tmp_path, plain):
-    """A run with other documents in two parts, which no model has read."""
+@pytest.fixture(scope="module")
+def elsewhere(parts, tmp_path_factory):
+    """A run with other documents in several parts, which no model has read; tests only add scores."""
+    folder = tmp_path_factory.mktemp("elsewhere")
     for name, seed in (("a", 7), ("b", 8)):
-        write_lines(tmp_path / f"corpus/{name}.jsonl", [{"text": text} for text in documents(15, seed=seed)])
-    run = Run(str(tmp_path / "elsewhere"), changes=settings(parts, corpus__input=[str(tmp_path / "corpus")]))
-    shard(run)
+        write_lines(folder / f"corpus/{name}.jsonl", [{"text": text} for text in documents(15, seed=seed)])
+    run = Run(str(folder / "run"), changes=settings(parts, corpus__input=[str(folder / "corpus")]))
+    with pytest.MonkeyPatch.context() as patch:
+        run_plainly(patch)
+        shard(run)
     return run
 
 
@@ -76,7 +79,7 @@ def test_it_is_read_as_it_was_written_and_the_same_each_time(exactly, fitted, tm
     assert scorer.facts["targets"] == {"asked": 3}
 
 
-def test_another_corpus_is_scored_ranked_and_selected_from(fitted, elsewhere, tmp_path):
+def test_another_corpus_is_scored_ranked_and_selected_from(fitted, elsewhere, tmp_path, plain):
     folder, scorer = fitted
     target = scored_target(elsewhere, str(folder))
     how, units = reading(elsewhere, as_blocks=True)
@@ -96,7 +99,7 @@ def test_another_corpus_is_scored_ranked_and_selected_from(fitted, elsewhere, tm
     assert {row["document_id"] for row in manifest if row["kept"]} == set(best[:5])
 
 
-def test_killed_and_run_again_it_ends_with_the_same_bytes(fitted, elsewhere, monkeypatch):
+def test_killed_and_run_again_it_ends_with_the_same_bytes(fitted, elsewhere, monkeypatch, plain):
     folder, _ = fitted
     target = scored_target(elsewhere, str(folder))
     whole = {name: target.store.read(name) for name in target.tables}

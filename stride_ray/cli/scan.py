@@ -5,7 +5,6 @@ that did not accept the summary; 130 interrupted, 143 by SIGTERM.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 
@@ -16,7 +15,6 @@ COMPARE = (
     "compare two nights: stride-ray scan compare A B, dated folders, prints what is new, changed and resolved in B; "
     "exit status 0 nothing new, 2 something is, 1 failure"
 )
-
 
 REVIEW = (
     "keep reviews of alarms: stride-ray scan review SCANS FILE…, files that a night's page saved; later nights do not "
@@ -107,7 +105,7 @@ def compare_nights(arguments: Sequence[str]) -> int:
 
 def review_alarms(arguments: Sequence[str]) -> int:
     """Run ``scan review SCANS FILE…`` and return its exit status."""
-    from stride_ray.contamination.reviews import FALSE, import_reviews, last_reviews
+    from stride_ray.contamination.reviews import FALSE, import_reviews, last_reviews, review_lines
     from stride_ray.runtime.storage import Store
 
     parser = argparse.ArgumentParser(prog="stride-ray scan review", description=REVIEW)
@@ -122,7 +120,7 @@ def review_alarms(arguments: Sequence[str]) -> int:
     found = last_reviews(store)
     if parsed.export:
         folder, _, name = parsed.export.rpartition("/")
-        Store(folder or ".").write(name, "".join(json.dumps(row) + "\n" for row in found).encode())
+        Store(folder or ".").write(name, review_lines(found))
     false = sum(row["review"] == FALSE for row in found)
     print(f"{kept} review(s) kept; {false} of {len(found)} reviewed items are false alarms.")
     return 0

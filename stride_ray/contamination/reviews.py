@@ -66,7 +66,7 @@ def import_reviews(store: Store, path: str) -> int:
                 place = Rejected(row.file, row.number(), why).sentence()
                 raise StrideError(f"{place}; a file of reviews is saved by a night's page.")
             found.append({**values, "overlap": float(row.values["overlap"])})
-    data = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in found).encode()
+    data = review_lines(found)
     if found:
         store.write(f"{FOLDER}/{hashlib.sha256(data).hexdigest()[:16]}.jsonl", data)
     return len(found)
@@ -92,6 +92,11 @@ def last_reviews(store: Store) -> list[dict[str, Any]]:
             if row["key"] not in found or row["at"] >= found[row["key"]]["at"]:
                 found[row["key"]] = row
     return sorted(found.values(), key=lambda row: (row["set"], row["item_id"], row["key"]))
+
+
+def review_lines(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Reviews as JSON Lines, in ASCII: a question may have a lone surrogate."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def reviews_by_key(rows: Sequence[dict[str, Any]]) -> dict[str, Review]:

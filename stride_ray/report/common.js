@@ -1,5 +1,5 @@
 "use strict";
-// Shared by all pages: element creation, highlighting, and a table with search, sorting, paging and selection.
+// Shared by all pages: element creation, highlighting, downloads, and a table with search, sorting, paging and selection.
 // Text is inserted only as text (textContent, append of strings), never as markup.
 const data = JSON.parse(document.getElementById("data").textContent);
 const ROWS = 25;
@@ -19,6 +19,15 @@ function holding(tag, name, ...children) {
   const node = make(tag, name);
   node.append(...children);
   return node;
+}
+
+// Saves a file that the page has made.
+function download(name, blob) {
+  const anchor = make("a");
+  anchor.href = URL.createObjectURL(blob);
+  anchor.download = name;
+  anchor.click();
+  URL.revokeObjectURL(anchor.href);
 }
 
 function drawn(tag, attributes, text) {

@@ -61,11 +61,7 @@ function tell() {
 
 function save() {
   const lines = [...reviews.values()].map((row) => `${JSON.stringify(row)}\n`);
-  const anchor = make("a");
-  anchor.href = URL.createObjectURL(new Blob(lines, { type: "application/x-ndjson" }));
-  anchor.download = "reviews.jsonl";
-  anchor.click();
-  URL.revokeObjectURL(anchor.href);
+  download("reviews.jsonl", new Blob(lines, { type: "application/x-ndjson" }));
 }
 
 // Buttons for an alarm, or for one that was reviewed.

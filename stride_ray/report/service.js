@@ -153,11 +153,7 @@ function sharing() {
     const json = JSON.stringify({ needs_token: false, answer: answered }).replace(/[<>&\u2028\u2029]/g,
       (each) => `\\u${each.charCodeAt(0).toString(16).padStart(4, "0")}`);
     const page = source.replace(/(<script type="application\/json" id="data">)[^]*?(<\/script>)/, (_, open, close) => open + json + close);
-    const anchor = make("a");
-    anchor.href = URL.createObjectURL(new Blob([page], { type: "text/html" }));
-    anchor.download = "attribution.html";
-    anchor.click();
-    URL.revokeObjectURL(anchor.href);
+    download("attribution.html", new Blob([page], { type: "text/html" }));
   });
   return [link, save];
 }

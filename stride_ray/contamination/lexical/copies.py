@@ -84,10 +84,8 @@ def is_near(name: str, found: Sequence[Stretch], short: bool, answered: bool) ->
         answered: whether the item gives its answer.
     """
     wanted = "answer" if role(name) == "question" else "question"
-    mine, others = (
-        [each for each in found if each.field == name],
-        [each for each in found if role(each.field) == wanted],
-    )
+    mine = [each for each in found if each.field == name]
+    others = [each for each in found if role(each.field) == wanted]
     if (short and wanted == "answer") or any(_together(one, other) for one in mine for other in others):
         return True
     return None if role(name) == "other" or (wanted == "answer" and not answered) else False

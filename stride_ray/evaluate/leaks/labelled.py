@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stride_ray.evaluate.leaks.planting import disguised, pieces_of, questions_of
+from stride_ray.evaluate.leaks.planting import disguised, json_lines, pieces_of, questions_of, sentences
 from stride_ray.runtime.errors import StrideError
 
 CORPUS = "corpus/documents.jsonl.gz"
@@ -110,14 +110,14 @@ class _Planter:
         for i in range(documents):
             self.planted.append((chosen[i % sites], text))
 
-    def stretches(self, texts: str, sentences: int) -> Iterator[tuple[str, str, str]]:
+    def stretches(self, texts: str, size: int) -> Iterator[tuple[str, str, str]]:
         """Name, text and a stretch of so many sentences, of all texts of a sort in random order, each once."""
         if texts not in self.quotable:
-            cut = [(name, text, _sentences(text)) for name, text in getattr(self.material, texts)]
+            cut = [(name, text, sentences(text.strip())) for name, text in getattr(self.material, texts)]
             found = [
-                (name, text, " ".join(parts[at : at + sentences]))
+                (name, text, " ".join(parts[at : at + size]))
                 for name, text, parts in cut
-                for at in range(max(1, len(parts) - sentences + 1))
+                for at in range(max(1, len(parts) - size + 1))
             ]
             self.quotable[texts] = _drawn(found, self.rng, f"stretches of {texts}")
         return self.quotable[texts]
@@ -164,10 +164,6 @@ def _near(text: str, characters: int) -> str:
     return text[:characters].rsplit(" ", 1)[0] if len(text) > characters else text
 
 
-def _sentences(text: str) -> list[str]:
-    return re.split(r"(?<=[.?!])\s+", text.strip())
-
-
 def _problem(plant: Callable[[_Planter, str, str], None]) -> Make:
     """An item that is a word problem, of which ``plant`` makes the copies."""
 
@@ -180,7 +176,7 @@ def _problem(plant: Callable[[_Planter, str, str], None]) -> Make:
 
 
 def _formatted(planter: _Planter, question: str, answer: str) -> None:
-    lines, paragraphs = answer.splitlines(), "</p><p>".join(_sentences(question))
+    lines, paragraphs = answer.splitlines(), "</p><p>".join(sentences(question.strip()))
     quoted = "\n> ".join(re.findall(r".{1,58}(?:\s|$)", question))
     forms = [
         f"<div class=q><p>{paragraphs}</p></div>\n<ul><li>{'</li><li>'.join(lines)}</li></ul>",
@@ -193,8 +189,8 @@ def _formatted(planter: _Planter, question: str, answer: str) -> None:
 
 def _near_miss(planter: _Planter, question: str, answer: str) -> None:
     other, solution = next(planter.problems)
-    first = _sentences(question)[0]
-    planter.plant(f"{first} {' '.join(_sentences(other)[1:])}\n{solution}")
+    first = sentences(question.strip())[0]
+    planter.plant(f"{first} {' '.join(sentences(other.strip())[1:])}\n{solution}")
 
 
 def _trivia(answered: bool) -> Make:
@@ -228,11 +224,11 @@ def _verse(planter: _Planter) -> dict[str, Any]:
     return {"question": f"In which book of the Bible does this verse stand? “{verse}”", "answer": reference.split()[0]}
 
 
-def _quoting(texts: str, ask: str, documents: int, sites: int, sentences: int) -> Make:
+def _quoting(texts: str, ask: str, documents: int, sites: int, size: int) -> Make:
     """An item that quotes some sentences of a public text; each stretch is quoted once."""
 
     def make(planter: _Planter) -> dict[str, Any]:
-        name, text, quoted = next(planter.stretches(texts, sentences))
+        name, text, quoted = next(planter.stretches(texts, size))
         planter.publish(text, documents, sites)
         return {"question": ask.format(quoted), "answer": name}
 
@@ -296,13 +292,9 @@ KINDS: dict[str, tuple[bool, Make]] = {
 def write_labelled(found: Labelled, folder: Path) -> None:
     """Write ``corpus/documents.jsonl.gz``, ``items.jsonl`` and ``labels.jsonl``, byte-identical for the same set."""
     (folder / "corpus").mkdir(parents=True, exist_ok=True)
-    (folder / CORPUS).write_bytes(gzip.compress(_jsonl(found.corpus), mtime=0))
-    (folder / "items.jsonl").write_bytes(_jsonl(found.items))
-    (folder / "labels.jsonl").write_bytes(_jsonl(found.labels))
-
-
-def _jsonl(rows: Sequence[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    (folder / CORPUS).write_bytes(gzip.compress(json_lines(found.corpus), mtime=0))
+    (folder / "items.jsonl").write_bytes(json_lines(found.items))
+    (folder / "labels.jsonl").write_bytes(json_lines(found.labels))
 
 
 def read_material(problems: str, nouns: Path, verses: Path, public: Path, filler: Sequence[str]) -> Material:

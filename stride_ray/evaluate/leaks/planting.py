@@ -128,10 +128,14 @@ def disguised(question: str, answer: str, kind: str, rng: random.Random) -> str:
     if kind == "paraphrase":
         return f"{_paraphrased(question, rng)}\n{_paraphrased(answer, rng)}"
     if kind == "reordered":
-        sentences = re.split(r"(?<=[.?!])\s+", question.strip())
         lines = answer.splitlines()
-        return " ".join(_shuffled(sentences, rng)) + "\n" + "\n".join(_shuffled(lines, rng))
+        return " ".join(_shuffled(sentences(question.strip()), rng)) + "\n" + "\n".join(_shuffled(lines, rng))
     return f"{question}\n{answer}"
+
+
+def sentences(text: str) -> list[str]:
+    """Split a text after full stops, question and exclamation marks."""
+    return re.split(r"(?<=[.?!])\s+", text)
 
 
 def _shuffled(parts: list[str], rng: random.Random) -> list[str]:
@@ -154,8 +158,7 @@ def _paraphrased(text: str, rng: random.Random) -> str:
 
     lines = []
     for line in text.splitlines():
-        sentences = [_clause(sentence) for sentence in re.split(r"(?<=[.?!])\s+", line)]
-        lines.append(_TOKEN.sub(other, " ".join(sentences)))
+        lines.append(_TOKEN.sub(other, " ".join(_clause(sentence) for sentence in sentences(line))))
     return "\n".join(lines)
 
 
@@ -223,4 +226,9 @@ def _cut(text: str, size: int) -> list[str]:
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    path.write_bytes(json_lines(rows))
+
+
+def json_lines(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Rows as JSON Lines, UTF-8."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -59,19 +59,18 @@ class Rule:
         return {"rule": self.name, "precision": self.precision, "found": self.found, "seconds": self.seconds}
 
 
-def measure_rules(folder: Path, changes: dict[str, Any] | None = None) -> list[Rule]:
+def measure_rules(folder: Path) -> list[Rule]:
     """Measure a regular scan's lexical channel and the two other rules.
 
     Args:
         folder: as write_labelled writes it; the scan's own folder is temporary.
-        changes: options of the scan.
     """
     labels = {row["id"]: row["kind"] for row in map(json.loads, lines_of(folder / "labels.jsonl"))}
     documents = gzip.decompress((folder / CORPUS).read_bytes()).decode().splitlines()
     corpus = [json.loads(line)["text"] for line in documents]
     items = [json.loads(line) for line in lines_of(folder / "items.jsonl")]
     rules = {
-        "stride-ray scan": lambda: scanned(folder, changes or {}),
+        "stride-ray scan": lambda: scanned(folder),
         "lm-evaluation-harness": lambda: harness(corpus, items),
         "decon": lambda: decon(corpus, items),
     }
@@ -85,10 +84,10 @@ def measure_rules(folder: Path, changes: dict[str, Any] | None = None) -> list[R
     return found
 
 
-def scanned(folder: Path, changes: dict[str, Any]) -> set[str]:
+def scanned(folder: Path) -> set[str]:
     """Ids of the items that a scan without the influence channel raises an alarm for."""
     columns = {"text": "text", "id": "id", "source": "source"}
-    given = {"corpus.input": [str(folder / "corpus")], "corpus.columns": columns, "scan.influence": False, **changes}
+    given = {"corpus.input": [str(folder / "corpus")], "corpus.columns": columns, "scan.influence": False}
     with tempfile.TemporaryDirectory() as out:
         run = Run(f"{out}/run", changes=given)
         night = scan(run, [read_set(str(folder / "items.jsonl"), "labelled")], f"{out}/nights")
